@@ -1,0 +1,90 @@
+"""One part of an outer gradient <-> bytes: fp32, fp16, int8 in blocks of 256, int4 in blocks of 64.
+
+Block-wise absmax: a block's scale is the largest magnitude in it over the largest integer, so that one outlier spoils
+its block and no more. Layout of int8 and int4: all scales (little-endian float32), then all integers. int4 keeps
+two values in a byte, the first in the low nibble, as value + 8.
+
+Decoding is an integer times a float32 scale, one rounding, so every machine gets the same bits. Sizes follow from the
+number of values alone: a wrong length is known before anything is decoded, and nothing expands.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, get_args
+
+import numpy as np
+import numpy.typing as npt
+
+Codec = Literal["fp32", "fp16", "int8", "int4"]
+CODECS: tuple[Codec, ...] = get_args(Codec)
+Vector = npt.NDArray[np.float32]
+
+BLOCK = {"int8": 256, "int4": 64}
+LARGEST = {"int8": 127, "int4": 7}
+FP16_LARGEST = 65504.0
+
+
+def encoded_bytes(n: int, codec: Codec) -> int:
+    """Bytes that ``n`` values take."""
+    if codec == "fp32":
+        return 4 * n
+    if codec == "fp16":
+        return 2 * n
+    scales_bytes = 4 * -(-n // BLOCK[codec])
+    return scales_bytes + (n if codec == "int8" else -(-n // 2))
+
+
+def encode(values: Vector, codec: Codec) -> bytes:
+    """``values``: float32 [n], all finite. fp16 clamps at 65504. ValueError when a value is not finite."""
+    if not np.isfinite(values).all():
+        raise ValueError("only finite values can be encoded")
+    if codec == "fp32":
+        return values.astype("<f4", copy=False).tobytes()
+    if codec == "fp16":
+        return np.clip(values, -FP16_LARGEST, FP16_LARGEST).astype("<f2").tobytes()
+    n, block = len(values), BLOCK[codec]
+    blocks = values if n % block == 0 else np.pad(values, (0, -n % block))
+    blocks = blocks.reshape(-1, block)
+    scales = np.maximum(blocks.max(axis=1), -blocks.min(axis=1)) / np.float32(LARGEST[codec])  # [blocks]
+    # A block of zeros, or so small that its scale is denormal, becomes zeros.
+    scales[scales < np.finfo(np.float32).tiny] = 0
+    inverse = np.divide(1, scales, out=np.zeros_like(scales), where=scales > 0)
+    integers = np.rint(blocks * inverse[:, None]).astype(np.int8).reshape(-1)[:n]  # |integer| <= LARGEST
+    if codec == "int8":
+        return scales.astype("<f4").tobytes() + integers.tobytes()
+    nibbles = (integers + 8).view(np.uint8)
+    if n % 2:
+        nibbles = np.append(nibbles, np.uint8(8))
+    return scales.astype("<f4").tobytes() + (nibbles[0::2] | nibbles[1::2] << 4).tobytes()
+
+
+def decode(data: bytes | memoryview, n: int, codec: Codec) -> Vector:
+    """float32 [n], all finite. ValueError when the length is wrong, or a value or scale is not finite."""
+    if len(data) != encoded_bytes(n, codec):
+        raise ValueError(f"{len(data)} bytes for {n} values of {codec}, expected {encoded_bytes(n, codec)}")
+    if codec in ("fp32", "fp16"):
+        values = np.frombuffer(data, "<f4" if codec == "fp32" else "<f2").astype(np.float32)
+        if not np.isfinite(values).all():
+            raise ValueError("a value is not finite")
+        return values
+    block = BLOCK[codec]
+    n_blocks = -(-n // block)
+    scales = np.frombuffer(data, "<f4", n_blocks)
+    # 3e36 leaves room for the largest integer, -128, and for a sum over a group, in float32.
+    if not (np.isfinite(scales).all() and (scales >= 0).all() and (scales <= 3e36).all()):
+        raise ValueError("a scale is not finite, negative or too large")
+    if codec == "int8":
+        integers = np.frombuffer(data, np.int8, n, offset=4 * n_blocks)
+    else:
+        packed = np.frombuffer(data, np.uint8, -(-n // 2), offset=4 * n_blocks)
+        nibbles = np.empty(2 * len(packed), np.int8)
+        nibbles[0::2], nibbles[1::2] = packed & 15, packed >> 4
+        integers = nibbles[:n] - np.int8(8)
+    whole = n // block * block
+    values = np.empty(n, np.float32)
+    np.multiply(
+        integers[:whole].reshape(-1, block), scales[: n // block, None], out=values[:whole].reshape(-1, block), dtype=np.float32
+    )
+    if whole < n:
+        np.multiply(integers[whole:], scales[-1], out=values[whole:], dtype=np.float32)
+    return values

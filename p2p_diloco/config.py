@@ -1,0 +1,89 @@
+"""What a peer chooses alone: its addresses, folders, device and limits. Nothing here need be known to other peers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import platformdirs
+from pydantic import BaseModel, ConfigDict
+
+
+@dataclass(frozen=True, kw_only=True)
+class Timeouts:
+    """Every wait of the network side. Seconds. Tests on loopback scale all of them down with ``scaled``."""
+
+    connect_s: float = 8.0
+    """Until a stream to a peer is open."""
+    request_s: float = 10.0
+    """For one small answer: a manifest, a record, a list of heads."""
+    write_s: float = 10.0
+    """Until a peer takes what we write."""
+    part_s: float = 10.0
+    """How long a reducer waits for one sender's next part."""
+    reduced_part_s: float = 25.0
+    """How long a sender waits for a reducer's next part: longer than ``part_s``, since a reducer waits for others."""
+    settle_s: float = 10.0
+    """How long a leader waits for receipts, and a member for the commit beyond that."""
+    round_s: float = 30.0
+    """For reduce and settle together, beyond ``min_rate_bytes_per_s``."""
+    min_rate_bytes_per_s: float = 32_768.0
+    """A round or a download may take this much longer for every byte it moves."""
+    dht_s: float = 5.0
+    """One look-up or store in the DHT."""
+    first_message_s: float = 10.0
+    """An accepted stream that says nothing for this long is closed."""
+    p2pd_start_s: float = 60.0
+    discover_s: float = 30.0
+    """How long a new peer looks for a run at the addresses it was given."""
+    record_every_s: float = 8.0
+    """A peer publishes its record this often, and whenever its outer step changes."""
+    record_life_s: float = 30.0
+    """A record that is older than this is a peer that is gone."""
+    refresh_s: float = 2.5
+    """A peer reads the records of the others this often."""
+    leave_s: float = 6.0
+    """For saying goodbye; after that the processes end anyway."""
+
+    def scaled(self, factor: float) -> Timeouts:
+        values = {name: value / factor if name == "min_rate_bytes_per_s" else value * factor for name, value in vars(self).items()}
+        return Timeouts(**values)
+
+
+class PeerConfig(BaseModel):
+    """Sent once, as JSON, from the trainer to its network process."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    folder: Path
+    """This peer's own: identity, ledger, inner state, event log."""
+    initial_peers: tuple[str, ...] = ()
+    """Multiaddrs, each ending in /p2p/PEER-ID. Empty for the first peer of a run."""
+    host_maddrs: tuple[str, ...] = ("/ip4/0.0.0.0/tcp/0",)
+    announce_maddrs: tuple[str, ...] = ()
+    """What others shall dial, where that differs from what we listen on (port forwarding)."""
+    client_mode: bool = False
+    """Behind a NAT without relay: contributes and receives, but reduces nothing and leads nothing."""
+    use_relay: bool = True
+    """Reach, and be reached by, peers behind NATs through relays."""
+    relay_service: bool = False
+    """Be a relay for others."""
+    identity: Path | None = None
+    """Key file; ``identity.key`` in the folder by default."""
+    run_id: str | None = None
+    """Join this run and no other."""
+    name: str = ""
+    """Shown to others beside the peer id."""
+
+    @property
+    def identity_path(self) -> Path:
+        return self.identity or self.folder / "identity.key"
+
+
+def default_folder() -> Path:
+    return platformdirs.user_data_path("p2p-diloco")
+
+
+def cache_folder() -> Path:
+    """Tokenized texts; shared by all peers of a user, safe to delete."""
+    return platformdirs.user_cache_path("p2p-diloco")

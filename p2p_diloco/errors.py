@@ -1,0 +1,69 @@
+"""Every exception of the package.
+
+Two roots, so that a reader of an ``except`` knows whose fault it is::
+
+    LocalError                 ours: shown to the user as one line, ends the command
+     +-- UsageError            a flag, file or address that the user can mend        exit code 2
+     +-- DataError             text, tokenizer or token file                         exit code 1
+     +-- LedgerError           the ledger cannot be read or written                  exit code 1
+     +-- NetworkError          we cannot start, reach or keep our network side       exit code 1
+     +-- Stopped               the user, or the end of the run, asked us to leave    exit code 0
+    RemoteError                a peer's: never ends our process; names the peer
+     +-- Misbehaved            its bytes break the protocol: it is excluded from the round
+     +-- Silent                it did not answer within the time-out
+     +-- Gone                  it cannot be reached, or closed the stream
+     +-- Refused               it answered that it will not, and said why
+"""
+
+from __future__ import annotations
+
+
+class LocalError(Exception):
+    """One line for the user: what is wrong and how to mend it."""
+
+    exit_code = 1
+
+
+class UsageError(LocalError):
+    exit_code = 2
+
+
+class DataError(LocalError):
+    pass
+
+
+class LedgerError(LocalError):
+    pass
+
+
+class NetworkError(LocalError):
+    pass
+
+
+class Stopped(LocalError):
+    exit_code = 0
+
+
+class RemoteError(Exception):
+    """What peer ``peer_id`` did wrong, or that it could not be reached."""
+
+    def __init__(self, peer_id: str, reason: str) -> None:
+        super().__init__(f"peer {peer_id[-8:]}: {reason}")
+        self.peer_id = peer_id
+        self.reason = reason
+
+
+class Misbehaved(RemoteError):
+    pass
+
+
+class Silent(RemoteError):
+    pass
+
+
+class Gone(RemoteError):
+    pass
+
+
+class Refused(RemoteError):
+    pass

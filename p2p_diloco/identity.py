@@ -1,0 +1,102 @@
+"""One Ed25519 key per peer: it names the peer in libp2p, signs its records, and signs the runs that it owns.
+
+The key file is libp2p's private-key protobuf, so p2pd reads the same file. With Ed25519 the peer id *contains* the
+public key (an "identity" multihash), so anything signed can be checked against the peer id alone.
+Format: https://github.com/libp2p/specs/blob/master/peer-ids/peer-ids.md
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import base58
+from cryptography.exceptions import InvalidSignature
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
+
+from p2p_diloco.errors import UsageError
+
+PRIVATE_KEY_PREFIX = b"\x08\x01\x12\x40"  # protobuf: field 1 = 1 (Ed25519), field 2 = 64 bytes (seed, public key)
+PEER_ID_PREFIX = b"\x00\x24\x08\x01\x12\x20"  # multihash identity, 36 bytes: field 1 = 1, field 2 = 32 bytes
+SIGNATURE_BYTES = 64
+MAX_PEER_ID_CHARS = 64
+
+
+@dataclass(frozen=True)
+class Identity:
+    key: Ed25519PrivateKey
+    peer_id: str
+
+    @classmethod
+    def generate(cls) -> Identity:
+        return cls.from_key(Ed25519PrivateKey.generate())
+
+    @classmethod
+    def from_seed(cls, seed: bytes) -> Identity:
+        """The same identity for the same 32 bytes."""
+        return cls.from_key(Ed25519PrivateKey.from_private_bytes(seed))
+
+    @classmethod
+    def from_key(cls, key: Ed25519PrivateKey) -> Identity:
+        return cls(key=key, peer_id=base58.b58encode(PEER_ID_PREFIX + key.public_key().public_bytes_raw()).decode())
+
+    @classmethod
+    def load_or_create(cls, path: Path) -> Identity:
+        """Raises UsageError when the file is there but is no Ed25519 identity, or cannot be written."""
+        try:
+            data = path.read_bytes()
+        except FileNotFoundError:
+            return cls._create(path)
+        except OSError as error:
+            raise UsageError(f"identity {path}: cannot be read ({error.strerror})") from error
+        if len(data) != 68 or not data.startswith(PRIVATE_KEY_PREFIX):
+            raise UsageError(f"identity {path}: not an Ed25519 libp2p key; name another file, or move this one away")
+        return cls.from_seed(data[4:36])
+
+    @classmethod
+    def _create(cls, path: Path) -> Identity:
+        identity = cls.generate()
+        temporary = path.with_name(path.name + ".tmp")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            temporary.write_bytes(identity.to_bytes())
+            temporary.chmod(0o600)
+            os.replace(temporary, path)
+        except OSError as error:
+            raise UsageError(f"identity {path}: cannot be written ({error.strerror})") from error
+        return identity
+
+    def to_bytes(self) -> bytes:
+        return PRIVATE_KEY_PREFIX + self.key.private_bytes_raw() + self.key.public_key().public_bytes_raw()
+
+    def sign(self, message: bytes) -> bytes:
+        return self.key.sign(message)
+
+
+def verify(peer_id: str, message: bytes, signature: bytes) -> bool:
+    """Whether ``signature`` is that of the key inside ``peer_id``. False, too, for anything that is no such id."""
+    public_key = public_key_of(peer_id)
+    if public_key is None or len(signature) != SIGNATURE_BYTES:
+        return False
+    try:
+        public_key.verify(signature, message)
+    except InvalidSignature:
+        return False
+    return True
+
+
+def public_key_of(peer_id: str) -> Ed25519PublicKey | None:
+    """None when ``peer_id`` is not the id of an Ed25519 key (RSA ids, garbage)."""
+    if not 0 < len(peer_id) <= MAX_PEER_ID_CHARS:
+        return None
+    try:
+        data = base58.b58decode(peer_id)
+    except ValueError:
+        return None
+    if len(data) != len(PEER_ID_PREFIX) + 32 or not data.startswith(PEER_ID_PREFIX):
+        return None
+    try:
+        return Ed25519PublicKey.from_public_bytes(data[len(PEER_ID_PREFIX) :])
+    except ValueError:
+        return None

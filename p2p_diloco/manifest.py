@@ -1,0 +1,279 @@
+"""What all peers of a run must agree on: the run file that a person writes, and the manifest that its owner signs.
+
+    RunSpec      what stands in the TOML file: model, data, inner and outer optimizer, round limits
+    RunManifest  the spec, and what follows from it and from the genesis: the model's full config and layout, the
+                 fingerprint of the data, the digest of S_0, the owner's peer id
+    run id       hash of the manifest's canonical bytes
+
+A manifest travels as JSON with the owner's signature. Any peer may serve it; none can change it.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import sys
+from collections.abc import Iterator, Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from p2p_diloco.codec import Codec
+from p2p_diloco.errors import UsageError
+from p2p_diloco.identity import Identity, verify
+from p2p_diloco.outer import digest
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+PROTOCOL = 1
+"""Raised with every change after which old and new peers cannot train together."""
+MAX_MANIFEST_BYTES = 256 * 1024
+
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+Count = Annotated[int, Field(gt=0, lt=2**40)]
+HexDigest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+class ModelSpec(Section):
+    """``[model]``: either a transformers config, or a folder with one and with weights to start from."""
+
+    config: dict[str, Any] | None = None
+    """A transformers config, ``model_type`` and whatever differs from that type's defaults."""
+    path: str | None = None
+    """A local transformers folder with weights, relative to the run file. The run starts from these weights."""
+
+    @model_validator(mode="after")
+    def _one_of_both(self) -> ModelSpec:
+        if (self.config is None) == (self.path is None):
+            raise ValueError("give either config or path")
+        if self.config is not None and not isinstance(self.config.get("model_type"), str):
+            raise ValueError('config needs a model_type, for example model_type = "llama"')
+        return self
+
+
+class DataSpec(Section):
+    """``[data]``"""
+
+    source: Literal["builtin", "path"] = "builtin"
+    """``builtin``: the Python sources of torch, on every machine. ``path``: .txt, .jsonl or .parquet files."""
+    path: str | None = None
+    """File or folder for ``source = "path"``, relative to the run file. A volunteer names their own with ``--data``."""
+    text_key: Annotated[str, Field(min_length=1, max_length=64)] = "text"
+    """The field of .jsonl rows and the column of .parquet files that holds the text."""
+    tokenizer: Annotated[str, Field(min_length=1)] = "bytes"
+    """``bytes``, or the path of a tokenizer.json relative to the run file."""
+    seq_len: Annotated[int, Field(ge=8, le=1_048_576)] = 256
+    """Tokens a model sees at once; a batch row has one more, the last target."""
+    held_out: Annotated[float, Field(gt=0, le=0.5)] = 0.02
+    """Share of the documents, by a hash of their names, that nobody trains on."""
+    eval_tokens: Count = 65_536
+    """Held-out tokens that theta is evaluated on at every outer step."""
+
+    @model_validator(mode="after")
+    def _path_for_path(self) -> DataSpec:
+        if (self.source == "path") != (self.path is not None):
+            raise ValueError('path goes with source = "path", and source = "path" needs a path')
+        return self
+
+
+class InnerSpec(Section):
+    """``[inner]``: AdamW, as in the paper (arXiv 2311.08105, section 3)."""
+
+    steps: Count = 500
+    """H: inner steps between two outer steps."""
+    batch_size: Annotated[int, Field(gt=0, le=65_536)] = 16
+    """Sequences in one forward pass."""
+    grad_accumulation: Annotated[int, Field(gt=0, le=65_536)] = 1
+    """Forward passes in one inner step."""
+    lr: Positive = 4e-4
+    min_lr_ratio: Annotated[float, Field(ge=0, le=1)] = 0.1
+    """Where the cosine ends, as a share of ``lr``."""
+    warmup_steps: Annotated[int, Field(ge=0, lt=2**40)] = 1000
+    """Inner steps of linear warm-up; the cosine spans the rest of all inner steps of the run."""
+    weight_decay: NotNegative = 0.1
+    beta1: Fraction = 0.9
+    beta2: Fraction = 0.95
+    clip: Positive = 1.0
+    """Largest norm of an inner gradient. Outer gradients are not clipped."""
+
+
+class OuterSpec(Section):
+    """``[outer]``: SGD with Nesterov momentum on the averaged outer gradient."""
+
+    steps: Count = 100
+    """Outer steps of the whole run."""
+    lr: Positive = 0.7
+    momentum: Fraction = 0.9
+    codec: Codec = "int8"
+    """How parts of outer gradients and updates go over the wire."""
+
+
+class RoundSpec(Section):
+    """``[round]``"""
+
+    min_group: Annotated[int, Field(gt=0, le=256)] = 2
+    """Fewest peers that may make an outer step."""
+    max_group: Annotated[int, Field(gt=0, le=256)] = 64
+    gather_s: Annotated[float, Field(gt=0, le=600)] = 5.0
+    """How long a round waits, once the first peer is ready, for others to finish their inner steps. Later ones
+    contribute what they have."""
+    snapshot_every: Count = 10
+    """Outer steps between two snapshots in the ledger."""
+
+    @model_validator(mode="after")
+    def _ordered(self) -> RoundSpec:
+        if self.min_group > self.max_group:
+            raise ValueError("min_group is larger than max_group")
+        return self
+
+
+class RunSpec(Section):
+    """A run file."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    """Of the random initialization and of the order of the data."""
+    model: ModelSpec
+    data: DataSpec = DataSpec()
+    inner: InnerSpec = InnerSpec()
+    outer: OuterSpec = OuterSpec()
+    round: RoundSpec = RoundSpec()
+
+    @property
+    def tokens_per_inner_step(self) -> int:
+        return self.inner.batch_size * self.inner.grad_accumulation * self.data.seq_len
+
+    @property
+    def max_weight_tokens(self) -> int:
+        """The largest weight that a contribution may claim: what four rounds of H inner steps make."""
+        return 4 * self.inner.steps * self.tokens_per_inner_step
+
+    @classmethod
+    def load(cls, path: Path) -> RunSpec:
+        """Raises UsageError that names file and key."""
+        try:
+            text = path.read_bytes().decode()
+        except FileNotFoundError:
+            raise UsageError(f"{path}: no such run file") from None
+        except UnicodeDecodeError:
+            raise UsageError(f"{path}: not a text file in UTF-8") from None
+        except OSError as error:
+            raise UsageError(f"{path}: cannot be read ({error.strerror})") from error
+        try:
+            table = tomllib.loads(text)
+        except tomllib.TOMLDecodeError as error:
+            raise UsageError(f"{path}: not valid TOML: {error}") from error
+        try:
+            return cls.model_validate(table)
+        except ValidationError as error:
+            raise UsageError(f"{path}: {explain(error, cls)}") from error
+
+
+class RunManifest(Section):
+    protocol: int = PROTOCOL
+    spec: RunSpec
+    model_config_json: str
+    """The full transformers config as canonical JSON: defaults of another library version cannot change the model."""
+    n_params: Count
+    layout_digest: HexDigest
+    """Over the names and shapes of all parameters, in the order in which theta holds them."""
+    vocab_size: Count
+    data_fingerprint: str
+    """Of the built-in text; empty where every peer brings its own data."""
+    tokenizer_json: str = ""
+    """The tokenizer itself, for a tokenizer of the tokenizers library; empty for raw bytes."""
+    genesis: HexDigest
+    """Digest of S_0."""
+    owner: str
+    """Peer id of who started the run, and signed this."""
+
+    @cached_property
+    def canonical_bytes(self) -> bytes:
+        """One byte string for one manifest: JSON with sorted keys, no spaces, ASCII."""
+        return canonical_json(self.model_dump(mode="json"))
+
+    @cached_property
+    def run_id(self) -> str:
+        return digest(b"run", self.canonical_bytes)[:20].hex()
+
+    @property
+    def model_type_config(self) -> dict[str, Any]:
+        config: dict[str, Any] = json.loads(self.model_config_json)
+        return config
+
+    def signed(self, owner: Identity) -> bytes:
+        """The manifest as it travels and lies on disk."""
+        signature = owner.sign(SIGNATURE_CONTEXT + self.canonical_bytes).hex()
+        return canonical_json({"manifest": self.model_dump(mode="json"), "signature": signature})
+
+
+SIGNATURE_CONTEXT = b"p2p-diloco manifest\0"
+
+
+def open_manifest(data: bytes, source: str) -> RunManifest:
+    """Parse and verify a signed manifest. UsageError, naming ``source``, for anything but a sound one.
+
+    The protocol version is looked at first: a newer peer's manifest is not called malformed.
+    """
+    if len(data) > MAX_MANIFEST_BYTES:
+        raise UsageError(f"{source}: the manifest has {len(data)} bytes, more than {MAX_MANIFEST_BYTES}")
+    try:
+        envelope = json.loads(data)
+        body, signature = envelope["manifest"], bytes.fromhex(envelope["signature"])
+        protocol = body["protocol"]
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise UsageError(f"{source}: not a signed manifest") from error
+    if protocol != PROTOCOL:
+        raise UsageError(
+            f"{source}: the run speaks protocol {protocol!r}, this is p2p-diloco with protocol {PROTOCOL}; "
+            f"install the version of p2p-diloco that the run's owner uses"
+        )
+    try:
+        manifest = RunManifest.model_validate_json(json.dumps(body))
+    except ValidationError as error:
+        raise UsageError(f"{source}: {explain(error, RunManifest)}") from error
+    if not verify(manifest.owner, SIGNATURE_CONTEXT + manifest.canonical_bytes, signature):
+        raise UsageError(f"{source}: the manifest's signature is not its owner's; somebody changed it, do not join")
+    return manifest
+
+
+def canonical_json(value: object) -> bytes:
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False).encode()
+
+
+def explain(error: ValidationError, model: type[BaseModel]) -> str:
+    """The first finding of pydantic in a line: the key, what is wrong, and the nearest known key for an unknown one."""
+    first = error.errors(include_url=False, include_context=False)[0]
+    key = ".".join(str(piece) for piece in first["loc"]) or "top level"
+    if first["type"] == "extra_forbidden":
+        *section, name = (str(piece) for piece in first["loc"])
+        known = list(fields_of(model, section))
+        nearest = difflib.get_close_matches(name, known, n=1)
+        hint = f"did you mean {nearest[0]!r}?" if nearest else f"known keys: {', '.join(known)}"
+        return f"unknown key {key!r}; {hint}"
+    if first["type"] == "missing":
+        return f"key {key!r} is missing"
+    message = first["msg"].removeprefix("Value error, ")
+    given = first["input"]
+    shown = "" if isinstance(given, (Mapping, list)) else f" (got {str(given)[:80]!r})"
+    return f"key {key!r}: {message[:1].lower()}{message[1:]}{shown}"
+
+
+def fields_of(model: type[BaseModel], section: list[str]) -> Iterator[str]:
+    for name in section:
+        field = model.model_fields.get(name)
+        if field is None or not (isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)):
+            return
+        model = field.annotation
+    yield from model.model_fields

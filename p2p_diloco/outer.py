@@ -1,0 +1,196 @@
+"""What is computed: the replicated outer state, the update of an outer step, and how one follows from the other.
+
+The outer state ``S_t = (theta_t, momentum_t, head_t)`` is the same bits on every peer. An update ``U_t`` is the averaged
+outer gradient as it went over the wire. Then ``S_{t+1} = apply(S_t, U_t)`` and ``head_{t+1} = H(head_t, U_t)``, so that 32
+bytes name the whole history.
+
+Rules of this file: numpy float32 only, every multiply and every add a ufunc of its own (a fused multiply-add rounds once
+instead of twice, and not every processor has it), no BLAS, no reductions in ``apply``, no clock, no I/O.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from hashlib import blake2b
+
+import blake3
+import msgpack
+import numpy as np
+
+from p2p_diloco.codec import Codec, Vector, decode, encoded_bytes
+
+PART_VALUES = 256 * 1024
+HASH_BYTES = 32
+MAX_CONTRIBUTORS = 256
+"""Bits of a part's contributor mask, hence the largest group."""
+
+
+def digest(*pieces: bytes) -> bytes:
+    """blake2b, 32 bytes, over the lengths and the pieces, so that no two lists of pieces collide."""
+    h = blake2b(digest_size=HASH_BYTES)
+    for piece in pieces:
+        h.update(len(piece).to_bytes(8, "big"))
+        h.update(piece)
+    return h.digest()
+
+
+def part_slices(n: int) -> list[slice]:
+    """The grid: ``n`` values cut into parts of 256 Ki. It depends on the model alone, never on the group."""
+    return [slice(start, min(start + PART_VALUES, n)) for start in range(0, n, PART_VALUES)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """One part of an update: the bytes its reducer sent to everybody, and whose contributions are in them."""
+
+    mask: bytes
+    """Little-endian bit set over the update's contributors: bit i is contributor i."""
+    data: bytes
+    """The encoded weighted mean of the outer gradients."""
+
+    @property
+    def hash(self) -> bytes:
+        return digest(self.mask, self.data)
+
+
+@dataclass(frozen=True, kw_only=True)
+class UpdateHeader:
+    """All of an update but its values: what the members of a group agree on when they settle."""
+
+    step: int
+    """The outer step ``t`` that this update ends; it leads from ``S_t`` to ``S_{t+1}``."""
+    parent: bytes
+    """``head_t``."""
+    contributors: tuple[tuple[str, int], ...]
+    """(peer id, weight in tokens), in the order of the roster."""
+    part_hashes: tuple[bytes, ...]
+
+    def to_bytes(self) -> bytes:
+        contributors = [[peer_id, weight] for peer_id, weight in self.contributors]
+        packed: bytes = msgpack.packb([self.step, self.parent, contributors, list(self.part_hashes)])
+        return packed
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> UpdateHeader:
+        """ValueError when ``data`` is not exactly what ``to_bytes`` would give for a well-formed header."""
+        try:
+            step, parent, contributors, part_hashes = msgpack.unpackb(data, strict_map_key=True)
+            header = cls(
+                step=step,
+                parent=parent,
+                contributors=tuple((peer_id, weight) for peer_id, weight in contributors),
+                part_hashes=tuple(part_hashes),
+            )
+            sound = (
+                type(step) is int
+                and 0 <= step < 2**40
+                and type(parent) is bytes
+                and len(parent) == HASH_BYTES
+                and 0 < len(header.contributors) <= MAX_CONTRIBUTORS
+                and all(
+                    type(p) is str and 0 < len(p) <= 64 and type(w) is int and 0 < w < 2**60 for p, w in header.contributors
+                )
+                and len({p for p, _ in header.contributors}) == len(header.contributors)
+                and all(type(h) is bytes and len(h) == HASH_BYTES for h in header.part_hashes)
+            )
+        except (ValueError, TypeError, msgpack.UnpackException) as error:
+            raise ValueError(f"not an update header: {type(error).__name__}") from error
+        if not sound or header.to_bytes() != data:
+            raise ValueError("not an update header: a field is out of its bounds")
+        return header
+
+    @property
+    def head(self) -> bytes:
+        """``head_{t+1} = H(head_t, U_t)``; the part hashes stand for the values."""
+        return digest(self.parent, digest(self.to_bytes()))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Update:
+    """``U_t``. Complete by construction: ``parts[i].hash == header.part_hashes[i]``."""
+
+    header: UpdateHeader
+    parts: tuple[Part, ...]
+
+    def __post_init__(self) -> None:
+        if tuple(part.hash for part in self.parts) != self.header.part_hashes:
+            raise ValueError(f"the parts of update {self.header.step} do not have the hashes that its header names")
+
+
+@dataclass(kw_only=True)
+class OuterState:
+    """``S_t``. ``theta`` and ``momentum`` are float32 [n], written in place by ``apply`` and nothing else."""
+
+    step: int
+    head: bytes
+    theta: Vector
+    momentum: Vector
+
+    def digest(self) -> bytes:
+        """blake3 of all bits of the state, 32 bytes: equal digests, equal replicas."""
+        h = blake3.blake3(self.step.to_bytes(8, "big") + self.head)
+        h.update(memoryview(self.theta).cast("B"))
+        h.update(memoryview(self.momentum).cast("B"))
+        return h.digest()
+
+
+def genesis_state(theta: Vector) -> OuterState:
+    """``S_0``; its head names theta, so runs that start from other values never share a head."""
+    momentum = np.zeros_like(theta)
+    head = digest(b"genesis", blake3.blake3(memoryview(theta).cast("B")).digest())
+    return OuterState(step=0, head=head, theta=theta, momentum=momentum)
+
+
+def apply(state: OuterState, update: Update, *, codec: Codec, lr: float, momentum: float) -> None:
+    """One Nesterov step in place, as torch.optim.SGD(nesterov=True) does it (DiLoCo, arXiv 2311.08105, algorithm 1):
+
+    ``m = mu * m + g``; ``theta = theta - lr * (g + mu * m)`` with ``g`` the decoded update.
+
+    Everything is checked before the first value changes; ValueError when the update does not follow from ``state``,
+    has the wrong number of parts, or a part does not decode.
+    """
+    slices = part_slices(len(state.theta))
+    header = update.header
+    if (header.step, header.parent) != (state.step, state.head):
+        raise ValueError(f"update {header.step} does not follow from the state at outer step {state.step}")
+    check_parts(update.parts, len(state.theta), codec)
+    lr32, mu32 = np.float32(lr), np.float32(momentum)
+    for part, where in zip(update.parts, slices):
+        theta, m = state.theta[where], state.momentum[where]
+        g = decode(part.data, len(theta), codec)
+        np.multiply(m, mu32, out=m)
+        np.add(m, g, out=m)
+        nesterov = np.multiply(m, mu32)
+        np.add(g, nesterov, out=nesterov)
+        np.multiply(nesterov, lr32, out=nesterov)
+        np.subtract(theta, nesterov, out=theta)
+    state.step, state.head = header.step + 1, header.head
+
+
+def check_parts(parts: Sequence[Part], n: int, codec: Codec) -> None:
+    """ValueError unless ``parts`` are the encoded parts of a vector of ``n`` values. Costs one decoding of a part at a time."""
+    slices = part_slices(n)
+    if len(parts) != len(slices):
+        raise ValueError(f"{len(parts)} parts, expected {len(slices)}")
+    for i, (part, where) in enumerate(zip(parts, slices)):
+        if len(part.data) != encoded_bytes(where.stop - where.start, codec):
+            raise ValueError(f"part {i} has {len(part.data)} bytes")
+    for part, where in zip(parts, slices):
+        decode(part.data, where.stop - where.start, codec)
+
+
+def weighted_mean(contributions: Sequence[tuple[int, Vector]]) -> Vector:
+    """float32 [n], the mean of the outer gradients weighted by tokens: ``sum_i float32(w_i / W) * g_i``, in the given order.
+
+    The order is the roster's, so that a simulation without a network gets the same bits.
+    """
+    total = sum(weight for weight, _ in contributions)
+    mean = np.zeros_like(contributions[0][1])
+    for weight, values in contributions:
+        np.add(mean, np.multiply(values, np.float32(weight / total)), out=mean)
+    return mean
+
+
+def contributor_mask(indices: Sequence[int]) -> bytes:
+    return sum(1 << i for i in indices).to_bytes(MAX_CONTRIBUTORS // 8, "little").rstrip(b"\0")
