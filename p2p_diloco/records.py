@@ -1,0 +1,131 @@
+"""What a peer says about itself in the DHT: one signed record of at most 1 kB, renewed every few seconds.
+
+    bytes on the wire   msgpack [body, signature]; the body is msgpack of the record's fields, in order
+    signature           Ed25519 over a fixed context and the body, by the key inside the record's own peer id
+
+A record is a claim, not a fact: it says where its peer stands, never where the swarm stands (that is ``rounds``).
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+import msgpack
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from p2p_diloco.identity import MAX_PEER_ID_CHARS, Identity, verify
+from p2p_diloco.outer import HASH_BYTES
+
+MAX_RECORD_BYTES = 1024
+MAX_RECORD_LIFE_S = 900.0
+SIGNATURE_CONTEXT = b"p2p-diloco record\0"
+RUNS_KEY = "p2p-diloco.runs"
+"""DHT key under which some peers of every run announce it, so that one address is enough to join."""
+
+Role = Literal["trainer", "seed"]
+Phase = Literal["joining", "inner", "gather", "reduce", "settle", "apply", "evaluate", "left"]
+Hash = Annotated[bytes, Field(min_length=HASH_BYTES, max_length=HASH_BYTES)]
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+Natural = Annotated[int, Field(ge=0, lt=2**60)]
+
+
+class Record(BaseModel):
+    """The fields' order is the wire's order: append only."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    peer_id: Annotated[str, Field(min_length=1, max_length=MAX_PEER_ID_CHARS)]
+    run_id: Annotated[str, Field(pattern=r"^[0-9a-f]{40}$")]
+    run_name: Annotated[str, Field(max_length=64)]
+    issued_s: Annotated[float, Field(ge=0, le=1e11)]
+    """Unix time at which the peer signed this."""
+    life_s: Annotated[float, Field(gt=0, le=MAX_RECORD_LIFE_S)]
+    role: Role
+    phase: Phase
+    step: Natural
+    """Outer step the peer stands at."""
+    head: Hash
+    committed: bool
+    """Whether this peer has ever applied an update; only such peers have a vote on the swarm's head."""
+    heads: Annotated[list[Hash], Field(max_length=4)]
+    """Its heads before ``head``, newest first: lets others see that it went the same way."""
+    snapshot_step: Natural
+    """The newest snapshot that it serves, and that state's digest."""
+    snapshot_digest: Hash
+    maddrs: Annotated[list[Annotated[str, Field(max_length=160)]], Field(max_length=3)]
+    """Where it can be dialled."""
+    client_mode: bool
+    name: Annotated[str, Field(max_length=32)] = ""
+    version: Annotated[str, Field(max_length=16)] = ""
+    inner_step: Natural = 0
+    """Since the last outer step."""
+    inner_steps_planned: Natural = 0
+    loss: Finite | None = None
+    """Training loss, nats per token."""
+    held_out_loss: Finite | None = None
+    """Of theta, nats per token, at outer step ``held_out_step``; only where this peer evaluated it."""
+    held_out_step: Natural = 0
+    tokens: Natural = 0
+    """Trained on since this peer joined."""
+    tokens_per_s: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+    group_size: Natural = 0
+    """Of its last round."""
+    round_s: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+    """Seconds that its last round took."""
+    round_bytes: Natural = 0
+    """Sent and received in its last round."""
+
+    @property
+    def expires_s(self) -> float:
+        return self.issued_s + self.life_s
+
+    @property
+    def label(self) -> str:
+        return self.name or self.peer_id[-8:]
+
+
+def seal_record(record: Record, identity: Identity) -> bytes:
+    """ValueError when the record is larger than 1 kB."""
+    body = msgpack.packb(list(record.model_dump().values()))
+    sealed: bytes = msgpack.packb([body, identity.sign(SIGNATURE_CONTEXT + body)])
+    if len(sealed) > MAX_RECORD_BYTES:
+        raise ValueError(f"a record of {len(sealed)} bytes; shorten the peer's name or announce fewer addresses")
+    return sealed
+
+
+def open_record(data: bytes) -> Record:
+    """Parse and verify. ValueError for anything that its own peer did not sign in exactly this form."""
+    if len(data) > MAX_RECORD_BYTES:
+        raise ValueError("record too large")
+    envelope = unpack_plain(data)
+    if not (isinstance(envelope, list) and len(envelope) == 2 and all(isinstance(piece, bytes) for piece in envelope)):
+        raise ValueError("not a signed record")
+    body, signature = envelope
+    values, names = unpack_plain(body), list(Record.model_fields)
+    if not isinstance(values, list) or len(values) != len(names):
+        raise ValueError("a record of another version")
+    try:
+        record = Record.model_validate(dict(zip(names, values)))
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+        raise ValueError(f"record field {first['loc'][0]}: {first['msg']}") from error
+    if not verify(record.peer_id, SIGNATURE_CONTEXT + body, signature):
+        raise ValueError("the record's signature is not its peer's")
+    return record
+
+
+def is_current(record: Record, now_s: float) -> bool:
+    """Whether the record is of this time. Clocks of two peers may differ by up to a record's life."""
+    return now_s - record.life_s < record.issued_s < now_s + record.life_s
+
+
+def unpack_plain(data: bytes) -> Any:
+    """msgpack without extension types, without nesting deeper than C can check, and nothing after the value."""
+    try:
+        return msgpack.unpackb(data, strict_map_key=True, ext_hook=_no_extension, raw=False)
+    except (ValueError, msgpack.UnpackException, RecursionError, UnicodeDecodeError) as error:
+        raise ValueError("not plain msgpack") from error
+
+
+def _no_extension(code: int, data: bytes) -> object:
+    raise ValueError("msgpack extension types are not accepted")

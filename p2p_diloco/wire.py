@@ -1,0 +1,304 @@
+"""Frames and messages of our own streams. No hivemind here: a channel is a reader, a writer and who is at the other end.
+
+    frame     4 bytes, big-endian length <= 4 MiB, then as many bytes
+    message   a frame with msgpack [tag, {field: value}], at most its class's size, parsed by its class's schema
+
+Rules of this file: a length is checked before memory is taken; every read and every write has a time-out; whatever does
+not fit raises a RemoteError that names the peer; nothing is ever unpickled.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable
+from dataclasses import dataclass
+from typing import Annotated, ClassVar, Protocol, TypeVar
+
+import msgpack
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from p2p_diloco.config import Timeouts
+from p2p_diloco.errors import Gone, Misbehaved, Refused, Silent
+from p2p_diloco.records import MAX_RECORD_BYTES, Hash, Natural, unpack_plain
+
+MAX_FRAME_BYTES = 4 * 1024 * 1024
+MAX_MESSAGE_BYTES = 256 * 1024
+CHUNK_BYTES = 1024 * 1024
+"""Snapshots and updates are served in chunks of this size."""
+MAX_PARTS = 1 << 16
+"""A model of 17 billion parameters."""
+MAX_HEADS = 1024
+
+Sealed = Annotated[bytes, Field(max_length=MAX_RECORD_BYTES)]
+Reason = Annotated[str, Field(max_length=200)]
+T = TypeVar("T")
+
+
+class Message(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+    tag: ClassVar[str]
+    max_bytes: ClassVar[int] = MAX_MESSAGE_BYTES
+
+
+M = TypeVar("M", bound=Message)
+
+
+class Ready(Message):
+    """Member to leader: I am ready for a round. Answered by Roster, Redirect, Behind or No."""
+
+    tag = "ready"
+    readiness: Sealed
+    record: Sealed
+
+
+class Roster(Message):
+    """Leader to member: the signed readiness of every member, the leader's first."""
+
+    tag = "roster"
+    members: Annotated[list[Sealed], Field(max_length=256)]
+
+
+class Redirect(Message):
+    """I shall not lead: this peer ranks before me and is alive."""
+
+    tag = "redirect"
+    record: Sealed
+
+
+class Behind(Message):
+    """You stand on an older head than I do: catch up."""
+
+    tag = "behind"
+    record: Sealed
+
+
+class No(Message):
+    tag = "no"
+    reason: Reason
+
+
+class Closing(Message):
+    """Leader to a peer that is not ready: the round on this head closes in ``gather_s``. Answered by Eta or No."""
+
+    tag = "closing"
+    head: Hash
+    gather_s: Annotated[float, Field(ge=0, le=600, allow_inf_nan=False)]
+
+
+class Eta(Message):
+    """I shall be ready in ``eta_s``."""
+
+    tag = "eta"
+    eta_s: Annotated[float, Field(ge=0, le=86400, allow_inf_nan=False)]
+
+
+class Contribute(Message):
+    """Sender to reducer; then, as frames, the sender's contributions to the reducer's parts, in order. The reducer
+    answers with as many frames: a byte with the mask's length, the mask, the encoded mean."""
+
+    tag = "contribute"
+    round_id: Hash
+
+
+class Receipt(Message):
+    """Member to leader: the hashes of the parts I hold; empty where I hold none. Answered by Commit or No."""
+
+    tag = "receipt"
+    max_bytes = MAX_FRAME_BYTES
+    round_id: Hash
+    part_hashes: Annotated[list[Annotated[bytes, Field(max_length=32)]], Field(max_length=MAX_PARTS)]
+
+
+class Commit(Message):
+    """Leader to member: this is the update. ``holders[i]`` is the index in the roster of one who holds part ``i``."""
+
+    tag = "commit"
+    max_bytes = MAX_FRAME_BYTES
+    round_id: Hash
+    contributors: Annotated[list[Annotated[int, Field(ge=0, lt=256)]], Field(max_length=256)]
+    """Members whose contributions are in the update."""
+    part_hashes: Annotated[list[Hash], Field(max_length=MAX_PARTS)]
+    holders: Annotated[list[Annotated[int, Field(ge=0, lt=256)]], Field(max_length=MAX_PARTS)]
+
+
+class AskPart(Message):
+    """Answered by one frame, as in Contribute, or No."""
+
+    tag = "ask-part"
+    round_id: Hash
+    part: Natural
+    hash: Hash
+
+
+class AskHeads(Message):
+    """Answered by Heads."""
+
+    tag = "ask-heads"
+    since: Natural
+
+
+class Heads(Message):
+    """The heads at outer steps ``first``, ``first + 1``, ... that I can lead to from my ledger."""
+
+    tag = "heads"
+    first: Natural
+    heads: Annotated[list[Hash], Field(max_length=MAX_HEADS)]
+
+
+class AskUpdate(Message):
+    """Answered by Size and then as many bytes in frames of CHUNK_BYTES, or No."""
+
+    tag = "ask-update"
+    step: Natural
+    head: Hash
+    """The head that the update leads to."""
+
+
+class AskSnapshot(Message):
+    """Answered by Size (of the whole file) and then its bytes from ``offset`` on in frames of CHUNK_BYTES, or No."""
+
+    tag = "ask-snapshot"
+    step: Natural
+    digest: Hash
+    offset: Natural
+
+
+class Size(Message):
+    tag = "size"
+    size_bytes: Natural
+
+
+class AskManifest(Message):
+    """Answered by one frame, the signed manifest."""
+
+    tag = "ask-manifest"
+
+
+class Push(Message):
+    """My newest record, when it matters at once: I have joined, or I am leaving. Answered by Done."""
+
+    tag = "push"
+    record: Sealed
+
+
+class Done(Message):
+    tag = "done"
+
+
+MESSAGES: dict[str, type[Message]] = {kind.tag: kind for kind in Message.__subclasses__()}
+
+
+class Writer(Protocol):
+    def write(self, data: bytes | memoryview, /) -> None: ...
+    async def drain(self) -> None: ...
+    def close(self) -> None: ...
+
+
+@dataclass(kw_only=True)
+class Channel:
+    """One stream to one authenticated peer. Counts its bytes, frame headers included."""
+
+    peer_id: str
+    reader: asyncio.StreamReader
+    writer: Writer
+    timeouts: Timeouts
+    bytes_sent: int = 0
+    bytes_received: int = 0
+
+    async def send_frame(self, *pieces: bytes | memoryview) -> None:
+        """Raises Silent when the peer does not read, Gone when the stream is closed."""
+        size = sum(len(piece) for piece in pieces)
+        if size > MAX_FRAME_BYTES:
+            raise ValueError(f"a frame of {size} bytes")
+
+        async def write() -> None:
+            self.writer.write(size.to_bytes(4, "big"))
+            for piece in pieces:
+                self.writer.write(piece)
+            await self.writer.drain()
+
+        await self._bounded(write(), self.timeouts.write_s, "does not read what we send")
+        self.bytes_sent += 4 + size
+
+    async def receive_frame(self, max_bytes: int, timeout_s: float) -> bytes:
+        """Raises Misbehaved for a longer frame, before its bytes are read; Silent after ``timeout_s``; Gone."""
+
+        async def read() -> bytes:
+            size = int.from_bytes(await self.reader.readexactly(4), "big")
+            if size > max_bytes:
+                raise Misbehaved(self.peer_id, f"announces a frame of {size} bytes where at most {max_bytes} are due")
+            return await self.reader.readexactly(size)
+
+        data = await self._bounded(read(), timeout_s, f"has sent nothing for {timeout_s:g} s")
+        self.bytes_received += 4 + len(data)
+        return data
+
+    async def send(self, message: Message) -> None:
+        await self.send_frame(msgpack.packb([message.tag, message.model_dump()]))
+
+    async def receive(self, *kinds: type[M], timeout_s: float) -> M:
+        """One message of one of ``kinds``. Raises Refused for a No that is not among them; else as receive_frame."""
+        data = await self.receive_frame(max(kind.max_bytes for kind in kinds), timeout_s)
+        message = self._parse(data)
+        if isinstance(message, kinds):
+            return message
+        if isinstance(message, No):
+            raise Refused(self.peer_id, message.reason)
+        raise Misbehaved(self.peer_id, f"sends {message.tag} out of turn")
+
+    async def request(self, message: Message, *kinds: type[M], timeout_s: float | None = None) -> M:
+        await self.send(message)
+        return await self.receive(*kinds, timeout_s=self.timeouts.request_s if timeout_s is None else timeout_s)
+
+    def close(self) -> None:
+        self.writer.close()
+
+    def _parse(self, data: bytes) -> Message:
+        try:
+            content = unpack_plain(data)
+            if not (isinstance(content, list) and len(content) == 2 and isinstance(content[0], str)):
+                raise ValueError("not a message")
+            kind = MESSAGES.get(content[0])
+            if kind is None:
+                raise ValueError("a message of no known kind")
+            return kind.model_validate(content[1])
+        except ValidationError as error:
+            first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+            raise Misbehaved(self.peer_id, f"sends a malformed message ({first['loc']}: {first['msg']})") from error
+        except ValueError as error:
+            raise Misbehaved(self.peer_id, f"sends a malformed message ({error})") from error
+
+    async def _bounded(self, work: Awaitable[T], timeout_s: float, complaint: str) -> T:
+        try:
+            return await asyncio.wait_for(work, timeout_s)
+        except asyncio.TimeoutError:
+            raise Silent(self.peer_id, complaint) from None
+        except (asyncio.IncompleteReadError, OSError) as error:
+            raise Gone(self.peer_id, "closed the stream") from error
+
+
+class Handler(Protocol):
+    """Serves one incoming stream; the transport closes the channel afterwards."""
+
+    def __call__(self, channel: Channel, /) -> Awaitable[None]: ...
+
+
+class Transport(Protocol):
+    """What a peer needs of a network. ``node.Node`` is the real one; the tests have one in memory."""
+
+    peer_id: str
+    timeouts: Timeouts
+
+    async def open(self, peer_id: str, maddrs: list[str]) -> Channel:
+        """Raises Gone when the peer cannot be reached, Silent when that takes longer than ``connect_s``."""
+
+    async def publish(self, key: str, record: bytes, expires_s: float) -> bool:
+        """Store our signed record under ``key`` in the DHT. False when nobody took it."""
+
+    async def look_up(self, key: str) -> list[bytes]:
+        """The signed records under ``key``; unverified, bounded in number and size. Empty when nothing is found."""
+
+    async def maddrs(self) -> list[str]:
+        """Where others can dial us, the most public address first, each ending in /p2p/PEER-ID."""
+
+
