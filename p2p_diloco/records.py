@@ -8,7 +8,7 @@ A record is a claim, not a fact: it says where its peer stands, never where the 
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import msgpack
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -18,6 +18,7 @@ from p2p_diloco.outer import HASH_BYTES
 
 MAX_RECORD_BYTES = 1024
 MAX_RECORD_LIFE_S = 900.0
+MAX_PEERS_KNOWN = 4096
 SIGNATURE_CONTEXT = b"p2p-diloco record\0"
 RUNS_KEY = "p2p-diloco.runs"
 """DHT key under which some peers of every run announce it, so that one address is enough to join."""
@@ -29,12 +30,46 @@ Finite = Annotated[float, Field(allow_inf_nan=False)]
 Natural = Annotated[int, Field(ge=0, lt=2**60)]
 
 
-class Record(BaseModel):
-    """The fields' order is the wire's order: append only."""
+class Signed(BaseModel):
+    """What a peer states under its signature. The fields' order is the wire's order: append only."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
     peer_id: Annotated[str, Field(min_length=1, max_length=MAX_PEER_ID_CHARS)]
+
+
+S = TypeVar("S", bound=Signed)
+
+
+def seal(statement: Signed, context: bytes, identity: Identity) -> bytes:
+    """``context`` keeps a signature under one kind of statement from being one under another kind."""
+    body = msgpack.packb(list(statement.model_dump().values()))
+    sealed: bytes = msgpack.packb([body, identity.sign(context + body)])
+    return sealed
+
+
+def unseal(data: bytes, kind: type[S], context: bytes) -> S:
+    """Parse and verify. ValueError for anything that its own peer did not sign in exactly this form."""
+    if len(data) > MAX_RECORD_BYTES:
+        raise ValueError(f"a signed {kind.__name__.lower()} that is too large")
+    envelope = unpack_plain(data)
+    if not (isinstance(envelope, list) and len(envelope) == 2 and all(isinstance(piece, bytes) for piece in envelope)):
+        raise ValueError(f"not a signed {kind.__name__.lower()}")
+    body, signature = envelope
+    values, names = unpack_plain(body), list(kind.model_fields)
+    if not isinstance(values, list) or len(values) != len(names):
+        raise ValueError(f"a {kind.__name__.lower()} of another version")
+    try:
+        statement = kind.model_validate(dict(zip(names, values)))
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+        raise ValueError(f"{kind.__name__.lower()} field {first['loc'][0]}: {first['msg']}") from error
+    if not verify(statement.peer_id, context + body, signature):
+        raise ValueError(f"the {kind.__name__.lower()} is not signed by its peer")
+    return statement
+
+
+class Record(Signed):
     run_id: Annotated[str, Field(pattern=r"^[0-9a-f]{40}$")]
     run_name: Annotated[str, Field(max_length=64)]
     issued_s: Annotated[float, Field(ge=0, le=1e11)]
@@ -86,37 +121,62 @@ class Record(BaseModel):
 
 def seal_record(record: Record, identity: Identity) -> bytes:
     """ValueError when the record is larger than 1 kB."""
-    body = msgpack.packb(list(record.model_dump().values()))
-    sealed: bytes = msgpack.packb([body, identity.sign(SIGNATURE_CONTEXT + body)])
+    sealed = seal(record, SIGNATURE_CONTEXT, identity)
     if len(sealed) > MAX_RECORD_BYTES:
         raise ValueError(f"a record of {len(sealed)} bytes; shorten the peer's name or announce fewer addresses")
     return sealed
 
 
 def open_record(data: bytes) -> Record:
-    """Parse and verify. ValueError for anything that its own peer did not sign in exactly this form."""
-    if len(data) > MAX_RECORD_BYTES:
-        raise ValueError("record too large")
-    envelope = unpack_plain(data)
-    if not (isinstance(envelope, list) and len(envelope) == 2 and all(isinstance(piece, bytes) for piece in envelope)):
-        raise ValueError("not a signed record")
-    body, signature = envelope
-    values, names = unpack_plain(body), list(Record.model_fields)
-    if not isinstance(values, list) or len(values) != len(names):
-        raise ValueError("a record of another version")
-    try:
-        record = Record.model_validate(dict(zip(names, values)))
-    except ValidationError as error:
-        first = error.errors(include_url=False, include_context=False, include_input=False)[0]
-        raise ValueError(f"record field {first['loc'][0]}: {first['msg']}") from error
-    if not verify(record.peer_id, SIGNATURE_CONTEXT + body, signature):
-        raise ValueError("the record's signature is not its peer's")
-    return record
+    """ValueError for anything that its own peer did not sign in exactly this form."""
+    return unseal(data, Record, SIGNATURE_CONTEXT)
 
 
 def is_current(record: Record, now_s: float) -> bool:
     """Whether the record is of this time. Clocks of two peers may differ by up to a record's life."""
     return now_s - record.life_s < record.issued_s < now_s + record.life_s
+
+
+class Directory:
+    """The newest record of every other peer, and who did not answer although its record says that it lives."""
+
+    def __init__(self, peer_id: str, run_id: str) -> None:
+        self.peer_id = peer_id
+        self.run_id = run_id
+        self._records: dict[str, Record] = {}
+        self._suspects: dict[str, float] = {}
+        """Peer id -> ``issued_s`` of the record that turned out untrue."""
+
+    def learn(self, sealed: bytes, now_s: float) -> Record | None:
+        """Take in a record from anywhere. None when it is ours, old, or of another run; ValueError when it is not sound."""
+        known = open_record(sealed)
+        if known.peer_id == self.peer_id or known.run_id != self.run_id or not is_current(known, now_s):
+            return None
+        newest = self._records.get(known.peer_id)
+        if newest is None and len(self._records) >= MAX_PEERS_KNOWN:
+            return None
+        if newest is None or newest.issued_s < known.issued_s:
+            self._records[known.peer_id] = known
+        return self._records[known.peer_id]
+
+    def suspect(self, peer_id: str) -> None:
+        """Do not count on this peer until it signs a newer record."""
+        if peer_id in self._records:
+            self._suspects[peer_id] = self._records[peer_id].issued_s
+
+    def live(self, now_s: float) -> list[Record]:
+        """Records of the peers that are there, in the order of their ids."""
+        for peer_id in [p for p, record in self._records.items() if not is_current(record, now_s)]:
+            del self._records[peer_id]
+            self._suspects.pop(peer_id, None)
+        return [
+            record
+            for peer_id, record in sorted(self._records.items())
+            if record.phase != "left" and self._suspects.get(peer_id, -1.0) < record.issued_s
+        ]
+
+    def get(self, peer_id: str) -> Record | None:
+        return self._records.get(peer_id)
 
 
 def unpack_plain(data: bytes) -> Any:

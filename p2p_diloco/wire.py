@@ -1,4 +1,4 @@
-"""Frames and messages of our own streams. No hivemind here: a channel is a reader, a writer and who is at the other end.
+"""Frames and messages of our own streams. No hivemind here: a channel is a reader, a writer and the peer beyond.
 
     frame     4 bytes, big-endian length <= 4 MiB, then as many bytes
     message   a frame with msgpack [tag, {field: value}], at most its class's size, parsed by its class's schema
@@ -28,6 +28,14 @@ CHUNK_BYTES = 1024 * 1024
 MAX_PARTS = 1 << 16
 """A model of 17 billion parameters."""
 MAX_HEADS = 1024
+MANIFEST_PROTOCOL = "p2p-diloco/1/manifest"
+"""Who knows a peer's address, but no run id yet, can ask for the manifest."""
+
+
+def run_protocol(run_id: str) -> str:
+    """All other streams. Handler names are global to a libp2p host, so the run's id is in them."""
+    return f"p2p-diloco/1/{run_id}"
+
 
 Sealed = Annotated[bytes, Field(max_length=MAX_RECORD_BYTES)]
 Reason = Annotated[str, Field(max_length=200)]
@@ -115,8 +123,6 @@ class Commit(Message):
     tag = "commit"
     max_bytes = MAX_FRAME_BYTES
     round_id: Hash
-    contributors: Annotated[list[Annotated[int, Field(ge=0, lt=256)]], Field(max_length=256)]
-    """Members whose contributions are in the update."""
     part_hashes: Annotated[list[Hash], Field(max_length=MAX_PARTS)]
     holders: Annotated[list[Annotated[int, Field(ge=0, lt=256)]], Field(max_length=MAX_PARTS)]
 
@@ -289,7 +295,10 @@ class Transport(Protocol):
     peer_id: str
     timeouts: Timeouts
 
-    async def open(self, peer_id: str, maddrs: list[str]) -> Channel:
+    async def serve(self, protocol: str, handler: Handler) -> None:
+        """From now on, every incoming stream of this protocol goes to ``handler``."""
+
+    async def open(self, peer_id: str, maddrs: list[str], protocol: str) -> Channel:
         """Raises Gone when the peer cannot be reached, Silent when that takes longer than ``connect_s``."""
 
     async def publish(self, key: str, record: bytes, expires_s: float) -> bool:

@@ -1,0 +1,217 @@
+"""What is decided: pure functions of (my standing, the records of others, signed readiness). No clock, no I/O.
+
+States of a peer, as its record shows them:
+
+    joining  -> inner                         state downloaded, or loaded from the own ledger
+    inner    -> gather                        H inner steps done, or the round is closing
+    gather   -> reduce -> settle -> apply     a group found; parts exchanged; the leader's commit
+    apply    -> evaluate | inner              one peer of the group evaluates theta
+    any      -> inner                         the round did not commit: nothing to clean up
+    inner    -> joining                       the swarm's head is not mine, nor one that I have passed: catch up
+
+Rules of this file:
+
+    - Nobody can choose to lead: ranks are hashes of head and peer id, and change with every head.
+    - Only peers on the same head can meet.
+    - The swarm's head is never the loudest claim: it has a majority of those who have ever committed, or directly
+      extends a head that has one.
+    - A roster is believed only as far as its members signed it themselves.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from statistics import median_low
+from typing import Annotated
+
+from pydantic import Field
+
+from p2p_diloco.identity import Identity
+from p2p_diloco.outer import UpdateHeader, digest
+from p2p_diloco.records import Hash, Natural, Record, Signed, seal, unseal
+
+READINESS_CONTEXT = b"p2p-diloco readiness\0"
+LARGEST_WEIGHT_OVER_MEDIAN = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class Standing:
+    """Where a peer is: its outer step, its head, and the heads that led there, newest first."""
+
+    step: int
+    head: bytes
+    heads: tuple[bytes, ...]
+    committed: bool
+
+
+class Readiness(Signed):
+    """A peer's signed word that it is ready for one round on one head."""
+
+    run_id: Annotated[str, Field(pattern=r"^[0-9a-f]{40}$")]
+    step: Natural
+    head: Hash
+    weight: Annotated[int, Field(gt=0, lt=2**60)]
+    """Tokens that this peer trained on since it took theta."""
+    client_mode: bool
+    nonce: Annotated[bytes, Field(min_length=8, max_length=8)]
+    """New for every attempt, so that no two rounds have the same id."""
+
+
+def seal_readiness(readiness: Readiness, identity: Identity) -> bytes:
+    return seal(readiness, READINESS_CONTEXT, identity)
+
+
+def open_readiness(sealed: bytes) -> Readiness:
+    """ValueError for anything that its own peer did not sign in exactly this form."""
+    return unseal(sealed, Readiness, READINESS_CONTEXT)
+
+
+def new_nonce() -> bytes:
+    return os.urandom(8)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Group:
+    """Who meets in a round, in the order of rank; everything about the round that follows from the roster alone."""
+
+    round_id: bytes
+    step: int
+    head: bytes
+    members: tuple[Readiness, ...]
+    weights: tuple[int, ...]
+    """Tokens, at most four times the group's median: a false claim gains little."""
+    me: int
+
+    @property
+    def leader(self) -> int:
+        """Index of who settles the round: the first that can be dialled."""
+        return self.reducers[0]
+
+    @property
+    def reducers(self) -> tuple[int, ...]:
+        """Indices of the members that reduce. Client-mode members do not, unless there is nobody else."""
+        dialable = tuple(i for i, member in enumerate(self.members) if not member.client_mode)
+        return dialable or tuple(range(len(self.members)))
+
+    def reducer_of(self, part: int) -> int:
+        """Equal shares; never by claimed speed."""
+        return self.reducers[part % len(self.reducers)]
+
+    def header(self, part_hashes: Sequence[bytes]) -> UpdateHeader:
+        contributors = tuple((member.peer_id, weight) for member, weight in zip(self.members, self.weights))
+        return UpdateHeader(step=self.step, parent=self.head, contributors=contributors, part_hashes=tuple(part_hashes))
+
+
+def rank(head: bytes, peer_id: str) -> bytes:
+    return digest(head, peer_id.encode())
+
+
+def form_roster(sealed: Iterable[bytes], head: bytes, max_group: int) -> list[bytes]:
+    """The members of a round in the order of rank, the best ranked ones where there are too many."""
+    ranked = sorted(sealed, key=lambda one: rank(head, open_readiness(one).peer_id))
+    return ranked[:max_group]
+
+
+def check_roster(
+    sealed: Sequence[bytes], mine: Readiness, *, min_group: int, max_group: int, max_weight: int
+) -> Group:
+    """The group of a roster. ValueError unless every member signed for this very round, once, and I am one of them."""
+    if not min_group <= len(sealed) <= max_group:
+        raise ValueError(f"a roster of {len(sealed)}")
+    members = tuple(open_readiness(one) for one in sealed)
+    ids = [member.peer_id for member in members]
+    if len(set(ids)) != len(ids):
+        raise ValueError("a roster that names a peer twice")
+    if mine not in members:
+        raise ValueError("a roster without me")
+    for member in members:
+        if (member.run_id, member.step, member.head) != (mine.run_id, mine.step, mine.head):
+            raise ValueError("a roster with a member on another head")
+        if member.weight > max_weight:
+            raise ValueError(f"a roster with a weight of {member.weight}")
+    if ids != sorted(ids, key=lambda peer_id: rank(mine.head, peer_id)):
+        raise ValueError("a roster that is not in the order of rank")
+    largest = LARGEST_WEIGHT_OVER_MEDIAN * median_low(member.weight for member in members)
+    return Group(
+        round_id=digest(b"round", *sealed),
+        step=mine.step,
+        head=mine.head,
+        members=members,
+        weights=tuple(min(member.weight, largest) for member in members),
+        me=members.index(mine),
+    )
+
+
+def on_head(records: Iterable[Record], head: bytes) -> list[Record]:
+    """Trainers that will come to the next round on this head."""
+    return [r for r in records if r.head == head and r.role == "trainer" and r.phase not in ("joining", "left")]
+
+
+def leader_order(records: Iterable[Record], head: bytes, me: str, client_mode: bool) -> list[str]:
+    """Peer ids that may lead a round on ``head``, the first choice first; I am one unless in client mode."""
+    leaders = {r.peer_id for r in on_head(records, head) if not r.client_mode}
+    if not client_mode:
+        leaders.add(me)
+    return sorted(leaders, key=lambda peer_id: rank(head, peer_id))
+
+
+def evaluator(group: Group, head: bytes) -> str:
+    """Who evaluates theta after an outer step: another member every time."""
+    return min((member.peer_id for member in group.members), key=lambda peer_id: rank(head, peer_id))
+
+
+def announces_run(records: Iterable[Record], me: str) -> bool:
+    """Whether I announce the run to newcomers: some eight peers do, so the list stays short in a large swarm."""
+    return sum(record.peer_id < me for record in records) < 8
+
+
+def swarm_head(records: Iterable[Record], mine: Standing | None) -> tuple[int, bytes] | None:
+    """(outer step, head) of the swarm; None when nobody is there.
+
+    Voters are the live peers that have committed, and me if I have. The base is the newest head that most voters stand
+    on or have passed. A head that has the base in its history is newer than the base without contradicting it: of
+    those, the one with the most voters on or beyond it, then the newest, then the smaller digest. A claim from nowhere,
+    however new, extends nothing and changes nothing. Where no head has a majority (a healed partition), the same order
+    decides among all.
+    """
+    everybody = [(r.step, r.head, (r.head, *r.heads), r.committed) for r in records]
+    if mine is not None:
+        everybody.append((mine.step, mine.head, (mine.head, *mine.heads), mine.committed))
+    voters = [voter for voter in everybody if voter[3]] or everybody
+    if not voters:
+        return None
+    support: dict[tuple[int, bytes], int] = {}
+    for step, _, heads, _ in voters:
+        for back, head in enumerate(heads):
+            support[step - back, head] = support.get((step - back, head), 0) + 1
+
+    def order(candidate: tuple[int, bytes]) -> tuple[int, int, bytes]:
+        return (-support[candidate], -candidate[0], candidate[1])
+
+    agreed = [candidate for candidate, count in support.items() if 2 * count > len(voters)]
+    if not agreed:
+        return min(support, key=order)
+    base = max(agreed)
+    extending = {(step, head) for step, head, heads, _ in voters if base[1] in heads}
+    newer = [candidate for candidate in extending if candidate[0] > base[0]]
+    return min(newer, key=order) if newer else base
+
+
+def must_catch_up(mine: Standing, target: tuple[int, bytes] | None) -> bool:
+    """Whether the swarm's head is neither mine nor one that I have passed."""
+    return target is not None and target[1] != mine.head and target[1] not in mine.heads
+
+
+def ready_in_s(*, remaining_steps: int, step_s: float, since_step_s: float, gather_s: float) -> float:
+    """Seconds until a trainer will be ready that was told that the round closes in ``gather_s``: it finishes its
+    steps if there is time, else stops at the last step that ends in time, but not before one ends."""
+    next_end_s = max(step_s - since_step_s, 0.0)
+    if remaining_steps <= 0:
+        return 0.0
+    finish_s = next_end_s + (remaining_steps - 1) * step_s
+    if finish_s <= gather_s:
+        return finish_s
+    steps_in_time = int((gather_s - next_end_s) // step_s) if step_s > 0 and gather_s > next_end_s else 0
+    return next_end_s + steps_in_time * step_s
