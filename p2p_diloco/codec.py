@@ -5,7 +5,8 @@ its block and no more. Layout of int8 and int4: all scales (little-endian float3
 two values in a byte, the first in the low nibble, as value + 8.
 
 Decoding is an integer times a float32 scale, one rounding, so every machine gets the same bits. Sizes follow from the
-number of values alone: a wrong length is known before anything is decoded, and nothing expands.
+number of values alone: a wrong length is known before anything is decoded, and nothing expands. Magnitudes are bounded
+far below float32's largest, so that neither decoding, nor a mean over a group, nor the momentum can overflow.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ Vector = npt.NDArray[np.float32]
 
 BLOCK = {"int8": 256, "int4": 64}
 LARGEST = {"int8": 127, "int4": 7}
-FP16_LARGEST = 65504.0
+LARGEST_VALUE = {"fp32": 1e30, "fp16": 65504.0, "int8": 1e30, "int4": 1e30}
+"""Encoding clamps to this magnitude."""
 
 
 def encoded_bytes(n: int, codec: Codec) -> int:
@@ -35,17 +37,19 @@ def encoded_bytes(n: int, codec: Codec) -> int:
 
 
 def encode(values: Vector, codec: Codec) -> bytes:
-    """``values``: float32 [n], all finite. fp16 clamps at 65504. ValueError when a value is not finite."""
+    """``values``: float32 [n]; clamped to the codec's largest value. ValueError when one is not finite."""
     if not np.isfinite(values).all():
         raise ValueError("only finite values can be encoded")
+    clamped: Vector = np.clip(values, -LARGEST_VALUE[codec], LARGEST_VALUE[codec])
     if codec == "fp32":
-        return values.astype("<f4", copy=False).tobytes()
+        return clamped.astype("<f4", copy=False).tobytes()
     if codec == "fp16":
-        return np.clip(values, -FP16_LARGEST, FP16_LARGEST).astype("<f2").tobytes()
-    n, block = len(values), BLOCK[codec]
-    blocks = values if n % block == 0 else np.pad(values, (0, -n % block))
+        return clamped.astype("<f2").tobytes()
+    n, block = len(clamped), BLOCK[codec]
+    blocks = clamped if n % block == 0 else np.pad(clamped, (0, -n % block))
     blocks = blocks.reshape(-1, block)
-    scales = np.maximum(blocks.max(axis=1), -blocks.min(axis=1)) / np.float32(LARGEST[codec])  # [blocks]
+    largest: Vector = np.maximum(blocks.max(axis=1), -blocks.min(axis=1))  # [blocks]
+    scales: Vector = largest / np.float32(LARGEST[codec])
     # A block of zeros, or so small that its scale is denormal, becomes zeros.
     scales[scales < np.finfo(np.float32).tiny] = 0
     inverse = np.divide(1, scales, out=np.zeros_like(scales), where=scales > 0)
@@ -59,19 +63,19 @@ def encode(values: Vector, codec: Codec) -> bytes:
 
 
 def decode(data: bytes | memoryview, n: int, codec: Codec) -> Vector:
-    """float32 [n], all finite. ValueError when the length is wrong, or a value or scale is not finite."""
+    """float32 [n]. ValueError when the length is wrong, or a value or scale is not finite or too large."""
     if len(data) != encoded_bytes(n, codec):
         raise ValueError(f"{len(data)} bytes for {n} values of {codec}, expected {encoded_bytes(n, codec)}")
     if codec in ("fp32", "fp16"):
         values = np.frombuffer(data, "<f4" if codec == "fp32" else "<f2").astype(np.float32)
-        if not np.isfinite(values).all():
-            raise ValueError("a value is not finite")
+        if not (np.isfinite(values).all() and (np.abs(values) <= np.float32(LARGEST_VALUE[codec])).all()):
+            raise ValueError("a value is not finite or too large")
         return values
     block = BLOCK[codec]
     n_blocks = -(-n // block)
     scales = np.frombuffer(data, "<f4", n_blocks)
-    # 3e36 leaves room for the largest integer, -128, and for a sum over a group, in float32.
-    if not (np.isfinite(scales).all() and (scales >= 0).all() and (scales <= 3e36).all()):
+    largest_scale = np.float32(LARGEST_VALUE[codec]) / np.float32(LARGEST[codec])
+    if not (np.isfinite(scales).all() and (scales >= 0).all() and (scales <= largest_scale).all()):
         raise ValueError("a scale is not finite, negative or too large")
     if codec == "int8":
         integers = np.frombuffer(data, np.int8, n, offset=4 * n_blocks)
@@ -82,9 +86,8 @@ def decode(data: bytes | memoryview, n: int, codec: Codec) -> Vector:
         integers = nibbles[:n] - np.int8(8)
     whole = n // block * block
     values = np.empty(n, np.float32)
-    np.multiply(
-        integers[:whole].reshape(-1, block), scales[: n // block, None], out=values[:whole].reshape(-1, block), dtype=np.float32
-    )
+    blocks = values[:whole].reshape(-1, block)
+    np.multiply(integers[:whole].reshape(-1, block), scales[: n // block, None], out=blocks, dtype=np.float32)
     if whole < n:
         np.multiply(integers[whole:], scales[-1], out=values[whole:], dtype=np.float32)
     return values

@@ -45,9 +45,13 @@ class Timeouts:
     leave_s: float = 6.0
     """For saying goodbye; after that the processes end anyway."""
 
+    def round_limit_s(self, vector_bytes: int) -> float:
+        """Longest time that reduce and settle of a vector may take."""
+        return self.round_s + vector_bytes / self.min_rate_bytes_per_s
+
     def scaled(self, factor: float) -> Timeouts:
-        values = {name: value / factor if name == "min_rate_bytes_per_s" else value * factor for name, value in vars(self).items()}
-        return Timeouts(**values)
+        waits = {name: wait_s * factor for name, wait_s in vars(self).items()}
+        return Timeouts(**waits | {"min_rate_bytes_per_s": self.min_rate_bytes_per_s / factor})
 
 
 class PeerConfig(BaseModel):

@@ -52,7 +52,10 @@ class Identity:
             raise UsageError(f"identity {path}: cannot be read ({error.strerror})") from error
         if len(data) != 68 or not data.startswith(PRIVATE_KEY_PREFIX):
             raise UsageError(f"identity {path}: not an Ed25519 libp2p key; name another file, or move this one away")
-        return cls.from_seed(data[4:36])
+        identity = cls.from_seed(data[4:36])
+        if identity.to_bytes() != data:
+            raise UsageError(f"identity {path}: damaged, its two halves do not match; restore it, or move it away")
+        return identity
 
     @classmethod
     def _create(cls, path: Path) -> Identity:
@@ -60,8 +63,10 @@ class Identity:
         temporary = path.with_name(path.name + ".tmp")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            temporary.write_bytes(identity.to_bytes())
-            temporary.chmod(0o600)
+            with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
+                file.write(identity.to_bytes())
+                file.flush()
+                os.fsync(file.fileno())
             os.replace(temporary, path)
         except OSError as error:
             raise UsageError(f"identity {path}: cannot be written ({error.strerror})") from error
@@ -87,7 +92,7 @@ def verify(peer_id: str, message: bytes, signature: bytes) -> bool:
 
 
 def public_key_of(peer_id: str) -> Ed25519PublicKey | None:
-    """None when ``peer_id`` is not the id of an Ed25519 key (RSA ids, garbage)."""
+    """None when ``peer_id`` is not *the* id of an Ed25519 key (RSA ids, garbage, another spelling of an id)."""
     if not 0 < len(peer_id) <= MAX_PEER_ID_CHARS:
         return None
     try:
@@ -95,6 +100,8 @@ def public_key_of(peer_id: str) -> Ed25519PublicKey | None:
     except ValueError:
         return None
     if len(data) != len(PEER_ID_PREFIX) + 32 or not data.startswith(PEER_ID_PREFIX):
+        return None
+    if base58.b58encode(data).decode() != peer_id:  # the decoder passes over white space at the end
         return None
     try:
         return Ed25519PublicKey.from_public_bytes(data[len(PEER_ID_PREFIX) :])

@@ -230,17 +230,17 @@ def open_manifest(data: bytes, source: str) -> RunManifest:
         raise UsageError(f"{source}: the manifest has {len(data)} bytes, more than {MAX_MANIFEST_BYTES}")
     try:
         envelope = json.loads(data)
-        body, signature = envelope["manifest"], bytes.fromhex(envelope["signature"])
-        protocol = body["protocol"]
+        body, signature = canonical_json(envelope["manifest"]), bytes.fromhex(envelope["signature"])
+        protocol = int(envelope["manifest"]["protocol"])
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise UsageError(f"{source}: not a signed manifest") from error
     if protocol != PROTOCOL:
         raise UsageError(
-            f"{source}: the run speaks protocol {protocol!r}, this is p2p-diloco with protocol {PROTOCOL}; "
+            f"{source}: the run speaks protocol {protocol}, this is p2p-diloco with protocol {PROTOCOL}; "
             f"install the version of p2p-diloco that the run's owner uses"
         )
     try:
-        manifest = RunManifest.model_validate_json(json.dumps(body))
+        manifest = RunManifest.model_validate_json(body)
     except ValidationError as error:
         raise UsageError(f"{source}: {explain(error, RunManifest)}") from error
     if not verify(manifest.owner, SIGNATURE_CONTEXT + manifest.canonical_bytes, signature):

@@ -1,17 +1,18 @@
 """What is computed: the replicated outer state, the update of an outer step, and how one follows from the other.
 
-The outer state ``S_t = (theta_t, momentum_t, head_t)`` is the same bits on every peer. An update ``U_t`` is the averaged
-outer gradient as it went over the wire. Then ``S_{t+1} = apply(S_t, U_t)`` and ``head_{t+1} = H(head_t, U_t)``, so that 32
-bytes name the whole history.
+The outer state ``S_t = (theta_t, momentum_t, head_t)`` is the same bits on every peer. An update ``U_t`` is the
+averaged outer gradient as it went over the wire. Then ``S_{t+1} = apply(S_t, U_t)`` and
+``head_{t+1} = H(head_t, U_t)``, so that 32 bytes name the whole history.
 
-Rules of this file: numpy float32 only, every multiply and every add a ufunc of its own (a fused multiply-add rounds once
-instead of twice, and not every processor has it), no BLAS, no reductions in ``apply``, no clock, no I/O.
+Rules of this file: numpy float32 only, every multiply and every add a ufunc of its own (a fused multiply-add rounds
+once instead of twice, and not every processor has it), no BLAS, no reductions in ``apply``, no clock, no I/O.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from hashlib import blake2b
 
 import blake3
@@ -19,6 +20,7 @@ import msgpack
 import numpy as np
 
 from p2p_diloco.codec import Codec, Vector, decode, encoded_bytes
+from p2p_diloco.identity import MAX_PEER_ID_CHARS
 
 PART_VALUES = 256 * 1024
 HASH_BYTES = 32
@@ -88,9 +90,8 @@ class UpdateHeader:
                 and type(parent) is bytes
                 and len(parent) == HASH_BYTES
                 and 0 < len(header.contributors) <= MAX_CONTRIBUTORS
-                and all(
-                    type(p) is str and 0 < len(p) <= 64 and type(w) is int and 0 < w < 2**60 for p, w in header.contributors
-                )
+                and all(type(p) is str and 0 < len(p) <= MAX_PEER_ID_CHARS for p, _ in header.contributors)
+                and all(type(w) is int and 0 < w < 2**60 for _, w in header.contributors)
                 and len({p for p, _ in header.contributors}) == len(header.contributors)
                 and all(type(h) is bytes and len(h) == HASH_BYTES for h in header.part_hashes)
             )
@@ -100,7 +101,7 @@ class UpdateHeader:
             raise ValueError("not an update header: a field is out of its bounds")
         return header
 
-    @property
+    @cached_property
     def head(self) -> bytes:
         """``head_{t+1} = H(head_t, U_t)``; the part hashes stand for the values."""
         return digest(self.parent, digest(self.to_bytes()))
@@ -108,7 +109,7 @@ class UpdateHeader:
 
 @dataclass(frozen=True, kw_only=True)
 class Update:
-    """``U_t``. Complete by construction: ``parts[i].hash == header.part_hashes[i]``."""
+    """``U_t``. Complete by construction: ``parts[i].hash == header.part_hashes[i]``, and masks name contributors."""
 
     header: UpdateHeader
     parts: tuple[Part, ...]
@@ -116,6 +117,8 @@ class Update:
     def __post_init__(self) -> None:
         if tuple(part.hash for part in self.parts) != self.header.part_hashes:
             raise ValueError(f"the parts of update {self.header.step} do not have the hashes that its header names")
+        for part in self.parts:
+            check_mask(part.mask, len(self.header.contributors))
 
 
 @dataclass(kw_only=True)
@@ -130,15 +133,15 @@ class OuterState:
     def digest(self) -> bytes:
         """blake3 of all bits of the state, 32 bytes: equal digests, equal replicas."""
         h = blake3.blake3(self.step.to_bytes(8, "big") + self.head)
-        h.update(memoryview(self.theta).cast("B"))
-        h.update(memoryview(self.momentum).cast("B"))
+        h.update(self.theta.data.cast("B"))
+        h.update(self.momentum.data.cast("B"))
         return h.digest()
 
 
 def genesis_state(theta: Vector) -> OuterState:
     """``S_0``; its head names theta, so runs that start from other values never share a head."""
     momentum = np.zeros_like(theta)
-    head = digest(b"genesis", blake3.blake3(memoryview(theta).cast("B")).digest())
+    head = digest(b"genesis", blake3.blake3(theta.data.cast("B")).digest())
     return OuterState(step=0, head=head, theta=theta, momentum=momentum)
 
 
@@ -169,7 +172,7 @@ def apply(state: OuterState, update: Update, *, codec: Codec, lr: float, momentu
 
 
 def check_parts(parts: Sequence[Part], n: int, codec: Codec) -> None:
-    """ValueError unless ``parts`` are the encoded parts of a vector of ``n`` values. Costs one decoding of a part at a time."""
+    """ValueError unless ``parts`` are the encoded parts of a vector of ``n`` values. Decodes every part once."""
     slices = part_slices(n)
     if len(parts) != len(slices):
         raise ValueError(f"{len(parts)} parts, expected {len(slices)}")
@@ -181,7 +184,7 @@ def check_parts(parts: Sequence[Part], n: int, codec: Codec) -> None:
 
 
 def weighted_mean(contributions: Sequence[tuple[int, Vector]]) -> Vector:
-    """float32 [n], the mean of the outer gradients weighted by tokens: ``sum_i float32(w_i / W) * g_i``, in the given order.
+    """float32 [n], the mean of the outer gradients weighted by tokens: ``sum_i float32(w_i / W) * g_i``.
 
     The order is the roster's, so that a simulation without a network gets the same bits.
     """
@@ -192,5 +195,84 @@ def weighted_mean(contributions: Sequence[tuple[int, Vector]]) -> Vector:
     return mean
 
 
-def contributor_mask(indices: Sequence[int]) -> bytes:
-    return sum(1 << i for i in indices).to_bytes(MAX_CONTRIBUTORS // 8, "little").rstrip(b"\0")
+def contributor_mask(indices: Iterable[int]) -> bytes:
+    return sum(1 << i for i in set(indices)).to_bytes(MAX_CONTRIBUTORS // 8, "little").rstrip(b"\0")
+
+
+def check_mask(mask: bytes, n_contributors: int) -> None:
+    """ValueError unless ``contributor_mask`` would give ``mask`` for some of the contributors, or for none of them."""
+    if mask.endswith(b"\0") or int.from_bytes(mask, "little") >> n_contributors:
+        raise ValueError(f"a mask names others than the {n_contributors} contributors")
+
+
+# An update as bytes, on disk and on the wire:
+#
+#     magic and version     8 bytes
+#     header's length       4 bytes, big-endian
+#     header                msgpack
+#     head                  32 bytes: the header is as checkable as the parts, whose hashes it holds
+#     for each part         mask, padded to one bit per contributor; encoded values
+#
+# The header tells the length of everything behind it, so a wrong length is known from the first kilobytes.
+
+UPDATE_MAGIC = b"DiLoCoU\x01"
+
+
+def update_to_bytes(update: Update) -> bytes:
+    return b"".join(update_pieces(update))
+
+
+def update_pieces(update: Update) -> list[bytes]:
+    """What ``update_to_bytes`` joins; the parts' values are not copied."""
+    header = update.header.to_bytes()
+    mask_bytes = -(-len(update.header.contributors) // 8)
+    pieces = [UPDATE_MAGIC, len(header).to_bytes(4, "big"), header, update.header.head]
+    for part in update.parts:
+        pieces += [part.mask.ljust(mask_bytes, b"\0"), part.data]
+    return pieces
+
+
+def update_from_bytes(data: bytes, *, n: int, codec: Codec) -> Update:
+    """ValueError unless ``update_to_bytes`` would give ``data`` for an update of ``n`` values; they are not decoded."""
+    header, offset = open_update(data, len(data), n=n, codec=codec)
+    mask_bytes = -(-len(header.contributors) // 8)
+    parts = []
+    for where in part_slices(n):
+        values_at = offset + mask_bytes
+        end = values_at + encoded_bytes(where.stop - where.start, codec)
+        parts.append(Part(mask=data[offset:values_at].rstrip(b"\0"), data=data[values_at:end]))
+        offset = end
+    return Update(header=header, parts=tuple(parts))
+
+
+def open_update(start: bytes, size: int, *, n: int, codec: Codec) -> tuple[UpdateHeader, int]:
+    """The header of an update of ``size`` bytes, and where its parts begin. ``start``: its first bytes, at least
+    ``max_update_start_bytes(n)`` or all. ValueError when the size is not what the header makes it."""
+    header_bytes = int.from_bytes(start[8:12], "big")
+    if not start.startswith(UPDATE_MAGIC) or header_bytes > max_update_start_bytes(n):
+        raise ValueError("not an update")
+    header = UpdateHeader.from_bytes(start[12 : 12 + header_bytes])
+    offset = 12 + header_bytes + HASH_BYTES
+    if start[12 + header_bytes : offset] != header.head:
+        raise ValueError("the header of an update does not have the head beside it")
+    if len(header.part_hashes) != len(part_slices(n)):
+        raise ValueError(f"an update of {len(header.part_hashes)} parts, expected {len(part_slices(n))}")
+    expected = offset + _values_bytes(n, codec, -(-len(header.contributors) // 8))
+    if size != expected:
+        raise ValueError(f"an update of {size} bytes, expected {expected}")
+    return header, offset
+
+
+def max_update_start_bytes(n: int) -> int:
+    """Upper bound of all that comes before the parts: a contributor is an array of a string and an integer."""
+    contributor_bytes = 1 + 3 + 4 * MAX_PEER_ID_CHARS + 9  # 4: a character in UTF-8
+    header_bytes = 1 + 9 + (2 + HASH_BYTES) + 5 + MAX_CONTRIBUTORS * contributor_bytes
+    return 12 + header_bytes + 5 + (2 + HASH_BYTES) * len(part_slices(n)) + HASH_BYTES
+
+
+def max_update_bytes(n: int, codec: Codec) -> int:
+    return max_update_start_bytes(n) + _values_bytes(n, codec, MAX_CONTRIBUTORS // 8)
+
+
+def _values_bytes(n: int, codec: Codec, mask_bytes: int) -> int:
+    return sum(mask_bytes + encoded_bytes(where.stop - where.start, codec) for where in part_slices(n))
