@@ -23,6 +23,12 @@ SIGNATURE_CONTEXT = b"p2p-diloco record\0"
 RUNS_KEY = "p2p-diloco.runs"
 """DHT key under which some peers of every run announce it, so that one address is enough to join."""
 
+
+def peers_key(run_id: str) -> str:
+    """DHT key under which every peer of a run keeps its record, with its peer id as the subkey."""
+    return f"p2p-diloco.{run_id}.peers"
+
+
 Role = Literal["trainer", "seed"]
 Phase = Literal["joining", "inner", "gather", "reduce", "settle", "apply", "evaluate", "left"]
 Hash = Annotated[bytes, Field(min_length=HASH_BYTES, max_length=HASH_BYTES)]
@@ -144,11 +150,13 @@ class Directory:
         self.peer_id = peer_id
         self.run_id = run_id
         self._records: dict[str, Record] = {}
+        self._sealed: dict[str, bytes] = {}
         self._suspects: dict[str, float] = {}
         """Peer id -> ``issued_s`` of the record that turned out untrue."""
 
     def learn(self, sealed: bytes, now_s: float) -> Record | None:
-        """Take in a record from anywhere. None when it is ours, old, or of another run; ValueError when it is not sound."""
+        """Take in a record from anywhere; the newest one known of its peer. None when it is ours, out of date, or of
+        another run. ValueError when it is not sound."""
         known = open_record(sealed)
         if known.peer_id == self.peer_id or known.run_id != self.run_id or not is_current(known, now_s):
             return None
@@ -157,6 +165,7 @@ class Directory:
             return None
         if newest is None or newest.issued_s < known.issued_s:
             self._records[known.peer_id] = known
+            self._sealed[known.peer_id] = sealed
         return self._records[known.peer_id]
 
     def suspect(self, peer_id: str) -> None:
@@ -168,6 +177,7 @@ class Directory:
         """Records of the peers that are there, in the order of their ids."""
         for peer_id in [p for p, record in self._records.items() if not is_current(record, now_s)]:
             del self._records[peer_id]
+            del self._sealed[peer_id]
             self._suspects.pop(peer_id, None)
         return [
             record
@@ -177,6 +187,13 @@ class Directory:
 
     def get(self, peer_id: str) -> Record | None:
         return self._records.get(peer_id)
+
+    def sealed(self, peer_id: str) -> bytes | None:
+        return self._sealed.get(peer_id)
+
+    def maddrs(self, peer_id: str) -> list[str]:
+        record = self._records.get(peer_id)
+        return record.maddrs if record else []
 
 
 def unpack_plain(data: bytes) -> Any:

@@ -24,7 +24,7 @@ import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from statistics import median_low
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -44,6 +44,37 @@ class Standing:
     head: bytes
     heads: tuple[bytes, ...]
     committed: bool
+
+
+MissedReason = Literal["alone", "behind", "failed", "leaving"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Missed:
+    """A round that did not commit here. A value: there is nothing to clean up."""
+
+    reason: MissedReason
+    detail: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Progress:
+    """How far the trainer is, as it last reported. Times are the event loop's."""
+
+    inner_step: int = 0
+    """Since it took theta."""
+    planned: int = 0
+    step_s: float = 0.0
+    """Mean seconds of an inner step."""
+    reported_s: float = 0.0
+
+    def ready_in_s(self, now_s: float, gather_s: float) -> float:
+        return ready_in_s(
+            remaining_steps=self.planned - self.inner_step,
+            step_s=self.step_s,
+            since_step_s=now_s - self.reported_s,
+            gather_s=gather_s,
+        )
 
 
 class Readiness(Signed):
@@ -114,9 +145,7 @@ def form_roster(sealed: Iterable[bytes], head: bytes, max_group: int) -> list[by
     return ranked[:max_group]
 
 
-def check_roster(
-    sealed: Sequence[bytes], mine: Readiness, *, min_group: int, max_group: int, max_weight: int
-) -> Group:
+def check_roster(sealed: Sequence[bytes], mine: Readiness, *, min_group: int, max_group: int, max_weight: int) -> Group:
     """The group of a roster. ValueError unless every member signed for this very round, once, and I am one of them."""
     if not min_group <= len(sealed) <= max_group:
         raise ValueError(f"a roster of {len(sealed)}")

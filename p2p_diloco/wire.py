@@ -52,7 +52,8 @@ M = TypeVar("M", bound=Message)
 
 
 class Ready(Message):
-    """Member to leader: I am ready for a round. Answered by Roster, Redirect, Behind or No."""
+    """Member to leader: I am ready for a round. Answered by Eta, as often as the time changes, and then by
+    Roster, TooFew, Redirect, Behind or No."""
 
     tag = "ready"
     readiness: Sealed
@@ -66,6 +67,13 @@ class Roster(Message):
     members: Annotated[list[Sealed], Field(max_length=256)]
 
 
+class TooFew(Message):
+    """Leader to member: the round closed with fewer than the run's smallest group."""
+
+    tag = "too-few"
+    ready: Natural
+
+
 class Redirect(Message):
     """I shall not lead: this peer ranks before me and is alive."""
 
@@ -74,7 +82,7 @@ class Redirect(Message):
 
 
 class Behind(Message):
-    """You stand on an older head than I do: catch up."""
+    """The round you ask about is over: this is where I stand now. Catch up."""
 
     tag = "behind"
     record: Sealed
@@ -86,7 +94,8 @@ class No(Message):
 
 
 class Closing(Message):
-    """Leader to a peer that is not ready: the round on this head closes in ``gather_s``. Answered by Eta or No."""
+    """Leader to a peer that is not ready: the round on this head closes in ``gather_s``. Answered by Eta,
+    Behind or No; a member of a round on this very head answers when that round is over."""
 
     tag = "closing"
     head: Hash
@@ -94,7 +103,7 @@ class Closing(Message):
 
 
 class Eta(Message):
-    """I shall be ready in ``eta_s``."""
+    """I shall be ready (a member), or the round closes (a leader), in ``eta_s``."""
 
     tag = "eta"
     eta_s: Annotated[float, Field(ge=0, le=86400, allow_inf_nan=False)]
@@ -122,7 +131,6 @@ class Commit(Message):
 
     tag = "commit"
     max_bytes = MAX_FRAME_BYTES
-    round_id: Hash
     part_hashes: Annotated[list[Hash], Field(max_length=MAX_PARTS)]
     holders: Annotated[list[Annotated[int, Field(ge=0, lt=256)]], Field(max_length=MAX_PARTS)]
 
@@ -189,6 +197,25 @@ class Push(Message):
 
 class Done(Message):
     tag = "done"
+
+
+class Bell:
+    """Wakes all who wait for a change. Take ``event`` before reading the state: then no ring can be missed."""
+
+    def __init__(self) -> None:
+        self.event = asyncio.Event()
+
+    def ring(self) -> None:
+        self.event.set()
+        self.event = asyncio.Event()
+
+
+async def heard(event: asyncio.Event, timeout_s: float) -> None:
+    """Return when ``event`` is set, at the latest after ``timeout_s``."""
+    try:
+        await asyncio.wait_for(event.wait(), timeout_s)
+    except asyncio.TimeoutError:
+        return
 
 
 MESSAGES: dict[str, type[Message]] = {kind.tag: kind for kind in Message.__subclasses__()}
@@ -309,5 +336,3 @@ class Transport(Protocol):
 
     async def maddrs(self) -> list[str]:
         """Where others can dial us, the most public address first, each ending in /p2p/PEER-ID."""
-
-
