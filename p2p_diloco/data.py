@@ -1,0 +1,324 @@
+"""Text -> documents -> tokens on disk -> batches.
+
+    open_corpus   documents of the built-in text or of a user's files, tokenized once into memory-mapped files
+    Corpus        batch(...) is a pure function of (run seed, peer id, step, micro step): no loader state, no rank, no
+                  world size, so a peer that comes back draws what it would have drawn
+    Tokenizer     raw bytes, or the tokenizers library with the JSON that the manifest carries
+
+Tokens are kept in a cache: whole or not at all, checked when opened, written by one process while others wait.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import logging
+import os
+import shutil
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import closing, contextmanager, nullcontext, suppress
+from dataclasses import dataclass
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+from numpy.lib.stride_tricks import sliding_window_view
+
+from p2p_diloco.errors import DataError, UsageError
+from p2p_diloco.manifest import DataSpec, canonical_json
+from p2p_diloco.outer import digest
+from p2p_diloco.text import (
+    Document,
+    builtin_documents,
+    builtin_files,
+    first_line,
+    is_held_out,
+    reading,
+    user_documents,
+    user_files,
+)
+
+log = logging.getLogger(__name__)
+
+Tokens = npt.NDArray[np.unsignedinteger[Any]]
+
+CACHE_FORMAT = 1
+"""Raised when documents, separators or the layout of cached files change."""
+ENCODE_CHARS = 1024 * 1024
+"""Text that is held in memory and tokenized at once."""
+END_TOKENS = ("<|endoftext|>", "</s>", "<|end_of_text|>", "<eos>", "<|eos|>", "[EOS]", "<|im_end|>", "[SEP]")
+"""Under these names a tokenizer.json may have a token that ends a document; it does not say which one it is."""
+
+
+class Tokenizer(Protocol):
+    vocab_size: int
+    end: int | None
+    """The token after a document."""
+    dtype: type[np.unsignedinteger[Any]]
+
+    def encode(self, text: str) -> Tokens: ...
+
+    def encode_documents(self, documents: Sequence[Document]) -> Tokens:
+        """All of them in one array, with ``end`` after each that is complete."""
+
+    def decode(self, ids: Sequence[int]) -> str: ...
+
+
+class ByteTokenizer:
+    """UTF-8 as it is. A 0 byte ends a document."""
+
+    vocab_size = 256
+    end: int | None = 0
+    dtype: type[np.unsignedinteger[Any]] = np.uint8
+
+    def encode(self, text: str) -> Tokens:
+        return np.frombuffer(text.encode("utf-8", "replace"), np.uint8)
+
+    def encode_documents(self, documents: Sequence[Document]) -> Tokens:
+        pieces = (d.text.encode("utf-8", "replace") + (b"\0" if d.complete else b"") for d in documents)
+        return np.frombuffer(b"".join(pieces), np.uint8)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return bytes(ids).decode("utf-8", "replace")
+
+
+class LibraryTokenizer:
+    """A tokenizer.json of the tokenizers library. UsageError when it is not installed or cannot read the JSON."""
+
+    def __init__(self, tokenizer_json: str, source: str = "the run's tokenizer") -> None:
+        try:
+            import tokenizers
+        except ImportError:
+            raise UsageError(
+                f"{source}: needs the tokenizers library; install it with: pip install 'p2p-diloco[tokenizers]'"
+            ) from None
+        try:
+            self._tokenizer = tokenizers.Tokenizer.from_str(tokenizer_json)
+        except Exception as error:  # the library raises bare Exception
+            raise UsageError(f"{source}: the tokenizers library cannot read it ({first_line(error)})") from error
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        ids = self._tokenizer.get_vocab(with_added_tokens=True)
+        self.vocab_size = max(ids.values(), default=-1) + 1
+        if not self.vocab_size:
+            raise UsageError(f"{source}: its vocabulary is empty")
+        self.end: int | None = next((ids[name] for name in END_TOKENS if name in ids), None)
+        self.dtype: type[np.unsignedinteger[Any]] = np.uint16 if self.vocab_size <= 2**16 else np.uint32
+
+    def encode(self, text: str) -> Tokens:
+        return np.array(self._tokenizer.encode(well_formed(text), add_special_tokens=False).ids, self.dtype)
+
+    def encode_documents(self, documents: Sequence[Document]) -> Tokens:
+        texts = [well_formed(document.text) for document in documents]
+        ids: list[int] = []
+        for document, encoding in zip(documents, self._tokenizer.encode_batch(texts, add_special_tokens=False)):
+            ids += encoding.ids
+            if document.complete and self.end is not None:
+                ids.append(self.end)
+        return np.array(ids, self.dtype)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        text: str = self._tokenizer.decode(list(ids))
+        return text
+
+    def token(self, token_id: int) -> str:
+        """As it stands in the vocabulary."""
+        return str(self._tokenizer.id_to_token(token_id))
+
+
+def open_tokenizer(tokenizer_json: str) -> Tokenizer:
+    """From ``RunManifest.tokenizer_json``; empty means raw bytes."""
+    return LibraryTokenizer(tokenizer_json) if tokenizer_json else ByteTokenizer()
+
+
+def load_tokenizer_json(spec: DataSpec, base: Path) -> str:
+    """The text of the tokenizer.json that the run file names, without insignificant spaces; "" for raw bytes."""
+    if spec.tokenizer == "bytes":
+        return ""
+    path = base / spec.tokenizer
+    try:
+        text = json.dumps(json.loads(path.read_bytes()), separators=(",", ":"), ensure_ascii=False)
+    except FileNotFoundError:
+        raise UsageError(f'{path}: no such tokenizer; data.tokenizer is "bytes" or the path of one') from None
+    except OSError as error:
+        raise UsageError(f"{path}: cannot be read ({error.strerror})") from error
+    except ValueError as error:
+        raise UsageError(f"{path}: not a tokenizer.json ({first_line(error)})") from error
+    LibraryTokenizer(text, str(path))
+    return text
+
+
+@dataclass(frozen=True, kw_only=True)
+class Corpus:
+    train: Tokens
+    """uint8, uint16 or uint32 [tokens], memory-mapped, read-only."""
+    held_out: Tokens
+    vocab_size: int
+    fingerprint: str
+    """blake2b of the built-in text's names and contents, in hex; empty for a peer's own files."""
+
+    def batch(
+        self, *, run_seed: int, peer_id: str, step: int, batch_size: int, seq_len: int, micro_step: int = 0
+    ) -> npt.NDArray[np.int64]:
+        """int64 [batch_size, seq_len + 1]: windows at random offsets, the same ones for the same arguments.
+
+        Offsets are taken from the raw Philox stream: numpy guarantees it between versions, unlike ``integers``.
+        """
+        key = digest(b"batch", run_seed.to_bytes(8, "big"), peer_id.encode())[:16]
+        philox = np.random.Philox(key=int.from_bytes(key, "big"), counter=[0, 0, micro_step, step])
+        windows = sliding_window_view(self.train, seq_len + 1)  # [tokens - seq_len, seq_len + 1], not a copy
+        offsets = philox.random_raw(batch_size) % np.uint64(len(windows))  # uint64 [batch_size]
+        rows: npt.NDArray[np.int64] = windows[offsets.astype(np.int64)].astype(np.int64)
+        return rows
+
+    def held_out_batches(self, *, batch_size: int, seq_len: int, max_tokens: int) -> Iterator[npt.NDArray[np.int64]]:
+        """int64 [<= batch_size, seq_len + 1] each: consecutive windows from the start, every token a target once.
+
+        At most ``max_tokens`` targets, rounded down to whole windows, and at least one window.
+        """
+        windows = sliding_window_view(self.held_out, seq_len + 1)[::seq_len]
+        windows = windows[: max(max_tokens // seq_len, 1)]
+        for first in range(0, len(windows), batch_size):
+            yield windows[first : first + batch_size].astype(np.int64)
+
+
+def open_corpus(
+    spec: DataSpec, *, base: Path, cache: Path, tokenizer_json: str = "", override_path: Path | None = None
+) -> Corpus:
+    """Tokenizes the text unless ``cache`` holds its tokens. Processes that open the same text wait for one to do it.
+
+    ``base`` is the folder that paths in the spec are relative to; ``override_path`` are a volunteer's own files.
+    DataError names the file and what to do.
+    """
+    own = override_path if override_path is not None else base / spec.path if spec.path is not None else None
+    source = "the built-in text" if own is None else str(own)
+    tokenizer = open_tokenizer(tokenizer_json)
+    with reading(source):
+        root, files = builtin_files() if own is None else user_files(own)
+        listing = [[path.relative_to(root).as_posix(), path.stat().st_size, path.stat().st_mtime_ns] for path in files]
+    identity = [CACHE_FORMAT, own is None, spec.text_key, spec.held_out, tokenizer_json, str(root.resolve()), listing]
+    folder = cache / digest(b"corpus", canonical_json(identity))[:16].hex()
+    try:
+        corpus = cached(folder, tokenizer)
+        if corpus is None:
+            documents = builtin_documents(root, files) if own is None else user_documents(root, files, spec.text_key)
+            cache.mkdir(parents=True, exist_ok=True)
+            with locked(folder.with_suffix(".lock")) as alone:
+                corpus = cached(folder, tokenizer)
+                if corpus is None:
+                    if alone:
+                        for stale in (folder, *cache.glob(f"{folder.name}.*.tmp")):
+                            shutil.rmtree(stale, ignore_errors=True)
+                    log.info("tokenizing %s, %d files", source, len(files))
+                    # Without the lock another process may have been first, with the same tokens.
+                    with nullcontext() if alone else suppress(OSError):
+                        build(folder, documents, tokenizer, spec.held_out, fingerprinted=own is None)
+                    corpus = cached(folder, tokenizer)
+    except OSError as error:
+        raise DataError(
+            f"{cache}: cannot keep tokens here ({error.strerror}); they take about as much space as the text"
+        ) from error
+    if corpus is None:
+        raise DataError(f"{folder}: the tokens kept here are damaged; delete this folder")
+    for tokens, what, mend in (
+        (corpus.train, "training text", "add text, or lower data.seq_len"),
+        (corpus.held_out, "held-out text", "add text, raise data.held_out, or lower data.seq_len"),
+    ):
+        if len(tokens) < spec.seq_len + 1:
+            raise DataError(f"{source}: {len(tokens)} tokens of {what}, one sequence needs {spec.seq_len + 1}; {mend}")
+    return corpus
+
+
+class TokenFile:
+    """Tokens of one side of the split, tokenized about a million characters at a time."""
+
+    def __init__(self, path: Path, tokenizer: Tokenizer) -> None:
+        self.n_tokens = 0
+        self._tokenizer = tokenizer
+        self._file = path.open("wb")
+        self._waiting: list[Document] = []
+        self._waiting_chars = 0
+
+    def add(self, document: Document) -> None:
+        self._waiting.append(document)
+        self._waiting_chars += len(document.text)
+        if self._waiting_chars >= ENCODE_CHARS:
+            self._encode()
+
+    def finish(self) -> int:
+        """Bytes are on the disk when it returns, with the number of tokens."""
+        self._encode()
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        return self.n_tokens
+
+    def close(self) -> None:
+        self._file.close()
+
+    def _encode(self) -> None:
+        tokens = self._tokenizer.encode_documents(self._waiting)
+        self._file.write(tokens.data)
+        self.n_tokens += len(tokens)
+        self._waiting, self._waiting_chars = [], 0
+
+
+def build(
+    folder: Path, documents: Iterable[Document], tokenizer: Tokenizer, held_out: float, *, fingerprinted: bool
+) -> None:
+    """Writes ``folder`` whole or not at all: under a temporary name, synced, then renamed."""
+    temporary = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
+    temporary.mkdir()
+    h = blake2b(digest_size=32)
+    try:
+        with (
+            closing(TokenFile(temporary / "train.bin", tokenizer)) as train,
+            closing(TokenFile(temporary / "held_out.bin", tokenizer)) as other,
+        ):
+            for document in documents:
+                if fingerprinted:
+                    h.update(digest(document.name.encode(), document.text.encode("utf-8", "replace")))
+                (other if is_held_out(document.name, held_out) else train).add(document)
+            fingerprint = h.hexdigest() if fingerprinted else ""
+            facts = {"train": train.finish(), "held_out": other.finish(), "fingerprint": fingerprint}
+        (temporary / "corpus.json").write_bytes(canonical_json(facts))
+        os.replace(temporary, folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def cached(folder: Path, tokenizer: Tokenizer) -> Corpus | None:
+    """None when there are no tokens, or their files do not have the recorded sizes."""
+    arrays: dict[str, Tokens] = {}
+    try:
+        facts = json.loads((folder / "corpus.json").read_bytes())
+        for split in ("train", "held_out"):
+            path = folder / f"{split}.bin"
+            if path.stat().st_size != facts[split] * np.dtype(tokenizer.dtype).itemsize:
+                return None
+            arrays[split] = np.empty(0, tokenizer.dtype)
+            if facts[split]:  # numpy cannot map an empty file
+                arrays[split] = np.asarray(np.memmap(path, tokenizer.dtype, "r"))
+        fingerprint = str(facts["fingerprint"])
+    except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError):
+        return None
+    return Corpus(**arrays, vocab_size=tokenizer.vocab_size, fingerprint=fingerprint)
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[bool]:
+    """Holds the lock and yields True; or False where the file system has none: then two may do the same work."""
+    with path.open("wb") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX)
+        except OSError:
+            log.warning("%s: cannot be locked; going on without", path)
+            yield False
+        else:
+            yield True
+
+
+def well_formed(text: str) -> str:
+    """Without lone surrogates, which JSON can hold and UTF-8 cannot."""
+    return text.encode("utf-8", "replace").decode()

@@ -1,0 +1,338 @@
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+import pytest
+import tokenizers
+
+from p2p_diloco import data
+from p2p_diloco.data import ByteTokenizer, Corpus, LibraryTokenizer, load_tokenizer_json, open_corpus, open_tokenizer
+from p2p_diloco.errors import DataError, UsageError
+from p2p_diloco.manifest import DataSpec
+from p2p_diloco.text import builtin_files, is_held_out
+
+SPEC = DataSpec(source="path", path="texts", seq_len=16, held_out=0.3)
+TEXTS = {f"{i:02d}.txt": f"document {i:02d} says {'abc' * (i % 5)} and ends\n" for i in range(40)}
+
+
+def corpus_of(*, train: bytes = bytes(range(200)), held_out: bytes = bytes(range(100))) -> Corpus:
+    arrays = (np.frombuffer(train, np.uint8), np.frombuffer(held_out, np.uint8))
+    return Corpus(train=arrays[0], held_out=arrays[1], vocab_size=256, fingerprint="")
+
+
+def write_texts(folder: Path, texts: dict[str, str] = TEXTS) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, text in texts.items():
+        (folder / name).write_text(text)
+    return folder
+
+
+def documents(tokens: np.ndarray) -> set[str]:
+    return {piece.decode() for piece in tokens.tobytes().split(b"\0") if piece}
+
+
+def word_tokenizer(end: str | None = "</s>") -> str:
+    words = ["[UNK]", *("document", "says", "and", "ends"), *([end] if end else [])]
+    tokenizer = tokenizers.Tokenizer(
+        tokenizers.models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="[UNK]")
+    )
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    text: str = tokenizer.to_str()
+    return text
+
+
+def test_a_batch_is_a_function_of_its_arguments() -> None:
+    corpus = corpus_of()
+
+    def batch(**changed: object) -> bytes:
+        key = {"run_seed": 7, "peer_id": "anna", "step": 3, "micro_step": 0} | changed
+        return corpus.batch(batch_size=8, seq_len=16, **key).tobytes()  # type: ignore[arg-type]
+
+    assert batch() == batch()
+    others = [batch(run_seed=8), batch(peer_id="bert"), batch(step=4), batch(micro_step=1)]
+    assert len({batch(), *others}) == 5
+
+
+def test_a_batch_holds_windows_of_the_training_text_up_to_both_ends() -> None:
+    corpus = corpus_of()
+    rows = corpus.batch(run_seed=0, peer_id="anna", step=0, batch_size=4000, seq_len=16)
+    assert rows.shape == (4000, 17)
+    assert rows.dtype == np.int64
+    assert (np.diff(rows, axis=1) == 1).all()
+    assert (rows.min(), rows.max()) == (0, 199)
+    assert len(np.unique(rows[:, 0])) == 200 - 16
+
+
+def test_the_stream_of_batches_is_the_same_in_every_version() -> None:
+    rows = corpus_of().batch(run_seed=1, peer_id="anna", step=2, batch_size=4, seq_len=16, micro_step=3)
+    assert rows[:, 0].tolist() == [179, 93, 34, 75]
+
+
+def test_held_out_batches_are_consecutive_windows_from_the_start() -> None:
+    corpus = corpus_of()
+    batches = list(corpus.held_out_batches(batch_size=4, seq_len=16, max_tokens=16 * 5 + 15))
+    assert [batch.shape for batch in batches] == [(4, 17), (1, 17)]
+    rows = np.concatenate(batches)
+    assert rows[:, 1:].flatten().tolist() == list(range(1, 81))
+    assert rows[:, 0].tolist() == [0, 16, 32, 48, 64]
+    assert len(list(corpus.held_out_batches(batch_size=4, seq_len=16, max_tokens=10**9))) == 2
+    assert [b.shape for b in corpus.held_out_batches(batch_size=4, seq_len=16, max_tokens=1)] == [(1, 17)]
+
+
+def test_documents_are_held_out_by_a_hash_of_their_path(tmp_path: Path) -> None:
+    write_texts(tmp_path / "texts")
+    corpus = open_corpus(SPEC, base=tmp_path, cache=tmp_path / "cache")
+    expected = {text for name, text in TEXTS.items() if is_held_out(name, SPEC.held_out)}
+    assert documents(corpus.held_out) == expected
+    assert documents(corpus.train) == set(TEXTS.values()) - expected
+    assert 4 <= len(expected) <= 20
+
+    more = {f"z{i}.txt": f"another {i}" for i in range(30)}
+    other = write_texts(tmp_path / "other", TEXTS | more)
+    larger = open_corpus(SPEC, base=tmp_path, cache=tmp_path / "cache", override_path=other)
+    assert documents(larger.held_out) >= expected
+    assert not documents(larger.held_out) & documents(corpus.train)
+    assert {name for name in TEXTS if is_held_out(name, 0.3)} <= {name for name in TEXTS if is_held_out(name, 0.4)}
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_rows_are_documents(tmp_path: Path, kind: str) -> None:
+    texts = [f"row {i} with ümlaut\nand a second line" for i in range(300)]
+    path = tmp_path / f"rows.{kind}"
+    if kind == "jsonl":
+        path.write_text("\n\n".join(json.dumps({"body": text, "n": 1}) for text in texts), encoding="utf-8")
+    else:
+        table = pyarrow.table({"n": range(301), "body": [*texts, None]})
+        pyarrow.parquet.write_table(table, path, row_group_size=100)
+    spec = SPEC.model_copy(update={"path": str(path), "text_key": "body"})
+    corpus = open_corpus(spec, base=tmp_path, cache=tmp_path / "cache")
+    assert documents(corpus.train) | documents(corpus.held_out) == set(texts)
+    assert not documents(corpus.train) & documents(corpus.held_out)
+    assert 30 < len(documents(corpus.held_out)) < 150
+    assert (corpus.vocab_size, corpus.train.dtype.name, corpus.fingerprint) == (256, "uint8", "")
+
+
+def test_one_long_text_is_cut_at_newlines_and_split(tmp_path: Path) -> None:
+    lines = [f"line {i} of the only file, ünd more\n" for i in range(2000)]
+    (tmp_path / "book.txt").write_bytes("".join(lines).replace("\n", "\r\n").encode())
+    spec = SPEC.model_copy(update={"path": "book.txt"})
+    corpus = open_corpus(spec, base=tmp_path, cache=tmp_path / "cache")
+    train, held_out = corpus.train.tobytes(), corpus.held_out.tobytes()
+    assert (train + held_out).count(b"\0") == 1
+    split = [part.replace(b"\0", b"").decode().splitlines(keepends=True) for part in (train, held_out)]
+    assert sorted(split[0] + split[1]) == sorted(lines)
+    assert 0.1 < len(split[1]) / len(lines) < 0.5
+
+
+def test_lone_surrogates_and_broken_utf8_are_replaced(tmp_path: Path) -> None:
+    folder = write_texts(tmp_path / "texts")
+    (folder / "bad.txt").write_bytes(b"caf\xe9 " * 20)
+    (folder / "rows.jsonl").write_text('{"text": "lone \\ud800 here"}\n' * 30)
+    corpus = open_corpus(SPEC, base=tmp_path, cache=tmp_path / "cache")
+    everything = documents(corpus.train) | documents(corpus.held_out)
+    assert {"caf\ufffd " * 20, "lone ? here"} <= everything
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        (None, "texts: no such file or folder"),
+        ({}, "texts: no .txt, .jsonl or .parquet files"),
+        ({"a.csv": "x"}, "texts: no .txt, .jsonl or .parquet files"),
+        ({"a.txt": ""}, "texts: 0 tokens of training text, one sequence needs 17; add text"),
+        ({"a.jsonl": '{"text": "fine"}\n{"text": fine}\n'}, "a.jsonl, line 2: not JSON"),
+        ({"a.jsonl": '{"body": "x", "n": 3}\n'}, "a.jsonl, line 1: no text under 'text'; data.text_key can be: body"),
+        ({"a.jsonl": "[1]\n"}, "a.jsonl, line 1: no text under 'text'"),
+        ({"a.parquet": "not parquet at all"}, "a.parquet: not a sound parquet file"),
+    ],
+)
+def test_bad_text_is_one_clear_line(tmp_path: Path, files: dict[str, str] | None, message: str) -> None:
+    if files is not None:
+        write_texts(tmp_path / "texts", files)
+    with pytest.raises(DataError) as caught:
+        open_corpus(SPEC, base=tmp_path, cache=tmp_path / "cache")
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert not list(tmp_path.glob("cache/*.tmp"))
+
+
+def test_too_little_held_out_text_says_what_to_do(tmp_path: Path) -> None:
+    name = next(f"{i}.txt" for i in range(100) if not is_held_out(f"{i}.txt:0", 0.02))
+    (tmp_path / name).write_text("forty characters of text are not enough.")
+    spec = DataSpec(source="path", path=name, seq_len=16)
+    with pytest.raises(DataError, match=r"0 tokens of held-out text.*raise data\.held_out"):
+        open_corpus(spec, base=tmp_path, cache=tmp_path / "cache")
+
+
+def test_parquet_errors_name_the_mending(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "rows.parquet"
+    pyarrow.parquet.write_table(pyarrow.table({"body": ["x"], "n": [1]}), path)
+    for key, message in (("text", "no column 'text'; data.text_key can be: body, n"), ("n", "holds int, not text")):
+        spec = SPEC.model_copy(update={"path": "rows.parquet", "text_key": key})
+        with pytest.raises(DataError, match=message):
+            open_corpus(spec, base=tmp_path, cache=tmp_path / "cache")
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(DataError, match=r"pip install 'p2p-diloco\[parquet\]'"):
+        open_corpus(spec, base=tmp_path, cache=tmp_path / "cache")
+
+
+def test_tokens_are_kept_checked_and_made_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    folder, cache = write_texts(tmp_path / "texts"), tmp_path / "cache"
+
+    def opened() -> tuple[bytes, int]:
+        caplog.clear()
+        return open_corpus(SPEC, base=tmp_path, cache=cache).train.tobytes(), len(caplog.records)
+
+    first, built = opened()
+    assert built == 1
+    assert opened() == (first, 0)
+    kept = next(cache.glob("*/train.bin"))
+    kept.write_bytes(kept.read_bytes()[:-1])
+    assert opened() == (first, 1)
+    kept.with_name("corpus.json").write_text("{}")
+    assert opened() == (first, 1)
+    (folder / next(name for name in TEXTS if not is_held_out(name, 0.3))).write_text("a new text, longer than before")
+    changed, built = opened()
+    assert built == 1
+    assert b"a new text" in changed
+    assert len(list(cache.glob("*/"))) == 2
+
+
+def test_full_disk_and_unwritable_cache_are_one_clear_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_texts(tmp_path / "texts")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(DataError, match="file: cannot keep tokens here"):
+        open_corpus(SPEC, base=tmp_path, cache=tmp_path / "file")
+
+    def full(self: data.TokenFile) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(data.TokenFile, "finish", full)
+    with pytest.raises(DataError, match=r"keep tokens here \(No space left on device\); they take about"):
+        open_corpus(SPEC, base=tmp_path, cache=tmp_path / "cache")
+    assert not list(tmp_path.glob("cache/*/"))
+
+
+def test_a_file_system_without_locks_is_good_enough(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_locks(fd: object, operation: int) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    write_texts(tmp_path / "texts")
+    assert len(open_corpus(SPEC, base=tmp_path, cache=tmp_path / "cache").train)
+
+
+def test_of_two_processes_one_tokenizes_and_the_other_waits(tmp_path: Path) -> None:
+    write_texts(tmp_path / "texts", {f"{i}.txt": f"text {i} " * 50 for i in range(200)})
+    program = f"""
+import logging, sys, time
+from pathlib import Path
+from p2p_diloco import data
+logging.basicConfig(level="INFO", stream=sys.stdout, format="%(message)s")
+slow = data.build
+def build(*args, **more):
+    time.sleep(0.5)
+    slow(*args, **more)
+data.build = build
+print("ready", flush=True)
+sys.stdin.readline()
+corpus = data.open_corpus(
+    data.DataSpec(source="path", path="texts", seq_len=16, held_out=0.3), base=Path({str(tmp_path)!r}),
+    cache=Path({str(tmp_path / "cache")!r}))
+print(len(corpus.train), len(corpus.held_out))
+assert "torch" not in sys.modules
+"""
+    processes = [
+        subprocess.Popen([sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        for _ in range(2)
+    ]
+    for process in processes:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+    for process in processes:
+        assert process.stdin is not None
+        process.stdin.write("\n")
+        process.stdin.flush()
+    outputs = [process.communicate(timeout=60)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0]
+    assert sum(output.count("tokenizing") for output in outputs) == 1
+    assert len({output.splitlines()[-1] for output in outputs}) == 1
+
+
+def test_the_fingerprint_is_over_names_and_normalized_contents(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fingerprint(name: str, texts: dict[str, bytes]) -> str:
+        root = tmp_path / name
+        root.mkdir()
+        for file, text in texts.items():
+            (root / file).write_bytes(text)
+        files = sorted(root.iterdir())
+        monkeypatch.setattr(data, "builtin_files", lambda: (root, files))
+        spec = DataSpec(seq_len=16, held_out=0.3)
+        return open_corpus(spec, base=tmp_path, cache=tmp_path / f"cache-{name}").fingerprint
+
+    texts = {f"{i}.py": b"print('hello')\n" * (20 + i) for i in range(20)}
+    unix = fingerprint("unix", texts)
+    assert len(unix) == 64
+    assert fingerprint("windows", {name: text.replace(b"\n", b"\r\n") for name, text in texts.items()}) == unix
+    assert fingerprint("other", texts | {"3.py": b"print('hullo')\n" * 23}) != unix
+    assert fingerprint("renamed", {f"x{name}": text for name, text in texts.items()}) != unix
+
+
+def test_the_builtin_text_is_torchs_sources_in_order() -> None:
+    root, files = builtin_files()
+    names = [path.relative_to(root).as_posix() for path in files]
+    assert root.name == "torch"
+    assert names == sorted(names)
+    assert "nn/functional.py" in names
+    assert "version.py" not in names
+    assert all(name.endswith(".py") for name in names)
+
+
+def test_bytes_round_trip() -> None:
+    tokenizer = open_tokenizer("")
+    assert isinstance(tokenizer, ByteTokenizer)
+    assert tokenizer.decode(tokenizer.encode("grüße").tolist()) == "grüße"
+    assert tokenizer.decode([0xC3]) == "\ufffd"
+
+
+def test_a_library_tokenizer_is_read_checked_and_used(tmp_path: Path) -> None:
+    (tmp_path / "words.json").write_text(json.dumps(json.loads(word_tokenizer()), indent=2))
+    spec = SPEC.model_copy(update={"tokenizer": "words.json", "seq_len": 8})
+    tokenizer_json = load_tokenizer_json(spec, tmp_path)
+    assert len(tokenizer_json) < (tmp_path / "words.json").stat().st_size
+    assert load_tokenizer_json(SPEC, tmp_path) == ""
+    tokenizer = open_tokenizer(tokenizer_json)
+    assert tokenizer.encode("document says ends").tolist() == [1, 2, 4]
+    assert tokenizer.decode([1, 2, 4]) == "document says ends"
+
+    write_texts(tmp_path / "texts")
+    corpus = open_corpus(spec, base=tmp_path, cache=tmp_path / "cache", tokenizer_json=tokenizer_json)
+    assert (corpus.vocab_size, corpus.train.dtype.name) == (6, "uint16")
+    assert (corpus.train == 5).sum() + (corpus.held_out == 5).sum() == len(TEXTS)
+    assert corpus.train[:3].tolist() == [1, 0, 2]
+
+    assert LibraryTokenizer(word_tokenizer(end=None)).end is None
+
+
+def test_a_bad_tokenizer_is_a_usage_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "broken.json").write_text("{nonsense")
+    (tmp_path / "other.json").write_text('{"version": "1.0"}')
+    for name, message in (
+        ("missing.json", "no such tokenizer"),
+        ("broken.json", "not a tokenizer.json"),
+        ("other.json", "the tokenizers library cannot read it"),
+    ):
+        with pytest.raises(UsageError, match=f"{name}: {message}"):
+            load_tokenizer_json(SPEC.model_copy(update={"tokenizer": name}), tmp_path)
+    monkeypatch.setitem(sys.modules, "tokenizers", None)
+    with pytest.raises(UsageError, match=r"pip install 'p2p-diloco\[tokenizers\]'"):
+        load_tokenizer_json(SPEC.model_copy(update={"tokenizer": "other.json"}), tmp_path)
