@@ -1,0 +1,120 @@
+"""The package's shape: imports point one way, and the network side starts without torch."""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Iterable, Iterator
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+import p2p_diloco
+
+PACKAGE = Path(p2p_diloco.__file__).parent
+ROOT = PACKAGE.parent
+
+ORDER = (
+    *("__init__", "errors", "identity", "codec", "outer", "manifest", "config", "snapshot", "ledger", "records"),
+    *("rounds", "replica", "model", "text", "data", "export", "sample", "events", "wire", "discovery"),
+    *("guard", "hardening", "node", "matchmaking", "butterfly", "catchup", "peer"),
+    *("swarm", "train", "display", "local", "status", "cli", "__main__"),
+)
+"""Lowest first. A module imports from those before it, and from no other."""
+
+NETWORK_SIDE = (
+    *("__init__", "errors", "identity", "codec", "outer", "manifest", "config", "snapshot", "ledger", "records"),
+    *("rounds", "replica", "text", "data", "events", "wire", "discovery"),
+    *("guard", "hardening", "node", "matchmaking", "butterfly", "catchup", "peer"),
+)
+"""Run in the network process, which starts before torch is touched, and on a seed, which never needs it."""
+
+HEAVY = {"torch", "transformers"}
+
+
+@cache
+def tree_of(module: str) -> ast.Module:
+    return ast.parse((PACKAGE / f"{module}.py").read_text())
+
+
+def imported(nodes: Iterable[ast.AST]) -> Iterator[tuple[str, int]]:
+    """What import statements among ``nodes`` name, with the line: ``hivemind.dht``, ``p2p_diloco.codec``."""
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, node.lineno) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"line {node.lineno}: imports are absolute"
+            assert node.module is not None
+            if node.module == "p2p_diloco":
+                yield from ((f"p2p_diloco.{alias.name}", node.lineno) for alias in node.names)
+            else:
+                yield node.module, node.lineno
+
+
+def at_module_level(node: ast.AST) -> Iterator[ast.AST]:
+    """The statements that run on import: not those in functions or under ``if TYPE_CHECKING``."""
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            continue
+        if isinstance(child, ast.If) and "TYPE_CHECKING" in ast.dump(child.test):
+            yield from (deeper for other in child.orelse for deeper in (other, *at_module_level(other)))
+            continue
+        yield child
+        yield from at_module_level(child)
+
+
+def own(name: str) -> str | None:
+    """The module of ours that an import names, if any; a name taken from the package itself is ``__init__``'s."""
+    package, _, rest = name.partition(".")
+    if package != "p2p_diloco":
+        return None
+    module = rest.partition(".")[0]
+    return module if module in ORDER else "__init__"
+
+
+def test_every_module_has_its_place() -> None:
+    assert len(set(ORDER)) == len(ORDER)
+    assert set(ORDER) == {path.stem for path in PACKAGE.glob("*.py")}
+    assert set(NETWORK_SIDE) <= set(ORDER)
+
+
+@pytest.mark.parametrize("module", ORDER)
+def test_imports_point_down(module: str) -> None:
+    for name, line in imported(ast.walk(tree_of(module))):
+        target = own(name)
+        if target is not None:
+            assert ORDER.index(target) < ORDER.index(module), f"{module}.py:{line} imports {target}, which is above it"
+
+
+@pytest.mark.parametrize("module", ORDER[: ORDER.index("hardening")])
+def test_hivemind_starts_at_hardening(module: str) -> None:
+    for name, line in imported(ast.walk(tree_of(module))):
+        assert name.partition(".")[0] != "hivemind", f"{module}.py:{line} imports hivemind"
+
+
+@pytest.mark.parametrize("module", NETWORK_SIDE)
+def test_network_side_starts_without_torch(module: str) -> None:
+    """Directly, or through a module of ours."""
+    seen, waiting = set(), [(module, module)]
+    while waiting:
+        current, path = waiting.pop()
+        if current in seen:
+            continue
+        seen.add(current)
+        for name, _ in imported(at_module_level(tree_of(current))):
+            assert name.partition(".")[0] not in HEAVY, f"{path} -> {name}"
+            target = own(name)
+            if target is not None:
+                waiting.append((target, f"{path} -> {target}"))
+
+
+def test_readme_lists_every_file() -> None:
+    """One line for each file of the package, under the heading Files."""
+    readme = (ROOT / "README.md").read_text()
+    section = re.search(r"^## Files\n(.*?)(?=^## |\Z)", readme, re.MULTILINE | re.DOTALL)
+    assert section is not None, "README.md has no section '## Files'"
+    for path in sorted(PACKAGE.glob("*.py")):
+        lines = re.findall(rf"^.*(?<!\w){re.escape(path.name)}.*$", section[1], re.MULTILINE)
+        assert len(lines) == 1, f"{path.name} is named in {len(lines)} lines"
+        assert len(lines[0].partition(path.name)[2].strip(" `|-:")) > 10, f"{path.name}: its line says nothing"
