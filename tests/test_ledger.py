@@ -298,7 +298,7 @@ def test_a_truncated_file_costs_what_it_held(
 @example(SNAPSHOT(6), 0.9999, 7)
 @example(UPDATE(7), 0.0, 0)
 @example(UPDATE(7), 0.9999, 7)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_a_flipped_bit_costs_what_its_file_held(
     sound: tuple[Path, list[OuterState]],
     tmp_path_factory: pytest.TempPathFactory,
