@@ -1,0 +1,171 @@
+"""Multiaddrs: what a user may give, what others can dial, how p2pd wants them. Pure, but for one trial of a port."""
+
+from __future__ import annotations
+
+import errno
+import ipaddress
+import re
+import socket
+from collections.abc import Sequence
+
+import base58
+from hivemind.utils.multiaddr import Multiaddr
+
+from p2p_diloco.errors import UsageError
+from p2p_diloco.identity import public_key_of
+
+LISTEN = re.compile(r"/(ip4|ip6)/([^/]+)/tcp/(\d+)(/ws)?")
+P2P_PART = re.compile(r"/p2p/([^/]+)")
+CODE_P2P = b"\xa5\x03"
+"""Protocol 421 as a varint."""
+DIAL_REASONS = {
+    "peer id mismatch": "another peer answers at that address",
+    "dial to self": "that is this peer itself",
+    "connection refused": "connection refused",
+    "no good addresses": "its host name is unknown, or none of its addresses can be dialled",
+    "network is unreachable": "network is unreachable",
+    "no route to host": "no route to host",
+    "timeout": "no answer",
+    "deadline exceeded": "no answer",
+    "dial backoff": "was not there a moment ago",
+    "failed to find any peer": "nobody knows its address",
+    "protocols not supported": "does not serve this protocol",
+}
+"""What p2pd says, most telling first, and how we say it."""
+
+
+def parse_maddr(text: str) -> str:
+    """Without surrounding blanks. Raises UsageError when it is no multiaddr."""
+    text = text.strip()
+    try:
+        Multiaddr(text)
+    except ValueError as error:
+        example = "/ip4/203.0.113.7/tcp/4001/p2p/12D3KooW..."
+        reason = str(error).partition(f"{text!r}")[2].lstrip(": ") or str(error)
+        raise UsageError(f"address {text!r}: not a multiaddr like {example} ({reason})") from error
+    return text
+
+
+def check_maddr(text: str) -> str:
+    """An address of a peer, as a user gives it. Raises UsageError when it is none, or not a whole one."""
+    text = text.strip()
+    head, separator, peer_id = text.rpartition("/p2p/")
+    if not separator:
+        parse_maddr(text)
+        raise UsageError(
+            f"address {text!r}: lacks /p2p/PEER-ID at its end; copy the whole address that the peer prints"
+        )
+    if public_key_of(peer_id) is None:
+        raise UsageError(
+            f"address {text!r}: {peer_id!r} is not a peer's id; copy the whole address that the peer prints"
+        )
+    parse_maddr(head)
+    return text
+
+
+def peers_of(maddrs: Sequence[str], own_id: str) -> dict[str, list[str]]:
+    """Peer id -> its addresses, without our own. Raises UsageError."""
+    peers: dict[str, list[str]] = {}
+    for maddr in map(check_maddr, maddrs):
+        peer_id = maddr.rpartition("/p2p/")[2]
+        if peer_id != own_id:
+            peers.setdefault(peer_id, []).append(maddr)
+    return peers
+
+
+def without_peer(maddr: str) -> str:
+    return re.sub(r"/p2p/[^/]+$", "", maddr)
+
+
+def check_host_maddrs(maddrs: Sequence[str]) -> None:
+    """Raises UsageError for what is not TCP, or cannot be listened on. p2pd would start all the same: it skips
+    addresses that it cannot have, and *shares* a port with another p2pd of the same user, which then gets half of our
+    connections."""
+    for maddr in maddrs:
+        match = LISTEN.fullmatch(maddr.strip())
+        if match is None:
+            raise UsageError(f"address {maddr!r}: listen on TCP, like /ip4/0.0.0.0/tcp/4001")
+        version, host, port, _ = match.groups()
+        family = socket.AF_INET if version == "ip4" else socket.AF_INET6
+        try:
+            with socket.socket(family, socket.SOCK_STREAM) as trial:
+                trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as p2pd: old connections do not matter
+                if family == socket.AF_INET6:
+                    trial.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+                trial.bind((host, int(port)))
+        except (OSError, OverflowError) as error:
+            if isinstance(error, OSError) and error.errno == errno.EADDRINUSE:
+                raise UsageError(
+                    f"port {port} is in use: end the program that listens there, or choose another"
+                ) from error
+            reason = error.strerror if isinstance(error, OSError) else str(error)
+            raise UsageError(f"cannot listen on {maddr}: {reason}") from error
+
+
+def pin_ports(host_maddrs: Sequence[str], visible: Sequence[str]) -> tuple[str, ...]:
+    """``host_maddrs`` with the ports that the system chose for port 0, so that a restart gets them again."""
+    pinned = []
+    for maddr in host_maddrs:
+        match = LISTEN.fullmatch(maddr)
+        if match is not None and match[3] == "0":
+            for candidate in map(LISTEN.match, visible):
+                if candidate is not None and candidate[1] == match[1] and fits(match[2], candidate[2]):
+                    maddr = f"/{match[1]}/{match[2]}/tcp/{candidate[3]}{match[4] or ''}"
+                    break
+        pinned.append(maddr)
+    return tuple(pinned)
+
+
+def fits(listening: str, visible: str) -> bool:
+    return listening == visible or ipaddress.ip_address(listening).is_unspecified
+
+
+def publicness(maddr: str) -> int:
+    """Sorts addresses: public, by a relay, private, on this machine only."""
+    address = address_of(maddr)
+    if address is not None and address.is_loopback:
+        return 3
+    if address is not None and not address.is_global:
+        return 2
+    return 1 if "/p2p-circuit" in maddr else 0
+
+
+def is_loopback(maddr: str) -> bool:
+    return publicness(maddr) == 3
+
+
+def address_of(maddr: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
+    """None for a host name."""
+    pieces = maddr.split("/", 3)
+    if len(pieces) < 3 or pieces[1] not in ("ip4", "ip6"):
+        return None
+    try:
+        return ipaddress.ip_address(pieces[2])
+    except ValueError:
+        return None
+
+
+def dial_bytes(peer_id: str, maddr: str) -> bytes | None:
+    """One of a peer's addresses, as p2pd dials it: binary, and without that peer's id at its end. None for what it
+    shall not dial: another peer's address, garbage, anything but TCP."""
+    if not maddr.endswith(f"/p2p/{peer_id}"):
+        return None
+    encoded = b""
+    try:
+        # hivemind writes an Ed25519 peer id (here: a relay's) as a CID; p2pd takes nothing but the multihash
+        for index, piece in enumerate(P2P_PART.split(maddr.removesuffix(f"/p2p/{peer_id}"))):
+            if index % 2:
+                multihash = base58.b58decode(piece)
+                encoded += CODE_P2P + bytes([len(multihash)]) + multihash
+            elif piece:
+                encoded += Multiaddr(piece).to_bytes()
+    except ValueError:
+        return None
+    return encoded if "/tcp/" in maddr and "/udp/" not in maddr else None
+
+
+def dial_reason(message: str) -> str:
+    for telling, reason in DIAL_REASONS.items():
+        if telling in message:
+            return reason
+    return message.strip().splitlines()[-1].strip(" *")[:160] if message.strip() else "no reason given"
