@@ -1,0 +1,269 @@
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from p2p_diloco.errors import UsageError
+from p2p_diloco.manifest import ModelSpec, canonical_json
+from p2p_diloco.model import (
+    bind_parameters,
+    build_model,
+    context_tokens,
+    evaluate,
+    layout_of,
+    load_pretrained,
+    loss_of,
+    pick_device,
+    read_parameters,
+    resolve_config,
+    write_parameters,
+)
+
+LLAMA: dict[str, Any] = {
+    "model_type": "llama",
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "max_position_embeddings": 64,
+}
+
+
+def resolved(**changed: Any) -> dict[str, Any]:
+    return resolve_config(ModelSpec(config=LLAMA | changed), base=Path(), vocab_size=256)
+
+
+def llama(seed: int = 0, **changed: Any) -> torch.nn.Module:
+    return build_model(resolved(**changed), seed=seed)
+
+
+def vector_of(model: torch.nn.Module) -> np.ndarray:
+    vector = np.empty(layout_of(model).n, np.float32)
+    read_parameters(model, vector)
+    return vector
+
+
+def random_batch(rows: int = 3, seq_len: int = 12, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (rows, seq_len + 1))
+
+
+def test_every_default_is_written_out_and_nothing_of_this_machine() -> None:
+    config = resolved(rope_theta=5000.0)
+    assert config["num_key_value_heads"] == 2
+    assert config["rope_parameters"]["rope_theta"] == 5000.0
+    assert config["vocab_size"] == 256
+    assert [config[f"{name}_token_id"] for name in ("bos", "eos", "pad")] == [None, None, None]
+    assert not {"transformers_version", "_name_or_path", "dtype", "architectures"} & set(config)
+    again = json.loads(canonical_json(config))
+    assert layout_of(build_model(again, seed=0)) == layout_of(llama())
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"hiden_size": 8}, "unknown key 'model.config.hiden_size'; did you mean 'hidden_size'?"),
+        ({"zzz": 8}, "unknown key 'model.config.zzz'; llama has no such setting"),
+        (
+            {"model_type": "lama"},
+            "'model.config.model_type': transformers has no language model 'lama'; did you mean 'llama'",
+        ),
+        ({"model_type": "vit"}, "transformers has no language model 'vit'"),
+        ({"hidden_size": "x"}, "model.config: TypeError: Field 'hidden_size' expected int, got str"),
+        ({"hidden_size": 17}, "model.config: ValueError: The hidden size (17) is not a multiple"),
+        ({"vocab_size": 255}, "key 'model.config.vocab_size': 255 is less than the tokenizer's 256"),
+    ],
+)
+def test_a_mistake_in_the_config_names_the_key(changed: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        resolved(**changed)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_larger_vocabulary_and_older_names_are_fine() -> None:
+    assert resolved(vocab_size=300)["vocab_size"] == 300
+    spec = ModelSpec(config={"model_type": "gpt2", "hidden_size": 16, "n_layer": 1, "n_head": 2})
+    config = resolve_config(spec, base=Path(), vocab_size=256)
+    assert config["n_embd"] == 16
+    assert context_tokens(build_model(config, seed=None)) == 1024
+
+
+def test_infinite_values_survive_canonical_json() -> None:
+    sizes = {"hidden_size": 16, "num_heads": 4, "head_dim": 8, "state_size": 4, "num_hidden_layers": 1, "n_groups": 1}
+    config = resolve_config(ModelSpec(config={"model_type": "mamba2"} | sizes), base=Path(), vocab_size=256)
+    assert {"__float__": "Infinity"} in config["time_step_limit"]
+    model = build_model(json.loads(canonical_json(config)), seed=None)
+    assert list(model.config.time_step_limit) == [0.0, math.inf]  # type: ignore[union-attr,arg-type]
+    assert context_tokens(model) is None
+
+
+def test_a_model_type_that_can_look_ahead_is_made_a_decoder() -> None:
+    config = resolve_config(ModelSpec(config=LLAMA | {"model_type": "bert"}), base=Path(), vocab_size=256)
+    model = build_model(config, seed=0).eval()
+    tokens = torch.from_numpy(random_batch())
+    changed = tokens.clone()
+    changed[:, -1] = 0
+    with torch.no_grad():
+        before, after = (model(input_ids=ids).logits[:, :-1] for ids in (tokens, changed))
+    assert torch.equal(before, after)
+
+
+def test_a_strangers_config_names_no_code_and_no_kernel() -> None:
+    hostile = {
+        "auto_map": {"AutoModelForCausalLM": "somebody/else--modeling.Evil"},
+        "_attn_implementation": "somebody/kernels",
+        "attn_implementation": "somebody/kernels",
+        "_name_or_path": "somebody/else",
+        "dtype": "float16",
+    }
+    model = build_model(resolved() | hostile, seed=0)
+    assert np.array_equal(vector_of(model), vector_of(llama()))
+    assert type(model).__module__ == "transformers.models.llama.modeling_llama"
+    with pytest.raises(UsageError, match="cannot build this llama model: unknown 'nonsense'"):
+        build_model(resolved() | {"hidden_act": "nonsense"}, seed=0)
+    with pytest.raises(UsageError, match="no language model None"):
+        build_model({}, seed=0)
+
+
+def test_the_seed_makes_the_weights_and_leaves_the_global_generator_alone() -> None:
+    torch.manual_seed(11)
+    expected = torch.rand(3)
+    torch.manual_seed(11)
+    first = vector_of(llama(seed=5))
+    assert torch.equal(torch.rand(3), expected)
+    assert np.array_equal(first, vector_of(llama(seed=5)))
+    assert not np.array_equal(first, vector_of(llama(seed=6)))
+    assert first.std() > 0.01
+
+
+def test_the_layout_has_tied_parameters_once() -> None:
+    tied, untied = layout_of(llama(tie_word_embeddings=True)), layout_of(llama(tie_word_embeddings=False))
+    assert untied.n - tied.n == 256 * 16
+    assert set(untied.names) - set(tied.names) == {"lm_head.weight"}
+    assert tied.n == sum(math.prod(shape) for shape in tied.shapes)
+    assert tied.digest != untied.digest
+    assert len(tied.digest) == 64
+    assert tied.digest == layout_of(llama(seed=9, tie_word_embeddings=True)).digest
+    assert layout_of(llama(intermediate_size=64)).names == untied.names
+    assert layout_of(llama(intermediate_size=64)).digest != untied.digest
+
+
+def test_frozen_parameters_are_not_in_the_vector() -> None:
+    model = llama()
+    n = layout_of(model).n
+    next(model.parameters()).requires_grad_(False)
+    assert layout_of(model).n == n - 256 * 16
+
+
+def test_read_and_write_are_inverse() -> None:
+    vector = vector_of(llama(seed=1, tie_word_embeddings=True))
+    vector.flags.writeable = False
+    other = llama(seed=2, tie_word_embeddings=True)
+    assert not np.array_equal(vector_of(other), vector)
+    write_parameters(other, vector)
+    assert np.array_equal(vector_of(other), vector)
+    assert other.get_parameter("lm_head.weight") is other.get_parameter("model.embed_tokens.weight")
+    broken_vectors: list[Any] = [vector[:-1], vector.astype(np.float64)]
+    for broken in broken_vectors:
+        with pytest.raises(ValueError, match=f"the model has {len(vector)} values"):
+            write_parameters(other, broken)
+
+
+def test_a_bound_model_trains_in_the_vector_itself() -> None:
+    model, free = llama(seed=1, tie_word_embeddings=True), llama(seed=1, tie_word_embeddings=True)
+    optimizers = [torch.optim.AdamW(m.parameters(), lr=1e-2) for m in (model, free)]
+    vector = vector_of(model)
+    bind_parameters(model, vector)
+    for step in range(2):
+        for m, optimizer in zip((model, free), optimizers):
+            optimizer.zero_grad()
+            loss_of(m, torch.from_numpy(random_batch(seed=step))).backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+    assert np.array_equal(vector, vector_of(free))
+    assert not np.array_equal(vector, vector_of(llama(seed=1, tie_word_embeddings=True)))
+    vector[:] = 0
+    assert all(not parameter.any() for parameter in model.parameters())
+    with pytest.raises(ValueError, match="only float32 on the CPU"):
+        bind_parameters(free.half(), vector)
+
+
+def test_the_loss_is_nats_per_next_token() -> None:
+    model, batch = llama().eval(), torch.from_numpy(random_batch())
+    logits = model(input_ids=batch[:, :-1]).logits.double().log_softmax(-1)
+    expected = -sum(logits[i, j, batch[i, j + 1]] for i in range(3) for j in range(12)) / 36
+    assert math.isclose(loss_of(model, batch).item(), expected.item(), rel_tol=1e-6)
+    write_parameters(model, np.zeros(layout_of(model).n, np.float32))
+    assert math.isclose(loss_of(model, batch).item(), math.log(256), rel_tol=1e-6)
+
+
+def test_evaluation_is_a_mean_over_tokens_without_dropout() -> None:
+    model = llama(attention_dropout=0.5)
+    large, small = random_batch(rows=5, seed=1), random_batch(rows=1, seed=2)
+    together = evaluate(model, [np.concatenate([large, small])])
+    assert math.isclose(evaluate(model, [large, small]), together, rel_tol=1e-6)
+    assert evaluate(model, [large]) == evaluate(model, iter([large]))
+    assert model.training
+    model.eval()
+    evaluate(model, [small])
+    assert not model.training
+    with pytest.raises(ValueError, match="no batch"):
+        evaluate(model, [])
+
+
+def test_a_folder_gives_its_config_and_its_weights(tmp_path: Path) -> None:
+    model: Any = llama(seed=3, eos_token_id=7)
+    model.save_pretrained(tmp_path / "start")
+    spec = ModelSpec(path="start")
+    config = resolve_config(spec, base=tmp_path, vocab_size=200)
+    assert (config["vocab_size"], config["eos_token_id"]) == (256, 7)
+    assert layout_of(build_model(config, seed=None)) == layout_of(model)
+    loaded = load_pretrained(tmp_path / "start")
+    assert loaded.training
+    assert np.array_equal(vector_of(loaded), vector_of(model))
+    with pytest.raises(UsageError, match="256 is less than the tokenizer's 300"):
+        resolve_config(spec, base=tmp_path, vocab_size=300)
+
+
+def test_a_bad_folder_is_a_usage_error(tmp_path: Path) -> None:
+    model: Any = llama()
+    model.save_pretrained(tmp_path / "start")
+    config = json.loads((tmp_path / "start/config.json").read_text())
+    (tmp_path / "start/config.json").write_text(json.dumps(config | {"num_hidden_layers": 3}))
+    with pytest.raises(UsageError, match=r"layers\.2\..* is missing or has another shape"):
+        load_pretrained(tmp_path / "start")
+    (tmp_path / "start/model.safetensors").write_bytes(b"nonsense")
+    with pytest.raises(UsageError, match="transformers cannot load this folder"):
+        load_pretrained(tmp_path / "start")
+    with pytest.raises(UsageError, match="no such folder"):
+        load_pretrained(tmp_path / "nowhere")
+    for name, text, message in (
+        ("a", None, "no such file"),
+        ("b", "{", "not JSON"),
+        ("c", "[]", "not a transformers config"),
+        ("d", json.dumps(config | {"quantization_config": {"bits": 4}}), "the weights are quantized"),
+    ):
+        (tmp_path / name).mkdir()
+        if text is not None:
+            (tmp_path / name / "config.json").write_text(text)
+        with pytest.raises(UsageError, match=message):
+            resolve_config(ModelSpec(path=name), base=tmp_path, vocab_size=256)
+
+
+def test_devices(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    picked = [str(pick_device(name)) for name in ("auto", "cuda", "cuda:1", "cpu")]
+    assert picked == ["cuda:0", "cuda:0", "cuda:1", "cpu"]
+    with pytest.raises(UsageError, match=r"'cuda:2' is not available on this machine; it has: cpu, cuda:0, cuda:1"):
+        pick_device("cuda:2")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert pick_device("auto") == torch.device("cpu")
+    with pytest.raises(UsageError, match="'cuda' is not available on this machine; it has: cpu"):
+        pick_device("cuda")
