@@ -1,0 +1,131 @@
+"""Theta -> a folder that transformers loads, with a note of which run and outer step it is.
+
+    config.json, generation_config.json, model.safetensors     as AutoModelForCausalLM.from_pretrained wants them
+    tokenizer.json, tokenizer_config.json                      where the run has a tokenizer of the tokenizers library
+    p2p_diloco.json                                            what ``sample`` and a reader need to know: ExportInfo
+
+The folder appears whole or not at all: it is written beside its place, synced and renamed. An earlier export is
+replaced; any other folder with something in it is left alone.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from p2p_diloco.codec import Vector
+from p2p_diloco.data import LibraryTokenizer
+from p2p_diloco.errors import UsageError
+from p2p_diloco.manifest import RunManifest
+from p2p_diloco.model import build_model, layout_of, write_parameters
+
+INFO_FILE = "p2p_diloco.json"
+
+
+class ExportInfo(BaseModel):
+    model_config = ConfigDict(frozen=True)
+
+    run: str
+    """The run's name."""
+    run_id: str
+    step: int
+    """Outer steps that led to these weights."""
+    head: str
+    """Hex digest of the run's history up to ``step``; equal heads, equal weights."""
+    tokenizer: Literal["bytes", "tokenizer.json"]
+    """``bytes``: a token is a byte of UTF-8, and 0 ends a document."""
+    vocab_size: int
+    seq_len: int
+    """Tokens the model saw at once in training."""
+
+
+def export_model(manifest: RunManifest, theta: Vector, folder: Path, *, step: int, head: bytes) -> None:
+    """``theta``: float32 [n] of outer step ``step``. UsageError when ``folder`` is taken or cannot be written."""
+    from safetensors import SafetensorError
+
+    folder = Path(os.path.abspath(folder))
+    refuse_taken(folder)
+    model: Any = build_model(manifest.model_type_config, seed=None)
+    if layout_of(model).digest != manifest.layout_digest:
+        raise UsageError(
+            "the installed transformers builds this model with other parameters than the run's; "
+            "install the version that the run's owner uses"
+        )
+    write_parameters(model, theta)
+    info = ExportInfo(
+        run=manifest.spec.name,
+        run_id=manifest.run_id,
+        step=step,
+        head=head.hex(),
+        tokenizer="tokenizer.json" if manifest.tokenizer_json else "bytes",
+        vocab_size=manifest.vocab_size,
+        seq_len=manifest.spec.data.seq_len,
+    )
+    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    try:
+        temporary.mkdir(parents=True)
+        if manifest.tokenizer_json:
+            write_tokenizer(manifest.tokenizer_json, temporary)
+        model.eval().save_pretrained(temporary)
+        (temporary / INFO_FILE).write_text(info.model_dump_json(indent=2) + "\n")
+        for path in temporary.iterdir():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+        put_in_place(temporary, folder)
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise UsageError(f"{folder}: cannot be written ({reason})") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def refuse_taken(folder: Path) -> None:
+    try:
+        taken = folder.exists() and not (folder / INFO_FILE).is_file() and (folder.is_file() or any(folder.iterdir()))
+    except OSError as error:
+        raise UsageError(f"{folder}: cannot be read ({error.strerror})") from error
+    if taken:
+        raise UsageError(f"{folder}: exists and is no earlier export; name a new folder")
+
+
+def put_in_place(temporary: Path, folder: Path) -> None:
+    """Rename, with an earlier export out of the way until the new one is there."""
+    earlier = temporary.with_suffix(".old")
+    if folder.is_dir():
+        folder.rename(earlier)
+    try:
+        temporary.rename(folder)
+    except OSError:
+        if earlier.is_dir():
+            earlier.rename(folder)
+        raise
+    shutil.rmtree(earlier, ignore_errors=True)
+
+
+def write_tokenizer(tokenizer_json: str, folder: Path) -> None:
+    """Loads with AutoTokenizer; its end of text is the token that stood between the run's documents."""
+    tokenizer = LibraryTokenizer(tokenizer_json)
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+    end = {} if tokenizer.end is None else {"eos_token": tokenizer.token(tokenizer.end)}
+    (folder / "tokenizer.json").write_text(tokenizer_json, encoding="utf-8")
+    (folder / "tokenizer_config.json").write_text(json.dumps(config | end, indent=2) + "\n", encoding="utf-8")
+
+
+def read_info(folder: Path) -> ExportInfo:
+    """UsageError unless ``folder`` is an export."""
+    path = folder / INFO_FILE
+    try:
+        return ExportInfo.model_validate_json(path.read_bytes())
+    except (FileNotFoundError, NotADirectoryError):
+        raise UsageError(
+            f"{folder}: no exported model here ({INFO_FILE} is missing); p2p-diloco export makes one"
+        ) from None
+    except OSError as error:
+        raise UsageError(f"{path}: cannot be read ({error.strerror})") from error
+    except ValidationError as error:
+        raise UsageError(f"{path}: damaged; export the model again") from error

@@ -1,0 +1,142 @@
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tokenizers
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from p2p_diloco.errors import UsageError
+from p2p_diloco.export import INFO_FILE, export_model, read_info
+from p2p_diloco.manifest import ModelSpec, RunManifest, RunSpec, canonical_json
+from p2p_diloco.model import build_model, layout_of, loss_of, read_parameters, resolve_config
+
+TINY = {
+    "model_type": "llama",
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "max_position_embeddings": 64,
+    "tie_word_embeddings": True,
+}
+
+
+def manifest_of(model: ModelSpec, tokenizer_json: str = "", vocab_size: int = 256) -> RunManifest:
+    config = resolve_config(model, base=Path(), vocab_size=vocab_size)
+    layout = layout_of(build_model(config, seed=None))
+    return RunManifest(
+        spec=RunSpec(name="tiny", model=model),
+        model_config_json=canonical_json(config).decode(),
+        n_params=layout.n,
+        layout_digest=layout.digest,
+        vocab_size=vocab_size,
+        data_fingerprint="",
+        tokenizer_json=tokenizer_json,
+        genesis="0" * 64,
+        owner="owner",
+    )
+
+
+MANIFEST = manifest_of(ModelSpec(config=TINY))
+
+
+def theta_of(seed: int = 4) -> np.ndarray:
+    theta = np.empty(MANIFEST.n_params, np.float32)
+    read_parameters(build_model(MANIFEST.model_type_config, seed=seed), theta)
+    theta.flags.writeable = False
+    return theta
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gpt2"])
+def test_an_export_loads_in_transformers_with_the_same_loss(tmp_path: Path, model_type: str) -> None:
+    gpt2 = {"model_type": "gpt2", "n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 64}
+    manifest = manifest_of(ModelSpec(config=TINY if model_type == "llama" else gpt2))
+    model = build_model(manifest.model_type_config, seed=4)
+    theta = np.empty(manifest.n_params, np.float32)
+    read_parameters(model, theta)
+    export_model(manifest, theta, tmp_path / "out/model", step=12, head=b"\1" * 32)
+
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out/model", local_files_only=True)
+    batch = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (2, 33)))
+    with torch.no_grad():
+        ours, theirs = loss_of(model.eval(), batch).item(), loss_of(loaded, batch).item()
+    assert math.isclose(ours, theirs, abs_tol=1e-6)
+    assert loaded.dtype == torch.float32
+
+    info = read_info(tmp_path / "out/model")
+    assert (info.run, info.run_id, info.step, info.head) == ("tiny", manifest.run_id, 12, "01" * 32)
+    assert (info.tokenizer, info.vocab_size, info.seq_len) == ("bytes", 256, 256)
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["model"]
+
+
+def test_the_tokenizer_goes_along(tmp_path: Path) -> None:
+    words = {"[UNK]": 0, "hello": 1, "world": 2, "</s>": 3}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    manifest = manifest_of(ModelSpec(config=TINY), tokenizer.to_str(), vocab_size=4)
+    theta = np.zeros(manifest.n_params, np.float32)
+    export_model(manifest, theta, tmp_path / "model", step=0, head=b"")
+    loaded: Any = AutoTokenizer.from_pretrained(tmp_path / "model", local_files_only=True)
+    assert loaded("world hello")["input_ids"] == [2, 1]
+    assert loaded.eos_token_id == 3
+    assert read_info(tmp_path / "model").tokenizer == "tokenizer.json"
+
+
+def test_an_earlier_export_is_replaced_and_nothing_else_is(tmp_path: Path) -> None:
+    folder, theta = tmp_path / "model", theta_of()
+    folder.mkdir()
+    export_model(MANIFEST, theta, folder, step=1, head=b"")
+    export_model(MANIFEST, theta, folder, step=2, head=b"")
+    assert read_info(folder).step == 2
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes/thesis.txt").write_text("ten years of work")
+    for taken in (tmp_path / "notes", tmp_path / "notes/thesis.txt"):
+        with pytest.raises(UsageError, match=f"{taken.name}: exists and is no earlier export; name a new folder"):
+            export_model(MANIFEST, theta, taken, step=1, head=b"")
+    assert (tmp_path / "notes/thesis.txt").read_text() == "ten years of work"
+
+
+def test_a_failed_export_leaves_the_earlier_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, theta = tmp_path / "model", theta_of()
+    export_model(MANIFEST, theta, folder, step=1, head=b"")
+    rename = Path.rename
+
+    def failing(self: Path, target: Path) -> Path:
+        if self.suffix == ".tmp":
+            raise OSError(28, "No space left on device")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", failing)
+    with pytest.raises(UsageError, match=r"model: cannot be written \(No space left on device\)"):
+        export_model(MANIFEST, theta, folder, step=2, head=b"")
+    assert read_info(folder).step == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_a_place_that_cannot_be_written_is_a_usage_error(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UsageError, match="file/model: cannot be"):
+        export_model(MANIFEST, theta_of(), tmp_path / "file/model", step=1, head=b"")
+
+
+def test_another_layout_is_refused(tmp_path: Path) -> None:
+    other = MANIFEST.model_copy(update={"layout_digest": "1" * 64})
+    with pytest.raises(UsageError, match="builds this model with other parameters"):
+        export_model(other, theta_of(), tmp_path / "model", step=1, head=b"")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_that_is_no_export_is_a_usage_error(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="no exported model here"):
+        read_info(tmp_path / "nowhere")
+    (tmp_path / INFO_FILE).write_text(json.dumps({"run": "x"}))
+    with pytest.raises(UsageError, match=r"p2p_diloco\.json: damaged"):
+        read_info(tmp_path)
