@@ -1,0 +1,84 @@
+"""An exported model -> text."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from p2p_diloco.data import Tokenizer, open_tokenizer
+from p2p_diloco.errors import UsageError
+from p2p_diloco.export import ExportInfo, read_info
+from p2p_diloco.model import context_tokens, load_pretrained
+
+
+def load_export(folder: Path) -> tuple[torch.nn.Module, Tokenizer, ExportInfo]:
+    """Of a folder that ``export_model`` wrote; the model on the CPU, in evaluation mode. UsageError for any other."""
+    info = read_info(folder)
+    tokenizer_json = ""
+    if info.tokenizer == "tokenizer.json":
+        path = folder / "tokenizer.json"
+        try:
+            tokenizer_json = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UsageError(f"{path}: cannot be read; export the model again") from error
+    return load_pretrained(folder).eval(), open_tokenizer(tokenizer_json), info
+
+
+def generate(
+    model: torch.nn.Module,
+    tokenizer: Tokenizer,
+    prompt: str,
+    *,
+    max_tokens: int,
+    temperature: float,
+    top_k: int | None,
+    seed: int,
+) -> Iterator[str]:
+    """What follows ``prompt``, in pieces as soon as their characters are complete; the same for the same ``seed``.
+
+    It ends after ``max_tokens``, or where the model ends the document. ``temperature`` 0 takes the likeliest token;
+    ``top_k`` leaves only that many to choose from. Of a longer text than the model's context, the last tokens count.
+    """
+    device = next(model.parameters()).device
+    generator = torch.Generator().manual_seed(seed)
+    context = context_tokens(model)
+    tokens = tokenizer.encode(prompt).tolist() or ([] if tokenizer.end is None else [tokenizer.end])
+    if not tokens:
+        raise UsageError("give a prompt: this model's tokenizer has no token to begin a document with")
+    new: list[int] = []
+    shown = ""
+    kept: dict[str, Any]
+    cache, cached = None, 0  # keys and values of this many tokens up to the last but one
+    while len(new) < max_tokens:
+        if cache is None or cached == context:
+            # A full cache is rebuilt from half of it, so that this happens once in half a context.
+            keep = len(tokens) if context is None or len(tokens) <= context else max(context // 2, 1)
+            fed, kept, cached = tokens[-keep:], {}, 0
+        else:
+            fed, kept = tokens[-1:], {"past_key_values": cache}
+        with torch.inference_mode():
+            output = model(input_ids=torch.tensor([fed], device=device), use_cache=True, **kept)
+        cache, cached = getattr(output, "past_key_values", None), cached + len(fed)
+        token = choose(output.logits[0, -1, : tokenizer.vocab_size].float().cpu(), temperature, top_k, generator)
+        if token == tokenizer.end:
+            break
+        tokens.append(token)
+        new.append(token)
+        text = tokenizer.decode(new)
+        if not text.endswith("\ufffd"):  # else perhaps the first bytes of a character
+            yield text[len(shown) :]
+            shown = text
+    yield tokenizer.decode(new)[len(shown) :]
+
+
+def choose(logits: torch.Tensor, temperature: float, top_k: int | None, generator: torch.Generator) -> int:
+    """``logits``: float32 [vocab]."""
+    if temperature == 0:
+        return int(logits.argmax())
+    if top_k is not None:
+        smallest = logits.topk(min(top_k, len(logits))).values[-1]
+        logits = logits.masked_fill(logits < smallest, -torch.inf)
+    return int(torch.multinomial(torch.softmax(logits / temperature, dim=0), 1, generator=generator))

@@ -1,0 +1,150 @@
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from p2p_diloco.data import ByteTokenizer
+from p2p_diloco.errors import UsageError
+from p2p_diloco.export import INFO_FILE, export_model
+from p2p_diloco.manifest import ModelSpec, RunManifest, RunSpec, canonical_json
+from p2p_diloco.model import build_model, layout_of, read_parameters, resolve_config
+from p2p_diloco.sample import choose, generate, load_export
+
+LLAMA = {
+    "model_type": "llama",
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "max_position_embeddings": 16,
+}
+GPT2 = {"model_type": "gpt2", "n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 16}
+
+
+class Script(torch.nn.Module):
+    """Says the bytes it was given, whatever it reads; a vocabulary of 300 with a favourite that no tokenizer has."""
+
+    def __init__(self, text: bytes) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(1))
+        self.text = list(text)
+        self.config = SimpleNamespace(max_position_embeddings=None)
+        self.read: list[list[int]] = []
+
+    def forward(self, input_ids: torch.Tensor, use_cache: bool) -> SimpleNamespace:
+        self.read.append(input_ids[0].tolist())
+        logits = torch.zeros(1, input_ids.shape[1], 300)
+        logits[0, -1, self.text.pop(0)] = 50.0
+        logits[0, -1, 299] = 100.0
+        return SimpleNamespace(logits=logits)
+
+
+def model_of(config: dict[str, Any]) -> torch.nn.Module:
+    return build_model(resolve_config(ModelSpec(config=config), base=Path(), vocab_size=256), seed=3).eval()
+
+
+def pieces(model: torch.nn.Module, prompt: str = "abc", **changed: Any) -> list[str]:
+    options: dict[str, Any] = {"max_tokens": 12, "temperature": 1.0, "top_k": None, "seed": 0} | changed
+    return list(generate(model, ByteTokenizer(), prompt, **options))
+
+
+def test_characters_come_whole_and_as_soon_as_they_are_complete() -> None:
+    text = "aü€\U0001f600b"
+    model = Script(text.encode())
+    assert [piece for piece in pieces(model, max_tokens=11) if piece] == ["a", "ü", "€", "\U0001f600", "b"]
+    assert model.read[:3] == [list(b"abc"), list(b"abca"), list(b"abca\xc3")]
+
+
+def test_broken_utf8_is_replaced_and_a_rest_is_not_lost() -> None:
+    assert "".join(pieces(Script(b"a\xffb\xe2\x82"), max_tokens=5)) == "a\ufffdb\ufffd"
+
+
+def test_the_end_of_a_document_ends_the_text() -> None:
+    assert "".join(pieces(Script(b"one\0two"), max_tokens=7)) == "one"
+
+
+def test_an_empty_prompt_begins_a_document() -> None:
+    model = Script(b"x")
+    assert "".join(pieces(model, "", max_tokens=1)) == "x"
+    assert model.read == [[0]]
+
+
+def test_the_seed_decides() -> None:
+    model = model_of(LLAMA)
+    assert pieces(model) == pieces(model)
+    assert pieces(model) != pieces(model, seed=1)
+    assert pieces(model, temperature=0) == pieces(model, top_k=1, seed=1)
+
+
+@pytest.mark.parametrize("config", [LLAMA, GPT2])
+def test_the_cache_changes_nothing(config: dict[str, Any]) -> None:
+    model = model_of(config)
+    tokens = list(b"abc")
+    for _ in range(12):
+        with torch.no_grad():
+            tokens.append(int(model(input_ids=torch.tensor([tokens])).logits[0, -1].argmax()))
+    assert 0 not in tokens
+    assert "".join(pieces(model, temperature=0)) == bytes(tokens[3:]).decode("utf-8", "replace")
+
+
+@pytest.mark.parametrize("prompt", ["abc", "a prompt that is longer than the context of the model"])
+def test_text_goes_on_beyond_the_context(prompt: str) -> None:
+    model = model_of(GPT2)
+    lengths = []
+    model.register_forward_pre_hook(
+        lambda _, args, kwargs: lengths.append(kwargs["input_ids"].shape[1]), with_kwargs=True
+    )
+    pieces(model, prompt, max_tokens=40, seed=2)
+    assert len(lengths) == 40
+    assert max(lengths) <= 16
+    assert lengths.count(1) > 30
+
+
+def test_top_k_and_temperature() -> None:
+    logits = torch.tensor([0.0, 1.0, 2.0, 3.0])
+    generator = torch.Generator().manual_seed(0)
+
+    def share(token: int, temperature: float, top_k: int | None) -> float:
+        return sum(choose(logits, temperature, top_k, generator) == token for _ in range(1000)) / 1000
+
+    assert share(3, 0, None) == 1
+    assert share(0, 5.0, 2) == share(1, 5.0, 2) == 0
+    assert abs(share(2, 1.0, 2) - 0.269) < 0.05
+    assert share(3, 0.2, None) > 0.98
+    assert abs(share(0, 100.0, 99) - 0.25) < 0.05
+
+
+def test_an_export_speaks(tmp_path: Path) -> None:
+    spec = ModelSpec(config=LLAMA)
+    config = resolve_config(spec, base=tmp_path, vocab_size=256)
+    model = build_model(config, seed=3).eval()
+    layout = layout_of(model)
+    manifest = RunManifest(
+        spec=RunSpec(name="tiny", model=spec),
+        model_config_json=canonical_json(config).decode(),
+        n_params=layout.n,
+        layout_digest=layout.digest,
+        vocab_size=256,
+        data_fingerprint="",
+        genesis="0" * 64,
+        owner="owner",
+    )
+    theta = np.empty(layout.n, np.float32)
+    read_parameters(model, theta)
+    export_model(manifest, theta, tmp_path / "model", step=5, head=b"")
+
+    loaded, tokenizer, info = load_export(tmp_path / "model")
+    assert (info.step, tokenizer.vocab_size, loaded.training) == (5, 256, False)
+    assert pieces(loaded) == pieces(model)
+
+    (tmp_path / "model/model.safetensors").unlink()
+    with pytest.raises(UsageError, match="cannot load this folder"):
+        load_export(tmp_path / "model")
+    (tmp_path / "model" / INFO_FILE).unlink()
+    with pytest.raises(UsageError, match="no exported model here"):
+        load_export(tmp_path / "model")
