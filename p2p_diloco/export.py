@@ -22,7 +22,7 @@ from p2p_diloco.codec import Vector
 from p2p_diloco.data import LibraryTokenizer
 from p2p_diloco.errors import UsageError
 from p2p_diloco.manifest import RunManifest
-from p2p_diloco.model import build_model, layout_of, write_parameters
+from p2p_diloco.model import build_model, layout_of, no_progress_bars, write_parameters
 
 INFO_FILE = "p2p_diloco.json"
 
@@ -71,7 +71,8 @@ def export_model(manifest: RunManifest, theta: Vector, folder: Path, *, step: in
         temporary.mkdir(parents=True)
         if manifest.tokenizer_json:
             write_tokenizer(manifest.tokenizer_json, temporary)
-        model.eval().save_pretrained(temporary)
+        with no_progress_bars():
+            model.eval().save_pretrained(temporary)
         (temporary / INFO_FILE).write_text(info.model_dump_json(indent=2) + "\n")
         for path in temporary.iterdir():
             with path.open("rb") as file:

@@ -15,6 +15,7 @@ import difflib
 import inspect
 import json
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -154,33 +155,42 @@ def load_pretrained(path: Path) -> torch.nn.Module:
     """The model of a local transformers folder in float32, in training mode; every weight must be there."""
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
-    from transformers.utils import logging
 
     if not path.is_dir():
         raise UsageError(
             f"{path}: no such folder; a transformers folder with config.json and model.safetensors is needed"
         )
-    bars = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
     try:
         model: torch.nn.Module
-        model, info = AutoModelForCausalLM.from_pretrained(
-            path,
-            dtype=torch.float32,
-            local_files_only=True,
-            trust_remote_code=False,
-            use_safetensors=True,
-            output_loading_info=True,
-        )
+        with no_progress_bars():
+            model, info = AutoModelForCausalLM.from_pretrained(
+                path,
+                dtype=torch.float32,
+                local_files_only=True,
+                trust_remote_code=False,
+                use_safetensors=True,
+                output_loading_info=True,
+            )
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise UsageError(f"{path}: transformers cannot load this folder: {reason(error)}") from error
-    finally:
-        if bars:
-            logging.enable_progress_bar()
     if info["missing_keys"] or info["mismatched_keys"]:
         first = sorted(map(str, info["missing_keys"] or info["mismatched_keys"]))[0]
         raise UsageError(f"{path}: its weights are not those of its config, {first} is missing or has another shape")
     return model.train()
+
+
+@contextmanager
+def no_progress_bars() -> Iterator[None]:
+    """Loading and saving take a moment; transformers shows a bar for each, in the midst of other output."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 @dataclass(frozen=True)

@@ -119,7 +119,7 @@ def test_top_k_and_temperature() -> None:
     assert abs(share(0, 100.0, 99) - 0.25) < 0.05
 
 
-def test_an_export_speaks(tmp_path: Path) -> None:
+def test_an_export_speaks_and_nothing_else_does(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     spec = ModelSpec(config=LLAMA)
     config = resolve_config(spec, base=tmp_path, vocab_size=256)
     model = build_model(config, seed=3).eval()
@@ -141,6 +141,7 @@ def test_an_export_speaks(tmp_path: Path) -> None:
     loaded, tokenizer, info = load_export(tmp_path / "model")
     assert (info.step, tokenizer.vocab_size, loaded.training) == (5, 256, False)
     assert pieces(loaded) == pieces(model)
+    assert capfd.readouterr() == ("", "")
 
     (tmp_path / "model/model.safetensors").unlink()
     with pytest.raises(UsageError, match="cannot load this folder"):
