@@ -111,11 +111,14 @@ class Ledger:
         return checked[0] if checked else None
 
     def append(self, update: Update) -> None:
-        """Durable on return. A history that contradicts the update is abandoned."""
+        """Durable on return. A history that contradicts the update is abandoned. ValueError for another model's update."""
         header = update.header
         step, held, next_held = header.step, self._headers.get(header.step), self._headers.get(header.step + 1)
         if held == header:
             return
+        pieces = update_pieces(update)
+        size = sum(len(piece) for piece in pieces)
+        open_update(b"".join(pieces[:4]), size, n=self._n, codec=self._codec)  # refuse what opening would quarantine
         snapshot = self._snapshots.get(step + 1)
         if (
             held is not None
@@ -123,9 +126,6 @@ class Ledger:
             or (snapshot is not None and snapshot.head != header.head)
         ):
             self.truncate(step)
-        pieces = update_pieces(update)
-        size = sum(len(piece) for piece in pieces)
-        open_update(b"".join(pieces[:4]), size, n=self._n, codec=self._codec)  # refuse what opening would quarantine
         write_whole(self._update_path(step), pieces, size)
         self._headers[step] = header
 
