@@ -111,7 +111,7 @@ class Ledger:
         return checked[0] if checked else None
 
     def append(self, update: Update) -> None:
-        """Durable on return. A history that contradicts the update is abandoned. ValueError for another model's update."""
+        """Durable on return. A history that contradicts the update is abandoned. ValueError: of another model."""
         header = update.header
         step, held, next_held = header.step, self._headers.get(header.step), self._headers.get(header.step + 1)
         if held == header:
