@@ -1,4 +1,11 @@
-"""Multiaddrs: what a user may give, what others can dial, how p2pd wants them. Pure, but for one trial of a port."""
+"""Multiaddrs: what a user may give, what others can dial, how p2pd wants them. Pure, but for one trial of a port.
+
+    /ip4/203.0.113.7/tcp/4001/p2p/PEER-ID               /dns/example.org/tcp/4001/p2p/PEER-ID
+    /ip4/203.0.113.7/tcp/4001/p2p/RELAY-ID/p2p-circuit/p2p/PEER-ID
+
+TCP only. Binary form: https://github.com/multiformats/multiaddr/blob/master/protocols.csv. hivemind has a Multiaddr,
+too, but writes an Ed25519 peer id as a CID, which p2pd does not take, and needs 2 s to import.
+"""
 
 from __future__ import annotations
 
@@ -6,18 +13,16 @@ import errno
 import ipaddress
 import re
 import socket
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import base58
-from hivemind.utils.multiaddr import Multiaddr
 
 from p2p_diloco.errors import UsageError
 from p2p_diloco.identity import public_key_of
 
 LISTEN = re.compile(r"/(ip4|ip6)/([^/]+)/tcp/(\d+)(/ws)?")
-P2P_PART = re.compile(r"/p2p/([^/]+)")
-CODE_P2P = b"\xa5\x03"
-"""Protocol 421 as a varint."""
+HOST_NAME = re.compile(r"[A-Za-z0-9]([A-Za-z0-9.-]{0,251}[A-Za-z0-9])?")
+EXAMPLE = "/ip4/203.0.113.7/tcp/4001"
 DIAL_REASONS = {
     "peer id mismatch": "another peer answers at that address",
     "dial to self": "that is this peer itself",
@@ -34,32 +39,77 @@ DIAL_REASONS = {
 """What p2pd says, most telling first, and how we say it."""
 
 
+def encode(maddr: str) -> bytes:
+    """The binary form. ValueError says which part is wrong."""
+    begin, *pieces = maddr.split("/")
+    if begin or not pieces:
+        raise ValueError("it begins with no '/'")
+    encoded = b""
+    while pieces:
+        name = pieces.pop(0)
+        if name not in PARTS:
+            raise ValueError(f"{name!r} is no part of a TCP address")
+        code, value_of = PARTS[name]
+        encoded += code
+        if value_of is not None:
+            if not pieces:
+                raise ValueError(f"nothing follows {name!r}")
+            encoded += value_of(pieces.pop(0))
+    return encoded
+
+
+def _port(text: str) -> bytes:
+    if not (text.isascii() and text.isdigit() and int(text) < 65536):
+        raise ValueError(f"{text!r} is no port")
+    return int(text).to_bytes(2, "big")
+
+
+def _host_name(text: str) -> bytes:
+    if HOST_NAME.fullmatch(text) is None:
+        raise ValueError(f"{text!r} is no host name")
+    return bytes([len(text)]) + text.encode()
+
+
+def _peer_id(text: str) -> bytes:
+    if public_key_of(text) is None:
+        raise ValueError(f"{text!r} is not a peer's id")
+    multihash: bytes = base58.b58decode(text)
+    return bytes([len(multihash)]) + multihash
+
+
+PARTS: dict[str, tuple[bytes, Callable[[str], bytes] | None]] = {
+    "ip4": (b"\x04", lambda text: ipaddress.IPv4Address(text).packed),
+    "ip6": (b"\x29", lambda text: ipaddress.IPv6Address(text).packed),
+    "dns": (b"\x35", _host_name),
+    "dns4": (b"\x36", _host_name),
+    "dns6": (b"\x37", _host_name),
+    "tcp": (b"\x06", _port),
+    "ws": (b"\xdd\x03", None),
+    "p2p": (b"\xa5\x03", _peer_id),
+    "p2p-circuit": (b"\xa2\x02", None),
+}
+"""Name -> code as a varint, and its value's bytes."""
+
+
 def parse_maddr(text: str) -> str:
-    """Without surrounding blanks. Raises UsageError when it is no multiaddr."""
+    """Without surrounding blanks. Raises UsageError when it is no TCP address."""
     text = text.strip()
     try:
-        Multiaddr(text)
+        encode(text)
     except ValueError as error:
-        example = "/ip4/203.0.113.7/tcp/4001/p2p/12D3KooW..."
-        reason = str(error).partition(f"{text!r}")[2].lstrip(": ") or str(error)
-        raise UsageError(f"address {text!r}: not a multiaddr like {example} ({reason})") from error
+        raise UsageError(f"address {text!r}: {error}; an address looks like {EXAMPLE}/p2p/12D3KooW...") from error
+    if "/tcp/" not in text:
+        raise UsageError(f"address {text!r}: lacks /tcp/PORT; an address looks like {EXAMPLE}/p2p/12D3KooW...")
     return text
 
 
 def check_maddr(text: str) -> str:
     """An address of a peer, as a user gives it. Raises UsageError when it is none, or not a whole one."""
-    text = text.strip()
-    head, separator, peer_id = text.rpartition("/p2p/")
-    if not separator:
-        parse_maddr(text)
+    text = parse_maddr(text)
+    if text.split("/")[-2] != "p2p":
         raise UsageError(
             f"address {text!r}: lacks /p2p/PEER-ID at its end; copy the whole address that the peer prints"
         )
-    if public_key_of(peer_id) is None:
-        raise UsageError(
-            f"address {text!r}: {peer_id!r} is not a peer's id; copy the whole address that the peer prints"
-        )
-    parse_maddr(head)
     return text
 
 
@@ -148,20 +198,12 @@ def address_of(maddr: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | No
 def dial_bytes(peer_id: str, maddr: str) -> bytes | None:
     """One of a peer's addresses, as p2pd dials it: binary, and without that peer's id at its end. None for what it
     shall not dial: another peer's address, garbage, anything but TCP."""
-    if not maddr.endswith(f"/p2p/{peer_id}"):
+    if not maddr.endswith(f"/p2p/{peer_id}") or "/tcp/" not in maddr:
         return None
-    encoded = b""
     try:
-        # hivemind writes an Ed25519 peer id (here: a relay's) as a CID; p2pd takes nothing but the multihash
-        for index, piece in enumerate(P2P_PART.split(maddr.removesuffix(f"/p2p/{peer_id}"))):
-            if index % 2:
-                multihash = base58.b58decode(piece)
-                encoded += CODE_P2P + bytes([len(multihash)]) + multihash
-            elif piece:
-                encoded += Multiaddr(piece).to_bytes()
+        return encode(without_peer(maddr))
     except ValueError:
         return None
-    return encoded if "/tcp/" in maddr and "/udp/" not in maddr else None
 
 
 def dial_reason(message: str) -> str:

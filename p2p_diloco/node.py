@@ -119,7 +119,8 @@ class Node:
         self.timeouts = timeouts
         self._config = config
         self._socket_folder = socket_folder
-        self._host_maddrs = config.host_maddrs
+        self._host_maddrs = tuple(maddr.strip() for maddr in config.host_maddrs)
+        self._announced = [without_peer(parse_maddr(maddr)) for maddr in config.announce_maddrs]
         self._initial_peers = peers_of(config.initial_peers, self.peer_id)
         self._validator = hardening.RecordValidator()
         self._validator.allow(RUNS_KEY)
@@ -141,8 +142,6 @@ class Node:
         cls._open_nodes.add(node)
         try:
             node._claim = claim_identity(config.identity_path)
-            for maddr in config.announce_maddrs:
-                parse_maddr(maddr)
             await node._bring_up(first=True)
         except BaseException:
             await node.close()
@@ -294,21 +293,21 @@ class Node:
     async def _start_p2pd(self, host_maddrs: Sequence[str]) -> Any:
         config = self._config
         local = all(is_loopback(maddr) for maddr in host_maddrs)
-        auto_relay = bool(config.use_relay and config.initial_peers and not config.client_mode and not local)
-        announced = [without_peer(maddr) for maddr in config.announce_maddrs]
+        relays = [maddr for maddrs in self._initial_peers.values() for maddr in maddrs]
+        auto_relay = bool(config.use_relay and relays and not config.client_mode and not local)
         p2p_class = hardening.guarded_p2p(self._socket_folder, config.relay_service)
         for attempt in (1, 2):
             try:
                 return await p2p_class.create(
                     host_maddrs=None if config.client_mode else host_maddrs,
-                    announce_maddrs=announced or None,
+                    announce_maddrs=self._announced or None,
                     no_listen=config.client_mode,
                     dht_mode="client" if config.client_mode else "server",
                     identity_path=str(config.identity_path),
                     check_if_identity_free=False,
                     use_relay=config.use_relay,
                     use_auto_relay=auto_relay,
-                    trusted_relays=config.initial_peers if auto_relay else None,
+                    trusted_relays=relays if auto_relay else None,
                     auto_nat=not local,
                     nat_port_map=not local and not config.client_mode,
                     startup_timeout=self.timeouts.p2pd_start_s,
@@ -470,8 +469,7 @@ class Node:
         answer, _, writer = await ask(p2p, p2pd_pb2.Request(type=p2pd_pb2.Request.IDENTIFY))
         writer.close()
         visible = [str(Multiaddr(addr)) for addr in answer.identify.addrs]
-        announced = [without_peer(maddr) for maddr in self._config.announce_maddrs]
-        ordered = dict.fromkeys([*announced, *sorted(visible, key=publicness)])
+        ordered = dict.fromkeys([*self._announced, *sorted(visible, key=publicness)])
         return [f"{maddr}/p2p/{self.peer_id}" for maddr in ordered]
 
     async def _register(self, p2p: Any, protocol: str) -> None:
