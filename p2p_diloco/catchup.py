@@ -149,16 +149,13 @@ class Catchup:
         n, codec = len(self.replica.theta), self.replica.manifest.spec.outer.codec
         channel = await self._open(donor.peer_id)
         try:
-            answer: Size = await channel.request(AskUpdate(step=step, head=head), Size)
-            if answer.size_bytes > max_update_bytes(n, codec):
-                raise Misbehaved(donor.peer_id, f"serves an update of {answer.size_bytes} bytes")
-            data = bytearray()
-            while len(data) < answer.size_bytes:
-                data += await self._chunk(channel, answer.size_bytes - len(data))
+            await channel.send(AskUpdate(step=step, head=head))
+            data = await channel.receive_blob(max_update_bytes(n, codec), self.timeouts.reduced_part_s)
         finally:
             channel.close()
         try:
-            update = update_from_bytes(bytes(data), n=n, codec=codec)
+            self._received_bytes += len(data)
+            update = update_from_bytes(data, n=n, codec=codec)
             if update.header.head != head:
                 raise ValueError("an update that leads to another head")
             await asyncio.to_thread(self.replica.commit, update)
@@ -181,7 +178,8 @@ class Catchup:
             if answer.size_bytes != expected:
                 raise Misbehaved(donor.peer_id, f"serves a snapshot of {answer.size_bytes} bytes, expected {expected}")
             while offset < expected:
-                chunk = await self._chunk(channel, expected - offset)
+                chunk = await channel.receive_chunk(expected - offset, self.timeouts.reduced_part_s)
+                self._received_bytes += len(chunk)
                 await asyncio.to_thread(_append, path, chunk, expected)
                 offset += len(chunk)
         finally:
@@ -201,13 +199,6 @@ class Catchup:
         live = self.directory.live(self.wall_s())
         named = Counter(r.snapshot_digest for r in live if r.snapshot_step == step and r.phase != "joining")
         return min(named, key=lambda digest: (-named[digest], digest)) if named else None
-
-    async def _chunk(self, channel: Channel, left: int) -> bytes:
-        chunk = await channel.receive_frame(min(CHUNK_BYTES, left), self.timeouts.reduced_part_s)
-        if not chunk:
-            raise Misbehaved(channel.peer_id, "serves empty chunks")
-        self._received_bytes += len(chunk)
-        return chunk
 
     async def _open(self, peer_id: str) -> Channel:
         return await self.transport.open(peer_id, self.directory.maddrs(peer_id), self.protocol)
@@ -231,9 +222,7 @@ class Catchup:
             if data is None:
                 await channel.send(No(reason="found damaged"))
                 return
-            await channel.send(Size(size_bytes=len(data)))
-            for start in range(0, len(data), CHUNK_BYTES):
-                await channel.send_frame(memoryview(data)[start : start + CHUNK_BYTES])
+            await channel.send_blob(data)
 
     async def on_ask_snapshot(self, channel: Channel, message: AskSnapshot) -> None:
         """From the file on disk: training goes on, and a snapshot takes no memory while it is served."""

@@ -58,8 +58,8 @@ async def find_manifest(
             if run_id is not None and runs:
                 raise UsageError(f"no run {run_id} at this address; there is {', '.join(runs)}; check --run-id")
             raise NetworkError(
-                f"found no run within {timeouts.discover_s:.0f} s ({trouble}); ask for the address of a peer that is in "
-                f"the run now, or start a run with 'p2p-diloco seed RUN.toml'"
+                f"found no run within {timeouts.discover_s:.0f} s ({trouble}); ask for the address of a peer that is "
+                f"in the run now, or start a run with 'p2p-diloco seed RUN.toml'"
             )
         await asyncio.sleep(RETRY_S)
 
@@ -81,6 +81,6 @@ async def ask_manifest(transport: Transport, peer_id: str, maddrs: list[str]) ->
     channel = await transport.open(peer_id, maddrs, MANIFEST_PROTOCOL)
     try:
         await channel.send(AskManifest())
-        return await channel.receive_frame(MAX_MANIFEST_BYTES, channel.timeouts.request_s)
+        return await channel.receive_blob(MAX_MANIFEST_BYTES, channel.timeouts.request_s)
     finally:
         channel.close()

@@ -1,6 +1,6 @@
 """The event log: one JSON object a line in ``events.jsonl`` of the peer's folder, for people, tests and ``swarm``.
 
-Every event has ``event``, ``wall_s`` (Unix time) and ``mono_s`` (seconds since an arbitrary moment, never set back), and:
+Every event has ``event``, ``wall_s`` (Unix time) and ``mono_s`` (seconds of a clock that is never set back), and:
 
     started     peer_id, pid, run_id, run_name, role, version, maddrs
     joined      step, head, from_step (null for a newcomer), snapshot, bytes_received, seconds

@@ -32,7 +32,8 @@ else:
 
 PROTOCOL = 1
 """Raised with every change after which old and new peers cannot train together."""
-MAX_MANIFEST_BYTES = 256 * 1024
+MAX_MANIFEST_BYTES = 32 * 1024 * 1024
+"""A tokenizer of 256 Ki tokens, which travels inside, fits."""
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]

@@ -244,3 +244,11 @@ def ready_in_s(*, remaining_steps: int, step_s: float, since_step_s: float, gath
         return finish_s
     steps_in_time = int((gather_s - next_end_s) // step_s) if step_s > 0 and gather_s > next_end_s else 0
     return next_end_s + steps_in_time * step_s
+
+
+def outer_step_due(*, inner_step: int, planned: int, step_s: float, closes_in_s: float | None, behind: bool) -> bool:
+    """Whether a trainer that has just ended an inner step offers what it has: its steps are done, the round closes
+    before another one ends, or the swarm went on without it."""
+    if behind or inner_step >= planned:
+        return True
+    return inner_step > 0 and closes_in_s is not None and closes_in_s < step_s

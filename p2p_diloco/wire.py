@@ -183,7 +183,7 @@ class Size(Message):
 
 
 class AskManifest(Message):
-    """Answered by one frame, the signed manifest."""
+    """Answered by Size and then as many bytes, the signed manifest, in frames of CHUNK_BYTES."""
 
     tag = "ask-manifest"
 
@@ -282,6 +282,29 @@ class Channel:
     async def request(self, message: Message, *kinds: type[M], timeout_s: float | None = None) -> M:
         await self.send(message)
         return await self.receive(*kinds, timeout_s=self.timeouts.request_s if timeout_s is None else timeout_s)
+
+    async def send_blob(self, data: bytes) -> None:
+        """Size, and then the bytes in frames of CHUNK_BYTES."""
+        await self.send(Size(size_bytes=len(data)))
+        for start in range(0, len(data), CHUNK_BYTES):
+            await self.send_frame(memoryview(data)[start : start + CHUNK_BYTES])
+
+    async def receive_blob(self, max_bytes: int, timeout_s: float) -> bytes:
+        """What ``send_blob`` sent. Raises Misbehaved, before anything is taken, when it is more than ``max_bytes``."""
+        announced = (await self.receive(Size, timeout_s=timeout_s)).size_bytes
+        if announced > max_bytes:
+            raise Misbehaved(self.peer_id, f"announces {announced} bytes where at most {max_bytes} are due")
+        data = bytearray()
+        while len(data) < announced:
+            data += await self.receive_chunk(announced - len(data), timeout_s)
+        return bytes(data)
+
+    async def receive_chunk(self, left_bytes: int, timeout_s: float) -> bytes:
+        """Between 1 and min(CHUNK_BYTES, ``left_bytes``) bytes."""
+        chunk = await self.receive_frame(min(CHUNK_BYTES, left_bytes), timeout_s)
+        if not chunk:
+            raise Misbehaved(self.peer_id, "serves empty chunks")
+        return chunk
 
     def close(self) -> None:
         self.writer.close()
