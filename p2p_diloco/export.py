@@ -50,7 +50,7 @@ def export_model(manifest: RunManifest, theta: Vector, folder: Path, *, step: in
 
     folder = Path(os.path.abspath(folder))
     refuse_taken(folder)
-    model: Any = build_model(manifest.model_type_config, seed=None)
+    model: Any = build_model(manifest.transformers_config, seed=None)
     if layout_of(model).digest != manifest.layout_digest:
         raise UsageError(
             "the installed transformers builds this model with other parameters than the run's; "

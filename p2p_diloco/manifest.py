@@ -209,7 +209,7 @@ class RunManifest(Section):
         return digest(b"run", self.canonical_bytes)[:20].hex()
 
     @property
-    def model_type_config(self) -> dict[str, Any]:
+    def transformers_config(self) -> dict[str, Any]:
         config: dict[str, Any] = json.loads(self.model_config_json)
         return config
 

@@ -35,7 +35,6 @@ from p2p_diloco.replica import Replica
 from p2p_diloco.rounds import (
     Group,
     Missed,
-    Progress,
     Standing,
     announces_run,
     evaluator,
@@ -239,10 +238,10 @@ class Peer:
                 break
         if result is None or result.reason == "behind":
             result = await self._adopt()
-        self._to_phase("evaluate" if result.evaluate else "inner")
         self.seat.closes_s = None
         self.behind = False
-        self.seat.progress = Progress(planned=self.seat.progress.planned, step_s=self.seat.progress.step_s)
+        self.seat.progress = replace(self.seat.progress, inner_step=0, reported_s=self._now())
+        self._to_phase("evaluate" if result.evaluate else "inner")
         self.last_result = result
         self.publish_now.ring()
         return result

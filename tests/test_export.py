@@ -48,7 +48,7 @@ MANIFEST = manifest_of(ModelSpec(config=TINY))
 
 def theta_of(seed: int = 4) -> np.ndarray:
     theta = np.empty(MANIFEST.n_params, np.float32)
-    read_parameters(build_model(MANIFEST.model_type_config, seed=seed), theta)
+    read_parameters(build_model(MANIFEST.transformers_config, seed=seed), theta)
     theta.flags.writeable = False
     return theta
 
@@ -57,7 +57,7 @@ def theta_of(seed: int = 4) -> np.ndarray:
 def test_an_export_loads_in_transformers_with_the_same_loss(tmp_path: Path, model_type: str) -> None:
     gpt2 = {"model_type": "gpt2", "n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 64}
     manifest = manifest_of(ModelSpec(config=TINY if model_type == "llama" else gpt2))
-    model = build_model(manifest.model_type_config, seed=4)
+    model = build_model(manifest.transformers_config, seed=4)
     theta = np.empty(manifest.n_params, np.float32)
     read_parameters(model, theta)
     export_model(manifest, theta, tmp_path / "out/model", step=12, head=b"\1" * 32)

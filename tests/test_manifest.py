@@ -140,7 +140,7 @@ def test_a_manifest_comes_back_from_its_bytes() -> None:
     assert opened == original
     assert opened.run_id == original.run_id
     assert opened.signed(OWNER) == original.signed(OWNER)
-    assert opened.model_type_config == {"model_type": "llama"}
+    assert opened.transformers_config == {"model_type": "llama"}
 
 
 def test_every_field_counts_for_the_run_id() -> None:

@@ -1,0 +1,76 @@
+"""Starting a run: from a run file to a signed manifest and S_0 in the owner's ledger.
+
+Made once, by the owner. Everybody else downloads S_0 like any snapshot: a peer never invents it, since a fresh peer
+whose random state becomes everybody's is a known way to ruin a run.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from p2p_diloco.config import cache_folder
+from p2p_diloco.data import load_tokenizer_json, open_corpus, open_tokenizer
+from p2p_diloco.errors import LedgerError, UsageError
+from p2p_diloco.identity import Identity
+from p2p_diloco.manifest import MAX_MANIFEST_BYTES, RunManifest, RunSpec, canonical_json, open_manifest
+from p2p_diloco.model import build_model, context_tokens, layout_of, load_pretrained, read_parameters, resolve_config
+from p2p_diloco.network import MANIFEST_FILE, open_ledger, run_folder
+from p2p_diloco.outer import genesis_state
+from p2p_diloco.snapshot import disk_errors, write_whole
+
+
+def start_run(run_file: Path, folder: Path, owner: Identity) -> Path:
+    """The path of the signed manifest in the run's folder below ``folder``. A run that the owner has already started
+    from the same run file is taken up again. Raises LocalError that names file and key."""
+    spec, base = RunSpec.load(run_file), run_file.parent
+    for path in sorted(folder.glob(f"{spec.name}-*/{MANIFEST_FILE}")):
+        manifest = open_manifest(path.read_bytes(), str(path))
+        if manifest.spec == spec and manifest.owner == owner.peer_id:
+            return path
+    manifest, theta = make_manifest(spec, base, owner, str(run_file))
+    target = run_folder(folder, manifest)
+    try:
+        target.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise LedgerError(f"folder {target}: cannot be made ({error.strerror}); choose another --folder") from error
+    state = genesis_state(theta)
+    open_ledger(target, manifest).write_snapshot(state)
+    signed = manifest.signed(owner)
+    with disk_errors(target, len(signed)):
+        write_whole(target / MANIFEST_FILE, [signed], len(signed))
+    return target / MANIFEST_FILE
+
+
+def make_manifest(
+    spec: RunSpec, base: Path, owner: Identity, source: str
+) -> tuple[RunManifest, np.ndarray[tuple[int], np.dtype[np.float32]]]:
+    """The manifest and theta_0, float32 [n]. ``base``: what the paths in the spec are relative to."""
+    tokenizer_json = load_tokenizer_json(spec.data, base)
+    tokenizer = open_tokenizer(tokenizer_json)
+    corpus = open_corpus(spec.data, base=base, cache=cache_folder(), tokenizer_json=tokenizer_json)
+    config = resolve_config(spec.model, base=base, vocab_size=tokenizer.vocab_size)
+    model = build_model(config, seed=spec.seed) if spec.model.path is None else load_pretrained(base / spec.model.path)
+    longest = context_tokens(model)
+    if longest is not None and spec.data.seq_len > longest:
+        raise UsageError(
+            f"{source}: key 'data.seq_len': {spec.data.seq_len}, but the model sees at most {longest} tokens"
+        )
+    layout = layout_of(model)
+    theta = np.empty(layout.n, np.float32)
+    read_parameters(model, theta)
+    manifest = RunManifest(
+        spec=spec,
+        model_config_json=canonical_json(config).decode(),
+        n_params=layout.n,
+        layout_digest=layout.digest,
+        vocab_size=tokenizer.vocab_size,
+        data_fingerprint=corpus.fingerprint,
+        tokenizer_json=tokenizer_json,
+        genesis=genesis_state(theta).digest().hex(),
+        owner=owner.peer_id,
+    )
+    if len(manifest.signed(owner)) > MAX_MANIFEST_BYTES:
+        raise UsageError(f"{source}: the tokenizer is too large to travel in a manifest of {MAX_MANIFEST_BYTES} bytes")
+    return manifest, theta

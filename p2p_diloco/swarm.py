@@ -1,0 +1,340 @@
+"""The handle that a trainer holds on the swarm. ``train.py`` uses it, and so can any training loop of your own::
+
+    with Swarm.join(PeerConfig(folder=..., initial_peers=[...])) as swarm:
+        model = build_model(swarm.manifest.transformers_config, seed=None)
+        swarm.load_into(model)                            # theta
+        for batch in batches:
+            loss = train_step(model, batch, inner_optimizer)
+            swarm.report(loss, tokens)                    # tell the swarm and the event log
+            if swarm.outer_step_due():
+                swarm.outer_step(model)                   # offer what I learned, take what the group learned
+
+Behind it is a network process of its own (``network``), started before anything else and without inheriting anything.
+Theta and local are shared memory that has no name, so nothing is left of it whatever happens. A model on the CPU has
+its parameters *in* local; one on an accelerator is copied there and back at outer steps.
+"""
+
+from __future__ import annotations
+
+import logging
+import mmap
+import os
+import queue
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from p2p_diloco.codec import Vector
+from p2p_diloco.config import PeerConfig, Timeouts
+from p2p_diloco.control import Line, pack_line, socket_pair, unpack_line
+from p2p_diloco.errors import NetworkError, UsageError
+from p2p_diloco.manifest import RunManifest, open_manifest
+from p2p_diloco.rounds import outer_step_due
+
+if TYPE_CHECKING:
+    import torch
+
+log = logging.getLogger(__name__)
+
+POLL_S = 0.2
+LEAVE_S = 8.0
+"""After that the network process is killed; its guard ends p2pd."""
+ORPHAN_S = 4.0
+"""A trainer whose network process died ends itself after this long, even inside a long inner step."""
+SPEED_STEPS = 20
+"""Inner steps over which speed is averaged."""
+
+
+class Swarm:
+    """``join`` makes one. Use it as a context manager, from one thread."""
+
+    manifest: RunManifest
+    theta: Vector
+    """float32 [n], the outer state's; read-only here."""
+    local: Vector
+    """float32 [n], what this peer trains."""
+
+    def __init__(self, config: PeerConfig, timeouts: Timeouts, role: str, manifest_path: Path | None) -> None:
+        self.config = config
+        self.timeouts = timeouts
+        self.step = 0
+        """Outer step at which this peer stands."""
+        self.head = ""
+        self.inner_step = 0
+        """Inner steps since the last outer step."""
+        self.planned = 0
+        self.tokens = 0
+        """Trained on since joining."""
+        self.tokens_per_s = 0.0
+        self.loss: float | None = None
+        self.last: dict[str, Any] = {}
+        """The last outer step: the fields of ``peer.OuterResult``."""
+        self.rows: list[dict[str, Any]] = []
+        """Everybody's record, mine first; renewed every second."""
+        self.folder = Path()
+        """Of this run: ledger, event log, inner state."""
+        self.maddrs: list[str] = []
+        self.peer_id = ""
+        self._role = role
+        self._tokens_since_theta = 0
+        self._closes_s: float | None = None
+        self._behind = False
+        self._step_ends: list[float] = []
+        self._evaluate = False
+        self._answers: queue.Queue[Line] = queue.Queue()
+        self._bound = False
+        self._leaving = False
+        self._descriptor = anonymous_memory()
+        self._start(manifest_path)
+
+    # -- life --------------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def join(
+        cls,
+        config: PeerConfig,
+        *,
+        timeouts: Timeouts | None = None,
+        role: str = "trainer",
+        manifest_path: Path | None = None,
+    ) -> Swarm:
+        """Start the network process, find the run and download its state. ``manifest_path`` is for who brings the run
+        along (a seed). Raises UsageError or NetworkError, with nothing left behind."""
+        swarm = cls(config, timeouts or Timeouts(), role, manifest_path)
+        try:
+            found = swarm._wait("found")
+            swarm.folder = Path(found["folder"])
+            manifest = Path(found["manifest_path"])
+            swarm.manifest = open_manifest(manifest.read_bytes(), str(manifest))
+            n = swarm.manifest.n_params
+            shared = np.frombuffer(mmap.mmap(swarm._descriptor, 2 * 4 * n), np.float32)
+            swarm.theta, swarm.local = shared[:n], shared[n:]
+            swarm.theta.flags.writeable = False
+            swarm.planned = swarm.manifest.spec.inner.steps
+            joined = swarm._wait("joined")
+            swarm.step, swarm.head, swarm.peer_id = joined["step"], joined["head"], joined["peer_id"]
+            swarm.maddrs, swarm._evaluate = joined["maddrs"], joined["evaluate"]
+            swarm.local[:] = swarm.theta
+        except BaseException:
+            swarm.close("could not join")
+            raise
+        return swarm
+
+    def __enter__(self) -> Swarm:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close("done" if error is None else type(error).__name__)
+
+    def close(self, reason: str) -> None:
+        """Say goodbye and end the network process; within 10 s, whatever it does."""
+        self._leaving = True
+        self._say("leave", reason=reason)
+        try:
+            self._process.wait(LEAVE_S)
+        except subprocess.TimeoutExpired:
+            log.warning("the network process does not leave; ending it")
+            self._process.kill()
+            self._process.wait()
+        self._reader.join(1.0)
+        self._control.close()
+        os.close(self._descriptor)
+
+    # -- training ----------------------------------------------------------------------------------------------------
+
+    @property
+    def done(self) -> bool:
+        """Whether the run's last outer step has been made."""
+        return self.step >= self.manifest.spec.outer.steps
+
+    @property
+    def evaluate_now(self) -> bool:
+        """Whether it is this peer's turn to evaluate theta."""
+        return self._evaluate
+
+    def load_into(self, model: torch.nn.Module) -> None:
+        """Give the model theta. A model on the CPU keeps its parameters in shared memory from then on. UsageError when
+        it is not the run's model."""
+        from p2p_diloco.model import bind_parameters, layout_of, write_parameters
+
+        if layout_of(model).digest != self.manifest.layout_digest:
+            raise UsageError("this model is not the run's: its parameters have other names or shapes")
+        self.local[:] = self.theta
+        if next(model.parameters()).device.type == "cpu":
+            bind_parameters(model, self.local)
+            self._bound = True
+        else:
+            write_parameters(model, self.local)
+
+    def restore_local(self, local: Vector, model: torch.nn.Module, *, inner_step: int, tokens: int) -> None:
+        """Go on from parameters that an earlier process of this peer saved, ``inner_step`` steps after theta."""
+        from p2p_diloco.model import write_parameters
+
+        self.local[:] = local
+        if not self._bound:
+            write_parameters(model, self.local)
+        self.inner_step, self._tokens_since_theta = inner_step, tokens
+
+    @property
+    def tokens_since_theta(self) -> int:
+        return self._tokens_since_theta
+
+    def report(self, loss: float, tokens: int) -> None:
+        """An inner step ended: its mean loss in nats per token, and the tokens it took. Raises what ended the network
+        process, if it has ended."""
+        self._check()
+        self.inner_step += 1
+        self.tokens += tokens
+        self._tokens_since_theta += tokens
+        self.loss = loss
+        self._step_ends = [*self._step_ends[-SPEED_STEPS:], time.monotonic()]
+        self.tokens_per_s = tokens / self._step_s() if self._step_s() else 0.0
+        self._say(
+            "progress",
+            inner_step=self.inner_step,
+            planned=self.planned,
+            step_s=self._step_s(),
+            loss=loss if np.isfinite(loss) else None,
+            tokens=self.tokens,
+            tokens_per_s=self.tokens_per_s,
+        )
+
+    def _step_s(self) -> float:
+        """Mean seconds of the last inner steps."""
+        ends = self._step_ends
+        return (ends[-1] - ends[0]) / (len(ends) - 1) if len(ends) > 1 else 0.0
+
+    def outer_step_due(self) -> bool:
+        closes_in_s = None if self._closes_s is None else self._closes_s - time.monotonic()
+        return outer_step_due(
+            inner_step=self.inner_step,
+            planned=self.planned,
+            step_s=self._step_s(),
+            closes_in_s=closes_in_s,
+            behind=self._behind,
+        )
+
+    def outer_step(self, model: torch.nn.Module) -> dict[str, Any]:
+        """Offer what was learned since theta, take what the group learned. Never raises for what other peers do: the
+        result says whether the model moved to a new theta (``moved``), and why not."""
+        from p2p_diloco.model import read_parameters, write_parameters
+
+        ended_s = self._step_ends[-1] if self._step_ends else time.monotonic()
+        if not self._bound:
+            read_parameters(model, self.local)
+        self._say("outer_step", tokens=max(self._tokens_since_theta, 1))
+        result = self._wait("result")
+        moved = result["moved"] = result["committed"] or result["adopted"]
+        if moved:
+            self.local[:] = self.theta
+            if not self._bound:
+                write_parameters(model, self.local)
+            self._tokens_since_theta = 0
+        self.step, self.head, self.last = result["step"], result["head"], result
+        self.inner_step, self._closes_s, self._behind = 0, None, False
+        self._evaluate = result["evaluate"]
+        result["stall_s"] = time.monotonic() - ended_s
+        self._say("stall", step=self.step, seconds=result["stall_s"])
+        self._step_ends = []
+        return result
+
+    def evaluated(self, held_out_loss: float, tokens: int, seconds: float) -> None:
+        """Theta of this outer step has this loss, nats per token, on held-out text."""
+        self._evaluate = False
+        self._say("evaluated", step=self.step, held_out_loss=held_out_loss, tokens=tokens, seconds=seconds)
+
+    # -- the network process -----------------------------------------------------------------------------------------
+
+    def _start(self, manifest_path: Path | None) -> None:
+        self._control, theirs = socket_pair()
+        with theirs:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "p2p_diloco.network", str(theirs.fileno()), str(self._descriptor)],
+                pass_fds=(theirs.fileno(), self._descriptor),
+                stdin=subprocess.DEVNULL,
+                start_new_session=True,
+            )
+        self._reader = threading.Thread(target=self._read, name="network process", daemon=True)
+        self._reader.start()
+        self._say(
+            "start",
+            config=self.config.model_dump_json(),
+            timeouts=vars(self.timeouts),
+            role=self._role,
+            manifest_path=None if manifest_path is None else str(manifest_path),
+        )
+
+    def _say(self, kind: str, **fields: Any) -> None:
+        try:
+            self._control.sendall(pack_line(kind, **fields))
+        except OSError:
+            return  # The network process is gone: the reader thread has seen it, and ``_wait`` says it.
+
+    def _wait(self, kind: str) -> Line:
+        """The next answer of this kind. Signal handlers run meanwhile, and may raise."""
+        while True:
+            try:
+                line = self._answers.get(timeout=POLL_S)
+            except queue.Empty:
+                continue
+            if line["kind"] == "failed":
+                raise (UsageError if line["exit_code"] == 2 else NetworkError)(line["message"])
+            if line["kind"] == kind:
+                return line
+
+    def _check(self) -> None:
+        for line in list(self._answers.queue):
+            if line["kind"] == "failed":
+                raise (UsageError if line["exit_code"] == 2 else NetworkError)(line["message"])
+
+    def _read(self) -> None:
+        """Thread: sorts what the network process says."""
+        with self._control.makefile("rb") as stream:
+            for data in stream:
+                line = unpack_line(data)
+                if line["kind"] == "log":
+                    logging.getLogger(line["name"]).log(line["level"], "%s", line["text"])
+                elif line["kind"] == "news":
+                    closes_in_s = line["closes_in_s"]
+                    self._closes_s = None if closes_in_s is None else time.monotonic() + closes_in_s
+                    self._behind = line["behind"]
+                elif line["kind"] == "peers":
+                    self.rows = line["rows"]
+                elif line["kind"] == "moved":
+                    if self._role == "seed":
+                        self.step, self.head = line["step"], line["head"]
+                else:
+                    self._answers.put(line)
+        self._answers.put({"kind": "failed", "message": "the network process died", "exit_code": 1})
+        if not self._leaving:
+            self._end_orphan()
+
+    def _end_orphan(self) -> None:
+        """The network process is gone, killed perhaps: this process must not go on for ever without it."""
+        deadline_s = time.monotonic() + ORPHAN_S
+        while time.monotonic() < deadline_s:
+            if self._leaving:
+                return
+            time.sleep(POLL_S)
+        print("error: the network process died; this peer ends", file=sys.stderr, flush=True)
+        os._exit(1)
+
+
+def anonymous_memory() -> int:
+    """Descriptor of memory without a name, empty: gone with the last process that has it open."""
+    if hasattr(os, "memfd_create"):
+        descriptor = os.memfd_create("p2p-diloco")
+    else:
+        with tempfile.TemporaryFile() as file:
+            descriptor = os.dup(file.fileno())
+    os.set_inheritable(descriptor, False)
+    return descriptor

@@ -1,0 +1,210 @@
+"""One peer, top to bottom. Start reading here.
+
+    join       the network process finds the run, downloads its state, and keeps this peer's place among the others
+    learn      inner steps of AdamW on this peer's own batches, alone
+    offer      at the end of H of them, or when the round closes: the outer step, the only time that peers exchange
+    evaluate   one peer at a time evaluates theta on held-out text
+
+A round that fails is no exception: training goes on from where it is. Ctrl+C, and the end of the run, leave politely:
+others stop waiting for this peer, and its ledger and inner state are on the disk for the next start.
+"""
+
+from __future__ import annotations
+
+import logging
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+
+import torch
+
+from p2p_diloco.config import PeerConfig, Timeouts, cache_folder
+from p2p_diloco.data import Corpus, open_corpus
+from p2p_diloco.errors import DataError, Stopped
+from p2p_diloco.inner import INNER_FILE, InnerOptimizer
+from p2p_diloco.manifest import RunManifest
+from p2p_diloco.model import build_model, evaluate, pick_device
+from p2p_diloco.swarm import Swarm
+
+log = logging.getLogger(__name__)
+
+STEP_GRACE_S = 4
+"""How long Ctrl+C waits for the inner step under way."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """What a volunteer chooses about the training itself."""
+
+    device: str = "auto"
+    threads: int | None = None
+    """Of the CPU; None leaves it to torch."""
+    data: Path | None = None
+    """This peer's own text, for runs without built-in text."""
+
+
+def train(config: PeerConfig, choices: TrainConfig, timeouts: Timeouts | None = None) -> None:
+    """Train until the run is over or the user stops it. Raises LocalError."""
+    with stop_signals() as stop, Swarm.join(config, timeouts=timeouts) as swarm:
+        manifest, spec = swarm.manifest, swarm.manifest.spec
+        if choices.threads is not None:
+            torch.set_num_threads(choices.threads)
+        device = pick_device(choices.device)
+        corpus = open_run_corpus(manifest, choices.data)
+        model = build_model(manifest.transformers_config, seed=None).to(device)
+        swarm.load_into(model)
+        inner = InnerOptimizer(model, spec, device)
+        resume(swarm, model, inner)
+        log.info(
+            "joined run %s at outer step %d of %d as %s; data: %s; device: %s",
+            spec.name, swarm.step, spec.outer.steps, swarm.peer_id[-8:], corpus_name(manifest), device,
+        )  # fmt: skip
+        evaluate_theta(swarm, model, corpus)
+
+        with stop.after_inner_step():
+            while not swarm.done and not stop.requested:
+                # Learn alone.
+                step = swarm.step * spec.inner.steps + min(swarm.inner_step, spec.inner.steps - 1)
+                loss = inner.step(corpus, peer_id=swarm.peer_id, step=step)
+                swarm.report(loss, spec.tokens_per_inner_step)
+                if not swarm.outer_step_due():
+                    continue
+
+                # Offer what I learned, take what the group learned; tell how good it is, if it is my turn.
+                try:
+                    with stop.at_once():
+                        log_result(swarm, swarm.outer_step(model))
+                        evaluate_theta(swarm, model, corpus)
+                except Stopped:
+                    break
+                if swarm.step % spec.round.snapshot_every == 0:
+                    keep(swarm, inner)
+        keep(swarm, inner)
+        if swarm.done:
+            log.info("the run is over: %d outer steps, head %s", swarm.step, swarm.head[:16])
+
+
+def open_run_corpus(manifest: RunManifest, own_data: Path | None) -> Corpus:
+    """The run's text on this machine. Raises DataError when the built-in text is not the one that the run uses."""
+    spec = manifest.spec.data
+    corpus = open_corpus(
+        spec, base=Path.cwd(), cache=cache_folder(), tokenizer_json=manifest.tokenizer_json, override_path=own_data
+    )
+    if manifest.data_fingerprint and corpus.fingerprint != manifest.data_fingerprint:
+        raise DataError(
+            f"the built-in text of torch {torch.__version__} is not the one that this run uses; install the version of "
+            f"torch that the run's owner has (any build of it), or ask for a run with other data"
+        )
+    return corpus
+
+
+def corpus_name(manifest: RunManifest) -> str:
+    return "built-in text" if manifest.data_fingerprint else "own files"
+
+
+def evaluate_theta(swarm: Swarm, model: torch.nn.Module, corpus: Corpus) -> None:
+    """Local equals theta right after an outer step, so the model is theta now."""
+    if not swarm.evaluate_now:
+        return
+    started_s, spec = time.monotonic(), swarm.manifest.spec
+    batches = corpus.held_out_batches(
+        batch_size=spec.inner.batch_size, seq_len=spec.data.seq_len, max_tokens=spec.data.eval_tokens
+    )
+    loss = evaluate(model, batches)
+    swarm.evaluated(loss, spec.data.eval_tokens, time.monotonic() - started_s)
+    log.info("outer step %d: held-out loss %.4f nats per token", swarm.step, loss)
+
+
+def log_result(swarm: Swarm, result: dict[str, object]) -> None:
+    if result["committed"]:
+        log.info(
+            "outer step %d: group of %d, loss %.4f, %.0f tokens/s, stalled %.2f s, sent %.2f MB, received %.2f MB",
+            swarm.step, result["group"], swarm.loss or float("nan"), swarm.tokens_per_s, result["stall_s"],
+            swarm.last["bytes_sent"] / 1e6, swarm.last["bytes_received"] / 1e6,
+        )  # fmt: skip
+    elif result["adopted"]:
+        log.info("outer step %d: taken over from the swarm (%s)", swarm.step, result["reason"])
+    elif result["reason"] == "alone":
+        log.info("outer step %d: training alone, waiting for peers", swarm.step)
+    else:
+        log.info("outer step %d: the round did not commit (%s); training on", swarm.step, result["reason"])
+
+
+def keep(swarm: Swarm, inner: InnerOptimizer) -> None:
+    inner.save(
+        swarm.folder / INNER_FILE,
+        swarm.local,
+        head=swarm.head,
+        inner_step=swarm.inner_step,
+        tokens=swarm.tokens_since_theta,
+    )
+
+
+def resume(swarm: Swarm, model: torch.nn.Module, inner: InnerOptimizer) -> None:
+    """The moments of an earlier start of this peer; its local parameters, too, if the swarm has not moved on."""
+    kept = inner.load(swarm.folder / INNER_FILE)
+    if kept is None:
+        return
+    local, head, inner_step, tokens = kept
+    if head == swarm.head and len(local) == len(swarm.local) and inner_step > 0:
+        swarm.restore_local(local, model, inner_step=inner_step, tokens=tokens)
+        log.info("resumed at inner step %d", inner_step)
+
+
+class Stop:
+    """Ctrl+C and SIGTERM. The first one raises Stopped, or, inside ``after_inner_step``, waits until the inner step
+    under way has ended, at most STEP_GRACE_S. The second one ends the process at once."""
+
+    def __init__(self) -> None:
+        self.requested = False
+        self._patient = False
+
+    def on_signal(self, number: int, _frame: FrameType | None) -> None:
+        if number == signal.SIGALRM:
+            raise Stopped("stopped in the middle of an inner step")
+        if self.requested:
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
+        self.requested = True
+        if not self._patient:
+            raise Stopped("stopped")
+        signal.alarm(STEP_GRACE_S)
+
+    @contextmanager
+    def after_inner_step(self) -> Iterator[None]:
+        with self._set(patient=True):
+            yield
+        signal.alarm(0)
+
+    @contextmanager
+    def at_once(self) -> Iterator[None]:
+        with self._set(patient=False):
+            if self.requested:
+                raise Stopped("stopped")
+            yield
+
+    @contextmanager
+    def _set(self, *, patient: bool) -> Iterator[None]:
+        before, self._patient = self._patient, patient
+        try:
+            yield
+        finally:
+            self._patient = before
+
+
+@contextmanager
+def stop_signals() -> Iterator[Stop]:
+    """Until the end of the block, and from the main thread only, signals ask for a polite end."""
+    stop = Stop()
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGALRM)
+    before = {number: signal.signal(number, stop.on_signal) for number in numbers}
+    try:
+        yield stop
+    finally:
+        signal.alarm(0)
+        for number, handler in before.items():
+            signal.signal(number, handler)
