@@ -134,7 +134,7 @@ class Matchmaker:
         sealed = seal_readiness(mine, self.identity)
         useless: set[str] = set()
         for _ in range(MAX_LEADERS_ASKED):
-            records = self.directory.live(self.wall_s())
+            records = self.directory.expected(self.wall_s())
             order = [p for p in leader_order(records, mine.head, mine.peer_id, seat.client_mode) if p not in useless]
             if not order:
                 break
@@ -219,7 +219,7 @@ class Matchmaker:
     async def _gather(self, gathering: Gathering) -> None:
         """Wait for everybody that is expected, then give all that are ready the same answer."""
         limits, me = self.manifest.spec.round, self.identity.peer_id
-        records = self.directory.live(self.wall_s())
+        records = self.directory.expected(self.wall_s())
         closes_s = gathering.opened_s + limits.gather_s + CLOSING_MARGIN_S
         gathering.expected_s = {record.peer_id: closes_s for record in on_head(records, gathering.head)}
         if self.seat.role_trainer and self.seat.phase == "inner":
@@ -328,7 +328,7 @@ class Matchmaker:
     async def _better_leader(self, head: bytes) -> bytes | None:
         """The sealed record of a live peer that ranks before me on ``head``."""
         for _ in range(MAX_LEADERS_ASKED):
-            records = self.directory.live(self.wall_s())
+            records = self.directory.expected(self.wall_s())
             leader = leader_order(records, head, self.identity.peer_id, self.seat.client_mode)[:1]
             if leader in ([], [self.identity.peer_id]):
                 return None

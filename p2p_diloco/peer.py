@@ -54,7 +54,6 @@ from p2p_diloco.wire import (
     Channel,
     Closing,
     Contribute,
-    Done,
     Message,
     No,
     Push,
@@ -69,6 +68,7 @@ log = logging.getLogger(__name__)
 
 ATTEMPTS = 3
 """Rounds tried on one head before the trainer goes on alone."""
+HAND_OVER_POLL_S = 0.2
 ROUNDS_KEPT = 2
 """Finished rounds whose parts are still served to members that are late."""
 REQUESTS = (Ready, Closing, Contribute, Receipt, AskPart, AskHeads, AskUpdate, AskSnapshot, Push)
@@ -169,9 +169,11 @@ class Peer:
         self.rounds: deque[Butterfly] = deque(maxlen=ROUNDS_KEPT)
         self.round_started = Bell()
         self.publish_now = Bell()
+        self.pushed = Bell()
         self._maddrs: list[str] = []
         self._last_issued_s = 0.0
         self._snapshot_task: asyncio.Task[None] | None = None
+        self._telling: asyncio.Task[None] | None = None
 
     # -- life --------------------------------------------------------------------------------------------------------
 
@@ -209,16 +211,30 @@ class Peer:
         await asyncio.gather(self._publish_loop(), self._refresh_loop())
 
     async def leave(self, reason: str) -> None:
-        """Withdraw the record, so that nobody waits for us."""
-        self.seat.phase = "left"
+        """See that what I hold is not lost, then withdraw the record, so that nobody waits for us."""
+        if self.replica.state is None:
+            return
+        await self._hand_over()
+        self._to_phase("left")
         self.seat.in_round = False
-        self.seat.changed.ring()
         await self.matchmaker.close()
-        if self._snapshot_task is not None:
-            await self._snapshot_task
-        if self.replica.state is not None:
-            self.events.write("left", step=self.replica.state.step, head=self.replica.state.head.hex(), reason=reason)
-            await asyncio.gather(self._publish(), self._push_record())
+        await self._snapshot_written()
+        if self._telling is not None:
+            self._telling.cancel()
+        self.events.write("left", step=self.step, head=self.seat.standing.head.hex(), reason=reason)
+        await asyncio.gather(self._publish(), self._push_record())
+
+    async def _hand_over(self) -> None:
+        """If a seed is there, it shall have my outer step before I go: after the last one nobody else stays."""
+        deadline_s = self._now() + self.timeouts.leave_s / 4
+        self._to_phase("inner")
+        while self._now() < deadline_s:
+            seeds = [record for record in self.directory.live(self.wall_s()) if record.role == "seed"]
+            if not seeds or any(self.seat.standing.head in (record.head, *record.heads) for record in seeds):
+                return
+            self.seat.sealed_record = seal_record(self.record(), self.identity)
+            await asyncio.gather(*(self._push(record) for record in seeds))
+            await asyncio.sleep(HAND_OVER_POLL_S)
 
     # -- the outer step ----------------------------------------------------------------------------------------------
 
@@ -246,6 +262,12 @@ class Peer:
         self.publish_now.ring()
         return result
 
+    async def _tell_seeds(self) -> None:
+        """Seeds follow at once: what a group has committed shall soon be in more hands than the group's."""
+        self.seat.sealed_record = seal_record(self.record(), self.identity)
+        seeds = [record for record in self.directory.live(self.wall_s()) if record.role == "seed"]
+        await asyncio.gather(*(self._push(record) for record in seeds))
+
     async def _round(self, tokens: int) -> OuterResult:
         """One attempt: gather, reduce, settle, apply."""
         started_s = self._now()
@@ -267,11 +289,15 @@ class Peer:
             self._to_phase("apply")
             apply_started_s = self._now()
             await self._commit(outcome)
+            met = (member.peer_id for i, member in enumerate(group.members) if i not in butterfly.lost)
+            self.directory.met(met, self.step, self.seat.standing.head)
             apply_s = self._now() - apply_started_s
         finally:
             self.seat.in_round = False
             self.seat.changed.ring()
         evaluate = evaluator(group, self.seat.standing.head) == self.identity.peer_id
+        if group.leader == group.me:
+            self._telling = asyncio.create_task(self._tell_seeds())
         result = self._result(
             committed=True,
             group=len(group.members),
@@ -422,11 +448,15 @@ class Peer:
             await heard(started, deadline_s - self._now())
 
     async def _on_push(self, channel: Channel, message: Push) -> None:
+        self._learn(channel.peer_id, message.record)
+        await channel.send(Push(record=self.seat.sealed_record))
+        self.pushed.ring()
+
+    def _learn(self, source: str, sealed: bytes) -> None:
         try:
-            self.directory.learn(message.record, self.wall_s())
+            self.directory.learn(sealed, self.wall_s())
         except ValueError as error:
-            raise Misbehaved(channel.peer_id, f"pushes {error}") from error
-        await channel.send(Done())
+            raise Misbehaved(source, f"pushes {error}") from error
 
     # -- records -----------------------------------------------------------------------------------------------------
 
@@ -437,9 +467,12 @@ class Peer:
             await heard(rung, self.timeouts.record_every_s)
 
     async def _refresh_loop(self) -> None:
+        """Look at the others' records from time to time, or when one is pushed."""
         while True:
-            await asyncio.sleep(self.timeouts.refresh_s)
-            await self._refresh()
+            pushed = self.pushed.event
+            await heard(pushed, self.timeouts.refresh_s)
+            if not pushed.is_set():
+                await self._refresh()
             if self._snapshot_task is not None and self._snapshot_task.done():
                 self._snapshot_task.result()
             if self.seat.phase == "inner" and must_catch_up(self.seat.standing, self._swarm_head()):
@@ -474,7 +507,8 @@ class Peer:
         try:
             channel = await self.transport.open(record.peer_id, record.maddrs, self.protocol)
             try:
-                await channel.request(Push(record=self.seat.sealed_record), Done)
+                answer: Push = await channel.request(Push(record=self.seat.sealed_record), Push)
+                self._learn(record.peer_id, answer.record)
             finally:
                 channel.close()
         except RemoteError as error:

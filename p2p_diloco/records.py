@@ -8,6 +8,7 @@ A record is a claim, not a fact: it says where its peer stands, never where the 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Annotated, Any, Literal, TypeVar
 
 import msgpack
@@ -155,6 +156,7 @@ class Directory:
         """The same the other way round: records are read again and again, and a signature costs 0.1 ms to verify."""
         self._suspects: dict[str, float] = {}
         """Peer id -> ``issued_s`` of the record that turned out untrue."""
+        self._met: tuple[frozenset[str], int, bytes] = (frozenset(), 0, b"")
 
     def learn(self, sealed: bytes, now_s: float) -> Record | None:
         """Take in a record from anywhere; the newest one known of its peer. None when it is ours, out of date, or of
@@ -191,6 +193,19 @@ class Directory:
             record
             for peer_id, record in sorted(self._records.items())
             if record.phase != "left" and self._suspects.get(peer_id, -1.0) < record.issued_s
+        ]
+
+    def met(self, peer_ids: Iterable[str], step: int, head: bytes) -> None:
+        """A round with these peers has just led me to ``head``."""
+        self._met = frozenset(peer_ids), step, head
+
+    def expected(self, now_s: float) -> list[Record]:
+        """As ``live``, but those whom I met last stand where that round led, although their records, which take
+        seconds to get here, do not say so yet. For who to wait for; not for any vote."""
+        peer_ids, step, head = self._met
+        return [
+            r.model_copy(update={"step": step, "head": head}) if r.peer_id in peer_ids and r.step < step else r
+            for r in self.live(now_s)
         ]
 
     def get(self, peer_id: str) -> Record | None:

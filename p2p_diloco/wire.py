@@ -189,14 +189,10 @@ class AskManifest(Message):
 
 
 class Push(Message):
-    """My newest record, when it matters at once: I have joined, or I am leaving. Answered by Done."""
+    """My newest record, when it matters at once: I have joined, moved on, or am leaving. Answered by Push."""
 
     tag = "push"
     record: Sealed
-
-
-class Done(Message):
-    tag = "done"
 
 
 class Bell:
