@@ -22,7 +22,7 @@ from types import FrameType
 
 import torch
 
-from p2p_diloco.config import PeerConfig, Timeouts, cache_folder
+from p2p_diloco.config import cache_folder
 from p2p_diloco.data import Corpus, open_corpus
 from p2p_diloco.errors import DataError, Stopped
 from p2p_diloco.inner import INNER_FILE, InnerOptimizer
@@ -47,45 +47,44 @@ class TrainConfig:
     """This peer's own text, for runs without built-in text."""
 
 
-def train(config: PeerConfig, choices: TrainConfig, timeouts: Timeouts | None = None) -> None:
-    """Train until the run is over or the user stops it. Raises LocalError."""
-    with stop_signals() as stop, Swarm.join(config, timeouts=timeouts) as swarm:
-        manifest, spec = swarm.manifest, swarm.manifest.spec
-        if choices.threads is not None:
-            torch.set_num_threads(choices.threads)
-        device = pick_device(choices.device)
-        corpus = open_run_corpus(manifest, choices.data)
-        model = build_model(manifest.transformers_config, seed=None).to(device)
-        swarm.load_into(model)
-        inner = InnerOptimizer(model, spec, device)
-        resume(swarm, model, inner)
-        log.info(
-            "joined run %s at outer step %d of %d as %s; data: %s; device: %s",
-            spec.name, swarm.step, spec.outer.steps, swarm.peer_id[-8:], corpus_name(manifest), device,
-        )  # fmt: skip
-        evaluate_theta(swarm, model, corpus)
+def train(swarm: Swarm, choices: TrainConfig, stop: Stop) -> None:
+    """Train until the run is over or the user stops it, from inside ``stop_signals``. Raises LocalError."""
+    manifest, spec = swarm.manifest, swarm.manifest.spec
+    if choices.threads is not None:
+        torch.set_num_threads(choices.threads)
+    device = pick_device(choices.device)
+    corpus = open_run_corpus(manifest, choices.data)
+    model = build_model(manifest.transformers_config, seed=None).to(device)
+    swarm.load_into(model)
+    inner = InnerOptimizer(model, spec, device)
+    resume(swarm, model, inner)
+    log.info(
+        "joined run %s at outer step %d of %d as %s; data: %s; device: %s",
+        spec.name, swarm.step, spec.outer.steps, swarm.peer_id[-8:], corpus_name(manifest), device,
+    )  # fmt: skip
+    evaluate_theta(swarm, model, corpus)
 
-        with stop.after_inner_step():
-            while not swarm.done and not stop.requested:
-                # Learn alone.
-                step = swarm.step * spec.inner.steps + min(swarm.inner_step, spec.inner.steps - 1)
-                loss = inner.step(corpus, peer_id=swarm.peer_id, step=step)
-                swarm.report(loss, spec.tokens_per_inner_step)
-                if not swarm.outer_step_due():
-                    continue
+    with stop.after_inner_step():
+        while not swarm.done and not stop.requested:
+            # Learn alone.
+            step = swarm.step * spec.inner.steps + min(swarm.inner_step, spec.inner.steps - 1)
+            loss = inner.step(corpus, peer_id=swarm.peer_id, step=step)
+            swarm.report(loss, spec.tokens_per_inner_step)
+            if not swarm.outer_step_due():
+                continue
 
-                # Offer what I learned, take what the group learned; tell how good it is, if it is my turn.
-                try:
-                    with stop.at_once():
-                        log_result(swarm, swarm.outer_step(model))
-                        evaluate_theta(swarm, model, corpus)
-                except Stopped:
-                    break
-                if swarm.step % spec.round.snapshot_every == 0:
-                    keep(swarm, inner)
-        keep(swarm, inner)
-        if swarm.done:
-            log.info("the run is over: %d outer steps, head %s", swarm.step, swarm.head[:16])
+            # Offer what I learned, take what the group learned; tell how good it is, if it is my turn.
+            try:
+                with stop.at_once():
+                    log_result(swarm, swarm.outer_step(model))
+                    evaluate_theta(swarm, model, corpus)
+            except Stopped:
+                break
+            if swarm.step % spec.round.snapshot_every == 0:
+                keep(swarm, inner)
+    keep(swarm, inner)
+    if swarm.done:
+        log.info("the run is over: %d outer steps, head %s", swarm.step, swarm.head[:16])
 
 
 def open_run_corpus(manifest: RunManifest, own_data: Path | None) -> Corpus:
