@@ -252,6 +252,10 @@ class Swarm:
         self._evaluate = False
         self._say("evaluated", step=self.step, held_out_loss=held_out_loss, tokens=tokens, seconds=seconds)
 
+    def serve(self) -> None:
+        """For a seed: until a signal handler raises. Raises what ended the network process, if that ends first."""
+        self._wait("left")
+
     # -- the network process -----------------------------------------------------------------------------------------
 
     def _start(self, manifest_path: Path | None) -> None:
