@@ -32,7 +32,7 @@ from p2p_diloco.swarm import Swarm
 
 log = logging.getLogger(__name__)
 
-STEP_GRACE_S = 4
+STEP_GRACE_S = 2
 """How long Ctrl+C waits for the inner step under way."""
 
 
