@@ -2,9 +2,13 @@
 
     python -I -S guard.py PARENT-PID P2PD -listen=/unix/FOLDER/p2pd-UID.sock ...
 
-    the network process is gone     p2pd is killed, the sockets and their folder are removed
-    SIGTERM                         p2pd is asked to end, killed after 2 s, the sockets are removed
-    p2pd ends                       the sockets are removed, and we exit at once with its code
+    the network process is gone     p2pd is killed
+    SIGTERM                         p2pd is asked to end, and killed after 2 s
+    p2pd ends                       we exit at once, with its code
+
+and each time the two sockets are removed, with their folder when nothing else is in it. Which of the three it was is
+not always known: p2pd itself notices that the network process is gone, and a dying parent's signal may come before it
+has stopped to be the parent.
 
 Standard library only, and no site-packages: it starts in 20 ms and costs 10 MB. It has a session of its own, so that
 Ctrl+C in a terminal reaches the network process alone, which then says goodbye through a p2pd that is still there.
@@ -61,10 +65,9 @@ def main(parent: int, command: list[str]) -> int:
     for path in sockets:
         with contextlib.suppress(OSError):
             os.unlink(path)
-    if os.getppid() != parent:
-        for folder in {os.path.dirname(path) for path in sockets}:
-            with contextlib.suppress(OSError):  # not empty: somebody else's files are in it
-                os.rmdir(folder)
+    for folder in {os.path.dirname(path) for path in sockets}:
+        with contextlib.suppress(OSError):
+            os.rmdir(folder)
     return code
 
 

@@ -20,7 +20,7 @@ import tempfile
 import time
 import weakref
 from collections import Counter, deque
-from collections.abc import Awaitable, Collection, Sequence
+from collections.abc import Awaitable, Collection, Coroutine, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
@@ -127,11 +127,15 @@ class Node:
         self._handlers: dict[str, Handler] = {}
         self._streams: Counter[str] = Counter()
         self._stream_tasks: set[asyncio.Task[Any]] = set()
+        self._dht_tasks: set[asyncio.Task[Any]] = set()
+        self._writers: weakref.WeakSet[asyncio.StreamWriter] = weakref.WeakSet()
         self._network: _Network | None = None
         self._maddrs: list[str] = []
         self._claim: int | None = None
         self._closed = False
+        self._starting = asyncio.Lock()
         self._loop = asyncio.get_running_loop()
+        self._closing = self._loop.create_future()
 
     @classmethod
     async def start(cls, config: PeerConfig, identity: Identity, timeouts: Timeouts, socket_folder: Path) -> Node:
@@ -176,7 +180,7 @@ class Node:
             return False
         self._validator.allow(key)
         try:
-            return await asyncio.wait_for(self._store(network, key, record, expires_s), self.timeouts.dht_s)
+            return await self._in_dht(self._store(network, key, record, expires_s))
         except asyncio.TimeoutError:
             return False
 
@@ -187,8 +191,7 @@ class Node:
             return []
         self._validator.allow(key)
         try:
-            work = network.dht.get(key, latest=True, beam_size=REPLICAS)
-            found = await asyncio.wait_for(work, self.timeouts.dht_s)
+            found = await self._in_dht(network.dht.get(key, latest=True, beam_size=REPLICAS))
             entries = [] if found is None else [entry.value for entry in found.value.values()]
         except asyncio.TimeoutError:
             found = network.dht.protocol.storage.get(DHTID.generate(source=key))
@@ -220,6 +223,8 @@ class Node:
                     await self._bring_up(first=False)
                     continue
                 except LocalError as error:
+                    if self._closed:
+                        return
                     logger.warning("p2pd does not start again: %s", error)
                     self._host_maddrs = self._config.host_maddrs  # somebody may have taken our port meanwhile
             losses.append(time.monotonic())
@@ -234,17 +239,21 @@ class Node:
         if self._closed:
             return
         self._closed = True
+        with contextlib.suppress(asyncio.TimeoutError):  # ``watch`` may be starting a p2pd, and shuts it when it sees
+            await asyncio.wait_for(self._starting.acquire(), self.timeouts.leave_s / 2)
         network, self._network = self._network, None
+        if not self._closing.done():
+            self._closing.set_result(None)
         await cancel_and_wait(self._stream_tasks, self.timeouts.leave_s / 2)
+        for writer in self._writers:
+            writer.transport.abort()
         if network is not None:
             network.dht.is_alive = False
             await self._shut(network.p2p)
         Node._open_nodes.discard(self)
         if not any(node._loop is self._loop for node in Node._open_nodes):
             # hivemind keeps no reference to its tasks: with several nodes in a loop, nobody knows whose is whose
-            await cancel_and_wait(
-                {task for task in asyncio.all_tasks() if is_hiveminds(task)}, self.timeouts.leave_s / 2
-            )
+            await cancel_and_wait(self._dht_tasks | tasks_of_hivemind(), self.timeouts.leave_s / 2)
         with contextlib.suppress(OSError):
             self._socket_folder.rmdir()
         if self._claim is not None:
@@ -253,6 +262,11 @@ class Node:
     async def _bring_up(self, *, first: bool) -> None:
         """p2pd, the DHT node and the handlers. Only the first time must an initial peer be there: later on ``watch``
         keeps looking for them."""
+        async with self._starting:
+            self._network = await self._start_network(first=first)
+            self._host_maddrs = pin_ports(self._host_maddrs, self._maddrs)
+
+    async def _start_network(self, *, first: bool) -> _Network:
         if not self._config.client_mode:
             check_host_maddrs(self._host_maddrs)
         p2p = await self._start_p2pd(self._host_maddrs)
@@ -284,11 +298,12 @@ class Node:
             for protocol in self._handlers:
                 await self._register(p2p, protocol)
             self._maddrs = await own_daemon(self._ask_maddrs(p2p), self.timeouts.request_s)
+            if self._closed:
+                raise NetworkError("closed while it was starting")
+            return network
         except BaseException:
             await self._shut(p2p)
             raise
-        self._host_maddrs = pin_ports(self._host_maddrs, self._maddrs)
-        self._network = network
 
     async def _start_p2pd(self, host_maddrs: Sequence[str]) -> Any:
         config = self._config
@@ -297,6 +312,7 @@ class Node:
         auto_relay = bool(config.use_relay and relays and not config.client_mode and not local)
         p2p_class = hardening.guarded_p2p(self._socket_folder, config.relay_service)
         for attempt in (1, 2):
+            self._socket_folder.mkdir(mode=0o700, parents=True, exist_ok=True)  # a guard that ends removes it
             try:
                 return await p2p_class.create(
                     host_maddrs=None if config.client_mode else host_maddrs,
@@ -386,7 +402,7 @@ class Node:
             asked_s = time.time()
             try:
                 stub = protocol.get_stub(PeerID.from_base58(peer_id))
-                answer = await stub.rpc_ping(request, timeout=self.timeouts.dht_s)
+                answer = await self._in_dht(stub.rpc_ping(request))
             except (asyncio.TimeoutError, P2PDaemonError, P2PHandlerError, OSError) as error:
                 logger.debug("peer %s does not introduce itself: %s", peer_id, error)
                 return None
@@ -404,7 +420,7 @@ class Node:
         if answers:
             self._check_answers([behind_s for behind_s, _ in answers], [known for _, known in answers], first=first)
             with contextlib.suppress(asyncio.TimeoutError):
-                await asyncio.wait_for(network.dht.find_nearest_nodes([protocol.node_id]), self.timeouts.dht_s)
+                await self._in_dht(network.dht.find_nearest_nodes([protocol.node_id]))
 
     def _check_answers(self, behind_s: list[float], reachable: list[bool], *, first: bool) -> None:
         offset_s = statistics.median(behind_s)
@@ -419,6 +435,18 @@ class Node:
                 "the initial peers cannot reach this machine; forward the port and give --announce-maddrs, "
                 "or take part with --client-mode"
             )
+
+    async def _in_dht(self, work: Coroutine[Any, Any, T]) -> T:
+        """TimeoutError after ``dht_s``, and when we close meanwhile. The work goes on: hivemind's searches, cancelled,
+        leave tasks behind that Python complains about; uncancelled, they end when their requests have timed out."""
+        task = asyncio.create_task(work)
+        self._dht_tasks.add(task)
+        task.add_done_callback(self._dht_tasks.discard)
+        await asyncio.wait({task, self._closing}, timeout=self.timeouts.dht_s, return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            task.add_done_callback(lambda late: late.cancelled() or late.exception())
+            raise asyncio.TimeoutError
+        return task.result()
 
     async def _store(self, network: _Network, key: str, record: bytes, expires_s: float) -> bool:
         """DHTNode.store says what the last node answered, not whether any node took it."""
@@ -509,6 +537,7 @@ class Node:
                 del self._streams[peer_id]
 
     def _channel(self, peer_id: str, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> Channel:
+        self._writers.add(writer)
         reader._limit = READ_BUFFER_BYTES  # type: ignore[attr-defined]
         return Channel(
             peer_id=peer_id, reader=reader, writer=_Writer(writer, self.timeouts.write_s), timeouts=self.timeouts
@@ -546,10 +575,15 @@ async def cancel_and_wait(tasks: Collection[asyncio.Task[Any]], timeout_s: float
         await asyncio.wait(list(tasks), timeout=timeout_s)
 
 
-def is_hiveminds(task: asyncio.Task[Any]) -> bool:
-    code = getattr(task.get_coro(), "cr_code", None)
+def tasks_of_hivemind() -> set[asyncio.Task[Any]]:
+    """Those that run its code, and those that its code waits for, such as an event's."""
     folders = (os.path.dirname(hivemind.__file__), hardening.__file__)
-    return code is not None and code.co_filename.startswith(folders)
+    found: set[asyncio.Task[Any]] = set()
+    for task in asyncio.all_tasks():
+        frame = getattr(task.get_coro(), "cr_frame", None)
+        if frame is not None and frame.f_code.co_filename.startswith(folders):
+            found |= {task, *(value for value in frame.f_locals.values() if isinstance(value, asyncio.Task))}
+    return found
 
 
 def claim_identity(path: Path) -> int:
