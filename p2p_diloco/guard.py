@@ -33,7 +33,7 @@ MEMORY_LIMIT = "1GiB"
 PR_SET_PDEATHSIG = 1
 
 
-def main(parent: int, command: list[str]) -> int:
+def main(parent: int, command: list[str]) -> int | None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     with contextlib.suppress(PermissionError):
@@ -107,15 +107,15 @@ def sockets_of(command: list[str]) -> list[str]:
             for path in listen for name in ("p2pd-", "p2pclient-")]  # fmt: skip
 
 
-def exit_code(process: int) -> int | None:
+def exit_code(process: int, options: int = os.WNOHANG) -> int | None:
     """None while it runs; 128 and the signal's number for one that a signal ended, as shells have it."""
-    done, status = os.waitpid(process, os.WNOHANG)
+    done, status = os.waitpid(process, options)
     if done == 0:
         return None
     return 128 + os.WTERMSIG(status) if os.WIFSIGNALED(status) else os.WEXITSTATUS(status)
 
 
-def end(process: int, patience_s: float) -> int:
+def end(process: int, patience_s: float) -> int | None:
     if patience_s:
         os.kill(process, signal.SIGTERM)
     deadline = time.monotonic() + patience_s
@@ -125,7 +125,7 @@ def end(process: int, patience_s: float) -> int:
             return code
         time.sleep(0.02)
     os.kill(process, signal.SIGKILL)
-    return 128 + os.WTERMSIG(os.waitpid(process, 0)[1])
+    return exit_code(process, 0)
 
 
 if __name__ == "__main__":
