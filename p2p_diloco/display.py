@@ -1,0 +1,212 @@
+"""What a peer shows in a terminal: where it stands, and a table of everybody; also the table of ``status``.
+
+What others say about themselves (names above all) is shown as text and nothing else: no markup, no control characters,
+no marks that turn the direction of writing. Everything fits into 80 columns.
+"""
+
+from __future__ import annotations
+
+import math
+import unicodedata
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+if TYPE_CHECKING:
+    from p2p_diloco.swarm import Swarm
+
+Row = Mapping[str, Any]
+"""A record as ``Swarm.rows`` has it: the fields of ``records.Record``, hashes in hex."""
+
+REFRESHES_PER_S = 4
+MAX_NAME_CHARS = 32
+OTHER_COLUMNS = 68
+"""Of the table of peers, beside the name."""
+HEADER_LINES = 9
+"""All but the rows of the table, and the prompt that comes back."""
+NOTHING = "–"
+
+
+@dataclass(frozen=True, kw_only=True)
+class View:
+    """What the screen of one peer shows."""
+
+    run: str
+    run_id: str
+    role: str
+    step: int
+    steps: int
+    """Outer steps of the whole run."""
+    head: str
+    inner_step: int
+    planned: int
+    loss: float | None
+    tokens_per_s: float
+    rows: Sequence[Row]
+    """Mine first."""
+    join_line: str
+    """Empty for a peer that nobody can dial."""
+
+    @classmethod
+    def of(cls, swarm: Swarm) -> View:
+        rows = swarm.rows
+        return cls(
+            run=swarm.manifest.spec.name,
+            run_id=swarm.manifest.run_id,
+            role=rows[0]["role"] if rows else "",
+            step=swarm.step,
+            steps=swarm.manifest.spec.outer.steps,
+            head=swarm.head,
+            inner_step=swarm.inner_step,
+            planned=swarm.planned,
+            loss=swarm.loss,
+            tokens_per_s=swarm.tokens_per_s,
+            rows=rows,
+            join_line=join_line(swarm.maddrs),
+        )
+
+
+@contextmanager
+def live_table(swarm: Swarm, console: Console) -> Iterator[None]:
+    """Keeps the screen below everything else that ``console`` prints; nothing where it is not a terminal."""
+    if not console.is_terminal:
+        yield
+        return
+
+    def screen() -> RenderableType:
+        return screen_of(View.of(swarm), width=console.width, height=console.height)
+
+    with Live(console=console, get_renderable=screen, refresh_per_second=REFRESHES_PER_S):
+        console.show_cursor(True)  # hidden, it would stay so after a second Ctrl+C, which ends the process at once
+        yield
+
+
+def join_line(maddrs: Sequence[str]) -> str:
+    """What somebody else types to join; the most public address comes first in ``maddrs``."""
+    return f"p2p-diloco peer --initial-peers {maddrs[0]}" if maddrs else ""
+
+
+def screen_of(view: View, *, width: int, height: int) -> RenderableType:
+    me: Row = view.rows[0] if view.rows else {}
+    facts = [f"run {view.run} {view.run_id[:12]}", f"outer step {view.step} of {view.steps}"]
+    if me.get("group_size"):
+        facts += [
+            f"group of {count(me['group_size'])}",
+            f"last round {seconds(me['round_s'])}, {count(me['round_bytes'])}B",
+        ]
+    losses = []
+    if view.role == "trainer":
+        losses += [f"loss {decimal(view.loss)}", f"{count(view.tokens_per_s)} tokens/s"]
+    losses.append(held_out(view.rows))
+    lines: list[RenderableType] = [Text(" · ".join(facts), style="bold"), Text(" · ".join(losses))]
+    if view.role == "trainer":
+        lines.append(progress(view))
+    lines += [Text(), peers_table(view.rows, head=view.head, width=width, most=max(height - HEADER_LINES, 1), own=True)]
+    if view.join_line:
+        lines += [Text(), Text(view.join_line, style="dim", overflow="fold")]
+    return Group(*lines)
+
+
+def progress(view: View) -> RenderableType:
+    bar = Table.grid(padding=(0, 1))
+    done = min(view.inner_step, view.planned)
+    bar.add_row(
+        Text("inner steps"), ProgressBar(total=max(view.planned, 1), completed=done, width=40), Text(inner(view))
+    )
+    return bar
+
+
+def inner(view: View) -> str:
+    return f"{count(view.inner_step)}/{count(view.planned)}"
+
+
+def peers_table(rows: Sequence[Row], *, head: str, width: int, most: int, own: bool) -> RenderableType:
+    """``head``: rows of peers that stand on another one are marked. ``own``: the first row is this peer's."""
+    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="dim")
+    table.add_column("")
+    table.add_column("peer")
+    table.add_column("role")
+    table.add_column("phase")
+    for column in ("outer", "inner", "loss", "tokens/s", "tokens", "group"):
+        table.add_column(column, justify="right", no_wrap=True)
+    name_columns = max(min(width - OTHER_COLUMNS, MAX_NAME_CHARS), 8)
+    for number, row in enumerate(rows[:most]):
+        mine = own and number == 0
+        elsewhere = row["head"] != head
+        trains = row["role"] == "trainer"
+        name = Text(label(row))
+        name.truncate(name_columns, overflow="ellipsis")
+        table.add_row(
+            "▸" if mine else "≠" if elsewhere else "",
+            name,
+            Text(row["role"]),
+            Text(row["phase"]),
+            count(row["step"]),
+            fraction(row["inner_step"], row["inner_steps_planned"]) if trains else NOTHING,
+            decimal(row["loss"]),
+            count(row["tokens_per_s"]) if trains else NOTHING,
+            count(row["tokens"]) if trains else NOTHING,
+            count(row["group_size"]) if row["group_size"] else NOTHING,
+            style="bold" if mine else "yellow" if elsewhere else "",
+        )
+    notes = []
+    if len(rows) > most:
+        notes.append(f"and {len(rows) - most} more")
+    if any(row["head"] != head for row in rows[int(own) : most]):
+        notes.append("≠ on another head")
+    return Group(table, Text("; ".join(notes), style="dim")) if notes else table
+
+
+def label(row: Row) -> str:
+    """The peer's name, or the end of its id."""
+    return plain(row["name"])[:MAX_NAME_CHARS].strip() or str(row["peer_id"])[-8:]
+
+
+def plain(text: str, keep: str = "") -> str:
+    """Without characters that do anything but show: control, format and direction marks, line separators, surrogates;
+    those in ``keep`` stay. What a stranger sent may not steer the terminal."""
+    return "".join(c for c in text if c in keep or unicodedata.category(c) not in UNSEEN)
+
+
+UNSEEN = {"Cc", "Cf", "Cn", "Co", "Cs", "Zl", "Zp"}
+
+
+def held_out(rows: Sequence[Row]) -> str:
+    """The newest evaluation that anybody reports."""
+    evaluated = [row for row in rows if row["held_out_loss"] is not None]
+    if not evaluated:
+        return "held-out loss: not evaluated yet"
+    newest = max(evaluated, key=lambda row: int(row["held_out_step"]))
+    return f"held-out loss {decimal(newest['held_out_loss'])} at outer step {count(newest['held_out_step'])}"
+
+
+def count(number: float) -> str:
+    """At most six characters: 99999, 123k, 4.56M."""
+    if number < 100_000:
+        return f"{number:.0f}"
+    for unit in "kMGTPE":
+        number /= 1000
+        if number < 999.5:
+            return f"{number:.3g}{unit}"
+    return "huge"
+
+
+def fraction(done: int, of: int) -> str:
+    return f"{count(done)}/{count(of)}"
+
+
+def decimal(number: float | None) -> str:
+    if number is None or not math.isfinite(number):
+        return NOTHING
+    return f"{number:.4f}" if abs(number) < 1000 else f"{number:.1e}"
+
+
+def seconds(number: float) -> str:
+    return f"{number:.2f} s" if number < 100_000 else "huge"
