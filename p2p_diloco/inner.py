@@ -54,18 +54,18 @@ class InnerOptimizer:
         )
         self.autocast = device.type == "cuda" and torch.cuda.is_bf16_supported()
 
-    def step(self, corpus: Corpus, *, peer_id: str, step: int) -> float:
-        """One inner step, at inner step ``step`` of the run, on this peer's batch of that step. Returns the mean loss,
-        nats per token."""
+    def step(self, corpus: Corpus, *, peer_id: str, batch_step: int, schedule_step: int) -> float:
+        """One inner step on this peer's batch ``batch_step``, at the learning rate of the run's inner step
+        ``schedule_step``. Returns the mean loss, nats per token."""
         inner, data = self.spec.inner, self.spec.data
         for group in self.adamw.param_groups:
-            group["lr"] = learning_rate(inner, step, inner.steps * self.spec.outer.steps)
+            group["lr"] = learning_rate(inner, schedule_step, inner.steps * self.spec.outer.steps)
         total = torch.zeros((), device=self.device)
         for micro_step in range(inner.grad_accumulation):
             batch = corpus.batch(
                 run_seed=self.spec.seed,
                 peer_id=peer_id,
-                step=step,
+                step=batch_step,
                 batch_size=inner.batch_size,
                 seq_len=data.seq_len,
                 micro_step=micro_step,

@@ -1,0 +1,118 @@
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from p2p_diloco.codec import Vector
+from p2p_diloco.data import Corpus
+from p2p_diloco.inner import INNER_FILE, InnerOptimizer, learning_rate
+from p2p_diloco.manifest import DataSpec, InnerSpec, ModelSpec, OuterSpec, RunSpec
+from p2p_diloco.model import bind_parameters, build_model, layout_of, read_parameters
+
+CONFIG = {
+    "model_type": "llama",
+    "vocab_size": 256,
+    "hidden_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "intermediate_size": 32,
+    "max_position_embeddings": 16,
+}
+SPEC = RunSpec(
+    name="inner",
+    model=ModelSpec(config=CONFIG),
+    data=DataSpec(seq_len=8),
+    inner=InnerSpec(steps=5, batch_size=2, lr=1e-2, warmup_steps=3),
+    outer=OuterSpec(steps=4),
+)
+CPU = torch.device("cpu")
+
+
+def corpus() -> Corpus:
+    text = np.frombuffer(b"the quick brown fox jumps over the lazy dog. " * 20, np.uint8)
+    return Corpus(train=text, held_out=text[:100], vocab_size=256, fingerprint="")
+
+
+def trainer() -> tuple[InnerOptimizer, Vector]:
+    model = build_model(CONFIG, seed=1)
+    local = np.empty(layout_of(model).n, np.float32)
+    read_parameters(model, local)
+    bind_parameters(model, local)
+    return InnerOptimizer(model, SPEC, CPU), local
+
+
+def run(inner: InnerOptimizer, steps: range) -> list[float]:
+    return [inner.step(corpus(), peer_id="me", batch_step=step, schedule_step=step) for step in steps]
+
+
+def test_the_learning_rate_warms_up_then_falls_along_a_cosine_to_its_floor() -> None:
+    spec = InnerSpec(lr=1.0, warmup_steps=10, min_lr_ratio=0.1)
+    rates = [learning_rate(spec, step, 110) for step in range(111)]
+    assert rates[:10] == pytest.approx([0.1 * (i + 1) for i in range(10)])
+    assert rates[60] == pytest.approx(0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi / 2)))
+    assert rates[110] == pytest.approx(0.1)
+    assert rates[9:] == sorted(rates[9:], reverse=True)
+    assert learning_rate(spec, 10_000, 110) == pytest.approx(0.1)
+    assert learning_rate(InnerSpec(lr=1.0, warmup_steps=1000), 4, 5) == pytest.approx(1.0)
+
+
+def test_training_lowers_the_loss_in_shared_memory() -> None:
+    inner, local = trainer()
+    before = local.copy()
+    losses = run(inner, range(20))
+    assert losses[-1] < losses[0] - 0.5
+    assert not np.array_equal(local, before)
+
+
+def test_accumulated_gradients_are_those_of_one_large_batch() -> None:
+    inner, _ = trainer()
+    batches = [
+        corpus().batch(run_seed=0, peer_id="me", step=3, batch_size=2, seq_len=8, micro_step=micro) for micro in (0, 1)
+    ]
+    both = torch.from_numpy(np.concatenate(batches))
+    logits = inner.model(input_ids=both[:, :-1]).logits
+    torch.nn.functional.cross_entropy(logits.flatten(0, 1), both[:, 1:].flatten()).backward()  # type: ignore[no-untyped-call]
+    inner.adamw.step()
+    accumulated, _ = trainer()
+    accumulated.spec = SPEC.model_copy(
+        update={"inner": SPEC.inner.model_copy(update={"grad_accumulation": 2, "clip": 1e9})}
+    )
+    accumulated.step(corpus(), peer_id="me", batch_step=3, schedule_step=3)
+    for one, other in zip(inner.parameters, accumulated.parameters):
+        moment, expected = accumulated.adamw.state[other]["exp_avg"], inner.adamw.state[one]["exp_avg"]
+        assert torch.allclose(moment, expected, atol=1e-6)
+
+
+def test_a_restart_goes_on_as_if_nothing_had_happened(tmp_path: Path) -> None:
+    inner, local = trainer()
+    run(inner, range(6))
+    inner.save(tmp_path / INNER_FILE, local, head="ab", inner_step=6, tokens=96)
+    expected = run(inner, range(6, 12))
+
+    again, local_again = trainer()
+    kept = again.load(tmp_path / INNER_FILE)
+    assert kept is not None
+    local_again[:], head, inner_step, tokens = kept
+    assert (head, inner_step, tokens) == ("ab", 6, 96)
+    assert run(again, range(6, 12)) == expected
+    assert np.array_equal(local, local_again)
+
+
+@pytest.mark.parametrize("damage", [b"", b"\0" * 100, None])
+def test_a_damaged_or_missing_file_costs_the_moments_and_nothing_else(tmp_path: Path, damage: bytes | None) -> None:
+    inner, local = trainer()
+    run(inner, range(2))
+    path = tmp_path / INNER_FILE
+    inner.save(path, local, head="ab", inner_step=2, tokens=32)
+    if damage is None:
+        path.unlink()
+    else:
+        path.write_bytes(path.read_bytes()[:50] + damage)
+    again, _ = trainer()
+    assert again.load(path) is None
+    assert not again.adamw.state
