@@ -142,7 +142,11 @@ class Node:
         """``identity`` is the one in ``config.identity_path``; ``socket_folder`` belongs to this node alone, and is
         removed by ``close``. Raises UsageError or NetworkError."""
         hardening.apply_hardening()
-        node = cls(config, identity, timeouts, socket_folder)
+        try:
+            node = cls(config, identity, timeouts, socket_folder)
+        except LocalError:
+            remove_folder(socket_folder)
+            raise
         cls._open_nodes.add(node)
         try:
             node._claim = claim_identity(config.identity_path)
@@ -154,8 +158,13 @@ class Node:
 
     async def serve(self, protocol: str, handler: Handler) -> None:
         self._handlers[protocol] = handler
-        if self._network is not None:
-            await self._register(self._network.p2p, protocol)
+        network = self._network
+        if network is not None:
+            try:
+                await self._register(network.p2p, protocol)
+            except NetworkError:
+                if network.p2p._child.returncode is None:  # else ``watch`` does it, with the next p2pd
+                    raise
 
     async def open(self, peer_id: str, maddrs: list[str], protocol: str) -> Channel:
         network = self._network
@@ -240,11 +249,11 @@ class Node:
             return
         self._closed = True
         with contextlib.suppress(asyncio.TimeoutError):  # ``watch`` may be starting a p2pd, and shuts it when it sees
-            await asyncio.wait_for(self._starting.acquire(), self.timeouts.leave_s / 2)
+            await asyncio.wait_for(self._starting.acquire(), self.timeouts.leave_s / 4)
         network, self._network = self._network, None
         if not self._closing.done():
             self._closing.set_result(None)
-        await cancel_and_wait(self._stream_tasks, self.timeouts.leave_s / 2)
+        await cancel_and_wait(self._stream_tasks, self.timeouts.leave_s / 4)
         for writer in self._writers:
             writer.transport.abort()
         if network is not None:
@@ -253,9 +262,8 @@ class Node:
         Node._open_nodes.discard(self)
         if not any(node._loop is self._loop for node in Node._open_nodes):
             # hivemind keeps no reference to its tasks: with several nodes in a loop, nobody knows whose is whose
-            await cancel_and_wait(self._dht_tasks | tasks_of_hivemind(), self.timeouts.leave_s / 2)
-        with contextlib.suppress(OSError):
-            self._socket_folder.rmdir()
+            await cancel_and_wait(self._dht_tasks | tasks_of_hivemind(), self.timeouts.leave_s / 4)
+        remove_folder(self._socket_folder)
         if self._claim is not None:
             os.close(self._claim)
 
@@ -337,7 +345,7 @@ class Node:
 
     async def _shut(self, p2p: Any) -> None:
         try:
-            await asyncio.wait_for(p2p.shutdown(), self.timeouts.leave_s / 2)
+            await asyncio.wait_for(p2p.shutdown(), self.timeouts.leave_s / 4)
         except asyncio.TimeoutError:
             with contextlib.suppress(ProcessLookupError):
                 p2p._child.kill()
@@ -601,6 +609,12 @@ def claim_identity(path: Path) -> int:
     except OSError:
         logger.debug("identity %s: this file system has no locks", path)
     return descriptor
+
+
+def remove_folder(folder: Path) -> None:
+    """Unless something is in it."""
+    with contextlib.suppress(OSError):
+        folder.rmdir()
 
 
 def private_socket_folder(folder: Path) -> Path:

@@ -340,6 +340,10 @@ def test_port_in_use(tmp_path: Path) -> None:
         expect(UsageError, f"^port {port} is in use", config_of(tmp_path, host_maddrs=(f"/ip4/127.0.0.1/tcp/{port}",)))
 
 
+def test_address_of_an_initial_peer_that_is_none(tmp_path: Path) -> None:
+    expect(UsageError, "^address 'there': it begins with no '/'", config_of(tmp_path, initial_peers=("there",)))
+
+
 @pytest.mark.parametrize(
     ("maddr", "complaint"),
     [
