@@ -107,6 +107,8 @@ class NetworkProcess:
             for task in list(self.tasks):
                 task.cancel()
             await asyncio.gather(*self.tasks, return_exceptions=True)
+            if self.failure.done():
+                self.failure.exception()  # raised above; asyncio shall not report it a second time
 
     async def _work(self, start: Line) -> None:
         config = PeerConfig.model_validate_json(start["config"])
