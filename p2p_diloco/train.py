@@ -67,8 +67,13 @@ def train(swarm: Swarm, choices: TrainConfig, stop: Stop) -> None:
     with stop.after_inner_step():
         while not swarm.done and not stop.requested:
             # Learn alone.
-            step = swarm.step * spec.inner.steps + min(swarm.inner_step, spec.inner.steps - 1)
-            loss = inner.step(corpus, peer_id=swarm.peer_id, step=step)
+            first = swarm.step * spec.inner.steps
+            loss = inner.step(
+                corpus,
+                peer_id=swarm.peer_id,
+                batch_step=first + swarm.tokens_since_theta // spec.tokens_per_inner_step,
+                schedule_step=first + min(swarm.inner_step, spec.inner.steps - 1),
+            )
             swarm.report(loss, spec.tokens_per_inner_step)
             if not swarm.outer_step_due():
                 continue
