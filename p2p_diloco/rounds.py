@@ -21,6 +21,7 @@ Rules of this file:
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from statistics import median_low
@@ -205,16 +206,14 @@ def swarm_head(records: Iterable[Record], mine: Standing | None) -> tuple[int, b
     however new, extends nothing and changes nothing. Where no head has a majority (a healed partition), the same order
     decides among all.
     """
-    everybody = [(r.step, r.head, (r.head, *r.heads), r.committed) for r in records]
+    everybody = [(r.step, (r.head, *r.heads), r.committed) for r in records]
     if mine is not None:
-        everybody.append((mine.step, mine.head, (mine.head, *mine.heads), mine.committed))
-    voters = [voter for voter in everybody if voter[3]] or everybody
+        everybody.append((mine.step, (mine.head, *mine.heads), mine.committed))
+    voters = [voter for voter in everybody if voter[2]] or everybody
     if not voters:
         return None
-    support: dict[tuple[int, bytes], int] = {}
-    for step, _, heads, _ in voters:
-        for back, head in enumerate(heads):
-            support[step - back, head] = support.get((step - back, head), 0) + 1
+    paths = [[(step - back, head) for back, head in enumerate(heads)] for step, heads, _ in voters]
+    support = Counter(candidate for path in paths for candidate in path)
 
     def order(candidate: tuple[int, bytes]) -> tuple[int, int, bytes]:
         return (-support[candidate], -candidate[0], candidate[1])
@@ -223,8 +222,7 @@ def swarm_head(records: Iterable[Record], mine: Standing | None) -> tuple[int, b
     if not agreed:
         return min(support, key=order)
     base = max(agreed)
-    extending = {(step, head) for step, head, heads, _ in voters if base[1] in heads}
-    newer = [candidate for candidate in extending if candidate[0] > base[0]]
+    newer = {path[0] for path in paths if base in path[1:]}
     return min(newer, key=order) if newer else base
 
 
