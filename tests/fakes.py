@@ -87,7 +87,8 @@ def run_simulated(main: Coroutine[Any, Any, T]) -> T:
         pending = asyncio.all_tasks(loop)
         for task in pending:
             task.cancel()
-        loop.run_until_complete(asyncio.gather(*pending, return_exceptions=True))
+        if pending:
+            loop.run_until_complete(asyncio.gather(*pending, return_exceptions=True))
     finally:
         loop.close()
     assert not unheard, unheard
