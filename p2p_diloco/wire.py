@@ -12,7 +12,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable
 from dataclasses import dataclass
-from typing import Annotated, ClassVar, Protocol, TypeVar
+from typing import Annotated, ClassVar, Literal, Protocol, TypeVar
 
 import msgpack
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -123,7 +123,7 @@ class Receipt(Message):
     tag = "receipt"
     max_bytes = MAX_FRAME_BYTES
     round_id: Hash
-    part_hashes: Annotated[list[Annotated[bytes, Field(max_length=32)]], Field(max_length=MAX_PARTS)]
+    part_hashes: Annotated[list[Hash | Literal[b""]], Field(max_length=MAX_PARTS)]
 
 
 class Commit(Message):
@@ -296,10 +296,11 @@ class Channel:
         return bytes(data)
 
     async def receive_chunk(self, left_bytes: int, timeout_s: float) -> bytes:
-        """Between 1 and min(CHUNK_BYTES, ``left_bytes``) bytes."""
-        chunk = await self.receive_frame(min(CHUNK_BYTES, left_bytes), timeout_s)
-        if not chunk:
-            raise Misbehaved(self.peer_id, "serves empty chunks")
+        """min(CHUNK_BYTES, ``left_bytes``) bytes: whole chunks, so that ``timeout_s`` is a lowest rate, too."""
+        due = min(CHUNK_BYTES, left_bytes)
+        chunk = await self.receive_frame(due, timeout_s)
+        if len(chunk) != due:
+            raise Misbehaved(self.peer_id, f"serves a chunk of {len(chunk)} bytes, another size than is due")
         return chunk
 
     def close(self) -> None:
