@@ -4,6 +4,7 @@ Both ends are ours, so nothing is checked beyond the name; the end of the stream
 
     trainer -> network
         start       config, timeouts, role, manifest_path (a seed's; else null)     once, first
+        begin       training begins; answered by begun
         progress    inner_step, planned, step_s, loss, tokens, tokens_per_s         after every inner step
         outer_step  tokens                                                         answered by result
         stall       step, seconds
@@ -12,7 +13,8 @@ Both ends are ours, so nothing is checked beyond the name; the end of the stream
     network -> trainer
         log         level, name, text
         found       manifest_path, folder              the manifest is known; the vectors have their size
-        joined      peer_id, maddrs, step, head, evaluate
+        joined      peer_id, maddrs, step, head
+        begun       step, head, evaluate               theta moves at outer steps only from now on
         news        closes_in_s (null: no round is closing), behind
         peers       rows: the fields of everybody's record, mine first
         moved       step, head                         a seed followed the swarm

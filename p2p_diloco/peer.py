@@ -1,6 +1,7 @@
 """The network side of one peer, on any transport: it keeps the records, serves others, and makes outer steps.
 
-    join        take the newest state of the own ledger, then whatever leads to the swarm's head
+    join        take the newest state of the own ledger, then whatever leads to the swarm's head, and follow that
+    begin       the trainer takes theta: from now on the state moves at outer steps only
     outer_step  gather -> reduce -> settle -> apply, or catch up: the only place where an update is committed
     leave       withdraw the record
 
@@ -164,6 +165,10 @@ class Peer:
         )
         self.trained = Trained()
         self.last_result: OuterResult | None = None
+        self._following = True
+        """A seed, and a trainer that has not begun: the state goes where the swarm goes, by itself."""
+        self._moving = asyncio.Lock()
+        """Held by who moves the state other than by a round."""
         self.behind = False
         """The swarm went on without me: the trainer shall come for an outer step now."""
         self.rounds: deque[Butterfly] = deque(maxlen=ROUNDS_KEPT)
@@ -194,7 +199,8 @@ class Peer:
                 "no peer of the run could give us its state; try again when a seed or another peer is up"
             )
         self.seat.standing = self.replica.standing()
-        self.seat.phase = "inner"
+        if self.role == "seed":
+            self.seat.phase = "inner"
         self.events.write(
             "joined",
             step=self.seat.standing.step,
@@ -203,6 +209,16 @@ class Peer:
             snapshot=bool(caught_up),
             seconds=self._now() - started_s,
         )
+        await self._publish()
+        await self._push_record()
+
+    async def begin(self) -> None:
+        """The trainer is about to take theta and to train: up to now the state has followed the swarm, from now on it
+        moves at outer steps only."""
+        async with self._moving:
+            await self._catch_up_to_swarm(patience_s=0.0)
+            self._following = False
+        self._to_phase("inner")
         await self._publish()
         await self._push_record()
 
@@ -337,7 +353,8 @@ class Peer:
         """Catch up with the swarm instead of meeting it."""
         before = self.seat.standing
         self._to_phase("joining")
-        await self._catch_up_to_swarm(patience_s=0.0)
+        async with self._moving:
+            await self._catch_up_to_swarm(patience_s=0.0)
         if self.seat.standing == before:
             return self._result(reason="behind")
         return self._result(adopted=True, reason="behind")
@@ -475,13 +492,19 @@ class Peer:
                 await self._refresh()
             if self._snapshot_task is not None and self._snapshot_task.done():
                 self._snapshot_task.result()
-            if self.seat.phase == "inner" and must_catch_up(self.seat.standing, self._swarm_head()):
-                if self.role == "seed":
-                    await self._catch_up_to_swarm(patience_s=0.0)
-                    self.publish_now.ring()
-                elif not self.behind:
-                    self.behind = True
-                    self.seat.changed.ring()
+            await self._follow()
+
+    async def _follow(self) -> None:
+        """Go where the swarm goes; once training, tell the trainer to come."""
+        async with self._moving:
+            if not must_catch_up(self.seat.standing, self._swarm_head()):
+                return
+            if self._following:
+                await self._catch_up_to_swarm(patience_s=0.0)
+                self.publish_now.ring()
+            elif self.seat.phase == "inner" and not self.behind:
+                self.behind = True
+                self.seat.changed.ring()
 
     async def _refresh(self) -> None:
         for sealed in await self.transport.look_up(peers_key(self.manifest.run_id)):

@@ -120,8 +120,7 @@ class Swarm:
             swarm.planned = swarm.manifest.spec.inner.steps
             joined = swarm._wait("joined")
             swarm.step, swarm.head, swarm.peer_id = joined["step"], joined["head"], joined["peer_id"]
-            swarm.maddrs, swarm._evaluate = joined["maddrs"], joined["evaluate"]
-            swarm.local[:] = swarm.theta
+            swarm.maddrs = joined["maddrs"]
         except BaseException:
             swarm.close("could not join")
             raise
@@ -168,12 +167,19 @@ class Swarm:
 
         if layout_of(model).digest != self.manifest.layout_digest:
             raise UsageError("this model is not the run's: its parameters have other names or shapes")
-        self.local[:] = self.theta
+        self.begin()
         if next(model.parameters()).device.type == "cpu":
             bind_parameters(model, self.local)
             self._bound = True
         else:
             write_parameters(model, self.local)
+
+    def begin(self) -> None:
+        """Take theta as it is now into ``local``, and count as training from here on. ``load_into`` does this."""
+        self._say("begin")
+        begun = self._wait("begun")
+        self.step, self.head, self._evaluate = begun["step"], begun["head"], begun["evaluate"]
+        self.local[:] = self.theta
 
     def restore_local(self, local: Vector, model: torch.nn.Module, *, inner_step: int, tokens: int) -> None:
         """Go on from parameters that an earlier process of this peer saved, ``inner_step`` steps after theta."""

@@ -318,6 +318,7 @@ class SimPeer:
             run = asyncio.ensure_future(self.peer.run())
             self.transport.tasks.add(run)
             if self.peer.local is not None:
+                await self.peer.begin()
                 await self._train(self.peer.local)
             await run
         finally:
