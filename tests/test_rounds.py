@@ -1,0 +1,397 @@
+from __future__ import annotations
+
+import dataclasses
+from itertools import permutations
+from typing import Any
+
+import pytest
+from builders import (
+    damaged,
+    groups_of,
+    head,
+    identity,
+    plain_values,
+    ranked,
+    readiness_of,
+    record_of,
+    sealed_anyhow,
+    values_of,
+)
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from p2p_diloco.records import Record, seal, seal_record
+from p2p_diloco.rounds import (
+    READINESS_CONTEXT,
+    Group,
+    Progress,
+    Standing,
+    announces_run,
+    check_roster,
+    evaluator,
+    form_roster,
+    leader_order,
+    must_catch_up,
+    new_nonce,
+    on_head,
+    open_readiness,
+    outer_step_due,
+    rank,
+    ready_in_s,
+    seal_readiness,
+    swarm_head,
+)
+
+MAX_WEIGHT = 1000
+HISTORY = "abc"
+MEMBERS = ranked(head(HISTORY), 4)
+READINESS = [readiness_of(who, HISTORY) for who in MEMBERS]
+SEALED = [seal_readiness(readiness, who) for readiness, who in zip(READINESS, MEMBERS)]
+
+
+def check(sealed: list[bytes], me: int = 0, **limits: int) -> Group:
+    return check_roster(sealed, READINESS[me], **{"min_group": 2, "max_group": 5, "max_weight": MAX_WEIGHT, **limits})
+
+
+def with_member(i: int, **changes: Any) -> list[bytes]:
+    """The roster, with what member ``i`` really signed changed."""
+    return [*SEALED[:i], seal_readiness(readiness_of(MEMBERS[i], HISTORY, **changes), MEMBERS[i]), *SEALED[i + 1 :]]
+
+
+# -- rosters -------------------------------------------------------------------------------------------------------
+
+
+def test_a_sound_roster_is_the_same_group_for_every_member() -> None:
+    groups = [check(SEALED, me) for me in range(4)]
+    assert [group.me for group in groups] == [0, 1, 2, 3]
+    assert len({dataclasses.replace(group, me=0) for group in groups}) == 1
+    assert groups[0].members == tuple(READINESS)
+    assert (groups[0].step, groups[0].head) == (3, head(HISTORY))
+
+
+@pytest.mark.parametrize(
+    ("sealed", "complaint"),
+    [
+        ([], "a roster of 0"),
+        (SEALED[:1], "a roster of 1"),
+        ([*SEALED, SEALED[0], SEALED[1]], "a roster of 6"),
+        ([SEALED[0], SEALED[0], *SEALED[1:]], "names a peer twice"),
+        ([SEALED[0], *with_member(0, nonce=b"another.")], "names a peer twice"),
+        (SEALED[1:], "without me"),
+        (with_member(0, weight=99), "without me"),
+        (with_member(0, nonce=b"an older"), "without me"),
+        (with_member(1, head=head("abd")), "on another head"),
+        (with_member(1, step=4), "on another head"),
+        (with_member(1, run_id="cd" * 20), "on another head"),
+        (with_member(2, weight=MAX_WEIGHT + 1), "with a weight of 1001"),
+        (SEALED[::-1], "order of rank"),
+        ([SEALED[0], SEALED[2], SEALED[1], SEALED[3]], "order of rank"),
+        ([*SEALED[:3], seal_readiness(READINESS[3], identity(99))], "not signed by its peer"),
+        ([*SEALED[:3], seal(READINESS[3], b"another context", MEMBERS[3])], "not signed by its peer"),
+        ([*SEALED[:3], seal_record(record_of(MEMBERS[3], HISTORY), MEMBERS[3])], "another version"),
+        ([*SEALED[:3], b""], "not plain msgpack"),
+    ],
+)
+def test_a_roster_is_believed_only_as_far_as_its_members_signed_it(sealed: list[bytes], complaint: str) -> None:
+    with pytest.raises(ValueError, match=complaint):
+        check(sealed)
+
+
+def test_the_limits_of_a_roster_are_inclusive() -> None:
+    assert check(SEALED, min_group=4, max_group=4).weights == (100,) * 4
+    assert check(with_member(1, weight=MAX_WEIGHT)).members[1].weight == MAX_WEIGHT
+
+
+@pytest.mark.parametrize(
+    ("claimed", "counted"),
+    [
+        ([100, 100, 100, 400], (100, 100, 100, 400)),
+        ([100, 100, 100, 401], (100, 100, 100, 400)),
+        ([1, 10, 1000, 1000], (1, 10, 40, 40)),
+        ([1, 1, 1, 1], (1, 1, 1, 1)),
+        ([1, 1000], (1, 4)),
+    ],
+)
+def test_a_weight_counts_for_at_most_four_times_the_lower_median(claimed: list[int], counted: tuple[int, ...]) -> None:
+    members = MEMBERS[: len(claimed)]
+    readiness = [readiness_of(who, HISTORY, weight=weight) for who, weight in zip(members, claimed)]
+    sealed = [seal_readiness(one, who) for one, who in zip(readiness, members)]
+    group = check_roster(sealed, readiness[0], min_group=2, max_group=5, max_weight=MAX_WEIGHT)
+    assert group.weights == counted
+    assert group.header([]).contributors == tuple(zip((who.peer_id for who in members), counted))
+
+
+@given(
+    count=st.integers(1, 6), weights=st.lists(st.integers(1, 2**40), min_size=6, max_size=6), clients=st.integers(0, 63)
+)
+@settings(max_examples=40)
+def test_every_member_computes_the_same_group(count: int, weights: list[int], clients: int) -> None:
+    members = ranked(head(""), count)
+    modes = [bool(clients >> i & 1) for i in range(count)]
+    groups = groups_of(members, weight=weights[:count], client_mode=modes)
+    assert [group.members[group.me].peer_id for group in groups] == [who.peer_id for who in members]
+    assert len({dataclasses.replace(group, me=0) for group in groups}) == 1
+    assert len({(group.leader, group.reducers, group.header([bytes(32)])) for group in groups}) == 1
+    assert len({evaluator(group, head("x")) for group in groups}) == 1
+
+
+def test_rounds_with_the_same_members_have_different_ids() -> None:
+    assert new_nonce() != new_nonce()
+    assert check(SEALED).round_id != check(with_member(3, nonce=new_nonce())).round_id
+
+
+def test_client_mode_members_reduce_and_lead_nothing_unless_there_is_nobody_else() -> None:
+    group = groups_of(MEMBERS, HISTORY, client_mode=[True, False, True, False])[0]
+    assert (group.leader, group.reducers) == (1, (1, 3))
+    assert [group.reducer_of(part) for part in range(5)] == [1, 3, 1, 3, 1]
+    group = groups_of(MEMBERS, HISTORY, client_mode=[True] * 4)[0]
+    assert (group.leader, group.reducers) == (0, (0, 1, 2, 3))
+
+
+def test_too_many_that_are_ready_are_cut_to_the_best_ranked() -> None:
+    for order in permutations(SEALED):
+        assert form_roster(order, head(HISTORY), 5) == SEALED
+        assert form_roster(order, head(HISTORY), 3) == SEALED[:3]
+
+
+# -- readiness as bytes --------------------------------------------------------------------------------------------
+
+
+def test_readiness_comes_back_as_it_was_signed() -> None:
+    assert [open_readiness(sealed) for sealed in SEALED] == READINESS
+
+
+@given(st.binary(max_size=400) | damaged(SEALED[0]))
+def test_bytes_that_nobody_signed_are_no_readiness(data: bytes) -> None:
+    with pytest.raises(ValueError, match=r"readiness|msgpack"):
+        open_readiness(data)
+
+
+FIELDS = list(READINESS[0].model_dump())
+
+
+@given(
+    changes=st.dictionaries(st.sampled_from(FIELDS), plain_values, max_size=3), rest=st.lists(plain_values, max_size=1)
+)
+def test_whatever_a_peer_signs_is_sound_readiness_or_a_value_error(
+    changes: dict[str, object], rest: list[object]
+) -> None:
+    values = [*values_of(READINESS[0], **changes), *rest]
+    try:
+        opened = open_readiness(sealed_anyhow(values, READINESS_CONTEXT, MEMBERS[0]))
+    except ValueError:
+        return
+    assert values_of(opened) == values
+
+
+@pytest.mark.parametrize("weight", [0, -1, True, 1.5, float("nan"), 1e30, 2**60, "7", None])
+def test_a_weight_is_a_positive_whole_number(weight: object) -> None:
+    with pytest.raises(ValueError, match="weight"):
+        open_readiness(sealed_anyhow(values_of(READINESS[0], weight=weight), READINESS_CONTEXT, MEMBERS[0]))
+
+
+# -- who leads, who evaluates, who announces -----------------------------------------------------------------------
+
+
+def test_leaders_are_ranked_among_those_who_will_come() -> None:
+    here = [record_of(who, HISTORY) for who in MEMBERS]
+    ids, me, at = [who.peer_id for who in MEMBERS], MEMBERS[2].peer_id, head(HISTORY)
+    others = [here[0], here[1], here[3]]
+    assert leader_order(others, at, me, client_mode=False) == ids
+    assert leader_order(reversed(others), at, me, client_mode=False) == ids
+    assert leader_order(others, at, me, client_mode=True) == [ids[0], ids[1], ids[3]]
+    assert leader_order([], at, me, client_mode=False) == [me]
+    assert leader_order([], at, me, client_mode=True) == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "comes", "leads"),
+    [
+        ({"phase": "inner"}, True, True),
+        ({"phase": "reduce"}, True, True),
+        ({"client_mode": True}, True, False),
+        ({"phase": "joining"}, False, False),
+        ({"phase": "left"}, False, False),
+        ({"role": "seed"}, False, False),
+        ({"head": head("abd")}, False, False),
+    ],
+)
+def test_who_comes_and_who_leads(changes: dict[str, Any], comes: bool, leads: bool) -> None:
+    record = record_of(MEMBERS[0], HISTORY, **changes)
+    assert on_head([record], head(HISTORY)) == [record] * comes
+    assert (record.peer_id in leader_order([record], head(HISTORY), MEMBERS[1].peer_id, False)) == leads
+
+
+def test_nobody_leads_or_evaluates_for_long() -> None:
+    group = groups_of(MEMBERS, HISTORY)[0]
+    records = [record_of(who) for who in MEMBERS]
+    heads = [head("x" * i) for i in range(40)]
+    assert {evaluator(group, at) for at in heads} == {who.peer_id for who in MEMBERS}
+    firsts = {min(records, key=lambda r: rank(at, r.peer_id)).peer_id for at in heads}
+    assert firsts == {who.peer_id for who in MEMBERS}
+
+
+@pytest.mark.parametrize("count", [1, 8, 9, 20])
+def test_eight_peers_announce_a_run(count: int) -> None:
+    ids = sorted(identity(i).peer_id for i in range(count))
+    records = {peer_id: record_of(identity(i)) for i in range(count) for peer_id in [identity(i).peer_id]}
+    announcing = [
+        me for me in ids if announces_run((record for peer_id, record in records.items() if peer_id != me), me)
+    ]
+    assert announcing == ids[:8]
+
+
+# -- the swarm's head ----------------------------------------------------------------------------------------------
+
+
+def swarm(*histories: str, **changes: Any) -> list[Record]:
+    return [record_of(identity(i + 1), history, **changes) for i, history in enumerate(histories)]
+
+
+def standing(history: str) -> Standing:
+    record = record_of(identity(1), history)
+    return Standing(step=record.step, head=record.head, heads=tuple(record.heads), committed=record.committed)
+
+
+@pytest.mark.parametrize(
+    ("histories", "leads_to"),
+    [
+        (["a"], "a"),
+        (["abc", "abc", "abx"], "abc"),
+        (["abx", "abcd", "abcd"], "abcd"),
+        (["a", "ab", "abc"], "abc"),  # most are on "ab" or beyond, and "abc" extends it
+        (["a", "a", "abc"], "abc"),
+        (["a", "a", "a", "abcde"], "abcde"),  # four steps on: its record still shows "a"
+        (["a", "a", "a", "abcdef"], "a"),  # nobody can see that it extends "a"
+        (["ab", "ab", "abx", "abx", "aby"], "abx"),  # a fork: the one with more voters
+        (["ab", "ab", "ab", "abx", "abyz"], "abyz"),  # with as many: the newer
+        (["ab", "ab", "xyzw"], "ab"),
+        (["abcdefg", "abcdefg", "tuvwxyz", "mnopqrst"], "abcdefg"),  # no majority: most voters on one head
+    ],
+)
+def test_the_swarms_head(histories: list[str], leads_to: str) -> None:
+    records = swarm(*histories)
+    for order in permutations(records):
+        assert swarm_head(order, None) == (len(leads_to), head(leads_to))
+
+
+def test_the_smaller_digest_decides_a_fork() -> None:
+    x, y = sorted(["abx", "aby"], key=head)
+    assert swarm_head(swarm("ab", "ab", "ab", y, x), None) == (3, head(x))
+    assert swarm_head(swarm("ab", "ab", y, y, x, x), None) == (3, head(x))
+    healed = ["klmnopq", "tuvwxyz"]
+    assert swarm_head(swarm(*healed, *healed), None) == (7, min(map(head, healed)))
+
+
+@pytest.mark.parametrize("step", [4, 1_000_000])
+@pytest.mark.parametrize("pretends", [[], [head("ab")], [head("abc")], [head("zz"), head("abc")]])
+def test_a_lone_loud_claim_changes_nothing(step: int, pretends: list[bytes]) -> None:
+    """Neither from nowhere, nor with a history that does not lead to the step it claims."""
+    loud = record_of(identity(9), step=step, head=head("loud"), heads=pretends, committed=True)
+    believed = (3, head("abc"))
+    if step == 4 and pretends[:1] == [head("abc")]:  # nothing is wrong with this one
+        believed = (4, head("loud"))
+    assert swarm_head([*swarm("abc", "abc"), loud], None) == believed
+    assert swarm_head([*swarm("abc"), loud], standing("abc")) == believed
+
+
+def test_who_never_committed_has_no_vote() -> None:
+    newcomers = swarm(*["xyz"] * 5, committed=False)
+    assert swarm_head([*newcomers, record_of(identity(9), "abc")], None) == (3, head("abc"))
+    assert swarm_head(newcomers, standing("abc")) == (3, head("abc"))
+    assert swarm_head(newcomers, standing("")) == (3, head("xyz"))  # at the genesis nobody has committed
+
+
+def test_alone_or_with_nobody() -> None:
+    assert swarm_head([], None) is None
+    assert swarm_head([], standing("")) == (0, head(""))
+    assert swarm_head([], standing("abc")) == (3, head("abc"))
+
+
+def test_my_own_vote_counts() -> None:
+    assert swarm_head(swarm("abc", "abx"), standing("abx")) == (3, head("abx"))
+
+
+@pytest.mark.parametrize(
+    ("mine", "target", "catch_up"),
+    [
+        ("abc", None, False),
+        ("abc", "abc", False),
+        ("abc", "abcd", True),
+        ("abc", "ab", False),
+        ("abc", "", False),
+        ("abcde", "", True),  # too long ago to remember: as good as another history
+        ("abx", "abc", True),
+        ("abxyz", "abc", True),
+    ],
+)
+def test_whoever_is_not_beyond_the_swarms_head_catches_up(mine: str, target: str | None, catch_up: bool) -> None:
+    where = None if target is None else (len(target), head(target))
+    assert must_catch_up(standing(mine), where) is catch_up
+
+
+# -- when a trainer is ready ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("remaining", "step_s", "since_s", "gather_s", "expected"),
+    [
+        (0, 2.0, 0.0, 5.0, 0.0),
+        (-3, 2.0, 0.0, 5.0, 0.0),
+        (3, 2.0, 0.0, 6.0, 6.0),  # finishes just in time
+        (3, 2.0, 0.0, 5.99, 4.0),  # stops one step before
+        (3, 2.0, 1.5, 5.99, 4.5),
+        (9, 2.0, 0.0, 2.0, 2.0),
+        (9, 2.0, 0.0, 1.99, 2.0),  # not before a step ends
+        (9, 2.0, 7.0, 5.0, 4.0),  # a step that takes longer than usual ends any moment
+        (9, 100.0, 30.0, 5.0, 70.0),
+        (9, 0.0, 0.0, 5.0, 0.0),  # no step measured yet
+    ],
+)
+def test_ready_in(remaining: int, step_s: float, since_s: float, gather_s: float, expected: float) -> None:
+    ready = ready_in_s(remaining_steps=remaining, step_s=step_s, since_step_s=since_s, gather_s=gather_s)
+    assert ready == expected
+    progress = Progress(inner_step=4, planned=4 + remaining, step_s=step_s, reported_s=50.0)
+    assert progress.ready_in_s(50.0 + since_s, gather_s) == expected
+
+
+@given(
+    planned=st.integers(1, 20),
+    done=st.integers(0, 19),
+    step_s=st.integers(1, 8),
+    since_s=st.integers(0, 7),
+    gather_s=st.integers(0, 60),
+)
+def test_a_trainer_is_ready_when_it_said(planned: int, done: int, step_s: int, since_s: int, gather_s: int) -> None:
+    """What matchmaking is told agrees with what the training loop does."""
+    done, since_s = min(done, planned - 1), min(since_s, step_s)
+    told_s = ready_in_s(
+        remaining_steps=planned - done, step_s=float(step_s), since_step_s=float(since_s), gather_s=float(gather_s)
+    )
+    now_s = step_s - since_s
+    done += 1
+    while not outer_step_due(
+        inner_step=done, planned=planned, step_s=step_s, closes_in_s=gather_s - now_s, behind=False
+    ):
+        now_s += step_s
+        done += 1
+    assert told_s == now_s
+
+
+@pytest.mark.parametrize(
+    ("inner_step", "closes_in_s", "behind", "due"),
+    [
+        (10, None, False, True),
+        (11, None, False, True),
+        (9, None, False, False),
+        (9, 2.0, False, False),  # another step ends just in time
+        (9, 1.99, False, True),
+        (9, -5.0, False, True),
+        (1, 0.0, False, True),
+        (0, 0.0, False, False),  # nothing to offer
+        (0, None, True, True),
+        (1, 100.0, True, True),
+    ],
+)
+def test_outer_step_due(inner_step: int, closes_in_s: float | None, behind: bool, due: bool) -> None:
+    assert outer_step_due(inner_step=inner_step, planned=10, step_s=2.0, closes_in_s=closes_in_s, behind=behind) is due
