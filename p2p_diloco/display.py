@@ -29,7 +29,7 @@ REFRESHES_PER_S = 4
 MAX_NAME_CHARS = 32
 OTHER_COLUMNS = 68
 """Of the table of peers, beside the name."""
-HEADER_LINES = 9
+HEADER_LINES = 12
 """All but the rows of the table, and the prompt that comes back."""
 NOTHING = "–"
 
@@ -94,24 +94,24 @@ def join_line(maddrs: Sequence[str]) -> str:
 
 
 def screen_of(view: View, *, width: int, height: int) -> RenderableType:
-    me: Row = view.rows[0] if view.rows else {}
-    facts = [f"run {view.run} {view.run_id[:12]}", f"outer step {view.step} of {view.steps}"]
-    if me.get("group_size"):
-        facts += [
-            f"group of {count(me['group_size'])}",
-            f"last round {seconds(me['round_s'])}, {count(me['round_bytes'])}B",
-        ]
-    losses = []
+    facts = f"run {view.run} {view.run_id[:12]} · outer step {view.step} of {view.steps}"
+    lines: list[RenderableType] = [Text(facts, style="bold")]
     if view.role == "trainer":
-        losses += [f"loss {decimal(view.loss)}", f"{count(view.tokens_per_s)} tokens/s"]
-    losses.append(held_out(view.rows))
-    lines: list[RenderableType] = [Text(" · ".join(facts), style="bold"), Text(" · ".join(losses))]
-    if view.role == "trainer":
-        lines.append(progress(view))
+        own = f"loss {decimal(view.loss)} · {count(view.tokens_per_s)} tokens/s"
+        lines += [Text(f"{own} · {held_out(view.rows)}"), Text(last_round(view.rows[0])), progress(view)]
+    else:
+        lines.append(Text(held_out(view.rows)))
     lines += [Text(), peers_table(view.rows, head=view.head, width=width, most=max(height - HEADER_LINES, 1), own=True)]
     if view.join_line:
         lines += [Text(), Text(view.join_line, style="dim", overflow="fold")]
     return Group(*lines)
+
+
+def last_round(me: Row) -> str:
+    if not me["group_size"]:
+        return "last round: none yet"
+    cost = f"{me['round_s']:.2f} s" if me["round_s"] < 100_000 else "huge"
+    return f"last round: group of {count(me['group_size'])}, {cost}, {count(me['round_bytes'])}B"
 
 
 def progress(view: View) -> RenderableType:
@@ -206,7 +206,3 @@ def decimal(number: float | None) -> str:
     if number is None or not math.isfinite(number):
         return NOTHING
     return f"{number:.4f}" if abs(number) < 1000 else f"{number:.1e}"
-
-
-def seconds(number: float) -> str:
-    return f"{number:.2f} s" if number < 100_000 else "huge"
