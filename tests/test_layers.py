@@ -16,17 +16,17 @@ PACKAGE = Path(p2p_diloco.__file__).parent
 ROOT = PACKAGE.parent
 
 ORDER = (
-    *("__init__", "errors", "identity", "codec", "outer", "manifest", "config", "snapshot", "ledger", "records"),
-    *("rounds", "replica", "model", "text", "data", "export", "sample", "events", "wire", "discovery"),
-    *("guard", "hardening", "node", "matchmaking", "butterfly", "catchup", "peer"),
-    *("swarm", "train", "display", "local", "status", "cli", "__main__"),
+    *("__init__", "errors", "identity", "codec", "outer", "manifest", "config", "addresses", "snapshot", "ledger"),
+    *("records", "rounds", "replica", "text", "data", "model", "export", "sample", "inner", "events", "wire"),
+    *("guard", "hardening", "node", "discovery", "matchmaking", "butterfly", "catchup", "peer", "control", "network"),
+    *("swarm", "stored", "genesis", "train", "display", "status", "summary", "local", "cli", "__main__"),
 )
 """Lowest first. A module imports from those before it, and from no other."""
 
 NETWORK_SIDE = (
-    *("__init__", "errors", "identity", "codec", "outer", "manifest", "config", "snapshot", "ledger", "records"),
-    *("rounds", "replica", "text", "data", "events", "wire", "discovery"),
-    *("guard", "hardening", "node", "matchmaking", "butterfly", "catchup", "peer"),
+    *("__init__", "errors", "identity", "codec", "outer", "manifest", "config", "addresses", "snapshot", "ledger"),
+    *("records", "rounds", "replica", "text", "data", "events", "wire", "guard", "hardening", "node", "discovery"),
+    *("matchmaking", "butterfly", "catchup", "peer", "control", "network"),
 )
 """Run in the network process, which starts before torch is touched, and on a seed, which never needs it."""
 
