@@ -46,7 +46,8 @@ log = logging.getLogger(__name__)
 
 MAX_MASK_BYTES = MAX_CONTRIBUTORS // 8
 QUEUED_PARTS = 2
-"""Contributions of one sender that a reducer holds decoded; the sender waits beyond."""
+"""Contributions of one sender that a reducer holds decoded; the sender waits beyond. Those of one that is lost are
+read and thrown away: it still gets the means."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -188,6 +189,7 @@ class Butterfly:
             return None
         try:
             values = await asyncio.wait_for(self.queues[sender].get(), self.timeouts.part_s)
+            self.changed.ring()
         except asyncio.TimeoutError:
             values = None
         if values is None:
@@ -214,7 +216,10 @@ class Butterfly:
                     values = decode(data, self._values(part), self.codec)
                 except ValueError as error:
                     raise Misbehaved(channel.peer_id, f"sends a contribution that does not decode: {error}") from error
-                await queue.put(values)
+                while queue.full() and sender not in self.lost and not self.over:
+                    await self.changed.event.wait()
+                if sender not in self.lost and not self.over:
+                    queue.put_nowait(values)
         except RemoteError as error:
             self._lose(sender, error)
             if queue.full():
@@ -355,6 +360,7 @@ class Butterfly:
         if member in self.lost:
             return
         self.lost.add(member)
+        self.changed.ring()
         peer_id = self.group.members[member].peer_id
         self.directory.suspect(peer_id)
         log.info("outer step %d: without %s: %s", self.group.step, peer_id[-8:], error.reason if error else "silent")
