@@ -222,7 +222,7 @@ class Matchmaker:
         records = self.directory.expected(self.wall_s())
         closes_s = gathering.opened_s + limits.gather_s + CLOSING_MARGIN_S
         gathering.expected_s = {record.peer_id: closes_s for record in on_head(records, gathering.head)}
-        if self.seat.role_trainer and self.seat.phase == "inner":
+        if self.seat.role_trainer and self.seat.phase in ("inner", "evaluate"):
             gathering.expected_s[me] = self._now() + self._close_own() + CLOSING_MARGIN_S
         notices = [
             asyncio.create_task(self._notice(gathering, peer_id))

@@ -242,6 +242,8 @@ class NetworkProcess:
         peer.seat.progress = Progress(inner_step=inner_step, planned=planned, step_s=line["step_s"], reported_s=now_s)
         peer.trained.loss, peer.trained.tokens = line["loss"], line["tokens"]
         peer.trained.tokens_per_s = line["tokens_per_s"]
+        if peer.seat.phase == "evaluate":
+            peer.seat.phase = "inner"  # a trainer need not evaluate when it is its turn
         if now_s - self.inner_event_s >= INNER_EVENT_EVERY_S or inner_step >= planned:
             self.inner_event_s = now_s
             fields = {key: line[key] for key in ("inner_step", "planned", "loss", "tokens", "tokens_per_s")}

@@ -51,7 +51,7 @@ class Part:
     data: bytes
     """The encoded weighted mean of the outer gradients."""
 
-    @property
+    @cached_property
     def hash(self) -> bytes:
         return digest(self.mask, self.data)
 
