@@ -188,7 +188,7 @@ class Peer:
         await asyncio.to_thread(self.replica.load)
         from_step = self.replica.state.step if self.replica.state else None
         if self.replica.state is not None:
-            self.seat.standing = self.replica.standing()
+            self._take_standing()
         self._maddrs = await self.transport.maddrs()
         await self.transport.serve(MANIFEST_PROTOCOL, self._serve_manifest)
         await self.transport.serve(self.protocol, self._serve)
@@ -198,7 +198,7 @@ class Peer:
             raise NetworkError(
                 "no peer of the run could give us its state; try again when a seed or another peer is up"
             )
-        self.seat.standing = self.replica.standing()
+        self._take_standing()
         if self.role == "seed":
             self.seat.phase = "inner"
         self.events.write(
@@ -216,6 +216,7 @@ class Peer:
         """The trainer is about to take theta and to train: up to now the state has followed the swarm, from now on it
         moves at outer steps only."""
         async with self._moving:
+            await self._push_record()
             await self._catch_up_to_swarm(patience_s=0.0)
             self._following = False
         self._to_phase("inner")
@@ -248,7 +249,6 @@ class Peer:
             seeds = [record for record in self.directory.live(self.wall_s()) if record.role == "seed"]
             if not seeds or any(self.seat.standing.head in (record.head, *record.heads) for record in seeds):
                 return
-            self.seat.sealed_record = seal_record(self.record(), self.identity)
             await asyncio.gather(*(self._push(record) for record in seeds))
             await asyncio.sleep(HAND_OVER_POLL_S)
 
@@ -274,13 +274,14 @@ class Peer:
         self.behind = False
         self.seat.progress = replace(self.seat.progress, inner_step=0, reported_s=self._now())
         self._to_phase("evaluate" if result.evaluate else "inner")
+        if result.adopted:
+            await self._push_record()
         self.last_result = result
         self.publish_now.ring()
         return result
 
     async def _tell_seeds(self) -> None:
         """Seeds follow at once: what a group has committed shall soon be in more hands than the group's."""
-        self.seat.sealed_record = seal_record(self.record(), self.identity)
         seeds = [record for record in self.directory.live(self.wall_s()) if record.role == "seed"]
         await asyncio.gather(*(self._push(record) for record in seeds))
 
@@ -346,7 +347,7 @@ class Peer:
         """Ledger first, then theta. A snapshot, where one is due, is written while training goes on."""
         await self._snapshot_written()
         await asyncio.to_thread(self.replica.commit, update)
-        self.seat.standing = self.replica.standing()
+        self._take_standing()
         self._snapshot_task = asyncio.create_task(asyncio.to_thread(self.replica.snapshot_if_due))
 
     async def _adopt(self) -> OuterResult:
@@ -354,6 +355,7 @@ class Peer:
         before = self.seat.standing
         self._to_phase("joining")
         async with self._moving:
+            await self._push_record()
             await self._catch_up_to_swarm(patience_s=0.0)
         if self.seat.standing == before:
             return self._result(reason="behind")
@@ -378,7 +380,7 @@ class Peer:
                 await self._refresh()
                 continue
             snapshot = snapshot or caught_up.snapshot
-            self.seat.standing = self.replica.standing()
+            self._take_standing()
             self.events.write("caught_up", seconds=self._now() - started_s, **vars(caught_up))
             if caught_up.rolled_back:
                 log.warning("gave up %d outer steps that the swarm did not share", caught_up.rolled_back)
@@ -522,8 +524,7 @@ class Peer:
             await self.transport.publish(RUNS_KEY, sealed, record.expires_s)
 
     async def _push_record(self) -> None:
-        """Tell everybody at once: I have joined, or I am leaving."""
-        self.seat.sealed_record = seal_record(self.record(), self.identity)
+        """Tell everybody at once: I have joined, caught up, or am leaving. They answer with where they stand."""
         await asyncio.gather(*(self._push(record) for record in self.directory.live(self.wall_s())))
 
     async def _push(self, record: Record) -> None:
@@ -592,7 +593,16 @@ class Peer:
 
     def _to_phase(self, phase: Phase) -> None:
         self.seat.phase = phase
+        self._seal()
         self.seat.changed.ring()
+
+    def _take_standing(self) -> None:
+        self.seat.standing = self.replica.standing()
+        self._seal()
+
+    def _seal(self) -> None:
+        """Whoever asks from now on hears where I stand now."""
+        self.seat.sealed_record = seal_record(self.record(), self.identity)
 
     @staticmethod
     def _now() -> float:
