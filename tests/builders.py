@@ -136,6 +136,24 @@ class PipeWriter:
         self.reader.feed_eof()
 
 
+@dataclass(eq=False)
+class DeafWriter:
+    """Takes what is written, and is never done with it."""
+
+    drains: int = 0
+    closed: bool = False
+
+    def write(self, data: bytes | memoryview, /) -> None:
+        pass
+
+    async def drain(self) -> None:
+        self.drains += 1
+        await asyncio.get_running_loop().create_future()
+
+    def close(self) -> None:
+        self.closed = True
+
+
 def pipe(timeouts: Timeouts | None = None) -> tuple[Channel, Channel]:
     """Both ends of a stream."""
     timeouts = timeouts or Timeouts()

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 import msgpack
 import pytest
-from builders import PipeWriter, damaged, identity, pipe, plain_values
+from builders import DeafWriter, PipeWriter, damaged, identity, pipe, plain_values
 from fakes import run_simulated
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -76,24 +76,6 @@ class Reader(asyncio.StreamReader):
     async def readexactly(self, n: int) -> bytes:
         self.asked_for.append(n)
         return await super().readexactly(n)
-
-
-@dataclass(eq=False)
-class DeafWriter:
-    """Takes what is written, and is never done with it."""
-
-    drains: int = 0
-    closed: bool = False
-
-    def write(self, data: bytes | memoryview, /) -> None:
-        pass
-
-    async def drain(self) -> None:
-        self.drains += 1
-        await asyncio.get_running_loop().create_future()
-
-    def close(self) -> None:
-        self.closed = True
 
 
 @dataclass(eq=False)
