@@ -1,0 +1,208 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from p2p_diloco.events import EventLog
+from p2p_diloco.local import Child
+from p2p_diloco.summary import (
+    Event,
+    Progress,
+    findings,
+    guests,
+    held_out,
+    row_of,
+    screen,
+    step_line,
+    summarize,
+    tokens_per_s,
+)
+
+
+def event(kind: str, mono_s: float = 0.0, **fields: Any) -> Event:
+    return {"event": kind, "wall_s": 1e9 + mono_s, "mono_s": mono_s, **fields}
+
+
+def started(name: str, mono_s: float = 0.0) -> Event:
+    return event("started", mono_s, peer_id=f"id-{name}", role="trainer", maddrs=[])
+
+
+def inner(mono_s: float, tokens: int, *, step: int = 0, inner_step: int = 1, planned: int = 10) -> Event:
+    return event(
+        "inner", mono_s, step=step, inner_step=inner_step, planned=planned, loss=2.5, tokens=tokens, tokens_per_s=100.0
+    )
+
+
+def made(step: int, head: str, group: list[str], *, committed: bool = True, lost: tuple[str, ...] = ()) -> Event:
+    parts = {"gather_s": 0.25, "reduce_s": 0.5, "settle_s": 0.125, "apply_s": 0.125}
+    return event(
+        "round", step=step, head=head, committed=committed, reason="" if committed else "failed", group=group,
+        lost=list(lost), bytes_sent=1000, bytes_received=2000, **parts,
+    )  # fmt: skip
+
+
+def stall(step: int, seconds: float) -> Event:
+    return event("stall", step=step, seconds=seconds)
+
+
+def evaluated(step: int, loss: float) -> Event:
+    return event("evaluated", step=step, held_out_loss=loss, tokens=1024, seconds=0.5)
+
+
+def joined(step: int, head: str) -> Event:
+    return event("joined", step=step, head=head, from_step=None, snapshot=True, seconds=1.0)
+
+
+BOTH = ["id-a", "id-b"]
+
+
+@pytest.fixture
+def logs() -> dict[str, list[Event]]:
+    """Two peers over two outer steps, the second of which b makes alone with a guest, after an attempt that failed."""
+    return {
+        "a": [
+            started("a"), joined(0, "h0"), evaluated(0, 5.5), inner(1.0, 100), inner(2.0, 200, inner_step=10),
+            made(1, "h1", BOTH), stall(1, 0.25), evaluated(1, 4.0),
+        ],
+        "b": [
+            started("b"), joined(0, "h0"), evaluated(0, 5.5), inner(1.0, 50), inner(3.0, 150, inner_step=10),
+            made(1, "h1", BOTH), stall(1, 0.75),
+            made(1, "h1", BOTH, committed=False, lost=("id-a",)), stall(1, 1.0),
+            made(2, "h2", ["id-b", "id-guest"]), stall(2, 0.5), evaluated(2, 3.0),
+        ],
+    }  # fmt: skip
+
+
+def test_summary(logs: dict[str, list[Event]]) -> None:
+    assert summarize(logs) == {
+        "outer_steps": 2,
+        "peers": {"a": "id-a", "b": "id-b"},
+        "guests": {"id-guest": 2},
+        "heads": {"a": {0: "h0", 1: "h1"}, "b": {0: "h0", 1: "h1", 2: "h2"}},
+        "identical": True,
+        "held_out": [(0, 5.5), (1, 4.0), (2, 3.0)],
+        "tokens_per_s": {"total": 150.0, "peers": {"a": 100.0, "b": 50.0}},
+        "stalled_s": {"median": 0.5, "peers": {"a": {1: 0.25}, "b": {1: 1.75, 2: 0.5}}},
+        "evaluate_s": {"a": {0: 0.5, 1: 0.5}, "b": {0: 0.5, 2: 0.5}},
+        "bytes_sent": {"a": {1: 1000}, "b": {1: 2000, 2: 1000}},
+        "bytes_received": {"a": {1: 2000}, "b": {1: 4000, 2: 2000}},
+        "group": {1: 2, 2: 2},
+        "lost": [{"step": 1, "peer": "id-a"}],
+        "missed_rounds": 1,
+    }
+
+
+def test_other_head_at_one_step_is_told(logs: dict[str, list[Event]]) -> None:
+    logs["a"].append(made(2, "another", ["id-a"]))
+    summary = summarize(logs)
+    assert not summary["identical"]
+    assert ("heads", "NOT identical after 2 outer steps") in findings(summary, byte_level=False)
+
+
+def test_head_made_again_after_rolling_back_counts(logs: dict[str, list[Event]]) -> None:
+    logs["a"] += [made(2, "another", ["id-a"]), made(2, "h2", BOTH)]
+    assert summarize(logs)["identical"]
+
+
+def test_nothing_happened() -> None:
+    assert not summarize({})["identical"]
+    summary = summarize({"a": []})
+    assert summary["outer_steps"] == 0
+    assert findings(summary, byte_level=True) == []
+
+
+def test_findings(logs: dict[str, list[Event]]) -> None:
+    assert findings(summarize(logs), byte_level=True) == [
+        ("held-out loss", "5.5000 -> 3.0000 nats per token, 7.935 -> 4.328 bits per byte"),
+        ("heads", "identical after 2 outer steps"),
+        ("stalled", "0.50 s per outer step (median)"),
+        ("speed", "150 tokens/s in all"),
+    ]
+    assert "bits" not in findings(summarize(logs), byte_level=False)[0][1]
+
+
+def test_held_out_keeps_one_loss_a_step() -> None:
+    assert held_out({"a": [evaluated(1, 4.0), evaluated(0, 5.5)], "b": [evaluated(0, 5.5)]}) == [(0, 5.5), (1, 4.0)]
+
+
+def test_speed_does_not_count_the_time_between_two_starts() -> None:
+    assert tokens_per_s([started("a"), inner(1.0, 10)]) == 0.0
+    log = [started("a"), inner(1.0, 10), inner(2.0, 20), started("a", 99.0), inner(100.0, 5), inner(101.0, 35)]
+    assert tokens_per_s(log) == 20.0
+
+
+def test_guests_are_those_without_a_log(logs: dict[str, list[Event]]) -> None:
+    assert guests(logs) == {"id-guest": 2}
+    assert guests({"b": logs["b"], "guest": [started("guest")], "a": []}) == {"id-a": 1}
+
+
+def test_row_follows_the_events() -> None:
+    log: list[Event] = []
+    assert row_of(log).phase == "starting"
+    assert row_of(log, 1).phase == "failed"
+    log.append(started("a"))
+    assert (row_of(log).phase, row_of(log).peer_id) == ("joining", "id-a")
+    log += [joined(3, "h3"), inner(1.0, 100, step=3, inner_step=4)]
+    row = row_of(log)
+    assert (row.phase, row.step, row.inner_step, row.planned, row.loss) == ("training", 3, 4, 10, 2.5)
+    log.append(inner(2.0, 200, step=3, inner_step=10))
+    assert row_of(log).phase == "outer step"
+    log.append(made(4, "h4", BOTH))
+    row = row_of(log)
+    assert (row.phase, row.step, row.inner_step, row.group) == ("training", 4, 0, 2)
+    assert (row.round_s, row.round_bytes) == (1.0, 3000)
+    assert (row_of(log, 0).phase, row_of(log, 0).tokens_per_s) == ("done", 0.0)
+    log.append(event("left", step=4, head="h4", reason="done"))
+    assert row_of(log).phase == "left"
+
+
+def test_screen_shows_peers_and_guests(logs: dict[str, list[Event]]) -> None:
+    console = Console(width=120)
+    rows = {name: row_of(log) for name, log in logs.items()}
+    with console.capture() as capture:
+        console.print(
+            screen("tiny 0123", rows, logs, Progress(14, 65.4), "p2p-diloco peer --initial-peers /ip4/1.2.3.4")
+        )
+    text = capture.get()
+    assert "tiny 0123   outer step 2 of 14   held-out loss 5.5000 -> 3.0000   200 tokens/s   65 s" in text
+    assert "join: p2p-diloco peer --initial-peers /ip4/1.2.3.4" in text
+    assert "…id-guest  guest" in text
+    assert "0.00 MB" in text
+
+
+def test_step_line(logs: dict[str, list[Event]]) -> None:
+    rows = {name: row_of(log) for name, log in logs.items()}
+    line = step_line(rows, 2, 3.0, Progress(14, 65.4))
+    assert line == "outer step 2 of 14: held-out loss 3.0000, group of 2, 200 tokens/s, 65 s"
+    assert "held-out" not in step_line(rows, 2, None, Progress(14, 65.4))
+
+
+def test_event_log_is_read_as_it_grows(tmp_path: Path) -> None:
+    """In whole lines, each once; a line that a crash cut, and another process then completed, is left out."""
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    process.wait()
+    child = Child("peer-1", tmp_path, process)
+    child.read()
+    assert child.log == []
+    events = EventLog(tmp_path / "tiny-0123")
+    events.write("started", peer_id="a")
+    events.write("joined", step=0)
+    child.read()
+    child.read()
+    assert [line["event"] for line in child.log] == ["started", "joined"]
+    with events.path.open("a") as file:
+        file.write('{"event": "inn')
+    child.read()
+    assert len(child.log) == 2
+    with events.path.open("a") as file:
+        file.write(json.dumps({"event": "started"}) + "\n")
+    events.write("joined", step=1)
+    child.read()
+    assert [line.get("step") for line in child.log] == [None, 0, 1]
+    events.close()
