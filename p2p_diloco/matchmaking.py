@@ -150,10 +150,11 @@ class Matchmaker:
                     self._learn(leader, answer.record)
                     return Missed(reason="behind", detail=f"peer {leader[-8:]} is past this head")
                 if isinstance(answer, Redirect):
-                    better = self._learn(leader, answer.record)
-                    if better not in order:
-                        useless.add(leader)
+                    self._learn(leader, answer.record)
+                    useless.add(leader)
                     continue
+                if len(answer.members) == limits.max_group and sealed not in answer.members:
+                    raise Refused(leader, "its group is full")
                 return self._check(leader, answer, mine)
             except Refused as error:
                 log.debug("%s does not lead: %s", leader[-8:], error.reason)
@@ -177,12 +178,11 @@ class Matchmaker:
         except ValueError as error:
             raise Misbehaved(leader, f"sends {error}") from error
 
-    def _learn(self, source: str, sealed: bytes) -> str | None:
+    def _learn(self, source: str, sealed: bytes) -> None:
         try:
-            record = self.directory.learn(sealed, self.wall_s())
+            self.directory.learn(sealed, self.wall_s())
         except ValueError as error:
             raise Misbehaved(source, f"sends {error}") from error
-        return record.peer_id if record else None
 
     async def _ask(self, leader: str, sealed: bytes) -> Answer | Redirect:
         channel = await self._open(leader)
@@ -282,6 +282,8 @@ class Matchmaker:
         if readiness.head != standing.head:
             await channel.send(self._elsewhere(readiness.head))
             return
+        if readiness.step != standing.step:
+            raise Misbehaved(channel.peer_id, f"says that this head is outer step {readiness.step}")
         if readiness.head not in self.gatherings:
             better = await self._better_leader(readiness.head)
             if better is not None:
@@ -305,9 +307,10 @@ class Matchmaker:
                 await asyncio.wait((closed, change), return_when=asyncio.FIRST_COMPLETED)
                 change.cancel()
                 if closed.done() and gathering.answer is None:
-                    gathering.ready.pop(channel.peer_id, None)
-                    gathering.expected_s.pop(channel.peer_id, None)
-                    gathering.changed.ring()
+                    if gathering.ready.get(channel.peer_id) == message.readiness:
+                        gathering.ready.pop(channel.peer_id)
+                        gathering.expected_s.pop(channel.peer_id, None)
+                        gathering.changed.ring()
                     return
             await channel.send(gathering.answer)
         finally:
