@@ -1,0 +1,662 @@
+"""Matchmakers of our own at one table, with guests written by hand that break one rule each."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pytest
+from builders import NOW_S, head, identity, ranked, readiness_of, record_of
+from fakes import FakeNetwork, FakeTransport, make_manifest, run_simulated
+
+from p2p_diloco.config import Timeouts
+from p2p_diloco.manifest import RunManifest
+from p2p_diloco.matchmaking import CLOSING_MARGIN_S, MAX_GATHER_EXTENSION_S, Matchmaker, Seat
+from p2p_diloco.records import Directory, seal_record
+from p2p_diloco.rounds import Group, Missed, Progress, Standing, seal_readiness
+from p2p_diloco.wire import Behind, Channel, Closing, Eta, Message, No, Ready, Redirect, Roster, TooFew, run_protocol
+
+HISTORY = "abc"
+AT = head(HISTORY)
+OWNER = identity(1000)
+TIMEOUTS = Timeouts()
+MANIFEST = make_manifest(1000, np.zeros(1000, np.float32), OWNER)
+GATHER_S = MANIFEST.spec.round.gather_s
+ANSWERS = (Eta, Roster, TooFew, Redirect, Behind, No)
+
+Hand = Callable[["Table", Channel, Message], Awaitable[None]]
+
+
+def manifest_with(**limits: Any) -> RunManifest:
+    limits_ = MANIFEST.spec.round.model_copy(update=limits)
+    return MANIFEST.model_copy(update={"spec": MANIFEST.spec.model_copy(update={"round": limits_})})
+
+
+def now_s() -> float:
+    return asyncio.get_running_loop().time()
+
+
+def standing(history: str) -> Standing:
+    heads = tuple(head(history[:back]) for back in range(len(history) - 1, max(len(history) - 5, -1), -1))
+    return Standing(step=len(history), head=head(history), heads=heads, committed=bool(history))
+
+
+@dataclass(eq=False)
+class Table:
+    """Members in the order of rank on ``abc``: 0 leads. Those in ``by_hand`` are written by hand."""
+
+    count: int
+    by_hand: tuple[int, ...] = ()
+    clients: tuple[int, ...] = ()
+    manifest: RunManifest = MANIFEST
+    histories: dict[int, str] = field(default_factory=dict)
+    """Where a member stands, if not at ``abc``; the others do not know yet."""
+    network: FakeNetwork = field(default_factory=FakeNetwork)
+
+    def __post_init__(self) -> None:
+        self.members = ranked(AT, self.count)
+        self.ids = [who.peer_id for who in self.members]
+        self.transports = [FakeTransport(self.network, peer_id, TIMEOUTS) for peer_id in self.ids]
+        self.protocol = run_protocol(self.manifest.run_id)
+        self.honest = [i for i in range(self.count) if i not in self.by_hand]
+        self.matchmakers = {i: self._matchmaker(i) for i in self.honest}
+        self.asked: list[int] = []
+        """Whom the honest members opened streams to."""
+
+    def _matchmaker(self, i: int) -> Matchmaker:
+        seat = Seat(
+            standing=standing(self.histories.get(i, HISTORY)),
+            role_trainer=True,
+            client_mode=i in self.clients,
+            phase="gather",
+            sealed_record=self.record(i, self.histories.get(i, HISTORY), issued_s=NOW_S + 0.5),
+        )
+        directory = Directory(self.ids[i], self.manifest.run_id)
+        for j in range(self.count):
+            directory.learn(self.record(j), NOW_S)
+        matchmaker = Matchmaker(
+            transport=self.transports[i],
+            identity=self.members[i],
+            manifest=self.manifest,
+            directory=directory,
+            seat=seat,
+            timeouts=TIMEOUTS,
+            wall_s=lambda: NOW_S + 1,
+        )
+
+        async def serve(channel: Channel) -> None:
+            message: Message = await channel.receive(Ready, Closing, timeout_s=TIMEOUTS.first_message_s)
+            if isinstance(message, Ready):
+                await matchmaker.on_ready(channel, message)
+            elif isinstance(message, Closing):
+                await matchmaker.on_closing(channel, message)
+
+        self.transports[i].handlers[self.protocol] = serve
+        return matchmaker
+
+    def record(self, i: int, history: str = HISTORY, **changes: Any) -> bytes:
+        fields = {"run_id": self.manifest.run_id, "life_s": 900.0, "client_mode": i in self.clients}
+        return seal_record(record_of(self.members[i], history, **fields | changes), self.members[i])
+
+    def ready(self, i: int, **changes: Any) -> Ready:
+        fields = {"run_id": self.manifest.run_id, "client_mode": i in self.clients}
+        readiness = readiness_of(self.members[i], HISTORY, **fields | changes)
+        return Ready(readiness=seal_readiness(readiness, self.members[i]), record=self.record(i))
+
+    async def say(self, me: int, to: int, message: Message) -> Channel:
+        channel = await self.transports[me].open(self.ids[to], [], self.protocol)
+        await channel.send(message)
+        return channel
+
+    async def answer(self, me: int, to: int, message: Message) -> Message:
+        """The last word on a message: what comes after any Eta."""
+        channel = await self.say(me, to, message)
+        while True:
+            answer: Message = await channel.receive(*ANSWERS, timeout_s=100.0)
+            if not isinstance(answer, Eta):
+                return answer
+
+    async def answer_eta(self, me: int, to: int, message: Message) -> float:
+        channel = await self.say(me, to, message)
+        return (await channel.receive(Eta, timeout_s=100.0)).eta_s
+
+    def serve(self, me: int, hand: Hand) -> None:
+        async def handler(channel: Channel) -> None:
+            message: Message = await channel.receive(Ready, Closing, timeout_s=100.0)
+            await hand(self, channel, message)
+
+        self.transports[me].handlers[self.protocol] = handler
+
+    async def meet(self, *who: int, weight: int = 100) -> dict[int, Group | Missed]:
+        """All honest members, or ``who``, are ready now. Whoever finds a group is in that round from then on."""
+        found: dict[int, Group | Missed] = {}
+
+        async def one(i: int) -> None:
+            found[i] = await self.matchmakers[i].find_group(weight)
+            self.matchmakers[i].seat.in_round = isinstance(found[i], Group)
+
+        await asyncio.gather(*(one(i) for i in who or self.honest))
+        return found
+
+    def groups(self, found: dict[int, Group | Missed], *who: int) -> Group:
+        """The one group that ``who`` have found, and nobody else has."""
+        groups = {i: group for i, group in found.items() if isinstance(group, Group)}
+        assert sorted(groups) == sorted(who), found
+        assert len({(group.round_id, group.members, group.weights) for group in groups.values()}) == 1
+        for i, group in groups.items():
+            assert group.members[group.me].peer_id == self.ids[i]
+        return groups[who[0]]
+
+    def members_of(self, group: Group) -> list[int]:
+        return [self.ids.index(member.peer_id) for member in group.members]
+
+    def suspects(self, of: int) -> set[int]:
+        live = {record.peer_id for record in self.matchmakers[of].directory.live(NOW_S + 1)}
+        return {i for i, peer_id in enumerate(self.ids) if i != of and peer_id not in live}
+
+    def complaints(self, of: int) -> list[tuple[int, str]]:
+        return [(self.ids.index(error.peer_id), error.reason) for error in self.transports[of].complaints]
+
+
+async def stay_silent(table: Table, channel: Channel, message: Message) -> None:
+    await asyncio.sleep(500)
+
+
+async def end(table: Table, channel: Channel, message: Message) -> None:
+    pass
+
+
+# -- everybody is honest -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("count", [2, 3, 6])
+def test_all_that_are_ready_meet_at_once(count: int) -> None:
+    async def main() -> None:
+        table = Table(count)
+        began_s = now_s()
+        group = table.groups(await table.meet(), *range(count))
+        assert table.members_of(group) == list(range(count))
+        assert now_s() - began_s < 1.0
+        assert not any(matchmaker.gatherings for matchmaker in table.matchmakers.values())
+        assert not any(table.suspects(i) or table.complaints(i) for i in range(count))
+
+    run_simulated(main())
+
+
+def test_a_lone_peer_meets_nobody() -> None:
+    async def main() -> None:
+        table = Table(1)
+        assert await table.meet() == {0: Missed(reason="alone", detail="1 ready, 2 needed")}
+        client = Table(1, clients=(0,))
+        assert await client.meet() == {0: Missed(reason="alone", detail="nobody to meet")}
+
+    run_simulated(main())
+
+
+def test_clients_meet_at_one_that_can_be_dialled() -> None:
+    async def main() -> None:
+        table = Table(4, clients=(0, 1, 3))
+        group = table.groups(await table.meet(), 0, 1, 2, 3)
+        assert group.leader == 2
+
+    run_simulated(main())
+
+
+def test_a_weight_is_what_was_trained_and_at_most_the_runs_limit() -> None:
+    async def main() -> None:
+        table = Table(2)
+        most = table.manifest.spec.max_weight_tokens
+        assert table.groups(await table.meet(weight=most + 1), 0, 1).weights == (most, most)
+
+    run_simulated(main())
+
+
+def test_who_still_trains_is_told_and_waited_for() -> None:
+    """The leader's own trainer and another one need a few steps more: they say so, and nobody waits longer."""
+
+    async def main() -> None:
+        table = Table(3)
+        for i in (0, 2):
+            table.matchmakers[i].seat.phase = "inner"
+            table.matchmakers[i].seat.progress = Progress(inner_step=7, planned=10, step_s=0.5, reported_s=now_s())
+        began_s = now_s()
+
+        async def late(i: int) -> Group | Missed:
+            await table.matchmakers[i].seat.changed.event.wait()
+            assert table.matchmakers[i].seat.closes_s == pytest.approx(began_s + GATHER_S, abs=0.2)
+            await asyncio.sleep(1.5)
+            return await table.matchmakers[i].find_group(100)
+
+        first, third, found = await asyncio.gather(late(0), late(2), table.meet(1))
+        table.groups({0: first, 2: third} | found, 0, 1, 2)
+        assert 1.5 <= now_s() - began_s < GATHER_S
+
+    run_simulated(main())
+
+
+def test_who_trains_on_is_waited_for_until_it_said_and_no_longer() -> None:
+    async def main() -> None:
+        table = Table(3)
+        seat = table.matchmakers[2].seat
+        seat.phase = "inner"
+        seat.progress = Progress(inner_step=1, planned=100, step_s=5.0, reported_s=now_s())
+        began_s = now_s()
+        table.groups(await table.meet(0, 1), 0, 1)
+        assert now_s() - began_s == pytest.approx(5.0 + CLOSING_MARGIN_S, abs=0.5)
+        assert not table.suspects(0)
+
+    run_simulated(main())
+
+
+def test_nobody_is_waited_for_longer_than_the_longest_extension() -> None:
+    async def main() -> None:
+        table = Table(3, by_hand=(2,))
+
+        async def promise(table: Table, channel: Channel, message: Message) -> None:
+            await channel.send(Eta(eta_s=86400.0))
+
+        table.serve(2, promise)
+        began_s = now_s()
+        table.groups(await table.meet(), 0, 1)
+        assert now_s() - began_s == pytest.approx(GATHER_S + MAX_GATHER_EXTENSION_S, abs=0.5)
+
+    run_simulated(main())
+
+
+def test_too_few() -> None:
+    async def main() -> None:
+        table = Table(3, by_hand=(2,), manifest=manifest_with(min_group=3))
+        missed = Missed(reason="alone", detail="2 ready, 3 needed")
+        assert await table.meet() == {0: missed, 1: missed}
+
+    run_simulated(main())
+
+
+def test_too_many() -> None:
+    """The best ranked meet. The others find the group full; nobody has done anything wrong."""
+
+    async def main() -> None:
+        table = Table(4, manifest=manifest_with(max_group=2))
+
+        async def over_soon() -> None:
+            await asyncio.sleep(3)
+            for i in (0, 1):
+                seat = table.matchmakers[i].seat
+                seat.standing, seat.in_round = standing(HISTORY + "d"), False
+                seat.sealed_record = table.record(i, HISTORY + "d", issued_s=NOW_S + 0.7)
+                seat.changed.ring()
+
+        found, _ = await asyncio.gather(table.meet(), over_soon())
+        assert table.members_of(table.groups(found, 0, 1)) == [0, 1]
+        behind = Missed(reason="behind", detail=f"peer {table.ids[1][-8:]} is past this head")
+        assert (found[2], found[3]) == (behind, behind)
+        assert [table.suspects(i) for i in range(4)] == [set()] * 4
+
+    run_simulated(main())
+
+
+def test_who_is_behind_learns_it() -> None:
+    async def main() -> None:
+        table = Table(2, histories={0: HISTORY + "d"})
+        found = await table.meet(1)
+        assert found == {1: Missed(reason="behind", detail=f"peer {table.ids[0][-8:]} is past this head")}
+        record = table.matchmakers[1].directory.get(table.ids[0])
+        assert record is not None
+        assert (record.step, record.head) == (4, head(HISTORY + "d"))
+
+    run_simulated(main())
+
+
+def test_a_member_ahead_ends_the_gathering() -> None:
+    """The leader asks it to come, and hears that this round is over."""
+
+    async def main() -> None:
+        table = Table(3, histories={2: HISTORY + "d"})
+        found = await table.meet(0, 1)
+        behind = Missed(reason="behind", detail=f"peer {table.ids[0][-8:]} is past this head")
+        assert found == {0: behind, 1: behind}
+        assert table.matchmakers[0].directory.get(table.ids[2]).step == 4  # type: ignore[union-attr]
+
+    run_simulated(main())
+
+
+def test_on_another_head_nobody_is_met() -> None:
+    async def main() -> None:
+        table = Table(2, histories={0: "xyz"})
+        assert await table.meet(1) == {1: Missed(reason="alone", detail="1 ready, 2 needed")}
+        assert not table.suspects(1)
+
+    run_simulated(main())
+
+
+@pytest.mark.parametrize("phase", ["joining", "inner"])
+def test_seeds_and_newcomers_are_not_waited_for(phase: Any) -> None:
+    async def main() -> None:
+        table = Table(3)
+        seat = table.matchmakers[2].seat
+        seat.phase, seat.role_trainer = phase, phase == "joining"
+        began_s = now_s()
+        table.groups(await table.meet(0, 1), 0, 1)
+        assert now_s() - began_s < 1.0
+        assert not table.suspects(0)
+
+    run_simulated(main())
+
+
+def test_who_is_in_a_round_answers_when_it_is_over() -> None:
+    async def main() -> None:
+        table = Table(2)
+        seat = table.matchmakers[0].seat
+        seat.in_round = True
+        asking = asyncio.ensure_future(table.meet(1))
+        await asyncio.sleep(5)
+        assert not asking.done()
+        seat.standing, seat.in_round = standing(HISTORY + "d"), False
+        seat.sealed_record = table.record(0, HISTORY + "d", issued_s=NOW_S + 0.7)
+        seat.changed.ring()
+        assert (await asking)[1] == Missed(reason="behind", detail=f"peer {table.ids[0][-8:]} is past this head")
+
+    run_simulated(main())
+
+
+def test_a_redirect_leads_to_who_ranks_better() -> None:
+    async def main() -> None:
+        table = Table(3)
+        table.matchmakers[2].directory.suspect(table.ids[0])  # so it asks 1, who knows better
+        answer = await table.answer(2, 1, table.ready(2))
+        assert answer == Redirect(record=table.record(0))
+        table.network.kill(table.ids[0])
+        group = table.groups(await table.meet(1, 2), 1, 2)
+        assert table.members_of(group) == [1, 2]
+        assert table.suspects(1) == {0}
+
+    run_simulated(main())
+
+
+# -- leaders: 0 is written by hand ----------------------------------------------------------------------------------
+
+
+def says(answer: Callable[[Table, bytes], Message]) -> Hand:
+    """``answer``: (table, the asker's sealed readiness) -> what the leader sends."""
+
+    async def hand(table: Table, channel: Channel, message: Message) -> None:
+        await channel.send(answer(table, message.readiness) if isinstance(message, Ready) else No(reason="no"))
+
+    return hand
+
+
+def sends_roster(members: Callable[[Table, bytes], Sequence[bytes]]) -> Hand:
+    return says(lambda table, asker: Roster(members=list(members(table, asker))))
+
+
+async def promises_for_ever(table: Table, channel: Channel, message: Message) -> None:
+    while True:
+        await channel.send(Eta(eta_s=86400.0))
+        await asyncio.sleep(1.0)
+
+
+def of(table: Table, i: int, **changes: Any) -> bytes:
+    return table.ready(i, **changes).readiness
+
+
+def forged(table: Table, i: int) -> bytes:
+    readiness = readiness_of(table.members[i], HISTORY, run_id=table.manifest.run_id)
+    return seal_readiness(readiness, table.members[0])
+
+
+LEADERS: dict[str, tuple[Hand, str | None]] = {
+    "silent": (stay_silent, "has sent nothing for 10 s"),
+    "gone": (end, "closed the stream"),
+    "promises for ever": (promises_for_ever, "has sent nothing for"),
+    "roster without the asker": (sends_roster(lambda t, a: [of(t, 0), of(t, 1), of(t, 2)]), "a roster without me"),
+    "roster with a duplicate": (sends_roster(lambda t, a: [of(t, 0), a, a]), "names a peer twice"),
+    "roster of two readinesses of one": (
+        sends_roster(lambda t, a: [of(t, 0), of(t, 0, nonce=b"another."), a]),
+        "names a peer twice",
+    ),
+    "roster with a ghost": (sends_roster(lambda t, a: [of(t, 0), a, forged(t, 3)]), "not signed by its peer"),
+    "roster with garbage": (sends_roster(lambda t, a: [a, b"garbage"]), "sends"),
+    "roster of another head": (sends_roster(lambda t, a: [of(t, 0, head=head("x")), a]), "member on another head"),
+    "roster of another run": (sends_roster(lambda t, a: [of(t, 0, run_id="cd" * 20), a]), "member on another head"),
+    "roster with a weight": (sends_roster(lambda t, a: [of(t, 0, weight=10**9), a]), "with a weight of 1000000000"),
+    "roster in disorder": (sends_roster(lambda t, a: [of(t, 3), a, of(t, 0)]), "not in the order of rank"),
+    "roster of one": (sends_roster(lambda t, a: [a]), "a roster of 1"),
+    "roster of nobody": (sends_roster(lambda t, a: []), "a roster of 0"),
+    "roster of too many": (
+        sends_roster(lambda t, a: [of(t, 0), of(t, 1), of(t, 2), of(t, 3), a]),
+        "a roster of 5",
+    ),
+    "refuses": (says(lambda t, a: No(reason="leaving")), None),
+    "redirects to a worse one": (says(lambda t, a: Redirect(record=t.record(3))), None),
+    "redirects to itself": (says(lambda t, a: Redirect(record=t.record(0))), None),
+    "redirects to the asker": (says(lambda t, a: Redirect(record=t.record(2))), None),
+    "redirects to nobody": (says(lambda t, a: Redirect(record=b"")), "sends"),
+    "redirects to a ghost": (
+        says(lambda t, a: Redirect(record=seal_record(record_of(t.members[3], HISTORY), t.members[0]))),
+        "not signed by its peer",
+    ),
+    "behind a ghost": (says(lambda t, a: Behind(record=b"garbage")), "sends"),
+    "out of turn": (says(lambda t, a: Closing(head=AT, gather_s=1.0)), "sends closing out of turn"),
+}
+
+
+@pytest.mark.parametrize(("hand", "why"), LEADERS.values(), ids=LEADERS)
+def test_a_leader_that_does_not_lead(hand: Hand, why: str | None, caplog: pytest.LogCaptureFixture) -> None:
+    """It costs one question; the next in rank leads, and only the offender is suspected."""
+
+    async def main() -> None:
+        table = Table(4, by_hand=(0, 3), manifest=manifest_with(max_group=4))
+        asked: list[int] = []
+
+        async def counted(table: Table, channel: Channel, message: Message) -> None:
+            if isinstance(message, Ready):
+                asked.append(table.ids.index(channel.peer_id))
+            await hand(table, channel, message)
+
+        table.serve(0, counted)
+        table.network.kill(table.ids[3])
+        for i in (1, 2):
+            table.matchmakers[i].directory.suspect(table.ids[3])
+        began_s = now_s()
+        with caplog.at_level("INFO"):
+            found = await table.meet()
+        assert table.members_of(table.groups(found, 1, 2)) == [1, 2]
+        assert sorted(asked) == [1, 2], "each asks it once"
+        assert table.suspects(1) == table.suspects(2) == ({0, 3} if why else {3})
+        assert why is None or f"cannot meet at {table.ids[0][-8:]}" in caplog.text
+        assert why is None or why in caplog.text
+        longest_s = GATHER_S + MAX_GATHER_EXTENSION_S + TIMEOUTS.round_limit_s(8 * MANIFEST.n_params)
+        assert now_s() - began_s < (longest_s + TIMEOUTS.request_s + 1 if hand is promises_for_ever else 11)
+
+    run_simulated(main())
+
+
+@pytest.mark.parametrize("instant_s", [0.03 * i for i in range(10)])
+def test_a_leader_that_dies_while_it_gathers(instant_s: float) -> None:
+    """The others meet without it; where it died after the roster, that is for the round to find out."""
+
+    async def main() -> None:
+        table = Table(4, by_hand=(3,))
+        table.transports[3].handlers[table.protocol] = lambda channel: asyncio.sleep(0.1)
+
+        async def kill() -> None:
+            await asyncio.sleep(instant_s)
+            table.network.kill(table.ids[0])
+
+        table.transports[0]._spawn(table.matchmakers[0].find_group(100))  # type: ignore[arg-type]
+        found, _ = await asyncio.gather(table.meet(1, 2), kill())
+        group = found[1]
+        assert isinstance(group, Group)
+        assert table.members_of(table.groups(found, 1, 2)) in ([0, 1, 2], [1, 2])
+        if instant_s == 0:
+            assert len(group.members) == 2
+            assert table.suspects(1) == {0, 3}
+        if instant_s > 0.25:
+            assert len(group.members) == 3
+
+    run_simulated(main())
+
+
+# -- members: 2 is written by hand ----------------------------------------------------------------------------------
+
+
+MEMBERS: dict[str, tuple[Callable[[Table], Ready], str]] = {
+    "of somebody else": (lambda t: Ready(readiness=of(t, 1), record=t.record(2)), "sends somebody else's readiness"),
+    "forged": (
+        lambda t: Ready(
+            readiness=seal_readiness(readiness_of(t.members[2], HISTORY), identity(99)), record=t.record(2)
+        ),
+        "not signed by its peer",
+    ),
+    "garbage": (lambda t: Ready(readiness=b"garbage", record=t.record(2)), "sends"),
+    "of another run": (lambda t: t.ready(2, run_id="cd" * 20), "sends somebody else's readiness"),
+    "too heavy": (lambda t: t.ready(2, weight=10**9), "claims a weight of 1000000000 tokens"),
+    "at another step": (lambda t: t.ready(2, step=7), "says that this head is outer step 7"),
+    "no record": (lambda t: Ready(readiness=of(t, 2), record=b""), "sends"),
+    "a ghost's record": (
+        lambda t: Ready(readiness=of(t, 2), record=seal_record(record_of(t.members[1]), t.members[2])),
+        "not signed by its peer",
+    ),
+}
+
+
+@pytest.mark.parametrize(("message", "complaint"), MEMBERS.values(), ids=MEMBERS)
+def test_unsound_readiness_keeps_nobody_else_from_meeting(message: Callable[[Table], Ready], complaint: str) -> None:
+    async def main() -> None:
+        table = Table(3, by_hand=(2,))
+        channel = await table.say(2, 0, message(table))
+        found = await table.meet()
+        assert table.members_of(table.groups(found, 0, 1)) == [0, 1]
+        assert len(table.complaints(0)) == 1
+        offender, reason = table.complaints(0)[0]
+        assert offender == 2
+        assert complaint in reason
+        assert await channel.reader.read() == b""
+        assert table.suspects(1) == set()
+
+    run_simulated(main())
+
+
+async def leaves(channel: Channel) -> None:
+    channel.close()
+
+
+async def talks(channel: Channel) -> None:
+    await channel.send_frame(b"x")
+
+
+@pytest.mark.parametrize("then", [leaves, talks])
+def test_who_leaves_before_the_roster_is_not_on_it(then: Callable[[Channel], Awaitable[None]]) -> None:
+    async def main() -> None:
+        table = Table(3, by_hand=(2,))
+        table.serve(2, stay_silent)
+        began_s = now_s()
+
+        async def come_and_go() -> None:
+            channel = await table.say(2, 0, table.ready(2))
+            await asyncio.sleep(1.0)
+            await then(channel)
+
+        async def later() -> dict[int, Group | Missed]:
+            await asyncio.sleep(0.5)
+            table.matchmakers[1].seat.phase = "inner"
+            found = asyncio.ensure_future(table.meet(0))
+            await asyncio.sleep(1.5)
+            return await found | await table.meet(1)
+
+        table.matchmakers[1].seat.progress = Progress(inner_step=0, planned=3, step_s=0.5, reported_s=began_s)
+        _, found = await asyncio.gather(come_and_go(), later())
+        assert 2 not in [table.ids.index(m.peer_id) for g in found.values() if isinstance(g, Group) for m in g.members]
+
+    run_simulated(main())
+
+
+def test_a_new_stream_of_a_member_outlives_its_old_one() -> None:
+    """It gave up, and came again with new readiness, before the leader saw its first stream end."""
+
+    async def main() -> None:
+        table = Table(3, by_hand=(1, 2))
+        table.serve(1, stay_silent)
+        table.serve(2, stay_silent)
+        first = await table.say(2, 0, table.ready(2))
+        await asyncio.sleep(0.5)
+        again = asyncio.ensure_future(table.answer(2, 0, table.ready(2, nonce=b"another.")))
+        await asyncio.sleep(0.5)
+        first.close()
+        found = await table.meet()
+        assert table.members_of(table.groups(found, 0)) == [0, 2]
+        assert await again == Roster(members=roster_of(found[0], table, b"another."))
+
+    run_simulated(main())
+
+
+def roster_of(group: Group | Missed, table: Table, nonce: bytes) -> list[bytes]:
+    assert isinstance(group, Group)
+    assert group.members[1].nonce == nonce
+    return [seal_readiness(member, table.members[table.ids.index(member.peer_id)]) for member in group.members]
+
+
+@pytest.mark.parametrize(
+    ("hand", "suspected", "costs_s"),
+    [
+        (stay_silent, False, GATHER_S + CLOSING_MARGIN_S),
+        (end, True, 0.0),
+        (None, True, 0.0),
+    ],
+)
+def test_who_does_not_say_when_it_comes_is_not_waited_for(hand: Hand | None, suspected: bool, costs_s: float) -> None:
+    async def main() -> None:
+        table = Table(3, by_hand=(2,))
+
+        async def nonsense(table: Table, channel: Channel, message: Message) -> None:
+            await channel.send(TooFew(ready=1))
+
+        table.serve(2, hand or nonsense)
+        began_s = now_s()
+        table.groups(await table.meet(), 0, 1)
+        assert now_s() - began_s == pytest.approx(costs_s, abs=0.5)
+        assert (2 in table.suspects(0)) == suspected
+
+    run_simulated(main())
+
+
+def test_closing_calls_the_trainer_once() -> None:
+    async def main() -> None:
+        table = Table(2, by_hand=(1,))
+        seat = table.matchmakers[0].seat
+        seat.phase, seat.progress = "inner", Progress(inner_step=1, planned=9, step_s=4.0, reported_s=now_s())
+        calls = []
+
+        async def watch() -> None:
+            while True:
+                await seat.changed.event.wait()
+                calls.append(seat.closes_s)
+
+        watching = asyncio.ensure_future(watch())
+        first_s = now_s()
+        answers = [await table.answer_eta(1, 0, Closing(head=AT, gather_s=2.0)) for _ in range(3)]
+        watching.cancel()
+        assert len(calls) == 1
+        assert calls[0] == pytest.approx(first_s + GATHER_S, abs=0.1)
+        assert answers[0] == pytest.approx(4.0, abs=0.1)
+        assert answers[0] > answers[1] > answers[2]
+
+    run_simulated(main())
+
+
+def test_close_ends_the_gatherings() -> None:
+    async def main() -> None:
+        table = Table(3, by_hand=(1, 2))
+        table.serve(1, stay_silent)
+        table.serve(2, stay_silent)
+        await table.say(2, 0, table.ready(2))
+        await asyncio.sleep(0.5)
+        gathering = table.matchmakers[0].gatherings[AT]
+        assert gathering.task is not None
+        await table.matchmakers[0].close()
+        assert gathering.task.done()
+
+    run_simulated(main())
