@@ -137,11 +137,15 @@ class Ledger:
             return
         self._add_snapshot(save_snapshot(state, digest, self._snapshot_path(state.step), run_id=self._run_id))
 
-    def adopt_snapshot(self, path: Path) -> SnapshotInfo:
+    def adopt_snapshot(self, path: Path, digest: bytes | None = None) -> SnapshotInfo:
         """Verifies a downloaded file on the same disk and moves it into place. ValueError, the file untouched, when its
-        values do not have the digest that it names, or it is of another model or run."""
+        values do not have the digest that it names, or not ``digest``, or it is of another model or run."""
         with disk_errors(path, snapshot_bytes(self._n)):
             info = check_snapshot(path, n=self._n, run_id=self._run_id)
+            if digest not in (None, info.digest):
+                raise ValueError(f"another snapshot, of outer step {info.step}")
+            if max(self._snapshots, default=0) > info.step and self.heads().get(info.step) != info.head:
+                self.truncate(info.step)
             sync(path)
             os.replace(path, self._snapshot_path(info.step))
             sync(self.folder / "snapshots")
