@@ -89,7 +89,7 @@ class Catchup:
         from_step, rolled_back, snapshot = (start.step if start else None), 0, False
         for donor in self._donors(target):
             try:
-                theirs = await self._ask_heads(donor)
+                theirs = await self._ask_heads(donor, target[0])
                 if theirs.get(target[0]) != target[1]:
                     continue
                 common = await asyncio.to_thread(self._common_step, theirs)
@@ -125,20 +125,22 @@ class Catchup:
         donors = [r for r in live if r.phase != "joining" and target[1] in (r.head, *r.heads)]
         return sorted(donors, key=lambda r: rank(self.identity.peer_id.encode(), r.peer_id))
 
-    async def _ask_heads(self, donor: Record) -> dict[int, bytes]:
-        """Outer step -> head, for all that the donor's ledger leads to, from what may interest me."""
-        mine = await asyncio.to_thread(self.replica.ledger.heads)
-        since, theirs = min(mine, default=0), {}
-        while True:
+    async def _ask_heads(self, donor: Record, last_step: int) -> dict[int, bytes]:
+        """Outer step -> head, without a gap, for what the donor's ledger leads to, up to ``last_step`` or beyond."""
+        since, theirs = 0, dict[int, bytes]()
+        while since <= last_step:
             channel = await self._open(donor.peer_id)
             try:
                 answer: Heads = await channel.request(AskHeads(since=since), Heads)
             finally:
                 channel.close()
+            if answer.first < since or (theirs and answer.first > since):
+                raise Misbehaved(donor.peer_id, f"names its heads from {answer.first} on, asked for those from {since}")
             theirs.update({answer.first + i: head for i, head in enumerate(answer.heads)})
             if len(answer.heads) < MAX_HEADS:
-                return theirs
+                break
             since = answer.first + MAX_HEADS
+        return theirs
 
     def _common_step(self, theirs: dict[int, bytes]) -> int | None:
         mine = self.replica.ledger.heads()
@@ -171,6 +173,7 @@ class Catchup:
         expected = snapshot_bytes(len(self.replica.theta))
         with disk_errors(path, expected):
             offset = path.stat().st_size if path.exists() else 0
+        resumed = offset > 0
         log.info("downloading the snapshot of outer step %d, %.1f MB, from %s", step, expected / 1e6, donor.label)
         channel = await self._open(donor.peer_id)
         try:
@@ -185,12 +188,15 @@ class Catchup:
         finally:
             channel.close()
         try:
-            info = await asyncio.to_thread(self.replica.ledger.adopt_snapshot, path)
-            if info.digest != digest or info.step != step:
-                raise ValueError("another snapshot than it announced")
+            await asyncio.to_thread(self.replica.ledger.adopt_snapshot, path, digest)
         except ValueError as error:
             path.unlink(missing_ok=True)
-            raise Misbehaved(donor.peer_id, f"serves {error}") from error
+            if not resumed:
+                raise Misbehaved(donor.peer_id, f"serves {error}") from error
+            log.info("what an earlier donor sent may be wrong (%s): asking %s for all of it", error, donor.label)
+            await self._download_snapshot(donor, newest_step)
+        for overtaken in path.parent.glob("incoming-*.part"):
+            overtaken.unlink(missing_ok=True)
 
     def _trusted_digest(self, step: int) -> bytes | None:
         """The digest of the snapshot at ``step``: the manifest's, or that which most live peers name."""
@@ -206,11 +212,13 @@ class Catchup:
     # -- serving -----------------------------------------------------------------------------------------------------
 
     async def on_ask_heads(self, channel: Channel, message: AskHeads) -> None:
+        """The newest ones that follow each other: those before a gap lead nowhere."""
         mine = await asyncio.to_thread(self.replica.ledger.heads)
-        steps = [step for step in sorted(mine) if step >= message.since]
-        first = steps[0] if steps else message.since
-        unbroken = [mine[step] for i, step in enumerate(steps) if step == first + i]
-        await channel.send(Heads(first=first, heads=unbroken[:MAX_HEADS]))
+        first = max((step for step in mine if step >= message.since), default=message.since)
+        while first > message.since and first - 1 in mine:
+            first -= 1
+        heads = [mine[step] for step in range(first, first + MAX_HEADS) if step in mine]
+        await channel.send(Heads(first=first, heads=heads))
 
     async def on_ask_update(self, channel: Channel, message: AskUpdate) -> None:
         header = self.replica.ledger.header(message.step)
