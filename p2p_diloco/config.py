@@ -42,7 +42,7 @@ class Timeouts:
     """A record that is older than this is a peer that is gone."""
     refresh_s: float = 2.5
     """A peer reads the records of the others this often."""
-    leave_s: float = 6.0
+    leave_s: float = 4.0
     """For saying goodbye; after that the processes end anyway."""
 
     def round_limit_s(self, vector_bytes: int) -> float:

@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 POLL_S = 0.2
-LEAVE_S = 6.5
+LEAVE_S = 5.5
 """After that the network process is killed; its guard ends p2pd."""
 ORPHAN_S = 4.0
 """A trainer whose network process died ends itself after this long, even inside a long inner step."""
