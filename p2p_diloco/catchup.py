@@ -212,10 +212,14 @@ class Catchup:
     # -- serving -----------------------------------------------------------------------------------------------------
 
     async def on_ask_heads(self, channel: Channel, message: AskHeads) -> None:
-        """The newest ones that follow each other: those before a gap lead nowhere."""
-        mine = await asyncio.to_thread(self.replica.ledger.heads)
+        """The newest ones, as far back as one leads to the next: what is before a gap leads nowhere."""
+        ledger = self.replica.ledger
+        mine = await asyncio.to_thread(ledger.heads)
         first = max((step for step in mine if step >= message.since), default=message.since)
-        while first > message.since and first - 1 in mine:
+        while first > message.since:
+            before = ledger.header(first - 1)
+            if before is None or (before.parent, before.head) != (mine.get(first - 1), mine[first]):
+                break
             first -= 1
         heads = [mine[step] for step in range(first, first + MAX_HEADS) if step in mine]
         await channel.send(Heads(first=first, heads=heads))
