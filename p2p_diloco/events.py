@@ -19,6 +19,7 @@ Heads are hex. Losses are nats per token.
 from __future__ import annotations
 
 import json
+import os
 import time
 from pathlib import Path
 from typing import IO, Any
@@ -36,6 +37,8 @@ class EventLog:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             self._file: IO[str] = self.path.open("a", encoding="utf-8", buffering=1)
+            if _cut_short(self.path):
+                self._file.write("\n")
         except OSError as error:
             raise LedgerError(f"{self.path}: cannot be written ({error.strerror}); choose another --folder") from error
 
@@ -48,6 +51,14 @@ class EventLog:
 
     def close(self) -> None:
         self._file.close()
+
+
+def _cut_short(path: Path) -> bool:
+    """Whether a crash cut the last line."""
+    with path.open("rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(size - 1, 0))
+        return file.read() not in (b"", b"\n")
 
 
 def read_events(path: Path) -> list[dict[str, Any]]:
