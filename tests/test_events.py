@@ -1,0 +1,104 @@
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from p2p_diloco.errors import LedgerError
+from p2p_diloco.events import EVENTS_FILE, EventLog, read_events
+
+
+def write(folder: Path, *events: str) -> Path:
+    log = EventLog(folder)
+    for event in events:
+        log.write(event, step=1)
+    log.close()
+    return log.path
+
+
+def names(path: Path) -> list[str]:
+    return [event["event"] for event in read_events(path)]
+
+
+def test_events_are_lines_of_json_with_both_clocks(tmp_path: Path) -> None:
+    before_s, log = time.time(), EventLog(tmp_path / "new" / "folder")
+    log.write("round", committed=True, reason="", group=["a", "b"], loss=None, gather_s=0.5)
+    [line] = log.path.read_text().splitlines()
+    event: dict[str, Any] = json.loads(line)
+    assert before_s <= event.pop("wall_s") <= time.time()
+    assert 0 < event.pop("mono_s") <= time.monotonic()
+    assert event == {
+        "event": "round",
+        "committed": True,
+        "reason": "",
+        "group": ["a", "b"],
+        "loss": None,
+        "gather_s": 0.5,
+    }
+    log.close()
+
+
+def test_every_line_is_there_as_soon_as_it_is_written(tmp_path: Path) -> None:
+    log = EventLog(tmp_path)
+    for i in range(3):
+        log.write("inner", step=i, text="line\nbreak \N{DNA DOUBLE HELIX}")
+        assert [event["step"] for event in read_events(log.path)] == list(range(i + 1))
+    assert log.path.read_bytes().count(b"\n") == 3
+    log.close()
+
+
+def test_a_restart_appends(tmp_path: Path) -> None:
+    assert names(write(tmp_path, "started", "left")) == ["started", "left"]
+    assert names(write(tmp_path, "started")) == ["started", "left", "started"]
+
+
+@pytest.mark.parametrize("cut", [1, 2, 20])
+def test_a_line_cut_by_a_crash_costs_itself_alone(tmp_path: Path, cut: int) -> None:
+    path = write(tmp_path, "started", "round")
+    path.write_bytes(path.read_bytes()[:-cut])
+    assert names(path) == ["started"]
+    write(tmp_path, "started", "joined")
+    # Without its last character, the line break, the line was whole after all.
+    assert names(path) == ["started", *["round"] * (cut == 1), "started", "joined"]
+
+
+def test_what_is_no_event_is_left_out(tmp_path: Path) -> None:
+    path = write(tmp_path, "started")
+    path.write_bytes(b"garbage\n\n\xff\xfe\n" + path.read_bytes() + b'{"event": "rou')
+    assert names(path) == ["started"]
+    assert read_events(tmp_path / "nowhere") == []
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_json_cannot_say_is_not_written(tmp_path: Path, value: float) -> None:
+    log = EventLog(tmp_path)
+    with pytest.raises(ValueError, match="JSON"):
+        log.write("inner", loss=value)
+    log.write("left")
+    log.close()
+    assert names(log.path) == ["left"]
+
+
+def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(LedgerError, match=r"choose another --folder"):
+        EventLog(tmp_path / "file")
+    (tmp_path / EVENTS_FILE).mkdir()
+    with pytest.raises(LedgerError, match="cannot be written"):
+        EventLog(tmp_path)
+
+
+def test_a_full_disk_is_an_error_of_ours() -> None:
+    full = Path("/dev/full")
+    if not full.exists():
+        pytest.skip("no /dev/full on this system")
+    log = EventLog.__new__(EventLog)
+    log.path = full
+    log._file = full.open("a", encoding="utf-8", buffering=1)
+    with pytest.raises(LedgerError, match="No space left"):
+        log.write("round")
+    with pytest.raises(OSError, match="No space left"):
+        log._file.close()
