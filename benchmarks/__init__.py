@@ -1,1 +1,1 @@
-"""Measurements that the README quotes. Each module prints one line of JSON; ``python -m benchmarks`` runs them all."""
+"""Measurements that the README quotes: ``python -m benchmarks``."""

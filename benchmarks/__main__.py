@@ -1,0 +1,67 @@
+"""``python -m benchmarks [CASE ...] [--json FILE]``: a table per case, with the command that makes it."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import signal
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from benchmarks import averager, compute, sleepers, stall, throughput, traffic
+from benchmarks.table import Table, layout
+
+CASES: dict[str, Callable[[], Table]] = {
+    "throughput": throughput.main,
+    "stall": stall.main,
+    "sleepers": sleepers.main,
+    "bytes": traffic.main,
+    "averager": averager.main,
+    "compute": compute.main,
+}
+"""In the order in which they run: throughput makes the swarm that stall and bytes look at, between its plain runs."""
+
+
+def main(names: list[str], json_file: Path | None) -> int:
+    machine = about_machine()
+    print(", ".join(f"{key} {value}" for key, value in machine.items()), flush=True)
+    cases: dict[str, Any] = {}
+    failed = False
+    for name in (name for name in CASES if name in names):
+        command, load, started_s = f"python -m benchmarks {name}", os.getloadavg()[0], time.monotonic()
+        try:
+            table = CASES[name]()
+        except (RuntimeError, TimeoutError) as error:
+            failed = True
+            print(f"\n$ {command}\nfailed: {error}", flush=True)
+            continue
+        seconds = time.monotonic() - started_s
+        print(f"\n$ {command}    # {seconds:.0f} s; load average before it {load:.1f}\n{layout(table)}", flush=True)
+        cases[name] = {"command": command, "seconds": seconds, "load_average": load, **asdict(table)}
+    if json_file is not None:
+        json_file.write_text(json.dumps({"machine": machine, "cases": cases}, indent=1) + "\n")
+    return int(failed)
+
+
+def about_machine() -> dict[str, str]:
+    versions = {name: version(name) for name in ("torch", "hivemind", "numpy")}
+    python, system = platform.python_version(), platform.platform()
+    return {"cores": str(os.cpu_count()), "Python": python, **versions, "system": system}
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description="All cases together take 5 to 8 minutes.")
+    parser.add_argument("cases", nargs="*", metavar="CASE", help=", ".join(CASES))
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures there, too")
+    arguments = parser.parse_args()
+    if unknown := set(arguments.cases) - set(CASES):
+        parser.error(f"no such case: {', '.join(sorted(unknown))}; there are: {', '.join(CASES)}")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that what was started is ended
+    sys.exit(main(arguments.cases or list(CASES), arguments.json))

@@ -1,0 +1,112 @@
+"""What a peer computes and writes around the wire: codecs, mean, apply, ledger and snapshots of 25 million values."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+
+import numpy as np
+
+from benchmarks.table import Cell, Table
+from p2p_diloco.codec import CODECS, Codec, Vector, decode, encode
+from p2p_diloco.ledger import Ledger
+from p2p_diloco.outer import (
+    OuterState,
+    Part,
+    Update,
+    UpdateHeader,
+    apply,
+    contributor_mask,
+    genesis_state,
+    part_slices,
+    weighted_mean,
+)
+
+VALUES = 25_000_000
+REPEATS = 3
+PEERS = 4
+LR, MOMENTUM = 0.7, 0.9
+LEDGER_CODEC: Codec = "int8"
+
+
+def main() -> Table:
+    vector = np.random.default_rng(0).standard_normal(VALUES, np.float32)
+    rows: list[tuple[Cell, ...]] = []
+    for codec in CODECS:
+        parts = [encode(vector[where], codec) for where in part_slices(VALUES)]
+        rows.append(timed(f"encode {codec}", encode_all, vector, codec))
+        rows.append(timed(f"decode {codec}", decode_all, parts, codec))
+    rows.append(timed(f"weighted mean of {PEERS}", mean_all, vector))
+    with tempfile.TemporaryDirectory(prefix="p2p-diloco-bench-") as folder:
+        rows += ledger_rows(vector, Path(folder))
+    return Table(
+        title=f"{VALUES / 1e6:.0f}M float32 values on one thread, in parts of 256 Ki",
+        columns=("what", "seconds", "GB/s of float32"),
+        rows=rows,
+        notes=(f"Median of {REPEATS}. Writing includes fsync, in the temporary folder.",),
+    )
+
+
+def ledger_rows(vector: Vector, folder: Path) -> list[tuple[Cell, ...]]:
+    state = genesis_state(vector.copy())
+    ledger = Ledger(folder, n=VALUES, codec=LEDGER_CODEC, lr=LR, momentum=MOMENTUM, snapshot_every=1000)
+    ledger.write_snapshot(state)
+    parts = tuple(
+        Part(mask=contributor_mask(range(PEERS)), data=encode(vector[where], LEDGER_CODEC))
+        for where in part_slices(VALUES)
+    )
+    appends_s, applies_s = [], []
+    for _ in range(REPEATS):
+        update = next_update(state, parts)
+        appends_s.append(seconds_of(ledger.append, update))
+        applies_s.append(seconds_of(apply_update, state, update))
+    return [
+        row(f"apply, {LEDGER_CODEC}", median(applies_s)),
+        row(f"ledger append, {LEDGER_CODEC}", median(appends_s)),
+        row("snapshot write", seconds_of(ledger.write_snapshot, state)),
+        timed("state digest", state.digest),
+        timed("ledger load", ledger.load, np.empty_like(vector), np.empty_like(vector)),
+    ]
+
+
+def apply_update(state: OuterState, update: Update) -> None:
+    apply(state, update, codec=LEDGER_CODEC, lr=LR, momentum=MOMENTUM)
+
+
+def next_update(state: OuterState, parts: tuple[Part, ...]) -> Update:
+    contributors = tuple((f"peer{i}", 1000) for i in range(PEERS))
+    hashes = tuple(part.hash for part in parts)
+    header = UpdateHeader(step=state.step, parent=state.head, contributors=contributors, part_hashes=hashes)
+    return Update(header=header, parts=parts)
+
+
+def encode_all(vector: Vector, codec: Codec) -> None:
+    for where in part_slices(len(vector)):
+        encode(vector[where], codec)
+
+
+def decode_all(parts: list[bytes], codec: Codec) -> None:
+    for part, where in zip(parts, part_slices(VALUES)):
+        decode(part, where.stop - where.start, codec)
+
+
+def mean_all(vector: Vector) -> None:
+    for where in part_slices(len(vector)):
+        weighted_mean([(1000, vector[where])] * PEERS)
+
+
+def timed(what: str, work: Callable[..., object], *arguments: object) -> tuple[Cell, ...]:
+    return row(what, median(seconds_of(work, *arguments) for _ in range(REPEATS)))
+
+
+def row(what: str, seconds: float) -> tuple[Cell, ...]:
+    return (what, seconds, 4 * VALUES / 1e9 / seconds)
+
+
+def seconds_of(work: Callable[..., object], *arguments: object) -> float:
+    started_s = time.perf_counter()
+    work(*arguments)
+    return time.perf_counter() - started_s
