@@ -15,7 +15,7 @@ COLUMNS = ("outer steps", "stalls", "median s", "max s", "gather", "reduce", "se
 
 def main() -> Table:
     return Table(
-        title=f"Stall per outer step, {tiny.PEERS} peers that train the demo's model, every {tiny.DEMO.inner.steps} steps",
+        title=f"Stall per outer step: the demo's model, {tiny.PEERS} peers, {tiny.DEMO.inner.steps} inner steps",
         columns=COLUMNS,
         rows=stall_rows(tiny.swarm_run()),
         notes=STALL_NOTES,

@@ -22,7 +22,7 @@ def main() -> Table:
             ("plain training, after", after, after / plain, "-"),
         ],
         notes=(
-            "The swarm's includes stalls and evaluation; the last column compares with the same processes without them.",
+            "The swarm's includes stalls and evaluation; the last column compares with itself without them.",
             "plain: the mean of before and after. Where these differ, other work ran on this machine.",
         ),
     )
