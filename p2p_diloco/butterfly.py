@@ -40,7 +40,8 @@ from p2p_diloco.outer import (
 )
 from p2p_diloco.records import Directory
 from p2p_diloco.rounds import Group, Missed
-from p2p_diloco.wire import AskPart, Bell, Channel, Commit, Contribute, No, Receipt, Transport, heard
+from p2p_diloco.waiting import Bell, deadline, heard
+from p2p_diloco.wire import AskPart, Channel, Commit, Contribute, No, Receipt, Transport
 
 log = logging.getLogger(__name__)
 
@@ -100,7 +101,8 @@ class Butterfly:
         """Reduce and settle."""
         limit_s = self.timeouts.round_limit_s(2 * encoded_bytes(len(self.theta), self.codec))
         try:
-            return await asyncio.wait_for(self._run(), limit_s)
+            async with deadline(limit_s):
+                return await self._run()
         except asyncio.TimeoutError:
             return Missed(reason="failed", detail=f"the round took longer than {limit_s:.0f} s")
         finally:
@@ -188,7 +190,8 @@ class Butterfly:
         if sender in self.lost:
             return None
         try:
-            values = await asyncio.wait_for(self.queues[sender].get(), self.timeouts.part_s)
+            async with deadline(self.timeouts.part_s):
+                values = await self.queues[sender].get()
             self.changed.ring()
         except asyncio.TimeoutError:
             values = None

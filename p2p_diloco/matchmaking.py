@@ -38,21 +38,8 @@ from p2p_diloco.rounds import (
     open_readiness,
     seal_readiness,
 )
-from p2p_diloco.wire import (
-    Behind,
-    Bell,
-    Channel,
-    Closing,
-    Eta,
-    No,
-    Ready,
-    Redirect,
-    Roster,
-    TooFew,
-    Transport,
-    heard,
-    run_protocol,
-)
+from p2p_diloco.waiting import Bell, heard
+from p2p_diloco.wire import Behind, Channel, Closing, Eta, No, Ready, Redirect, Roster, TooFew, Transport, run_protocol
 
 log = logging.getLogger(__name__)
 

@@ -39,7 +39,7 @@ from p2p_diloco.node import Node, private_socket_folder
 from p2p_diloco.peer import Peer
 from p2p_diloco.replica import Replica
 from p2p_diloco.rounds import Progress
-from p2p_diloco.wire import heard
+from p2p_diloco.waiting import deadline, heard
 
 log = logging.getLogger(__name__)
 
@@ -224,7 +224,8 @@ class NetworkProcess:
 
     async def _leave(self, peer: Peer, reason: str) -> None:
         try:
-            await asyncio.wait_for(peer.leave(reason), peer.timeouts.leave_s / 2)
+            async with deadline(peer.timeouts.leave_s / 2):
+                await peer.leave(reason)
         except asyncio.TimeoutError:
             log.info("leaving without having told everybody")
 
@@ -240,8 +241,8 @@ class NetworkProcess:
         now_s = asyncio.get_running_loop().time()
         inner_step, planned = line["inner_step"], line["planned"]
         peer.seat.progress = Progress(inner_step=inner_step, planned=planned, step_s=line["step_s"], reported_s=now_s)
-        peer.trained.loss, peer.trained.tokens = line["loss"], line["tokens"]
-        peer.trained.tokens_per_s = line["tokens_per_s"]
+        peer.presence.trained.loss, peer.presence.trained.tokens = line["loss"], line["tokens"]
+        peer.presence.trained.tokens_per_s = line["tokens_per_s"]
         if peer.seat.phase == "evaluate":
             peer.seat.phase = "inner"  # a trainer need not evaluate when it is its turn
         if now_s - self.inner_event_s >= INNER_EVENT_EVERY_S or inner_step >= planned:
@@ -250,10 +251,10 @@ class NetworkProcess:
             peer.events.write("inner", step=peer.step, **fields)
 
     def _on_evaluated(self, peer: Peer, line: Line) -> None:
-        peer.trained.held_out_loss, peer.trained.held_out_step = line["held_out_loss"], line["step"]
+        peer.presence.trained.held_out_loss, peer.presence.trained.held_out_step = line["held_out_loss"], line["step"]
         if peer.seat.phase == "evaluate":
             peer.seat.phase = "inner"
-        peer.publish_now.ring()
+        peer.presence.publish_now.ring()
         peer.events.write("evaluated", **{key: value for key, value in line.items() if key != "kind"})
 
     async def _tell_news(self, peer: Peer) -> None:
@@ -272,7 +273,7 @@ class NetworkProcess:
 
     async def _tell_peers(self, peer: Peer) -> None:
         while True:
-            records = [peer.record(), *peer.directory.live(time.time())]
+            records = [peer.presence.record(), *peer.directory.live(time.time())]
             hidden = {"head", "heads", "snapshot_digest"}
             self._send("peers", rows=[r.model_dump(exclude=hidden) | {"head": r.head.hex()} for r in records])
             await asyncio.sleep(PEERS_EVERY_S)
@@ -322,7 +323,8 @@ async def serve(control: socket.socket, vectors: int) -> None:
         writer.write(pack_line("failed", message=f"the network process fails: {error!r}", exit_code=1))
     finally:
         with contextlib.suppress(OSError, asyncio.TimeoutError):
-            await asyncio.wait_for(writer.drain(), 1.0)
+            async with deadline(1.0):
+                await writer.drain()
         writer.close()
 
 

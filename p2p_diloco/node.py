@@ -56,6 +56,7 @@ from p2p_diloco.config import PeerConfig, Timeouts
 from p2p_diloco.errors import Gone, LocalError, NetworkError, RemoteError, Silent, UsageError
 from p2p_diloco.identity import Identity, public_key_of
 from p2p_diloco.records import RUNS_KEY, unpack_plain
+from p2p_diloco.waiting import deadline
 from p2p_diloco.wire import Channel, Handler
 
 logger = logging.getLogger(__name__)
@@ -174,7 +175,8 @@ class Node:
             raise Gone(peer_id, "not the id of a peer")
         try:
             work = self._dial(network, peer_id, maddrs, protocol)
-            reader, writer = await asyncio.wait_for(work, self.timeouts.connect_s)
+            async with deadline(self.timeouts.connect_s):
+                reader, writer = await work
         except asyncio.TimeoutError:
             raise Silent(peer_id, f"cannot be reached within {self.timeouts.connect_s:g} s") from None
         except _Failed as error:
@@ -211,7 +213,8 @@ class Node:
         network = self._network
         if network is not None:
             try:
-                self._maddrs = await asyncio.wait_for(self._ask_maddrs(network.p2p), self.timeouts.request_s)
+                async with deadline(self.timeouts.request_s):
+                    self._maddrs = await self._ask_maddrs(network.p2p)
             except (asyncio.TimeoutError, OSError, EOFError, ValueError, _Failed) as error:
                 logger.debug("p2pd does not say our addresses: %s", error)
         return list(self._maddrs)
@@ -249,7 +252,8 @@ class Node:
             return
         self._closed = True
         with contextlib.suppress(asyncio.TimeoutError):  # ``watch`` may be starting a p2pd, and shuts it when it sees
-            await asyncio.wait_for(self._starting.acquire(), self.timeouts.leave_s / 4)
+            async with deadline(self.timeouts.leave_s / 4):
+                await self._starting.acquire()
         network, self._network = self._network, None
         if not self._closing.done():
             self._closing.set_result(None)
@@ -345,7 +349,8 @@ class Node:
 
     async def _shut(self, p2p: Any) -> None:
         try:
-            await asyncio.wait_for(p2p.shutdown(), self.timeouts.leave_s / 4)
+            async with deadline(self.timeouts.leave_s / 4):
+                await p2p.shutdown()
         except asyncio.TimeoutError:
             with contextlib.suppress(ProcessLookupError):
                 p2p._child.kill()
@@ -387,7 +392,8 @@ class Node:
 
         async def reach(peer_id: str, maddrs: list[str]) -> str | None:
             try:
-                await asyncio.wait_for(self._connect(p2p, peer_id, maddrs), self.timeouts.connect_s)
+                async with deadline(self.timeouts.connect_s):
+                    await self._connect(p2p, peer_id, maddrs)
             except asyncio.TimeoutError:
                 return "no answer"
             except (_Failed, OSError, EOFError, ValueError) as error:
@@ -571,7 +577,8 @@ async def ask(p2p: Any, request: Any) -> tuple[Any, asyncio.StreamReader, asynci
 async def own_daemon(work: Awaitable[T], timeout_s: float) -> T:
     """``work`` that only p2pd on this machine can delay. Raises NetworkError."""
     try:
-        return await asyncio.wait_for(work, timeout_s)
+        async with deadline(timeout_s):
+            return await work
     except (asyncio.TimeoutError, P2PDaemonError, OSError, EOFError, ValueError, _Failed) as error:
         raise NetworkError(f"p2pd does not do what we ask: {error or 'no answer'}") from error
 

@@ -21,29 +21,29 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from p2p_diloco import __version__
 from p2p_diloco.butterfly import Butterfly, RoundCost
 from p2p_diloco.catchup import Catchup
 from p2p_diloco.codec import Vector
 from p2p_diloco.config import Timeouts
-from p2p_diloco.errors import Misbehaved, NetworkError, RemoteError
+from p2p_diloco.errors import NetworkError
 from p2p_diloco.events import EventLog
 from p2p_diloco.identity import Identity
 from p2p_diloco.matchmaking import Matchmaker, Seat
 from p2p_diloco.outer import Update
-from p2p_diloco.records import RUNS_KEY, Directory, Phase, Record, Role, peers_key, seal_record
+from p2p_diloco.presence import LastRound, Presence
+from p2p_diloco.records import Directory, Phase, Record, Role
 from p2p_diloco.replica import Replica
 from p2p_diloco.rounds import (
     Group,
     Missed,
     Standing,
-    announces_run,
     evaluator,
     must_catch_up,
     on_head,
     rank,
     swarm_head,
 )
+from p2p_diloco.waiting import Bell, heard
 from p2p_diloco.wire import (
     MANIFEST_PROTOCOL,
     AskHeads,
@@ -51,7 +51,6 @@ from p2p_diloco.wire import (
     AskPart,
     AskSnapshot,
     AskUpdate,
-    Bell,
     Channel,
     Closing,
     Contribute,
@@ -61,7 +60,6 @@ from p2p_diloco.wire import (
     Ready,
     Receipt,
     Transport,
-    heard,
     run_protocol,
 )
 
@@ -104,17 +102,6 @@ class OuterResult:
         return self.committed or self.adopted
 
 
-@dataclass(kw_only=True)
-class Trained:
-    """What the trainer has told us, for the record."""
-
-    loss: float | None = None
-    tokens: int = 0
-    tokens_per_s: float = 0.0
-    held_out_loss: float | None = None
-    held_out_step: int = 0
-
-
 class Peer:
     """``local``: float32 [n], the trainer's parameters; unchanged while ``outer_step`` runs. A seed has none."""
 
@@ -138,7 +125,6 @@ class Peer:
         self.signed_manifest = signed_manifest
         self.local = local
         self.events = events
-        self.name = name
         self.wall_s = wall_s
         self.timeouts: Timeouts = transport.timeouts
         self.protocol = run_protocol(self.manifest.run_id)
@@ -163,8 +149,16 @@ class Peer:
             timeouts=self.timeouts,
             wall_s=wall_s,
         )
-        self.trained = Trained()
-        self.last_result: OuterResult | None = None
+        self.presence = Presence(
+            transport=transport,
+            identity=identity,
+            replica=replica,
+            directory=self.directory,
+            seat=self.seat,
+            role=self.role,
+            name=name,
+            wall_s=wall_s,
+        )
         self._following = True
         """A seed, and a trainer that has not begun: the state goes where the swarm goes, by itself."""
         self._moving = asyncio.Lock()
@@ -173,10 +167,6 @@ class Peer:
         """The swarm went on without me: the trainer shall come for an outer step now."""
         self.rounds: deque[Butterfly] = deque(maxlen=ROUNDS_KEPT)
         self.round_started = Bell()
-        self.publish_now = Bell()
-        self.pushed = Bell()
-        self._maddrs: list[str] = []
-        self._last_issued_s = 0.0
         self._snapshot_task: asyncio.Task[None] | None = None
         self._telling: asyncio.Task[None] | None = None
 
@@ -189,10 +179,9 @@ class Peer:
         from_step = self.replica.state.step if self.replica.state else None
         if self.replica.state is not None:
             self._take_standing()
-        self._maddrs = await self.transport.maddrs()
         await self.transport.serve(MANIFEST_PROTOCOL, self._serve_manifest)
         await self.transport.serve(self.protocol, self._serve)
-        await self._refresh()
+        await self.presence.refresh()
         caught_up = await self._catch_up_to_swarm(patience_s=self.timeouts.discover_s)
         if self.replica.state is None:
             raise NetworkError(
@@ -209,23 +198,23 @@ class Peer:
             snapshot=bool(caught_up),
             seconds=self._now() - started_s,
         )
-        await self._publish()
-        await self._push_record()
+        await self.presence.publish()
+        await self.presence.push_to_all()
 
     async def begin(self) -> None:
         """The trainer is about to take theta and to train: up to now the state has followed the swarm, from now on it
         moves at outer steps only."""
         async with self._moving:
-            await self._push_record()
+            await self.presence.push_to_all()
             await self._catch_up_to_swarm(patience_s=0.0)
             self._following = False
         self._to_phase("inner")
-        await self._publish()
-        await self._push_record()
+        await self.presence.publish()
+        await self.presence.push_to_all()
 
     async def run(self) -> None:
         """Until cancelled: keep my record in the DHT, and the others' here."""
-        await asyncio.gather(self._publish_loop(), self._refresh_loop())
+        await asyncio.gather(self.presence.publish_loop(), self._refresh_loop())
 
     async def leave(self, reason: str) -> None:
         """See that what I hold is not lost, then withdraw the record, so that nobody waits for us."""
@@ -239,7 +228,7 @@ class Peer:
         if self._telling is not None:
             self._telling.cancel()
         self.events.write("left", step=self.step, head=self.seat.standing.head.hex(), reason=reason)
-        await asyncio.gather(self._publish(), self._push_record())
+        await asyncio.gather(self.presence.publish(), self.presence.push_to_all())
 
     async def _hand_over(self) -> None:
         """If a seed is there, it shall have my outer step before I go: after the last one nobody else stays."""
@@ -249,7 +238,7 @@ class Peer:
             seeds = [record for record in self.directory.live(self.wall_s()) if record.role == "seed"]
             if not seeds or any(self.seat.standing.head in (record.head, *record.heads) for record in seeds):
                 return
-            await asyncio.gather(*(self._push(record) for record in seeds))
+            await self.presence.push(seeds)
             await asyncio.sleep(HAND_OVER_POLL_S)
 
     # -- the outer step ----------------------------------------------------------------------------------------------
@@ -275,15 +264,19 @@ class Peer:
         self.seat.progress = replace(self.seat.progress, inner_step=0, reported_s=self._now())
         self._to_phase("evaluate" if result.evaluate else "inner")
         if result.adopted:
-            await self._push_record()
-        self.last_result = result
-        self.publish_now.ring()
+            await self.presence.push_to_all()
+        self.presence.last_round = LastRound(
+            group=result.group,
+            seconds=result.gather_s + result.reduce_s + result.settle_s + result.apply_s,
+            bytes=result.bytes_sent + result.bytes_received,
+        )
+        self.presence.publish_now.ring()
         return result
 
     async def _tell_seeds(self) -> None:
         """Seeds follow at once: what a group has committed shall soon be in more hands than the group's."""
         seeds = [record for record in self.directory.live(self.wall_s()) if record.role == "seed"]
-        await asyncio.gather(*(self._push(record) for record in seeds))
+        await self.presence.push(seeds)
 
     async def _round(self, tokens: int) -> OuterResult:
         """One attempt: gather, reduce, settle, apply."""
@@ -355,7 +348,7 @@ class Peer:
         before = self.seat.standing
         self._to_phase("joining")
         async with self._moving:
-            await self._push_record()
+            await self.presence.push_to_all()
             await self._catch_up_to_swarm(patience_s=0.0)
         if self.seat.standing == before:
             return self._result(reason="behind")
@@ -377,7 +370,7 @@ class Peer:
                 if self.replica.state is not None or self._now() >= deadline_s:
                     return snapshot
                 await asyncio.sleep(self.timeouts.refresh_s)
-                await self._refresh()
+                await self.presence.refresh()
                 continue
             snapshot = snapshot or caught_up.snapshot
             self._take_standing()
@@ -427,7 +420,7 @@ class Peer:
         if self.seat.phase == "left":
             await channel.send(No(reason="leaving"))
         elif isinstance(message, Push):
-            await self._on_push(channel, message)
+            await self.presence.on_push(channel, message)
         elif self.replica.state is None:
             await channel.send(No(reason="joining"))
         elif isinstance(message, Ready):
@@ -466,32 +459,15 @@ class Peer:
                 return None
             await heard(started, deadline_s - self._now())
 
-    async def _on_push(self, channel: Channel, message: Push) -> None:
-        self._learn(channel.peer_id, message.record)
-        await channel.send(Push(record=self.seat.sealed_record))
-        self.pushed.ring()
-
-    def _learn(self, source: str, sealed: bytes) -> None:
-        try:
-            self.directory.learn(sealed, self.wall_s())
-        except ValueError as error:
-            raise Misbehaved(source, f"pushes {error}") from error
-
-    # -- records -----------------------------------------------------------------------------------------------------
-
-    async def _publish_loop(self) -> None:
-        while True:
-            rung = self.publish_now.event
-            await self._publish()
-            await heard(rung, self.timeouts.record_every_s)
+    # -- the swarm's head --------------------------------------------------------------------------------------------
 
     async def _refresh_loop(self) -> None:
         """Look at the others' records from time to time, or when one is pushed."""
         while True:
-            pushed = self.pushed.event
+            pushed = self.presence.pushed.event
             await heard(pushed, self.timeouts.refresh_s)
             if not pushed.is_set():
-                await self._refresh()
+                await self.presence.refresh()
             if self._snapshot_task is not None and self._snapshot_task.done():
                 self._snapshot_task.result()
             await self._follow()
@@ -503,76 +479,10 @@ class Peer:
                 return
             if self._following:
                 await self._catch_up_to_swarm(patience_s=0.0)
-                self.publish_now.ring()
+                self.presence.publish_now.ring()
             elif self.seat.phase == "inner" and not self.behind:
                 self.behind = True
                 self.seat.changed.ring()
-
-    async def _refresh(self) -> None:
-        for sealed in await self.transport.look_up(peers_key(self.manifest.run_id)):
-            try:
-                self.directory.learn(sealed, self.wall_s())
-            except ValueError as error:
-                log.debug("a record in the DHT is not sound: %s", error)
-
-    async def _publish(self) -> None:
-        self._maddrs = await self.transport.maddrs()
-        record = self.record()
-        sealed = self.seat.sealed_record = seal_record(record, self.identity)
-        await self.transport.publish(peers_key(self.manifest.run_id), sealed, record.expires_s)
-        if announces_run(self.directory.live(self.wall_s()), self.identity.peer_id):
-            await self.transport.publish(RUNS_KEY, sealed, record.expires_s)
-
-    async def _push_record(self) -> None:
-        """Tell everybody at once: I have joined, caught up, or am leaving. They answer with where they stand."""
-        await asyncio.gather(*(self._push(record) for record in self.directory.live(self.wall_s())))
-
-    async def _push(self, record: Record) -> None:
-        try:
-            channel = await self.transport.open(record.peer_id, record.maddrs, self.protocol)
-            try:
-                answer: Push = await channel.request(Push(record=self.seat.sealed_record), Push)
-                self._learn(record.peer_id, answer.record)
-            finally:
-                channel.close()
-        except RemoteError as error:
-            log.debug("%s does not take our record: %s", record.label, error.reason)
-            self.directory.suspect(record.peer_id)
-
-    def record(self) -> Record:
-        """What I say about myself now. Every one is newer than the last, even within one tick of the clock."""
-        standing, trained, last = self.seat.standing, self.trained, self.last_result
-        snapshots = self.replica.ledger.snapshots()
-        self._last_issued_s = max(self.wall_s(), self._last_issued_s + 1e-3)
-        return Record(
-            peer_id=self.identity.peer_id,
-            run_id=self.manifest.run_id,
-            run_name=self.manifest.spec.name,
-            issued_s=self._last_issued_s,
-            life_s=self.timeouts.record_life_s,
-            role=self.role,
-            phase=self.seat.phase,
-            step=standing.step,
-            head=standing.head,
-            committed=standing.committed,
-            heads=list(standing.heads),
-            snapshot_step=snapshots[-1].step if snapshots else 0,
-            snapshot_digest=snapshots[-1].digest if snapshots else bytes(32),
-            maddrs=self._maddrs[:3],
-            client_mode=self.seat.client_mode,
-            name=self.name,
-            version=__version__,
-            inner_step=self.seat.progress.inner_step,
-            inner_steps_planned=self.seat.progress.planned,
-            loss=trained.loss,
-            held_out_loss=trained.held_out_loss,
-            held_out_step=trained.held_out_step,
-            tokens=trained.tokens,
-            tokens_per_s=trained.tokens_per_s,
-            group_size=last.group if last else 0,
-            round_s=last.gather_s + last.reduce_s + last.settle_s + last.apply_s if last else 0.0,
-            round_bytes=last.bytes_sent + last.bytes_received if last else 0,
-        )
 
     def evaluates_genesis(self) -> bool:
         """Whether I am the one, of those who are here, to evaluate theta before the first outer step."""
@@ -593,16 +503,12 @@ class Peer:
 
     def _to_phase(self, phase: Phase) -> None:
         self.seat.phase = phase
-        self._seal()
+        self.presence.seal()
         self.seat.changed.ring()
 
     def _take_standing(self) -> None:
         self.seat.standing = self.replica.standing()
-        self._seal()
-
-    def _seal(self) -> None:
-        """Whoever asks from now on hears where I stand now."""
-        self.seat.sealed_record = seal_record(self.record(), self.identity)
+        self.presence.seal()
 
     @staticmethod
     def _now() -> float:

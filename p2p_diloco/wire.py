@@ -20,6 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from p2p_diloco.config import Timeouts
 from p2p_diloco.errors import Gone, Misbehaved, Refused, Silent
 from p2p_diloco.records import MAX_RECORD_BYTES, Hash, Natural, unpack_plain
+from p2p_diloco.waiting import deadline
 
 MAX_FRAME_BYTES = 4 * 1024 * 1024
 MAX_MESSAGE_BYTES = 256 * 1024
@@ -195,25 +196,6 @@ class Push(Message):
     record: Sealed
 
 
-class Bell:
-    """Wakes all who wait for a change. Take ``event`` before reading the state: then no ring can be missed."""
-
-    def __init__(self) -> None:
-        self.event = asyncio.Event()
-
-    def ring(self) -> None:
-        self.event.set()
-        self.event = asyncio.Event()
-
-
-async def heard(event: asyncio.Event, timeout_s: float) -> None:
-    """Return when ``event`` is set, at the latest after ``timeout_s``."""
-    try:
-        await asyncio.wait_for(event.wait(), timeout_s)
-    except asyncio.TimeoutError:
-        return
-
-
 MESSAGES: dict[str, type[Message]] = {kind.tag: kind for kind in Message.__subclasses__()}
 
 
@@ -323,7 +305,8 @@ class Channel:
 
     async def _bounded(self, work: Awaitable[T], timeout_s: float, complaint: str) -> T:
         try:
-            return await asyncio.wait_for(work, timeout_s)
+            async with deadline(timeout_s):
+                return await work
         except asyncio.TimeoutError:
             raise Silent(self.peer_id, complaint) from None
         except (asyncio.IncompleteReadError, OSError) as error:

@@ -17,16 +17,44 @@ ROOT = PACKAGE.parent
 
 ORDER = (
     *("__init__", "errors", "identity", "codec", "outer", "manifest", "config", "addresses", "snapshot", "ledger"),
-    *("records", "rounds", "replica", "text", "data", "model", "export", "sample", "inner", "events", "wire"),
-    *("guard", "hardening", "node", "discovery", "matchmaking", "butterfly", "catchup", "peer", "control", "network"),
+    *(
+        "records",
+        "rounds",
+        "replica",
+        "text",
+        "data",
+        "model",
+        "export",
+        "sample",
+        "inner",
+        "events",
+        "waiting",
+        "wire",
+    ),
+    *("guard", "hardening", "node", "discovery", "matchmaking", "butterfly", "catchup", "presence", "peer"),
+    *("control", "network"),
     *("swarm", "stored", "genesis", "train", "display", "status", "summary", "local", "cli", "__main__"),
 )
 """Lowest first. A module imports from those before it, and from no other."""
 
 NETWORK_SIDE = (
     *("__init__", "errors", "identity", "codec", "outer", "manifest", "config", "addresses", "snapshot", "ledger"),
-    *("records", "rounds", "replica", "text", "data", "events", "wire", "guard", "hardening", "node", "discovery"),
-    *("matchmaking", "butterfly", "catchup", "peer", "control", "network"),
+    *(
+        "records",
+        "rounds",
+        "replica",
+        "text",
+        "data",
+        "events",
+        "waiting",
+        "wire",
+        "guard",
+        "hardening",
+        "node",
+        "discovery",
+    ),
+    *("matchmaking", "butterfly", "catchup", "presence", "peer"),
+    *("control", "network"),
 )
 """Run in the network process, which starts before torch is touched, and on a seed, which never needs it."""
 

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from p2p_diloco.config import Timeouts
 from p2p_diloco.errors import Gone, Misbehaved, Refused, RemoteError, Silent
+from p2p_diloco.waiting import Bell, heard
 from p2p_diloco.wire import (
     CHUNK_BYTES,
     MAX_FRAME_BYTES,
@@ -23,7 +24,6 @@ from p2p_diloco.wire import (
     AskSnapshot,
     AskUpdate,
     Behind,
-    Bell,
     Channel,
     Closing,
     Commit,
@@ -39,7 +39,6 @@ from p2p_diloco.wire import (
     Roster,
     Size,
     TooFew,
-    heard,
 )
 
 HASH = bytes(range(32))

@@ -1,0 +1,37 @@
+"""Waits that end: at an event, at a time, or at a cancellation, which is never lost.
+
+``asyncio.wait_for`` before Python 3.12 forgets a cancellation that comes in the same turn of the loop as the result; a
+task that waits in a loop then goes on for ever. ``deadline`` does not.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+
+if sys.version_info >= (3, 11):
+    from asyncio import timeout as deadline
+else:
+    from async_timeout import timeout as deadline
+
+__all__ = ["Bell", "deadline", "heard"]
+
+
+class Bell:
+    """Wakes all who wait for a change. Take ``event`` before reading the state: then no ring can be missed."""
+
+    def __init__(self) -> None:
+        self.event = asyncio.Event()
+
+    def ring(self) -> None:
+        self.event.set()
+        self.event = asyncio.Event()
+
+
+async def heard(event: asyncio.Event, timeout_s: float) -> None:
+    """Return when ``event`` is set, at the latest after ``timeout_s``."""
+    try:
+        async with deadline(timeout_s):
+            await event.wait()
+    except asyncio.TimeoutError:
+        return
