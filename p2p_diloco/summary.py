@@ -53,7 +53,9 @@ def row_of(log: Log, exit_code: int | None = None) -> Row:
         return Row(phase=ended or "starting")
     trained: dict[str, Any] = {}
     if inner is not None:
-        trained = {name: inner[name] for name in ("loss", "tokens_per_s", "planned")}
+        # The first inner step after an outer step has no speed yet.
+        speeds = (event["tokens_per_s"] for event in reversed(log) if event["event"] == "inner")
+        trained = {"loss": inner["loss"], "planned": inner["planned"], "tokens_per_s": next(filter(None, speeds), 0.0)}
         # The inner steps of an outer step that is over do not count towards the next.
         trained["inner_step"] = inner["inner_step"] if log[-1]["event"] == "inner" else 0
         if ended:

@@ -151,8 +151,8 @@ def test_row_follows_the_events() -> None:
     log += [joined(3, "h3"), inner(1.0, 100, step=3, inner_step=4)]
     row = row_of(log)
     assert (row.phase, row.step, row.inner_step, row.planned, row.loss) == ("training", 3, 4, 10, 2.5)
-    log.append(inner(2.0, 200, step=3, inner_step=10))
-    assert row_of(log).phase == "outer step"
+    log.append({**inner(2.0, 200, step=3, inner_step=10), "tokens_per_s": 0.0})
+    assert (row_of(log).phase, row_of(log).tokens_per_s) == ("outer step", 100.0)
     log.append(made(4, "h4", BOTH))
     row = row_of(log)
     assert (row.phase, row.step, row.inner_step, row.group) == ("training", 4, 0, 2)
