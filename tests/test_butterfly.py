@@ -378,6 +378,24 @@ def test_a_sender_that_comes_too_late_is_served_but_not_for_ever(losses: Losses)
     run_simulated(main())
 
 
+def test_a_sender_that_is_lost_while_its_contributions_wait(losses: Losses) -> None:
+    """Member 1 sends nothing, so those of member 2 wait; then member 2 fails as a reducer."""
+
+    async def main() -> None:
+        meeting = Round(3, by_hand=(1, 2), n=1507)  # member 0 reduces 0, 3, 6, 9, 12
+        meeting.serve(2, lambda channel, message: asyncio.sleep(1.0))
+
+        async def send() -> None:
+            await meeting.contribute(2, 0)
+
+        await meeting.run(send())
+        assert (2, "Gone: closed the stream") in losses.by(0)
+        assert meeting.butterflies[0].lost == {1, 2}
+        await meeting.all_streams_end(10.0)
+
+    run_simulated(main())
+
+
 def test_a_second_stream_of_one_sender(losses: Losses) -> None:
     async def main() -> None:
         meeting = Round(3, by_hand=(2,), clients=(2,))
@@ -459,12 +477,15 @@ Answers = Callable[[int, Part], bytes | None]
 """(to whom, what an honest reducer would answer) -> the frame, or None to end the stream."""
 
 
-async def reduce_by_hand(meeting: Round, answers: Answers, receipt: Sequence[bytes] | None) -> None:
-    """Member 2 contributes as it should, and answers as a reducer what ``answers`` says."""
+async def reduce_by_hand(
+    meeting: Round, answers: Answers, receipt: Sequence[bytes] | None, held: Part | None = None
+) -> None:
+    """Member 2 contributes as it should, answers as a reducer what ``answers`` says, and gives ``held`` afterwards."""
 
     async def hand(channel: Channel, message: Message) -> None:
         if isinstance(message, AskPart):
-            await channel.send(No(reason="not held"))
+            if held is not None:
+                await channel.send_frame(frame_of(held))
             return
         for part in meeting.parts_of(2):
             await channel.receive_frame(1000, 10.0)
@@ -526,6 +547,27 @@ def test_a_reducer_that_claims_to_hold_what_it_gives_to_nobody(losses: Losses) -
         await meeting.run(reduce_by_hand(meeting, lambda *_: None, receipt=claimed))
         assert meeting.missed() == {("behind", "the round committed, but parts of the update could not be fetched")}
         meeting.check_blamed(2)
+
+    run_simulated(main())
+
+
+def test_a_holder_that_gives_other_bytes(losses: Losses) -> None:
+    """A sound part, but not the one of the commit."""
+
+    async def main() -> None:
+        meeting = Round(3, by_hand=(2,))
+        await meeting.run(
+            reduce_by_hand(
+                meeting,
+                lambda *_: None,
+                receipt=[part.hash for part in meeting.means(range(3))],
+                held=meeting.mean(2, range(2)),
+            )
+        )
+        assert meeting.missed() == {COULD_NOT_FETCH}
+        assert meeting.complaints(2) == []
+        meeting.check_blamed(2)
+        assert all(meeting.butterflies[i].parts[2] is None for i in (0, 1))
 
     run_simulated(main())
 
@@ -867,6 +909,7 @@ def test_who_asks_when_the_round_is_over_is_told_so() -> None:
 
         async def settle() -> None:
             answers.append(await meeting.receipt(2, 0, [b""] * N_PARTS))
+            assert now_s() - NOW_S < 6
 
         await meeting.run(settle())
         assert answers == [No(reason="the round is over")]

@@ -152,9 +152,11 @@ def test_nested_and_foreign_types_are_refused_wherever_they_stand(hostile: bytes
             open_record(msgpack.packb([body, OTHER.sign(SIGNATURE_CONTEXT + body)]))
 
 
-def test_depth_is_bounded_before_the_stack_is() -> None:
-    with pytest.raises(ValueError, match="msgpack"):
-        unpack_plain(b"\x91" * 100_000 + b"\x90")
+@pytest.mark.parametrize("hostile", [b"\x91" * 100_000 + b"\x90", EXTENSION, b"\x91" + EXTENSION, b"\x90\x90", b""])
+def test_what_is_not_plain_msgpack(hostile: bytes) -> None:
+    """Depth is bounded before the stack is."""
+    with pytest.raises(ValueError, match="not plain msgpack"):
+        unpack_plain(hostile)
 
 
 def test_a_record_has_at_most_one_kilobyte() -> None:
@@ -204,6 +206,8 @@ def test_the_newest_record_wins_and_a_replay_changes_nothing() -> None:
     assert known.live(NOW_S) == [open_record(new)]
     assert (known.get(OTHER.peer_id), known.sealed(OTHER.peer_id)) == (open_record(new), new)
     assert known.maddrs(OTHER.peer_id) == open_record(new).maddrs
+    assert known.live(NOW_S + 40) == []
+    assert [known.learn(sealed, NOW_S + 40) for sealed in (old, new)] == [None, None]
 
 
 def test_of_two_records_of_one_instant_the_first_stays() -> None:
