@@ -16,6 +16,7 @@ its parameters *in* local; one on an accelerator is copied there and back at out
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import mmap
 import os
@@ -307,26 +308,30 @@ class Swarm:
                 raise (UsageError if line["exit_code"] == 2 else NetworkError)(line["message"])
 
     def _read(self) -> None:
-        """Thread: sorts what the network process says."""
-        with self._control.makefile("rb") as stream:
+        """Thread: sorts what the network process says, until it is gone. One that is killed may leave half a line, and
+        a reset instead of an end."""
+        with self._control.makefile("rb") as stream, contextlib.suppress(ConnectionError):
             for data in stream:
-                line = unpack_line(data)
-                if line["kind"] == "log":
-                    logging.getLogger(line["name"]).log(line["level"], "%s", line["text"])
-                elif line["kind"] == "news":
-                    closes_in_s = line["closes_in_s"]
-                    self._closes_s = None if closes_in_s is None else time.monotonic() + closes_in_s
-                    self._behind = line["behind"]
-                elif line["kind"] == "peers":
-                    self.rows = line["rows"]
-                elif line["kind"] == "moved":
-                    if self._role == "seed":
-                        self.step, self.head = line["step"], line["head"]
-                else:
-                    self._answers.put(line)
+                if data.endswith(b"\n"):
+                    self._on_line(unpack_line(data))
         self._answers.put({"kind": "failed", "message": "the network process died", "exit_code": 1})
         if not self._leaving:
             self._end_orphan()
+
+    def _on_line(self, line: Line) -> None:
+        if line["kind"] == "log":
+            logging.getLogger(line["name"]).log(line["level"], "%s", line["text"])
+        elif line["kind"] == "news":
+            closes_in_s = line["closes_in_s"]
+            self._closes_s = None if closes_in_s is None else time.monotonic() + closes_in_s
+            self._behind = line["behind"]
+        elif line["kind"] == "peers":
+            self.rows = line["rows"]
+        elif line["kind"] == "moved":
+            if self._role == "seed":
+                self.step, self.head = line["step"], line["head"]
+        else:
+            self._answers.put(line)
 
     def _end_orphan(self) -> None:
         """The network process is gone, killed perhaps: this process must not go on for ever without it."""
