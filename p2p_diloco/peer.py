@@ -179,6 +179,7 @@ class Peer:
         from_step = self.replica.state.step if self.replica.state else None
         if self.replica.state is not None:
             self._take_standing()
+        self.presence.seal()
         await self.transport.serve(MANIFEST_PROTOCOL, self._serve_manifest)
         await self.transport.serve(self.protocol, self._serve)
         await self.presence.refresh()
