@@ -8,12 +8,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from fakes import FakeNetwork, SimPeer, make_manifest, run_simulated
+from builders import record_of
+from fakes import FakeNetwork, FakeTransport, SimPeer, make_manifest, run_simulated
 from reference import diloco
 
 from p2p_diloco.codec import Codec, Vector
+from p2p_diloco.config import Timeouts
+from p2p_diloco.errors import Refused
 from p2p_diloco.identity import Identity
 from p2p_diloco.manifest import RunManifest
+from p2p_diloco.records import open_record, seal_record
+from p2p_diloco.wire import AskPart, Commit, Contribute, Message, Push, Receipt
 
 OWNER = Identity.from_seed(b"o" * 32)
 N = 300_000  # two parts
@@ -229,5 +234,52 @@ def test_a_diverged_trainer_goes_back_to_theta(tmp_path: Path) -> None:
         swarm.check_identical(sims)
         assert "diverged" in {result.reason for result in sims[0].results}
         assert np.isfinite(sims[1].peer.replica.theta).all()
+
+    run_simulated(main())
+
+
+def test_who_joins_answers_a_push_with_a_sound_record(tmp_path: Path) -> None:
+    """Else whoever pushes to it would take it for a liar."""
+
+    async def main() -> None:
+        swarm = Simulated(tmp_path, 2)
+        newcomer = swarm.add(1)
+        await asyncio.sleep(5)
+        assert newcomer.peer.replica.state is None
+        other = FakeTransport(swarm.network, OWNER.peer_id, Timeouts())
+        now_s, run_id = asyncio.get_running_loop().time(), swarm.manifest.run_id
+        channel = await other.open(newcomer.peer.identity.peer_id, [], newcomer.peer.protocol)
+        record = seal_record(record_of(OWNER, run_id=run_id, issued_s=now_s), OWNER)
+        answer = await channel.request(Push(record=record), Push)
+        opened = open_record(answer.record)
+        assert (opened.peer_id, opened.phase) == (newcomer.peer.identity.peer_id, "joining")
+
+    run_simulated(main())
+
+
+def test_messages_for_a_round_that_nobody_knows_are_refused(tmp_path: Path) -> None:
+    async def main() -> None:
+        swarm = Simulated(tmp_path, 2)
+        swarm.add(0, seed=True)
+        await asyncio.sleep(1)
+        sims = [swarm.add(1), swarm.add(2)]
+        await swarm.until(sims, 1)
+        stranger = FakeTransport(swarm.network, OWNER.peer_id, Timeouts())
+
+        async def ask(message: Message) -> float:
+            began_s = asyncio.get_running_loop().time()
+            channel = await stranger.open(sims[0].peer.identity.peer_id, [], sims[0].peer.protocol)
+            with pytest.raises(Refused, match="no such round"):
+                await channel.request(message, Commit, timeout_s=60.0)
+            return asyncio.get_running_loop().time() - began_s
+
+        waits_s = await asyncio.gather(
+            ask(Contribute(round_id=bytes(32))),
+            ask(Receipt(round_id=bytes(32), part_hashes=[b""] * 2)),
+            ask(AskPart(round_id=bytes(32), part=0, hash=bytes(32))),
+        )
+        assert max(waits_s) < Timeouts().request_s + 1
+        await swarm.until(sims, 3)
+        swarm.check_identical(sims)
 
     run_simulated(main())
