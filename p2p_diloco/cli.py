@@ -41,6 +41,7 @@ from rich.highlighter import NullHighlighter
 from rich.logging import RichHandler
 
 from p2p_diloco import __version__
+from p2p_diloco.config import cache_folder
 from p2p_diloco.display import MAX_NAME_CHARS, join_line, live_table, plain
 from p2p_diloco.errors import LocalError, Stopped, UsageError
 
@@ -603,6 +604,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
+    # torch makes this folder when it is imported, by default in the temporary folder, and leaves it there.
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_folder() / "torchinductor"))
     command, output = "", OUTPUT
     with interruptible() as received:
         try:

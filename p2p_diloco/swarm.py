@@ -204,7 +204,8 @@ class Swarm:
         self._tokens_since_theta += tokens
         self.loss = loss
         self._step_ends = [*self._step_ends[-SPEED_STEPS:], time.monotonic()]
-        self.tokens_per_s = tokens / self._step_s() if self._step_s() else 0.0
+        if self._step_s():
+            self.tokens_per_s = tokens / self._step_s()
         self._say(
             "progress",
             inner_step=self.inner_step,

@@ -266,7 +266,9 @@ def test_interrupted_while_starting(place: Place, running: dict[str, Program], a
     program = place.peer(f"early-{after_s}", running["seed"].address)
     time.sleep(after_s)
     program.process.send_signal(signal.SIGINT)
-    assert program.process.wait(LEAVE_S) == 0, program.text
+    code = program.process.wait(LEAVE_S)
+    # Before Python itself has come to our first line, the signal does what it does to any program.
+    assert code == 0 or (code == -signal.SIGINT and not program.text), program.text
     assert "Traceback" not in program.text
     wait_until(lambda: not any(program.name in command for command in place.alive().values()), limit_s=2.0)
 
@@ -274,7 +276,7 @@ def test_interrupted_while_starting(place: Place, running: dict[str, Program], a
 def test_interrupted_at_some_moments_of_training(place: Place, running: dict[str, Program]) -> None:
     """With outer steps of about a second, these moments fall anywhere."""
     generator = random.Random(1)
-    for i in range(3):
+    for i in range(2):
         programs = [place.peer(f"moment-{i}-{k}", running["seed"].address) for k in range(2)]
         names = [program.name for program in programs]
         wait_until(partial(all_stepped, place, names), *programs)
