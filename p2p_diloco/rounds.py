@@ -233,14 +233,17 @@ def must_catch_up(mine: Standing, target: tuple[int, bytes] | None) -> bool:
 
 def ready_in_s(*, remaining_steps: int, step_s: float, since_step_s: float, gather_s: float) -> float:
     """Seconds until a trainer will be ready that was told that the round closes in ``gather_s``: it finishes its
-    steps if there is time, else stops at the last step that ends in time, but not before one ends."""
+    steps if there is time, else stops at the last step that ends in time, but not before one ends. All the time there
+    is for one that has not finished a step yet, whose speed nobody knows."""
+    if step_s <= 0:
+        return gather_s if remaining_steps > 0 else 0.0
     next_end_s = max(step_s - since_step_s, 0.0)
     if remaining_steps <= 0:
         return 0.0
     finish_s = next_end_s + (remaining_steps - 1) * step_s
     if finish_s <= gather_s:
         return finish_s
-    steps_in_time = int((gather_s - next_end_s) // step_s) if step_s > 0 and gather_s > next_end_s else 0
+    steps_in_time = int((gather_s - next_end_s) // step_s) if gather_s > next_end_s else 0
     return next_end_s + steps_in_time * step_s
 
 

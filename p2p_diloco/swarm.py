@@ -88,6 +88,7 @@ class Swarm:
         self._closes_s: float | None = None
         self._behind = False
         self._step_ends: list[float] = []
+        """When the last inner steps ended; the first is when the first of them began."""
         self._evaluate = False
         self._answers: queue.Queue[Line] = queue.Queue()
         self._bound = False
@@ -181,6 +182,7 @@ class Swarm:
         begun = self._wait("begun")
         self.step, self.head, self._evaluate = begun["step"], begun["head"], begun["evaluate"]
         self.local[:] = self.theta
+        self._step_ends = [time.monotonic()]
 
     def restore_local(self, local: Vector, model: torch.nn.Module, *, inner_step: int, tokens: int) -> None:
         """Go on from parameters that an earlier process of this peer saved, ``inner_step`` steps after theta."""
@@ -252,12 +254,13 @@ class Swarm:
         self._evaluate = result["evaluate"]
         result["stall_s"] = time.monotonic() - ended_s
         self._say("stall", step=self.step, seconds=result["stall_s"])
-        self._step_ends = []
+        self._step_ends = [time.monotonic()]
         return result
 
     def evaluated(self, held_out_loss: float, tokens: int, seconds: float) -> None:
         """Theta of this outer step has this loss, nats per token, on held-out text."""
         self._evaluate = False
+        self._step_ends = [time.monotonic()]
         self._say("evaluated", step=self.step, held_out_loss=held_out_loss, tokens=tokens, seconds=seconds)
 
     def serve(self) -> None:
