@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from p2p_diloco.config import Timeouts
-from p2p_diloco.errors import Misbehaved, RemoteError
+from p2p_diloco.errors import Misbehaved, Refused, RemoteError
 from p2p_diloco.identity import Identity
 from p2p_diloco.outer import max_update_bytes, update_from_bytes
 from p2p_diloco.records import Directory, Record
@@ -45,7 +45,7 @@ from p2p_diloco.wire import (
 log = logging.getLogger(__name__)
 
 UPLOADS = 4
-"""Updates and snapshots served at a time; others wait for their turn."""
+"""Updates and snapshots served at a time; others are sent to other donors."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,13 +78,14 @@ class Catchup:
         self.wall_s = wall_s
         self.protocol = run_protocol(replica.manifest.run_id)
         self._uploads = asyncio.Semaphore(UPLOADS)
-        self._received_bytes = 0
+        self.received_bytes = 0
+        """Of the last ``to``, whether it succeeded or not."""
 
     # -- asking ------------------------------------------------------------------------------------------------------
 
     async def to(self, target: tuple[int, bytes]) -> CaughtUp | None:
         """Bring the replica to the swarm's head ``(outer step, head)``. None when no donor could help."""
-        self._received_bytes = 0
+        self.received_bytes = 0
         start = self.replica.state
         from_step, rolled_back, snapshot = (start.step if start else None), 0, False
         for donor in self._donors(target):
@@ -112,8 +113,10 @@ class Catchup:
                     to_step=target[0],
                     rolled_back=rolled_back,
                     snapshot=snapshot,
-                    bytes_received=self._received_bytes,
+                    bytes_received=self.received_bytes,
                 )
+            except Refused as error:
+                log.info("donor %s cannot serve now: %s", donor.label, error.reason)
             except RemoteError as error:
                 log.info("donor %s dropped: %s", donor.label, error.reason)
                 self.directory.suspect(donor.peer_id)
@@ -156,7 +159,7 @@ class Catchup:
         finally:
             channel.close()
         try:
-            self._received_bytes += len(data)
+            self.received_bytes += len(data)
             update = update_from_bytes(data, n=n, codec=codec)
             if update.header.head != head:
                 raise ValueError("an update that leads to another head")
@@ -182,7 +185,7 @@ class Catchup:
                 raise Misbehaved(donor.peer_id, f"serves a snapshot of {answer.size_bytes} bytes, expected {expected}")
             while offset < expected:
                 chunk = await channel.receive_chunk(expected - offset, self.timeouts.reduced_part_s)
-                self._received_bytes += len(chunk)
+                self.received_bytes += len(chunk)
                 await asyncio.to_thread(_append, path, chunk, expected)
                 offset += len(chunk)
         finally:
@@ -229,6 +232,9 @@ class Catchup:
         if header is None or header.head != message.head:
             await channel.send(No(reason="not in my ledger"))
             return
+        if self._uploads.locked():
+            await channel.send(No(reason="busy serving others"))
+            return
         async with self._uploads:
             data = await asyncio.to_thread(self.replica.ledger.update_bytes, message.step)
             if data is None:
@@ -241,6 +247,9 @@ class Catchup:
         held = [s for s in self.replica.ledger.snapshots() if s.step == message.step and s.digest == message.digest]
         if not held or message.offset > held[0].size_bytes:
             await channel.send(No(reason="not in my ledger"))
+            return
+        if self._uploads.locked():
+            await channel.send(No(reason="busy serving others"))
             return
         async with self._uploads:
             await channel.send(Size(size_bytes=held[0].size_bytes))

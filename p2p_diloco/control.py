@@ -4,7 +4,7 @@ Both ends are ours, so nothing is checked beyond the name; the end of the stream
 
     trainer -> network
         start       config, timeouts, role, manifest_path (a seed's; else null)     once, first
-        begin       training begins; answered by begun
+        begin       planned (inner steps)                                           answered by begun
         progress    inner_step, planned, step_s, loss, tokens, tokens_per_s         after every inner step
         outer_step  tokens                                                         answered by result
         stall       step, seconds

@@ -3,14 +3,13 @@
 Every event has ``event``, ``wall_s`` (Unix time) and ``mono_s`` (seconds of a clock that is never set back), and:
 
     started     peer_id, pid, run_id, run_name, role, version, maddrs
-    joined      step, head, from_step (null for a newcomer), snapshot, bytes_received, seconds
+    joined      step, head, from_step (null for a newcomer), snapshot, seconds
     inner       step, inner_step, planned, loss, tokens, tokens_per_s          about once a second, and at the last one
     round       step, committed, reason, detail, group, lost, head (after it), gather_s, reduce_s, settle_s, apply_s,
                 bytes_sent, bytes_received                                      one per attempt
     stall       step, seconds        from the end of the last inner step to the start of the next, after an outer step
     caught_up   from_step, to_step, rolled_back, snapshot, bytes_received, seconds
-    evaluated   step, held_out_loss, tokens, seconds
-    restarted   what ("p2pd"), reason
+    evaluated   step, held_out_loss (null: not finite), tokens, seconds
     left        step, head, reason
 
 Heads are hex. Losses are nats per token.

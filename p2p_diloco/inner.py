@@ -10,6 +10,9 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -33,6 +36,16 @@ def learning_rate(spec: InnerSpec, step: int, total_steps: int) -> float:
         return spec.lr * (step + 1) / warmup
     progress = min((step - warmup) / max(total_steps - warmup, 1), 1.0)
     return spec.lr * (spec.min_lr_ratio + (1 - spec.min_lr_ratio) * 0.5 * (1 + math.cos(math.pi * progress)))
+
+
+@contextmanager
+def whole() -> Iterator[None]:
+    """SIGALRM, with which Ctrl+C ends a long inner step, waits until parameters and moments fit together again."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGALRM})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGALRM})
 
 
 class InnerOptimizer:
@@ -76,10 +89,16 @@ class InnerOptimizer:
                 loss = loss_of(self.model, tokens) / inner.grad_accumulation
             loss.backward()  # type: ignore[no-untyped-call]
             total += loss.detach()
-        torch.nn.utils.clip_grad_norm_(self.parameters, inner.clip)
-        self.adamw.step()
-        self.adamw.zero_grad(set_to_none=True)
+        with whole():
+            norm = torch.nn.utils.clip_grad_norm_(self.parameters, inner.clip)
+            if torch.isfinite(norm):  # one gradient that is not would stay in the moments for ever
+                self.adamw.step()
+            self.adamw.zero_grad(set_to_none=True)
         return total.item()
+
+    def forget(self) -> None:
+        """Begin with new moments: the old ones led to parameters that are not finite."""
+        self.adamw.state.clear()
 
     def save(self, path: Path, local: Vector, *, head: str, inner_step: int, tokens: int) -> None:
         """Moments, local parameters, and where they belong. Whole or not at all; LedgerError on a full disk."""
@@ -111,6 +130,8 @@ class InnerOptimizer:
                 local = file.get_tensor("local").numpy()
                 found = local, metadata["head"], int(metadata["inner_step"]), int(metadata["tokens"])
         except (SafetensorError, OSError, KeyError, ValueError):
+            return None
+        if not all(bool(torch.isfinite(m).all()) for pair in moments for m in pair):
             return None
         if [m.shape for m, _ in moments] != [p.shape for p in self.parameters[: len(moments)]]:
             return None

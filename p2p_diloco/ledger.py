@@ -89,7 +89,8 @@ class Ledger:
 
     def snapshots(self) -> list[SnapshotInfo]:
         """Newest last."""
-        return [self._snapshots[step] for step in sorted(self._snapshots)]
+        held = self._snapshots.copy()  # a thread may be pruning
+        return [held[step] for step in sorted(held)]
 
     def header(self, step: int) -> UpdateHeader | None:
         return self._headers.get(step)
@@ -189,10 +190,10 @@ class Ledger:
             history.mkdir()
             for s in snapshots:
                 os.replace(self._snapshot_path(s), history / self._snapshot_path(s).name)
-                del self._snapshots[s]
+                self._snapshots.pop(s, None)
             for s in updates:
                 os.replace(self._update_path(s), history / self._update_path(s).name)
-                del self._headers[s]
+                self._headers.pop(s, None)
             for old in [*histories, history][:-ABANDONED_KEPT]:
                 shutil.rmtree(old)
         logger.warning("ledger: %d updates from outer step %d on moved to %s", len(updates), step, history)
@@ -240,8 +241,9 @@ class Ledger:
                 self._headers.pop(step, None)
                 return None
             except ValueError as error:
-                self._headers.pop(step, None)
-                self._quarantine(path, str(error))
+                if self._headers.get(step) is header:  # else another thread has just replaced it
+                    self._headers.pop(step)
+                    self._quarantine(path, str(error))
                 return None
         return data, update
 

@@ -123,9 +123,9 @@ class OuterSpec(Section):
 class RoundSpec(Section):
     """``[round]``"""
 
-    min_group: Annotated[int, Field(gt=0, le=256)] = 2
+    min_group: Annotated[int, Field(gt=0, le=100)] = 2
     """Fewest peers that may make an outer step."""
-    max_group: Annotated[int, Field(gt=0, le=256)] = 64
+    max_group: Annotated[int, Field(gt=0, le=100)] = 64
     gather_s: Annotated[float, Field(gt=0, le=600)] = 5.0
     """How long a round waits, once the first peer is ready, for others to finish their inner steps. Later ones
     contribute what they have."""

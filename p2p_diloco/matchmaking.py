@@ -243,16 +243,14 @@ class Matchmaker:
         try:
             channel = await self._open(peer_id)
             try:
-                answer: Eta | Behind = await channel.request(
-                    Closing(head=gathering.head, gather_s=gather_s), Eta, Behind, timeout_s=self._round_limit_s()
-                )
+                closing = Closing(head=gathering.head, gather_s=gather_s)
+                answer: Eta | Behind = await channel.request(closing, Eta, Behind)
+                self._on_notice(gathering, peer_id, answer)
+                if isinstance(answer, Eta) and answer.in_round:
+                    answer = await channel.receive(Eta, Behind, timeout_s=self._round_limit_s())
+                    self._on_notice(gathering, peer_id, answer)
             finally:
                 channel.close()
-            if isinstance(answer, Behind):
-                self._learn(peer_id, answer.record)
-                gathering.answer = answer
-            else:
-                gathering.expected_s[peer_id] = self._now() + answer.eta_s + CLOSING_MARGIN_S
         except Refused:
             gathering.expected_s.pop(peer_id, None)
         except RemoteError as error:
@@ -261,10 +259,18 @@ class Matchmaker:
             gathering.expected_s.pop(peer_id, None)
         gathering.changed.ring()
 
+    def _on_notice(self, gathering: Gathering, peer_id: str, answer: Eta | Behind) -> None:
+        if isinstance(answer, Behind):
+            self._learn(peer_id, answer.record)
+            gathering.answer = answer
+        else:
+            gathering.expected_s[peer_id] = self._now() + answer.eta_s + CLOSING_MARGIN_S
+        gathering.changed.ring()
+
     async def on_ready(self, channel: Channel, message: Ready) -> None:
         """A peer asks me to lead."""
         readiness = self._verified(channel.peer_id, message)
-        await self._round_over(readiness.head)
+        await self._round_over(channel, readiness.head)
         standing = self.seat.standing
         if readiness.head != standing.head:
             await channel.send(self._elsewhere(readiness.head))
@@ -332,7 +338,7 @@ class Matchmaker:
 
     async def on_closing(self, channel: Channel, message: Closing) -> None:
         """The leader of a round that somebody else is ready for asks how long I need."""
-        await self._round_over(message.head)
+        await self._round_over(channel, message.head)
         if message.head != self.seat.standing.head:
             await channel.send(self._elsewhere(message.head))
         elif not self.seat.role_trainer or self.seat.phase == "joining":
@@ -353,9 +359,12 @@ class Matchmaker:
             return Behind(record=self.seat.sealed_record)
         return No(reason="on another head")
 
-    async def _round_over(self, head: bytes) -> None:
-        """Return when I am in no round on ``head``, at the latest when such a round must have ended."""
+    async def _round_over(self, channel: Channel, head: bytes) -> None:
+        """Return when I am in no round on ``head``, at the latest when such a round must have ended. Who asks is told
+        to wait: it would else take me for dead, and meet others on a head that is about to be history."""
         seat, deadline_s = self.seat, self._now() + self._round_limit_s()
+        if seat.in_round and seat.standing.head == head:
+            await channel.send(Eta(eta_s=min(self._round_limit_s(), 86400.0), in_round=True))
         while seat.in_round and seat.standing.head == head and self._now() < deadline_s:
             await heard(seat.changed.event, deadline_s - self._now())
 

@@ -214,6 +214,8 @@ class NetworkProcess:
             if line["kind"] == "progress":
                 self._on_progress(peer, line)
             elif line["kind"] == "begin":
+                now_s = asyncio.get_running_loop().time()
+                peer.seat.progress = Progress(planned=line["planned"], reported_s=now_s)
                 self._spawn(self._begin(peer))
             elif line["kind"] == "outer_step":
                 outer_step = self._spawn(self._outer_step(peer, line["tokens"]))

@@ -13,6 +13,7 @@ the trainer what changes (``wait_news``). What other peers do wrong ends in a lo
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections import deque
@@ -43,7 +44,7 @@ from p2p_diloco.rounds import (
     rank,
     swarm_head,
 )
-from p2p_diloco.waiting import Bell, heard
+from p2p_diloco.waiting import Bell, deadline, heard
 from p2p_diloco.wire import (
     MANIFEST_PROTOCOL,
     AskHeads,
@@ -221,21 +222,22 @@ class Peer:
         """See that what I hold is not lost, then withdraw the record, so that nobody waits for us."""
         if self.replica.state is None:
             return
-        await self._hand_over()
-        self._to_phase("left")
-        self.seat.in_round = False
         await self.matchmaker.close()
-        await self._snapshot_written()
+        self.seat.in_round = False
+        with contextlib.suppress(asyncio.TimeoutError):
+            async with deadline(self.timeouts.leave_s / 4):
+                await self._hand_over()
+        self._to_phase("left")
         if self._telling is not None:
             self._telling.cancel()
         self.events.write("left", step=self.step, head=self.seat.standing.head.hex(), reason=reason)
         await asyncio.gather(self.presence.publish(), self.presence.push_to_all())
+        await self._snapshot_written()
 
     async def _hand_over(self) -> None:
         """If a seed is there, it shall have my outer step before I go: after the last one nobody else stays."""
-        deadline_s = self._now() + self.timeouts.leave_s / 4
         self._to_phase("inner")
-        while self._now() < deadline_s:
+        while True:
             seeds = [record for record in self.directory.live(self.wall_s()) if record.role == "seed"]
             if not seeds or any(self.seat.standing.head in (record.head, *record.heads) for record in seeds):
                 return
@@ -250,16 +252,9 @@ class Peer:
             raise RuntimeError("a seed makes no outer steps")
         if not await asyncio.to_thread(_all_finite, self.local):
             log.error("training diverged: a parameter is not finite; going back to theta of outer step %d", self.step)
-            return self._result(adopted=True, reason="diverged")
-        result = None
-        for _ in range(ATTEMPTS):
-            if must_catch_up(self.seat.standing, self._swarm_head()):
-                break
-            result = await self._round(tokens)
-            if result.reason != "failed":
-                break
-        if result is None or result.reason == "behind":
-            result = await self._adopt()
+            result = self._result(adopted=True, reason="diverged")
+        else:
+            result = await self._try_rounds(tokens)
         self.seat.closes_s = None
         self.behind = False
         self.seat.progress = replace(self.seat.progress, inner_step=0, reported_s=self._now())
@@ -272,6 +267,17 @@ class Peer:
             bytes=result.bytes_sent + result.bytes_received,
         )
         self.presence.publish_now.ring()
+        return result
+
+    async def _try_rounds(self, tokens: int) -> OuterResult:
+        for _ in range(ATTEMPTS):
+            if must_catch_up(self.seat.standing, self._swarm_head()):
+                return await self._adopt()
+            result = await self._round(tokens)
+            if result.reason == "behind":
+                return await self._adopt()
+            if result.reason != "failed":
+                break
         return result
 
     async def _tell_seeds(self) -> None:
@@ -368,6 +374,10 @@ class Peer:
                 await self._snapshot_written()
                 caught_up = await self.catchup.to(target)
             if caught_up is None:
+                if self.replica.state is not None:
+                    self._take_standing()  # a download that broke off may have moved it part of the way
+                if self.catchup.received_bytes:
+                    deadline_s = self._now() + patience_s
                 if self.replica.state is not None or self._now() >= deadline_s:
                     return snapshot
                 await asyncio.sleep(self.timeouts.refresh_s)
@@ -382,7 +392,7 @@ class Peer:
     async def _snapshot_written(self) -> None:
         """A snapshot is written from the state itself: it must be on the disk before the state changes."""
         if self._snapshot_task is not None:
-            await self._snapshot_task
+            await asyncio.shield(self._snapshot_task)
 
     def _result(self, *, cost: RoundCost | None = None, reason: str = "", **fields: object) -> OuterResult:
         state = self.replica.loaded
@@ -464,11 +474,13 @@ class Peer:
 
     async def _refresh_loop(self) -> None:
         """Look at the others' records from time to time, or when one is pushed."""
+        refresh_s = self._now() + self.timeouts.refresh_s
         while True:
             pushed = self.presence.pushed.event
-            await heard(pushed, self.timeouts.refresh_s)
-            if not pushed.is_set():
+            await heard(pushed, max(refresh_s - self._now(), 0.0))
+            if self._now() >= refresh_s:
                 await self.presence.refresh()
+                refresh_s = self._now() + self.timeouts.refresh_s
             if self._snapshot_task is not None and self._snapshot_task.done():
                 self._snapshot_task.result()
             await self._follow()

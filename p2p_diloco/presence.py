@@ -128,7 +128,10 @@ class Presence:
         """What I say about myself now. Every one is newer than the last, even within one tick of the clock."""
         standing, progress, trained = self.seat.standing, self.seat.progress, self.trained
         snapshots = self.replica.ledger.snapshots()
-        self._last_issued_s = max(self.wall_s(), self._last_issued_s + 1e-3)
+        now_s = self.wall_s()
+        if self._last_issued_s > now_s + self.transport.timeouts.record_life_s:
+            self._last_issued_s = 0.0  # our clock was set back: nobody would believe a record from there
+        self._last_issued_s = max(now_s, self._last_issued_s + 1e-3)
         return Record(
             peer_id=self.identity.peer_id,
             run_id=self._run_id,

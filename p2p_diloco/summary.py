@@ -87,7 +87,7 @@ def held_out(logs: Mapping[str, Log]) -> list[tuple[int, float]]:
     losses: dict[int, float] = {}
     for log in logs.values():
         for event in log:
-            if event["event"] == "evaluated":
+            if event["event"] == "evaluated" and event["held_out_loss"] is not None:
                 losses.setdefault(event["step"], event["held_out_loss"])
     return sorted(losses.items())
 

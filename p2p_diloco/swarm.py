@@ -178,7 +178,7 @@ class Swarm:
 
     def begin(self) -> None:
         """Take theta as it is now into ``local``, and count as training from here on. ``load_into`` does this."""
-        self._say("begin")
+        self._say("begin", planned=self.planned)
         begun = self._wait("begun")
         self.step, self.head, self._evaluate = begun["step"], begun["head"], begun["evaluate"]
         self.local[:] = self.theta
@@ -192,6 +192,13 @@ class Swarm:
         if not self._bound:
             write_parameters(model, self.local)
         self.inner_step, self._tokens_since_theta = inner_step, tokens
+
+    def read_local(self, model: torch.nn.Module) -> None:
+        """``local`` as the model is now."""
+        from p2p_diloco.model import read_parameters
+
+        if not self._bound:
+            read_parameters(model, self.local)
 
     @property
     def tokens_since_theta(self) -> int:
@@ -236,11 +243,10 @@ class Swarm:
     def outer_step(self, model: torch.nn.Module) -> dict[str, Any]:
         """Offer what was learned since theta, take what the group learned. Never raises for what other peers do: the
         result says whether the model moved to a new theta (``moved``), and why not."""
-        from p2p_diloco.model import read_parameters, write_parameters
+        from p2p_diloco.model import write_parameters
 
         ended_s = self._step_ends[-1] if self._step_ends else time.monotonic()
-        if not self._bound:
-            read_parameters(model, self.local)
+        self.read_local(model)
         self._say("outer_step", tokens=max(self._tokens_since_theta, 1))
         result = self._wait("result")
         moved = result["moved"] = result["committed"] or result["adopted"]
@@ -250,7 +256,7 @@ class Swarm:
                 write_parameters(model, self.local)
             self._tokens_since_theta = 0
         self.step, self.head, self.last = result["step"], result["head"], result
-        self.inner_step, self._closes_s, self._behind = 0, None, False
+        self.inner_step = 0
         self._evaluate = result["evaluate"]
         result["stall_s"] = time.monotonic() - ended_s
         self._say("stall", step=self.step, seconds=result["stall_s"])
@@ -261,7 +267,8 @@ class Swarm:
         """Theta of this outer step has this loss, nats per token, on held-out text."""
         self._evaluate = False
         self._step_ends = [time.monotonic()]
-        self._say("evaluated", step=self.step, held_out_loss=held_out_loss, tokens=tokens, seconds=seconds)
+        finite = held_out_loss if np.isfinite(held_out_loss) else None
+        self._say("evaluated", step=self.step, held_out_loss=finite, tokens=tokens, seconds=seconds)
 
     def serve(self) -> None:
         """For a seed: until a signal handler raises. Raises what ended the network process, if that ends first."""
@@ -335,6 +342,8 @@ class Swarm:
             if self._role == "seed":
                 self.step, self.head = line["step"], line["head"]
         else:
+            if line["kind"] == "result":  # what was news before this outer step is so no longer
+                self._closes_s, self._behind = None, False
             self._answers.put(line)
 
     def _end_orphan(self) -> None:

@@ -15,7 +15,7 @@ import logging
 import signal
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -65,7 +65,7 @@ def train(swarm: Swarm, choices: TrainConfig, stop: Stop) -> None:
     )  # fmt: skip
     evaluate_theta(swarm, model, corpus)
 
-    with stop.after_inner_step():
+    with suppress(Stopped), stop.after_inner_step():
         while not swarm.done and not stop.requested:
             # Learn alone.
             first = swarm.step * spec.inner.steps
@@ -80,12 +80,12 @@ def train(swarm: Swarm, choices: TrainConfig, stop: Stop) -> None:
                 continue
 
             # Offer what I learned, take what the group learned; tell how good it is, if it is my turn.
-            try:
-                with stop.at_once():
-                    log_result(swarm, swarm.outer_step(model))
-                    evaluate_theta(swarm, model, corpus)
-            except Stopped:
-                break
+            with stop.at_once():
+                result = swarm.outer_step(model)
+                log_result(swarm, result)
+                if result["reason"] == "diverged":
+                    inner.forget()
+                evaluate_theta(swarm, model, corpus)
             if swarm.step % spec.round.snapshot_every == 0:
                 keep(swarm, inner)
     keep(swarm, inner)
@@ -146,6 +146,7 @@ def log_result(swarm: Swarm, result: dict[str, object]) -> None:
 
 
 def keep(swarm: Swarm, inner: InnerOptimizer) -> None:
+    swarm.read_local(inner.model)
     inner.save(
         swarm.folder / INNER_FILE,
         swarm.local,
@@ -161,7 +162,7 @@ def resume(swarm: Swarm, model: torch.nn.Module, inner: InnerOptimizer) -> None:
     if kept is None:
         return
     local, head, inner_step, tokens = kept
-    if head == swarm.head and len(local) == len(swarm.local) and inner_step > 0:
+    if head == swarm.head and len(local) == len(swarm.local) and tokens > 0:
         swarm.restore_local(local, model, inner_step=inner_step, tokens=tokens)
         log.info("resumed at inner step %d", inner_step)
 
@@ -187,9 +188,11 @@ class Stop:
 
     @contextmanager
     def after_inner_step(self) -> Iterator[None]:
-        with self._set(patient=True):
-            yield
-        signal.alarm(0)
+        try:
+            with self._set(patient=True):
+                yield
+        finally:
+            signal.alarm(0)
 
     @contextmanager
     def at_once(self) -> Iterator[None]:

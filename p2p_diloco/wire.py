@@ -108,6 +108,8 @@ class Eta(Message):
 
     tag = "eta"
     eta_s: Annotated[float, Field(ge=0, le=86400, allow_inf_nan=False)]
+    in_round: bool = False
+    """I am in a round on this head: another answer comes when that is over, at the latest in ``eta_s``."""
 
 
 class Contribute(Message):
