@@ -11,6 +11,7 @@ far below float32's largest, so that neither decoding, nor a mean over a group, 
 
 from __future__ import annotations
 
+import math
 from typing import Literal, get_args
 
 import numpy as np
@@ -38,9 +39,12 @@ def encoded_bytes(n: int, codec: Codec) -> int:
 
 def encode(values: Vector, codec: Codec) -> bytes:
     """``values``: float32 [n]; clamped to the codec's largest value. ValueError when one is not finite."""
-    if not np.isfinite(values).all():
+    # One pass each for the largest and the smallest value: both are NaN where a value is.
+    largest_value = max(abs(float(values.max(initial=0))), abs(float(values.min(initial=0))))
+    if not math.isfinite(largest_value):
         raise ValueError("only finite values can be encoded")
-    clamped: Vector = np.clip(values, -LARGEST_VALUE[codec], LARGEST_VALUE[codec])
+    limit = LARGEST_VALUE[codec]
+    clamped: Vector = values if largest_value <= limit else np.clip(values, -limit, limit)
     if codec == "fp32":
         return clamped.astype("<f4", copy=False).tobytes()
     if codec == "fp16":

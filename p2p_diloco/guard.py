@@ -29,6 +29,7 @@ POLL_S = 0.25
 TERMINATE_S = 2.0
 MAX_OPEN_FILES = 32768
 MEMORY_LIMIT = "1GiB"
+GARBAGE_PERCENT = "400"  # collect less often: p2pd is small, and its processor time is what a round waits for
 """Of Go's heap; Go collects harder near it rather than failing."""
 PR_SET_PDEATHSIG = 1
 
@@ -78,6 +79,7 @@ def become_p2pd(guard: int, command: list[str]) -> None:
             os._exit(1)
         limit_open_files()
         os.environ.setdefault("GOMEMLIMIT", MEMORY_LIMIT)
+        os.environ.setdefault("GOGC", GARBAGE_PERCENT)
         os.execv(command[0], command)
     except OSError as error:
         sys.stderr.write(f"{command[0]}: {error.strerror}\n")

@@ -153,13 +153,23 @@ def apply(state: OuterState, update: Update, *, codec: Codec, lr: float, momentu
     Everything is checked before the first value changes; ValueError when the update does not follow from ``state``,
     has the wrong number of parts, or a part does not decode.
     """
-    slices = part_slices(len(state.theta))
+    check_update(state, update, codec)
+    apply_checked(state, update, codec=codec, lr=lr, momentum=momentum)
+
+
+def check_update(state: OuterState, update: Update, codec: Codec) -> None:
+    """ValueError unless ``update`` can be applied to ``state``. Decodes every part once."""
     header = update.header
     if (header.step, header.parent) != (state.step, state.head):
         raise ValueError(f"update {header.step} does not follow from the state at outer step {state.step}")
     check_parts(update.parts, len(state.theta), codec)
+
+
+def apply_checked(state: OuterState, update: Update, *, codec: Codec, lr: float, momentum: float) -> None:
+    """The arithmetic of ``apply``, for an update that ``check_update`` has passed."""
+    header = update.header
     lr32, mu32 = np.float32(lr), np.float32(momentum)
-    for part, where in zip(update.parts, slices):
+    for part, where in zip(update.parts, part_slices(len(state.theta))):
         theta, m = state.theta[where], state.momentum[where]
         g = decode(part.data, len(theta), codec)
         np.multiply(m, mu32, out=m)

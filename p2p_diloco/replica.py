@@ -12,7 +12,7 @@ from p2p_diloco.codec import Vector
 from p2p_diloco.errors import LedgerError
 from p2p_diloco.ledger import Ledger
 from p2p_diloco.manifest import RunManifest
-from p2p_diloco.outer import OuterState, Update, apply, check_parts
+from p2p_diloco.outer import OuterState, Update, apply_checked, check_update
 from p2p_diloco.rounds import Standing
 from p2p_diloco.snapshot import SnapshotInfo
 
@@ -40,11 +40,9 @@ class Replica:
         """Write the update, then apply it. ValueError, with nothing changed, when it does not follow from the state."""
         with self._lock:
             state, outer = self.loaded, self.manifest.spec.outer
-            if (update.header.step, update.header.parent) != (state.step, state.head):
-                raise ValueError(f"update {update.header.step} does not follow from outer step {state.step}")
-            check_parts(update.parts, len(state.theta), outer.codec)
+            check_update(state, update, outer.codec)
             self.ledger.append(update)
-            apply(state, update, codec=outer.codec, lr=outer.lr, momentum=outer.momentum)
+            apply_checked(state, update, codec=outer.codec, lr=outer.lr, momentum=outer.momentum)
 
     def snapshot_if_due(self) -> None:
         with self._lock:

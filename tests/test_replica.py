@@ -101,9 +101,9 @@ def test_memory_and_disk_move_together(replica: Replica, steps: int) -> None:
 @pytest.mark.parametrize(
     ("changes", "complaint"),
     [
-        ({"step": 3}, "update 3 does not follow from outer step 2"),
-        ({"step": 1}, "update 1 does not follow from outer step 2"),
-        ({"parent": bytes(32)}, "update 2 does not follow from outer step 2"),
+        ({"step": 3}, "update 3 does not follow from the state at outer step 2"),
+        ({"step": 1}, "update 1 does not follow from the state at outer step 2"),
+        ({"parent": bytes(32)}, "update 2 does not follow from the state at outer step 2"),
         ({"data": b"\0" * 10}, "part 0 has 10 bytes"),
         ({"data": np.float32(np.nan).tobytes() + b"\0" * 304}, "not finite"),
     ],
