@@ -51,7 +51,6 @@ from p2p_diloco.addresses import (
     publicness,
     without_peer,
 )
-from p2p_diloco.addresses import check_maddr as check_maddr
 from p2p_diloco.config import PeerConfig, Timeouts
 from p2p_diloco.errors import Gone, LocalError, NetworkError, RemoteError, Silent, UsageError
 from p2p_diloco.identity import Identity, public_key_of

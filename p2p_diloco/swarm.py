@@ -75,8 +75,6 @@ class Swarm:
         """Trained on since joining."""
         self.tokens_per_s = 0.0
         self.loss: float | None = None
-        self.last: dict[str, Any] = {}
-        """The last outer step: the fields of ``peer.OuterResult``."""
         self.rows: list[dict[str, Any]] = []
         """Everybody's record, mine first; renewed every second."""
         self.folder = Path()
@@ -255,7 +253,7 @@ class Swarm:
             if not self._bound:
                 write_parameters(model, self.local)
             self._tokens_since_theta = 0
-        self.step, self.head, self.last = result["step"], result["head"], result
+        self.step, self.head = result["step"], result["head"]
         self.inner_step = 0
         self._evaluate = result["evaluate"]
         result["stall_s"] = time.monotonic() - ended_s
@@ -309,14 +307,14 @@ class Swarm:
             except queue.Empty:
                 continue
             if line["kind"] == "failed":
-                raise (UsageError if line["exit_code"] == 2 else NetworkError)(line["message"])
+                raise failure(line)
             if line["kind"] == kind:
                 return line
 
     def _check(self) -> None:
         for line in list(self._answers.queue):
             if line["kind"] == "failed":
-                raise (UsageError if line["exit_code"] == 2 else NetworkError)(line["message"])
+                raise failure(line)
 
     def _read(self) -> None:
         """Thread: sorts what the network process says, until it is gone. One that is killed may leave half a line, and
@@ -355,6 +353,11 @@ class Swarm:
             time.sleep(POLL_S)
         print("error: the network process died; this peer ends", file=sys.stderr, flush=True)
         os._exit(1)
+
+
+def failure(line: Line) -> NetworkError | UsageError:
+    """What ended the network process, as it told us."""
+    return (UsageError if line["exit_code"] == 2 else NetworkError)(line["message"])
 
 
 def anonymous_memory() -> int:

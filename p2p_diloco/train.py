@@ -19,6 +19,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import torch
 
@@ -130,12 +131,12 @@ def evaluate_theta(swarm: Swarm, model: torch.nn.Module, corpus: Corpus) -> None
     log.info("outer step %d: held-out loss %.4f nats per token", swarm.step, loss)
 
 
-def log_result(swarm: Swarm, result: dict[str, object]) -> None:
+def log_result(swarm: Swarm, result: dict[str, Any]) -> None:
     if result["committed"]:
         log.info(
             "outer step %d: group of %d, loss %.4f, %.0f tokens/s, stalled %.2f s, sent %.2f MB, received %.2f MB",
             swarm.step, result["group"], swarm.loss or float("nan"), swarm.tokens_per_s, result["stall_s"],
-            swarm.last["bytes_sent"] / 1e6, swarm.last["bytes_received"] / 1e6,
+            result["bytes_sent"] / 1e6, result["bytes_received"] / 1e6,
         )  # fmt: skip
     elif result["adopted"]:
         log.info("outer step %d: taken over from the swarm (%s)", swarm.step, result["reason"])
