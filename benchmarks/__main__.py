@@ -1,4 +1,4 @@
-"""``python -m benchmarks [CASE ...] [--json FILE]``: a table per case, with the command that makes it."""
+"""``python -m benchmarks [CASE ...] [--json FILE] [--markdown]``: a table per case, with the command that makes it."""
 
 from __future__ import annotations
 
@@ -15,8 +15,21 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from benchmarks import averager, compute, sleepers, stall, throughput, traffic
-from benchmarks.table import Table, layout
+from benchmarks import (
+    averager,
+    churn,
+    compute,
+    following,
+    matrix,
+    onslaught,
+    partition,
+    scrape,
+    sleepers,
+    stall,
+    throughput,
+    traffic,
+)
+from benchmarks.table import Table, layout, markdown
 
 CASES: dict[str, Callable[[], Table]] = {
     "throughput": throughput.main,
@@ -25,25 +38,36 @@ CASES: dict[str, Callable[[], Table]] = {
     "bytes": traffic.main,
     "averager": averager.main,
     "compute": compute.main,
+    "scrape": scrape.main,
+    "following": following.main,
 }
 """In the order in which they run: throughput makes the swarm that stall and bytes look at, between its plain runs."""
+RELIABILITY: dict[str, Callable[[], Table]] = {
+    "matrix": matrix.main,
+    "onslaught": onslaught.main,
+    "partition": partition.main,
+    "churn": churn.main,
+}
+"""For an hour or so; only when they are asked for."""
+DESCRIPTION = f"By default {', '.join(CASES)}: 5 to 8 minutes. {', '.join(RELIABILITY)}: an hour."
 
 
-def main(names: list[str], json_file: Path | None) -> int:
+def main(names: list[str], json_file: Path | None, show: Callable[[Table], str]) -> int:
     machine = about_machine()
     print(", ".join(f"{key} {value}" for key, value in machine.items()), flush=True)
     cases: dict[str, Any] = {}
     failed = False
-    for name in (name for name in CASES if name in names):
+    known = CASES | RELIABILITY
+    for name in (name for name in known if name in names):
         command, load, started_s = f"python -m benchmarks {name}", os.getloadavg()[0], time.monotonic()
         try:
-            table = CASES[name]()
+            table = known[name]()
         except (RuntimeError, TimeoutError) as error:
             failed = True
             print(f"\n$ {command}\nfailed: {error}", flush=True)
             continue
         seconds = time.monotonic() - started_s
-        print(f"\n$ {command}    # {seconds:.0f} s; load average before it {load:.1f}\n{layout(table)}", flush=True)
+        print(f"\n$ {command}    # {seconds:.0f} s; load average before it {load:.1f}\n{show(table)}", flush=True)
         cases[name] = {"command": command, "seconds": seconds, "load_average": load, **asdict(table)}
     if json_file is not None:
         json_file.write_text(json.dumps({"machine": machine, "cases": cases}, indent=1) + "\n")
@@ -57,11 +81,12 @@ def about_machine() -> dict[str, str]:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(prog="python -m benchmarks", description="All cases together take 5 to 8 minutes.")
-    parser.add_argument("cases", nargs="*", metavar="CASE", help=", ".join(CASES))
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=DESCRIPTION)
+    parser.add_argument("cases", nargs="*", metavar="CASE", help=", ".join(CASES | RELIABILITY))
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures there, too")
+    parser.add_argument("--markdown", action="store_true", help="print tables as Markdown")
     arguments = parser.parse_args()
-    if unknown := set(arguments.cases) - set(CASES):
-        parser.error(f"no such case: {', '.join(sorted(unknown))}; there are: {', '.join(CASES)}")
+    if unknown := set(arguments.cases) - set(CASES | RELIABILITY):
+        parser.error(f"no such case: {', '.join(sorted(unknown))}; there are: {', '.join(CASES | RELIABILITY)}")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that what was started is ended
-    sys.exit(main(arguments.cases or list(CASES), arguments.json))
+    sys.exit(main(arguments.cases or list(CASES), arguments.json, markdown if arguments.markdown else layout))

@@ -16,15 +16,16 @@ from benchmarks import averager_hivemind
 from benchmarks.loopback import HOST_MADDRS
 from benchmarks.table import Cell, Table
 from benchmarks.workers import Workers
-from p2p_diloco.butterfly import Butterfly
 from p2p_diloco.codec import CODECS, Codec, decode
 from p2p_diloco.config import PeerConfig, Timeouts
 from p2p_diloco.identity import Identity
+from p2p_diloco.meeting import Meeting
 from p2p_diloco.node import Node, private_socket_folder
 from p2p_diloco.outer import digest
 from p2p_diloco.records import MAX_RECORD_LIFE_S, Directory, Record, seal_record
 from p2p_diloco.rounds import Missed, Readiness, check_roster, form_roster, new_nonce, seal_readiness
-from p2p_diloco.wire import AskPart, Channel, Contribute, Receipt, run_protocol
+from p2p_diloco.settle import Settlement
+from p2p_diloco.wire import AskCommit, AskPart, Channel, Contribute, Receipt, run_protocol
 
 PEERS = 4
 VALUES = (4_000_000, 25_000_000)
@@ -126,7 +127,7 @@ class Member:
         self.node = node
         self.identity = identity
         self.directory = Directory(identity.peer_id, RUN_ID)
-        self.butterfly: Butterfly | None = None
+        self.settlement: Settlement | None = None
 
     async def meet(self, pipe: Connection, task: Task) -> None:
         readiness = Readiness(
@@ -142,38 +143,36 @@ class Member:
         roster: list[bytes] = await asyncio.to_thread(pipe.recv)
         group = check_roster(roster, readiness, min_group=PEERS, max_group=PEERS, max_weight=WEIGHT_TOKENS)
         local = np.random.default_rng(group.me).standard_normal(task.values, np.float32)
-        butterfly = self.butterfly = Butterfly(
-            group=group,
-            transport=self.node,
-            protocol=self.protocol,
-            directory=self.directory,
-            timeouts=self.node.timeouts,
-            codec=task.codec,
-            theta=np.zeros(task.values, np.float32),
-            local=local,
-            min_group=PEERS,
+        settlement = self.settlement = Settlement(
+            Meeting(
+                group=group,
+                transport=self.node,
+                protocol=self.protocol,
+                directory=self.directory,
+                timeouts=self.node.timeouts,
+                codec=task.codec,
+                theta=np.zeros(task.values, np.float32),
+                local=local,
+                min_group=PEERS,
+            )
         )
         pipe.send("set")
         await asyncio.to_thread(pipe.recv)
         started_s = time.perf_counter()
-        update = await butterfly.run()
+        await settlement.reduce()
+        update = await settlement.settle()
         if isinstance(update, Missed):
             raise RuntimeError(update.detail)
-        for part, where in zip(update.parts, butterfly.slices):
+        for part, where in zip(update.parts, settlement.meeting.slices):
             local[where] = decode(part.data, len(local[where]), task.codec)
         pipe.send((time.perf_counter() - started_s, update.header.head))
 
     async def serve(self, channel: Channel) -> None:
-        message: Contribute | Receipt | AskPart = await channel.receive(
-            Contribute, Receipt, AskPart, timeout_s=self.node.timeouts.first_message_s
+        message: Contribute | Receipt | AskPart | AskCommit = await channel.receive(
+            Contribute, Receipt, AskPart, AskCommit, timeout_s=self.node.timeouts.first_message_s
         )
-        assert self.butterfly is not None
-        if isinstance(message, Contribute):
-            await self.butterfly.on_contribute(channel)
-        elif isinstance(message, Receipt):
-            await self.butterfly.on_receipt(channel, message)
-        else:
-            await self.butterfly.on_ask_part(channel, message)
+        assert self.settlement is not None
+        await self.settlement.serve(channel, message)
 
     def record(self, maddrs: list[str]) -> Record:
         return Record(

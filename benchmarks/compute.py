@@ -11,6 +11,7 @@ from statistics import median
 import numpy as np
 
 from benchmarks.table import Cell, Table
+from p2p_diloco.alignment import align
 from p2p_diloco.codec import CODECS, Codec, Vector, decode, encode
 from p2p_diloco.ledger import Ledger
 from p2p_diloco.outer import (
@@ -24,6 +25,7 @@ from p2p_diloco.outer import (
     part_slices,
     weighted_mean,
 )
+from p2p_diloco.replay import Replay, load
 
 VALUES = 25_000_000
 REPEATS = 3
@@ -58,22 +60,31 @@ def ledger_rows(vector: Vector, folder: Path) -> list[tuple[Cell, ...]]:
         Part(mask=contributor_mask(range(PEERS)), data=encode(vector[where], LEDGER_CODEC))
         for where in part_slices(VALUES)
     )
-    appends_s, applies_s = [], []
+    appends_s, applies_s, alignments_s = [], [], []
     for _ in range(REPEATS):
         update = next_update(state, parts)
+        alignments_s.append(seconds_of(align, state.theta, vector, update, LEDGER_CODEC))
         appends_s.append(seconds_of(ledger.append, update))
         applies_s.append(seconds_of(apply_update, state, update))
     return [
         row(f"apply, {LEDGER_CODEC}", median(applies_s)),
+        row(f"alignment, {LEDGER_CODEC}", median(alignments_s)),
         row(f"ledger append, {LEDGER_CODEC}", median(appends_s)),
+        timed(f"replay of {REPEATS} updates", replay, ledger, state),
         row("snapshot write", seconds_of(ledger.write_snapshot, state)),
         timed("state digest", state.digest),
-        timed("ledger load", ledger.load, np.empty_like(vector), np.empty_like(vector)),
+        timed("ledger load", load, ledger, np.empty_like(vector), np.empty_like(vector)),
     ]
 
 
 def apply_update(state: OuterState, update: Update) -> None:
     apply(state, update, codec=LEDGER_CODEC, lr=LR, momentum=MOMENTUM)
+
+
+def replay(ledger: Ledger, state: OuterState) -> None:
+    """All that a snapshot takes but the writing."""
+    for _ in Replay(ledger, state.step, state.head).parts():
+        pass
 
 
 def next_update(state: OuterState, parts: tuple[Part, ...]) -> Update:

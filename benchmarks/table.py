@@ -28,6 +28,12 @@ def layout(table: Table) -> str:
     return "\n".join([table.title, rule, lines[0], rule, *lines[1:], *(f"  {note}" for note in table.notes)])
 
 
+def markdown(table: Table) -> str:
+    lines = [" | ".join(table.columns), " | ".join("---" for _ in table.columns)]
+    lines += [" | ".join(map(show, row)) for row in table.rows]
+    return "\n".join([f"{table.title}.", "", *(f"| {line} |" for line in lines), "", *table.notes])
+
+
 def show(cell: Cell) -> str:
     """Floats with three significant digits or more."""
     if not isinstance(cell, float):

@@ -1,0 +1,65 @@
+"""A swarm of four in two halves that do not reach each other, for some outer steps; then connected again.
+
+Both halves go on alone. So there are two histories, of which one is given up.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from benchmarks.histories import newest, rounds
+from benchmarks.stage import Stage
+from benchmarks.table import Table
+from p2p_diloco.faults import Fault
+
+TRAINERS = 4
+APART = 3
+"""Outer steps."""
+GIVEN_UP = "gave up {} outer steps that the swarm did not share"
+"""In the log of a peer."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Healed:
+    made: dict[str, int]
+    """Peer -> outer steps while apart."""
+    given_up: dict[str, int]
+    """Peer -> outer steps that it rolled back."""
+    seconds: float
+    """From the healing until all had made an outer step together."""
+
+
+def part_and_heal(stage: Stage) -> Healed:
+    """RuntimeError when two histories stay, or none is given up."""
+    stage.wait_until_calm()
+    logs, island = stage.logs, list(stage.logs)[TRAINERS // 2 :]
+    stage.plan(Fault(action="cut", at_s=0.0, peer=island))
+    parted = stage.wait_until(lambda: stage.done, "two are cut off together")[-1]
+    before = {name: newest(log) for name, log in logs.items()}
+    stage.wait_until(
+        lambda: all(newest(log) >= before[name] + APART for name, log in logs.items()), "both halves go on alone"
+    )
+    stage.plan(Fault(action="restore", at_s=0.0, peer=island))
+    healed = stage.wait_until(lambda: stage.done, "they are connected again")[-1]
+    made = {name: sum(event["mono_s"] > parted.mono_s for event in rounds(log)) for name, log in logs.items()}
+    stage.wait_until_calm(healed.mono_s)
+    together_s = min(rounds(log)[-1]["mono_s"] for log in logs.values())
+    stage.check_heads(together_s)  # before that, rounds of one half may have been under way
+    caught_up = [(name, event) for name, log in logs.items() for event in log if event["event"] == "caught_up"]
+    given_up = {name: event["rolled_back"] for name, event in caught_up if event["rolled_back"]}
+    for name, steps in given_up.items():
+        if GIVEN_UP.format(steps) not in stage.children.named(name).output:
+            raise stage.failure(f"{name} gave up {steps} outer steps without a word in its log")
+    if not given_up:
+        raise stage.failure("nothing was given up: were the halves apart?")
+    return Healed(made=made, given_up=given_up, seconds=together_s - healed.mono_s)
+
+
+def main() -> Table:
+    with Stage(TRAINERS) as stage:
+        healed = part_and_heal(stage)
+    return Table(
+        title=f"A swarm of {TRAINERS} in two halves; one head {healed.seconds:.1f} s after they were connected again",
+        columns=("peer", "outer steps while apart", "of them given up"),
+        rows=[(name, made, healed.given_up.get(name, 0)) for name, made in healed.made.items()],
+    )

@@ -1,0 +1,227 @@
+"""A fault explorer: seeded random schedules of faults on whole swarms in memory, and what must be true after each.
+
+    python tests/explorer.py --seeds 0:5000 --jobs 2      which seeds fail; exit code 1 when any does
+    python tests/explorer.py --seed 123 --verbose         one of them, with what each peer did
+    python tests/explorer.py --seed 123 --shrink          the smallest schedule that fails in the same way
+    python tests/explorer.py --broken                     after how many schedules it finds protocols broken on purpose
+
+Peers, ledgers and protocol are the real ones; clock, links and DHT are ``fakes``. The invariants:
+
+    same-bytes      the same head means the same theta and momentum, at every state that any peer ever stood at
+    agreement       peers that can talk reach one head within AGREE_STEPS outer steps after the last fault
+    counted-once    no inner step of any peer counts twice in the history that remains
+    never-lost      a committed outer step stays in the history while one peer that holds it lives. Where peers may take
+                    living ones for dead (cut links, stopped processes), it may be given up for another's, and the log
+                    says so
+    durable         what a peer has committed is on its disk when it is started again
+    progress        while ``min_group`` trainers can reach each other, outer steps follow each other in bounded time
+    waits-end       no outer step takes longer than the time-outs add up to; nothing is left behind by what is over;
+                    nothing but a failing disk ends a peer; no exception is unheard
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import multiprocessing
+import os
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from functools import partial
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+from broken import VARIANTS
+from builders import identity
+from chronicle import MAX_PEERS, Violation
+from instruments import instrumented
+from schedules import Schedule, draw, shrink
+from simloop import START_S, run_simulated
+from world import World
+
+from p2p_diloco.events import EVENTS_FILE, read_events
+
+PROGRESS_EVERY = 100
+BROKEN_WITHIN = 500
+"""So many schedules at most find a broken protocol."""
+SHARED_MEMORY = Path("/dev/shm")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verdict:
+    schedule: Schedule
+    invariant: str
+    """The first that was violated; empty when all held."""
+    text: str
+    timeline: tuple[str, ...]
+    fingerprint: str
+    """Over everything that any peer logged: equal for equal runs."""
+    outer_steps: int
+    slowest_step_s: float
+    """The longest call of ``outer_step``."""
+    longest_stall_s: float
+    """Between two outer steps of trainers that could reach each other."""
+    agreed_s: float
+    """From the last fault until all stood on one head."""
+
+    @property
+    def ok(self) -> bool:
+        return not self.invariant
+
+
+# -- running a schedule ----------------------------------------------------------------------------------------------
+
+
+def explore(schedule: Schedule, *, keep_timeline: bool = False) -> Verdict:
+    """Run a schedule on a SimLoop, and tell what was violated, if anything was."""
+    shared = SHARED_MEMORY if SHARED_MEMORY.is_dir() else None
+    with tempfile.TemporaryDirectory(prefix="p2p-diloco-", dir=shared) as folder:
+        world = World(schedule, Path(folder))
+        violation: Violation | None = None
+        try:
+            with instrumented(world):
+                run_simulated(world.run())
+        except Violation as error:
+            violation = error
+        except AssertionError as error:
+            violation = Violation("waits-end", str(error))
+        return _verdict(world, world.violation or violation, keep_timeline)
+
+
+def _verdict(world: World, violation: Violation | None, keep_timeline: bool) -> Verdict:
+    logs = [world.disks[i].folder / EVENTS_FILE for i in range(MAX_PEERS)]
+    told = blake2b("\n".join(world.timeline).encode(), digest_size=8)
+    for path in logs:
+        told.update(path.read_bytes() if path.exists() else b"")
+    return Verdict(
+        schedule=world.schedule,
+        invariant=violation.invariant if violation else "",
+        text=str(violation or ""),
+        timeline=tuple(timeline(world, logs)) if keep_timeline else (),
+        fingerprint=told.hexdigest(),
+        outer_steps=max((sim.peer.step for sim in world.sims.values()), default=0),
+        slowest_step_s=world.slowest_step_s,
+        longest_stall_s=world.longest_stall_s,
+        agreed_s=world.agreed_s,
+    )
+
+
+def timeline(world: World, logs: list[Path]) -> list[str]:
+    """What was done to the peers, and what they did, in order."""
+    names = {identity(i).peer_id: str(i) for i in range(MAX_PEERS)}
+    lines = [(float(line[:8]), line) for line in world.timeline]
+    for i, path in enumerate(logs):
+        for event in read_events(path):
+            at_s = event["mono_s"] - START_S
+            shown = [
+                f"{key}={_shown(value, names)}"
+                for key, value in event.items()
+                if key not in ("event", "wall_s", "mono_s")
+            ]
+            lines.append((at_s, f"{at_s:8.3f}  [{i}] {event['event']:<9} {' '.join(shown)}"))
+    return [line for _, line in sorted(lines, key=lambda one: one[0])]
+
+
+def _shown(value: Any, names: dict[str, str]) -> str:
+    if isinstance(value, float):
+        return f"{value:.3f}"
+    if isinstance(value, list):
+        return "[" + ",".join(names.get(str(one), str(one)) for one in value) + "]"
+    if isinstance(value, str) and len(value) == 64:
+        return value[:8]
+    return str(value)
+
+
+# -- the command -----------------------------------------------------------------------------------------------------
+
+
+def explore_seed(seed: int) -> Verdict:
+    return explore(draw(seed))
+
+
+def explore_many(seeds: range, jobs: int) -> list[Verdict]:
+    """Those of the schedules of ``seeds`` that failed. Says how far it is."""
+    failed: list[Verdict] = []
+    began_s = time.monotonic()
+    with multiprocessing.get_context("spawn").Pool(jobs, _quiet_gc) as pool:
+        for done, verdict in enumerate(pool.imap_unordered(explore_seed, seeds, chunksize=4), start=1):
+            if not verdict.ok:
+                failed.append(verdict)
+                print(f"seed {verdict.schedule.seed}: {verdict.text}", flush=True)
+            if done % PROGRESS_EVERY == 0 or done == len(seeds):
+                each_s = (time.monotonic() - began_s) / done
+                print(f"{done} of {len(seeds)} schedules, {len(failed)} failed, {each_s:.2f} s each", flush=True)
+    return failed
+
+
+def find_broken(jobs: int) -> list[str]:
+    """Says which schedule finds each protocol that is broken on purpose. Those that none finds."""
+    missed = []
+    with multiprocessing.get_context("spawn").Pool(jobs, _quiet_gc) as pool:
+        for name in VARIANTS:
+            found = (seed for seed, text in pool.imap(partial(explore_broken, name), range(BROKEN_WITHIN)) if text)
+            seed = next((seed for seed in found if explore_seed(seed).ok), None)
+            print(f"{name}: " + ("NOT FOUND" if seed is None else f"seed {seed}: {explore_broken(name, seed)[1]}"))
+            missed += [name] if seed is None else []
+    return missed
+
+
+def explore_broken(name: str, seed: int) -> tuple[int, str]:
+    with VARIANTS[name]():
+        return seed, explore_seed(seed).text
+
+
+def _quiet_gc() -> None:
+    """What has been imported is never garbage: no collection need look through it again and again."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(100_000, 10, 10)
+
+
+def explain(schedule: Schedule) -> Verdict:
+    verdict = explore(schedule, keep_timeline=True)
+    print(*verdict.timeline, sep="\n")
+    print(f"\n{len(schedule.peers)} peers: {', '.join(f'{plan.role} {plan.step_s:g} s' for plan in schedule.peers)}")
+    print(*schedule.faults, sep="\n")
+    print(
+        f"{verdict.outer_steps} outer steps; slowest call of outer_step {verdict.slowest_step_s:.1f} s; longest stall "
+        f"{verdict.longest_stall_s:.1f} s; agreed {verdict.agreed_s:.1f} s after the last fault; {verdict.fingerprint}"
+    )
+    print(verdict.text or "all invariants held")
+    return verdict
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Random schedules of faults on swarms in memory")
+    parser.add_argument("--seeds", default="0:5000", help="FROM:TO")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count())
+    parser.add_argument("--seed", type=int, help="one schedule")
+    parser.add_argument("--schedule", type=Path, help="one schedule, from a JSON file")
+    parser.add_argument("--shrink", action="store_true", help="make it smaller as long as it fails in the same way")
+    parser.add_argument("--broken", action="store_true", help="find protocols that are broken on purpose")
+    parser.add_argument("--verbose", action="store_true", help="tell what each peer did")
+    options = parser.parse_args()
+    if options.broken:
+        return int(bool(find_broken(options.jobs)))
+    if options.seed is None and options.schedule is None:
+        first, last = map(int, options.seeds.split(":"))
+        failed = explore_many(range(first, last), options.jobs)
+        print("failed:", *sorted(verdict.schedule.seed for verdict in failed))
+        return int(bool(failed))
+    schedule = Schedule.from_json(options.schedule.read_text()) if options.schedule else draw(options.seed)
+    verdict = explore(schedule)
+    if options.shrink and not verdict.ok:
+        schedule = shrink(schedule, lambda smaller: explore(smaller).invariant == verdict.invariant)
+        print(schedule.to_json())
+    if options.verbose or options.shrink:
+        explain(schedule)
+    else:
+        print(verdict.text or "all invariants held")
+    return int(not verdict.ok)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,116 @@
+"""The package as the fault explorer runs it: patched from outside, and put back."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+from collections.abc import Callable, Iterator
+from hashlib import blake2b
+from typing import Any
+from unittest import mock
+
+from chronicle import PART_VALUES, Chronicle, Violation
+from simloop import RUNNING
+from world import World
+
+from p2p_diloco.identity import Identity
+from p2p_diloco.ledger import Ledger
+from p2p_diloco.outer import Update
+from p2p_diloco.replica import Replica
+
+LINKS = 5
+"""Of a history, in one message."""
+
+
+class _SimClock:
+    """In place of the module ``time``."""
+
+    @staticmethod
+    def time() -> float:
+        return asyncio.get_running_loop().time()
+
+    monotonic = time
+
+
+@contextlib.contextmanager
+def instrumented(world: World) -> Iterator[None]:
+    """Small parts, signatures that cost nothing, events with the simulated time, and disks and replicas that tell the
+    world what they do."""
+    real_replace, real_commit, real_load = os.replace, Replica.commit, Replica.load
+    real_roll_back, real_truncate = Replica.roll_back, Ledger.truncate
+
+    def replace_file(source: Any, target: Any) -> None:
+        world.on_disk()
+        real_replace(source, target)
+        world.on_disk()
+
+    def sync(descriptor: int) -> None:
+        world.on_disk()
+
+    def commit(replica: Replica, update: Update) -> None:
+        tell(lambda chronicle, _: chronicle.writes(update))
+        real_commit(replica, update)
+        tell(lambda chronicle, peer: chronicle.commits(peer, replica.loaded, update))
+
+    def load(replica: Replica, at_most: int | None = None) -> bool:
+        loaded, owner = real_load(replica, at_most), RUNNING.get()
+        if owner is not None and owner not in world.loaded:
+            world.loaded.add(owner)
+            tell(lambda chronicle, peer: chronicle.starts(peer, replica.state))
+        else:
+            tell(lambda chronicle, peer: chronicle.moves(peer, replica.state))
+        return loaded
+
+    def roll_back(replica: Replica, step: int) -> None:
+        real_roll_back(replica, step)
+        tell(lambda chronicle, peer: chronicle.moves(peer, replica.state))
+
+    def truncate(ledger: Ledger, step: int) -> None:
+        tell(lambda chronicle, peer: chronicle.gives_up(peer))
+        real_truncate(ledger, step)
+
+    def tell(what: Callable[[Chronicle, int], None]) -> None:
+        owner = RUNNING.get()
+        if owner is not None:
+            try:
+                what(world.chronicle, int(owner.name))
+            except Violation as violation:
+                world.fail(violation)
+
+    def nonce() -> bytes:
+        return world.random.randbytes(8)
+
+    def sign(identity: Identity, message: bytes) -> bytes:
+        return _signature(identity.peer_id, message)
+
+    def verify(peer_id: str, message: bytes, signature: bytes) -> bool:
+        return signature == _signature(peer_id, message)
+
+    patches: list[Any] = [
+        mock.patch("p2p_diloco.outer.PART_VALUES", PART_VALUES),
+        mock.patch("p2p_diloco.catchup.MAX_LINKS", LINKS),
+        mock.patch("p2p_diloco.uploads.MAX_LINKS", LINKS),
+        mock.patch("p2p_diloco.events.time", _SimClock),
+        mock.patch("p2p_diloco.records.verify", verify),
+        mock.patch("p2p_diloco.matchmaking.new_nonce", nonce),
+        mock.patch("os.fsync", sync),
+        mock.patch("os.replace", replace_file),
+        mock.patch.object(Identity, "sign", sign),
+        mock.patch.object(Replica, "commit", commit),
+        mock.patch.object(Replica, "load", load),
+        mock.patch.object(Replica, "roll_back", roll_back),
+        mock.patch.object(Ledger, "truncate", truncate),
+    ]
+    disabled = logging.root.manager.disable
+    with contextlib.ExitStack() as stack:
+        for patch in patches:
+            stack.enter_context(patch)
+        stack.callback(logging.disable, disabled)
+        logging.disable(logging.CRITICAL)
+        yield
+
+
+def _signature(peer_id: str, message: bytes) -> bytes:
+    return blake2b(message, key=peer_id.encode(), digest_size=64).digest()
