@@ -5,13 +5,23 @@ BIN := .venv/bin
 READY := .venv/.ready
 PIP := $(BIN)/pip install -qq --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test lint bench clean
+MONITORING := tests/swarm/test_monitoring.py
+
+.PHONY: demo test monitoring-test faults lint bench reliability clean
 
 demo: $(READY)
 	$(BIN)/p2p-diloco swarm peers/runs/tiny.toml --peers 4
 
 test: $(READY)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --ignore $(MONITORING)
+
+monitoring-test: $(READY)
+	$(BIN)/python -m pytest $(MONITORING)
+
+# Thousands of random schedules of faults on swarms in memory; about half an hour on two cores.
+faults: $(READY)
+	$(BIN)/python tests/explorer.py --seeds 0:5000
+	$(BIN)/python tests/explorer.py --broken
 
 lint: $(READY)
 	$(BIN)/ruff check .
@@ -20,6 +30,9 @@ lint: $(READY)
 
 bench: $(READY)
 	$(BIN)/python -m benchmarks
+
+reliability: $(READY)
+	$(BIN)/python -m benchmarks --markdown matrix onslaught partition churn
 
 clean:
 	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist *.egg-info

@@ -23,6 +23,8 @@ from p2p_diloco.identity import public_key_of
 LISTEN = re.compile(r"/(ip4|ip6)/([^/]+)/tcp/(\d+)(/ws)?")
 HOST_NAME = re.compile(r"[A-Za-z0-9]([A-Za-z0-9.-]{0,251}[A-Za-z0-9])?")
 EXAMPLE = "/ip4/203.0.113.7/tcp/4001"
+INTERNET = ipaddress.IPv6Network("2000::/3")
+"""Global unicast: RFC 4291."""
 DIAL_REASONS = {
     "peer id mismatch": "another peer answers at that address",
     "dial to self": "that is this peer itself",
@@ -33,6 +35,7 @@ DIAL_REASONS = {
     "timeout": "no answer",
     "deadline exceeded": "no answer",
     "dial backoff": "was not there a moment ago",
+    "failed to negotiate security protocol": "some other program answers at that address",
     "failed to find any peer": "nobody knows its address",
     "protocols not supported": "does not serve this protocol",
 }
@@ -127,15 +130,20 @@ def without_peer(maddr: str) -> str:
     return re.sub(r"/p2p/[^/]+$", "", maddr)
 
 
+def parse_host_maddr(maddr: str) -> re.Match[str]:
+    """A match of LISTEN. Raises UsageError for what cannot be listened on anywhere."""
+    match = LISTEN.fullmatch(maddr.strip())
+    if match is None:
+        raise UsageError(f"address {maddr!r}: listen on TCP, like /ip4/0.0.0.0/tcp/4001")
+    return match
+
+
 def check_host_maddrs(maddrs: Sequence[str]) -> None:
     """Raises UsageError for what is not TCP, or cannot be listened on. p2pd would start all the same: it skips
     addresses that it cannot have, and *shares* a port with another p2pd of the same user, which then gets half of our
     connections."""
     for maddr in maddrs:
-        match = LISTEN.fullmatch(maddr.strip())
-        if match is None:
-            raise UsageError(f"address {maddr!r}: listen on TCP, like /ip4/0.0.0.0/tcp/4001")
-        version, host, port, _ = match.groups()
+        version, host, port, _ = parse_host_maddr(maddr).groups()
         family = socket.AF_INET if version == "ip4" else socket.AF_INET6
         try:
             with socket.socket(family, socket.SOCK_STREAM) as trial:
@@ -184,6 +192,14 @@ def is_loopback(maddr: str) -> bool:
     return publicness(maddr) == 3
 
 
+def is_public(ip: ipaddress.IPv4Address | ipaddress.IPv6Address) -> bool:
+    """Whether it names one machine on the internet: of IPv6 only what is given out as such, and nothing that tunnels to
+    an IPv4 address, which may be any."""
+    if isinstance(ip, ipaddress.IPv6Address) and (ip not in INTERNET or ip.sixtofour is not None):
+        return False
+    return ip.is_global and not ip.is_multicast
+
+
 def address_of(maddr: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
     """None for a host name."""
     pieces = maddr.split("/", 3)
@@ -193,6 +209,16 @@ def address_of(maddr: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | No
         return ipaddress.ip_address(pieces[2])
     except ValueError:
         return None
+
+
+def direct_ip(maddr: str) -> str:
+    """The IP address that a connection comes from; "" where a relay is between."""
+    address = None if "/p2p-circuit" in maddr else address_of(maddr)
+    return "" if address is None else str(address)
+
+
+def ip_maddr(ip: str, port: int) -> str:
+    return f"/ip{ipaddress.ip_address(ip).version}/{ip}/tcp/{port}"
 
 
 def dial_bytes(peer_id: str, maddr: str) -> bytes | None:

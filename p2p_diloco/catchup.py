@@ -1,14 +1,15 @@
-"""How a peer gets to the swarm's head, and how it helps others there: heads, updates and snapshots between ledgers.
+"""How a peer gets to the swarm's head: heads, updates and snapshots from donors. What donors do is in ``uploads``.
 
 One procedure serves the newcomer, who was away, who missed a round, and who went another way:
 
-    1. ask a donor for its heads
+    1. ask a donor, the guide, which heads lead to the target: it can leave some out, but invent none
     2. find the newest outer step at which its ledger and mine agree; where there is none, download a snapshot
     3. go back there, if I am elsewhere
-    4. fetch and commit its updates, each checked against the head that it must lead to
+    4. fetch the updates that lead along those heads, and commit them in order
 
-A snapshot is believed when its digest is the manifest's (outer step 0) or the one that most donors name. A donor that
-fails or lies is dropped and the next one asked; what has been downloaded by then stays.
+Snapshots and updates come from several donors at a time (``download``), each piece verified alone: a chunk by its hash,
+which the snapshot's digest vouches for, an update by the head that it leads to. A snapshot is believed when its digest
+is the manifest's (outer step 0) or the one that most peers name. What has been downloaded stays, whatever comes then.
 """
 
 from __future__ import annotations
@@ -16,36 +17,24 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import Counter
-from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 
+from p2p_diloco.codec import Codec
 from p2p_diloco.config import Timeouts
+from p2p_diloco.download import Chunks, Download, Updates, Wanted, drop
 from p2p_diloco.errors import Misbehaved, Refused, RemoteError
+from p2p_diloco.events import EventLog
 from p2p_diloco.identity import Identity
-from p2p_diloco.outer import max_update_bytes, update_from_bytes
+from p2p_diloco.outer import HASH_BYTES, Update, next_head, state_digest
 from p2p_diloco.records import Directory, Record
 from p2p_diloco.replica import Replica
 from p2p_diloco.rounds import rank
-from p2p_diloco.snapshot import disk_errors, snapshot_bytes
-from p2p_diloco.wire import (
-    CHUNK_BYTES,
-    MAX_HEADS,
-    AskHeads,
-    AskSnapshot,
-    AskUpdate,
-    Channel,
-    Heads,
-    No,
-    Size,
-    Transport,
-    run_protocol,
-)
+from p2p_diloco.snapshot import IncomingSnapshot, chunk_slices, remove_incoming, snapshot_bytes
+from p2p_diloco.waiting import heard
+from p2p_diloco.wire import MAX_LINKS, AskHeads, AskIndex, Channel, Heads, Transport, run_protocol
 
 log = logging.getLogger(__name__)
-
-UPLOADS = 4
-"""Updates and snapshots served at a time; others are sent to other donors."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +46,22 @@ class CaughtUp:
     """Outer steps of mine that the swarm did not share."""
     snapshot: bool
     bytes_received: int
+    donors: int
+    """Peers that chunks or updates came from."""
+
+
+@dataclass(kw_only=True)
+class Tally:
+    """What one catch-up has taken, whether it succeeds or not."""
+
+    bytes_received: int = 0
+    donors: set[str] = field(default_factory=set)
+    refused: bool = False
+
+    def add(self, download: Download) -> None:
+        self.bytes_received += download.bytes_received
+        self.donors |= download.gave
+        self.refused |= download.refused
 
 
 class Catchup:
@@ -68,6 +73,7 @@ class Catchup:
         directory: Directory,
         replica: Replica,
         timeouts: Timeouts,
+        events: EventLog,
         wall_s: Callable[[], float],
     ) -> None:
         self.transport = transport
@@ -75,203 +81,247 @@ class Catchup:
         self.directory = directory
         self.replica = replica
         self.timeouts = timeouts
+        self.events = events
         self.wall_s = wall_s
         self.protocol = run_protocol(replica.manifest.run_id)
-        self._uploads = asyncio.Semaphore(UPLOADS)
-        self.received_bytes = 0
-        """Of the last ``to``, whether it succeeded or not."""
-
-    # -- asking ------------------------------------------------------------------------------------------------------
+        self.promising = False
+        """After a ``to`` that did not succeed: something came, or a donor was busy, so it is worth asking again."""
+        self._n = len(replica.theta)
+        self._codec: Codec = replica.manifest.spec.outer.codec
+        self._downloading = asyncio.Lock()
+        """One snapshot at a time: they share the folder."""
 
     async def to(self, target: tuple[int, bytes]) -> CaughtUp | None:
         """Bring the replica to the swarm's head ``(outer step, head)``. None when no donor could help."""
-        self.received_bytes = 0
-        start = self.replica.state
+        start, tally = self.replica.state, Tally()
         from_step, rolled_back, snapshot = (start.step if start else None), 0, False
-        for donor in self._donors(target):
+        self.promising = False
+        if target[0] > self.replica.manifest.spec.outer.steps:
+            return None  # nobody can be there: so far, no donor shall make us read its heads
+        for guide in self._donors(target):
             try:
-                theirs = await self._ask_heads(donor, target[0])
-                if theirs.get(target[0]) != target[1]:
+                path = await self._ask_path(guide, target)
+                if path is None:
                     continue
-                common = await asyncio.to_thread(self._common_step, theirs)
+                common = await asyncio.to_thread(self._common_step, path)
                 if common is None:
-                    await self._download_snapshot(donor, target[0])
+                    given_up = self._given_up(path)
+                    if not await self._download_newest(path, target, tally):
+                        continue
                     await asyncio.to_thread(self.replica.load)
-                    snapshot = True
-                    common = await asyncio.to_thread(self._common_step, theirs)
+                    snapshot, rolled_back = True, rolled_back + given_up
+                    common = await asyncio.to_thread(self._common_step, path)
                     if common is None:
-                        raise Misbehaved(donor.peer_id, "serves a snapshot that its own heads do not lead from")
+                        continue  # the disk has lost it again
                 state = self.replica.state
                 if state is None or state.step != common:
                     rolled_back += max((state.step if state else common) - common, 0)
                     await asyncio.to_thread(self.replica.roll_back, common)
-                for step in range(common, target[0]):
-                    await self._fetch_update(donor, step, theirs[step + 1])
-                await asyncio.to_thread(self.replica.snapshot_if_due)
+                if not await self._commit_updates(path, target, tally):
+                    continue
+                if not self._downloading.locked():
+                    await asyncio.to_thread(remove_incoming, self.replica.ledger.folder)
                 return CaughtUp(
                     from_step=from_step,
                     to_step=target[0],
                     rolled_back=rolled_back,
                     snapshot=snapshot,
-                    bytes_received=self.received_bytes,
+                    bytes_received=tally.bytes_received,
+                    donors=len(tally.donors),
                 )
-            except Refused as error:
-                log.info("donor %s cannot serve now: %s", donor.label, error.reason)
             except RemoteError as error:
-                log.info("donor %s dropped: %s", donor.label, error.reason)
-                self.directory.suspect(donor.peer_id)
+                tally.refused |= isinstance(error, Refused)
+                drop(error, self.directory, self.transport.traffic)
+            finally:
+                self.promising = tally.refused or tally.bytes_received > 0
         return None
 
-    def _donors(self, target: tuple[int, bytes]) -> list[Record]:
-        """Live peers that have the target; everybody asks in another order, so the load is spread."""
+    async def fetch_update(self, step: int, head: bytes) -> Update | None:
+        """The update that leads from outer step ``step`` to ``head``, verified, from whoever has it. Not committed."""
+        wanted = self._updates({step + 1: head}, step)
+        donors = [record for record in self._helpers() if record.step > step]
+        await self._download(wanted, range(step, step + 1), step + 1, donors).run()
+        found = wanted.take()
+        return found[0] if found else None
+
+    async def fetch_snapshot(self, step: int, digest: bytes) -> bool:
+        """Download the snapshot with this digest, whoever has it, into the ledger. Whether that succeeded."""
+        tally = Tally()
+        incoming = await self._ask_index(step, digest, tally)
+        return incoming is not None and await self._download_snapshot(incoming, tally)
+
+    # -- the way -----------------------------------------------------------------------------------------------------
+
+    def _helpers(self) -> list[Record]:
+        """Live peers that serve; everybody asks in another order, so the load is spread."""
         live = self.directory.live(self.wall_s())
-        donors = [r for r in live if r.phase != "joining" and target[1] in (r.head, *r.heads)]
-        return sorted(donors, key=lambda r: rank(self.identity.peer_id.encode(), r.peer_id))
+        serving = [record for record in live if record.phase != "joining"]
+        return sorted(serving, key=lambda record: rank(self.identity.peer_id.encode(), record.peer_id))
 
-    async def _ask_heads(self, donor: Record, last_step: int) -> dict[int, bytes]:
-        """Outer step -> head, without a gap, for what the donor's ledger leads to, up to ``last_step`` or beyond."""
-        since, theirs = 0, dict[int, bytes]()
-        while since <= last_step:
-            channel = await self._open(donor.peer_id)
-            try:
+    def _donors(self, target: tuple[int, bytes]) -> list[Record]:
+        """Those who have the target."""
+        return [record for record in self._helpers() if target[1] in (record.head, *record.heads)]
+
+    async def _ask_path(self, guide: Record, target: tuple[int, bytes]) -> dict[int, bytes] | None:
+        """Outer step -> head, without a gap and up to the target, for what the guide's ledger leads along; None when
+        it leads elsewhere. True as far as the target is: every head follows from the one before."""
+        path: dict[int, bytes] = {}
+        channel = await self._open(guide.peer_id)
+        try:
+            while True:
+                since = max(path, default=0)
                 answer: Heads = await channel.request(AskHeads(since=since), Heads)
-            finally:
-                channel.close()
-            if answer.first < since or (theirs and answer.first > since):
-                raise Misbehaved(donor.peer_id, f"names its heads from {answer.first} on, asked for those from {since}")
-            theirs.update({answer.first + i: head for i, head in enumerate(answer.heads)})
-            if len(answer.heads) < MAX_HEADS:
-                break
-            since = answer.first + MAX_HEADS
-        return theirs
+                step, head = answer.first, answer.head
+                if path and (step, head) != (since, path[since]):
+                    raise Misbehaved(guide.peer_id, f"names other heads from outer step {since} on than before")
+                path[step] = head
+                for link in answer.links:
+                    step, head = step + 1, next_head(head, link)
+                    path[step] = head
+                if step >= target[0] or len(answer.links) < MAX_LINKS:
+                    break
+        finally:
+            channel.close()
+        if path.get(target[0]) != target[1]:
+            return None
+        return {step: head for step, head in path.items() if step <= target[0]}
 
-    def _common_step(self, theirs: dict[int, bytes]) -> int | None:
+    def _common_step(self, path: dict[int, bytes]) -> int | None:
         mine = self.replica.ledger.heads()
-        agreed = [step for step, head in mine.items() if theirs.get(step) == head]
+        agreed = [step for step, head in mine.items() if path.get(step) == head]
         return max(agreed, default=None)
 
-    async def _fetch_update(self, donor: Record, step: int, head: bytes) -> None:
-        n, codec = len(self.replica.theta), self.replica.manifest.spec.outer.codec
-        channel = await self._open(donor.peer_id)
+    def _given_up(self, path: dict[int, bytes]) -> int:
+        """Outer steps of mine that ``path`` leads past: the fork may be older than what either of us keeps."""
+        since = min(path)
+        return sum(path.get(step) != head for step, head in self.replica.ledger.heads().items() if step >= since)
+
+    # -- updates -----------------------------------------------------------------------------------------------------
+
+    async def _commit_updates(self, path: dict[int, bytes], target: tuple[int, bytes], tally: Tally) -> bool:
+        """From where the replica stands along ``path``. Whether that has led to the target."""
+        step, last = self.replica.loaded.step, target[0]
+        wanted = self._updates(path, step)
+        download = self._download(wanted, range(step, last), step + wanted.ahead, self._donors(target))
+        running = asyncio.create_task(download.run())
         try:
-            await channel.send(AskUpdate(step=step, head=head))
-            data = await channel.receive_blob(max_update_bytes(n, codec), self.timeouts.reduced_part_s)
+            while step < last:
+                changed = download.changed.event
+                found = wanted.take()
+                if found is not None:
+                    await self._commit(*found)
+                    step += 1
+                    download.allow(step + wanted.ahead)
+                elif download.over:
+                    return await running
+                else:
+                    await heard(changed, self.timeouts.reduced_part_s)
+            return True
         finally:
-            channel.close()
+            running.cancel()
+            await asyncio.gather(running, return_exceptions=True)
+            tally.add(download)
+
+    async def _commit(self, update: Update, donor: str) -> None:
         try:
-            self.received_bytes += len(data)
-            update = update_from_bytes(data, n=n, codec=codec)
-            if update.header.head != head:
-                raise ValueError("an update that leads to another head")
             await asyncio.to_thread(self.replica.commit, update)
         except ValueError as error:
-            raise Misbehaved(donor.peer_id, f"serves {error}") from error
+            raise Misbehaved(donor, f"serves {error}") from error
 
-    async def _download_snapshot(self, donor: Record, newest_step: int) -> None:
-        """The donor's snapshot, if its digest is to be believed. Goes on where an earlier donor's download stopped."""
-        step, digest = donor.snapshot_step, donor.snapshot_digest
-        if step > newest_step or digest != self._trusted_digest(step):
-            raise Misbehaved(donor.peer_id, f"offers a snapshot of outer step {step} that most others do not have")
-        path = self.replica.ledger.folder / f"incoming-{step}-{digest.hex()[:16]}.part"
-        expected = snapshot_bytes(len(self.replica.theta))
-        with disk_errors(path, expected):
-            offset = path.stat().st_size if path.exists() else 0
-        resumed = offset > 0
-        log.info("downloading the snapshot of outer step %d, %.1f MB, from %s", step, expected / 1e6, donor.label)
-        channel = await self._open(donor.peer_id)
-        try:
-            answer: Size = await channel.request(AskSnapshot(step=step, digest=digest, offset=offset), Size)
-            if answer.size_bytes != expected:
-                raise Misbehaved(donor.peer_id, f"serves a snapshot of {answer.size_bytes} bytes, expected {expected}")
-            while offset < expected:
-                chunk = await channel.receive_chunk(expected - offset, self.timeouts.reduced_part_s)
-                self.received_bytes += len(chunk)
-                await asyncio.to_thread(_append, path, chunk, expected)
-                offset += len(chunk)
-        finally:
-            channel.close()
-        try:
-            await asyncio.to_thread(self.replica.ledger.adopt_snapshot, path, digest)
-        except ValueError as error:
-            path.unlink(missing_ok=True)
-            if not resumed:
-                raise Misbehaved(donor.peer_id, f"serves {error}") from error
-            log.info("what an earlier donor sent may be wrong (%s): asking %s for all of it", error, donor.label)
-            await self._download_snapshot(donor, newest_step)
-        for overtaken in path.parent.glob("incoming-*.part"):
-            overtaken.unlink(missing_ok=True)
+    def _updates(self, heads: dict[int, bytes], next_step: int) -> Updates:
+        return Updates(n=self._n, codec=self._codec, heads=heads, timeouts=self.timeouts, next_step=next_step)
 
-    def _trusted_digest(self, step: int) -> bytes | None:
-        """The digest of the snapshot at ``step``: the manifest's, or that which most live peers name."""
-        if step == 0:
-            return bytes.fromhex(self.replica.manifest.genesis)
-        live = self.directory.live(self.wall_s())
-        named = Counter(r.snapshot_digest for r in live if r.snapshot_step == step and r.phase != "joining")
-        return min(named, key=lambda digest: (-named[digest], digest)) if named else None
+    # -- snapshots ---------------------------------------------------------------------------------------------------
+
+    async def _download_newest(self, path: dict[int, bytes], target: tuple[int, bytes], tally: Tally) -> bool:
+        """A snapshot from which the updates lead to the target. Whether there is one in the ledger now."""
+        for step, digest in self._snapshots_on(path, target):
+            incoming = await self._ask_index(step, digest, tally)
+            if incoming is None:
+                return False  # who has it cannot serve now; that is no reason to believe fewer others
+            if incoming.head == path[step]:
+                return await self._download_snapshot(incoming, tally)
+            log.info("the snapshot of outer step %d that most donors name is of another history", step)
+        return False
+
+    def _snapshots_on(self, path: dict[int, bytes], target: tuple[int, bytes]) -> list[tuple[int, bytes]]:
+        """(outer step, digest) of what donors of the target offer, as far as to be believed: the genesis that the
+        manifest names, else what most peers name, then the newest. Known weakness: where a snapshot is so new that few
+        have it yet, few can lie about it."""
+        named = Counter((record.snapshot_step, record.snapshot_digest) for record in self._helpers())
+        genesis = bytes.fromhex(self.replica.manifest.genesis)
+        offered = {(record.snapshot_step, record.snapshot_digest) for record in self._donors(target)}
+        believed = [(step, digest) for step, digest in offered if step in path and (step > 0 or digest == genesis)]
+        return sorted(believed, key=lambda one: (-named[one], -one[0], one[1]))
+
+    def _holders(self, step: int, digest: bytes) -> list[Record]:
+        """Who says that it has the snapshot, then who has a newer one and may have kept this one, too."""
+        helpers = self._helpers()
+        naming = [r for r in helpers if (r.snapshot_step, r.snapshot_digest) == (step, digest)]
+        return naming + [r for r in helpers if r.snapshot_step > step]
+
+    async def _ask_index(self, step: int, digest: bytes, tally: Tally) -> IncomingSnapshot | None:
+        """The snapshot with this digest, to be filled: head and chunk hashes are true, whoever sent them."""
+        size = HASH_BYTES * (1 + len(chunk_slices(self._n)))
+        for donor in self._holders(step, digest):
+            try:
+                channel = await self._open(donor.peer_id)
+                try:
+                    await channel.send(AskIndex(step=step, digest=digest))
+                    data = await channel.receive_blob(size, self.timeouts.reduced_part_s)
+                finally:
+                    channel.close()
+                head, *hashes = (data[i : i + HASH_BYTES] for i in range(0, size, HASH_BYTES))
+                if len(data) != size or state_digest(step, head, hashes) != digest:
+                    raise Misbehaved(donor.peer_id, "serves the index of another snapshot")
+            except RemoteError as error:
+                tally.refused |= isinstance(error, Refused)
+                drop(error, self.directory, self.transport.traffic)
+                continue
+            ledger, run_id = self.replica.ledger.folder, self.replica.manifest.run_id
+            return IncomingSnapshot(ledger, step=step, head=head, chunk_hashes=tuple(hashes), n=self._n, run_id=run_id)
+        return None
+
+    async def _download_snapshot(self, incoming: IncomingSnapshot, tally: Tally) -> bool:
+        """Whether all of it came, and is in the ledger now."""
+        async with self._downloading:
+            held = await asyncio.to_thread(incoming.open)
+            chunks = range(len(incoming.slices))
+            missing = [chunk for chunk in chunks if chunk not in held]
+            size_mb, share = snapshot_bytes(self._n) / 1e6, len(missing) / len(chunks)
+            log.info(
+                "downloading the snapshot of outer step %d, %.0f %% of %.1f MB", incoming.step, 100 * share, size_mb
+            )
+            self.events.write("phase", phase="download", step=incoming.step)
+            wanted = Chunks(incoming=incoming, timeouts=self.timeouts)
+            donors = self._holders(incoming.step, incoming.digest)
+            download = self._download(wanted, missing, len(chunks), donors)
+            try:
+                if not await download.run():
+                    return False
+            finally:
+                tally.add(download)
+            try:
+                await asyncio.to_thread(self.replica.adopt_snapshot, incoming.path, incoming.digest)
+            except ValueError as error:
+                log.warning("what was downloaded is not what the disk gives back (%s); look at the disk", error)
+                await asyncio.to_thread(remove_incoming, incoming.path.parent)
+                return False
+            return True
+
+    # -- asking ------------------------------------------------------------------------------------------------------
+
+    def _download(self, wanted: Wanted, items: Sequence[int], limit: int, donors: list[Record]) -> Download:
+        return Download(
+            transport=self.transport,
+            protocol=self.protocol,
+            directory=self.directory,
+            timeouts=self.timeouts,
+            wanted=wanted,
+            items=items,
+            limit=limit,
+            donors=donors,
+        )
 
     async def _open(self, peer_id: str) -> Channel:
         return await self.transport.open(peer_id, self.directory.maddrs(peer_id), self.protocol)
-
-    # -- serving -----------------------------------------------------------------------------------------------------
-
-    async def on_ask_heads(self, channel: Channel, message: AskHeads) -> None:
-        """The newest ones, as far back as one leads to the next: what is before a gap leads nowhere."""
-        ledger = self.replica.ledger
-        mine = await asyncio.to_thread(ledger.heads)
-        first = max((step for step in mine if step >= message.since), default=message.since)
-        while first > message.since:
-            before = ledger.header(first - 1)
-            if before is None or (before.parent, before.head) != (mine.get(first - 1), mine[first]):
-                break
-            first -= 1
-        heads = [mine[step] for step in range(first, first + MAX_HEADS) if step in mine]
-        await channel.send(Heads(first=first, heads=heads))
-
-    async def on_ask_update(self, channel: Channel, message: AskUpdate) -> None:
-        header = self.replica.ledger.header(message.step)
-        if header is None or header.head != message.head:
-            await channel.send(No(reason="not in my ledger"))
-            return
-        if self._uploads.locked():
-            await channel.send(No(reason="busy serving others"))
-            return
-        async with self._uploads:
-            data = await asyncio.to_thread(self.replica.ledger.update_bytes, message.step)
-            if data is None:
-                await channel.send(No(reason="found damaged"))
-                return
-            await channel.send_blob(data)
-
-    async def on_ask_snapshot(self, channel: Channel, message: AskSnapshot) -> None:
-        """From the file on disk: training goes on, and a snapshot takes no memory while it is served."""
-        held = [s for s in self.replica.ledger.snapshots() if s.step == message.step and s.digest == message.digest]
-        if not held or message.offset > held[0].size_bytes:
-            await channel.send(No(reason="not in my ledger"))
-            return
-        if self._uploads.locked():
-            await channel.send(No(reason="busy serving others"))
-            return
-        async with self._uploads:
-            await channel.send(Size(size_bytes=held[0].size_bytes))
-            offset = message.offset
-            while offset < held[0].size_bytes:
-                chunk = await asyncio.to_thread(_read, held[0].path, offset)
-                if not chunk:
-                    return
-                await channel.send_frame(chunk)
-                offset += len(chunk)
-
-
-def _append(path: Path, chunk: bytes, size: int) -> None:
-    with disk_errors(path, size), path.open("ab") as file:
-        file.write(chunk)
-
-
-def _read(path: Path, offset: int) -> bytes:
-    """Empty when the file is gone: the ledger was pruned meanwhile, and the joiner will ask for a newer snapshot."""
-    try:
-        with path.open("rb") as file:
-            file.seek(offset)
-            return file.read(CHUNK_BYTES)
-    except FileNotFoundError:
-        return b""

@@ -1,7 +1,7 @@
 """The command line. Checks what the user gave before anything is started, runs one command, and ends in an exit code.
 
-    0    done; or a seed, peer or swarm stopped by Ctrl+C or SIGTERM
-    1    something failed: network, disk, data
+    0    done; or a seed, peer, swarm or monitor stopped by Ctrl+C or SIGTERM
+    1    something failed: network, disk, data; or doctor has found a problem
     2    a flag, file or address that the user can mend
     130, 143    any other command, interrupted
 
@@ -25,8 +25,8 @@ import signal
 import sys
 import tempfile
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -42,7 +42,7 @@ from rich.logging import RichHandler
 
 from p2p_diloco import __version__
 from p2p_diloco.config import cache_folder
-from p2p_diloco.display import MAX_NAME_CHARS, join_line, live_table, plain
+from p2p_diloco.display import MAX_NAME_CHARS, Checklist, join_line, live_table, plain
 from p2p_diloco.errors import LocalError, Stopped, UsageError
 
 if sys.version_info >= (3, 11):
@@ -58,13 +58,15 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 ENVIRONMENT = "P2P_DILOCO_"
-SERVING = {"seed", "peer", "swarm"}
+SERVING = {"seed", "peer", "swarm", "monitor"}
 """Commands that end when the user wants it: to be interrupted is no failure of theirs."""
 STDOUT = Console(highlight=False, soft_wrap=False)
 
 AtLeastOne = Annotated[int, Parameter(validator=Number(gte=1))]
+Probability = Annotated[float, Parameter(validator=Number(gte=0, lt=1))]
 AtLeastZero = Annotated[int, Parameter(validator=Number(gte=0))]
 Flag = Annotated[bool, Parameter(negative="", show_default=False)]
+Patience = Annotated[float, Parameter(validator=Number(gte=0.1, lte=10))]
 Addresses = Annotated[tuple[str, ...], Parameter(consume_multiple=True, negative="", show_default=False)]
 
 
@@ -103,6 +105,12 @@ class NodeOptions:
     """Key file; identity.key in the folder by default."""
     name: Annotated[str, Parameter(show_default=False)] = ""
     """Shown to others beside the peer id."""
+    max_upload: float | None = None
+    """Megabytes per second for what others download to catch up; rounds are not limited."""
+    metrics_addr: Annotated[str, Parameter(show_default=False)] = ""
+    """Serve metrics for Prometheus on this port of this machine alone, or on HOST:PORT; 0.0.0.0:9100 is for all."""
+    patience: Patience = 1.0
+    """Factor on every time-out, 0.1 to 10: below 1 in a fast network, above 1 over slow links."""
     config: Path | None = None
     """TOML file with options of this command."""
 
@@ -200,12 +208,14 @@ def seed(
     RunSpec.load(run_file)
     config = peer_config(node, "seed", initial_peers)
 
+    from p2p_diloco.config import Timeouts
     from p2p_diloco.genesis import start_run
     from p2p_diloco.swarm import Swarm
     from p2p_diloco.train import stop_signals
 
     manifest_path = start_run(run_file, config.folder, Identity.load_or_create(config.identity_path))
-    with stop_signals(), Swarm.join(config, role="seed", manifest_path=manifest_path) as swarm:
+    timeouts = Timeouts().scaled(node.patience)
+    with stop_signals(), Swarm.join(config, timeouts=timeouts, role="seed", manifest_path=manifest_path) as swarm:
         log.info("serving run %s from %s", swarm.manifest.run_id, swarm.folder)
         print_join_line(swarm)
         with live_table(swarm, STDOUT):
@@ -221,6 +231,7 @@ def peer(
     device: str = "auto",
     threads: AtLeastOne | None = None,
     data: Path | None = None,
+    drop: Probability = 0.0,
     node: NodeOptions = NODE,
     output: Output = OUTPUT,
 ) -> None:
@@ -240,6 +251,8 @@ def peer(
         Of the CPU, for training.
     data
         Own text to train on, for runs without built-in text: a file or folder.
+    drop
+        Probability that a contribution is dropped: for experiments.
     """
     require(initial_peers)
     check_run_id(run_id)
@@ -247,20 +260,31 @@ def peer(
         raise UsageError(f"--data {data}: no such file or folder")
     config = peer_config(node, "peer", initial_peers, run_id=run_id, client_mode=client_mode)
 
+    from p2p_diloco.config import Timeouts
     from p2p_diloco.model import pick_device
     from p2p_diloco.swarm import Swarm
     from p2p_diloco.train import TrainConfig, stop_signals, train
 
     pick_device(device)
     log.info("looking for the run at %s", ", ".join(initial_peers))
-    with stop_signals() as stop, Swarm.join(config) as swarm:
+    with stop_signals() as stop, Swarm.join(config, timeouts=Timeouts().scaled(node.patience)) as swarm:
         print_join_line(swarm)
         with live_table(swarm, STDOUT):
-            train(swarm, TrainConfig(device=device, threads=threads, data=data), stop)
+            train(swarm, TrainConfig(device=device, threads=threads, data=data, drop=drop), stop)
 
 
 @app.command(sort_key=3)
-def swarm(run_file: Path, /, *, peers: AtLeastOne, folder: Path | None = None, output: Output = OUTPUT) -> int:
+def swarm(
+    run_file: Path,
+    /,
+    *,
+    peers: AtLeastOne,
+    folder: Path | None = None,
+    drop: Probability = 0.0,
+    faults: Path | None = None,
+    patience: Patience = 1.0,
+    output: Output = OUTPUT,
+) -> int:
     """Run a seed and several peers on this machine, to look and to test.
 
     Parameters
@@ -271,10 +295,26 @@ def swarm(run_file: Path, /, *, peers: AtLeastOne, folder: Path | None = None, o
         How many of them train.
     folder
         Everything that they write, and the trained model; a new folder in runs/ by default.
+    drop
+        Probability that a peer's contribution to an outer step is dropped, as in the paper's ablation.
+    faults
+        FAULTS.toml: what shall happen to whom, and when; Linux only.
+    patience
+        Factor on every time-out, 0.1 to 10.
     """
+    from p2p_diloco import namespaces
+    from p2p_diloco.children import names_of
+    from p2p_diloco.faults import FaultPlan
     from p2p_diloco.local import run_local
 
-    return run_local(run_file, peers=peers, folder=folder)
+    plan = FaultPlan() if faults is None else FaultPlan.load(faults, names_of(peers))
+    if faults is not None and sys.platform != "linux":
+        raise UsageError("--faults needs Linux")
+    if plan.cuts:
+        if (why := namespaces.why_not()) is not None:
+            raise UsageError(f"{faults}: cut needs network namespaces: {why}")
+        namespaces.as_root(*sys.argv[1:])
+    return run_local(run_file, peers=peers, folder=folder, drop=drop, patience=patience, plan=plan)
 
 
 @app.command(sort_key=4)
@@ -312,6 +352,48 @@ def status(
 
 
 @app.command(sort_key=5)
+def monitor(
+    *,
+    initial_peers: Addresses = (),
+    run_id: str | None = None,
+    listen: str = "127.0.0.1:9200",
+    private_targets: Annotated[bool, Parameter(negative="", show_default=False)] = False,
+    folder: Path | None = None,
+    output: Output = OUTPUT,
+) -> None:
+    """Follow a running swarm: metrics of everybody for Prometheus, and a status page.
+
+    Parameters
+    ----------
+    initial_peers
+        Address of any peer that is in the run now; several are better.
+    run_id
+        Which run, where there are several.
+    listen
+        Port or HOST:PORT to serve on; a port is for this machine alone, 0.0.0.0:9200 is for all.
+    private_targets
+        List peers at private addresses and host names for Prometheus, too: for a swarm in a network of your own.
+    folder
+        Identity of the monitor, and its history of the run.
+    """
+    require(initial_peers)
+    check_run_id(run_id)
+
+    from p2p_diloco.config import PeerConfig
+    from p2p_diloco.endpoint import Endpoint
+
+    endpoint = Endpoint.parse(listen, "--listen")
+    endpoint.check_free("--listen")
+    config = PeerConfig(
+        folder=own_folder(folder, "monitor"), initial_peers=tuple(initial_peers), run_id=run_id, client_mode=True
+    )
+
+    from p2p_diloco.monitor import run_monitor
+
+    run_monitor(config, endpoint, private_targets=private_targets)
+
+
+@app.command(sort_key=6)
 def export(
     *,
     to: Path,
@@ -352,7 +434,7 @@ def export(
     print(f"{to}: outer step {state.step} of run {manifest.spec.name} {manifest.run_id}, head {state.head.hex()}")
 
 
-@app.command(sort_key=6)
+@app.command(sort_key=7)
 def sample(
     *,
     export: Path | None = None,
@@ -404,7 +486,7 @@ def sample(
     print()
 
 
-@app.command(sort_key=7)
+@app.command(sort_key=8)
 def manifest(
     source: Path | None = None,
     /,
@@ -446,6 +528,76 @@ def manifest(
         show(facts_of(read_manifest(find_run(source, run_id) if source.is_dir() else source)))
 
 
+@app.command(sort_key=8)
+def doctor(
+    *,
+    initial_peers: Addresses = (),
+    run_id: str | None = None,
+    client_mode: Flag = False,
+    host_maddrs: Addresses = ("/ip4/0.0.0.0/tcp/0",),
+    announce_maddrs: Addresses = (),
+    device: str = "auto",
+    threads: AtLeastOne | None = None,
+    data: Path | None = None,
+    folder: Path | None = None,
+    as_json: Annotated[bool, Parameter(name="--json", negative="", show_default=False)] = False,
+    output: Output = OUTPUT,
+) -> int:
+    """Check, before or instead of joining, whether this machine can train in a run: give it the options of peer.
+
+    Parameters
+    ----------
+    initial_peers
+        Address of any peer that is in the run now; several are better.
+    run_id
+        Which run, where there are several.
+    client_mode
+        Accept no connections: for a peer that nobody can reach.
+    host_maddrs
+        Where the peer would listen.
+    announce_maddrs
+        What others would dial, where it differs from that.
+    device
+        auto, cpu, cuda, cuda:1 or mps.
+    threads
+        Of the CPU, for training.
+    data
+        Own text to train on: a file or folder.
+    folder
+        Where the peer would keep its ledger.
+    as_json
+        One JSON object on stdout, at the end.
+    """
+    require(initial_peers)
+    check_run_id(run_id)
+    check_listening(host_maddrs, announce_maddrs)
+
+    from p2p_diloco.config import Timeouts, default_folder
+    from p2p_diloco.doctor import as_json as json_of
+
+    with Checklist(None if as_json else STDOUT) as checklist:
+        checklist.measure("starting")
+        with undisturbed():
+            from p2p_diloco.checkup import Checkup, Request
+
+        request = Request(
+            initial_peers=tuple(maddr.strip() for maddr in initial_peers),
+            folder=folder or default_folder() / "peer",
+            run_id=run_id,
+            client_mode=client_mode,
+            host_maddrs=host_maddrs,
+            announce_maddrs=announce_maddrs,
+            device=device,
+            threads=threads,
+            data=data,
+        )
+        checkup = Checkup(request=request, checklist=checklist, timeouts=Timeouts())
+        run_cancellable(checkup.go())
+    if as_json:
+        print(json.dumps(json_of(checkup.manifest.run_id if checkup.manifest else "", checklist.findings)))
+    return checklist.conclude()
+
+
 # -- their parts -------------------------------------------------------------------------------------------------------
 
 
@@ -458,6 +610,18 @@ def require(initial_peers: Sequence[str]) -> None:
         )
     for maddr in initial_peers:
         check_maddr(maddr)
+
+
+def check_listening(host_maddrs: Sequence[str], announce_maddrs: Sequence[str]) -> None:
+    """Raises UsageError for addresses at which no machine could listen, or be dialled."""
+    from p2p_diloco.addresses import parse_host_maddr, parse_maddr
+
+    for maddr in announce_maddrs:
+        parse_maddr(maddr)
+    if not host_maddrs:
+        raise UsageError("--host-maddrs is empty: give an address to listen on, like /ip4/0.0.0.0/tcp/4001")
+    for maddr in host_maddrs:
+        parse_host_maddr(maddr)
 
 
 def check_run_id(run_id: str | None) -> None:
@@ -474,27 +638,25 @@ def peer_config(
     client_mode: bool = False,
 ) -> PeerConfig:
     """Raises UsageError for whatever can be seen to be wrong before anything is started."""
-    from p2p_diloco.addresses import check_host_maddrs, check_maddr, parse_maddr
-    from p2p_diloco.config import PeerConfig, default_folder
+    from p2p_diloco.addresses import check_host_maddrs, check_maddr
+    from p2p_diloco.config import MIN_UPLOAD_BYTES_PER_S, PeerConfig
+    from p2p_diloco.endpoint import METRICS_FLAG, Endpoint
 
     for maddr in initial_peers:
         check_maddr(maddr)
-    for maddr in node.announce_maddrs:
-        parse_maddr(maddr)
-    if not node.host_maddrs:
-        raise UsageError("--host-maddrs is empty: give an address to listen on, like /ip4/0.0.0.0/tcp/4001")
+    check_listening(node.host_maddrs, node.announce_maddrs)
     if not client_mode:
         check_host_maddrs(node.host_maddrs)
     if len(node.name) > MAX_NAME_CHARS:
         raise UsageError(f"--name {node.name}: longer than {MAX_NAME_CHARS} characters")
-    folder = default_folder() / kind if node.folder is None else node.folder
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
-    except OSError as error:
-        raise UsageError(f"--folder {folder}: cannot be written ({error.strerror}); choose another") from error
+    max_upload = None if node.max_upload is None else 1e6 * node.max_upload
+    if max_upload is not None and not MIN_UPLOAD_BYTES_PER_S <= max_upload < math.inf:
+        least = MIN_UPLOAD_BYTES_PER_S / 1e6
+        raise UsageError(f"--max-upload {node.max_upload:g}: give megabytes per second, {least:g} or more")
+    if node.metrics_addr:
+        Endpoint.parse(node.metrics_addr, METRICS_FLAG).check_free(METRICS_FLAG)
     return PeerConfig(
-        folder=folder,
+        folder=own_folder(node.folder, kind),
         initial_peers=tuple(initial_peers),
         host_maddrs=node.host_maddrs,
         announce_maddrs=node.announce_maddrs,
@@ -504,7 +666,22 @@ def peer_config(
         identity=node.identity,
         run_id=run_id,
         name=node.name,
+        max_upload_bytes_per_s=max_upload,
+        metrics_addr=node.metrics_addr,
     )
+
+
+def own_folder(folder: Path | None, kind: str) -> Path:
+    """``folder``, or the default one of this kind, made. Raises UsageError when it cannot be written."""
+    from p2p_diloco.config import default_folder
+
+    folder = default_folder() / kind if folder is None else folder
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise UsageError(f"--folder {folder}: cannot be written ({error.strerror}); choose another") from error
+    return folder
 
 
 def print_join_line(swarm: Swarm) -> None:
@@ -653,6 +830,46 @@ def interruptible() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
+@contextmanager
+def undisturbed() -> Iterator[list[int]]:
+    """Signals wait until the end of the block: for imports. An exception in the midst of torch's, which is also
+    hivemind's, ends the process with a page of C++. Yields those that wait."""
+    waiting: list[int] = []
+    before = {
+        number: signal.signal(number, lambda received, _frame: waiting.append(received))
+        for number in (signal.SIGINT, signal.SIGTERM)
+    }
+    try:
+        yield waiting
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if waiting:
+        signal.raise_signal(waiting[0])
+
+
+def run_cancellable(work: Coroutine[Any, Any, None]) -> None:
+    """As ``asyncio.run``, but a signal cancels ``work`` and comes through when that has tidied up: KeyboardInterrupt in
+    the midst of the loop's own work may lose a process that is being started."""
+    import asyncio
+
+    async def cancellable(waiting: list[int]) -> None:
+        loop, task = asyncio.get_running_loop(), asyncio.current_task()
+        assert task is not None
+
+        def on_signal(number: int, _frame: FrameType | None) -> None:
+            waiting.append(number)
+            if not loop.is_closed():
+                loop.call_soon_threadsafe(task.cancel)
+
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, on_signal)
+        await work
+
+    with undisturbed() as waiting, suppress(asyncio.CancelledError):
+        asyncio.run(cancellable(waiting))
+
+
 def interrupted(command: str, received: Sequence[int]) -> int:
     return 0 if command in SERVING else 128 + (received[-1] if received else signal.SIGINT)
 
@@ -681,5 +898,6 @@ def set_up_logging(command: str, *, verbose: bool) -> None:
         handler = logging.StreamHandler()
         handler.setFormatter(PlainFormatter("%(asctime)s %(levelname)s %(message)s"))
     logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
-    logging.getLogger("p2p_diloco").setLevel(logging.DEBUG if verbose else logging.INFO)
+    quietly = logging.ERROR if command == "doctor" else logging.INFO  # its findings say it all
+    logging.getLogger("p2p_diloco").setLevel(logging.DEBUG if verbose else quietly)
     logging.captureWarnings(True)

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import platformdirs
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
+
+MIN_UPLOAD_BYTES_PER_S = 100_000.0
+"""A donor that sent more slowly would be taken for gone before a chunk of 1 MiB is through."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,22 +21,26 @@ class Timeouts:
     """Until a stream to a peer is open."""
     request_s: float = 10.0
     """For one small answer: a manifest, a record, a list of heads."""
-    write_s: float = 10.0
-    """Until a peer takes what we write."""
+    write_s: float = 15.0
+    """Until a peer takes what we write: longer than ``part_s``, since a reducer reads no further while it waits."""
     part_s: float = 10.0
     """How long a reducer waits for one sender's next part."""
     reduced_part_s: float = 25.0
     """How long a sender waits for a reducer's next part: longer than ``part_s``, since a reducer waits for others."""
     settle_s: float = 10.0
-    """How long a leader waits for receipts, and a member for the commit beyond that."""
-    round_s: float = 30.0
+    """How long a leader waits for receipts, and then for the commit to be taken."""
+    round_s: float = 60.0
     """For reduce and settle together, beyond ``min_rate_bytes_per_s``."""
     min_rate_bytes_per_s: float = 32_768.0
-    """A round or a download may take this much longer for every byte it moves."""
+    """A round may take this much longer for every byte it moves."""
+    slow_rate_bytes_per_s: float = 500_000.0
+    """What a first donor that is slower than this owes is asked from another one, too, when there is nothing else."""
     dht_s: float = 5.0
     """One look-up or store in the DHT."""
     first_message_s: float = 10.0
     """An accepted stream that says nothing for this long is closed."""
+    probe_s: float = 20.0
+    """For all that one peer measures with us on one stream: a dial back, or some transfers."""
     p2pd_start_s: float = 60.0
     discover_s: float = 30.0
     """How long a new peer looks for a run at the addresses it was given."""
@@ -51,7 +59,8 @@ class Timeouts:
 
     def scaled(self, factor: float) -> Timeouts:
         waits = {name: wait_s * factor for name, wait_s in vars(self).items()}
-        return Timeouts(**waits | {"min_rate_bytes_per_s": self.min_rate_bytes_per_s / factor})
+        rates = {name: rate / factor for name, rate in vars(self).items() if name.endswith("_bytes_per_s")}
+        return Timeouts(**waits | rates)
 
 
 class PeerConfig(BaseModel):
@@ -78,6 +87,10 @@ class PeerConfig(BaseModel):
     """Join this run and no other."""
     name: str = ""
     """Shown to others beside the peer id."""
+    max_upload_bytes_per_s: Annotated[float, Field(ge=MIN_UPLOAD_BYTES_PER_S, allow_inf_nan=False)] | None = None
+    """For all that others download from this peer to catch up, together. Rounds are not limited."""
+    metrics_addr: str = ""
+    """Where metrics are served to Prometheus, as ``endpoint`` parses it; nowhere, if empty."""
 
     @property
     def identity_path(self) -> Path:

@@ -6,7 +6,7 @@ Both ends are ours, so nothing is checked beyond the name; the end of the stream
         start       config, timeouts, role, manifest_path (a seed's; else null)     once, first
         begin       planned (inner steps)                                           answered by begun
         progress    inner_step, planned, step_s, loss, tokens, tokens_per_s         after every inner step
-        outer_step  tokens                                                         answered by result
+        outer_step  tokens, dropped (offer nothing), pace (tokens per second)      answered by result
         stall       step, seconds
         evaluated   step, held_out_loss, tokens, seconds
         leave       reason                                                         answered by left

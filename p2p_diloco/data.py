@@ -231,6 +231,18 @@ def open_corpus(
     return corpus
 
 
+def builtin_fingerprint() -> str:
+    """As in ``Corpus``, without tokenizing anything: reads 46 MB. Raises DataError."""
+    h = blake2b(digest_size=32)
+    for document in builtin_documents(*builtin_files()):
+        h.update(document_digest(document))
+    return h.hexdigest()
+
+
+def document_digest(document: Document) -> bytes:
+    return digest(document.name.encode(), document.text.encode("utf-8", "replace"))
+
+
 class TokenFile:
     """Tokens of one side of the split, tokenized about a million characters at a time."""
 
@@ -278,7 +290,7 @@ def build(
         ):
             for document in documents:
                 if fingerprinted:
-                    h.update(digest(document.name.encode(), document.text.encode("utf-8", "replace")))
+                    h.update(document_digest(document))
                 (other if is_held_out(document.name, held_out) else train).add(document)
             fingerprint = h.hexdigest() if fingerprinted else ""
             facts = {"train": train.finish(), "held_out": other.finish(), "fingerprint": fingerprint}

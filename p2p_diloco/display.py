@@ -1,4 +1,5 @@
-"""What a peer shows in a terminal: where it stands, and a table of everybody; also the table of ``status``.
+"""What a peer shows in a terminal: where it stands, and a table of everybody; also the table of ``status``, and the
+findings of ``doctor``.
 
 What others say about themselves (names above all) is shown as text and nothing else: no markup, no control characters,
 no marks that turn the direction of writing. Everything fits into 80 columns.
@@ -16,8 +17,11 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.progress_bar import ProgressBar
+from rich.status import Status
 from rich.table import Table
 from rich.text import Text
+
+from p2p_diloco.doctor import Finding, exit_code
 
 if TYPE_CHECKING:
     from p2p_diloco.swarm import Swarm
@@ -162,6 +166,70 @@ def peers_table(rows: Sequence[Row], *, head: str, width: int, most: int, own: b
     if any(row["head"] != head for row in rows[int(own) : most]):
         notes.append("≠ on another head")
     return Group(table, Text("; ".join(notes), style="dim")) if notes else table
+
+
+MARKS = {"ok": ("✓", "green"), "warning": ("!", "yellow"), "problem": ("✗", "red")}
+WHAT_COLUMNS = 12
+
+
+class Checklist:
+    """Findings as they come. On a terminal with marks, the remedy on a line of its own, and below them what is being
+    measured; elsewhere one plain line each. ``console`` None keeps silent."""
+
+    def __init__(self, console: Console | None) -> None:
+        self.findings: list[Finding] = []
+        self.measuring = ""
+        self._console = console
+        self._status: Status | None = None
+
+    def __enter__(self) -> Checklist:
+        if self._console is not None and self._console.is_terminal:
+            self._status = self._console.status("")
+            self._status.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._status is not None:
+            self._status.stop()
+
+    def measure(self, what: str) -> None:
+        """``what`` is being measured from now on: said while one waits for it."""
+        self.measuring = what
+        if self._status is not None:
+            self._status.update(Text(what, style="dim"))
+
+    def add(self, finding: Finding) -> None:
+        self.findings.append(finding)
+        if self._console is None:
+            return
+        if not self._console.is_terminal:
+            self._print(f"{finding.kind:<8} {finding.what:<{WHAT_COLUMNS}} {plain(finding.line)}")
+            return
+        mark, style = MARKS[finding.kind]
+        row = Table.grid(padding=(0, 1))
+        row.add_column(width=1)
+        row.add_column(width=WHAT_COLUMNS)
+        row.add_column(overflow="fold")
+        row.add_row(Text(mark, style=style), Text(finding.what, style="bold"), Text(plain(finding.measured)))
+        if finding.remedy:
+            row.add_row("", "", Text(f"→ {plain(finding.remedy)}", style=style))
+        self._console.print(row)
+
+    def conclude(self) -> int:
+        """Say it all in one line; the exit code."""
+        code = exit_code(self.findings)
+        problems = sum(finding.kind == "problem" for finding in self.findings)
+        said = f"{problems} problem{'s' if problems > 1 else ''} to mend" if problems else "this machine can train"
+        if self._console is not None and self._console.is_terminal:
+            self._console.print(Text(f"\n{said}", style="bold red" if problems else "bold green"))
+        elif self._console is not None:
+            self._print(said)
+        return code
+
+    def _print(self, line: str) -> None:
+        """However long, one line."""
+        if self._console is not None:
+            self._console.print(Text(line), soft_wrap=True)
 
 
 def label(row: Row) -> str:

@@ -6,6 +6,7 @@ Two roots, so that a reader of an ``except`` knows whose fault it is::
      +-- UsageError            a flag, file or address that the user can mend        exit code 2
      +-- DataError             text, tokenizer or token file                         exit code 1
      +-- LedgerError           the ledger cannot be read or written                  exit code 1
+     |    +-- Gap              its files do not lead there; another peer's may
      +-- NetworkError          we cannot start, reach or keep our network side       exit code 1
      +-- Stopped               the user, or the end of the run, asked us to leave    exit code 0
     RemoteError                a peer's: never ends our process; names the peer
@@ -33,6 +34,10 @@ class DataError(LocalError):
 
 
 class LedgerError(LocalError):
+    pass
+
+
+class Gap(LedgerError):
     pass
 
 

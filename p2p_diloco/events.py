@@ -4,11 +4,18 @@ Every event has ``event``, ``wall_s`` (Unix time) and ``mono_s`` (seconds of a c
 
     started     peer_id, pid, run_id, run_name, role, version, maddrs
     joined      step, head, from_step (null for a newcomer), snapshot, seconds
+    phase       phase, step          a phase of the peer's record begins; or "snapshot": one is being written,
+                                     "download": one is being fetched, "serve": updates or a snapshot are being sent
+                                     (once a stream)
     inner       step, inner_step, planned, loss, tokens, tokens_per_s          about once a second, and at the last one
     round       step, committed, reason, detail, group, lost, head (after it), gather_s, reduce_s, settle_s, apply_s,
                 bytes_sent, bytes_received                                      one per attempt
+                and, if committed, contribution_norm, update_norm, cosine (of ``alignment``)
     stall       step, seconds        from the end of the last inner step to the start of the next, after an outer step
-    caught_up   from_step, to_step, rolled_back, snapshot, bytes_received, seconds
+    caught_up   from_step, to_step, rolled_back, snapshot, bytes_received, donors, seconds
+    repaired    what ("state", "snapshot", "update"), step (where a state or snapshot stands, which an update ends), how
+                ("replayed" from other files, "fetched" from a peer, "rewritten": a fresh snapshot stands in for it)
+    disputed    step, others: peers that came the same way, but whose state has other bits there
     evaluated   step, held_out_loss (null: not finite), tokens, seconds
     left        step, head, reason
 
@@ -17,15 +24,19 @@ Heads are hex. Losses are nats per token.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import time
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
 from p2p_diloco.errors import LedgerError
+from p2p_diloco.totals import Totals
 
 EVENTS_FILE = "events.jsonl"
+Event = dict[str, Any]
 
 
 class EventLog:
@@ -33,6 +44,8 @@ class EventLog:
 
     def __init__(self, folder: Path) -> None:
         self.path = folder / EVENTS_FILE
+        self.totals = Totals()
+        """Of what has been written since this log was opened."""
         try:
             folder.mkdir(parents=True, exist_ok=True)
             self._file: IO[str] = self.path.open("a", encoding="utf-8", buffering=1)
@@ -47,6 +60,7 @@ class EventLog:
             self._file.write(json.dumps(line, allow_nan=False) + "\n")
         except OSError as error:
             raise LedgerError(f"{self.path}: cannot be written ({error.strerror})") from error
+        self.totals.add(line)
 
     def close(self) -> None:
         self._file.close()
@@ -60,14 +74,35 @@ def _cut_short(path: Path) -> bool:
         return file.read() not in (b"", b"\n")
 
 
-def read_events(path: Path) -> list[dict[str, Any]]:
+class EventTail:
+    """The event log below a peer's folder, read while it grows."""
+
+    def __init__(self, folder: Path) -> None:
+        self.log: list[Event] = []
+        """All that has been read, oldest first."""
+        self._folder = folder
+        self._path: Path | None = None
+        self._read_bytes = 0
+
+    def read(self) -> None:
+        """What has been written since the last call, in whole lines; one that a crash cut is left out."""
+        if self._path is None:
+            self._path = next(self._folder.glob(f"*/{EVENTS_FILE}"), None)
+            if self._path is None:
+                return
+        with self._path.open("rb") as file:
+            file.seek(self._read_bytes)
+            whole, newline, _ = file.read().rpartition(b"\n")
+        self._read_bytes += len(whole) + len(newline)
+        self.log += parsed(whole.split(b"\n"))
+
+
+def parsed(lines: Iterable[bytes]) -> Iterator[Event]:
+    for line in lines:
+        with contextlib.suppress(ValueError):
+            yield json.loads(line)
+
+
+def read_events(path: Path) -> list[Event]:
     """All whole lines; the one that is being written, or was cut by a crash, is left out."""
-    if not path.exists():
-        return []
-    events = []
-    for line in path.read_bytes().split(b"\n")[:-1]:
-        try:
-            events.append(json.loads(line))
-        except ValueError:
-            continue
-    return events
+    return list(parsed(path.read_bytes().split(b"\n")[:-1])) if path.exists() else []

@@ -16,7 +16,7 @@ import os
 import sys
 import threading
 import time
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Collection
 from itertools import islice
 from pathlib import Path
@@ -37,7 +37,9 @@ from hivemind.utils.logging import use_hivemind_log_handler
 from hivemind.utils.timed_storage import ValueWithExpiration, get_dht_time
 
 from p2p_diloco import guard
-from p2p_diloco.records import MAX_RECORD_LIFE_S, open_record, unpack_plain
+from p2p_diloco.quota import Quota
+from p2p_diloco.records import MAX_RECORD_LIFE_S, Fault, Unsound, open_record, unpack_plain
+from p2p_diloco.traffic import Traffic
 
 logger = logging.getLogger(__name__)
 p2pd_logger = logging.getLogger("p2p_diloco.p2pd")
@@ -58,7 +60,6 @@ MAX_FIND_KEYS = 1
 """Our own look-ups ask for one key at a time; every further one would add a full dictionary to the answer."""
 REQUESTS_PER_S = 20.0
 REQUEST_BURST = 100.0
-MAX_RATED_PEERS = 4096
 MAX_VERIFIED = 4096
 EXPIRATION_TOLERANCE_S = 1.0
 
@@ -177,9 +178,10 @@ def quieten_logging() -> None:
     os.environ.setdefault("GOLOG_LOG_LEVEL", "error")
 
 
-def guarded_p2p(socket_folder: Path, relay_service: bool) -> Any:
+def guarded_p2p(socket_folder: Path, relay_service: bool, traffic: Traffic) -> Any:
     """hivemind's P2P, with p2pd under our guard, sockets in a folder that is ours alone (stock: the world's temporary
-    folder), no service as a relay for strangers unless asked for, and p2pd's output in the log at debug level.
+    folder), no service as a relay for strangers unless asked for, and p2pd's output in the log at debug level. What the
+    DHT asks and answers is counted in ``traffic``.
 
     p2pd is TCP only when all that it listens on is: its -quic flag has no effect."""
 
@@ -194,6 +196,21 @@ def guarded_p2p(socket_folder: Path, relay_service: bool) -> Any:
         @staticmethod
         def _log_p2pd_message(line: str) -> None:
             p2pd_logger.debug("%s", line)
+
+        async def call_protobuf_handler(self, peer_id: PeerID, name: str, input: Any, output_protobuf_type: Any) -> Any:
+            traffic.sent["dht"] += input.ByteSize()
+            answer = await super().call_protobuf_handler(peer_id, name, input, output_protobuf_type)
+            traffic.received["dht"] += answer.ByteSize()
+            return answer
+
+        async def add_protobuf_handler(self, name: str, handler: Any, input_protobuf_type: Any, **options: Any) -> None:
+            async def counted(request: Any, context: P2PContext) -> Any:
+                traffic.received["dht"] += request.ByteSize()
+                answer = await handler(request, context)
+                traffic.sent["dht"] += answer.ByteSize()
+                return answer
+
+            await super().add_protobuf_handler(name, counted, input_protobuf_type, **options)
 
     return GuardedP2P
 
@@ -213,21 +230,28 @@ class RecordValidator(RecordValidatorBase):  # type: ignore[misc]
     def __init__(self) -> None:
         self._allowed: set[bytes] = set()
         self._expires_s: OrderedDict[tuple[bytes, bytes], float] = OrderedDict()
+        self.rejected: Counter[Fault] = Counter()
+        """Under keys that were allowed: how many records were refused, by fault."""
 
     def allow(self, key: str) -> None:
         self._allowed.add(DHTID.generate(source=key).to_bytes())
 
     def validate(self, record: DHTRecord) -> bool:
         """Never raises: hivemind would lose the exception, and with it a search that then never ends."""
-        try:
-            return self._is_sound(record)
-        except Exception as error:
-            logger.debug("record refused: %s", error)
-            return False
-
-    def _is_sound(self, record: DHTRecord) -> bool:
         if record.key not in self._allowed:
             return False
+        fault: Fault = "other"
+        try:
+            if self._is_sound(record):
+                return True
+        except Unsound as error:
+            fault = error.fault
+        except Exception as error:
+            logger.debug("record refused: %s", error)
+        self.rejected[fault] += 1
+        return False
+
+    def _is_sound(self, record: DHTRecord) -> bool:
         if not abs(record.expiration_time - time.time()) <= MAX_RECORD_LIFE_S:  # not NaN either
             return False
         entry = (record.subkey, record.value)
@@ -244,24 +268,6 @@ class RecordValidator(RecordValidatorBase):  # type: ignore[misc]
                 self._expires_s.popitem(last=False)
         self._expires_s.move_to_end(entry)
         return bool(abs(expires_s - record.expiration_time) <= EXPIRATION_TOLERANCE_S)
-
-
-class Rates:
-    """A token bucket per peer; the peers that were quiet longest are forgotten."""
-
-    def __init__(self, per_s: float, burst: float) -> None:
-        self._per_s = per_s
-        self._burst = burst
-        self._buckets: OrderedDict[str, tuple[float, float]] = OrderedDict()
-
-    def take(self, peer_id: str, now_s: float) -> bool:
-        tokens, then_s = self._buckets.pop(peer_id, (self._burst, now_s))
-        tokens = min(self._burst, tokens + (now_s - then_s) * self._per_s)
-        allowed = tokens >= 1
-        self._buckets[peer_id] = (tokens - allowed, now_s)
-        if len(self._buckets) > MAX_RATED_PEERS:
-            self._buckets.popitem(last=False)
-        return allowed
 
 
 class RecordStorage(DHTLocalStorage):  # type: ignore[misc]
@@ -298,8 +304,8 @@ class HardenedDHTProtocol(DHTProtocol):  # type: ignore[misc]
 
     def __init__(self, *, _initialized_with_create: bool = False) -> None:
         super().__init__(_initialized_with_create=_initialized_with_create)
-        self._requests = Rates(REQUESTS_PER_S, REQUEST_BURST)
-        self._pings = Rates(2 * REQUESTS_PER_S, 2 * REQUEST_BURST)
+        self._requests = Quota(REQUESTS_PER_S, REQUEST_BURST)
+        self._pings = Quota(2 * REQUESTS_PER_S, 2 * REQUEST_BURST)
 
     async def rpc_ping(self, request: dht_pb2.PingRequest, context: P2PContext) -> dht_pb2.PingResponse:
         """Answers those over the limit, or with a node id that is not theirs, without remembering them. Does not

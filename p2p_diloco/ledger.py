@@ -16,6 +16,7 @@ import itertools
 import logging
 import os
 import shutil
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,7 +25,6 @@ from p2p_diloco.outer import (
     OuterState,
     Update,
     UpdateHeader,
-    apply,
     max_update_start_bytes,
     open_update,
     update_from_bytes,
@@ -35,7 +35,6 @@ from p2p_diloco.snapshot import (
     SnapshotInfo,
     check_snapshot,
     disk_errors,
-    read_snapshot,
     save_snapshot,
     snapshot_bytes,
     sync,
@@ -66,11 +65,13 @@ class Ledger:
         run_id: str = "",
     ) -> None:
         """``lr``, ``momentum``: the outer optimizer's. ``run_id`` goes into every snapshot; another one is foreign."""
-        self.folder = folder
+        self.folder, self.n, self.codec, self.lr, self.momentum, self.run_id = folder, n, codec, lr, momentum, run_id
         self.quarantined: list[Path] = []
         """Files found damaged or foreign since opening, where they are now."""
-        self._n, self._codec, self._lr, self._momentum = n, codec, lr, momentum
-        self._snapshot_every, self._keep_snapshots, self._run_id = snapshot_every, keep_snapshots, run_id
+        self.lost_snapshots: dict[int, SnapshotInfo] = {}
+        self.lost_updates: dict[int, UpdateHeader] = {}
+        """Outer step -> what has been found damaged or gone since opening, and ought to be there."""
+        self._snapshot_every, self._keep_snapshots = snapshot_every, keep_snapshots
         self._headers: dict[int, UpdateHeader] = {}
         self._snapshots: dict[int, SnapshotInfo] = {}
         with disk_errors(folder):
@@ -83,9 +84,10 @@ class Ledger:
             for path in sorted((folder / "snapshots").glob("*.safetensors")):
                 self._open_snapshot(path)
 
-    def snapshot_due(self, step: int) -> bool:
-        """At the same steps on every peer, so that a joiner finds several donors of one snapshot."""
-        return step % self._snapshot_every == 0
+    def newest_due(self, step: int) -> int:
+        """The last outer step up to ``step`` at which a snapshot is due: the same ones on every peer, so that a joiner
+        finds several donors of one snapshot."""
+        return step - step % self._snapshot_every
 
     def snapshots(self) -> list[SnapshotInfo]:
         """Newest last."""
@@ -94,6 +96,9 @@ class Ledger:
 
     def header(self, step: int) -> UpdateHeader | None:
         return self._headers.get(step)
+
+    def update_path(self, step: int) -> Path:
+        return self.folder / "updates" / f"{step:010d}.update"
 
     def heads(self) -> dict[int, bytes]:
         """Every outer step that this ledger can lead to, and its head."""
@@ -106,10 +111,26 @@ class Ledger:
                 heads[step] = head
         return heads
 
+    def way_to(self, step: int, head: bytes) -> tuple[SnapshotInfo, list[UpdateHeader]] | None:
+        """The newest snapshot from which updates lead to ``head`` at outer step ``step``, and those updates."""
+        for snapshot in reversed(self.snapshots()):
+            updates, at = list[UpdateHeader](), (snapshot.step, snapshot.head)
+            while at[0] < step and (header := self._headers.get(at[0])) is not None and header.parent == at[1]:
+                updates.append(header)
+                at = (header.step + 1, header.head)
+            if at == (step, head):
+                return snapshot, updates
+        return None
+
     def update_bytes(self, step: int) -> bytes | None:
         """The update that leads from ``step`` to ``step + 1``, to be served: verified at every call."""
         checked = self._read_update(step)
         return checked[0] if checked else None
+
+    def update(self, step: int) -> Update | None:
+        """The update that leads from ``step`` to ``step + 1``, verified."""
+        checked = self._read_update(step)
+        return checked[1] if checked else None
 
     def append(self, update: Update) -> None:
         """Durable on return. A history that contradicts the update is abandoned. ValueError: of another model."""
@@ -119,7 +140,7 @@ class Ledger:
             return
         pieces = update_pieces(update)
         size = sum(len(piece) for piece in pieces)
-        open_update(b"".join(pieces[:4]), size, n=self._n, codec=self._codec)  # refuse what opening would quarantine
+        open_update(pieces[0], size, n=self.n, codec=self.codec)  # refuse what opening would quarantine
         snapshot = self._snapshots.get(step + 1)
         if (
             held is not None
@@ -127,26 +148,33 @@ class Ledger:
             or (snapshot is not None and snapshot.head != header.head)
         ):
             self.truncate(step)
-        write_whole(self._update_path(step), pieces, size)
+        write_whole(self.update_path(step), pieces, size)
         self._headers[step] = header
+        self.lost_updates.pop(step, None)
 
     def write_snapshot(self, state: OuterState) -> None:
         """Durable on return; then prunes. ``state`` must not change meanwhile."""
-        digest = state.digest()
         held = self._snapshots.get(state.step)
-        if held is not None and held.digest == digest:
-            return
-        self._add_snapshot(save_snapshot(state, digest, self._snapshot_path(state.step), run_id=self._run_id))
+        if held is None or held.digest != state.digest():
+            self.write_parts(state.parts(), step=state.step, head=state.head)
+
+    def write_parts(self, parts: Iterable[tuple[Vector, Vector]], *, step: int, head: bytes) -> None:
+        """As ``write_snapshot``, for a state that comes part by part; what they raise leaves everything as it was."""
+        path = self._snapshot_path(step)
+        self._add_snapshot(save_snapshot(parts, path, step=step, head=head, n=self.n, run_id=self.run_id))
 
     def adopt_snapshot(self, path: Path, digest: bytes | None = None) -> SnapshotInfo:
         """Verifies a downloaded file on the same disk and moves it into place. ValueError, the file untouched, when its
         values do not have the digest that it names, or not ``digest``, or it is of another model or run."""
-        with disk_errors(path, snapshot_bytes(self._n)):
-            info = check_snapshot(path, n=self._n, run_id=self._run_id)
+        with disk_errors(path, snapshot_bytes(self.n)):
+            info = check_snapshot(path, n=self.n, run_id=self.run_id)
             if digest not in (None, info.digest):
                 raise ValueError(f"another snapshot, of outer step {info.step}")
-            if max(self._snapshots, default=0) > info.step and self.heads().get(info.step) != info.head:
+            if not self._leads_on(info.step, info.head):
                 self.truncate(info.step)
+            held = self._snapshots.get(info.step)
+            if held is not None and held.head == info.head and held.digest != info.digest:
+                self._quarantine(held.path, "most peers have other bits there")
             sync(path)
             os.replace(path, self._snapshot_path(info.step))
             sync(self.folder / "snapshots")
@@ -154,32 +182,42 @@ class Ledger:
         self._add_snapshot(info)
         return info
 
-    def load(
-        self, state_theta_out: Vector, state_momentum_out: Vector, *, at_most: int | None = None
-    ) -> OuterState | None:
-        """The newest state that the ledger leads to, or that at outer step ``at_most``: the newest sound snapshot, and
-        the updates since, until one is missing. Written into the two vectors; they are garbage when None comes back,
-        for there is no sound snapshot."""
-        for info in reversed(self.snapshots()):
-            if at_most is not None and info.step > at_most:
-                continue
-            state = OuterState(step=info.step, head=info.head, theta=state_theta_out, momentum=state_momentum_out)
-            if not self._read_snapshot(info, state):
-                continue
-            while (at_most is None or state.step < at_most) and (checked := self._read_update(state.step)) is not None:
-                try:
-                    apply(state, checked[1], codec=self._codec, lr=self._lr, momentum=self._momentum)
-                except ValueError as error:
-                    del self._headers[state.step]
-                    self._quarantine(self._update_path(state.step), str(error))
-            return state
-        return None
+    def _leads_on(self, step: int, head: bytes) -> bool:
+        """Whether the snapshots after outer step ``step`` are of a history that passed ``head`` there."""
+        lost, later = self.lost_snapshots.get(step), [s for s in sorted(self._snapshots) if s > step]
+        if not later or (lost is not None and lost.head == head):
+            return True
+        at = (step, head)
+        while at[0] < later[0] and (header := self._headers.get(at[0])) is not None and header.parent == at[1]:
+            at = (header.step + 1, header.head)
+        return at == (later[0], self._snapshots[later[0]].head)
+
+    def lose_update(self, header: UpdateHeader, reason: str) -> None:
+        """Its file is damaged, or gone: go on without it."""
+        if self.put_aside(header, reason):
+            self.lost_updates[header.step] = header
+
+    def lose_snapshot(self, info: SnapshotInfo, reason: str) -> None:
+        if self._snapshots.get(info.step) is info:  # else another thread has just replaced it
+            self._snapshots.pop(info.step)
+            self.lost_snapshots[info.step] = info
+            self._quarantine(info.path, reason)
+
+    def put_aside(self, header: UpdateHeader, reason: str) -> bool:
+        """Go on without an update that does not belong here. False when it is not here any more."""
+        if self._headers.get(header.step) is not header:
+            return False
+        self._headers.pop(header.step)
+        self._quarantine(self.update_path(header.step), reason)
+        return True
 
     def truncate(self, step: int) -> None:
         """Forget the updates from outer step ``step`` on, and the snapshots after it: the swarm did not share them."""
         # The newest first, so that a crash in the middle leaves an unbroken history.
-        snapshots = sorted((s for s in self._snapshots if s > step), reverse=True)
-        updates = sorted((s for s in self._headers if s >= step), reverse=True)
+        snapshots = [s for s in sorted(self._snapshots, reverse=True) if s > step]
+        updates = [s for s in sorted(self._headers, reverse=True) if s >= step]
+        self.lost_snapshots = {s: lost for s, lost in self.lost_snapshots.items() if s <= step}
+        self.lost_updates = {s: lost for s, lost in self.lost_updates.items() if s < step}
         if not snapshots and not updates:
             return
         abandoned = self.folder / "abandoned"
@@ -192,24 +230,21 @@ class Ledger:
                 os.replace(self._snapshot_path(s), history / self._snapshot_path(s).name)
                 self._snapshots.pop(s, None)
             for s in updates:
-                os.replace(self._update_path(s), history / self._update_path(s).name)
+                os.replace(self.update_path(s), history / self.update_path(s).name)
                 self._headers.pop(s, None)
             for old in [*histories, history][:-ABANDONED_KEPT]:
                 shutil.rmtree(old)
         logger.warning("ledger: %d updates from outer step %d on moved to %s", len(updates), step, history)
-
-    def _update_path(self, step: int) -> Path:
-        return self.folder / "updates" / f"{step:010d}.update"
 
     def _snapshot_path(self, step: int) -> Path:
         return self.folder / "snapshots" / f"{step:010d}.safetensors"
 
     def _open_update(self, path: Path) -> None:
         with path.open("rb") as file:
-            start = file.read(max_update_start_bytes(self._n))
+            start = file.read(max_update_start_bytes(self.n))
         try:
-            header, _ = open_update(start, path.stat().st_size, n=self._n, codec=self._codec)
-            if path != self._update_path(header.step):
+            header = open_update(start, path.stat().st_size, n=self.n, codec=self.codec)
+            if path != self.update_path(header.step):
                 raise ValueError(f"it is update {header.step}")
         except ValueError as error:
             self._quarantine(path, str(error))
@@ -218,7 +253,7 @@ class Ledger:
 
     def _open_snapshot(self, path: Path) -> None:
         try:
-            info = check_snapshot(path, n=self._n, run_id=self._run_id)
+            info = check_snapshot(path, n=self.n, run_id=self.run_id)
             if path != self._snapshot_path(info.step):
                 raise ValueError(f"it is the snapshot of outer step {info.step}")
         except ValueError as error:
@@ -228,41 +263,26 @@ class Ledger:
 
     def _read_update(self, step: int) -> tuple[bytes, Update] | None:
         """None, and the ledger without it, when it is gone or damaged."""
-        header, path = self._headers.get(step), self._update_path(step)
+        header, path = self._headers.get(step), self.update_path(step)
         if header is None:
             return None
         with disk_errors(path):
             try:
                 data = path.read_bytes()
-                update = update_from_bytes(data, n=self._n, codec=self._codec)
+                update = update_from_bytes(data, n=self.n, codec=self.codec)
                 if update.header != header:
                     raise ValueError("it is another one than it was")
             except FileNotFoundError:
-                self._headers.pop(step, None)
+                self.lose_update(header, "it is gone")
                 return None
             except ValueError as error:
-                if self._headers.get(step) is header:  # else another thread has just replaced it
-                    self._headers.pop(step)
-                    self._quarantine(path, str(error))
+                self.lose_update(header, str(error))
                 return None
         return data, update
 
-    def _read_snapshot(self, info: SnapshotInfo, state: OuterState) -> bool:
-        """False, and the ledger without it, when it is gone or damaged."""
-        with disk_errors(info.path):
-            try:
-                read_snapshot(info, state)
-            except FileNotFoundError:
-                self._snapshots.pop(info.step, None)
-                return False
-            except ValueError as error:
-                self._snapshots.pop(info.step, None)
-                self._quarantine(info.path, str(error))
-                return False
-        return True
-
     def _add_snapshot(self, info: SnapshotInfo) -> None:
         self._snapshots[info.step] = info
+        self.lost_snapshots.pop(info.step, None)
         following = self._headers.get(info.step)
         if following is not None and following.parent != info.head:
             self.truncate(info.step)
@@ -270,16 +290,21 @@ class Ledger:
 
     def _prune(self) -> None:
         """Keeps the newest snapshots, and every update from the oldest of them on."""
-        steps = sorted(self._snapshots)[-self._keep_snapshots :]
+        oldest = sorted(self._snapshots)[-self._keep_snapshots :][0]
+        self.lost_snapshots = {s: lost for s, lost in self.lost_snapshots.items() if s > oldest}
+        self.lost_updates = {s: lost for s, lost in self.lost_updates.items() if s >= oldest}
         with disk_errors(self.folder):
-            for step in [s for s in self._snapshots if s < steps[0]]:
+            for step in [s for s in sorted(self._snapshots) if s < oldest]:
                 self._snapshots.pop(step).path.unlink(missing_ok=True)
-            for step in sorted(s for s in self._headers if s < steps[0]):
-                del self._headers[step]
-                self._update_path(step).unlink(missing_ok=True)
+            for step in [s for s in sorted(self._headers) if s < oldest]:
+                self._headers.pop(step, None)
+                self.update_path(step).unlink(missing_ok=True)
 
     def _quarantine(self, path: Path, reason: str) -> None:
         folder = self.folder / "quarantine"
+        if not path.exists():
+            logger.warning("ledger: %s is gone", path)
+            return
         with disk_errors(path):
             folder.mkdir(exist_ok=True)
             names = (folder / f"{path.name}.{i}" for i in itertools.count())

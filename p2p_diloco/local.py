@@ -1,29 +1,25 @@
-"""N peers on this machine, to look and to test: the processes that N people would start, each with its own folder.
+"""N peers on this machine, to look and to test: the processes that N people would start, and faults on request.
 
-    FOLDER/seed/, FOLDER/peer-1/ ...    identity, ledger, event log; what the process prints is in output.log
+    FOLDER/seed/, FOLDER/peer-1/ ...    what each of them writes: ``children``
     FOLDER/summary.json                 what became of it: ``summary``
     FOLDER/export/                      the trained model
 
 Nothing here talks to a peer: what is shown comes from the event logs, so a guest, who joins from another terminal, is
 known only from the groups that it was in.
 
-Children have sessions of their own, so that Ctrl+C in a terminal reaches this process alone, which asks them to leave.
-If it is killed instead, Linux kills them.
+Ctrl+C in a terminal reaches this process alone, which asks the others to leave. If it is killed instead, Linux kills
+them.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import shlex
 import signal
-import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from functools import partial
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -31,26 +27,31 @@ from typing import Any
 from rich.console import Console
 from rich.live import Live
 
+from p2p_diloco.children import SEED, TRAINER, Children
 from p2p_diloco.display import join_line, plain
-from p2p_diloco.errors import NetworkError, Stopped, UsageError
-from p2p_diloco.events import EVENTS_FILE
-from p2p_diloco.guard import die_with_parent
-from p2p_diloco.manifest import RunManifest, RunSpec, open_manifest
-from p2p_diloco.summary import Event, Progress, findings, held_out, row_of, screen, step_line, summarize
+from p2p_diloco.errors import Stopped, UsageError
+from p2p_diloco.faults import Done, FaultPlan, plights
+from p2p_diloco.injector import Injector
+from p2p_diloco.manifest import RunSpec, open_manifest
+from p2p_diloco.namespaces import Network
+from p2p_diloco.summary import Log, Progress, findings, held_out, row_of, screen, step_line, summarize
 
 POLL_S = 0.25
-SEED_START_S = 180.0
-"""Until the seed has made the run. The first time on a machine it tokenizes the text."""
-LEAVE_S = 10.0
-"""For all children together; after that they are killed."""
 SAMPLE_TOKENS = 200
-SEED = "seed"
-"""Both the command and the name of its folder."""
 
 
-def run_local(run_file: Path, *, peers: int, folder: Path | None = None) -> int:
-    """Exit code: 1 if a trainer failed. LocalError when the swarm cannot start. Call it before threads are started."""
-    spec = RunSpec.load(run_file)
+def run_local(
+    run_file: Path,
+    *,
+    peers: int,
+    folder: Path | None = None,
+    drop: float = 0.0,
+    patience: float = 1.0,
+    plan: FaultPlan | None = None,
+) -> int:
+    """Exit code: 1 if a trainer failed, other than by a fault of the plan. LocalError when the swarm cannot start. Call
+    it before threads are started."""
+    spec, plan = RunSpec.load(run_file), plan or FaultPlan()
     folder = (folder or Path("runs") / f"{spec.name}-{time.strftime('%Y%m%d-%H%M%S')}").absolute()
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -59,17 +60,21 @@ def run_local(run_file: Path, *, peers: int, folder: Path | None = None) -> int:
     for path in folder.glob(f"{SEED}/*/manifest.json"):
         if open_manifest(path.read_bytes(), str(path)).spec != spec:
             raise UsageError(f"{folder}: holds another run, or this one before its run file changed; choose another")
-    with stop_signals() as stop, LocalSwarm(run_file.absolute(), spec, folder, stop) as swarm:
+    with stop_signals() as stop, ExitStack() as stack:
+        network = stack.enter_context(Network()) if plan.cuts else None
+        trainer = (*TRAINER, "--drop", str(drop))
+        children = Children(run_file.absolute(), spec, folder, trainer=trainer, patience=patience, network=network)
+        swarm = LocalSwarm(stack.enter_context(children), plan, stop)
         try:
             swarm.start(peers)
             swarm.watch()
         except Stopped:
             pass
-        swarm.close()
+        children.close()
         summary = swarm.write_summary()
         if summary["outer_steps"] and not stop.requested:
             export_and_sample(swarm)
-    failed = any(code != 0 for name, code in summary["exit_codes"].items() if name != SEED)
+    failed = any(child.failed for child in children.trainers)
     return int(failed and not stop.requested)
 
 
@@ -101,158 +106,71 @@ def stop_signals() -> Iterator[Stop]:
             signal.signal(number, handler)
 
 
-@dataclass
-class Child:
-    """One peer's main process, its output, and its event log as far as it has been read."""
-
-    name: str
-    folder: Path
-    process: subprocess.Popen[bytes]
-    log: list[Event] = field(default_factory=list)
-    read_bytes: int = 0
-    end_noted: bool = False
-
-    @classmethod
-    def start(cls, name: str, folder: Path, *arguments: str) -> Child:
-        folder.mkdir(exist_ok=True)
-        command = [sys.executable, "-m", "p2p_diloco", *arguments, "--folder", str(folder)]
-        command += ["--host-maddrs", "/ip4/127.0.0.1/tcp/0", "--name", name]
-        with (folder / "output.log").open("ab") as output:
-            process = subprocess.Popen(
-                command,
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-                preexec_fn=partial(die_with_parent, signal.SIGKILL),
-            )
-        return cls(name, folder, process)
-
-    def read(self) -> None:
-        """What has been written to the event log since the last call, in whole lines."""
-        path = next(self.folder.glob(f"*/{EVENTS_FILE}"), None)
-        if path is None:
-            return
-        with path.open("rb") as file:
-            file.seek(self.read_bytes)
-            whole, newline, _ = file.read().rpartition(b"\n")
-        self.read_bytes += len(whole) + len(newline)
-        for line in whole.split(b"\n"):
-            try:
-                self.log.append(json.loads(line))
-            except ValueError:
-                continue  # cut by a crash
-
-    def last_line(self) -> str:
-        """Of its output: where it failed, the reason."""
-        lines = (self.folder / "output.log").read_text(errors="replace").split("\n")
-        return next((line.strip() for line in reversed(lines) if line.strip()), "no output")
-
-
 class LocalSwarm:
-    """A context manager: however it is left, no child is."""
+    """The children, and who watches them."""
 
-    manifest: RunManifest
-    join_line: str
-
-    def __init__(self, run_file: Path, spec: RunSpec, folder: Path, stop: Stop) -> None:
-        self.run_file, self.spec, self.folder, self.stop = run_file, spec, folder, stop
+    def __init__(self, children: Children, plan: FaultPlan, stop: Stop) -> None:
+        self.children, self.stop = children, stop
+        self.injector = Injector(plan, children)
+        self.spec = children.spec
         self.started_s = time.monotonic()
-        self.seed: Child | None = None
-        self.trainers: list[Child] = []
         self.console = Console(soft_wrap=not sys.stdout.isatty(), highlight=False)
+        self.failures: set[str] = set()
+        """Of those who have failed, and have been told of."""
         self.told_step = 0
         """Of those without a terminal: the last outer step that has had its line."""
 
-    def __enter__(self) -> LocalSwarm:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
     @property
-    def children(self) -> list[Child]:
-        return [child for child in (self.seed, *self.trainers) if child is not None]
-
-    @property
-    def logs(self) -> dict[str, list[Event]]:
-        return {child.name: child.log for child in self.trainers}
-
-    # -- life --------------------------------------------------------------------------------------------------------
+    def logs(self) -> Mapping[str, Log]:
+        return {child.name: child.tail.log for child in self.children.trainers}
 
     def start(self, peers: int) -> None:
-        """The seed, and when it can be reached, all trainers at once. NetworkError if the seed cannot be."""
-        self.seed = Child.start(SEED, self.folder / SEED, SEED, str(self.run_file))
-        self.console.print(f"{self.spec.name}: {peers} peers in {self.folder}; starting the seed")
-        address = self._wait_for_seed(self.seed)
-        path = next((self.folder / SEED).glob("*/manifest.json"))
-        self.manifest = open_manifest(path.read_bytes(), str(path))
-        self.join_line = join_line([address])
-        self.console.print(f"to join from another terminal: {self.join_line}", soft_wrap=True)
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        arguments = ["peer", "--initial-peers", address, "--device", "cpu", "--threads", str(max(1, cores // peers))]
-        if self.spec.data.path is not None:
-            arguments += ["--data", str(self.run_file.parent / self.spec.data.path)]
-        names = [f"peer-{k}" for k in range(1, peers + 1)]
-        self.trainers = [Child.start(name, self.folder / name, *arguments) for name in names]
-
-    def _wait_for_seed(self, seed: Child) -> str:
-        """Its address."""
-        while time.monotonic() < self.started_s + SEED_START_S:
+        """The seed, and when it can be reached, all trainers at once. LocalError if the seed cannot be."""
+        children = self.children
+        self.console.print(f"{self.spec.name}: {peers} peers in {children.folder}; starting the seed")
+        children.start_seed()
+        while (address := children.seed_address()) is None:
             self.stop.check()
-            seed.read()
-            for event in seed.log:
-                if event["event"] == "started" and event["mono_s"] >= self.started_s:
-                    return str(event["maddrs"][0])
-            if seed.process.poll() is not None:
-                message = seed.last_line().removeprefix("error: ")
-                error = UsageError if seed.process.returncode == UsageError.exit_code else NetworkError
-                raise error(f"the seed ended while starting: {message}")
             time.sleep(POLL_S)
-        raise NetworkError(f"the seed did not start within {SEED_START_S:.0f} s; its last line: {seed.last_line()}")
+        self.join_line = join_line([address])
+        if children.network is not None:
+            self.join_line = f"{shlex.join(children.network.switch.enter)} {self.join_line}"
+        self.console.print(f"to join from another terminal: {self.join_line}", soft_wrap=True)
+        children.start_trainers(peers)
+        self.injector.start()
 
     def watch(self) -> None:
-        """Until all trainers have ended."""
+        """Until all trainers have ended for good."""
         with Live(console=self.console, auto_refresh=False, transient=False) as live:
-            while not self.stop.requested:
-                ended = all(child.process.poll() is not None for child in self.trainers)
-                self.look()
-                self.show(live, ended)
-                if ended:
-                    return
-                time.sleep(POLL_S)
+            ended, shown_s = False, 0.0
+            while not (ended or self.stop.requested):
+                for done in self.injector.poll():
+                    self.console.print(told(done), style="yellow")
+                if time.monotonic() >= shown_s + POLL_S:
+                    shown_s = time.monotonic()
+                    ended = not any(child.running for child in self.children.trainers)
+                    ended = ended and not self.injector.restarts_to_come
+                    self.tell_failures()
+                    self.show(live, ended)
+                time.sleep(self.injector.poll_s)
 
-    def look(self) -> None:
-        """Read the event logs, and say who failed."""
-        for child in self.children:
-            child.read()
-            code = child.process.poll()
-            if code and not child.end_noted:
-                child.end_noted = True
+    def tell_failures(self) -> None:
+        for child in self.children.all:
+            if child.failed and child.name not in self.failures:
+                self.failures.add(child.name)
+                code = child.process.returncode
                 self.console.print(f"{child.name} failed with exit code {code}: {child.last_line()}", style="red")
-
-    def close(self) -> None:
-        """Ask all who are left to leave, and kill those who do not."""
-        left = [child.process for child in self.children if child.process.poll() is None]
-        for process in left:
-            process.send_signal(signal.SIGINT)
-        deadline_s = time.monotonic() + LEAVE_S
-        for process in left:
-            try:
-                process.wait(max(deadline_s - time.monotonic(), 0.0))
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
 
     # -- what is shown -----------------------------------------------------------------------------------------------
 
     def show(self, live: Live, ended: bool) -> None:
         """The table; without a terminal, a line for each outer step, once theta has been evaluated or the swarm has
         gone on without."""
-        rows = {child.name: row_of(child.log, child.process.poll()) for child in self.trainers}
+        down = plights(self.injector.done)
+        rows = {child.name: row_of(child.log, down.get(child.name) or child.fate) for child in self.children.trainers}
         progress = Progress(self.spec.outer.steps, time.monotonic() - self.started_s)
         if self.console.is_terminal:
-            run = f"{self.spec.name} {self.manifest.run_id[:12]}"
+            run = f"{self.spec.name} {self.children.manifest.run_id[:12]}"
             live.update(screen(run, rows, self.logs, progress, self.join_line), refresh=True)
             return
         made, losses = max(row.step for row in rows.values()), dict(held_out(self.logs))
@@ -261,21 +179,31 @@ class LocalSwarm:
             self.console.print(step_line(rows, self.told_step, losses.get(self.told_step), progress))
 
     def write_summary(self) -> dict[str, Any]:
-        for child in self.children:
-            child.read()
+        children, folder = self.children, self.children.folder
+        for child in children.all:
+            child.tail.read()
         summary = {
-            "run_id": self.manifest.run_id if self.trainers else None,
+            "run_id": children.manifest.run_id if children.trainers else None,
             "run_name": self.spec.name,
             "command": shlex.join(sys.argv),
             "wall_s": time.monotonic() - self.started_s,
-            "exit_codes": {child.name: child.process.returncode for child in self.children},
+            "exit_codes": {child.name: child.process.returncode for child in children.all},
+            "faults": [done.as_json() for done in self.injector.done],
             **summarize(self.logs),
         }
-        (self.folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+        (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
         for what, figure in findings(summary, byte_level=self.spec.data.tokenizer == "bytes"):
             self.console.print(f"{what:<14}  {figure}")
-        self.console.print(f"{'summary':<14}  {self.folder / 'summary.json'}")
+        self.console.print(f"{'summary':<14}  {folder / 'summary.json'}")
         return summary
+
+
+def told(done: Done) -> str:
+    """A fault in a line."""
+    act, pids = done.act, ", ".join(map(str, done.pids))
+    process = f" {act.process}" if act.action in ("kill", "stop", "resume") else ""
+    where = f", {done.phase} of outer step {done.step}" if done.phase else ""
+    return f"{done.at_s:.2f} s: {act.action} {act.peer}{process} ({pids or 'nothing there'}){where}"
 
 
 def export_and_sample(swarm: LocalSwarm) -> None:
@@ -284,9 +212,9 @@ def export_and_sample(swarm: LocalSwarm) -> None:
     from p2p_diloco.sample import generate, load_export
     from p2p_diloco.stored import find_run, load_state
 
-    console, target = swarm.console, swarm.folder / "export"
-    newest = max(swarm.children, key=lambda child: row_of(child.log).step)
-    manifest, state = load_state(find_run(newest.folder, swarm.manifest.run_id))
+    console, children, target = swarm.console, swarm.children, swarm.children.folder / "export"
+    newest = max(children.all, key=lambda child: row_of(child.log).step)
+    manifest, state = load_state(find_run(newest.folder, children.manifest.run_id))
     export_model(manifest, state.theta, target, step=state.step, head=state.head)
     console.print(f"{'export':<14}  {target}, outer step {state.step}")
     model, tokenizer, _ = load_export(target)

@@ -16,7 +16,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -30,7 +30,7 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-PROTOCOL = 1
+PROTOCOL = 2
 """Raised with every change after which old and new peers cannot train together."""
 MAX_MANIFEST_BYTES = 32 * 1024 * 1024
 """A tokenizer of 256 Ki tokens, which travels inside, fits."""
@@ -120,6 +120,9 @@ class OuterSpec(Section):
     """How parts of outer gradients and updates go over the wire."""
 
 
+OnMissed = Literal["adopt", "keep"]
+
+
 class RoundSpec(Section):
     """``[round]``"""
 
@@ -131,6 +134,10 @@ class RoundSpec(Section):
     contribute what they have."""
     snapshot_every: Count = 10
     """Outer steps between two snapshots in the ledger."""
+    on_missed: OnMissed = "adopt"
+    """What becomes of the inner steps of a peer that misses a round. ``adopt``: they are lost, it goes on from theta.
+    ``keep``: it goes on from its own parameters, and its next outer gradient is from the theta of then to these, as in
+    the paper's ablation; the mean is then over all who train, with nothing from those who are absent."""
 
     @model_validator(mode="after")
     def _ordered(self) -> RoundSpec:
@@ -163,22 +170,27 @@ class RunSpec(Section):
     @classmethod
     def load(cls, path: Path) -> RunSpec:
         """Raises UsageError that names file and key."""
-        try:
-            text = path.read_bytes().decode()
-        except FileNotFoundError:
-            raise UsageError(f"{path}: no such run file") from None
-        except UnicodeDecodeError:
-            raise UsageError(f"{path}: not a text file in UTF-8") from None
-        except OSError as error:
-            raise UsageError(f"{path}: cannot be read ({error.strerror})") from error
-        try:
-            table = tomllib.loads(text)
-        except tomllib.TOMLDecodeError as error:
-            raise UsageError(f"{path}: not valid TOML: {error}") from error
+        table = read_toml(path, "run file")
         try:
             return cls.model_validate(table)
         except ValidationError as error:
             raise UsageError(f"{path}: {explain(error, cls)}") from error
+
+
+def read_toml(path: Path, what: str) -> dict[str, Any]:
+    """Raises UsageError that names the file, and what it should be."""
+    try:
+        text = path.read_bytes().decode()
+    except FileNotFoundError:
+        raise UsageError(f"{path}: no such {what}") from None
+    except UnicodeDecodeError:
+        raise UsageError(f"{path}: not a text file in UTF-8") from None
+    except OSError as error:
+        raise UsageError(f"{path}: cannot be read ({error.strerror})") from error
+    try:
+        return tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise UsageError(f"{path}: not valid TOML: {error}") from error
 
 
 class RunManifest(Section):
@@ -254,9 +266,10 @@ def canonical_json(value: object) -> bytes:
 
 
 def explain(error: ValidationError, model: type[BaseModel]) -> str:
-    """The first finding of pydantic in a line: the key, what is wrong, and the nearest known key for an unknown one."""
+    """The first finding of pydantic in a line: the key, what is wrong, and the nearest known key for an unknown one.
+    Entries of a list are counted from 1."""
     first = error.errors(include_url=False, include_context=False)[0]
-    key = ".".join(str(piece) for piece in first["loc"]) or "top level"
+    key = ".".join(str(piece + 1 if isinstance(piece, int) else piece) for piece in first["loc"]) or "top level"
     if first["type"] == "extra_forbidden":
         *section, name = (str(piece) for piece in first["loc"])
         known = list(fields_of(model, section))
@@ -273,8 +286,12 @@ def explain(error: ValidationError, model: type[BaseModel]) -> str:
 
 def fields_of(model: type[BaseModel], section: list[str]) -> Iterator[str]:
     for name in section:
+        if name.isdecimal():
+            continue  # an entry of a list of sections
         field = model.model_fields.get(name)
-        if field is None or not (isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)):
+        annotation = None if field is None else field.annotation
+        annotation = next(iter(get_args(annotation)), annotation)
+        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
             return
-        model = field.annotation
+        model = annotation
     yield from model.model_fields

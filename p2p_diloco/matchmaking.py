@@ -7,8 +7,12 @@ every member. Nobody is believed about anybody else.
 The leader need not be ready itself: its network process leads while its trainer finishes, and if the trainer does not
 make it in time, the roster goes out without it.
 
-Known weak point: a leader that stops without closing its streams (SIGSTOP) costs the members ``gather_s`` and one
-request time-out before the next in rank is asked.
+Two leaders may gather on one head, when one of them has just come there. They hear of each other from those whom they
+call, and the better ranked one takes over what the other has gathered. Who is called while it waits elsewhere, or is in
+a round, is waited for: two groups on one head would make two histories.
+
+A leader that stops without closing its streams (SIGSTOP) costs the members one request time-out: it says from time to
+time that it is still there.
 """
 
 from __future__ import annotations
@@ -23,7 +27,7 @@ from p2p_diloco.config import Timeouts
 from p2p_diloco.errors import Misbehaved, Refused, RemoteError
 from p2p_diloco.identity import Identity
 from p2p_diloco.manifest import RunManifest
-from p2p_diloco.records import Directory, Phase
+from p2p_diloco.records import Directory, Phase, Record
 from p2p_diloco.rounds import (
     Group,
     Missed,
@@ -33,10 +37,13 @@ from p2p_diloco.rounds import (
     check_roster,
     form_roster,
     leader_order,
+    must_catch_up,
     new_nonce,
     on_head,
     open_readiness,
+    rank,
     seal_readiness,
+    swarm_head,
 )
 from p2p_diloco.waiting import Bell, heard
 from p2p_diloco.wire import Behind, Channel, Closing, Eta, No, Ready, Redirect, Roster, TooFew, Transport, run_protocol
@@ -44,12 +51,15 @@ from p2p_diloco.wire import Behind, Channel, Closing, Eta, No, Ready, Redirect, 
 log = logging.getLogger(__name__)
 
 MAX_LEADERS_ASKED = 16
+MAX_ABSENT = 64
+HEARTBEATS = 3
+"""Words of a leader within the time after which a member takes it for dead."""
 CLOSING_MARGIN_S = 1.0
 """A leader waits this much longer than the last member said that it needs."""
 MAX_GATHER_EXTENSION_S = 30.0
 """Beyond ``gather_s``, for a peer in the middle of a long inner step."""
 
-Answer: TypeAlias = Roster | TooFew | Behind
+Answer: TypeAlias = Roster | TooFew | Behind | Redirect
 
 
 @dataclass(kw_only=True)
@@ -83,6 +93,8 @@ class Gathering:
     answer: Answer | None = None
     changed: Bell = field(default_factory=Bell)
     task: asyncio.Task[None] | None = None
+    notices: dict[str, asyncio.Task[None]] = field(default_factory=dict)
+    """Peer id -> the talk with a peer that has been told."""
 
 
 class Matchmaker:
@@ -105,9 +117,11 @@ class Matchmaker:
         self.timeouts = timeouts
         self.wall_s = wall_s
         self.gatherings: dict[bytes, Gathering] = {}
+        self.waiting_at: tuple[bytes, str] | None = None
+        """(head, peer id of the leader) while I wait for a roster."""
 
-    async def find_group(self, weight: int) -> Group | Missed:
-        """The group of the next round on my head, or why there is none."""
+    async def find_group(self, weight: int, *, dropped: bool = False, tokens_per_s: float = 0.0) -> Group | Missed:
+        """The group of the next round on my head, or why there is none. ``dropped``: I contribute nothing."""
         seat, limits = self.seat, self.manifest.spec.round
         mine = Readiness(
             run_id=self.manifest.run_id,
@@ -116,11 +130,15 @@ class Matchmaker:
             peer_id=self.identity.peer_id,
             weight=min(weight, self.manifest.spec.max_weight_tokens),
             client_mode=seat.client_mode,
+            dropped=dropped,
+            tokens_per_s=tokens_per_s,
             nonce=new_nonce(),
         )
         sealed = seal_readiness(mine, self.identity)
         useless: set[str] = set()
         for _ in range(MAX_LEADERS_ASKED):
+            if must_catch_up(seat.standing, swarm_head(self.directory.believed(self.wall_s()), seat.standing)):
+                return Missed(reason="behind", detail="the swarm went on meanwhile")
             records = self.directory.expected(self.wall_s())
             order = [p for p in leader_order(records, mine.head, mine.peer_id, seat.client_mode) if p not in useless]
             if not order:
@@ -128,7 +146,7 @@ class Matchmaker:
             leader = order[0]
             try:
                 if leader == mine.peer_id:
-                    answer: Answer | Redirect = await self._lead(sealed)
+                    answer = await self._lead(sealed)
                 else:
                     answer = await self._ask(leader, sealed)
                 if isinstance(answer, TooFew):
@@ -138,7 +156,8 @@ class Matchmaker:
                     return Missed(reason="behind", detail=f"peer {leader[-8:]} is past this head")
                 if isinstance(answer, Redirect):
                     self._learn(leader, answer.record)
-                    useless.add(leader)
+                    if leader != mine.peer_id:
+                        useless.add(leader)
                     continue
                 if len(answer.members) == limits.max_group and sealed not in answer.members:
                     raise Refused(leader, "its group is full")
@@ -148,6 +167,7 @@ class Matchmaker:
                 useless.add(leader)
             except RemoteError as error:
                 log.info("cannot meet at %s: %s", leader[-8:], error.reason)
+                self.transport.traffic.reject(error)
                 self.directory.suspect(leader)
                 useless.add(leader)
         return Missed(reason="alone", detail="nobody to meet")
@@ -161,31 +181,33 @@ class Matchmaker:
                 min_group=limits.min_group,
                 max_group=limits.max_group,
                 max_weight=self.manifest.spec.max_weight_tokens,
+                on_missed=limits.on_missed,
+                absent=roster.absent,
             )
         except ValueError as error:
             raise Misbehaved(leader, f"sends {error}") from error
 
-    def _learn(self, source: str, sealed: bytes) -> None:
+    def _learn(self, source: str, sealed: bytes) -> Record | None:
         try:
-            self.directory.learn(sealed, self.wall_s())
+            return self.directory.learn(sealed, self.wall_s())
         except ValueError as error:
             raise Misbehaved(source, f"sends {error}") from error
 
-    async def _ask(self, leader: str, sealed: bytes) -> Answer | Redirect:
+    async def _ask(self, leader: str, sealed: bytes) -> Answer:
         channel = await self._open(leader)
+        self.waiting_at = self.seat.standing.head, leader
         try:
             await channel.send(Ready(readiness=sealed, record=self.seat.sealed_record))
-            wait_s = self.timeouts.request_s
             longest_s = self.manifest.spec.round.gather_s + MAX_GATHER_EXTENSION_S + self._round_limit_s()
             deadline_s = self._now() + longest_s
             while True:
-                answer: Eta | Answer | Redirect = await channel.receive(
-                    Eta, Roster, TooFew, Redirect, Behind, timeout_s=wait_s
-                )
+                wait_s = min(self.timeouts.request_s, deadline_s - self._now())
+                answer: Eta | Answer = await channel.receive(Eta, Roster, TooFew, Redirect, Behind, timeout_s=wait_s)
                 if not isinstance(answer, Eta):
                     return answer
-                wait_s = min(answer.eta_s, deadline_s - self._now()) + self.timeouts.request_s
         finally:
+            self.waiting_at = None
+            self.seat.changed.ring()
             channel.close()
 
     async def _lead(self, sealed: bytes) -> Answer:
@@ -209,33 +231,48 @@ class Matchmaker:
         records = self.directory.expected(self.wall_s())
         closes_s = gathering.opened_s + limits.gather_s + CLOSING_MARGIN_S
         gathering.expected_s = {record.peer_id: closes_s for record in on_head(records, gathering.head)}
+        for peer_id in [p for p in gathering.expected_s if p not in gathering.ready]:
+            self._call(gathering, peer_id)
         if self.seat.role_trainer and self.seat.phase in ("inner", "evaluate"):
-            gathering.expected_s[me] = self._now() + self._close_own() + CLOSING_MARGIN_S
-        notices = [
-            asyncio.create_task(self._notice(gathering, peer_id))
-            for peer_id in gathering.expected_s
-            if peer_id != me and peer_id not in gathering.ready
-        ]
-        latest_s = gathering.opened_s + limits.gather_s + MAX_GATHER_EXTENSION_S
+            own_s = self._now() + self._close_own() + CLOSING_MARGIN_S
+            gathering.expected_s[me] = min(own_s, self._latest_s(gathering, busy=False))
         while gathering.answer is None:
             changed = gathering.changed.event
             missing_s = [until_s for p, until_s in gathering.expected_s.items() if p not in gathering.ready]
-            gathering.closes_s = min(max(missing_s, default=0.0), latest_s)
+            gathering.closes_s = max(missing_s, default=0.0)
             left_s = gathering.closes_s - self._now()
             if left_s <= 0:
                 break
             await heard(changed, left_s)
-        for notice in notices:
+        for notice in gathering.notices.values():
             notice.cancel()
         del self.gatherings[gathering.head]
         if gathering.answer is None:
             if len(gathering.ready) >= limits.min_group:
-                gathering.answer = Roster(
-                    members=form_roster(gathering.ready.values(), gathering.head, limits.max_group)
-                )
+                members = form_roster(gathering.ready.values(), gathering.head, limits.max_group)
+                gathering.answer = Roster(members=members, absent=self._absent(gathering, members))
             else:
                 gathering.answer = TooFew(ready=len(gathering.ready))
         gathering.changed.ring()
+
+    def _absent(self, gathering: Gathering, members: list[bytes]) -> list[bytes]:
+        """Sealed records of those who train on this head and do not come, where they count."""
+        if self.manifest.spec.round.on_missed != "keep":
+            return []
+        present = {open_readiness(one).peer_id for one in members}
+        here = on_head(self.directory.live(self.wall_s()), gathering.head)
+        sealed = [self.directory.sealed(record.peer_id) for record in here if record.peer_id not in present]
+        if self.seat.role_trainer and self.identity.peer_id not in present:
+            sealed.append(self.seat.sealed_record)
+        return [one for one in sealed if one is not None][:MAX_ABSENT]
+
+    def _latest_s(self, gathering: Gathering, *, busy: bool) -> float:
+        """Nobody is waited for longer than that."""
+        latest_s = gathering.opened_s + self.manifest.spec.round.gather_s + MAX_GATHER_EXTENSION_S
+        return latest_s + self._round_limit_s() if busy else latest_s
+
+    def _call(self, gathering: Gathering, peer_id: str) -> None:
+        gathering.notices[peer_id] = asyncio.create_task(self._notice(gathering, peer_id))
 
     async def _notice(self, gathering: Gathering, peer_id: str) -> None:
         """Tell a peer that the round is closing. Its answer says how long to wait for it; no answer, no waiting."""
@@ -243,11 +280,11 @@ class Matchmaker:
         try:
             channel = await self._open(peer_id)
             try:
-                closing = Closing(head=gathering.head, gather_s=gather_s)
-                answer: Eta | Behind = await channel.request(closing, Eta, Behind)
+                closing = Closing(head=gathering.head, gather_s=gather_s, record=self.seat.sealed_record)
+                answer: Eta | Behind | Redirect = await channel.request(closing, Eta, Behind, Redirect)
                 self._on_notice(gathering, peer_id, answer)
-                if isinstance(answer, Eta) and answer.in_round:
-                    answer = await channel.receive(Eta, Behind, timeout_s=self._round_limit_s())
+                while isinstance(answer, Eta) and answer.busy:
+                    answer = await channel.receive(Eta, Behind, Redirect, timeout_s=self.timeouts.request_s)
                     self._on_notice(gathering, peer_id, answer)
             finally:
                 channel.close()
@@ -255,21 +292,31 @@ class Matchmaker:
             gathering.expected_s.pop(peer_id, None)
         except RemoteError as error:
             log.info("not waiting for %s: %s", peer_id[-8:], error.reason)
+            self.transport.traffic.reject(error)
             self.directory.suspect(peer_id)
             gathering.expected_s.pop(peer_id, None)
         gathering.changed.ring()
 
-    def _on_notice(self, gathering: Gathering, peer_id: str, answer: Eta | Behind) -> None:
-        if isinstance(answer, Behind):
+    def _on_notice(self, gathering: Gathering, peer_id: str, answer: Eta | Behind | Redirect) -> None:
+        if isinstance(answer, Eta):
+            until_s = self._now() + answer.eta_s + CLOSING_MARGIN_S
+            gathering.expected_s[peer_id] = min(until_s, self._latest_s(gathering, busy=answer.busy))
+            if answer.leader:
+                other = self._learn(peer_id, answer.leader)
+                if other is not None and on_head([other], gathering.head) and other.peer_id not in gathering.notices:
+                    self._call(gathering, other.peer_id)
+        else:
             self._learn(peer_id, answer.record)
             gathering.answer = answer
-        else:
-            gathering.expected_s[peer_id] = self._now() + answer.eta_s + CLOSING_MARGIN_S
         gathering.changed.ring()
 
     async def on_ready(self, channel: Channel, message: Ready) -> None:
         """A peer asks me to lead."""
         readiness = self._verified(channel.peer_id, message)
+        awaited = self._awaited(channel.peer_id)
+        if awaited is not None and readiness.head == self.seat.standing.head and not self.seat.in_round:
+            await channel.send(Redirect(record=awaited))
+            return
         await self._round_over(channel, readiness.head)
         standing = self.seat.standing
         if readiness.head != standing.head:
@@ -278,7 +325,14 @@ class Matchmaker:
         if readiness.step != standing.step:
             raise Misbehaved(channel.peer_id, f"says that this head is outer step {readiness.step}")
         if readiness.head not in self.gatherings:
-            better = await self._better_leader(readiness.head)
+            looking = asyncio.create_task(self._better_leader(readiness.head))
+            try:
+                while not looking.done():
+                    await channel.send(Eta(eta_s=0.0))
+                    await asyncio.wait((looking,), timeout=self.timeouts.request_s / HEARTBEATS)
+                better = looking.result()
+            finally:
+                looking.cancel()
             if better is not None:
                 await channel.send(Redirect(record=better))
                 return
@@ -290,14 +344,12 @@ class Matchmaker:
         gathering.changed.ring()
         closed = asyncio.create_task(channel.reader.read(1))  # A member says nothing more: this ends when it leaves.
         try:
-            told_s = -1.0
             while gathering.answer is None:
                 changed = gathering.changed.event
-                if gathering.closes_s != told_s:
-                    told_s = gathering.closes_s
-                    await channel.send(Eta(eta_s=max(told_s - self._now(), 0.0)))
+                await channel.send(Eta(eta_s=max(gathering.closes_s - self._now(), 0.0)))
                 change = asyncio.create_task(changed.wait())
-                await asyncio.wait((closed, change), return_when=asyncio.FIRST_COMPLETED)
+                every_s = self.timeouts.request_s / HEARTBEATS
+                await asyncio.wait((closed, change), timeout=every_s, return_when=asyncio.FIRST_COMPLETED)
                 change.cancel()
                 if closed.done() and gathering.answer is None:
                     if gathering.ready.get(channel.peer_id) == message.readiness:
@@ -338,13 +390,28 @@ class Matchmaker:
 
     async def on_closing(self, channel: Channel, message: Closing) -> None:
         """The leader of a round that somebody else is ready for asks how long I need."""
+        leader = self._learn(channel.peer_id, message.record)
+        if leader is not None and leader.peer_id != channel.peer_id:
+            raise Misbehaved(channel.peer_id, "sends somebody else's record")
         await self._round_over(channel, message.head)
+        gathering = self.gatherings.get(message.head)
         if message.head != self.seat.standing.head:
             await channel.send(self._elsewhere(message.head))
         elif not self.seat.role_trainer or self.seat.phase == "joining":
             await channel.send(No(reason="not training"))
+        elif gathering is not None and rank(message.head, self.identity.peer_id) < rank(message.head, channel.peer_id):
+            await channel.send(Redirect(record=self.seat.sealed_record))
         else:
+            if gathering is not None and leader is not None and on_head([leader], message.head):
+                gathering.answer = gathering.answer or Redirect(record=message.record)
+                gathering.changed.ring()
             await channel.send(Eta(eta_s=self._close_own()))
+
+    def _awaited(self, asker: str) -> bytes | None:
+        """The record of the leader for whose roster I wait, unless it is the one who asks."""
+        if self.waiting_at is None or self.waiting_at[1] == asker:
+            return None
+        return self.directory.sealed(self.waiting_at[1])
 
     def _close_own(self) -> float:
         """My trainer shall come to the round that closes now. Seconds until it is ready."""
@@ -360,13 +427,17 @@ class Matchmaker:
         return No(reason="on another head")
 
     async def _round_over(self, channel: Channel, head: bytes) -> None:
-        """Return when I am in no round on ``head``, at the latest when such a round must have ended. Who asks is told
-        to wait: it would else take me for dead, and meet others on a head that is about to be history."""
-        seat, deadline_s = self.seat, self._now() + self._round_limit_s()
-        if seat.in_round and seat.standing.head == head:
-            await channel.send(Eta(eta_s=min(self._round_limit_s(), 86400.0), in_round=True))
-        while seat.in_round and seat.standing.head == head and self._now() < deadline_s:
-            await heard(seat.changed.event, deadline_s - self._now())
+        """Return when I am in no round on ``head`` and wait for none elsewhere, at the latest when such a round must
+        have ended. Who asks is told to wait: it would else take me for dead, and meet others on a head that is about to
+        be history."""
+        seat = self.seat
+        deadline_s = self._now() + self.manifest.spec.round.gather_s + MAX_GATHER_EXTENSION_S + self._round_limit_s()
+        while seat.standing.head == head and self._now() < deadline_s:
+            changed, awaited = seat.changed.event, self._awaited(channel.peer_id)
+            if not seat.in_round and awaited is None:
+                return
+            await channel.send(Eta(eta_s=self.timeouts.request_s, busy=True, leader=awaited or b""))
+            await heard(changed, self.timeouts.request_s / HEARTBEATS)
 
     def _round_limit_s(self) -> float:
         return self.timeouts.round_limit_s(8 * self.manifest.n_params)

@@ -29,12 +29,14 @@ from p2p_diloco.codec import Vector
 from p2p_diloco.config import PeerConfig, Timeouts
 from p2p_diloco.control import Line, pack_line, unpack_line
 from p2p_diloco.discovery import find_manifest
+from p2p_diloco.endpoint import METRICS_FLAG, Endpoint
 from p2p_diloco.errors import LedgerError, LocalError
 from p2p_diloco.events import EventLog
 from p2p_diloco.guard import die_with_parent
 from p2p_diloco.identity import Identity
 from p2p_diloco.ledger import Ledger
 from p2p_diloco.manifest import RunManifest, open_manifest
+from p2p_diloco.metrics import PeerMetrics
 from p2p_diloco.node import Node, private_socket_folder
 from p2p_diloco.peer import Peer
 from p2p_diloco.replica import Replica
@@ -151,6 +153,7 @@ class NetworkProcess:
         theta, local = map_vectors(self.vectors, manifest.n_params, resize=True)
         replica = Replica(manifest, ledger, theta, np.zeros(manifest.n_params, np.float32))
         events = EventLog(folder)
+        metrics = Endpoint.parse(config.metrics_addr, METRICS_FLAG) if config.metrics_addr else None
         peer = Peer(
             transport=node,
             identity=identity,
@@ -160,6 +163,8 @@ class NetworkProcess:
             events=events,
             client_mode=config.client_mode,
             name=config.name,
+            max_upload_bytes_per_s=config.max_upload_bytes_per_s,
+            metrics=metrics,
         )
         self._send("found", manifest_path=str(folder / MANIFEST_FILE), folder=str(folder))
         try:
@@ -191,6 +196,8 @@ class NetworkProcess:
         )
         self._spawn(self._tell_news(peer))
         self._spawn(self._tell_peers(peer))
+        if peer.presence.metrics is not None:
+            self._spawn(PeerMetrics(peer, trainer_pid=os.getppid()).serve(peer.presence.metrics))
         await peer.run()
 
     async def _commands(self) -> None:
@@ -218,7 +225,7 @@ class NetworkProcess:
                 peer.seat.progress = Progress(planned=line["planned"], reported_s=now_s)
                 self._spawn(self._begin(peer))
             elif line["kind"] == "outer_step":
-                outer_step = self._spawn(self._outer_step(peer, line["tokens"]))
+                outer_step = self._spawn(self._outer_step(peer, line))
             elif line["kind"] == "stall":
                 peer.events.write("stall", step=line["step"], seconds=line["seconds"])
             elif line["kind"] == "evaluated":
@@ -236,8 +243,9 @@ class NetworkProcess:
         standing = peer.seat.standing
         self._send("begun", step=standing.step, head=standing.head.hex(), evaluate=peer.evaluates_genesis())
 
-    async def _outer_step(self, peer: Peer, tokens: int) -> None:
-        self._send("result", **asdict(await peer.outer_step(tokens)))
+    async def _outer_step(self, peer: Peer, line: Line) -> None:
+        result = await peer.outer_step(line["tokens"], dropped=line["dropped"], pace=line["pace"])
+        self._send("result", **asdict(result))
 
     def _on_progress(self, peer: Peer, line: Line) -> None:
         now_s = asyncio.get_running_loop().time()

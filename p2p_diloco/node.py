@@ -44,6 +44,7 @@ from p2p_diloco.addresses import (
     check_host_maddrs,
     dial_bytes,
     dial_reason,
+    direct_ip,
     is_loopback,
     parse_maddr,
     peers_of,
@@ -54,9 +55,10 @@ from p2p_diloco.addresses import (
 from p2p_diloco.config import PeerConfig, Timeouts
 from p2p_diloco.errors import Gone, LocalError, NetworkError, RemoteError, Silent, UsageError
 from p2p_diloco.identity import Identity, public_key_of
-from p2p_diloco.records import RUNS_KEY, unpack_plain
+from p2p_diloco.records import RUNS_KEY, Fault, unpack_plain
+from p2p_diloco.traffic import Traffic
 from p2p_diloco.waiting import deadline
-from p2p_diloco.wire import Channel, Handler
+from p2p_diloco.wire import Channel, Handler, Links
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -70,6 +72,8 @@ MAX_KNOWN_PEERS = 1024
 MAX_RECORDS = 4096
 READ_BUFFER_BYTES = 512 * 1024
 """Of one stream; asyncio's own 64 kB cost a pause and a resume per 128 kB."""
+CIRCUIT = b"\xa2\x02"
+"""/p2p-circuit in a binary multiaddr."""
 MAX_LOSSES = 5
 LOSS_WINDOW_S = 60.0
 MAX_SOCKET_PATH_BYTES = 100
@@ -117,6 +121,7 @@ class Node:
     def __init__(self, config: PeerConfig, identity: Identity, timeouts: Timeouts, socket_folder: Path) -> None:
         self.peer_id = identity.peer_id
         self.timeouts = timeouts
+        self.traffic = Traffic()
         self._config = config
         self._socket_folder = socket_folder
         self._host_maddrs = tuple(maddr.strip() for maddr in config.host_maddrs)
@@ -208,6 +213,19 @@ class Node:
             entries = [] if found is None else [unpack_plain(value) for _, (value, _) in found.value.items()]
         return list(islice((entry for entry in entries if isinstance(entry, bytes)), MAX_RECORDS))
 
+    async def meet(self, peers: dict[str, list[str]]) -> None:
+        """Connect to peers (id -> addresses) that we have heard of, and take those that answer for our neighbours in
+        the DHT. For who has lost all others, its initial peers, too."""
+        network = self._network
+        if network is not None:
+            with contextlib.suppress(LocalError, OSError, EOFError):
+                await self._introduce(network, peers)
+
+    @property
+    def rejected(self) -> Counter[Fault]:
+        """Records in the DHT that we refused, by fault; since we started."""
+        return self._validator.rejected
+
     async def maddrs(self) -> list[str]:
         network = self._network
         if network is not None:
@@ -217,6 +235,22 @@ class Node:
             except (asyncio.TimeoutError, OSError, EOFError, ValueError, _Failed) as error:
                 logger.debug("p2pd does not say our addresses: %s", error)
         return list(self._maddrs)
+
+    async def links(self) -> Links:
+        network = self._network
+        if network is None:
+            return Links()
+        table = len(network.dht.protocol.routing_table.uid_to_peer_id)
+        try:
+            async with deadline(self.timeouts.request_s):
+                request = p2pd_pb2.Request(type=p2pd_pb2.Request.LIST_PEERS)
+                answer, _, writer = await ask(network.p2p, request)
+            writer.close()
+            relayed = [any(map(is_relayed, connection.addrs)) for connection in answer.peers]
+        except (asyncio.TimeoutError, OSError, EOFError, ValueError, _Failed) as error:
+            logger.debug("p2pd does not say who is connected: %s", error)
+            return Links(routing_table=table)
+        return Links(direct=relayed.count(False), relayed=relayed.count(True), routing_table=table)
 
     async def watch(self) -> None:
         """Runs until ``close``. Raises NetworkError when p2pd cannot be kept alive."""
@@ -321,7 +355,7 @@ class Node:
         local = all(is_loopback(maddr) for maddr in host_maddrs)
         relays = [maddr for maddrs in self._initial_peers.values() for maddr in maddrs]
         auto_relay = bool(config.use_relay and relays and not config.client_mode and not local)
-        p2p_class = hardening.guarded_p2p(self._socket_folder, config.relay_service)
+        p2p_class = hardening.guarded_p2p(self._socket_folder, config.relay_service, self.traffic)
         for attempt in (1, 2):
             self._socket_folder.mkdir(mode=0o700, parents=True, exist_ok=True)  # a guard that ends removes it
             try:
@@ -371,18 +405,15 @@ class Node:
                     errors = [task.exception() for task in done if not task.cancelled()]
                     return f"exit code {child.result()}" if child.done() else f"its connection broke: {errors}"
                 with contextlib.suppress(LocalError, OSError, EOFError):
-                    await self._rejoin(network)
+                    # initial peers may have come back, with others behind them
+                    await self._introduce(network, self._initial_peers)
         finally:
             child.cancel()
 
-    async def _rejoin(self, network: _Network) -> None:
-        """Initial peers that are not in our routing table may have come back, with others behind them."""
+    async def _introduce(self, network: _Network, peers: dict[str, list[str]]) -> None:
+        """To those who are not in our routing table."""
         table = network.dht.protocol.routing_table
-        missing = {
-            peer_id: maddrs
-            for peer_id, maddrs in self._initial_peers.items()
-            if hardening.node_id_of(peer_id) not in table
-        }
+        missing = {peer_id: maddrs for peer_id, maddrs in peers.items() if hardening.node_id_of(peer_id) not in table}
         reached, _ = await self._reach(network.p2p, missing)
         await self._join(network, reached, first=False)
 
@@ -529,6 +560,7 @@ class Node:
             writer.transport.abort()
             return
         channel = self._channel(peer_id, reader, writer)
+        channel.remote_ip = direct_ip(str(info.addr))
         self._stream_tasks.add(task)
         self._streams[peer_id] += 1
         try:
@@ -539,6 +571,7 @@ class Node:
             ):  # else it is we who cancelled it, and asyncio's own stream server would log a traceback
                 raise
         except RemoteError as error:
+            self.traffic.reject(error)
             logger.debug("%s", error)
         except Exception:
             logger.exception("a stream of peer %s could not be served", peer_id[-8:])
@@ -553,8 +586,17 @@ class Node:
         self._writers.add(writer)
         reader._limit = READ_BUFFER_BYTES  # type: ignore[attr-defined]
         return Channel(
-            peer_id=peer_id, reader=reader, writer=_Writer(writer, self.timeouts.write_s), timeouts=self.timeouts
+            peer_id=peer_id,
+            reader=reader,
+            writer=_Writer(writer, self.timeouts.write_s),
+            timeouts=self.timeouts,
+            traffic=self.traffic,
         )
+
+
+def is_relayed(addr: bytes) -> bool:
+    """``addr``: in binary. Few contain the two bytes of /p2p-circuit by chance: only those are worth to be parsed."""
+    return CIRCUIT in addr and "/p2p-circuit" in str(Multiaddr(addr))
 
 
 async def ask(p2p: Any, request: Any) -> tuple[Any, asyncio.StreamReader, asyncio.StreamWriter]:

@@ -42,6 +42,11 @@ def part_slices(n: int) -> list[slice]:
     return [slice(start, min(start + PART_VALUES, n)) for start in range(0, n, PART_VALUES)]
 
 
+def next_head(head: bytes, link: bytes) -> bytes:
+    """``head_{t+1} = H(head_t, U_t)``, with the update's link for ``U_t``."""
+    return digest(head, link)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Part:
     """One part of an update: the bytes its reducer sent to everybody, and whose contributions are in them."""
@@ -102,9 +107,14 @@ class UpdateHeader:
         return header
 
     @cached_property
+    def link(self) -> bytes:
+        """32 bytes for ``U_t``; the part hashes stand for the values."""
+        return digest(self.to_bytes())
+
+    @cached_property
     def head(self) -> bytes:
-        """``head_{t+1} = H(head_t, U_t)``; the part hashes stand for the values."""
-        return digest(self.parent, digest(self.to_bytes()))
+        """``head_{t+1}``."""
+        return next_head(self.parent, self.link)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,12 +140,28 @@ class OuterState:
     theta: Vector
     momentum: Vector
 
+    def chunk_hashes(self) -> tuple[bytes, ...]:
+        """blake3 of every part of theta, then of every part of momentum: 1 MiB each, the last one of either less."""
+        slices = part_slices(len(self.theta))
+        return tuple(
+            blake3.blake3(vector[where].data.cast("B")).digest()
+            for vector in (self.theta, self.momentum)
+            for where in slices
+        )
+
+    def parts(self) -> list[tuple[Vector, Vector]]:
+        """(theta, momentum) of every part: views of the state."""
+        return [(self.theta[where], self.momentum[where]) for where in part_slices(len(self.theta))]
+
     def digest(self) -> bytes:
-        """blake3 of all bits of the state, 32 bytes: equal digests, equal replicas."""
-        h = blake3.blake3(self.step.to_bytes(8, "big") + self.head)
-        h.update(self.theta.data.cast("B"))
-        h.update(self.momentum.data.cast("B"))
-        return h.digest()
+        """Of all bits of the state, 32 bytes: equal digests, equal replicas."""
+        return state_digest(self.step, self.head, self.chunk_hashes())
+
+
+def state_digest(step: int, head: bytes, chunk_hashes: Iterable[bytes]) -> bytes:
+    """``OuterState.digest``. Who trusts it can check a list of chunk hashes against it, and then every chunk alone,
+    whoever sends them."""
+    return digest(b"state", step.to_bytes(8, "big"), head, *chunk_hashes)
 
 
 def genesis_state(theta: Vector) -> OuterState:
@@ -168,17 +194,20 @@ def check_update(state: OuterState, update: Update, codec: Codec) -> None:
 def apply_checked(state: OuterState, update: Update, *, codec: Codec, lr: float, momentum: float) -> None:
     """The arithmetic of ``apply``, for an update that ``check_update`` has passed."""
     header = update.header
-    lr32, mu32 = np.float32(lr), np.float32(momentum)
-    for part, where in zip(update.parts, part_slices(len(state.theta))):
-        theta, m = state.theta[where], state.momentum[where]
-        g = decode(part.data, len(theta), codec)
-        np.multiply(m, mu32, out=m)
-        np.add(m, g, out=m)
-        nesterov = np.multiply(m, mu32)
-        np.add(g, nesterov, out=nesterov)
-        np.multiply(nesterov, lr32, out=nesterov)
-        np.subtract(theta, nesterov, out=theta)
+    for part, (theta, m) in zip(update.parts, state.parts()):
+        apply_part(theta, m, decode(part.data, len(theta), codec), lr=lr, momentum=momentum)
     state.step, state.head = header.step + 1, header.head
+
+
+def apply_part(theta: Vector, m: Vector, g: Vector, *, lr: float, momentum: float) -> None:
+    """The arithmetic of ``apply`` on one part: theta and its momentum ``m`` in place; ``g`` is the decoded update."""
+    lr32, mu32 = np.float32(lr), np.float32(momentum)
+    np.multiply(m, mu32, out=m)
+    np.add(m, g, out=m)
+    nesterov = np.multiply(m, mu32)
+    np.add(g, nesterov, out=nesterov)
+    np.multiply(nesterov, lr32, out=nesterov)
+    np.subtract(theta, nesterov, out=theta)
 
 
 def check_parts(parts: Sequence[Part], n: int, codec: Codec) -> None:
@@ -193,16 +222,27 @@ def check_parts(parts: Sequence[Part], n: int, codec: Codec) -> None:
         decode(part.data, where.stop - where.start, codec)
 
 
-def weighted_mean(contributions: Sequence[tuple[int, Vector]]) -> Vector:
-    """float32 [n], the mean of the outer gradients weighted by tokens: ``sum_i float32(w_i / W) * g_i``.
+def weighted_mean(contributions: Sequence[tuple[int, Vector]], total: int | None = None) -> Vector:
+    """float32 [n], the mean of the outer gradients weighted by tokens: ``sum_i float32(w_i / W) * g_i``, where W is
+    ``total`` or, without it, the sum of the weights.
 
     The order is the roster's, so that a simulation without a network gets the same bits.
     """
-    total = sum(weight for weight, _ in contributions)
+    if total is None:
+        total = sum(weight for weight, _ in contributions)
     mean = np.zeros_like(contributions[0][1])
     for weight, values in contributions:
         np.add(mean, np.multiply(values, np.float32(weight / total)), out=mean)
     return mean
+
+
+def parts_with(update: Update, peer_id: str) -> set[int]:
+    """The parts of an update that this peer's contribution is in."""
+    names = [name for name, _ in update.header.contributors]
+    if peer_id not in names:
+        return set()
+    bit = 1 << names.index(peer_id)
+    return {i for i, part in enumerate(update.parts) if int.from_bytes(part.mask, "little") & bit}
 
 
 def contributor_mask(indices: Iterable[int]) -> bytes:
@@ -233,31 +273,47 @@ def update_to_bytes(update: Update) -> bytes:
 
 
 def update_pieces(update: Update) -> list[bytes]:
-    """What ``update_to_bytes`` joins; the parts' values are not copied."""
-    header = update.header.to_bytes()
-    mask_bytes = -(-len(update.header.contributors) // 8)
-    pieces = [UPDATE_MAGIC, len(header).to_bytes(4, "big"), header, update.header.head]
+    """What ``update_to_bytes`` joins, the start first; the parts' values are not copied."""
+    mask_bytes = _mask_bytes(update.header)
+    pieces = [update_start(update.header)]
     for part in update.parts:
         pieces += [part.mask.ljust(mask_bytes, b"\0"), part.data]
     return pieces
 
 
+def update_start(header: UpdateHeader) -> bytes:
+    """All of an update that comes before its parts."""
+    packed = header.to_bytes()
+    return b"".join((UPDATE_MAGIC, len(packed).to_bytes(4, "big"), packed, header.head))
+
+
+def part_places(header: UpdateHeader, n: int, codec: Codec) -> list[slice]:
+    """Where the parts lie in the bytes of an update of ``n`` values."""
+    places, start = [], len(update_start(header))
+    for where in part_slices(n):
+        stop = start + _mask_bytes(header) + encoded_bytes(where.stop - where.start, codec)
+        places.append(slice(start, stop))
+        start = stop
+    return places
+
+
+def part_from_bytes(data: bytes | memoryview, header: UpdateHeader) -> Part:
+    """``data``: one part of an update, of any content. The header's hashes tell whether it is the right one."""
+    mask_bytes = _mask_bytes(header)
+    return Part(mask=bytes(data[:mask_bytes]).rstrip(b"\0"), data=bytes(data[mask_bytes:]))
+
+
 def update_from_bytes(data: bytes, *, n: int, codec: Codec) -> Update:
     """ValueError unless ``update_to_bytes`` would give ``data`` for an update of ``n`` values; they are not decoded."""
-    header, offset = open_update(data, len(data), n=n, codec=codec)
-    mask_bytes = -(-len(header.contributors) // 8)
-    parts = []
-    for where in part_slices(n):
-        values_at = offset + mask_bytes
-        end = values_at + encoded_bytes(where.stop - where.start, codec)
-        parts.append(Part(mask=data[offset:values_at].rstrip(b"\0"), data=data[values_at:end]))
-        offset = end
-    return Update(header=header, parts=tuple(parts))
+    header, view = open_update(data, len(data), n=n, codec=codec), memoryview(data)
+    return Update(
+        header=header, parts=tuple(part_from_bytes(view[place], header) for place in part_places(header, n, codec))
+    )
 
 
-def open_update(start: bytes, size: int, *, n: int, codec: Codec) -> tuple[UpdateHeader, int]:
-    """The header of an update of ``size`` bytes, and where its parts begin. ``start``: its first bytes, at least
-    ``max_update_start_bytes(n)`` or all. ValueError when the size is not what the header makes it."""
+def open_update(start: bytes, size: int, *, n: int, codec: Codec) -> UpdateHeader:
+    """The header of an update of ``size`` bytes. ``start``: its first bytes, at least ``max_update_start_bytes(n)`` or
+    all. ValueError when the size is not what the header makes it."""
     header_bytes = int.from_bytes(start[8:12], "big")
     if not start.startswith(UPDATE_MAGIC) or header_bytes > max_update_start_bytes(n):
         raise ValueError("not an update")
@@ -267,10 +323,10 @@ def open_update(start: bytes, size: int, *, n: int, codec: Codec) -> tuple[Updat
         raise ValueError("the header of an update does not have the head beside it")
     if len(header.part_hashes) != len(part_slices(n)):
         raise ValueError(f"an update of {len(header.part_hashes)} parts, expected {len(part_slices(n))}")
-    expected = offset + _values_bytes(n, codec, -(-len(header.contributors) // 8))
+    expected = offset + _values_bytes(n, codec, _mask_bytes(header))
     if size != expected:
         raise ValueError(f"an update of {size} bytes, expected {expected}")
-    return header, offset
+    return header
 
 
 def max_update_start_bytes(n: int) -> int:
@@ -282,6 +338,10 @@ def max_update_start_bytes(n: int) -> int:
 
 def max_update_bytes(n: int, codec: Codec) -> int:
     return max_update_start_bytes(n) + _values_bytes(n, codec, MAX_CONTRIBUTORS // 8)
+
+
+def _mask_bytes(header: UpdateHeader) -> int:
+    return -(-len(header.contributors) // 8)
 
 
 def _values_bytes(n: int, codec: Codec, mask_bytes: int) -> int:

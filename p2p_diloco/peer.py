@@ -22,16 +22,19 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from p2p_diloco.butterfly import Butterfly, RoundCost
+from p2p_diloco.alignment import Alignment, align
 from p2p_diloco.catchup import Catchup
 from p2p_diloco.codec import Vector
 from p2p_diloco.config import Timeouts
-from p2p_diloco.errors import NetworkError
+from p2p_diloco.endpoint import Endpoint
+from p2p_diloco.errors import Gap, NetworkError
 from p2p_diloco.events import EventLog
 from p2p_diloco.identity import Identity
 from p2p_diloco.matchmaking import Matchmaker, Seat
-from p2p_diloco.outer import Update
+from p2p_diloco.meeting import Meeting
+from p2p_diloco.outer import Update, part_slices, parts_with
 from p2p_diloco.presence import LastRound, Presence
+from p2p_diloco.probes import Probes
 from p2p_diloco.records import Directory, Phase, Record, Role
 from p2p_diloco.replica import Replica
 from p2p_diloco.rounds import (
@@ -41,16 +44,24 @@ from p2p_diloco.rounds import (
     evaluator,
     must_catch_up,
     on_head,
+    planned_steps,
     rank,
     swarm_head,
 )
+from p2p_diloco.settle import RoundCost, Settlement
+from p2p_diloco.upkeep import Upkeep
+from p2p_diloco.uploads import Uploads
 from p2p_diloco.waiting import Bell, deadline, heard
 from p2p_diloco.wire import (
     MANIFEST_PROTOCOL,
+    AskChunk,
+    AskCommit,
+    AskDialBack,
     AskHeads,
+    AskIndex,
     AskManifest,
     AskPart,
-    AskSnapshot,
+    AskTransfer,
     AskUpdate,
     Channel,
     Closing,
@@ -68,10 +79,14 @@ log = logging.getLogger(__name__)
 
 ATTEMPTS = 3
 """Rounds tried on one head before the trainer goes on alone."""
+PATIENCE = 3
+"""Catch-ups in a row that lead nowhere before whoever claims that head has no vote for a while."""
 HAND_OVER_POLL_S = 0.2
 ROUNDS_KEPT = 2
 """Finished rounds whose parts are still served to members that are late."""
-REQUESTS = (Ready, Closing, Contribute, Receipt, AskPart, AskHeads, AskUpdate, AskSnapshot, Push)
+OF_A_ROUND = (Contribute, Receipt, AskPart, AskCommit)
+OF_A_DONOR = (AskHeads, AskIndex, AskChunk, AskUpdate)
+REQUESTS = (Ready, Closing, *OF_A_ROUND, *OF_A_DONOR, AskDialBack, AskTransfer, Push)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,6 +111,10 @@ class OuterResult:
     bytes_received: int = 0
     evaluate: bool = False
     """This peer is the one to evaluate theta now."""
+    kept: bool = False
+    """The trainer goes on from its own parameters, although theta is new: its contribution is not in it."""
+    planned: int = 0
+    """Inner steps until the next outer step."""
 
     @property
     def moved(self) -> bool:
@@ -117,6 +136,8 @@ class Peer:
         events: EventLog,
         client_mode: bool = False,
         name: str = "",
+        max_upload_bytes_per_s: float | None = None,
+        metrics: Endpoint | None = None,
         wall_s: Callable[[], float] = time.time,
     ) -> None:
         self.transport = transport
@@ -148,6 +169,22 @@ class Peer:
             directory=self.directory,
             replica=replica,
             timeouts=self.timeouts,
+            events=events,
+            wall_s=wall_s,
+        )
+        self.uploads = Uploads(
+            ledger=replica.ledger,
+            n=self.manifest.n_params,
+            events=events,
+            timeouts=self.timeouts,
+            max_bytes_per_s=max_upload_bytes_per_s,
+        )
+        self.upkeep = Upkeep(
+            replica=replica,
+            catchup=self.catchup,
+            directory=self.directory,
+            events=events,
+            timeouts=self.timeouts,
             wall_s=wall_s,
         )
         self.presence = Presence(
@@ -158,17 +195,23 @@ class Peer:
             seat=self.seat,
             role=self.role,
             name=name,
+            metrics=metrics,
             wall_s=wall_s,
         )
+        self.probes = Probes(transport=transport, seat=self.seat, wall_s=wall_s, rate=self.uploads.rate)
         self._following = True
         """A seed, and a trainer that has not begun: the state goes where the swarm goes, by itself."""
         self._moving = asyncio.Lock()
         """Held by who moves the state other than by a round."""
         self.behind = False
-        """The swarm went on without me: the trainer shall come for an outer step now."""
-        self.rounds: deque[Butterfly] = deque(maxlen=ROUNDS_KEPT)
+        """The swarm went on without me, or my state was wrong: the trainer shall come for an outer step now."""
+        self._in_vain = 0
+        """Catch-ups in a row that led nowhere."""
+        self.rounds: deque[Settlement] = deque(maxlen=ROUNDS_KEPT)
         self.round_started = Bell()
-        self._snapshot_task: asyncio.Task[None] | None = None
+        self.speeds: dict[str, float] = {}
+        """Peer id -> tokens per second, as it said in the last round."""
+        self.pace = 0.0
         self._telling: asyncio.Task[None] | None = None
 
     # -- life --------------------------------------------------------------------------------------------------------
@@ -201,6 +244,7 @@ class Peer:
             seconds=self._now() - started_s,
         )
         await self.presence.publish()
+        await self.presence.refresh()  # who joined meanwhile: of two that do so at once, the later one sees the other
         await self.presence.push_to_all()
 
     async def begin(self) -> None:
@@ -215,8 +259,8 @@ class Peer:
         await self.presence.push_to_all()
 
     async def run(self) -> None:
-        """Until cancelled: keep my record in the DHT, and the others' here."""
-        await asyncio.gather(self.presence.publish_loop(), self._refresh_loop())
+        """Until cancelled: keep my record in the DHT, the others' here, and what I hold sound."""
+        await asyncio.gather(self.presence.publish_loop(), self._refresh_loop(), self.upkeep.run())
 
     async def leave(self, reason: str) -> None:
         """See that what I hold is not lost, then withdraw the record, so that nobody waits for us."""
@@ -232,7 +276,7 @@ class Peer:
             self._telling.cancel()
         self.events.write("left", step=self.step, head=self.seat.standing.head.hex(), reason=reason)
         await asyncio.gather(self.presence.publish(), self.presence.push_to_all())
-        await self._snapshot_written()
+        await self.upkeep.settled()
 
     async def _hand_over(self) -> None:
         """If a seed is there, it shall have my outer step before I go: after the last one nobody else stays."""
@@ -246,15 +290,26 @@ class Peer:
 
     # -- the outer step ----------------------------------------------------------------------------------------------
 
-    async def outer_step(self, tokens: int) -> OuterResult:
-        """Offer what the trainer learned from ``tokens`` tokens, and take what the group learned."""
+    async def outer_step(self, tokens: int, *, dropped: bool = False, pace: float = 0.0) -> OuterResult:
+        """Offer what the trainer learned from ``tokens`` tokens, and take what the group learned. ``dropped``: offer
+        nothing, as if the contribution had been lost on its way. ``pace``: the trainer's speed in tokens per second; 0
+        where unknown."""
         if self.local is None:
             raise RuntimeError("a seed makes no outer steps")
-        if not await asyncio.to_thread(_all_finite, self.local):
+        self.pace = pace
+        before, mends = self.seat.standing, self.upkeep.mends
+        if not await asyncio.to_thread(_all_finite, self.local, self.replica.theta):
             log.error("training diverged: a parameter is not finite; going back to theta of outer step %d", self.step)
+            with contextlib.suppress(Gap):
+                await self.upkeep.mend()  # a bit that flips in theta can make training diverge, again and again
+            self._log_round(Missed(reason="diverged", detail="a parameter is not finite"), None, 0.0)
             result = self._result(adopted=True, reason="diverged")
         else:
-            result = await self._try_rounds(tokens)
+            result = await self._try_rounds(tokens, dropped)
+            kept = self.manifest.spec.round.on_missed == "keep" and self.upkeep.mends == mends
+            if result.moved and kept:  # what was learned from a theta that was wrong is not
+                result = replace(result, kept=await asyncio.to_thread(self._keep, before, self.local))
+        result = replace(result, planned=self.planned_steps())
         self.seat.closes_s = None
         self.behind = False
         self.seat.progress = replace(self.seat.progress, inner_step=0, reported_s=self._now())
@@ -269,51 +324,86 @@ class Peer:
         self.presence.publish_now.ring()
         return result
 
-    async def _try_rounds(self, tokens: int) -> OuterResult:
+    def planned_steps(self) -> int:
+        """Inner steps that this peer plans, by its speed and the others'."""
+        here = on_head(self.directory.expected(self.wall_s()), self.seat.standing.head)
+        speeds = [self.speeds[record.peer_id] for record in here if record.peer_id in self.speeds]
+        return planned_steps(self.manifest.spec.inner.steps, self.pace, speeds)
+
+    def _keep(self, before: Standing, local: Vector) -> bool:
+        """The state has moved on from ``before``. Parts whose new theta has my contribution in it are taken into
+        ``local``, for they would count twice. Whether any are left as the trainer made them; none where my ledger does
+        not show the way, after a roll-back or a snapshot."""
+        taken: set[int] = set()
+        head = before.head
+        for step in range(before.step, self.step):
+            update = self.replica.ledger.update(step)
+            if update is None or update.header.parent != head:
+                return False
+            head = update.header.head
+            taken |= parts_with(update, self.identity.peer_id)
+        slices = part_slices(len(local))
+        if head == before.head or len(taken) == len(slices):
+            return False
+        for part in taken:
+            local[slices[part]] = self.replica.theta[slices[part]]
+        return True
+
+    async def _try_rounds(self, tokens: int, dropped: bool) -> OuterResult:
         for _ in range(ATTEMPTS):
-            if must_catch_up(self.seat.standing, self._swarm_head()):
-                return await self._adopt()
-            result = await self._round(tokens)
+            if self._must_adopt():
+                result = await self._adopt()
+                if result.moved or self._must_adopt():
+                    return result  # else nobody has what was claimed, and those on our head wait for us
+            result = await self._round(tokens, dropped)
             if result.reason == "behind":
                 return await self._adopt()
             if result.reason != "failed":
                 break
         return result
 
+    def _must_adopt(self) -> bool:
+        return not self.replica.sound or must_catch_up(self.seat.standing, self._swarm_head())
+
     async def _tell_seeds(self) -> None:
         """Seeds follow at once: what a group has committed shall soon be in more hands than the group's."""
         seeds = [record for record in self.directory.live(self.wall_s()) if record.role == "seed"]
         await self.presence.push(seeds)
 
-    async def _round(self, tokens: int) -> OuterResult:
+    async def _round(self, tokens: int, dropped: bool) -> OuterResult:
         """One attempt: gather, reduce, settle, apply."""
         started_s = self._now()
         self._to_phase("gather")
-        group = await self.matchmaker.find_group(tokens)
+        group = await self.matchmaker.find_group(tokens, dropped=dropped, tokens_per_s=self.pace)
         gather_s = self._now() - started_s
         if isinstance(group, Missed):
             self._log_round(group, None, gather_s)
             return self._result(reason=group.reason, gather_s=gather_s)
-        self._to_phase("reduce")
+        self.speeds = {member.peer_id: member.tokens_per_s for member in group.members}
         self.seat.in_round = True
-        butterfly = self._butterfly(group)
+        settlement = self._meet(group)
         try:
-            outcome = await butterfly.run()
-            cost = butterfly.cost()
+            self._to_phase("reduce")
+            await settlement.reduce()
+            self._to_phase("settle")
+            outcome = await settlement.settle()
+            cost = settlement.cost()
             if isinstance(outcome, Missed):
-                self._log_round(outcome, butterfly, gather_s)
+                self._log_round(outcome, settlement, gather_s)
                 return self._result(reason=outcome.reason, group=len(group.members), gather_s=gather_s, cost=cost)
             self._to_phase("apply")
             apply_started_s = self._now()
+            meeting = settlement.meeting
+            alignment = await asyncio.to_thread(align, meeting.theta, meeting.local, outcome, meeting.codec)
             await self._commit(outcome)
-            met = (member.peer_id for i, member in enumerate(group.members) if i not in butterfly.lost)
+            met = (member.peer_id for i, member in enumerate(group.members) if i not in settlement.meeting.lost)
             self.directory.met(met, self.step, self.seat.standing.head)
             apply_s = self._now() - apply_started_s
         finally:
             self.seat.in_round = False
             self.seat.changed.ring()
         evaluate = evaluator(group, self.seat.standing.head) == self.identity.peer_id
-        if group.leader == group.me:
+        if settlement.leads:
             self._telling = asyncio.create_task(self._tell_seeds())
         result = self._result(
             committed=True,
@@ -323,76 +413,93 @@ class Peer:
             apply_s=apply_s,
             evaluate=evaluate,
         )
-        self._log_round(None, butterfly, gather_s, apply_s)
+        self._log_round(None, settlement, gather_s, apply_s, alignment)
         return result
 
-    def _butterfly(self, group: Group) -> Butterfly:
+    def _meet(self, group: Group) -> Settlement:
         assert self.local is not None
-        butterfly = Butterfly(
-            group=group,
-            transport=self.transport,
-            protocol=self.protocol,
-            directory=self.directory,
-            timeouts=self.timeouts,
-            codec=self.manifest.spec.outer.codec,
-            theta=self.replica.theta,
-            local=self.local,
-            min_group=self.manifest.spec.round.min_group,
+        settlement = Settlement(
+            Meeting(
+                group=group,
+                transport=self.transport,
+                protocol=self.protocol,
+                directory=self.directory,
+                timeouts=self.timeouts,
+                codec=self.manifest.spec.outer.codec,
+                theta=self.replica.theta,
+                local=self.local,
+                min_group=self.manifest.spec.round.min_group,
+            )
         )
-        self.rounds.append(butterfly)
+        self.rounds.append(settlement)
         self.round_started.ring()
-        return butterfly
+        return settlement
 
     async def _commit(self, update: Update) -> None:
         """Ledger first, then theta. A snapshot, where one is due, is written while training goes on."""
-        await self._snapshot_written()
+        await self.upkeep.settled()
+        if not self.replica.sound:
+            await self.upkeep.mend()
         await asyncio.to_thread(self.replica.commit, update)
         self._take_standing()
-        self._snapshot_task = asyncio.create_task(asyncio.to_thread(self.replica.snapshot_if_due))
+        self.upkeep.snapshot()
 
     async def _adopt(self) -> OuterResult:
         """Catch up with the swarm instead of meeting it."""
-        before = self.seat.standing
-        self._to_phase("joining")
+        before, sound = self.seat.standing, self.replica.sound
         async with self._moving:
+            target = self._swarm_head()
             await self.presence.push_to_all()
+            if self._must_adopt():  # else the others still wait for us where we are
+                self._to_phase("joining")
+            elif sound and target is not None:
+                self._led_nowhere(target)
             await self._catch_up_to_swarm(patience_s=0.0)
-        if self.seat.standing == before:
-            return self._result(reason="behind")
-        return self._result(adopted=True, reason="behind")
+        moved = self.seat.standing != before
+        if sound:
+            return self._result(adopted=moved, reason="behind")
+        self._log_round(Missed(reason="repaired", detail="bits of the state had flipped"), None, 0.0)
+        return self._result(adopted=True, reason="repaired")
 
     async def _catch_up_to_swarm(self, patience_s: float) -> bool:
         """Go to the swarm's head, and on while it moves. Whether a snapshot had to be downloaded. A newcomer, who has
         no state, waits up to ``patience_s`` for somebody who gives it one."""
         deadline_s, snapshot = self._now() + patience_s, False
+        if not self.replica.sound:
+            await self.upkeep.mend()
         while True:
-            target = self._swarm_head()
-            if target is None or (self.replica.state is not None and not must_catch_up(self.seat.standing, target)):
-                caught_up = None
-            else:
+            target, caught_up = self._swarm_head(), None
+            if target is not None and (self.replica.state is None or must_catch_up(self.seat.standing, target)):
                 started_s = self._now()
-                await self._snapshot_written()
+                await self.upkeep.settled()
                 caught_up = await self.catchup.to(target)
+                if caught_up is None:
+                    self._led_nowhere(target)
             if caught_up is None:
                 if self.replica.state is not None:
                     self._take_standing()  # a download that broke off may have moved it part of the way
-                if self.catchup.received_bytes:
+                if self.catchup.promising:
                     deadline_s = self._now() + patience_s
                 if self.replica.state is not None or self._now() >= deadline_s:
                     return snapshot
                 await asyncio.sleep(self.timeouts.refresh_s)
                 await self.presence.refresh()
                 continue
+            self._in_vain = 0
             snapshot = snapshot or caught_up.snapshot
             self._take_standing()
+            self.upkeep.snapshot()
             self.events.write("caught_up", seconds=self._now() - started_s, **vars(caught_up))
             if caught_up.rolled_back:
                 log.warning("gave up %d outer steps that the swarm did not share", caught_up.rolled_back)
+            await self.presence.push_to_all()  # the answers say how far the swarm is by now
 
-    async def _snapshot_written(self) -> None:
-        """A snapshot is written from the state itself: it must be on the disk before the state changes."""
-        if self._snapshot_task is not None:
-            await asyncio.shield(self._snapshot_task)
+    def _led_nowhere(self, target: tuple[int, bytes]) -> None:
+        self._in_vain += 1
+        if self._in_vain >= PATIENCE:
+            self._in_vain = 0
+            count = self.directory.doubt(target[1], self.wall_s() + self.timeouts.record_life_s)
+            log.warning("%d peers claim outer step %d, and none has shown the way there", count, target[0])
 
     def _result(self, *, cost: RoundCost | None = None, reason: str = "", **fields: object) -> OuterResult:
         state = self.replica.loaded
@@ -400,11 +507,15 @@ class Peer:
         return replace(result, **(vars(cost) if cost else {}), **fields)  # type: ignore[arg-type]
 
     def _log_round(
-        self, missed: Missed | None, butterfly: Butterfly | None, gather_s: float, apply_s: float = 0.0
+        self,
+        missed: Missed | None,
+        settlement: Settlement | None,
+        gather_s: float,
+        apply_s: float = 0.0,
+        alignment: Alignment | None = None,
     ) -> None:
         standing = self.seat.standing
-        members = butterfly.group.members if butterfly else ()
-        cost = butterfly.cost() if butterfly else RoundCost(reduce_s=0.0, settle_s=0.0, bytes_sent=0, bytes_received=0)
+        members = settlement.group.members if settlement else ()
         self.events.write(
             "round",
             step=standing.step,
@@ -413,10 +524,11 @@ class Peer:
             reason=missed.reason if missed else "",
             detail=missed.detail if missed else "",
             group=[member.peer_id for member in members],
-            lost=[members[i].peer_id for i in sorted(butterfly.lost)] if butterfly else [],
+            lost=[members[i].peer_id for i in sorted(settlement.meeting.lost)] if settlement else [],
             gather_s=gather_s,
             apply_s=apply_s,
-            **vars(cost),
+            **vars(settlement.cost() if settlement else RoundCost()),
+            **(vars(alignment) if alignment else {}),
         )
 
     # -- serving -----------------------------------------------------------------------------------------------------
@@ -438,34 +550,30 @@ class Peer:
             await self.matchmaker.on_ready(channel, message)
         elif isinstance(message, Closing):
             await self.matchmaker.on_closing(channel, message)
-        elif isinstance(message, (Contribute, Receipt, AskPart)):
+        elif isinstance(message, OF_A_ROUND):
             await self._serve_round(channel, message)
-        elif isinstance(message, AskHeads):
-            await self.catchup.on_ask_heads(channel, message)
-        elif isinstance(message, AskUpdate):
-            await self.catchup.on_ask_update(channel, message)
-        elif isinstance(message, AskSnapshot):
-            await self.catchup.on_ask_snapshot(channel, message)
+        elif isinstance(message, OF_A_DONOR):
+            await self.uploads.serve(channel, message)
+        elif isinstance(message, AskDialBack):
+            await self.probes.on_ask_dial_back(channel, message)
+        elif isinstance(message, AskTransfer):
+            await self.probes.on_ask_transfer(channel, message)
 
-    async def _serve_round(self, channel: Channel, message: Contribute | Receipt | AskPart) -> None:
-        butterfly = await self._find_round(message.round_id)
-        if butterfly is None:
+    async def _serve_round(self, channel: Channel, message: Contribute | Receipt | AskPart | AskCommit) -> None:
+        settlement = await self._find_round(message.round_id)
+        if settlement is not None:
+            await settlement.serve(channel, message)
+        elif not isinstance(message, Receipt):  # whose sender takes a closed stream for a leader that is gone
             await channel.send(No(reason="no such round"))
-        elif isinstance(message, Contribute):
-            await butterfly.on_contribute(channel)
-        elif isinstance(message, Receipt):
-            await butterfly.on_receipt(channel, message)
-        else:
-            await butterfly.on_ask_part(channel, message)
 
-    async def _find_round(self, round_id: bytes) -> Butterfly | None:
+    async def _find_round(self, round_id: bytes) -> Settlement | None:
         """A member may know the roster a moment before I do: wait for it, as long as I wait for anything small."""
         deadline_s = self._now() + self.timeouts.request_s
         while True:
             started = self.round_started.event
-            for butterfly in self.rounds:
-                if butterfly.group.round_id == round_id:
-                    return butterfly
+            for settlement in self.rounds:
+                if settlement.group.round_id == round_id:
+                    return settlement
             if self._now() >= deadline_s:
                 return None
             await heard(started, deadline_s - self._now())
@@ -481,19 +589,17 @@ class Peer:
             if self._now() >= refresh_s:
                 await self.presence.refresh()
                 refresh_s = self._now() + self.timeouts.refresh_s
-            if self._snapshot_task is not None and self._snapshot_task.done():
-                self._snapshot_task.result()
             await self._follow()
 
     async def _follow(self) -> None:
         """Go where the swarm goes; once training, tell the trainer to come."""
         async with self._moving:
-            if not must_catch_up(self.seat.standing, self._swarm_head()):
+            if not self._must_adopt():
                 return
             if self._following:
                 await self._catch_up_to_swarm(patience_s=0.0)
                 self.presence.publish_now.ring()
-            elif self.seat.phase == "inner" and not self.behind:
+            elif self.seat.phase in ("inner", "evaluate") and not self.behind:
                 self.behind = True
                 self.seat.changed.ring()
 
@@ -512,10 +618,11 @@ class Peer:
 
     def _swarm_head(self) -> tuple[int, bytes] | None:
         mine = self.seat.standing if self.replica.state is not None else None
-        return swarm_head(self.directory.live(self.wall_s()), mine)
+        return swarm_head(self.directory.believed(self.wall_s()), mine)
 
     def _to_phase(self, phase: Phase) -> None:
         self.seat.phase = phase
+        self.events.write("phase", phase=phase, step=self.step)
         self.presence.seal()
         self.seat.changed.ring()
 
@@ -528,5 +635,5 @@ class Peer:
         return asyncio.get_running_loop().time()
 
 
-def _all_finite(values: Vector) -> bool:
-    return bool(np.isfinite(values).all())
+def _all_finite(*vectors: Vector) -> bool:
+    return all(bool(np.isfinite(values).all()) for values in vectors)

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 from p2p_diloco import __version__
+from p2p_diloco.endpoint import Endpoint
 from p2p_diloco.errors import Misbehaved, RemoteError
 from p2p_diloco.identity import Identity
 from p2p_diloco.matchmaking import Seat
@@ -24,7 +25,7 @@ from p2p_diloco.wire import Channel, Push, Transport, run_protocol
 log = logging.getLogger(__name__)
 
 MADDRS_BYTES = 320
-"""Of all addresses in a record: the rest of it takes up to 690 of the 1024 bytes."""
+"""Of all addresses in a record, that of the metrics included: the rest of it takes up to 690 of the 1024 bytes."""
 
 
 @dataclass(kw_only=True)
@@ -55,6 +56,8 @@ class Presence:
     seat: Seat
     role: Role
     name: str
+    metrics: Endpoint | None
+    """Where metrics are served."""
     wall_s: Callable[[], float]
     trained: Trained = field(default_factory=Trained)
     last_round: LastRound = field(default_factory=LastRound)
@@ -107,6 +110,7 @@ class Presence:
                 channel.close()
         except RemoteError as error:
             log.debug("%s does not take our record: %s", record.label, error.reason)
+            self.transport.traffic.reject(error)
             self.directory.suspect(record.peer_id)
 
     async def on_push(self, channel: Channel, message: Push) -> None:
@@ -128,6 +132,7 @@ class Presence:
         """What I say about myself now. Every one is newer than the last, even within one tick of the clock."""
         standing, progress, trained = self.seat.standing, self.seat.progress, self.trained
         snapshots = self.replica.ledger.snapshots()
+        metrics_addr = self.metrics.announced(self._maddrs) if self.metrics else ""
         now_s = self.wall_s()
         if self._last_issued_s > now_s + self.transport.timeouts.record_life_s:
             self._last_issued_s = 0.0  # our clock was set back: nobody would believe a record from there
@@ -146,7 +151,7 @@ class Presence:
             heads=list(standing.heads),
             snapshot_step=snapshots[-1].step if snapshots else 0,
             snapshot_digest=snapshots[-1].digest if snapshots else bytes(32),
-            maddrs=fitting(self._maddrs),
+            maddrs=fitting(self._maddrs, MADDRS_BYTES - len(metrics_addr)),
             client_mode=self.seat.client_mode,
             name=self.name,
             version=__version__,
@@ -160,13 +165,14 @@ class Presence:
             group_size=self.last_round.group,
             round_s=self.last_round.seconds,
             round_bytes=self.last_round.bytes,
+            metrics_addr=metrics_addr,
         )
 
 
-def fitting(maddrs: list[str]) -> list[str]:
-    """The first three, as far as they fit into a record; the most public ones come first."""
+def fitting(maddrs: list[str], max_bytes: int) -> list[str]:
+    """The first three, as far as they fit; the most public ones come first."""
     taken: list[str] = []
     for maddr in maddrs[:3]:
-        if sum(map(len, (*taken, maddr))) <= MADDRS_BYTES and len(maddr) <= 160:
+        if sum(map(len, (*taken, maddr))) <= max_bytes and len(maddr) <= 160:
             taken.append(maddr)
     return taken

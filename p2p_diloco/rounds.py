@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median_low
 from typing import Annotated, Literal
@@ -30,11 +30,14 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from p2p_diloco.identity import Identity
+from p2p_diloco.manifest import OnMissed
 from p2p_diloco.outer import UpdateHeader, digest
-from p2p_diloco.records import Hash, Natural, Record, Signed, seal, unseal
+from p2p_diloco.records import Hash, Natural, Record, Signed, open_record, seal, unseal
 
 READINESS_CONTEXT = b"p2p-diloco readiness\0"
 LARGEST_WEIGHT_OVER_MEDIAN = 4
+LARGEST_SPEED_OVER_MEDIAN = 4
+NEARLY = 0.9
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +50,7 @@ class Standing:
     committed: bool
 
 
-MissedReason = Literal["alone", "behind", "failed", "leaving"]
+MissedReason = Literal["alone", "behind", "failed", "leaving", "diverged", "repaired"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,6 +90,10 @@ class Readiness(Signed):
     weight: Annotated[int, Field(gt=0, lt=2**60)]
     """Tokens that this peer trained on since it took theta."""
     client_mode: bool
+    dropped: bool = False
+    """It reduces for the others and takes the update, but contributes nothing this time."""
+    tokens_per_s: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+    """Its speed: who is slower plans fewer inner steps."""
     nonce: Annotated[bytes, Field(min_length=8, max_length=8)]
     """New for every attempt, so that no two rounds have the same id."""
 
@@ -114,6 +121,8 @@ class Group:
     members: tuple[Readiness, ...]
     weights: tuple[int, ...]
     """Tokens, at most four times the group's median: a false claim gains little."""
+    divisor: int | None
+    """What the weighted sum is divided by, in tokens; None: the weights of the contributions that come in time."""
     me: int
 
     @property
@@ -123,13 +132,13 @@ class Group:
 
     @property
     def reducers(self) -> tuple[int, ...]:
-        """Indices of the members that reduce. Client-mode members do not, unless there is nobody else."""
-        dialable = tuple(i for i, member in enumerate(self.members) if not member.client_mode)
-        return dialable or tuple(range(len(self.members)))
+        """Indices of the members that reduce, and of those who may settle the round, the first one first."""
+        return self.reducers_among(range(len(self.members)))
 
-    def reducer_of(self, part: int) -> int:
-        """Equal shares; never by claimed speed."""
-        return self.reducers[part % len(self.reducers)]
+    def reducers_among(self, members: Sequence[int]) -> tuple[int, ...]:
+        """Client-mode members do not reduce, unless there is nobody else."""
+        dialable = tuple(i for i in members if not self.members[i].client_mode)
+        return dialable or tuple(members)
 
     def header(self, part_hashes: Sequence[bytes]) -> UpdateHeader:
         contributors = tuple((member.peer_id, weight) for member, weight in zip(self.members, self.weights))
@@ -146,8 +155,22 @@ def form_roster(sealed: Iterable[bytes], head: bytes, max_group: int) -> list[by
     return ranked[:max_group]
 
 
-def check_roster(sealed: Sequence[bytes], mine: Readiness, *, min_group: int, max_group: int, max_weight: int) -> Group:
-    """The group of a roster. ValueError unless every member signed for this very round, once, and I am one of them."""
+def check_roster(
+    sealed: Sequence[bytes],
+    mine: Readiness,
+    *,
+    min_group: int,
+    max_group: int,
+    max_weight: int,
+    on_missed: OnMissed = "adopt",
+    absent: Sequence[bytes] = (),
+) -> Group:
+    """The group of a roster. ValueError unless every member signed for this very round, once, and I am one of them;
+    and every absent one signed that it trains on this head.
+
+    ``on_missed`` "keep": who misses a round comes to the next one with the progress of both, so the sum is divided by
+    the weights of all who train on this head, absent ones at the group's median (docs/log.md has the figures).
+    """
     if not min_group <= len(sealed) <= max_group:
         raise ValueError(f"a roster of {len(sealed)}")
     members = tuple(open_readiness(one) for one in sealed)
@@ -163,13 +186,22 @@ def check_roster(sealed: Sequence[bytes], mine: Readiness, *, min_group: int, ma
             raise ValueError(f"a roster with a weight of {member.weight}")
     if ids != sorted(ids, key=lambda peer_id: rank(mine.head, peer_id)):
         raise ValueError("a roster that is not in the order of rank")
-    largest = LARGEST_WEIGHT_OVER_MEDIAN * median_low(member.weight for member in members)
+    away = [open_record(one) for one in absent]
+    if away and on_missed != "keep":
+        raise ValueError("a roster with absent peers")
+    if len({*ids, *(record.peer_id for record in away)}) != len(ids) + len(away):
+        raise ValueError("a roster that names an absent peer twice")
+    if any(record.run_id != mine.run_id for record in away) or len(on_head(away, mine.head)) != len(away):
+        raise ValueError("a roster with an absent peer that does not train on this head")
+    usual = median_low(member.weight for member in members)
+    weights = tuple(min(member.weight, LARGEST_WEIGHT_OVER_MEDIAN * usual) for member in members)
     return Group(
-        round_id=digest(b"round", *sealed),
+        round_id=digest(b"round", *sealed, *absent),
         step=mine.step,
         head=mine.head,
         members=members,
-        weights=tuple(min(member.weight, largest) for member in members),
+        weights=weights,
+        divisor=sum(weights) + usual * len(away) if on_missed == "keep" else None,
         me=members.index(mine),
     )
 
@@ -226,6 +258,42 @@ def swarm_head(records: Iterable[Record], mine: Standing | None) -> tuple[int, b
     return min(newer, key=order) if newer else base
 
 
+@dataclass(frozen=True, kw_only=True)
+class Dispute:
+    """Peers that came the same way as I name another digest of the same state."""
+
+    others: tuple[str, ...]
+    """Peer ids of all who do, in the order of the records."""
+    majority: bytes | None
+    """Another digest than mine that more than half of all name, me counted in: two others at least. None: there is no
+    such digest."""
+
+
+def disputed(step: int, digest: bytes, heads: Mapping[int, bytes], records: Iterable[Record]) -> Dispute | None:
+    """Whether somebody else's newest snapshot, at ``step`` like mine, is of another state than mine, of ``digest``.
+
+    ``heads``: outer step -> head of my history. Heads name updates, not what came out of them; so peers on the same
+    head ought to have the same bits, and one that has other bits cannot tell by its head. Only those are compared who
+    have ever committed and came to ``step`` and beyond by my heads.
+    """
+    same_way = [
+        r
+        for r in records
+        if r.committed
+        and r.snapshot_step == step
+        and any(
+            heads.get(r.step - back) == head for back, head in enumerate((r.head, *r.heads)) if r.step - back >= step
+        )
+    ]
+    others = tuple(r.peer_id for r in same_way if r.snapshot_digest != digest)
+    if not others:
+        return None
+    named = Counter(r.snapshot_digest for r in same_way if r.snapshot_digest != digest)
+    most = min(named, key=lambda candidate: (-named[candidate], candidate))
+    outvoted = 2 * named[most] > len(same_way) + 1
+    return Dispute(others=others, majority=most if outvoted else None)
+
+
 def must_catch_up(mine: Standing, target: tuple[int, bytes] | None) -> bool:
     """Whether the swarm's head is neither mine nor one that I have passed."""
     return target is not None and target[1] != mine.head and target[1] not in mine.heads
@@ -245,6 +313,19 @@ def ready_in_s(*, remaining_steps: int, step_s: float, since_step_s: float, gath
         return finish_s
     steps_in_time = int((gather_s - next_end_s) // step_s) if gather_s > next_end_s else 0
     return next_end_s + steps_in_time * step_s
+
+
+def planned_steps(inner_steps: int, mine: float, others: Sequence[float]) -> int:
+    """How many inner steps a peer plans, so that all finish together: in proportion to its speed (dynamic local
+    updates, arXiv 2401.09135, section 4). ``inner_steps``: H, what the fastest makes. Speeds in tokens per second, 0
+    where unknown; one that is more than four times the median counts as four times the median: a false claim gains
+    little. Whoever is nearly as fast as the fastest makes all H: speeds measured on a shared processor differ by as
+    much from one round to the next."""
+    known = [speed for speed in (mine, *others) if speed > 0]
+    if mine <= 0 or len(known) < 2:
+        return inner_steps
+    fastest = min(max(known), LARGEST_SPEED_OVER_MEDIAN * median_low(known))
+    return inner_steps if mine >= NEARLY * fastest else max(1, round(inner_steps * mine / fastest))
 
 
 def outer_step_due(*, inner_step: int, planned: int, step_s: float, closes_in_s: float | None, behind: bool) -> bool:

@@ -74,19 +74,24 @@ async def gather_status(initial_peers: Sequence[str], run_id: str | None, timeou
 
 def status_of(manifest: RunManifest, sealed: Sequence[bytes], me: str, now_s: float) -> Status:
     """``sealed``: what the DHT holds under the run's key, sound or not. NetworkError when no peer is alive."""
-    directory = Directory(me, manifest.run_id)
-    for one in sealed:
-        try:
-            directory.learn(one, now_s)
-        except ValueError:
-            continue
-    records = directory.live(now_s)
+    records = live_records(sealed, me, manifest.run_id, now_s)
     swarm = swarm_head(records, None)
     if swarm is None:
         raise NetworkError(f"run {manifest.spec.name} {manifest.run_id}: no peer of it is up now")
     step, head = swarm
     ordered = sorted(records, key=lambda record: (-record.step, record.role, record.label))
     return Status(manifest=manifest, step=step, head=head, records=ordered)
+
+
+def live_records(sealed: Sequence[bytes], me: str, run_id: str, now_s: float) -> list[Record]:
+    """Of the run's peers but ``me`` that are there, one each; what is not sound is left out."""
+    directory = Directory(me, run_id)
+    for one in sealed:
+        try:
+            directory.learn(one, now_s)
+        except ValueError:
+            continue
+    return directory.live(now_s)
 
 
 def row_of(record: Record) -> Row:

@@ -18,6 +18,7 @@ from p2p_diloco.errors import UsageError
 from p2p_diloco.manifest import RunManifest, open_manifest
 from p2p_diloco.network import MANIFEST_FILE, open_ledger
 from p2p_diloco.outer import OuterState
+from p2p_diloco.replay import load
 from p2p_diloco.snapshot import disk_errors
 
 if TYPE_CHECKING:
@@ -61,7 +62,7 @@ def load_state(run: Path, step: int | None = None) -> tuple[RunManifest, OuterSt
     with same_files(run) as view:
         ledger = open_ledger(view, manifest)
         steps = sorted(ledger.heads())
-        state = ledger.load(theta, momentum, at_most=step)
+        state = load(ledger, theta, momentum, at_most=step)
     if not steps or (state is None and step is None):
         raise UsageError(f"{run}: its ledger holds no sound state yet")
     if state is None or (step is not None and state.step != step):

@@ -45,24 +45,24 @@ def latest(log: Log, kind: str) -> Event | None:
     return next((event for event in reversed(log) if event["event"] == kind), None)
 
 
-def row_of(log: Log, exit_code: int | None = None) -> Row:
-    """``exit_code``: of the peer's process, once it has ended."""
+def row_of(log: Log, fate: str | None = None) -> Row:
+    """``fate``: what has become of the peer, if it does not run."""
     started, inner, last_round = latest(log, "started"), latest(log, "inner"), latest(log, "round")
-    ended = None if exit_code is None else "failed" if exit_code else "done"
     if started is None:
-        return Row(phase=ended or "starting")
+        return Row(phase=fate or "starting")
     trained: dict[str, Any] = {}
     if inner is not None:
         # The first inner step after an outer step has no speed yet.
         speeds = (event["tokens_per_s"] for event in reversed(log) if event["event"] == "inner")
         trained = {"loss": inner["loss"], "planned": inner["planned"], "tokens_per_s": next(filter(None, speeds), 0.0)}
         # The inner steps of an outer step that is over do not count towards the next.
-        trained["inner_step"] = inner["inner_step"] if log[-1]["event"] == "inner" else 0
-        if ended:
+        last = next(event["event"] for event in reversed(log) if event["event"] in ("inner", "round", "joined"))
+        trained["inner_step"] = inner["inner_step"] if last == "inner" else 0
+        if fate:
             trained["tokens_per_s"] = 0.0
     return Row(
         peer_id=started["peer_id"],
-        phase=ended or phase_of(log[-1]),
+        phase=fate or phase_of(log),
         step=max(heads(log), default=0),
         group=len(last_round["group"]) if last_round else 0,
         round_s=sum(last_round[name] for name in ROUND_PARTS) if last_round else 0.0,
@@ -71,7 +71,8 @@ def row_of(log: Log, exit_code: int | None = None) -> Row:
     )
 
 
-def phase_of(event: Event) -> str:
+def phase_of(log: Log) -> str:
+    event = next(event for event in reversed(log) if event["event"] not in ("phase", "evaluated"))
     if event["event"] == "inner" and event["inner_step"] >= event["planned"]:
         return "outer step"
     return {"started": "joining", "left": "left"}.get(event["event"], "training")

@@ -26,6 +26,8 @@ import sys
 import tempfile
 import threading
 import time
+from collections import deque
+from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -50,7 +52,9 @@ LEAVE_S = 5.5
 ORPHAN_S = 4.0
 """A trainer whose network process died ends itself after this long, even inside a long inner step."""
 SPEED_STEPS = 20
-"""Inner steps over which speed is averaged."""
+"""Inner steps over which the speed that is shown is averaged."""
+PACE_ROUNDS = 4
+"""Outer steps over which the speed is averaged by which peers plan their inner steps."""
 
 
 class Swarm:
@@ -83,8 +87,11 @@ class Swarm:
         self.peer_id = ""
         self._role = role
         self._tokens_since_theta = 0
+        self._tokens_this_step = 0
         self._closes_s: float | None = None
         self._behind = False
+        self._paces: deque[tuple[int, float]] = deque(maxlen=PACE_ROUNDS)
+        """(tokens, seconds) of the inner steps before each of the last outer steps."""
         self._step_ends: list[float] = []
         """When the last inner steps ended; the first is when the first of them began."""
         self._evaluate = False
@@ -180,7 +187,7 @@ class Swarm:
         begun = self._wait("begun")
         self.step, self.head, self._evaluate = begun["step"], begun["head"], begun["evaluate"]
         self.local[:] = self.theta
-        self._step_ends = [time.monotonic()]
+        self._begin_inner_steps()
 
     def restore_local(self, local: Vector, model: torch.nn.Module, *, inner_step: int, tokens: int) -> None:
         """Go on from parameters that an earlier process of this peer saved, ``inner_step`` steps after theta."""
@@ -189,7 +196,7 @@ class Swarm:
         self.local[:] = local
         if not self._bound:
             write_parameters(model, self.local)
-        self.inner_step, self._tokens_since_theta = inner_step, tokens
+        self.inner_step, self._tokens_since_theta, self._tokens_this_step = inner_step, tokens, tokens
 
     def read_local(self, model: torch.nn.Module) -> None:
         """``local`` as the model is now."""
@@ -200,7 +207,31 @@ class Swarm:
 
     @property
     def tokens_since_theta(self) -> int:
+        """What the next contribution stands for."""
         return self._tokens_since_theta
+
+    @property
+    def tokens_this_step(self) -> int:
+        """Since the outer step at which this peer stands; fewer than since theta, where a lost
+        contribution is kept."""
+        return self._tokens_this_step
+
+    @contextlib.contextmanager
+    def theta_in(self, model: torch.nn.Module) -> Iterator[None]:
+        """The model is theta inside the block, and as before afterwards."""
+        from p2p_diloco.model import write_parameters
+
+        self.read_local(model)
+        local = self.local.copy()
+        self.local[:] = self.theta
+        if not self._bound:
+            write_parameters(model, self.local)
+        try:
+            yield
+        finally:
+            self.local[:] = local
+            if not self._bound:
+                write_parameters(model, self.local)
 
     def report(self, loss: float, tokens: int) -> None:
         """An inner step ended: its mean loss in nats per token, and the tokens it took. Raises what ended the network
@@ -209,6 +240,7 @@ class Swarm:
         self.inner_step += 1
         self.tokens += tokens
         self._tokens_since_theta += tokens
+        self._tokens_this_step += tokens
         self.loss = loss
         self._step_ends = [*self._step_ends[-SPEED_STEPS:], time.monotonic()]
         if self._step_s():
@@ -222,6 +254,10 @@ class Swarm:
             tokens=self.tokens,
             tokens_per_s=self.tokens_per_s,
         )
+
+    def _begin_inner_steps(self) -> None:
+        self._began_s, self._began_tokens = time.monotonic(), self.tokens
+        self._step_ends = [self._began_s]
 
     def _step_s(self) -> float:
         """Mean seconds of the last inner steps."""
@@ -238,33 +274,43 @@ class Swarm:
             behind=self._behind,
         )
 
-    def outer_step(self, model: torch.nn.Module) -> dict[str, Any]:
+    def outer_step(self, model: torch.nn.Module, *, dropped: bool = False) -> dict[str, Any]:
         """Offer what was learned since theta, take what the group learned. Never raises for what other peers do: the
-        result says whether the model moved to a new theta (``moved``), and why not."""
+        result says whether theta is new (``moved``), and why not, and whether the model goes on from its own parameters
+        all the same (``kept``). ``dropped``: offer nothing, as if it had been lost on its way."""
         from p2p_diloco.model import write_parameters
 
         ended_s = self._step_ends[-1] if self._step_ends else time.monotonic()
         self.read_local(model)
-        self._say("outer_step", tokens=max(self._tokens_since_theta, 1))
+        self._paces.append((self.tokens - self._began_tokens, ended_s - self._began_s))
+        tokens, seconds = (sum(column) for column in zip(*self._paces))
+        self._say(
+            "outer_step",
+            tokens=max(self._tokens_since_theta, 1),
+            dropped=dropped,
+            pace=tokens / seconds if seconds else 0.0,
+        )
         result = self._wait("result")
         moved = result["moved"] = result["committed"] or result["adopted"]
-        if moved:
+        if moved and not result["kept"]:
             self.local[:] = self.theta
+            self._tokens_since_theta = 0
+        if moved:
+            self._tokens_this_step = 0
             if not self._bound:
                 write_parameters(model, self.local)
-            self._tokens_since_theta = 0
-        self.step, self.head = result["step"], result["head"]
+        self.step, self.head, self.planned = result["step"], result["head"], result["planned"]
         self.inner_step = 0
         self._evaluate = result["evaluate"]
         result["stall_s"] = time.monotonic() - ended_s
         self._say("stall", step=self.step, seconds=result["stall_s"])
-        self._step_ends = [time.monotonic()]
+        self._begin_inner_steps()
         return result
 
     def evaluated(self, held_out_loss: float, tokens: int, seconds: float) -> None:
         """Theta of this outer step has this loss, nats per token, on held-out text."""
         self._evaluate = False
-        self._step_ends = [time.monotonic()]
+        self._begin_inner_steps()
         finite = held_out_loss if np.isfinite(held_out_loss) else None
         self._say("evaluated", step=self.step, held_out_loss=finite, tokens=tokens, seconds=seconds)
 

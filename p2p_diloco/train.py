@@ -12,6 +12,7 @@ others stop waiting for this peer, and its ledger and inner state are on the dis
 from __future__ import annotations
 
 import logging
+import random
 import signal
 import time
 from collections.abc import Iterator
@@ -48,6 +49,8 @@ class TrainConfig:
     """Of the CPU; None chooses by the size of the model."""
     data: Path | None = None
     """This peer's own text, for runs without built-in text."""
+    drop: float = 0.0
+    """Probability that a contribution is dropped, as in the paper's ablation (arXiv 2311.08105, section 3)."""
 
 
 def train(swarm: Swarm, choices: TrainConfig, stop: Stop) -> None:
@@ -73,7 +76,7 @@ def train(swarm: Swarm, choices: TrainConfig, stop: Stop) -> None:
             loss = inner.step(
                 corpus,
                 peer_id=swarm.peer_id,
-                batch_step=first + swarm.tokens_since_theta // spec.tokens_per_inner_step,
+                batch_step=first + swarm.tokens_this_step // spec.tokens_per_inner_step,
                 schedule_step=first + min(swarm.inner_step, spec.inner.steps - 1),
             )
             swarm.report(loss, spec.tokens_per_inner_step)
@@ -82,7 +85,7 @@ def train(swarm: Swarm, choices: TrainConfig, stop: Stop) -> None:
 
             # Offer what I learned, take what the group learned; tell how good it is, if it is my turn.
             with stop.at_once():
-                result = swarm.outer_step(model)
+                result = swarm.outer_step(model, dropped=is_dropped(swarm, choices.drop))
                 log_result(swarm, result)
                 if result["reason"] == "diverged":
                     inner.forget()
@@ -119,16 +122,21 @@ def corpus_name(manifest: RunManifest) -> str:
 
 
 def evaluate_theta(swarm: Swarm, model: torch.nn.Module, corpus: Corpus) -> None:
-    """Local equals theta right after an outer step, so the model is theta now."""
     if not swarm.evaluate_now:
         return
     started_s, spec = time.monotonic(), swarm.manifest.spec
     batches = corpus.held_out_batches(
         batch_size=spec.inner.batch_size, seq_len=spec.data.seq_len, max_tokens=spec.data.eval_tokens
     )
-    loss = evaluate(model, batches)
+    with swarm.theta_in(model):
+        loss = evaluate(model, batches)
     swarm.evaluated(loss, spec.data.eval_tokens, time.monotonic() - started_s)
     log.info("outer step %d: held-out loss %.4f nats per token", swarm.step, loss)
+
+
+def is_dropped(swarm: Swarm, probability: float) -> bool:
+    """Another draw for every peer and outer step, the same whenever it is asked for."""
+    return random.Random(f"{swarm.manifest.spec.seed} {swarm.peer_id} {swarm.step}").random() < probability
 
 
 def log_result(swarm: Swarm, result: dict[str, Any]) -> None:

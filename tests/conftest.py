@@ -1,8 +1,33 @@
-"""Settings of hypothesis: the same examples in every run, and no deadline, for a busy machine is no failure."""
+"""Settings of hypothesis: the same examples in every run, and no deadline, for a busy machine is no failure. What the
+tests of rounds have in common."""
 
 from __future__ import annotations
 
+import pytest
 from hypothesis import settings
+from meetings import SMALL_PART_VALUES, Losses
+
+from p2p_diloco import outer
+from p2p_diloco.errors import RemoteError
+from p2p_diloco.meeting import Meeting
 
 settings.register_profile("steady", deadline=None, derandomize=True)
 settings.load_profile("steady")
+
+
+@pytest.fixture
+def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(outer, "PART_VALUES", SMALL_PART_VALUES)
+
+
+@pytest.fixture
+def losses(monkeypatch: pytest.MonkeyPatch) -> Losses:
+    found, lose = Losses(), Meeting.lose
+
+    def noted(self: Meeting, member: int, error: RemoteError | None) -> None:
+        if member not in self.lost:
+            found.append((self.group.me, member, f"{type(error).__name__}: {error.reason}" if error else "silent"))
+        lose(self, member, error)
+
+    monkeypatch.setattr(Meeting, "lose", noted)
+    return found

@@ -8,10 +8,24 @@ from typing import Any
 import pytest
 
 from benchmarks import sleepers, tiny, traffic
+from benchmarks.churn import SPARE_MB, growth_of
+from benchmarks.histories import (
+    began,
+    calm_stall,
+    first_commit,
+    first_stall,
+    missed_rounds,
+    newest,
+    on_head,
+    swarm_step,
+)
 from benchmarks.loopback import Log, Run, write_run_file
+from benchmarks.matrix import ALL_CASES, Case, able_since
+from benchmarks.processes import Usage
 from benchmarks.stall import stalls_of
-from benchmarks.table import Table, layout
+from benchmarks.table import Table, layout, markdown
 from p2p_diloco.codec import encoded_bytes
+from p2p_diloco.faults import Act, Action, Done, Process
 from p2p_diloco.manifest import RunSpec
 
 
@@ -76,3 +90,102 @@ def test_a_table_is_aligned() -> None:
         "x           1.500",
         "  n",
     ]
+
+
+def test_a_table_in_markdown() -> None:
+    table = Table(title="T", columns=("a", "bb"), rows=[("x", 1.5)], notes=("n",))
+    assert markdown(table) == "T.\n\n| a | bb |\n| --- | --- |\n| x | 1.500 |\n\nn"
+
+
+# -- what is read from the logs of a swarm with faults -----------------------------------------------------------------
+
+
+def at(mono_s: float, kind: str, **fields: Any) -> dict[str, Any]:
+    return {"event": kind, "mono_s": mono_s, **fields}
+
+
+def made(mono_s: float, step: int, group: int = 2, **fields: Any) -> dict[str, Any]:
+    return at(mono_s, "round", **{"step": step, "committed": True, "group": ["x"] * group, "lost": [], **fields})
+
+
+def test_calm_is_an_outer_step_that_all_have_made_together() -> None:
+    a: Log = [made(1.0, 1), at(1.1, "stall", step=1, seconds=0.2), made(5.0, 2), at(5.1, "stall", step=2, seconds=0.4)]
+    b: Log = [made(1.0, 1), at(1.1, "stall", step=1, seconds=0.3), made(5.0, 2), at(5.2, "stall", step=2, seconds=0.8)]
+    assert calm_stall([a, b]) == pytest.approx(0.6)
+    assert calm_stall([a, b], since_s=5.0) == pytest.approx(0.6)
+    assert calm_stall([a, b], since_s=5.1) is None
+    assert calm_stall([a, b[:-1]]) is None  # its trainer stands still
+    assert calm_stall([a, b[:-2]]) is None  # another outer step
+    assert calm_stall([a, b, []]) is None
+    assert calm_stall([a, [*b, at(6.0, "round", step=2, committed=False, group=[], lost=[])]]) is None
+    assert calm_stall([a, [*b[:-2], made(5.0, 2, group=1), b[-1]]]) is None
+    assert calm_stall([a, [*b[:-2], made(5.0, 2, lost=["x"]), b[-1]]]) is None
+
+
+def test_the_first_outer_step_beyond_the_one_of_the_fault() -> None:
+    log: Log = [
+        made(1.0, 3),
+        at(1.1, "stall", step=3, seconds=0.1),
+        at(4.0, "round", step=3, committed=False, group=[], lost=[]),
+        made(5.0, 4),
+        at(5.1, "stall", step=4, seconds=2.5),
+        made(8.0, 5),
+        at(8.1, "stall", step=5, seconds=0.3),
+    ]
+    assert first_commit(log, 3) == log[3]
+    assert first_stall(log, 3) == 2.5
+    assert missed_rounds(log, 2.0, 3) == 1
+    assert missed_rounds(log, 4.5, 3) == 0
+    assert first_commit(log, 5) is None
+    assert first_stall(log, 5) is None
+    assert first_stall(log[:-1], 4) is None
+    assert swarm_step([log, []], 7.9) == 4
+    assert newest(log) == 5
+
+
+def test_a_peer_is_back_where_it_shows_itself_on_the_swarms_head() -> None:
+    others: list[Log] = [[made(5.0, 4), made(9.0, 5)]]
+    resumed: Log = [at(3.0, "phase", phase="reduce", step=3), at(6.0, "phase", phase="inner", step=3)]
+    assert on_head(resumed, others, able_s=5.5, step=3) is None
+    behind = [*resumed, at(9.5, "caught_up", from_step=3, to_step=4)]
+    assert on_head(behind, others, able_s=5.5, step=3) is None  # the swarm has gone on
+    back = [*behind, at(9.9, "caught_up", from_step=4, to_step=5)]
+    assert on_head(back, others, able_s=5.5, step=3) == back[-1]
+    assert on_head(back, others, able_s=10.0, step=3) is None
+    joined: Log = [at(7.0, "joined", step=4)]
+    assert on_head(joined, others, able_s=7.0, step=4) == joined[0]
+    assert began([*resumed, at(7.0, "phase", phase="reduce", step=4)], "reduce", 6.0) == 3.0
+
+
+def done(action: Action, mono_s: float, process: Process = "all", *, follows: bool = False) -> Done:
+    act = Act(fault=0, action=action, peer="a", process=process, follows=follows)
+    return Done(act=act, at_s=mono_s, mono_s=mono_s, pids=(1,), phase="inner", step=1)
+
+
+def test_when_a_victim_can_act_again() -> None:
+    joined: Log = [at(1.0, "joined", step=0), at(9.0, "joined", step=3)]
+    assert able_since([done("stop", 2.0)], []) is None
+    assert able_since([done("stop", 2.0), done("resume", 4.0, follows=True)], []) == 4.0
+    assert able_since([done("kill", 2.0, "p2pd")], []) == 2.0
+    assert able_since([done("kill", 2.0), done("restart", 4.0, follows=True)], joined[:1]) is None
+    assert able_since([done("kill", 2.0), done("restart", 4.0, follows=True)], joined) == 9.0
+
+
+def test_every_phase_process_and_fault_is_a_case() -> None:
+    assert len({str(case) for case in ALL_CASES}) == len(ALL_CASES) == 8 * (3 * 2 + 1)
+    assert Case("reduce", "cut").fault("a", 8.0).for_s == 8.0
+    assert Case("reduce", "kill", "p2pd").fault("a", 8.0).for_s is None
+    assert Case("download", "cut").fault("a", 8.0).for_s == 4.0
+
+
+def life(*resident_mb: float, descriptors: int = 9) -> list[tuple[float, Usage]]:
+    return [(float(second), Usage(descriptors, mb)) for second, mb in enumerate(resident_mb)]
+
+
+def test_growth_is_that_of_long_lives_after_they_have_settled() -> None:
+    grown = growth_of([life(*range(10)), life(7.0, 500.0), life(*[5.0] * 10, descriptors=30)], settling_s=4.0)
+    assert grown.processes == 2
+    assert grown.resident_mb == 4.0  # of 4 to 9: from the middle of 4 and 5 to that of 8 and 9
+    assert grown.descriptors == 0
+    assert growth_of([], settling_s=4.0).processes == 0
+    assert set(SPARE_MB) == {"trainer", "network", "p2pd"}

@@ -1,179 +1,52 @@
-"""Catching up from donors of our own, and from donors written by hand that break one rule each."""
+"""Catching up from donors of our own, and from donors that break one rule each."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, field
+import logging
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import msgpack
-import numpy as np
 import pytest
-from builders import NOW_S, identity, record_of
-from fakes import FakeNetwork, FakeTransport, make_manifest, run_simulated
+from builders import NOW_S
+from fakes import run_simulated
+from library import (
+    CHUNK_BYTES,
+    CHUNKS,
+    DONORS,
+    EVERY,
+    FRAME_BYTES,
+    TIMEOUTS,
+    Donor,
+    Library,
+    Lie,
+    N,
+    frames,
+    new_replica,
+    now_s,
+    on,
+    replica_at,
+    says,
+    silent,
+    small_parts,
+    update_after,
+)
 
-from p2p_diloco import catchup, wire
-from p2p_diloco.catchup import Catchup, CaughtUp
-from p2p_diloco.codec import encode
-from p2p_diloco.config import Timeouts
-from p2p_diloco.errors import Gone, Refused
-from p2p_diloco.identity import Identity
-from p2p_diloco.ledger import Ledger
-from p2p_diloco.outer import Part, Update, UpdateHeader, genesis_state, max_update_bytes, update_to_bytes
-from p2p_diloco.records import Directory, seal_record
+from p2p_diloco import catchup, download, uploads
+from p2p_diloco.errors import Gone, LedgerError
+from p2p_diloco.outer import HASH_BYTES, max_update_bytes, next_head, update_to_bytes
 from p2p_diloco.replica import Replica
-from p2p_diloco.rounds import rank
-from p2p_diloco.snapshot import snapshot_bytes
-from p2p_diloco.wire import AskHeads, AskSnapshot, AskUpdate, Channel, Heads, Message, No, Size, run_protocol
-
-N = 300
-EVERY = 5
-CHUNK_BYTES = 1000
-GENESIS = np.linspace(-1, 1, N, dtype=np.float32)
-MANIFEST = make_manifest(N, GENESIS, identity(1000), codec="int8")
-PROTOCOL = run_protocol(MANIFEST.run_id)
-TIMEOUTS = Timeouts()
-ME = identity(1)
-DONORS = sorted((identity(i) for i in range(2, 6)), key=lambda who: rank(ME.peer_id.encode(), who.peer_id))
-"""In the order in which ME asks them."""
-
-Lie = Callable[["Donor", Channel, Message], Awaitable[bool]]
-"""Whether it has answered; if not, the donor answers as it should."""
+from p2p_diloco.snapshot import chunk_slices, snapshot_bytes
+from p2p_diloco.wire import AskChunk, AskHeads, AskIndex, AskUpdate, Channel, Heads, Message, No, Size
 
 
 @pytest.fixture(autouse=True)
-def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A snapshot takes three chunks."""
-    monkeypatch.setattr(wire, "CHUNK_BYTES", CHUNK_BYTES)
-    monkeypatch.setattr(catchup, "CHUNK_BYTES", CHUNK_BYTES)
-
-
-def new_replica(folder: Path) -> Replica:
-    outer = MANIFEST.spec.outer
-    ledger = Ledger(
-        folder,
-        n=N,
-        codec=outer.codec,
-        lr=outer.lr,
-        momentum=outer.momentum,
-        snapshot_every=EVERY,
-        run_id=MANIFEST.run_id,
-    )
-    return Replica(MANIFEST, ledger, np.full(N, 7, np.float32), np.full(N, 7, np.float32))
-
-
-def update_after(replica: Replica, seed: int = 0) -> Update:
-    state = replica.loaded
-    values = np.random.default_rng([state.step, seed]).standard_normal(N).astype(np.float32)
-    part = Part(mask=b"\x01", data=encode(values, "int8"))
-    header = UpdateHeader(step=state.step, parent=state.head, contributors=(("a", 5),), part_hashes=(part.hash,))
-    return Update(header=header, parts=(part,))
-
-
-def advance(replica: Replica, to_step: int, seed: int = 0) -> Replica:
-    while replica.loaded.step < to_step:
-        replica.commit(update_after(replica, seed))
-        replica.snapshot_if_due()
-    return replica
-
-
-def replica_at(folder: Path, step: int, *, fork_at: int = 10**6, seed: int = 1) -> Replica:
-    """One that made ``step`` outer steps from the genesis, those from ``fork_at`` on as the swarm did not."""
-    replica = new_replica(folder)
-    replica.ledger.write_snapshot(genesis_state(GENESIS.copy()))
-    replica.load()
-    advance(replica, min(step, fork_at))
-    return advance(replica, step, seed)
-
-
-@dataclass(eq=False)
-class Donor:
-    who: Identity
-    replica: Replica
-    catchup: Catchup
-    lie: Lie | None
-    asked: list[Message] = field(default_factory=list)
-
-    async def serve(self, channel: Channel) -> None:
-        message: Message = await channel.receive(AskHeads, AskUpdate, AskSnapshot, timeout_s=10.0)
-        self.asked.append(message)
-        if self.lie is not None and await self.lie(self, channel, message):
-            return
-        if isinstance(message, AskHeads):
-            await self.catchup.on_ask_heads(channel, message)
-        elif isinstance(message, AskUpdate):
-            await self.catchup.on_ask_update(channel, message)
-        elif isinstance(message, AskSnapshot):
-            await self.catchup.on_ask_snapshot(channel, message)
-
-    def count(self, kind: type[Message]) -> int:
-        return sum(isinstance(message, kind) for message in self.asked)
-
-
-@dataclass(eq=False)
-class Library:
-    """One joiner and its donors."""
-
-    folder: Path
-    replica: Replica
-    """The joiner's."""
-    donors: list[Donor] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        self.network = FakeNetwork()
-        self.directory = Directory(ME.peer_id, MANIFEST.run_id)
-        self.transport = FakeTransport(self.network, ME.peer_id, TIMEOUTS)
-        self.catchup = self._catchup(ME, self.transport, self.directory, self.replica)
-
-    def _catchup(self, who: Identity, transport: FakeTransport, directory: Directory, replica: Replica) -> Catchup:
-        return Catchup(
-            transport=transport,
-            identity=who,
-            directory=directory,
-            replica=replica,
-            timeouts=TIMEOUTS,
-            wall_s=lambda: NOW_S,
-        )
-
-    def add(self, replica: Replica, lie: Lie | None = None, **record: Any) -> Donor:
-        """The next one to be asked."""
-        who = DONORS[len(self.donors)]
-        transport = FakeTransport(self.network, who.peer_id, TIMEOUTS)
-        mine = self._catchup(who, transport, Directory(who.peer_id, MANIFEST.run_id), replica)
-        donor = Donor(who, replica, mine, lie)
-        transport.handlers[PROTOCOL] = donor.serve
-        self.donors.append(donor)
-        standing, snapshot = replica.standing(), replica.newest_snapshot()
-        fields: dict[str, Any] = {
-            "run_id": MANIFEST.run_id,
-            "step": standing.step,
-            "head": standing.head,
-            "heads": list(standing.heads),
-            "committed": standing.committed,
-            "snapshot_step": snapshot.step,
-            "snapshot_digest": snapshot.digest,
-            "life_s": 900.0,
-        }
-        self.directory.learn(seal_record(record_of(who, **fields | record), who), NOW_S)
-        return donor
-
-    async def to(self, target: Replica) -> CaughtUp | None:
-        return await self.catchup.to((target.loaded.step, target.loaded.head))
-
-    def suspects(self) -> list[int]:
-        live = {record.peer_id for record in self.directory.live(NOW_S)}
-        return [i for i, donor in enumerate(self.donors) if donor.who.peer_id not in live]
-
-    def check_same(self, swarm: Replica) -> None:
-        """In memory, and after a restart from the disk."""
-        for replica in (self.replica, new_replica(self.replica.ledger.folder)):
-            replica.load()
-            assert (replica.loaded.step, replica.loaded.head) == (swarm.loaded.step, swarm.loaded.head)
-            assert replica.loaded.digest() == swarm.loaded.digest()
-            assert replica.ledger.quarantined == []
-        assert not list(self.replica.ledger.folder.glob("incoming-*"))
+def small() -> Iterator[None]:
+    with small_parts():
+        yield
 
 
 # -- honest donors -------------------------------------------------------------------------------------------------
@@ -187,15 +60,15 @@ def test_a_newcomer(tmp_path: Path, step: int) -> None:
         caught_up = await library.to(donor.replica)
         snapshot_step = step // EVERY * EVERY
         assert caught_up is not None
-        assert (caught_up.from_step, caught_up.to_step, caught_up.rolled_back, caught_up.snapshot) == (
-            None,
-            step,
-            0,
-            True,
-        )
-        assert caught_up.bytes_received >= snapshot_bytes(N)
-        assert (donor.count(AskSnapshot), donor.count(AskUpdate)) == (1, step - snapshot_step)
+        assert (caught_up.from_step, caught_up.to_step, caught_up.rolled_back) == (None, step, 0)
+        assert (caught_up.snapshot, caught_up.donors) == (True, 1)
+        assert caught_up.bytes_received >= snapshot_bytes(N) - 512
+        assert (donor.count(AskIndex), sorted(donor.chunks())) == (1, list(range(CHUNKS)))
+        assert donor.steps() == list(range(snapshot_step, step))
         library.check_same(donor.replica)
+        assert library.phases() == [("download", snapshot_step)]
+        streams = [("serve", snapshot_step)] + [("serve", snapshot_step)] * (step > snapshot_step)
+        assert donor.phases() == streams
 
     run_simulated(main())
 
@@ -209,10 +82,79 @@ def test_who_missed_rounds_gets_the_updates(tmp_path: Path, mine: int) -> None:
         assert caught_up is not None
         has_it = mine >= 5  # the donor keeps its updates from its second snapshot on
         assert (caught_up.from_step, caught_up.snapshot, caught_up.rolled_back) == (mine, not has_it, 0)
-        assert donor.count(AskUpdate) == (13 - mine if has_it else 3)
+        assert donor.steps() == list(range(mine if has_it else 10, 13))
+        assert (library.phases() == []) == has_it
         library.check_same(donor.replica)
 
     run_simulated(main())
+
+
+def test_several_donors_give_a_part_each(tmp_path: Path) -> None:
+    """And the download is the faster for it."""
+
+    async def download_from(count: int) -> float:
+        library = Library(tmp_path / str(count), new_replica(tmp_path / str(count) / "me"))
+        swarm = replica_at(tmp_path / str(count) / "swarm", 14)
+        for _ in range(count):
+            library.add(swarm, max_bytes_per_s=5 * CHUNK_BYTES)
+        began_s = now_s()
+        caught_up = await library.to(swarm)
+        took_s = now_s() - began_s
+        assert caught_up is not None
+        assert caught_up.donors == count
+        assert sorted(chunk for donor in library.donors for chunk in donor.chunks()) == list(range(CHUNKS))
+        assert sorted(step for donor in library.donors for step in donor.steps()) == [10, 11, 12, 13]
+        assert min(donor.count(AskChunk) for donor in library.donors) >= CHUNKS // count - 1
+        assert min(donor.count(AskUpdate) for donor in library.donors) >= 1
+        assert library.suspects() == []
+        library.check_same(swarm)
+        return took_s
+
+    async def main() -> None:
+        alone_s, four_s = await download_from(1), await download_from(4)
+        assert four_s < 0.5 * alone_s
+
+    run_simulated(main())
+
+
+def test_four_donors_at_a_time_are_enough(tmp_path: Path) -> None:
+    async def main() -> None:
+        library = Library(tmp_path, new_replica(tmp_path / "me"))
+        swarm = replica_at(tmp_path / "swarm", 6)
+        for _ in DONORS:
+            library.add(swarm)
+        assert await library.to(swarm) is not None
+        assert [donor.count(AskChunk) > 0 for donor in library.donors] == [True] * 4 + [False] * 2
+
+    run_simulated(main())
+
+
+def test_no_more_updates_are_on_their_way_than_there_is_memory_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def main() -> list[int]:
+        ahead: list[int] = []
+
+        async def note(donor: Donor, channel: Channel, message: Message) -> bool:
+            if isinstance(message, AskUpdate):
+                ahead.append(message.step - library.replica.loaded.step)
+            return False
+
+        library = Library(tmp_path, replica_at(tmp_path / "me", 5))
+        swarm = replica_at(tmp_path / "swarm", 14)
+        for _ in range(4):
+            library.add(swarm, note)
+        assert await library.to(swarm) is not None
+        library.check_same(swarm)
+        return ahead
+
+    ahead = run_simulated(main())
+    assert len(ahead) == 9
+    assert max(ahead) >= 2
+    monkeypatch.setattr(download, "AHEAD_BYTES", 0)
+    for folder in ("me", "swarm"):
+        (tmp_path / folder).rename(tmp_path / f"first-{folder}")
+    assert max(run_simulated(main())) == 1
 
 
 def test_on_the_way_to_a_target_the_donor_has_passed(tmp_path: Path) -> None:
@@ -221,7 +163,7 @@ def test_on_the_way_to_a_target_the_donor_has_passed(tmp_path: Path) -> None:
         donor = library.add(replica_at(tmp_path / "donor", 9))
         target = replica_at(tmp_path / "target", 8)
         assert await library.to(target) is not None
-        assert donor.count(AskUpdate) == 2
+        assert donor.steps() == [6, 7]
         library.check_same(target)
 
     run_simulated(main())
@@ -245,8 +187,7 @@ def test_who_went_another_way_returns(tmp_path: Path, mine: int, fork_at: int, t
         caught_up = await library.to(donor.replica)
         assert caught_up is not None
         assert (caught_up.from_step, caught_up.to_step, caught_up.snapshot) == (mine, theirs, snapshot)
-        if not snapshot:
-            assert caught_up.rolled_back == mine - fork_at
+        assert caught_up.rolled_back == mine - fork_at if not snapshot else 0 < caught_up.rolled_back <= mine - fork_at
         library.check_same(donor.replica)
         kept = [path.name for path in (tmp_path / "me" / "abandoned").rglob("*.update")]
         assert (f"{mine - 1:010d}.update" in kept) == (mine > theirs // EVERY * EVERY)
@@ -259,10 +200,10 @@ def test_who_went_another_way_returns(tmp_path: Path, mine: int, fork_at: int, t
 def test_who_returned_first_helps_those_who_had_gone_with_it(tmp_path: Path, mine: int) -> None:
     async def main() -> None:
         swarm = replica_at(tmp_path / "swarm", 13)
-        first = Library(tmp_path, replica_at(tmp_path / "first", mine, fork_at=2))
+        first = Library(tmp_path / "1", replica_at(tmp_path / "first", mine, fork_at=2))
         first.add(swarm)
         assert await first.to(swarm) is not None
-        second = Library(tmp_path, replica_at(tmp_path / "second", mine, fork_at=2))
+        second = Library(tmp_path / "2", replica_at(tmp_path / "second", mine, fork_at=2))
         second.add(first.replica)
         assert await second.to(swarm) is not None
         second.check_same(swarm)
@@ -293,12 +234,24 @@ def test_who_cannot_help_is_not_asked(tmp_path: Path, changes: dict[str, Any]) -
         donor = library.add(replica_at(tmp_path / "donor", 6), **changes)
         assert await library.to(donor.replica) is None
         assert donor.asked == []
+        assert not library.catchup.promising
+
+    run_simulated(main())
+
+
+def test_nobody_is_asked_for_an_outer_step_that_the_run_does_not_have(tmp_path: Path) -> None:
+    async def main() -> None:
+        library = Library(tmp_path, replica_at(tmp_path / "me", 3))
+        donor = library.add(replica_at(tmp_path / "donor", 6), step=51)
+        assert await library.catchup.to((51, donor.replica.loaded.head)) is None
+        assert donor.asked == []
 
     run_simulated(main())
 
 
 def test_heads_come_in_pages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(catchup, "MAX_HEADS", 3)
+    monkeypatch.setattr(catchup, "MAX_LINKS", 3)
+    monkeypatch.setattr(uploads, "MAX_LINKS", 3)
 
     async def main() -> None:
         library = Library(tmp_path, replica_at(tmp_path / "me", 6))
@@ -315,13 +268,13 @@ def test_a_donor_with_a_gap_in_its_ledger(tmp_path: Path) -> None:
 
     async def main() -> None:
         swarm = replica_at(tmp_path / "donor", 12)
-        away = Library(tmp_path, replica_at(tmp_path / "away", 3))
+        away = Library(tmp_path / "1", replica_at(tmp_path / "away", 3))
         away.add(swarm)
         assert await away.to(swarm) is not None
         assert sorted(away.replica.ledger.heads()) == [0, 1, 2, 3, 10, 11, 12]
         for name, mine in (("newcomer", None), ("early", 2)):
             replica = new_replica(tmp_path / name) if mine is None else replica_at(tmp_path / name, mine)
-            library = Library(tmp_path, replica)
+            library = Library(tmp_path / f"of-{name}", replica)
             library.add(away.replica)
             assert await library.to(swarm) is not None
             library.check_same(swarm)
@@ -329,61 +282,155 @@ def test_a_donor_with_a_gap_in_its_ledger(tmp_path: Path) -> None:
     run_simulated(main())
 
 
+# -- downloads that break off --------------------------------------------------------------------------------------
+
+
+def after(count: int, kind: type[Message], then: Lie) -> Lie:
+    """An honest donor, until it is asked once more."""
+
+    async def answer(donor: Donor, channel: Channel, message: Message) -> bool:
+        return donor.count(kind) > count and await then(donor, channel, message)
+
+    return answer
+
+
 def test_a_download_goes_on_at_the_next_donor(tmp_path: Path) -> None:
-    async def breaks_off(donor: Donor, channel: Channel, message: Message) -> bool:
-        if isinstance(message, AskSnapshot):
-            await channel.send(Size(size_bytes=snapshot_bytes(N)))
-            await channel.send_frame(donor.replica.newest_snapshot().path.read_bytes()[:CHUNK_BYTES])
-            return True
-        return False
-
     async def main() -> None:
         library = Library(tmp_path, new_replica(tmp_path / "me"))
-        library.add(replica_at(tmp_path / "first", 6), breaks_off)
-        second = library.add(replica_at(tmp_path / "second", 6))
-        assert await library.to(second.replica) is not None
-        asked = [message.offset for message in second.asked if isinstance(message, AskSnapshot)]
-        assert asked == [CHUNK_BYTES]
+        swarm = replica_at(tmp_path / "swarm", 6)
+        first = library.add(swarm, after(5, AskChunk, on(AskChunk, says())), phase="inner")
+        second = library.add(swarm, phase="joining")
+        assert await library.to(swarm) is None
+        assert library.catchup.promising
+        assert first.count(AskChunk) == 6
+        library.publish(second, issued_s=NOW_S + 1)
+        assert await library.to(swarm) is not None
+        assert sorted(second.chunks()) == list(range(5, CHUNKS))
         assert library.suspects() == [0]
-        library.check_same(second.replica)
+        library.check_same(swarm)
 
     run_simulated(main())
 
 
-def test_a_download_that_was_begun_wrongly_is_begun_again(tmp_path: Path) -> None:
-    """The donor that finishes it is not taken for the liar."""
-
-    async def begins_wrongly(donor: Donor, channel: Channel, message: Message) -> bool:
-        if isinstance(message, AskSnapshot):
-            await channel.send(Size(size_bytes=snapshot_bytes(N)))
-            await channel.send_frame(bytes(CHUNK_BYTES))
-            return True
-        return False
-
+def test_when_all_donors_die_what_came_stays_and_the_next_start_fetches_the_rest(tmp_path: Path) -> None:
     async def main() -> None:
-        library = Library(tmp_path, new_replica(tmp_path / "me"))
-        library.add(replica_at(tmp_path / "first", 6), begins_wrongly)
-        second = library.add(replica_at(tmp_path / "second", 6))
-        assert await library.to(second.replica) is not None
-        asked = [message.offset for message in second.asked if isinstance(message, AskSnapshot)]
-        assert asked == [CHUNK_BYTES, 0]
-        assert library.suspects() == [0]
-        library.check_same(second.replica)
+        swarm = replica_at(tmp_path / "swarm", 6)
+        library = Library(tmp_path / "1", new_replica(tmp_path / "me"))
+        for _ in range(3):
+            library.add(swarm, after(2, AskChunk, on(AskChunk, says())))
+        assert await library.to(swarm) is None
+        assert [donor.count(AskChunk) for donor in library.donors] == [3, 3, 3]
+        assert library.suspects() == [0, 1, 2]
+        assert len(library.incoming()) == 1
+
+        again = Library(tmp_path / "2", new_replica(tmp_path / "me"))
+        donor = again.add(swarm)
+        caught_up = await again.to(swarm)
+        assert caught_up is not None
+        assert sorted(donor.chunks()) == list(range(6, CHUNKS))
+        again.check_same(swarm)
+
+        whole = Library(tmp_path / "3", new_replica(tmp_path / "other"))
+        whole.add(swarm)
+        at_once = await whole.to(swarm)
+        assert at_once is not None
+        assert at_once.bytes_received - caught_up.bytes_received >= 6 * CHUNK_BYTES
 
     run_simulated(main())
 
 
-def test_what_a_crash_left_of_a_download_is_used_or_removed(tmp_path: Path) -> None:
+def test_what_a_crash_left_of_a_download_is_used_as_far_as_it_is_sound(tmp_path: Path) -> None:
     async def main() -> None:
         library = Library(tmp_path, new_replica(tmp_path / "me"))
         donor = library.add(replica_at(tmp_path / "donor", 6))
         info = donor.replica.newest_snapshot()
-        (tmp_path / "me" / f"incoming-5-{info.digest.hex()[:16]}.part").write_bytes(info.path.read_bytes())
+        data = bytearray(info.path.read_bytes()[: chunk_slices(N)[8].start + 1])
+        data[0] ^= 1  # of the header, which needs no download
+        data[chunk_slices(N)[3].start] ^= 1
+        (tmp_path / "me" / f"incoming-5-{info.digest.hex()[:16]}.part").write_bytes(data)
         (tmp_path / "me" / "incoming-0-0123456789abcdef.part").write_bytes(bytes(10))
         assert await library.to(donor.replica) is not None
-        asked = [message.offset for message in donor.asked if isinstance(message, AskSnapshot)]
-        assert asked == [snapshot_bytes(N)]
+        assert sorted(donor.chunks()) == [3, 8, 9, 10, 11]
         library.check_same(donor.replica)
+
+    run_simulated(main())
+
+
+def test_a_download_that_was_whole_when_the_peer_died_is_not_made_again(tmp_path: Path) -> None:
+    async def main() -> None:
+        library = Library(tmp_path, new_replica(tmp_path / "me"))
+        donor = library.add(replica_at(tmp_path / "donor", 5))
+        info = donor.replica.newest_snapshot()
+        (tmp_path / "me" / f"incoming-5-{info.digest.hex()[:16]}.part").write_bytes(info.path.read_bytes())
+        caught_up = await library.to(donor.replica)
+        assert caught_up is not None
+        assert (caught_up.donors, donor.count(AskChunk)) == (0, 0)
+        library.check_same(donor.replica)
+
+    run_simulated(main())
+
+
+def test_what_is_left_of_a_download_that_is_no_longer_needed_is_removed(tmp_path: Path) -> None:
+    """Once a donor was found that has the updates."""
+
+    async def main() -> None:
+        library = Library(tmp_path, replica_at(tmp_path / "me", 4))
+        (tmp_path / "me" / "incoming-5-0123456789abcdef.part").write_bytes(bytes(10))
+        donor = library.add(replica_at(tmp_path / "donor", 6))
+        caught_up = await library.to(donor.replica)
+        assert caught_up is not None
+        assert not caught_up.snapshot
+        library.check_same(donor.replica)
+
+    run_simulated(main())
+
+
+def test_a_disk_that_changes_what_is_written_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Nobody else is blamed, and the next attempt begins anew."""
+    from p2p_diloco.ledger import Ledger
+
+    adopt = Ledger.adopt_snapshot
+
+    def change_and_adopt(self: Ledger, path: Path, digest: bytes | None = None) -> object:
+        data = bytearray(path.read_bytes())
+        data[-1] ^= 1
+        path.write_bytes(data)
+        return adopt(self, path, digest)
+
+    async def main() -> None:
+        library = Library(tmp_path, new_replica(tmp_path / "me"))
+        donor = library.add(replica_at(tmp_path / "donor", 6))
+        with monkeypatch.context() as patch, caplog.at_level(logging.WARNING):
+            patch.setattr(Ledger, "adopt_snapshot", change_and_adopt)
+            assert await library.to(donor.replica) is None
+        assert "look at the disk" in caplog.text
+        assert library.incoming() == []
+        assert library.suspects() == []
+        assert await library.to(donor.replica) is not None
+        assert donor.count(AskChunk) == 2 * CHUNKS
+
+    run_simulated(main())
+
+
+def test_a_full_disk_ends_the_download_with_our_own_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from p2p_diloco.snapshot import IncomingSnapshot
+
+    def full(*_: object) -> None:
+        raise LedgerError("disk full")
+
+    async def main() -> None:
+        library = Library(tmp_path, new_replica(tmp_path / "me"))
+        swarm = replica_at(tmp_path / "donor", 6)
+        for _ in range(2):
+            library.add(swarm)
+        monkeypatch.setattr(IncomingSnapshot, "write", full)
+        with pytest.raises(LedgerError, match="disk full"):
+            await library.to(swarm)
+        await asyncio.sleep(1)
+        assert not [task for task in library.transport.tasks if not task.done()]
+        assert library.suspects() == []
 
     run_simulated(main())
 
@@ -391,101 +438,63 @@ def test_what_a_crash_left_of_a_download_is_used_or_removed(tmp_path: Path) -> N
 # -- donors that lie: the first one asked does, the second one helps ------------------------------------------------
 
 
-def on(kind: type[Message], lie: Callable[[Donor, Channel, Any], Awaitable[object]]) -> Lie:
-    async def answer(donor: Donor, channel: Channel, message: Message) -> bool:
-        if isinstance(message, kind):
-            await lie(donor, channel, message)
-            return True
-        return False
-
-    return answer
-
-
-def frames(*pieces: bytes) -> Callable[[Donor, Channel, Any], Awaitable[None]]:
-    async def lie(donor: Donor, channel: Channel, message: Message) -> None:
-        for piece in pieces:
-            await channel.send_frame(piece)
-
-    return lie
-
-
-def says(*messages: Message) -> Callable[[Donor, Channel, Any], Awaitable[None]]:
-    async def lie(donor: Donor, channel: Channel, message: Message) -> None:
-        for answer in messages:
-            await channel.send(answer)
-
-    return lie
-
-
 def size(size_bytes: int) -> bytes:
     packed: bytes = msgpack.packb(["size", {"size_bytes": size_bytes}])
     return packed
 
 
-async def silent(donor: Donor, channel: Channel, message: Message) -> None:
-    await asyncio.sleep(1000)
-
-
 async def trickle(donor: Donor, channel: Channel, message: Message) -> None:
-    await channel.send(Size(size_bytes=snapshot_bytes(N)))
-    for _ in range(snapshot_bytes(N)):
-        await channel.send_frame(b"x")
-        await asyncio.sleep(20)
+    await channel.send(Size(size_bytes=CHUNK_BYTES))
+    channel.writer.write(CHUNK_BYTES.to_bytes(4, "big"))
+    for _ in range(CHUNK_BYTES):
+        channel.writer.write(b"x")
+        await asyncio.sleep(1)
 
 
-async def the_file(more: int, donor: Donor, channel: Channel, message: AskSnapshot) -> None:
-    """As it is, but announced as a larger or smaller one."""
-    data = donor.replica.newest_snapshot().path.read_bytes()
-    await send_file(channel, data[message.offset :], len(data) + more)
+async def half_a_chunk(donor: Donor, channel: Channel, message: Message) -> None:
+    """The frame breaks off in the middle."""
+    await channel.send(Size(size_bytes=CHUNK_BYTES))
+    channel.writer.write(CHUNK_BYTES.to_bytes(4, "big") + bytes(CHUNK_BYTES // 2))
 
 
-async def file_changed(donor: Donor, channel: Channel, message: AskSnapshot) -> None:
-    data = bytearray(donor.replica.newest_snapshot().path.read_bytes())
-    data[-1] ^= 1
-    await send_file(channel, bytes(data[message.offset :]), len(data))
+async def another_chunk(donor: Donor, channel: Channel, message: AskChunk) -> None:
+    await send_chunk(donor.replica, channel, (message.chunk + 1) % CHUNKS)
 
 
-async def send_file(channel: Channel, data: bytes, size_bytes: int) -> None:
-    await channel.send(Size(size_bytes=size_bytes))
-    for start in range(0, len(data), CHUNK_BYTES):
-        await channel.send_frame(data[start : start + CHUNK_BYTES])
+async def another_steps_chunk(donor: Donor, channel: Channel, message: AskChunk) -> None:
+    other = replica_at(donor.replica.ledger.folder.parent / f"{donor.who.peer_id}-other", 10)
+    await send_chunk(other, channel, message.chunk)
 
 
-async def heads_without_end(donor: Donor, channel: Channel, message: AskHeads) -> None:
-    await channel.send(Heads(first=message.since, heads=[bytes(32)] * 1024))
+async def one_bit(donor: Donor, channel: Channel, message: AskChunk) -> None:
+    await send_chunk(donor.replica, channel, message.chunk, change=1)
 
 
-async def heads_in_a_circle(donor: Donor, channel: Channel, message: AskHeads) -> None:
-    await channel.send(Heads(first=0, heads=[bytes(32)]))
+async def send_chunk(replica: Replica, channel: Channel, chunk: int, change: int = 0) -> None:
+    where = chunk_slices(N)[chunk]
+    data = bytearray(replica.newest_snapshot().path.read_bytes()[where])
+    data[-1] ^= change
+    await channel.send_blob(bytes(data))
 
 
-async def heads_with_a_gap(donor: Donor, channel: Channel, message: AskHeads) -> None:
-    """What the joiner has, and then, a page later, the target."""
-    mine = donor.replica.ledger.heads()
-    if message.since == 0:
-        await channel.send(Heads(first=0, heads=[mine[0]]))
-    else:
-        last = max(mine)
-        await channel.send(Heads(first=last, heads=[mine[last]]))
+async def index_of_another_step(donor: Donor, channel: Channel, message: AskIndex) -> None:
+    other = replica_at(donor.replica.ledger.folder.parent / f"{donor.who.peer_id}-other", 10).newest_snapshot()
+    await channel.send_blob(b"".join((other.head, *other.chunk_hashes)))
 
 
-async def heads_of_its_own(donor: Donor, channel: Channel, message: AskHeads) -> None:
-    """The target's is right; those on the way are not."""
-    mine = donor.replica.ledger.heads()
-    last = max(mine)
-    heads = [bytes([step]) * 32 for step in range(last)] + [mine[last]]
-    await channel.send(Heads(first=0, heads=heads))
+async def index_with_one_hash_changed(donor: Donor, channel: Channel, message: AskIndex) -> None:
+    info = donor.replica.newest_snapshot()
+    await channel.send_blob(b"".join((info.head, bytes(32), *info.chunk_hashes[1:])))
 
 
 async def other_update(donor: Donor, channel: Channel, message: AskUpdate) -> None:
     """Sound, and following from the joiner's state, but another one."""
     folder = donor.replica.ledger.folder.parent / f"own-{message.step}"
-    own = replica_at(folder, message.step)
-    await channel.send_blob(update_to_bytes(update_after(own, seed=9)))
+    await channel.send_blob(update_to_bytes(update_after(replica_at(folder, message.step), seed=9)))
 
 
 async def another_steps_update(donor: Donor, channel: Channel, message: AskUpdate) -> None:
-    data = donor.replica.ledger.update_bytes(max(message.step - 1, 5))
+    data = donor.replica.ledger.update_bytes(message.step + 1 if message.step < 8 else 5)
     assert data is not None
     await channel.send_blob(data)
 
@@ -496,232 +505,440 @@ async def update_with_other_parts(donor: Donor, channel: Channel, message: AskUp
     await channel.send_blob(data[:-1] + bytes([data[-1] ^ 1]))
 
 
-SNAPSHOT_LIES: dict[str, Lie] = {
-    "closes": on(AskSnapshot, says()),
-    "refuses": on(AskSnapshot, says(No(reason="not in my ledger"))),
-    "is silent": on(AskSnapshot, silent),
-    "trickles": on(AskSnapshot, trickle),
-    "out of turn": on(AskSnapshot, says(Heads(first=0, heads=[]))),
-    "endless": on(AskSnapshot, frames(size(2**59), *[bytes(CHUNK_BYTES)] * 9)),
-    "too large": on(AskSnapshot, lambda *asked: the_file(1, *asked)),
-    "too small": on(AskSnapshot, lambda *asked: the_file(-1, *asked)),
-    "chunk too long": on(AskSnapshot, frames(size(snapshot_bytes(N)), bytes(CHUNK_BYTES + 1))),
-    "chunk too short": on(AskSnapshot, frames(size(snapshot_bytes(N)), bytes(CHUNK_BYTES - 1))),
-    "chunk empty": on(AskSnapshot, frames(size(snapshot_bytes(N)), b"")),
-    "last chunk too long": on(AskSnapshot, frames(size(snapshot_bytes(N)), *[bytes(CHUNK_BYTES)] * 3)),
-    "zeros": on(AskSnapshot, frames(size(snapshot_bytes(N)), *[bytes(CHUNK_BYTES)] * 2, bytes(912))),
-    "one bit": on(AskSnapshot, file_changed),
+INDEX_BYTES = HASH_BYTES * (1 + CHUNKS)
+CHUNK_LIES: dict[str, Lie] = {
+    "closes": on(AskChunk, says()),
+    "refuses": on(AskChunk, says(No(reason="not in my ledger"))),
+    "is silent": on(AskChunk, silent),
+    "trickles": on(AskChunk, trickle),
+    "out of turn": on(AskChunk, says(Heads(first=0, head=bytes(32), links=[]))),
+    "endless": on(AskChunk, frames(size(2**59), *[bytes(FRAME_BYTES)] * 9)),
+    "too large": on(AskChunk, frames(size(CHUNK_BYTES + 1), bytes(CHUNK_BYTES + 1))),
+    "too small": on(AskChunk, frames(size(CHUNK_BYTES - 1), bytes(CHUNK_BYTES - 1))),
+    "nothing": on(AskChunk, frames(size(0))),
+    "frame too long": on(AskChunk, frames(size(CHUNK_BYTES), bytes(CHUNK_BYTES + 1))),
+    "frame too short": on(AskChunk, frames(size(CHUNK_BYTES), bytes(CHUNK_BYTES - 1))),
+    "frame empty": on(AskChunk, frames(size(CHUNK_BYTES), b"")),
+    "stops in the middle": on(AskChunk, half_a_chunk),
+    "zeros": on(AskChunk, frames(size(CHUNK_BYTES), bytes(CHUNK_BYTES))),
+    "another chunk": on(AskChunk, another_chunk),
+    "of another step": on(AskChunk, another_steps_chunk),
+    "one bit": on(AskChunk, one_bit),
+    "one bit later": after(3, AskChunk, on(AskChunk, one_bit)),
+    "dies later": after(3, AskChunk, on(AskChunk, says())),
 }
-HEAD_LIES: dict[str, Lie] = {
-    "heads: closes": on(AskHeads, says()),
-    "heads: silent": on(AskHeads, silent),
-    "heads: empty": on(AskHeads, says(Heads(first=0, heads=[]))),
-    "heads: of its own": on(AskHeads, heads_of_its_own),
+INDEX_LIES: dict[str, Lie] = {
+    "index: closes": on(AskIndex, says()),
+    "index: refuses": on(AskIndex, says(No(reason="not in my ledger"))),
+    "index: is silent": on(AskIndex, silent),
+    "index: endless": on(AskIndex, frames(size(2**59), *[bytes(FRAME_BYTES)] * 9)),
+    "index: too long": on(AskIndex, frames(size(INDEX_BYTES + 32), bytes(INDEX_BYTES + 32))),
+    "index: too short": on(AskIndex, frames(size(INDEX_BYTES - 32), bytes(FRAME_BYTES), bytes(128))),
+    "index: nothing": on(AskIndex, frames(size(0))),
+    "index: zeros": on(AskIndex, frames(size(INDEX_BYTES), bytes(FRAME_BYTES), bytes(160))),
+    "index: of another step": on(AskIndex, index_of_another_step),
+    "index: one hash": on(AskIndex, index_with_one_hash_changed),
 }
 UPDATE_LIES: dict[str, Lie] = {
-    "update: closes": on(AskUpdate, says()),
-    "update: refuses": on(AskUpdate, says(No(reason="found damaged"))),
-    "update: silent": on(AskUpdate, silent),
-    "update: endless": on(AskUpdate, frames(size(2**59), *[bytes(CHUNK_BYTES)] * 9)),
-    "update: too large": on(AskUpdate, frames(size(max_update_bytes(N, "int8") + 1))),
-    "update: nothing": on(AskUpdate, frames(size(0))),
-    "update: garbage": on(AskUpdate, frames(size(500), bytes(500))),
-    "update: another one": on(AskUpdate, other_update),
-    "update: of another step": on(AskUpdate, another_steps_update),
-    "update: other parts": on(AskUpdate, update_with_other_parts),
+    "closes": on(AskUpdate, says()),
+    "refuses": on(AskUpdate, says(No(reason="gone or found damaged"))),
+    "silent": on(AskUpdate, silent),
+    "endless": on(AskUpdate, frames(size(2**59), *[bytes(FRAME_BYTES)] * 9)),
+    "too large": on(AskUpdate, frames(size(max_update_bytes(N, "int8") + 1))),
+    "nothing": on(AskUpdate, frames(size(0))),
+    "garbage": on(AskUpdate, frames(size(500), bytes(FRAME_BYTES), bytes(500 - FRAME_BYTES))),
+    "another one": on(AskUpdate, other_update),
+    "of another step": on(AskUpdate, another_steps_update),
+    "other parts": on(AskUpdate, update_with_other_parts),
 }
+HONEST = {"refuses", "index: refuses"}
+SLOWLY = {"is silent", "trickles", "silent"}
+"""They owe it to the end: somebody else gives it before their time is up."""
 
 
-@pytest.mark.parametrize("lie", SNAPSHOT_LIES.values(), ids=SNAPSHOT_LIES)
-def test_a_newcomer_is_not_kept_by_a_donor_that_lies(tmp_path: Path, lie: Lie) -> None:
+@pytest.mark.parametrize("name", [*CHUNK_LIES, *INDEX_LIES])
+def test_a_newcomer_is_not_kept_by_a_donor_that_lies(tmp_path: Path, name: str) -> None:
     async def main() -> None:
         library = Library(tmp_path, new_replica(tmp_path / "me"))
-        liar = library.add(replica_at(tmp_path / "liar", 7), lie)
+        liar = library.add(replica_at(tmp_path / "liar", 7), (CHUNK_LIES | INDEX_LIES)[name])
         donor = library.add(replica_at(tmp_path / "donor", 7))
-        began_s = asyncio.get_running_loop().time()
+        began_s = now_s()
         caught_up = await library.to(donor.replica)
         assert caught_up is not None
         assert caught_up.snapshot
         library.check_same(donor.replica)
-        assert liar.count(AskSnapshot) == 1
-        assert library.suspects() == ([] if lie is SNAPSHOT_LIES["refuses"] else [0])
+        assert liar.count(AskIndex) == 1
+        if name in CHUNK_LIES:
+            assert 0 < liar.count(AskChunk) <= 5
+        assert library.suspects() == ([] if name in HONEST | SLOWLY else [0])
+        assert name in HONEST | SLOWLY or library.transport.traffic.rejected.total() == 1
         assert [info.step for info in library.replica.ledger.snapshots()] == [5]
-        assert asyncio.get_running_loop().time() - began_s < TIMEOUTS.reduced_part_s + 5
+        assert now_s() - began_s < TIMEOUTS.reduced_part_s + 5
 
     run_simulated(main())
 
 
-@pytest.mark.parametrize("own_step", [5, 500])
-def test_a_sound_snapshot_of_something_else_is_not_adopted(tmp_path: Path, own_step: int) -> None:
-    """With as many outer steps, it would be loaded at the next start; with more, it would be the newest one."""
+@pytest.mark.parametrize("name", UPDATE_LIES)
+def test_who_missed_rounds_is_not_kept_by_a_donor_that_lies(tmp_path: Path, name: str) -> None:
+    async def main() -> None:
+        library = Library(tmp_path, replica_at(tmp_path / "me", 6))
+        liar = library.add(replica_at(tmp_path / "liar", 9), UPDATE_LIES[name])
+        donor = library.add(replica_at(tmp_path / "donor", 9))
+        began_s = now_s()
+        assert await library.to(donor.replica) is not None
+        library.check_same(donor.replica)
+        assert liar.count(AskUpdate) == 1
+        assert sorted(donor.steps()) == [6, 7, 8]
+        assert library.suspects() == ([] if name in HONEST | SLOWLY else [0])
+        assert not (tmp_path / "me" / "abandoned").exists()
+        assert now_s() - began_s < TIMEOUTS.reduced_part_s + 5
+
+    run_simulated(main())
+
+
+async def in_the_end(donor: Donor, channel: Channel, message: Message) -> bool:
+    """A donor that gives all but its last chunk or update at once, and that one a byte at a time."""
+    if isinstance(message, AskChunk) and message.chunk == CHUNKS - 1:
+        await trickle(donor, channel, message)
+    return False
+
+
+def test_a_slow_donor_does_not_hold_up_the_end(tmp_path: Path) -> None:
+    async def main() -> None:
+        swarm = replica_at(tmp_path / "swarm", 5)
+        took_s = []
+        for name, lie in (("honest", None), ("slow", in_the_end)):
+            library = Library(tmp_path / name, new_replica(tmp_path / name / "me"))
+            for _ in range(2):
+                library.add(swarm, lie)
+                lie = None
+            began_s = now_s()
+            assert await library.to(swarm) is not None
+            took_s.append(now_s() - began_s)
+            library.check_same(swarm)
+            last = [CHUNKS - 1 in donor.chunks() for donor in library.donors]
+            assert last in ([[True, False], [False, True]] if name == "honest" else [[True, True], [False, True]])
+        assert took_s[1] < took_s[0] + 2 * 2 * CHUNK_BYTES / TIMEOUTS.slow_rate_bytes_per_s
+
+    run_simulated(main())
+
+
+def test_a_donor_that_has_nothing_to_give_is_left_to_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While the last chunk of another one is awaited, its only slot is free."""
+    monkeypatch.setattr(uploads, "UPLOADS", 1)
 
     async def main() -> None:
         library = Library(tmp_path, new_replica(tmp_path / "me"))
-        own = replica_at(tmp_path / "own", min(own_step, 10), fork_at=0)
-        if own_step > 10:
-            own.loaded.step = own_step
-            own.ledger.write_snapshot(own.loaded)
-        data = own.newest_snapshot().path.read_bytes()
+        swarm = replica_at(tmp_path / "swarm", 5)
+        stalled: list[Donor] = []
+        served: list[Message] = []
 
-        async def own_file(donor: Donor, channel: Channel, message: AskSnapshot) -> None:
-            await send_file(channel, data[message.offset :], len(data))
+        async def stall(donor: Donor, channel: Channel, message: Message) -> bool:
+            if isinstance(message, AskChunk) and message.chunk == CHUNKS - 1:
+                stalled.append(donor)
+                await asyncio.sleep(0.5)
+                stream = await library.open(next(other for other in library.donors if other is not donor))
+                chunk = AskChunk(step=5, digest=swarm.newest_snapshot().digest, chunk=0)
+                served.append(await stream.request(chunk, Size))
+                stream.close()
+            return False
 
-        library.add(replica_at(tmp_path / "liar", 7), on(AskSnapshot, own_file))
-        assert await library.to(library.donors[0].replica) is None
-        assert library.replica.ledger.snapshots() == []
-        assert new_replica(tmp_path / "me").load() is False
-        assert not list((tmp_path / "me").glob("incoming-*"))
-        assert library.suspects() == [0]
-        donor = library.add(replica_at(tmp_path / "donor", 7))
+        for _ in range(2):
+            library.add(swarm, stall)
+        assert await library.to(swarm) is not None
+        assert served == [Size(size_bytes=CHUNK_BYTES)]
+        assert len(stalled) == 1
+        library.check_same(swarm)
+
+    run_simulated(main())
+
+
+def test_a_slow_donor_does_not_hold_up_an_update(tmp_path: Path) -> None:
+    """A donor that stalls in the middle of one: it is asked from another one, long before the time is up."""
+
+    async def main() -> None:
+        late_s = max_update_bytes(N, "int8") / 20_000
+        library = Library(
+            tmp_path, replica_at(tmp_path / "me", 8), timeouts=replace(TIMEOUTS, slow_rate_bytes_per_s=20_000)
+        )
+        stalled = library.add(replica_at(tmp_path / "stalled", 9), on(AskUpdate, silent))
+        donor = library.add(replica_at(tmp_path / "donor", 9))
+        began_s = now_s()
+        caught_up = await library.to(donor.replica)
+        assert caught_up is not None
+        assert (stalled.steps(), donor.steps(), caught_up.donors) == ([8], [8], 1)
+        assert late_s < now_s() - began_s < late_s + 1 < TIMEOUTS.reduced_part_s
+        library.check_same(donor.replica)
+
+    run_simulated(main())
+
+
+def test_a_busy_donor_is_left_alone_and_asked_another_time(tmp_path: Path) -> None:
+    async def main() -> None:
+        library = Library(tmp_path, new_replica(tmp_path / "me"))
+        donor = library.add(replica_at(tmp_path / "donor", 6))
+        info = donor.replica.newest_snapshot()
+        others = [await library.open(donor) for _ in range(uploads.UPLOADS)]
+        for channel in others:
+            await channel.request(AskChunk(step=5, digest=info.digest, chunk=0), Size)
+        assert await library.to(donor.replica) is None
+        assert library.suspects() == []
+        assert library.catchup.promising
+        assert [type(event) for event in donor.asked[uploads.UPLOADS :]] == [AskHeads, AskIndex, AskChunk]
+        others[0].close()
+        await asyncio.sleep(1)
         assert await library.to(donor.replica) is not None
         library.check_same(donor.replica)
 
     run_simulated(main())
 
 
-@pytest.mark.parametrize("lie", (HEAD_LIES | UPDATE_LIES).values(), ids=HEAD_LIES | UPDATE_LIES)
-def test_who_missed_rounds_is_not_kept_by_a_donor_that_lies(tmp_path: Path, lie: Lie) -> None:
+def test_one_that_is_busy_beside_one_that_is_not(tmp_path: Path) -> None:
     async def main() -> None:
-        library = Library(tmp_path, replica_at(tmp_path / "me", 6))
-        library.add(replica_at(tmp_path / "liar", 9), lie)
-        donor = library.add(replica_at(tmp_path / "donor", 9))
-        began_s = asyncio.get_running_loop().time()
+        library = Library(tmp_path, new_replica(tmp_path / "me"))
+        busy = library.add(
+            replica_at(tmp_path / "busy", 6), after(2, AskChunk, on(AskChunk, says(No(reason="busy serving others"))))
+        )
+        donor = library.add(replica_at(tmp_path / "donor", 6))
         caught_up = await library.to(donor.replica)
         assert caught_up is not None
+        assert caught_up.donors == 2
+        assert busy.count(AskChunk) >= 3
+        assert library.suspects() == []
         library.check_same(donor.replica)
-        assert asyncio.get_running_loop().time() - began_s < TIMEOUTS.reduced_part_s + 5
-        assert donor.count(AskUpdate) == 3
-        honest = (HEAD_LIES["heads: empty"], UPDATE_LIES["update: refuses"])
-        assert library.suspects() == ([] if lie in honest else [0])
-        assert not (tmp_path / "me" / "abandoned").exists()
 
     run_simulated(main())
 
 
-def test_heads_without_end_with_a_gap_or_in_a_circle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+# -- guides that lie -----------------------------------------------------------------------------------------------
+
+
+async def invented_heads(donor: Donor, channel: Channel, message: AskHeads) -> None:
+    """From what the joiner has to nowhere, as many as there should be."""
+    mine = donor.replica.ledger.heads()
+    await channel.send(Heads(first=0, head=mine[0], links=[bytes([step]) * 32 for step in range(max(mine))]))
+
+
+async def the_target_alone(donor: Donor, channel: Channel, message: AskHeads) -> None:
+    mine = donor.replica.ledger.heads()
+    await channel.send(Heads(first=max(mine), head=mine[max(mine)], links=[]))
+
+
+async def heads_before_what_was_asked_for(donor: Donor, channel: Channel, message: AskHeads) -> None:
+    await channel.send(Heads(first=max(message.since - 1, 0), head=bytes(32), links=[bytes(32)] * 3))
+
+
+async def heads_with_a_gap(donor: Donor, channel: Channel, message: AskHeads) -> None:
+    """What the joiner has, and then, a page later, the target."""
+    mine = donor.replica.ledger.heads()
+    if message.since == 0:
+        await channel.send(Heads(first=0, head=mine[0], links=[bytes(32)] * 3))
+    else:
+        await the_target_alone(donor, channel, message)
+
+
+async def other_heads_on_the_next_page(donor: Donor, channel: Channel, message: AskHeads) -> None:
+    await channel.send(Heads(first=message.since, head=bytes([message.since]) * 32, links=[bytes(32)] * 3))
+
+
+async def heads_without_end(donor: Donor, channel: Channel, message: AskHeads) -> None:
+    head = bytes(32)
+    for _ in range(message.since):
+        head = next_head(head, bytes(32))
+    await channel.send(Heads(first=message.since, head=head, links=[bytes(32)] * 3))
+
+
+ASKED_TWICE = {
+    "before": heads_before_what_was_asked_for,
+    "with a gap": heads_with_a_gap,
+    "other ones": other_heads_on_the_next_page,
+}
+HEAD_LIES = {
+    "closes": says(),
+    "silent": silent,
+    "nothing": says(No(reason="not in my ledger")),
+    "out of turn": says(Size(size_bytes=3)),
+    "invented": invented_heads,
+    "the target alone": the_target_alone,
+    "without end": heads_without_end,
+    **ASKED_TWICE,
+}
+
+
+@pytest.mark.parametrize("name", HEAD_LIES)
+def test_a_guide_that_lies_costs_its_turn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """And nothing of what the joiner has."""
+    monkeypatch.setattr(catchup, "MAX_LINKS", 3)
+    monkeypatch.setattr(uploads, "MAX_LINKS", 3)
+
+    async def answer(donor: Donor, channel: Channel, message: Message) -> bool:
+        if isinstance(message, AskHeads):
+            await HEAD_LIES[name](donor, channel, message)
+            if name == "closes":
+                raise Gone(channel.peer_id, "closes the stream")
+            return True
+        return False
+
     async def main() -> None:
         library = Library(tmp_path, replica_at(tmp_path / "me", 3))
-        endless = library.add(replica_at(tmp_path / "endless", 4), on(AskHeads, heads_without_end))
-        assert await library.catchup.to((4, endless.replica.loaded.head)) is None
-        assert endless.count(AskHeads) == 1
-        monkeypatch.setattr(catchup, "MAX_HEADS", 1)
-        library = Library(tmp_path, new_replica_of(library.replica))
-        gap = library.add(replica_at(tmp_path / "gap", 4), on(AskHeads, heads_with_a_gap))
-        assert await library.to(gap.replica) is None
-        circle = library.add(gap.replica, on(AskHeads, heads_in_a_circle))
-        assert await library.to(gap.replica) is None
-        assert (gap.count(AskHeads), circle.count(AskHeads)) == (2, 2)
-        assert library.suspects() == [0, 1]
+        alone = library.add(replica_at(tmp_path / "liar", 4), answer)
+        before = library.replica.ledger.heads()
+        assert await library.to(alone.replica) is None
+        assert alone.count(AskUpdate) == alone.count(AskChunk) == 0
+        assert (library.replica.ledger.heads(), library.replica.loaded.step) == (before, 3)
+        assert alone.count(AskHeads) == (2 if name in {*ASKED_TWICE, "without end"} else 1)
+        assert library.suspects() == ([0] if name in {"closes", "silent", "out of turn", *ASKED_TWICE} else [])
+
+        library.publish(alone, issued_s=NOW_S + 1)
+        donor = library.add(alone.replica)
+        assert await library.to(donor.replica) is not None
+        assert not (tmp_path / "me" / "abandoned").exists()
+        library.check_same(donor.replica)
 
     run_simulated(main())
 
 
-def new_replica_of(replica: Replica) -> Replica:
-    again = new_replica(replica.ledger.folder)
-    again.load()
-    return again
+# -- which snapshot is believed ------------------------------------------------------------------------------------
 
 
 def test_what_most_donors_do_not_have_is_not_downloaded(tmp_path: Path) -> None:
     """A snapshot's digest is believed when most name it; that at outer step 0 when the manifest does."""
 
     async def main() -> None:
-        library = Library(tmp_path, new_replica(tmp_path / "me"))
+        library = Library(tmp_path / "1", new_replica(tmp_path / "me"))
         swarm = replica_at(tmp_path / "swarm", 7)
-        liar = library.add(swarm, snapshot_digest=bytes(32))
-        for i in range(2):
-            library.add(replica_at(tmp_path / str(i), 7))
+        library.add(swarm, snapshot_digest=bytes(32))
+        library.add(swarm, snapshot_step=6, snapshot_digest=bytes(32))
+        for _ in range(2):
+            library.add(swarm)
         assert await library.to(swarm) is not None
-        assert liar.count(AskSnapshot) == 0
-        assert library.suspects() == [0]
+        assert library.phases() == [("download", 5)]
+        assert library.suspects() == []
         library.check_same(swarm)
 
-        library = Library(tmp_path, new_replica(tmp_path / "again"))
+        library = Library(tmp_path / "2", new_replica(tmp_path / "again"))
         for _ in range(3):
             library.add(replica_at(tmp_path / "genesis", 1), snapshot_digest=bytes(32))
         assert await library.to(library.donors[0].replica) is None
-        assert [donor.count(AskSnapshot) for donor in library.donors] == [0, 0, 0]
-        assert library.suspects() == [0, 1, 2]
+        assert [donor.count(AskIndex) for donor in library.donors] == [0, 0, 0]
 
-        library = Library(tmp_path, new_replica(tmp_path / "last"))
+        library = Library(tmp_path / "3", new_replica(tmp_path / "last"))
         beyond = library.add(replica_at(tmp_path / "beyond", 7), snapshot_step=10)
         assert await library.to(beyond.replica) is None
-        assert beyond.count(AskSnapshot) == 0
+        assert beyond.count(AskIndex) == 0
 
     run_simulated(main())
 
 
-# -- serving -------------------------------------------------------------------------------------------------------
-
-
-def test_a_donor_refuses_what_it_does_not_have(tmp_path: Path) -> None:
+def test_when_those_who_have_the_believed_one_cannot_serve_the_others_are_not_believed_instead(tmp_path: Path) -> None:
     async def main() -> None:
         library = Library(tmp_path, new_replica(tmp_path / "me"))
-        donor = library.add(replica_at(tmp_path / "donor", 13))
-        ledger, info = donor.replica.ledger, donor.replica.newest_snapshot()
-        head = ledger.heads()[12]
+        swarm = replica_at(tmp_path / "swarm", 7)
+        other = replica_at(tmp_path / "other", 5)
+        other.loaded.theta[0] += 1  # a sound snapshot, with the swarm's head and other values
+        other.ledger.write_snapshot(other.loaded)
+        liar = library.add(other, step=7, head=swarm.loaded.head)
+        busy = says(No(reason="busy serving others"))
+        for _ in range(2):
+            library.add(swarm, on(AskIndex, busy))
+        assert await library.to(swarm) is None
+        assert liar.count(AskChunk) == liar.count(AskIndex) == 0
+        assert library.replica.ledger.snapshots() == []
+        assert library.catchup.promising
 
-        async def ask(message: Message) -> Message:
-            channel = await library.transport.open(donor.who.peer_id, [], PROTOCOL)
-            return await channel.request(message, Size, Heads)
+    run_simulated(main())
 
-        for message in (
-            AskUpdate(step=11, head=bytes(32)),
-            AskUpdate(step=12, head=head),
-            AskUpdate(step=2, head=head),
-            AskUpdate(step=2**59, head=head),
-            AskSnapshot(step=10, digest=bytes(32), offset=0),
-            AskSnapshot(step=5, digest=info.digest, offset=0),
-            AskSnapshot(step=10, digest=info.digest, offset=info.size_bytes + 1),
-        ):
-            with pytest.raises(Refused, match="not in my ledger"):
-                await ask(message)
-        assert await ask(AskUpdate(step=11, head=head)) == Size(size_bytes=len(ledger.update_bytes(11) or b""))
-        assert await ask(AskSnapshot(step=10, digest=info.digest, offset=info.size_bytes)) == Size(
-            size_bytes=info.size_bytes
-        )
-        assert await ask(AskHeads(since=14)) == Heads(first=14, heads=[])
-        assert await ask(AskHeads(since=2**59)) == Heads(first=2**59, heads=[])
-        path = tmp_path / "donor" / "updates" / "0000000011.update"
+
+def test_a_snapshot_of_another_history_is_not_downloaded_however_many_have_it(tmp_path: Path) -> None:
+    async def main() -> None:
+        library = Library(tmp_path, new_replica(tmp_path / "me"))
+        swarm = replica_at(tmp_path / "swarm", 7)
+        fork = replica_at(tmp_path / "fork", 7, fork_at=2)
+        for _ in range(3):
+            library.add(fork, head=swarm.loaded.head)
+        donor = library.add(swarm)
+        assert await library.to(swarm) is not None
+        assert sum(liar.count(AskIndex) for liar in library.donors[:3]) == 1
+        assert sum(liar.count(AskChunk) for liar in library.donors[:3]) == 0
+        assert donor.count(AskChunk) == CHUNKS
+        library.check_same(swarm)
+
+    run_simulated(main())
+
+
+def test_who_has_gone_on_may_still_have_the_snapshot(tmp_path: Path) -> None:
+    """Of three donors two have just written another one; most still name the one before, which all have."""
+
+    async def main() -> None:
+        library = Library(tmp_path, new_replica(tmp_path / "me"))
+        old, new = replica_at(tmp_path / "old", 9), replica_at(tmp_path / "new", 10)
+        for replica in (old, old, new):
+            library.add(replica)
+        assert await library.to(old) is not None
+        assert library.phases() == [("download", 5)]
+        assert all(donor.count(AskChunk) > 0 for donor in library.donors)
+        library.check_same(old)
+
+    run_simulated(main())
+
+
+# -- fetching without committing -----------------------------------------------------------------------------------
+
+
+def test_one_update_from_whoever_has_it(tmp_path: Path) -> None:
+    async def main() -> None:
+        library = Library(tmp_path, replica_at(tmp_path / "me", 6))
+        swarm = replica_at(tmp_path / "swarm", 12)
+        fork = library.add(replica_at(tmp_path / "fork", 12, fork_at=3))
+        liar = library.add(swarm, on(AskUpdate, update_with_other_parts))
+        behind = library.add(replica_at(tmp_path / "behind", 7))
+        donor = library.add(swarm)
+        head = swarm.ledger.heads()[8]
+        update = await library.catchup.fetch_update(7, head)
+        assert update is not None
+        assert (update.header.step, update.header.head) == (7, head)
+        assert [each.count(AskUpdate) for each in (fork, liar, behind, donor)] == [1, 1, 0, 1]
+        assert library.suspects() == [1]
+        assert library.replica.loaded.step == 6
+        assert await library.catchup.fetch_update(7, bytes(32)) is None
+        assert await library.catchup.fetch_update(40, head) is None
+
+    run_simulated(main())
+
+
+def test_one_snapshot_from_whoever_has_it(tmp_path: Path) -> None:
+    async def main() -> None:
+        library = Library(tmp_path, replica_at(tmp_path / "me", 12))
+        swarm = replica_at(tmp_path / "swarm", 12)
+        for lie in (on(AskChunk, one_bit), None, None):
+            library.add(swarm, lie)
+        info = swarm.newest_snapshot()
+        path = library.replica.newest_snapshot().path
         path.write_bytes(path.read_bytes()[:-1] + b"x")
-        with pytest.raises(Refused, match="found damaged"):
-            await ask(AskUpdate(step=11, head=head))
+        library.replica.load()  # it finds the damage, and puts the file aside
+        assert [info.step for info in library.replica.ledger.snapshots()] == [5]
+        assert await library.catchup.fetch_snapshot(10, info.digest)
+        assert path.read_bytes() == info.path.read_bytes()
+        assert [info.step for info in library.replica.ledger.snapshots()] == [5, 10]
+        assert library.suspects() == [0]
+        assert not await library.catchup.fetch_snapshot(5, bytes(32))
+        library.replica.ledger.quarantined.clear()
+        library.check_same(swarm)
 
     run_simulated(main())
 
 
-def test_a_snapshot_that_is_pruned_while_it_is_served(tmp_path: Path) -> None:
+def test_two_downloads_at_once_do_not_meet(tmp_path: Path) -> None:
     async def main() -> None:
         library = Library(tmp_path, new_replica(tmp_path / "me"))
-        donor = library.add(replica_at(tmp_path / "donor", 6))
-        info = donor.replica.newest_snapshot()
-        channel = await library.transport.open(donor.who.peer_id, [], PROTOCOL)
-        info.path.unlink()
-        await channel.request(AskSnapshot(step=5, digest=info.digest, offset=0), Size)
-        with pytest.raises(Gone):
-            await channel.receive_frame(CHUNK_BYTES, 10.0)
-
-    run_simulated(main())
-
-
-def test_a_few_uploads_at_a_time(tmp_path: Path) -> None:
-    async def main() -> None:
-        library = Library(tmp_path, new_replica(tmp_path / "me"))
-        donor = library.add(replica_at(tmp_path / "donor", 6))
-        info = donor.replica.newest_snapshot()
-        channels = [await library.transport.open(donor.who.peer_id, [], PROTOCOL) for _ in range(7)]
-        busy: list[str] = []
-
-        async def download(channel: Channel) -> None:
-            try:
-                await channel.request(AskSnapshot(step=5, digest=info.digest, offset=0), Size)
-            except Refused as error:
-                busy.append(error.reason)
-                return
-            for _ in range(3):
-                await channel.receive_frame(CHUNK_BYTES, 10.0)
-
-        await asyncio.gather(*(download(channel) for channel in channels))
-        assert busy == ["busy serving others"] * (7 - catchup.UPLOADS)
+        swarm = replica_at(tmp_path / "swarm", 12)
+        library.add(swarm)
+        older, newer = swarm.ledger.snapshots()
+        fetch = library.catchup.fetch_snapshot
+        fetched = await asyncio.gather(
+            fetch(newer.step, newer.digest), fetch(older.step, older.digest), library.to(swarm)
+        )
+        assert None not in fetched
+        library.check_same(swarm)
 
     run_simulated(main())

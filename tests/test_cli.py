@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 import os
+import signal
 import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from p2p_diloco import __version__, cli
+from p2p_diloco import __version__, cli, monitor
+from p2p_diloco.config import PeerConfig
+from p2p_diloco.endpoint import Endpoint
 from p2p_diloco.errors import Stopped, UsageError
 from p2p_diloco.identity import Identity
 from p2p_diloco.manifest import RunManifest, RunSpec
@@ -114,6 +119,9 @@ def manifest_file(folder: Path, signer: Identity = OWNER) -> Path:
         (["peer"], "--initial-peers is empty: give the address of a peer that is in the run, like /ip4/"),
         (["peer", "--initial-peers"], "--initial-peers is empty"),
         (["status", "--initial-peers"], "--initial-peers is empty"),
+        (["seed", "run.toml", "--patience", "0.05"], 'Invalid value "0.05" for --patience. Must be >= 0.1.'),
+        (["swarm", "run.toml", "--peers", "1", "--patience", "11"], "for --patience. Must be <= 10."),
+        (["swarm", "run.toml", "--peers", "1", "--faults", "none.toml"], "none.toml: no such file of faults"),
         (["peer", "--initial-peers", ""], "address '': it begins with no '/'"),
         (["peer", "--initial-peers", "localhost:4001"], "address 'localhost:4001': it begins with no '/'"),
         (["peer", "--initial-peers", "/ip4/127.0.0.1/tcp/4001"], "lacks /p2p/PEER-ID at its end; copy the whole"),
@@ -127,10 +135,22 @@ def manifest_file(folder: Path, signer: Identity = OWNER) -> Path:
         (["peer", "--initial-peers", MADDR, "--data", "nowhere"], "--data nowhere: no such file or folder"),
         (["peer", "--initial-peers", MADDR, "--run-id", "tiny"], "--run-id tiny: a run id has 40 hexadecimal digits"),
         (["peer", "--initial-peers", MADDR, "--name", "n" * 33], "longer than 32 characters"),
+        (["peer", "--initial-peers", MADDR, "--max-upload", "0"], "--max-upload 0: give megabytes per second, 0.1 or"),
+        (["peer", "--initial-peers", MADDR, "--max-upload", "-1"], "--max-upload -1: give megabytes per second"),
+        (
+            ["peer", "--initial-peers", MADDR, "--max-upload", "0.0999"],
+            "--max-upload 0.0999: give megabytes per second",
+        ),
+        (["peer", "--initial-peers", MADDR, "--max-upload", "nan"], "--max-upload nan: give megabytes per second"),
+        (["peer", "--initial-peers", MADDR, "--max-upload", "inf"], "--max-upload inf: give megabytes per second"),
+        (["peer", "--initial-peers", MADDR, "--max-upload", "fast"], 'unable to convert "fast" into float'),
         (["peer", "--initial-peers", MADDR, "--host-maddrs", "0.0.0.0:1"], "listen on TCP, like /ip4/0.0.0.0/tcp/4001"),
         (["peer", "--initial-peers", MADDR, "--host-maddrs"], "--host-maddrs is empty"),
         (["peer", "--initial-peers", MADDR, "--announce-maddrs", "x"], "address 'x'"),
         (["peer", "--initial-peers", MADDR, "--folder", "/dev/null/x"], "--folder /dev/null/x: cannot be written (Not"),
+        (["peer", "--initial-peers", MADDR, "--metrics-addr", "http://x"], "--metrics-addr http://x: give a port, for"),
+        (["peer", "--initial-peers", MADDR, "--metrics-addr", "0"], "--metrics-addr 0: give a port, for this machine"),
+        (["peer", "--initial-peers", MADDR, "--metrics-addr", "192.0.2.1:1"], "--metrics-addr 192.0.2.1:1: cannot"),
         (["peer", "stray", "--initial-peers", MADDR], "Unused Tokens: ['stray']"),
         (["seed"], "requires an argument"),
         (["seed", "nowhere.toml"], "nowhere.toml: no such run file"),
@@ -149,6 +169,15 @@ def manifest_file(folder: Path, signer: Identity = OWNER) -> Path:
         (["sample", "--export", "x", "--top-k", "0"], 'Invalid value "0" for --top-k. Must be >= 1.'),
         (["sample", "--export", "x", "--temperature", "-1"], "for --temperature. Must be 0 or more."),
         (["sample", "--export", "x", "--temperature", "nan"], "for --temperature. Must be 0 or more."),
+        (["doctor"], "--initial-peers is empty"),
+        (["doctor", "--initial-peers", MADDR[:-1]], "is not a peer's id"),
+        (["doctor", "--initial-peers", MADDR, "--run-id", "tiny"], "--run-id tiny: a run id has 40 hexadecimal digits"),
+        (["doctor", "--initial-peers", MADDR, "--host-maddrs", "0.0.0.0:1"], "listen on TCP, like /ip4/0.0.0.0/tcp"),
+        (["doctor", "--initial-peers", MADDR, "--announce-maddrs", "x"], "address 'x'"),
+        (["doctor", "--initial-peers", MADDR, "--threads", "0"], 'Invalid value "0" for --threads. Must be >= 1.'),
+        (["monitor"], "--initial-peers is empty"),
+        (["monitor", "--initial-peers", MADDR, "--run-id", "abc"], "a run id has 40 hexadecimal digits"),
+        (["monitor", "--initial-peers", MADDR, "--listen", "everywhere"], "--listen everywhere: give a port"),
         (["manifest"], "give either a file or folder, or --initial-peers"),
         (["manifest", "nowhere"], "nowhere: no such file"),
         (["manifest", "nowhere.toml"], "nowhere.toml: no such run file"),
@@ -164,6 +193,56 @@ def test_a_port_that_is_taken_is_named(refused: Refused, tmp_path: Path) -> None
         maddr = f"/ip4/127.0.0.1/tcp/{port}"
         assert f"port {port} is in use" in refused("seed", str(run_file(tmp_path)), "--host-maddrs", maddr)
         assert f"port {port} is in use" in refused("peer", "--initial-peers", MADDR, "--host-maddrs", maddr)
+        assert f"port {port} is in use" in refused("monitor", "--initial-peers", MADDR, "--listen", str(port))
+
+
+@pytest.mark.parametrize("flags", [[], ["--private-targets"]])
+def test_what_a_monitor_is_told(flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[object] = []
+    monkeypatch.setattr(monitor, "run_monitor", lambda *given, **more: told.extend((*given, more)))
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    command = ["monitor", "--initial-peers", MADDR, "--folder", str(tmp_path / "new"), "--listen", str(port)]
+    assert cli.main(command + flags) == 0
+    config = PeerConfig(folder=tmp_path / "new", initial_peers=(MADDR,), client_mode=True)
+    assert told == [config, Endpoint(host="127.0.0.1", port=port), {"private_targets": bool(flags)}]
+
+
+def test_a_signal_waits_for_the_end_of_an_import() -> None:
+    done: list[str] = []
+
+    def import_something() -> None:
+        with cli.undisturbed():
+            signal.raise_signal(signal.SIGTERM)
+            done.append("imported")
+
+    with cli.interruptible() as received:
+        with pytest.raises(KeyboardInterrupt):
+            import_something()
+        assert (done, received) == (["imported"], [signal.SIGTERM])
+        with cli.undisturbed():
+            done.append("undisturbed")
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+
+
+def test_a_signal_cancels_work_and_comes_through_when_that_has_tidied_up() -> None:
+    done: list[str] = []
+
+    async def work() -> None:
+        try:
+            signal.raise_signal(signal.SIGTERM)
+            done.append("not torn out of the middle")
+            await asyncio.sleep(60)
+        finally:
+            await asyncio.sleep(0)
+            done.append("tidied up")
+
+    with cli.interruptible() as received:
+        with pytest.raises(KeyboardInterrupt):
+            cli.run_cancellable(work())
+        assert done == ["not torn out of the middle", "tidied up"]
+        assert received == [signal.SIGTERM]
 
 
 def test_the_version_and_the_help(capsys: pytest.CaptureFixture[str]) -> None:
@@ -171,7 +250,8 @@ def test_the_version_and_the_help(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out == f"{__version__}\n"
     assert cli.main([]) == 0
     out = capsys.readouterr().out
-    assert all(f" {command} " in out for command in ("seed", "peer", "swarm", "status", "export", "sample", "manifest"))
+    commands = ("seed", "peer", "swarm", "status", "monitor", "doctor", "export", "sample", "manifest")
+    assert all(f" {command} " in out for command in commands)
     assert cli.main(["peer", "--help"]) == 0
     assert "--initial-peers" in capsys.readouterr().out
 
@@ -242,6 +322,27 @@ def test_a_manifest_that_its_owner_did_not_sign_is_refused(refused: Refused, tmp
     assert f"{path}: not a signed manifest" in refused("manifest", str(path))
 
 
+# -- faults ------------------------------------------------------------------------------------------------------------
+
+CUT = '[[fault]]\naction = "cut"\nat_s = 1\npeer = "peer-{}"\n'
+
+
+def test_faults_of_peers_that_will_not_be(refused: Refused, tmp_path: Path) -> None:
+    (tmp_path / "faults.toml").write_text(CUT.format(2))
+    message = refused("swarm", "run.toml", "--peers", "1", "--faults", "faults.toml")
+    assert message == "faults.toml: key 'fault.1.peer': no peer 'peer-2'; there are seed, peer-1, random"
+
+
+def test_cables_where_no_namespaces_can_be_made(
+    refused: Refused, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("p2p_diloco.namespaces.why_not", lambda: "this user may not make them; root may")
+    (tmp_path / "faults.toml").write_text(CUT.format(1))
+    message = refused("swarm", str(run_file(tmp_path)), "--peers", "1", "--faults", "faults.toml")
+    assert message == "faults.toml: cut needs network namespaces: this user may not make them; root may"
+    assert not (tmp_path / "runs").exists()
+
+
 # -- a run on disk -----------------------------------------------------------------------------------------------------
 
 
@@ -307,6 +408,15 @@ def test_the_command_line_comes_before_the_environment_and_that_before_the_file(
     assert parsed("peer")["threads"] == 3
     found = parsed("peer", "--threads", "4", "--no-use-relay", "--initial-peers", "/dns/c")
     assert (found["threads"], found["node"].use_relay, found["initial_peers"]) == (4, False, ("/dns/c",))
+
+
+def test_the_upload_rate_is_given_in_megabytes(tmp_path: Path) -> None:
+    for command in (["peer"], ["seed", "run.toml"]):
+        for argv, rate in (([], None), (["--max-upload", "2.5"], 2_500_000.0), (["--max-upload", "0.1"], 100_000.0)):
+            node = replace(parsed(*command, "--name", "x", *argv)["node"], folder=tmp_path)
+            config = cli.peer_config(node, command[0], [])
+            assert config.max_upload_bytes_per_s == rate
+            assert PeerConfig.model_validate_json(config.model_dump_json()) == config
 
 
 def test_an_empty_variable_is_none(monkeypatch: pytest.MonkeyPatch) -> None:

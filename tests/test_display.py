@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import io
+import re
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -11,7 +12,8 @@ from hypothesis import strategies as st
 from rich.cells import cell_len
 from rich.console import Console
 
-from p2p_diloco.display import View, count, decimal, join_line, label, live_table, plain, screen_of
+from p2p_diloco.display import Checklist, View, count, decimal, join_line, label, live_table, plain, screen_of
+from p2p_diloco.doctor import Finding
 
 HEAD, OTHER = "a" * 64, "b" * 64
 MADDR = "/ip4/203.0.113.178/tcp/31337/p2p/12D3KooWN2hiVeXizrw34v4Dg566UC6wBZY4H3YpcPpEYKC12Kiv"
@@ -187,3 +189,52 @@ def test_only_a_terminal_gets_a_table() -> None:
         assert "a line of the log" in text
         assert ("outer step 3 of 14" in text) == is_terminal
         assert text.rfind("\x1b[?25h") >= text.rfind("\x1b[?25l"), "the cursor stays hidden"
+
+
+# -- findings ----------------------------------------------------------------------------------------------------------
+
+GOOD = Finding(kind="ok", what="clock", measured="within 0.1 s of 2 peers")
+BAD = Finding(kind="problem", what="address", measured="x" * 200 + ": \x1b[31mrefused\n\u202e", remedy="ask again")
+
+
+def listed(*findings: Finding, terminal: bool) -> tuple[str, int]:
+    console = Console(file=io.StringIO(), width=80, force_terminal=terminal, color_system=None)
+    with Checklist(console) as checklist:
+        checklist.measure("dialling")
+        for finding in findings:
+            checklist.add(finding)
+        assert checklist.measuring == "dialling"
+    code = checklist.conclude()
+    assert isinstance(console.file, io.StringIO)
+    return console.file.getvalue(), code
+
+
+def test_findings_are_plain_lines_where_there_is_no_terminal() -> None:
+    text, code = listed(GOOD, BAD, terminal=False)
+    good, bad, end = text.splitlines()
+    assert good == "ok       clock        within 0.1 s of 2 peers"
+    assert bad == f"problem  address      {'x' * 200}: [31mrefused; ask again"
+    assert (end, code) == ("1 problem to mend", 1)
+    assert listed(GOOD, terminal=False)[0].splitlines()[-1] == "this machine can train"
+    assert listed(GOOD, terminal=False)[1] == 0
+
+
+def test_findings_on_a_terminal_have_marks_and_the_remedy_on_a_line_of_its_own() -> None:
+    text, code = listed(GOOD, BAD, terminal=True)
+    left = re.sub(r"[^\n]*\r\x1b\[2K", "", text)  # the line that says what is being measured is erased again
+    shown = re.sub(r"\x1b\[\??[0-9;]*[a-zA-Z]", "", left)
+    lines = [line.rstrip() for line in shown.splitlines()]
+    assert max(map(len, lines)) <= 80
+    assert "✓ clock        within 0.1 s of 2 peers" in lines
+    assert "dialling" in text
+    assert "               → ask again" in lines
+    assert "\u202e" not in text
+    assert (lines[-1], code) == ("1 problem to mend", 1)
+
+
+def test_findings_for_a_program_are_kept_and_not_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    with Checklist(None) as checklist:
+        checklist.add(BAD)
+    assert checklist.conclude() == 1
+    assert checklist.findings == [BAD]
+    assert capsys.readouterr() == ("", "")

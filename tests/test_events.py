@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from p2p_diloco.errors import LedgerError
-from p2p_diloco.events import EVENTS_FILE, EventLog, read_events
+from p2p_diloco.events import EVENTS_FILE, EventLog, EventTail, read_events
 
 
 def write(folder: Path, *events: str) -> Path:
@@ -102,3 +102,26 @@ def test_a_full_disk_is_an_error_of_ours() -> None:
         log.write("round")
     with pytest.raises(OSError, match="No space left"):
         log._file.close()
+
+
+def test_event_log_is_read_as_it_grows(tmp_path: Path) -> None:
+    """In whole lines, each once; a line that a crash cut, and another process then completed, is left out."""
+    tail = EventTail(tmp_path)
+    tail.read()
+    assert tail.log == []
+    events = EventLog(tmp_path / "tiny-0123")
+    events.write("started", peer_id="a")
+    events.write("joined", step=0)
+    tail.read()
+    tail.read()
+    assert [line["event"] for line in tail.log] == ["started", "joined"]
+    with events.path.open("a") as file:
+        file.write('{"event": "inn')
+    tail.read()
+    assert len(tail.log) == 2
+    with events.path.open("a") as file:
+        file.write(json.dumps({"event": "started"}) + "\n")
+    events.write("joined", step=1)
+    tail.read()
+    assert [line.get("step") for line in tail.log] == [None, 0, 1]
+    events.close()

@@ -25,9 +25,11 @@ from hivemind.utils import MSGPackSerializer
 from hivemind.utils.timed_storage import TimedStorage, ValueWithExpiration
 
 from p2p_diloco import guard, hardening
-from p2p_diloco.hardening import HardenedDHTProtocol, Rates, RecordStorage, RecordValidator, node_id_of
+from p2p_diloco.hardening import HardenedDHTProtocol, RecordStorage, RecordValidator, node_id_of
 from p2p_diloco.identity import Identity
+from p2p_diloco.quota import Quota
 from p2p_diloco.records import MAX_RECORD_LIFE_S, Record, seal_record
+from p2p_diloco.traffic import Traffic
 
 hardening.apply_hardening()
 
@@ -245,12 +247,14 @@ def test_p2pd_runs_under_the_guard() -> None:
     assert 'cls._UNIX_SOCKET_PREFIX + f"p2pclient-{socket_uid}.sock"' in inspect.getsource(P2P.create)
     assert "= self._make_process_args(" in inspect.getsource(P2P.create)
     assert "self._log_p2pd_message(" in inspect.getsource(P2P._read_outputs)
-    p2p = hardening.guarded_p2p(Path("/some/folder"), relay_service=False)
+    p2p = hardening.guarded_p2p(Path("/some/folder"), relay_service=False, traffic=Traffic())
     command = p2p._make_process_args("p2pd", relay=True)
     assert command[1:4] == ["-I", "-S", guard.__file__]
     assert command[5:] == ["p2pd", "-relay=1", "-relayService=0"]
     assert p2p._UNIX_SOCKET_PREFIX == "/unix/some/folder/"
-    assert "-relayService=1" in hardening.guarded_p2p(Path("/s"), relay_service=True)._make_process_args("p2pd")
+    assert "-relayService=1" in hardening.guarded_p2p(
+        Path("/s"), relay_service=True, traffic=Traffic()
+    )._make_process_args("p2pd")
 
 
 class TestValidator:
@@ -290,6 +294,20 @@ class TestValidator:
     def test_refuses(self, changes: dict[str, Any]) -> None:
         assert not validator().validate(entry_of(**changes))
 
+    def test_counts_what_it_refuses_under_its_keys(self) -> None:
+        made = validator()
+        for entry in (
+            entry_of(),
+            entry_of(key=DHTID.generate(source="another").to_bytes()),
+            entry_of(value=msgpack.packb(seal_record(make_record(ALICE), BOB))),
+            entry_of(value=msgpack.packb(bytes(1100))),
+            entry_of(value=b"\xc1"),
+            entry_of(expiration_time=time.time() + 100),
+            entry_of(value=None),
+        ):
+            made.validate(entry)
+        assert made.rejected == {"signature": 1, "size": 1, "form": 1, "other": 2}
+
     def test_what_it_remembers_is_bounded_and_is_no_bypass(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(hardening, "MAX_VERIFIED", 3)
         made, entry = validator(), entry_of()
@@ -299,16 +317,6 @@ class TestValidator:
         for seed in range(6):
             assert made.validate(entry_of(Identity.from_seed(bytes([seed] * 32))))
         assert len(made._expires_s) == 3
-
-
-def test_rates() -> None:
-    rates = Rates(per_s=2.0, burst=3.0)
-    assert [rates.take("a", 0.0) for _ in range(5)] == [True] * 3 + [False] * 2
-    assert rates.take("b", 0.0)
-    assert [rates.take("a", 1.0) for _ in range(3)] == [True, True, False]
-    for index in range(hardening.MAX_RATED_PEERS):
-        rates.take(str(index), 2.0)
-    assert len(rates._buckets) == hardening.MAX_RATED_PEERS
 
 
 class TestProtocol:
@@ -387,7 +395,7 @@ class TestProtocol:
     def test_requests_have_a_rate(self) -> None:
         async def main() -> None:
             protocol, request = self.protocol(), dht_pb2.FindRequest(keys=[KEY_BYTES])
-            protocol._requests = Rates(per_s=0.0, burst=3.0)
+            protocol._requests = Quota(per_s=0.0, burst=3.0)
             for _ in range(3):
                 await protocol.rpc_find(request, self.context())
             for rpc, content in ((protocol.rpc_find, request), (protocol.rpc_store, self.store_request())):

@@ -16,6 +16,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file
 
+from p2p_diloco import replay
 from p2p_diloco.codec import Vector, encode
 from p2p_diloco.errors import LedgerError
 from p2p_diloco.ledger import ABANDONED_KEPT, Ledger
@@ -63,7 +64,7 @@ def advance(ledger: Ledger | None, state: OuterState, steps: int, seed: int = 0)
         apply(state, update, codec="int8", lr=0.7, momentum=0.9)
         if ledger is not None:
             ledger.append(update)
-            if ledger.snapshot_due(state.step):
+            if ledger.newest_due(state.step) == state.step:
                 ledger.write_snapshot(state)
         states.append(copy_of(state))
     return states
@@ -76,7 +77,7 @@ def history(folder: Path, steps: int = 8, seed: int = 0, **changes: Any) -> list
 
 
 def load(ledger: Ledger, at_most: int | None = None) -> OuterState | None:
-    return ledger.load(np.full(N, 7, np.float32), np.full(N, 7, np.float32), at_most=at_most)
+    return replay.load(ledger, np.full(N, 7, np.float32), np.full(N, 7, np.float32), at_most=at_most)
 
 
 def step_of(state: OuterState | None) -> int | None:
@@ -132,7 +133,7 @@ def test_load_writes_into_the_vectors_it_is_given(tmp_path: Path) -> None:
     states = history(tmp_path)
     theta: Vector = np.zeros(N, np.float32)
     momentum: Vector = np.zeros(N, np.float32)
-    state = open_ledger(tmp_path).load(theta, momentum)
+    state = replay.load(open_ledger(tmp_path), theta, momentum)
     assert state is not None
     assert state.theta is theta
     assert state.momentum is momentum
@@ -424,6 +425,52 @@ def test_an_update_that_does_not_decode_is_not_applied(damaged: tuple[Path, list
     assert len(ledger.quarantined) == 1
 
 
+def test_what_is_lost_is_remembered_until_it_is_there_again_or_belongs_no_more(
+    damaged: tuple[Path, list[OuterState]],
+) -> None:
+    folder, states = damaged
+    ledger = open_ledger(folder)
+
+    def lose(*updates: int) -> None:
+        for t in updates:
+            header = ledger.header(t)
+            assert header is not None
+            ledger.lose_update(header, "test")
+            ledger.lose_update(header, "test")
+            assert ledger.header(t) is None
+
+    lose(3, 4, 7)
+    ledger.lose_snapshot(ledger.snapshots()[0], "test")
+    assert (list(ledger.lost_updates), list(ledger.lost_snapshots)) == ([3, 4, 7], [3])
+    assert len(ledger.quarantined) == 4
+    ledger.append(update_after(states[4]))
+    ledger.write_snapshot(states[3])
+    assert (list(ledger.lost_updates), list(ledger.lost_snapshots)) == ([3, 7], [])
+    ledger.truncate(7)
+    assert list(ledger.lost_updates) == [3]
+    advance(ledger, copy_of(states[7]), 2)
+    assert list(ledger.lost_updates) == []
+    assert ledger.snapshots()[0].step == 6
+
+
+def test_the_way_is_the_shortest_that_is_unbroken(damaged: tuple[Path, list[OuterState]]) -> None:
+    folder, states = damaged
+    ledger = open_ledger(folder)
+
+    def way(t: int, head: bytes | None = None) -> list[int] | None:
+        found = ledger.way_to(t, head or states[t].head)
+        return None if found is None else [found[0].step, *(header.step for header in found[1])]
+
+    assert [way(t) for t in range(2, 9)] == [None, [3], [3, 3], [3, 3, 4], [6], [6, 6], [6, 6, 7]]
+    assert (way(8, states[7].head), way(9, states[8].head)) == (None, None)
+    ledger.lose_snapshot(ledger.snapshots()[-1], "test")
+    assert way(8) == [3, 3, 4, 5, 6, 7]
+    header = ledger.header(4)
+    assert header is not None
+    ledger.lose_update(header, "test")
+    assert way(8) is None
+
+
 # Histories that the swarm did not share
 
 
@@ -521,6 +568,48 @@ def test_an_adopted_snapshot_puts_an_end_to_another_history(
     ledger.adopt_snapshot(copied(folder / SNAPSHOT(6), tmp_path / "download"))
     same(load(ledger), states[6])
     assert max(ledger.heads()) == 6
+
+
+def test_an_adopted_snapshot_of_the_same_head_with_other_bits_puts_mine_aside(
+    damaged: tuple[Path, list[OuterState]], tmp_path: Path
+) -> None:
+    folder, states = damaged
+    wrong = copy_of(states[6])
+    wrong.theta[5] += 1
+    ledger = open_ledger(folder)
+    ledger.write_snapshot(wrong)
+    mine = (folder / SNAPSHOT(6)).read_bytes()
+    other = open_ledger(tmp_path / "other")
+    other.write_snapshot(states[6])
+    ledger.adopt_snapshot(copied(other.snapshots()[-1].path, tmp_path / "download"), states[6].digest())
+    assert [path.read_bytes() for path in ledger.quarantined] == [mine]
+    assert names(folder / "updates") == [Path(name).name for name in SOUND if "updates" in name]
+    for each in (ledger, open_ledger(folder)):
+        same(load(each), states[8])
+
+
+@pytest.mark.parametrize("found", ["while it ran", "while it ran, and an update, too", "when it was opened"])
+def test_an_adopted_snapshot_takes_the_place_of_a_damaged_one(tmp_path: Path, found: str) -> None:
+    """Nothing of what came after it is given up."""
+    folder = tmp_path / "mine"
+    states = history(folder)
+    download = copied(folder / SNAPSHOT(3), tmp_path / "download")
+    ledger = open_ledger(folder)
+    if found == "when it was opened":
+        os.truncate(folder / SNAPSHOT(3), 100)
+        ledger = open_ledger(folder)
+    else:
+        ledger.lose_snapshot(ledger.snapshots()[0], "a bit flipped")
+    if found == "while it ran, and an update, too":
+        header = ledger.header(4)
+        assert header is not None
+        ledger.lose_update(header, "a bit flipped")
+    assert [info.step for info in ledger.snapshots()] == [6]
+    ledger.adopt_snapshot(download, states[3].digest())
+    for each in (ledger, open_ledger(folder)):
+        assert [info.step for info in each.snapshots()] == [3, 6]
+        assert max(each.heads()) == 8
+        same(load(each), states[8])
 
 
 @pytest.mark.parametrize("place", [0, 20, 120, 200, 511, 512, 512 + 4 * N, 511 + 8 * N])

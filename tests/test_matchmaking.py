@@ -13,6 +13,7 @@ from builders import NOW_S, head, identity, ranked, readiness_of, record_of
 from fakes import FakeNetwork, FakeTransport, make_manifest, run_simulated
 
 from p2p_diloco.config import Timeouts
+from p2p_diloco.errors import Silent
 from p2p_diloco.manifest import RunManifest
 from p2p_diloco.matchmaking import CLOSING_MARGIN_S, MAX_GATHER_EXTENSION_S, Matchmaker, Seat
 from p2p_diloco.records import Directory, seal_record
@@ -376,6 +377,78 @@ def test_a_redirect_leads_to_who_ranks_better() -> None:
     run_simulated(main())
 
 
+@pytest.mark.parametrize("step_s", [15.0, 25.0])
+def test_a_member_that_waits_for_long_hears_from_its_leader(step_s: float) -> None:
+    """Somebody is in the middle of an inner step that takes longer than any time-out of a message."""
+
+    async def main() -> None:
+        table = Table(3)
+        seat = table.matchmakers[2].seat
+        seat.phase, seat.progress = "inner", Progress(inner_step=1, planned=2, step_s=step_s, reported_s=now_s())
+
+        async def late() -> Group | Missed:
+            await asyncio.sleep(step_s)
+            return await table.matchmakers[2].find_group(100)
+
+        third, found = await asyncio.gather(late(), table.meet(0, 1))
+        table.groups({2: third} | found, 0, 1, 2)
+        assert not any(table.suspects(i) for i in range(3))
+
+    run_simulated(main())
+
+
+def test_who_looks_for_a_better_leader_says_that_it_is_there() -> None:
+    """The two best ranked machines are off, which takes a time-out each to find out. The third still trains, and hears
+    of it from the fourth, which knows."""
+
+    async def main() -> None:
+        table = Table(4, by_hand=(0, 1))
+        seat = table.matchmakers[2].seat
+        seat.phase, seat.progress = "inner", Progress(inner_step=1, planned=2, step_s=0.5, reported_s=now_s())
+        transport, off = table.transports[2], table.ids[:2]
+        opens = transport.open
+        asked: list[str] = []
+
+        async def open_(peer_id: str, maddrs: list[str], protocol: str) -> Channel:
+            if peer_id not in off:
+                return await opens(peer_id, maddrs, protocol)
+            asked.append(peer_id)
+            await asyncio.sleep(TIMEOUTS.connect_s)
+            raise Silent(peer_id, "cannot be reached")
+
+        transport.open = open_  # type: ignore[method-assign]
+        for peer_id in off:
+            table.matchmakers[3].directory.suspect(peer_id)
+
+        async def called() -> Group | Missed:
+            await seat.changed.event.wait()
+            return await table.matchmakers[2].find_group(100)
+
+        third, found = await asyncio.gather(called(), table.meet(3))
+        assert asked == off
+        assert table.members_of(table.groups({2: third} | found, 2, 3)) == [2, 3]
+        assert table.suspects(3) == {0, 1}
+
+    run_simulated(main())
+
+
+def test_those_who_do_not_come_are_on_the_roster_where_missed_rounds_are_kept() -> None:
+    """One is silent, one cannot be reached; both have said that they train on this head."""
+
+    async def main() -> None:
+        table = Table(5, by_hand=(2, 3), manifest=manifest_with(on_missed="keep"))
+        table.serve(2, stay_silent)
+        table.matchmakers[0].directory.learn(table.record(4, phase="left", issued_s=NOW_S + 0.7), NOW_S + 1)
+        table.matchmakers[4].seat.phase = "left"
+        group = table.groups(await table.meet(0, 1), 0, 1)
+        assert group.divisor == 300, "who is silent counts; who cannot be reached is suspected, and does not"
+        plain = Table(5, by_hand=(2, 3))
+        plain.serve(2, stay_silent)
+        assert plain.groups(await plain.meet(0, 1), 0, 1).divisor is None
+
+    run_simulated(main())
+
+
 # -- leaders: 0 is written by hand ----------------------------------------------------------------------------------
 
 
@@ -390,6 +463,12 @@ def says(answer: Callable[[Table, bytes], Message]) -> Hand:
 
 def sends_roster(members: Callable[[Table, bytes], Sequence[bytes]]) -> Hand:
     return says(lambda table, asker: Roster(members=list(members(table, asker))))
+
+
+async def promises_and_stops(table: Table, channel: Channel, message: Message) -> None:
+    """As a process that is stopped between its first word and the roster."""
+    await channel.send(Eta(eta_s=2.0))
+    await asyncio.sleep(500)
 
 
 async def promises_for_ever(table: Table, channel: Channel, message: Message) -> None:
@@ -409,6 +488,7 @@ def forged(table: Table, i: int) -> bytes:
 
 LEADERS: dict[str, tuple[Hand, str | None]] = {
     "silent": (stay_silent, "has sent nothing for 10 s"),
+    "stopped": (promises_and_stops, "has sent nothing for 10 s"),
     "gone": (end, "closed the stream"),
     "promises for ever": (promises_for_ever, "has sent nothing for"),
     "roster without the asker": (sends_roster(lambda t, a: [of(t, 0), of(t, 1), of(t, 2)]), "a roster without me"),
@@ -439,7 +519,7 @@ LEADERS: dict[str, tuple[Hand, str | None]] = {
         "not signed by its peer",
     ),
     "behind a ghost": (says(lambda t, a: Behind(record=b"garbage")), "sends"),
-    "out of turn": (says(lambda t, a: Closing(head=AT, gather_s=1.0)), "sends closing out of turn"),
+    "out of turn": (says(lambda t, a: Closing(head=AT, gather_s=1.0, record=b"")), "sends closing out of turn"),
 }
 
 
@@ -486,7 +566,7 @@ def test_a_leader_that_dies_while_it_gathers(instant_s: float) -> None:
             await asyncio.sleep(instant_s)
             table.network.kill(table.ids[0])
 
-        table.transports[0]._spawn(table.matchmakers[0].find_group(100))  # type: ignore[arg-type]
+        table.transports[0]._spawn(table.matchmakers[0].find_group(100))
         found, _ = await asyncio.gather(table.meet(1, 2), kill())
         group = found[1]
         assert isinstance(group, Group)
@@ -637,12 +717,39 @@ def test_closing_calls_the_trainer_once() -> None:
 
         watching = asyncio.ensure_future(watch())
         first_s = now_s()
-        answers = [await table.answer_eta(1, 0, Closing(head=AT, gather_s=2.0)) for _ in range(3)]
+        answers = [
+            await table.answer_eta(1, 0, Closing(head=AT, gather_s=2.0, record=table.record(1))) for _ in range(3)
+        ]
         watching.cancel()
         assert len(calls) == 1
         assert calls[0] == pytest.approx(first_s + GATHER_S, abs=0.1)
         assert answers[0] == pytest.approx(4.0, abs=0.1)
         assert answers[0] > answers[1] > answers[2]
+
+    run_simulated(main())
+
+
+def test_two_leaders_on_one_head_make_one_group() -> None:
+    """1 and 2 gather at 1, and wait for 4, before they know that 0, who ranks best, is on their head; 3 goes to 0."""
+
+    async def main() -> None:
+        table = Table(5, by_hand=(4,))
+
+        async def slow(table: Table, channel: Channel, message: Message) -> None:
+            await channel.send(Eta(eta_s=1.0))
+
+        table.serve(4, slow)
+        for i in (1, 2):
+            table.matchmakers[i].directory.learn(table.record(0, "elsewhere", issued_s=NOW_S + 0.1), NOW_S + 1)
+        table.matchmakers[1].directory.suspect(table.ids[3])
+        table.matchmakers[0].seat.sealed_record = table.record(0, issued_s=NOW_S + 0.2)
+
+        async def later(delay_s: float, *who: int) -> dict[int, Group | Missed]:
+            await asyncio.sleep(delay_s)
+            return await table.meet(*who)
+
+        found = await asyncio.gather(later(0.0, 1, 2), later(0.3, 0, 3))
+        table.groups(found[0] | found[1], 0, 1, 2, 3)
 
     run_simulated(main())
 

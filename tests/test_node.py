@@ -9,6 +9,7 @@ import os
 import signal
 import socket
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import AsyncExitStack, asynccontextmanager, closing
 from pathlib import Path
@@ -27,9 +28,10 @@ from p2p_diloco.config import PeerConfig, Timeouts
 from p2p_diloco.errors import Gone, LocalError, Misbehaved, NetworkError, Silent, UsageError
 from p2p_diloco.hardening import node_id_of
 from p2p_diloco.identity import Identity
-from p2p_diloco.node import Node, private_socket_folder
+from p2p_diloco.node import CIRCUIT, Node, is_relayed, private_socket_folder
 from p2p_diloco.records import Record, open_record, seal_record
-from p2p_diloco.wire import Channel
+from p2p_diloco.traffic import Purpose
+from p2p_diloco.wire import Channel, Links
 
 TIMEOUTS = Timeouts()
 KEY = "some key"
@@ -85,6 +87,7 @@ def sealed_record(identity: Identity) -> tuple[bytes, float]:
 
 
 async def echo(channel: Channel) -> None:
+    assert channel.remote_ip == "127.0.0.1"
     while True:
         await channel.send_frame(channel.peer_id.encode(), await channel.receive_frame(1 << 22, 5.0))
 
@@ -185,6 +188,40 @@ def test_records(tmp_path: Path) -> None:
     run(main())
 
 
+def test_links_and_the_dht_s_bytes_are_counted(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with nodes(tmp_path, 3) as started:
+            alice, bob, carol = started
+            assert await alice.links() == Links(direct=2, relayed=0, routing_table=2)
+            before = [sum(one.traffic.sent.values()) for one in started]
+            record, expires_s = sealed_record(identity_of(bob._config))
+            assert await bob.publish(KEY, record, expires_s)
+            assert await carol.look_up(KEY) == [record]
+            for one, sent in zip(started, before):
+                assert one.traffic.sent.keys() == one.traffic.received.keys() == {"dht"}
+                assert one.traffic.sent["dht"] > sent
+            sent, received = (sum(counts["dht"] for counts in column) for column in zip(*map(both_ways, started)))
+            assert sent >= received > 2 * len(record)
+            await carol.close()
+            assert await carol.links() == Links()
+
+    run(main())
+
+
+def both_ways(one: Node) -> tuple[Counter[Purpose], Counter[Purpose]]:
+    return one.traffic.sent, one.traffic.received
+
+
+def test_a_relay_is_seen_in_the_address() -> None:
+    """Also where its two bytes are a port by chance."""
+    relay = f"/ip4/203.0.113.7/tcp/4001/p2p/{STRANGER.peer_id}/p2p-circuit"
+    assert CIRCUIT in encode("/ip4/203.0.113.7/tcp/41474")
+    assert not is_relayed(encode("/ip4/203.0.113.7/tcp/41474"))
+    assert not is_relayed(encode("/ip4/203.0.113.7/tcp/4001"))
+    assert is_relayed(encode(relay))
+    assert is_relayed(encode(f"{relay}/p2p/{STRANGER.peer_id}"))
+
+
 def test_p2pd_starts_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     async def main() -> None:
         async with nodes(tmp_path, 2) as (alice, bob):
@@ -238,6 +275,25 @@ def test_finds_an_initial_peer_that_comes_back(tmp_path: Path) -> None:
             watching = asyncio.create_task(bob.watch())
             await eventually(lambda: node_id_of(alice.peer_id) in table)
         await watching
+
+    run(main())
+
+
+def test_who_has_lost_the_dht_finds_it_through_a_peer_it_has_met(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with nodes(tmp_path, 3, client_mode=True) as (alice, bob, carol):
+            identity = Identity.load_or_create(bob._config.identity_path)
+            assert await bob.publish(KEY, *sealed_record(identity))
+            met = {bob.peer_id: await bob.maddrs()}
+            await alice.close()
+            assert carol._network is not None
+            table = carol._network.dht.protocol.routing_table
+            for node_id in list(table.uid_to_peer_id):
+                del table[node_id]
+            assert await carol.look_up(KEY) == []
+            await carol.meet(met)
+            assert [open_record(sealed).peer_id for sealed in await carol.look_up(KEY)] == [bob.peer_id]
+            await carol.meet({alice.peer_id: met[bob.peer_id]})
 
     run(main())
 
@@ -423,6 +479,9 @@ def test_order_and_ports_of_addresses() -> None:
     assert pin_ports(hosts, visible) == ("/ip4/0.0.0.0/tcp/8", "/ip6/::/tcp/7", *hosts[2:])
     assert addresses.dial_reason("x\n  * [addr] no such thing") == "[addr] no such thing"
     assert addresses.dial_reason("") == "no reason given"
+    assert [addresses.direct_ip(maddr) for maddr in ordered] == ["", "8.8.8.8", "", "10.0.0.1", "::1"]
+    assert addresses.ip_maddr("::1", 7) == "/ip6/::1/tcp/7"
+    assert addresses.ip_maddr("8.8.8.8", 7) == "/ip4/8.8.8.8/tcp/7"
 
 
 def test_socket_folder(tmp_path: Path) -> None:

@@ -1,11 +1,13 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 from dataclasses import replace
 
 import msgpack
 import numpy as np
 import pytest
+from blake3 import blake3
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -25,8 +27,11 @@ from p2p_diloco.outer import (
     genesis_state,
     max_update_bytes,
     max_update_start_bytes,
+    next_head,
     open_update,
     part_slices,
+    parts_with,
+    state_digest,
     update_from_bytes,
     update_pieces,
     update_to_bytes,
@@ -89,7 +94,7 @@ def test_the_bits_of_a_step_are_pinned() -> None:
         header = UpdateHeader(step=seed, parent=state.head, contributors=(("a", 1),), part_hashes=(part.hash,))
         step(state, Update(header=header, parts=(part,)))
     assert state.head.hex() == "403815b027941e752b310205d44cbf494aa56b2498374e48f7e05119dcb7c5a3"
-    assert state.digest().hex() == "ea306d90784d8ca980b288577db854ca6b9b6807b3f62c747c86fbd511fe55f6"
+    assert state.digest().hex() == "da69ada579956cc329f2f1780a30e47d0e297eebfc1873e9c23bf59e59e9ebdd"
 
 
 def test_different_histories_never_share_a_head() -> None:
@@ -106,21 +111,55 @@ def test_different_histories_never_share_a_head() -> None:
     }
     assert len(heads) == 7
     assert genesis_state(state.theta + 1).head != state.head
+    assert update.header.head == next_head(state.head, update.header.link)
+    assert next_head(update.header.link, state.head) != update.header.head
 
 
 def test_pieces_that_join_to_the_same_bytes_have_different_digests() -> None:
     assert len({digest(b"ab", b"c"), digest(b"a", b"bc"), digest(b"abc"), digest(b"abc", b"")}) == 4
 
 
-def test_the_digest_of_a_state_covers_every_bit() -> None:
-    state = genesis()
-    digests = {state.digest()}
-    for change in ("theta", "momentum"):
-        changed = copy.deepcopy(state)
-        getattr(changed, change).view(np.uint32)[N - 1] ^= 1
-        digests.add(changed.digest())
-    digests |= {replace(state, step=1).digest(), replace(state, head=bytes(32)).digest()}
-    assert len(digests) == 5
+def random_state(n: int) -> OuterState:
+    generator = np.random.default_rng(3)
+    theta, momentum = (generator.standard_normal(n).astype(np.float32) for _ in range(2))
+    return OuterState(step=7, head=bytes(range(32)), theta=theta, momentum=momentum)
+
+
+@pytest.mark.parametrize("n", [1, PART_VALUES, PART_VALUES + 1, 2 * PART_VALUES + 77])
+def test_the_digest_of_a_state_is_that_of_its_chunks_hashes(n: int) -> None:
+    """Computed once more, from the bytes that the state has on the disk."""
+    state, mib = random_state(n), 1024 * 1024
+    chunks = []
+    for vector in (state.theta.tobytes(), state.momentum.tobytes()):
+        chunks += [vector[start : start + mib] for start in range(0, len(vector), mib)]
+    hashes = [blake3(chunk).digest() for chunk in chunks]
+    h = hashlib.blake2b(digest_size=32)
+    for piece in (b"state", (7).to_bytes(8, "big"), bytes(range(32)), *hashes):
+        h.update(len(piece).to_bytes(8, "big") + piece)
+    assert state.chunk_hashes() == tuple(hashes)
+    assert state.digest() == state_digest(7, bytes(range(32)), hashes) == h.digest()
+
+
+@given(vector=st.sampled_from(["theta", "momentum"]), place=st.integers(0, N - 1), bit=st.integers(0, 31))
+@example(vector="theta", place=0, bit=0)
+@example(vector="momentum", place=N - 1, bit=31)
+def test_the_digest_of_a_state_covers_every_bit(vector: str, place: int, bit: int) -> None:
+    state = random_state(N)
+    before = state.digest()
+    getattr(state, vector).view(np.uint32)[place] ^= np.uint32(1 << bit)
+    assert state.digest() != before
+    getattr(state, vector).view(np.uint32)[place] ^= np.uint32(1 << bit)
+    assert state.digest() == before
+
+
+def test_the_digest_of_a_state_covers_where_it_stands_and_the_order_of_its_values() -> None:
+    state = random_state(N)
+    swapped = replace(state, theta=state.momentum, momentum=state.theta)
+    others = [swapped, replace(state, step=8), replace(state, head=bytes(32))]
+    assert len({each.digest() for each in (state, *others)}) == 4
+    hashes = state.chunk_hashes()
+    lists = [hashes, hashes[::-1], hashes[:1], (*hashes, hashes[0]), (b"".join(hashes),)]
+    assert len({state_digest(7, state.head, each) for each in lists}) == len(lists)
 
 
 def refused(state: OuterState, update: Update, codec: Codec = "int8") -> None:
@@ -198,6 +237,29 @@ def test_the_mean_weighs_by_tokens_in_the_given_order() -> None:
     assert mean.dtype == np.float32
     np.testing.assert_allclose(mean, expected, atol=1e-6)
     np.testing.assert_array_equal(weighted_mean([(5, values[0])]), values[0])
+
+
+def test_a_mean_over_all_who_train_is_shorter_by_those_who_sent_nothing() -> None:
+    values = [np.array([1, -2, 4], np.float32), np.array([3, 2, 0], np.float32)]
+    np.testing.assert_array_equal(weighted_mean([(1, values[0]), (3, values[1])], total=8), [1.25, 0.5, 0.5])
+    np.testing.assert_array_equal(
+        weighted_mean([(1, values[0]), (3, values[1])], total=4), weighted_mean([(1, values[0]), (3, values[1])])
+    )
+
+
+def test_a_peer_finds_the_parts_that_it_is_in() -> None:
+    masks = [[0, 1], [1], [], [0], [9, 1]]
+    parts = tuple(Part(mask=contributor_mask(members), data=b"") for members in masks)
+    contributors = tuple((f"peer {i}", 1) for i in range(10))
+    header = UpdateHeader(
+        step=0, parent=bytes(32), contributors=contributors, part_hashes=tuple(part.hash for part in parts)
+    )
+    update = Update(header=header, parts=parts)
+    assert parts_with(update, "peer 0") == {0, 3}
+    assert parts_with(update, "peer 1") == {0, 1, 4}
+    assert parts_with(update, "peer 9") == {4}
+    assert parts_with(update, "peer 5") == set()
+    assert parts_with(update, "a stranger") == set()
 
 
 # Bytes
@@ -296,7 +358,7 @@ def test_the_largest_update_is_within_its_bound() -> None:
     assert update_from_bytes(blob, n=n, codec="int4").header == header
     assert 0.99 * max_update_bytes(n, "int4") < len(blob) <= max_update_bytes(n, "int4")
     start = blob[: max_update_start_bytes(n)]
-    assert open_update(start, len(blob), n=n, codec="int4")[0] == header
+    assert open_update(start, len(blob), n=n, codec="int4") == header
 
 
 BLOB = update_to_bytes(update_of(genesis()))

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import random
+from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,11 +17,34 @@ from reference import diloco
 
 from p2p_diloco.codec import Codec, Vector
 from p2p_diloco.config import Timeouts
-from p2p_diloco.errors import Refused
+from p2p_diloco.errors import Gone, Refused, RemoteError
+from p2p_diloco.events import EVENTS_FILE, read_events
 from p2p_diloco.identity import Identity
-from p2p_diloco.manifest import RunManifest
+from p2p_diloco.manifest import OnMissed, RunManifest
+from p2p_diloco.outer import PART_VALUES, UpdateHeader, parts_with
+from p2p_diloco.rate import Rate
 from p2p_diloco.records import open_record, seal_record
-from p2p_diloco.wire import AskPart, Commit, Contribute, Message, Push, Receipt
+from p2p_diloco.rounds import Standing
+from p2p_diloco.wire import (
+    MAX_TRANSFER_BYTES,
+    AskCommit,
+    AskDialBack,
+    AskHeads,
+    AskIndex,
+    AskPart,
+    AskTransfer,
+    Channel,
+    Closing,
+    Commit,
+    Contribute,
+    DialedBack,
+    Message,
+    No,
+    Push,
+    Ready,
+    Receipt,
+    Transferred,
+)
 
 OWNER = Identity.from_seed(b"o" * 32)
 N = 300_000  # two parts
@@ -32,10 +58,28 @@ def vectors(count: int, n: int = N) -> list[Vector]:
 class Simulated:
     """K peers and a seed that holds the genesis."""
 
-    def __init__(self, tmp_path: Path, k: int, *, n: int = N, codec: Codec = "fp32", outer_steps: int = 5) -> None:
+    def __init__(
+        self,
+        tmp_path: Path,
+        k: int,
+        *,
+        n: int = N,
+        codec: Codec = "fp32",
+        outer_steps: int = 5,
+        inner_steps: int = 10,
+        on_missed: OnMissed = "adopt",
+    ) -> None:
         self.tmp_path = tmp_path
         self.genesis, *self.targets = vectors(k + 1, n)
-        self.manifest: RunManifest = make_manifest(n, self.genesis, OWNER, codec=codec, outer_steps=outer_steps)
+        self.manifest: RunManifest = make_manifest(
+            n,
+            self.genesis,
+            OWNER,
+            codec=codec,
+            outer_steps=outer_steps,
+            inner_steps=inner_steps,
+            on_missed=on_missed,
+        )
         self.network = FakeNetwork()
         self.peers: list[SimPeer] = []
 
@@ -60,6 +104,18 @@ class Simulated:
         while any(sim.peer.step < step for sim in sims):
             assert asyncio.get_running_loop().time() < deadline_s, [(s.peer.step, s.peer.seat.phase) for s in sims]
             await asyncio.sleep(0.5)
+
+    def events(self, index: int) -> list[dict[str, Any]]:
+        return read_events(self.tmp_path / str(index) / EVENTS_FILE)
+
+    def headers(self, sim: SimPeer, first: int, last: int) -> list[UpdateHeader]:
+        headers = [sim.peer.replica.ledger.header(step) for step in range(first, last)]
+        return [header for header in headers if header is not None]
+
+    def contributed(self, sim: SimPeer, step: int) -> bool:
+        """Whether ``sim`` is in the update that leads on from outer step ``step``."""
+        contributors = (name for header in self.headers(sim, step, step + 1) for name, _ in header.contributors)
+        return sim.peer.identity.peer_id in contributors
 
     def check_identical(self, sims: list[SimPeer]) -> None:
         """At every outer step that two peers saw, they saw the same head and the same bytes."""
@@ -109,7 +165,8 @@ def test_eight_peers_for_fifty_outer_steps(tmp_path: Path) -> None:
         await swarm.until(sims, 50)
         swarm.check_identical(sims)
         assert all(result.committed and result.group == 8 for sim in sims for result in sim.results)
-        assert not [complaint for sim in sims for complaint in sim.transport.complaints]
+        complaints = [complaint for sim in sims for complaint in sim.transport.complaints]
+        assert not [complaint for complaint in complaints if not isinstance(complaint, Gone)], "or it had its answer"
 
     run_simulated(main())
 
@@ -154,6 +211,67 @@ def test_a_newcomer_downloads_the_state_and_meets_the_others_at_the_next_outer_s
     run_simulated(main())
 
 
+def test_a_joiner_contributes_within_one_outer_step_after_its_download(tmp_path: Path) -> None:
+    """Although the swarm has gone on while it was downloading from slow donors."""
+
+    async def main() -> None:
+        swarm = Simulated(tmp_path, 4, n=50_000, codec="int4", outer_steps=14)
+        swarm.add(0, seed=True)
+        await asyncio.sleep(1)
+        sims = [swarm.add(i + 1) for i in range(3)]
+        await swarm.until(sims, 6)
+        for sim in swarm.peers:
+            sim.peer.uploads.rate = Rate(bytes_per_s=10_000.0)
+        newcomer = swarm.add(4)
+        await swarm.until([*sims, newcomer], 14)
+        swarm.check_identical([*sims, newcomer])
+        downloads = [event["step"] for event in swarm.events(4) if event.get("phase") == "download"]
+        donors = [event["donors"] for event in swarm.events(4) if event["event"] == "caught_up"]
+        there = next(event["step"] for event in swarm.events(4) if event.get("phase") == "inner")
+        assert downloads == [5]
+        assert donors[0] >= 2
+        assert there > 7  # the swarm has made an outer step meanwhile, and another one
+        contributed = [step for step in range(5, 14) if swarm.contributed(newcomer, step)]
+        assert there <= contributed[0] <= there + 1
+        assert contributed == list(range(contributed[0], 14))
+        for sim in sims:
+            assert all(result.committed for result in sim.results)
+
+    run_simulated(main())
+
+
+def test_a_seed_keeps_the_run_alive_when_every_trainer_leaves(tmp_path: Path) -> None:
+    """One politely, the others as by SIGKILL. Who comes later finds the run, its state and its history there."""
+
+    async def main() -> None:
+        swarm = Simulated(tmp_path, 3, outer_steps=12)
+        seed = swarm.add(0, seed=True)
+        await asyncio.sleep(1)
+        first = [swarm.add(i + 1) for i in range(3)]
+        await swarm.until(first, 6)
+        await first[0].peer.leave("enough")
+        await swarm.until([seed], 6)
+        for sim in first:
+            swarm.network.kill(sim.peer.identity.peer_id)
+        left_at = seed.peer.step
+        await asyncio.sleep(600)
+        assert seed.peer.step == left_at >= 6
+
+        late = [swarm.add(i) for i in (4, 5)]
+        await swarm.until(late, 12)
+        swarm.check_identical([*first, *late])
+        for sim, index in zip(late, (4, 5)):
+            assert min(sim.history) == left_at
+            joined = next(event for event in swarm.events(index) if event["event"] == "joined")
+            assert (joined["step"], joined["from_step"], joined["snapshot"]) == (left_at, None, True)
+        assert "serve" in {event.get("phase") for event in swarm.events(0)}
+        everybody = {sim.peer.identity.peer_id for sim in first}
+        members = {peer_id for result in swarm.headers(late[0], left_at, 12) for peer_id, _ in result.contributors}
+        assert not members & everybody
+
+    run_simulated(main())
+
+
 def test_a_restarted_peer_goes_on_from_its_own_ledger(tmp_path: Path) -> None:
     async def main() -> None:
         swarm = Simulated(tmp_path, 3, outer_steps=12)
@@ -164,7 +282,6 @@ def test_a_restarted_peer_goes_on_from_its_own_ledger(tmp_path: Path) -> None:
         victim, *others = sims
         swarm.network.kill(victim.peer.identity.peer_id)
         await swarm.until(others, 7)
-        swarm.network.dead.clear()
         back = swarm.add(1)
         await swarm.until([back, *others], 12)
         swarm.check_identical([*sims, back])
@@ -187,6 +304,177 @@ def test_a_slow_peer_contributes_what_it_has_and_weighs_less(tmp_path: Path) -> 
         weights = dict(header.contributors)
         assert weights[slow.peer.identity.peer_id] < weights[fast[0].peer.identity.peer_id]
         assert len(weights) == 3
+
+    run_simulated(main())
+
+
+def test_peers_of_unequal_speed_finish_together(tmp_path: Path) -> None:
+    """Once they know each other's speed, each plans as many inner steps as it makes while the fastest makes all."""
+
+    async def main() -> None:
+        swarm = Simulated(tmp_path, 3, n=2000, outer_steps=6, inner_steps=40)
+        swarm.add(0, seed=True)
+        await asyncio.sleep(1)
+        sims = [swarm.add(i + 1, step_s=step_s) for i, step_s in enumerate((1.0, 2.0, 4.0))]
+        await swarm.until(sims, 6)
+        await asyncio.sleep(1)
+        swarm.check_identical(sims)
+        assert [[result.planned for result in sim.results[1:]] for sim in sims] == [[40] * 5, [20] * 5, [10] * 5]
+        assert all(result.group == 3 for sim in sims for result in sim.results)
+        late = [max(result.gather_s for result in sim.results[2:]) for sim in sims]
+        assert max(late) < 4.0, "at most the slowest one's inner step"
+        for step in (2, 3, 4, 5):
+            header = sims[0].peer.replica.ledger.header(step)
+            assert header is not None
+            weights = dict(header.contributors)
+            tokens = [weights[sim.peer.identity.peer_id] // swarm.manifest.spec.tokens_per_inner_step for sim in sims]
+            assert tokens == [40, 20, 10]
+
+    run_simulated(main())
+
+
+# -- contributions that are lost ------------------------------------------------------------------------------------
+
+
+class Script(random.Random):
+    """Says which outer steps a peer drops, the first one first; none after those."""
+
+    def __init__(self, drops: str) -> None:
+        super().__init__(0)
+        self.left = iter(drops)
+
+    def random(self) -> float:
+        return 0.0 if next(self.left, ".") == "x" else 1.0
+
+
+@pytest.mark.parametrize("on_missed", ["adopt", "keep"])
+def test_a_dropped_contribution_is_lost_or_arrives_with_the_next_one(tmp_path: Path, on_missed: OnMissed) -> None:
+    """Against the same run without a network: member 0 drops its first and its third contribution, of four."""
+    drops, outer_steps, inner_steps = {0: "x.x.", 1: "...."}, 4, 10
+
+    async def main() -> Simulated:
+        swarm = Simulated(tmp_path, 2, n=2000, outer_steps=outer_steps, on_missed=on_missed)
+        swarm.add(0, seed=True)
+        await asyncio.sleep(1)
+        sims = [swarm.add(1), swarm.add(2)]
+        for i, sim in enumerate(sims):
+            sim.drop, sim.drops = 0.5, Script(drops[i])
+        await swarm.until(sims, outer_steps)
+        await asyncio.sleep(1)  # all have the result of the last one
+        swarm.check_identical(sims)
+        assert all(result.committed for sim in sims for result in sim.results), "who drops takes part"
+        kept = [drop == "x" and on_missed == "keep" for drop in drops[0]]
+        assert [[result.kept for result in sim.results] for sim in sims] == [kept, [False] * outer_steps]
+        return swarm
+
+    swarm = run_simulated(main())
+    sims, outer = swarm.peers[1:], swarm.manifest.spec.outer
+    theta, momentum = swarm.genesis.astype(np.float64), np.zeros(2000)
+    local, weights = [theta.copy(), theta.copy()], [0, 0]
+    for t in range(outer_steps):
+        for i in (0, 1):
+            local[i] = swarm.targets[i] + (local[i] - swarm.targets[i]) * 0.9**inner_steps
+            weights[i] += 1
+        came = [i for i in (0, 1) if drops[i][t] == "."]
+        total = sum(weights) if on_missed == "keep" else sum(weights[i] for i in came)
+        gradient = sum((weights[i] / total * (theta - local[i]) for i in came), np.zeros(2000))
+        momentum = outer.momentum * momentum + gradient
+        theta = theta - outer.lr * (gradient + outer.momentum * momentum)
+        for i in (0, 1):
+            if on_missed == "adopt" or i in came:
+                local[i], weights[i] = theta.copy(), 0
+        state = np.frombuffer(sims[0].history[t + 1][1], np.float32)
+        np.testing.assert_allclose(state, theta, atol=1e-4, err_msg=f"outer step {t}")
+
+
+def test_nobody_waits_for_one_that_drops(tmp_path: Path) -> None:
+    """It gets the update like everybody, and reduces its share."""
+
+    async def main() -> None:
+        swarm = Simulated(tmp_path, 4, outer_steps=4)
+        swarm.add(0, seed=True)
+        await asyncio.sleep(1)
+        sims = [swarm.add(i + 1) for i in range(4)]
+        sims[2].drop = 1.0
+        await swarm.until(sims, 4)
+        swarm.check_identical(sims)
+        for sim in sims:
+            assert all(result.committed and result.group == 4 for result in sim.results)
+            assert max(result.reduce_s + result.settle_s for result in sim.results) < 1.0
+            assert not sim.transport.complaints
+        update = sims[0].peer.replica.ledger.update(3)
+        assert update is not None
+        assert [len(parts_with(update, sim.peer.identity.peer_id)) for sim in sims] == [2, 2, 0, 2]
+
+    run_simulated(main())
+
+
+def test_a_contribution_that_came_to_one_reducer_only_counts_there_once(tmp_path: Path) -> None:
+    """The part that has it is taken from theta; only the other one goes on from where training led."""
+
+    async def main() -> None:
+        swarm = Simulated(tmp_path, 3, outer_steps=3, on_missed="keep")
+        swarm.add(0, seed=True)
+        await asyncio.sleep(1)
+        sims = [swarm.add(1), swarm.add(2), swarm.add(3, client_mode=True)]
+        client = sims[2]
+        await swarm.until(sims, 1)
+        local = client.peer.local
+        assert local is not None
+        opens, deaf = client.transport.open, sims[0].peer.identity.peer_id
+        refused: list[str] = []
+        trained: list[Vector] = []
+
+        async def open_(peer_id: str, maddrs: list[str], protocol: str) -> Channel:
+            """Contributions to one of the reducers are lost; all else goes through."""
+            channel = await opens(peer_id, maddrs, protocol)
+            if peer_id == deaf and client.peer.seat.phase == "reduce" and not refused:
+                refused.append(peer_id)
+                trained.append(local.copy())
+                channel.close()
+            return channel
+
+        client.transport.open = open_  # type: ignore[method-assign]
+        await swarm.until([client], 2)
+        update = client.peer.replica.ledger.update(1)
+        assert update is not None
+        counted = parts_with(update, client.peer.identity.peer_id)
+        assert refused
+        assert len(counted) == 1
+        result = next(result for result in client.results if result.step == 2)
+        assert result.kept
+        theta = client.peer.replica.theta
+        for part, where in enumerate((slice(0, PART_VALUES), slice(PART_VALUES, N))):
+            np.testing.assert_array_equal(local[where], theta[where] if part in counted else trained[0][where])
+        await swarm.until(sims, 3)
+        swarm.check_identical(sims)
+
+    run_simulated(main())
+
+
+def test_nothing_is_kept_where_the_ledger_does_not_show_the_way(tmp_path: Path) -> None:
+    """After a roll-back, or a snapshot, nobody knows what of this peer is in the new theta."""
+
+    async def main() -> None:
+        swarm = Simulated(tmp_path, 3, n=2000, outer_steps=4, on_missed="keep")
+        swarm.add(0, seed=True)
+        await asyncio.sleep(1)
+        sims = [swarm.add(1), swarm.add(2), swarm.add(3)]
+        await swarm.until(sims[:2], 1)
+        peer, local = sims[2].peer, np.ones(2000, np.float32)
+        sims[2].drop = 1.0  # from now on it is in no update
+        await swarm.until(sims, 4)
+        ledger = peer.replica.ledger
+        heads = [header.parent for step in range(4) if (header := ledger.header(step)) is not None]
+
+        def kept(step: int, head: bytes) -> bool:
+            return peer._keep(Standing(step=step, head=head, heads=(), committed=True), local)
+
+        assert [kept(step, heads[step]) for step in (1, 2, 3)] == [True] * 3
+        assert not kept(0, heads[0]), "it was in that one"
+        assert [kept(step, bytes(32)) for step in (1, 2, 3, 4)] == [False] * 4
+        assert [kept(2, heads[1]), kept(4, peer.seat.standing.head), kept(5, heads[3])] == [False] * 3
+        assert (local[:] == 1).all()
 
     run_simulated(main())
 
@@ -217,6 +505,58 @@ def test_a_lone_peer_trains_on_and_commits_nothing(tmp_path: Path) -> None:
         assert lone.peer.step == 0
         assert {result.reason for result in lone.results} == {"alone"}
         assert not lone.results[-1].moved
+
+    run_simulated(main())
+
+
+@pytest.mark.parametrize("answers", ["nothing", "refusals"])
+def test_a_liar_that_nobody_can_follow_does_not_stop_the_swarm(tmp_path: Path, answers: str) -> None:
+    """Whatever is newest it claims to be past, and nobody ever gets an update of it."""
+    asked: list[Message] = []
+
+    async def main() -> None:
+        swarm = Simulated(tmp_path, 3, outer_steps=4)
+        sims = [swarm.add(0, seed=True)]
+        await asyncio.sleep(1)
+        sims += [swarm.add(i + 1) for i in range(3)]
+
+        def claim() -> bytes:
+            newest = max((sim.peer.seat.standing for sim in sims), key=lambda standing: standing.step)
+            record = record_of(
+                OWNER,
+                run_id=swarm.manifest.run_id,
+                issued_s=asyncio.get_running_loop().time(),
+                step=newest.step + 1,
+                head=bytes([newest.step]) * 32,
+                heads=[newest.head],
+                committed=True,
+            )
+            return seal_record(record, OWNER)
+
+        async def answer(channel: Channel) -> None:
+            message: Message = await channel.receive(Push, AskHeads, Ready, Closing, AskIndex, timeout_s=10.0)
+            asked.append(message)
+            await channel.send(Push(record=claim()) if isinstance(message, Push) else No(reason="too many downloads"))
+
+        liar = FakeTransport(swarm.network, OWNER.peer_id, Timeouts())
+        if answers == "refusals":
+            await liar.serve(sims[0].peer.protocol, answer)
+
+        async def lie() -> None:
+            while True:
+                for sim in sims[1:]:
+                    sim.peer.directory.learn(claim(), asyncio.get_running_loop().time())
+                    sim.peer.presence.pushed.ring()
+                await asyncio.sleep(2.0)
+
+        lying = asyncio.create_task(lie())
+        await swarm.until(sims, 4, limit_s=600.0)
+        lying.cancel()
+        now_s = asyncio.get_running_loop().time()
+        swarm.check_identical(sims[1:])
+        for sim in sims[1:]:
+            assert OWNER.peer_id not in [record.peer_id for record in sim.peer.directory.believed(now_s)]
+        assert answers == "nothing" or any(isinstance(message, AskHeads) for message in asked)
 
     run_simulated(main())
 
@@ -257,6 +597,72 @@ def test_who_joins_answers_a_push_with_a_sound_record(tmp_path: Path) -> None:
     run_simulated(main())
 
 
+def test_whoever_asks_may_measure_with_a_peer_that_has_a_state(tmp_path: Path) -> None:
+    async def main() -> None:
+        swarm = Simulated(tmp_path, 2)
+        newcomer = swarm.add(1)
+        stranger = FakeTransport(swarm.network, OWNER.peer_id, Timeouts())
+
+        async def transfer(sim: SimPeer) -> Transferred:
+            channel = await stranger.open(sim.peer.identity.peer_id, [], sim.peer.protocol)
+            await channel.send(AskTransfer(up_bytes=0, down_bytes=10))
+            await channel.send_frame()
+            answer = await channel.receive(Transferred, timeout_s=1.0)
+            assert len(await channel.receive_frame(10, 1.0)) == 10
+            channel.close()
+            return answer
+
+        await asyncio.sleep(1)
+        with pytest.raises(Refused, match="joining"):
+            await transfer(newcomer)
+        seed = swarm.add(0, seed=True)
+        await asyncio.sleep(1)
+        assert (await transfer(seed)).wall_s == pytest.approx(asyncio.get_running_loop().time(), abs=0.1)
+        channel = await stranger.open(seed.peer.identity.peer_id, [], seed.peer.protocol)
+        with pytest.raises(Gone):
+            await channel.request(AskDialBack(consent=b""), DialedBack)
+        assert [str(complaint)[:60] for complaint in seed.transport.complaints] == [
+            f"peer {OWNER.peer_id[-8:]}: asks for a dial with not plain msgpack"[:60]
+        ]
+
+    run_simulated(main())
+
+
+def test_strangers_who_measure_without_end_hold_up_no_round(tmp_path: Path) -> None:
+    async def main() -> None:
+        swarm = Simulated(tmp_path, 2, outer_steps=4)
+        swarm.add(0, seed=True)
+        await asyncio.sleep(1)
+        sims = [swarm.add(i + 1) for i in range(2)]
+        answers: Counter[str] = Counter()
+
+        async def measure_with(sim: SimPeer, number: int) -> None:
+            stranger = FakeTransport(swarm.network, Identity.from_seed(bytes([200 + number]) * 32).peer_id, Timeouts())
+            while True:
+                await asyncio.sleep(0.1)
+                try:
+                    channel = await stranger.open(sim.peer.identity.peer_id, [], sim.peer.protocol)
+                    await channel.send(AskTransfer(up_bytes=0, down_bytes=MAX_TRANSFER_BYTES))
+                    await channel.send_frame()
+                    await channel.receive(Transferred, timeout_s=1.0)
+                    await asyncio.sleep(1)  # the slot is taken meanwhile
+                    answers["served"] += 1
+                except Refused as error:
+                    answers[error.reason] += 1
+                except RemoteError:
+                    continue
+
+        strangers = [asyncio.create_task(measure_with(sim, i)) for i, sim in enumerate(sims * 4)]
+        await swarm.until(sims, 4)
+        assert [[result.group for result in sim.results] for sim in sims] == [[2] * 4] * 2
+        assert answers["busy with others"] > 100
+        assert 4 < answers["served"] < 40, "some are served all the same"
+        for stranger in strangers:
+            stranger.cancel()
+
+    run_simulated(main())
+
+
 def test_messages_for_a_round_that_nobody_knows_are_refused(tmp_path: Path) -> None:
     async def main() -> None:
         swarm = Simulated(tmp_path, 2)
@@ -266,17 +672,18 @@ def test_messages_for_a_round_that_nobody_knows_are_refused(tmp_path: Path) -> N
         await swarm.until(sims, 1)
         stranger = FakeTransport(swarm.network, OWNER.peer_id, Timeouts())
 
-        async def ask(message: Message) -> float:
+        async def ask(message: Message, refusal: type[RemoteError]) -> float:
             began_s = asyncio.get_running_loop().time()
             channel = await stranger.open(sims[0].peer.identity.peer_id, [], sims[0].peer.protocol)
-            with pytest.raises(Refused, match="no such round"):
+            with pytest.raises(refusal, match=r"no such round|closed the stream"):
                 await channel.request(message, Commit, timeout_s=60.0)
             return asyncio.get_running_loop().time() - began_s
 
         waits_s = await asyncio.gather(
-            ask(Contribute(round_id=bytes(32))),
-            ask(Receipt(round_id=bytes(32), part_hashes=[b""] * 2)),
-            ask(AskPart(round_id=bytes(32), part=0, hash=bytes(32))),
+            ask(Contribute(round_id=bytes(32)), Refused),
+            ask(Receipt(round_id=bytes(32), part_hashes=[b""] * 2), Gone),  # then the next in rank leads
+            ask(AskPart(round_id=bytes(32), part=0, hash=bytes(32)), Refused),
+            ask(AskCommit(round_id=bytes(32)), Refused),
         )
         assert max(waits_s) < Timeouts().request_s + 1
         await swarm.until(sims, 3)

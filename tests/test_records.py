@@ -14,6 +14,7 @@ from p2p_diloco.records import (
     SIGNATURE_CONTEXT,
     Directory,
     Record,
+    Unsound,
     is_current,
     open_record,
     seal_record,
@@ -110,6 +111,12 @@ def test_a_signature_makes_nothing_else_a_record(values: object) -> None:
         ("held_out_loss", float("-inf")),
         ("tokens_per_s", -1.0),
         ("tokens", 1e30),
+        ("metrics_addr", "a" * 60 + ":9100"),
+        ("metrics_addr", "a:9100\n"),
+        ("metrics_addr", "http://a:9100"),
+        ("metrics_addr", "a:9100/x"),
+        ("metrics_addr", "a"),
+        ("metrics_addr", "[::1%1]:9100"),
     ],
 )
 def test_a_field_out_of_its_bounds(field: str, value: object) -> None:
@@ -129,6 +136,23 @@ def test_only_a_peer_itself_speaks_for_it() -> None:
     rsa_like = "Qm" + "a" * 44
     with pytest.raises(ValueError, match="not signed by its peer"):
         open_record(signed(values_of(SOUND, peer_id=rsa_like)))
+
+
+@pytest.mark.parametrize(
+    ("data", "fault"),
+    [
+        (bytes(MAX_RECORD_BYTES + 1), "size"),
+        (b"\xc1", "form"),
+        (b"\x92\x01\x02", "form"),
+        (signed(values_of(SOUND)[:-1]), "version"),
+        (signed(values_of(SOUND, step=-1)), "field"),
+        (seal_record(SOUND, ME), "signature"),
+    ],
+)
+def test_why_it_is_refused_is_one_of_few_words(data: bytes, fault: str) -> None:
+    with pytest.raises(Unsound) as error:
+        open_record(data)
+    assert error.value.fault == fault
 
 
 NESTED = b"\x91" * 400 + b"\x90"
@@ -269,6 +293,20 @@ def test_a_suspect_comes_back_with_a_newer_record() -> None:
     known.now_s += 1
     known.hear(2)
     assert len(known.ids) == 2
+
+
+def test_who_is_in_doubt_is_there_but_is_not_believed_whatever_it_signs_meanwhile() -> None:
+    known = Known()
+    known.hear(2)
+    known.hear(3, head=bytes([9]) * 32)
+    known.hear(4, head=bytes([8]) * 32, heads=[bytes([9]) * 32])
+    assert known.doubt(bytes([9]) * 32, NOW_S + 20) == 2
+    known.now_s += 10
+    for i in (2, 3, 4):
+        known.hear(i)
+    assert len(known.ids) == 3
+    assert [record.peer_id for record in known.believed(known.now_s)] == [OTHER.peer_id]
+    assert len(known.believed(NOW_S + 20)) == 3
 
 
 def test_who_has_left_is_not_there() -> None:

@@ -23,11 +23,13 @@ from hypothesis import strategies as st
 from p2p_diloco.records import Record, seal, seal_record
 from p2p_diloco.rounds import (
     READINESS_CONTEXT,
+    Dispute,
     Group,
     Progress,
     Standing,
     announces_run,
     check_roster,
+    disputed,
     evaluator,
     form_roster,
     leader_order,
@@ -36,6 +38,7 @@ from p2p_diloco.rounds import (
     on_head,
     open_readiness,
     outer_step_due,
+    planned_steps,
     rank,
     ready_in_s,
     seal_readiness,
@@ -49,8 +52,9 @@ READINESS = [readiness_of(who, HISTORY) for who in MEMBERS]
 SEALED = [seal_readiness(readiness, who) for readiness, who in zip(READINESS, MEMBERS)]
 
 
-def check(sealed: list[bytes], me: int = 0, **limits: int) -> Group:
-    return check_roster(sealed, READINESS[me], **{"min_group": 2, "max_group": 5, "max_weight": MAX_WEIGHT, **limits})
+def check(sealed: list[bytes], me: int = 0, **changes: Any) -> Group:
+    limits: dict[str, Any] = {"min_group": 2, "max_group": 5, "max_weight": MAX_WEIGHT}
+    return check_roster(sealed, READINESS[me], **limits | changes)
 
 
 def with_member(i: int, **changes: Any) -> list[bytes]:
@@ -143,7 +147,8 @@ def test_rounds_with_the_same_members_have_different_ids() -> None:
 def test_client_mode_members_reduce_and_lead_nothing_unless_there_is_nobody_else() -> None:
     group = groups_of(MEMBERS, HISTORY, client_mode=[True, False, True, False])[0]
     assert (group.leader, group.reducers) == (1, (1, 3))
-    assert [group.reducer_of(part) for part in range(5)] == [1, 3, 1, 3, 1]
+    assert group.reducers_among([0, 1, 2]) == (1,)
+    assert group.reducers_among([0, 2]) == (0, 2)
     group = groups_of(MEMBERS, HISTORY, client_mode=[True] * 4)[0]
     assert (group.leader, group.reducers) == (0, (0, 1, 2, 3))
 
@@ -152,6 +157,66 @@ def test_too_many_that_are_ready_are_cut_to_the_best_ranked() -> None:
     for order in permutations(SEALED):
         assert form_roster(order, head(HISTORY), 5) == SEALED
         assert form_roster(order, head(HISTORY), 3) == SEALED[:3]
+
+
+# -- absent peers, where missed rounds are kept --------------------------------------------------------------------
+
+AWAY = [identity(i) for i in (51, 52, 53)]
+
+
+def away(i: int = 0, history: str = HISTORY, **changes: Any) -> bytes:
+    return seal_record(record_of(AWAY[i], history, **changes), AWAY[i])
+
+
+def test_the_divisor_is_all_who_train_where_missed_rounds_are_kept() -> None:
+    """Those who are absent at the lower median of those who came."""
+    sealed = with_member(1, weight=60)
+    assert check(sealed, 0).divisor is None
+    assert check(sealed, 0, on_missed="keep").divisor == 360
+    for count in (1, 2, 3):
+        group = check(sealed, 0, on_missed="keep", absent=[away(i) for i in range(count)])
+        assert group.divisor == 360 + 100 * count
+        assert group.weights == (100, 60, 100, 100)
+    light = [seal_readiness(readiness_of(who, HISTORY, weight=w), who) for who, w in zip(MEMBERS, (100, 1, 30, 500))]
+    assert check(light, 0, on_missed="keep", absent=[away()]).divisor == 100 + 1 + 30 + 120 + 30
+
+
+def test_who_was_absent_is_part_of_what_a_round_is() -> None:
+    """Else two rosters of one round could divide by different sums."""
+    ids = {
+        check(SEALED, 0, on_missed="keep", absent=absent).round_id
+        for absent in ([], [away(0)], [away(1)], [away(0), away(1)], [away(0, issued_s=2_000_000.0)])
+    }
+    assert len(ids) == 5
+
+
+@pytest.mark.parametrize(
+    ("absent", "complaint"),
+    [
+        ([seal_record(record_of(AWAY[0], HISTORY), AWAY[1])], "not signed by its peer"),
+        ([b"garbage"], "not plain msgpack"),
+        ([b""], "not plain msgpack"),
+        ([SEALED[1]], "record"),
+        ([away(history="abd")], "does not train on this head"),
+        ([away(history="abcd")], "does not train on this head"),
+        ([away(role="seed")], "does not train on this head"),
+        ([away(phase="joining")], "does not train on this head"),
+        ([away(phase="left")], "does not train on this head"),
+        ([away(run_id="cd" * 20)], "does not train on this head"),
+        ([away(), away()], "names an absent peer twice"),
+        ([away(), away(issued_s=1_000_001.0)], "names an absent peer twice"),
+        ([seal_record(record_of(MEMBERS[2], HISTORY), MEMBERS[2])], "names an absent peer twice"),
+    ],
+)
+def test_an_absent_peer_has_signed_that_it_trains_on_this_head(absent: list[bytes], complaint: str) -> None:
+    check(SEALED, on_missed="keep", absent=[away(2)])
+    with pytest.raises(ValueError, match=complaint):
+        check(SEALED, on_missed="keep", absent=[away(2), *absent])
+
+
+def test_nobody_is_absent_where_missed_rounds_are_lost() -> None:
+    with pytest.raises(ValueError, match="a roster with absent peers"):
+        check(SEALED, absent=[away()])
 
 
 # -- readiness as bytes --------------------------------------------------------------------------------------------
@@ -395,3 +460,143 @@ def test_a_trainer_is_ready_when_it_said(planned: int, done: int, step_s: int, s
 )
 def test_outer_step_due(inner_step: int, closes_in_s: float | None, behind: bool, due: bool) -> None:
     assert outer_step_due(inner_step=inner_step, planned=10, step_s=2.0, closes_in_s=closes_in_s, behind=behind) is due
+
+
+# -- how many inner steps are planned ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("mine", "others", "planned"),
+    [
+        (10.0, [], 100),
+        (0.0, [10.0, 20.0], 100),  # I do not know my own speed
+        (10.0, [0.0, 0.0], 100),  # nor that of anybody else
+        (10.0, [10.0, 10.0], 100),
+        (20.0, [10.0, 10.0], 100),  # H is what the fastest makes
+        (5.0, [10.0, 10.0], 50),
+        (2.5, [10.0, 5.0], 25),
+        (9.0, [10.0], 100),  # nearly as fast
+        (8.9, [10.0], 89),
+        (0.001, [10.0, 10.0], 1),
+        (10.0, [10.0, 10.0, 1e9], 25),  # as if it were four times as fast as most
+        (10.0, [1e300], 25),
+        (10.0, [1e-300, 1e-300, 1e-300], 100),
+        (10.0, [10.0, 0.0, 40.0], 25),
+    ],
+)
+def test_planned_steps(mine: float, others: list[float], planned: int) -> None:
+    assert planned_steps(100, mine, others) == planned
+
+
+speeds = st.floats(0, 1e300, allow_nan=False)
+
+
+@given(inner_steps=st.integers(1, 10_000), mine=speeds, others=st.lists(speeds, max_size=8))
+def test_whatever_others_claim_a_peer_plans_one_to_h_steps(inner_steps: int, mine: float, others: list[float]) -> None:
+    assert 1 <= planned_steps(inner_steps, mine, others) <= inner_steps
+
+
+@given(
+    honest=st.lists(st.floats(1.0, 2.0), min_size=3, max_size=9),
+    claims=st.lists(st.sampled_from([0.0, 1e-9, 50.0, 1e9]), max_size=1),
+)
+def test_one_false_claim_makes_nobody_four_times_slower_than_without_it(
+    honest: list[float], claims: list[float]
+) -> None:
+    for i, mine in enumerate(honest):
+        others = honest[:i] + honest[i + 1 :]
+        without, with_claim = planned_steps(1000, mine, others), planned_steps(1000, mine, others + claims)
+        assert with_claim >= without / 8
+        assert with_claim <= max(without, 1000 * mine / max(honest) + 1) or mine >= 0.9 * max(honest)
+
+
+@given(steps=st.integers(50, 1000), speed=st.floats(1.0, 1000.0), slower=st.sampled_from([1.0, 0.5, 0.25]))
+def test_who_plans_by_speed_finishes_with_the_fastest(steps: int, speed: float, slower: float) -> None:
+    planned = planned_steps(steps, speed * slower, [speed, speed])
+    assert planned / slower == pytest.approx(steps, abs=0.5 / slower)
+
+
+# -- the bits behind a head ----------------------------------------------------------------------------------------
+
+MINE, THEIRS, A_THIRD = bytes([1] * 32), bytes([2] * 32), bytes([3] * 32)
+WAY = "abcdefg"
+MY_HEADS = {step: head(WAY[:step]) for step in range(len(WAY) + 1)}
+
+
+def names(digest: bytes, way: str = WAY, step: int = 5, **changes: Any) -> dict[str, Any]:
+    """What the record of a peer that came that way says."""
+    return {"history": way, "snapshot_step": step, "snapshot_digest": digest, **changes}
+
+
+def dispute_among(*claims: dict[str, Any]) -> Dispute | None:
+    return disputed(5, MINE, MY_HEADS, [record_of(identity(i + 1), **claim) for i, claim in enumerate(claims)])
+
+
+@pytest.mark.parametrize(
+    "claims",
+    [
+        [],
+        [names(MINE)] * 3,
+        # Of another outer step: those are other states.
+        [names(THEIRS, step=0)] * 3,
+        [names(THEIRS, step=6)] * 3,
+        # Of another way: those are other states, too, and their heads say so.
+        [names(THEIRS, way="abxdefg")] * 3,
+        [names(THEIRS, way="abcdx")] * 3,
+        # One that parted after the snapshot, where its record does not go back far enough to tell.
+        [names(THEIRS, way="abcdexyzuv")] * 3,
+        # One that stands before it.
+        [names(THEIRS, way="abcd")] * 3,
+        # One that has never committed.
+        [names(THEIRS, committed=False)] * 3,
+    ],
+)
+def test_no_dispute(claims: list[dict[str, Any]]) -> None:
+    assert dispute_among(*claims) is None
+
+
+@pytest.mark.parametrize("way", [WAY, "abcde", "abcdef", "abcdefgh", "abcdefghijk"[:9], "abcdexyz"])
+def test_who_came_by_my_heads_to_the_snapshot_has_my_bits_there_or_there_is_a_dispute(way: str) -> None:
+    assert dispute_among(names(MINE, way)) is None
+    assert dispute_among(names(THEIRS, way)) == Dispute(others=(identity(1).peer_id,), majority=None)
+
+
+@pytest.mark.parametrize(
+    ("digests", "majority"),
+    [
+        ([THEIRS], None),
+        ([THEIRS, MINE], None),
+        ([THEIRS, A_THIRD], None),
+        ([THEIRS, THEIRS], THEIRS),
+        ([THEIRS, THEIRS, MINE], None),
+        ([THEIRS, THEIRS, A_THIRD], None),
+        ([THEIRS, A_THIRD, A_THIRD, A_THIRD], A_THIRD),
+        ([THEIRS, THEIRS, THEIRS, MINE], THEIRS),
+        ([THEIRS, THEIRS, THEIRS, MINE, MINE], None),
+    ],
+)
+def test_more_than_half_of_all_and_two_at_least_outvote_me(digests: list[bytes], majority: bytes | None) -> None:
+    dispute = dispute_among(*map(names, digests))
+    assert dispute is not None
+    assert dispute.majority == majority
+    assert dispute.others == tuple(identity(i + 1).peer_id for i, digest in enumerate(digests) if digest != MINE)
+
+
+@given(st.lists(st.tuples(st.sampled_from([MINE, THEIRS, A_THIRD]), st.booleans()), max_size=9))
+def test_whoever_is_asked_the_same_digest_wins(peers: list[tuple[bytes, bool]]) -> None:
+    """No two peers with different bits are each told to take the other's, and nobody yields to a minority; those who
+    came another way change nothing."""
+    ways = [WAY if same else "abxdefg" for _, same in peers]
+    records = [
+        record_of(identity(i + 1), **names(digest, way)) for i, ((digest, _), way) in enumerate(zip(peers, ways))
+    ]
+    here = [(i, digest) for i, (digest, same) in enumerate(peers) if same]
+    taken = set()
+    for me, digest in here:
+        dispute = disputed(5, digest, MY_HEADS, records[:me] + records[me + 1 :])
+        assert (dispute is None) == (len({other for _, other in here}) == 1)
+        if dispute is not None and dispute.majority is not None:
+            taken.add(dispute.majority)
+            assert 2 * sum(other == dispute.majority for _, other in here) > len(here)
+            assert dispute.majority != digest
+    assert len(taken) <= 1
