@@ -26,11 +26,11 @@ import sys
 import tempfile
 import traceback
 from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 from cyclopts import App, CycloptsError, Parameter
 from cyclopts.argument import ArgumentCollection
@@ -62,6 +62,7 @@ SERVING = {"seed", "peer", "swarm", "monitor"}
 """Commands that end when the user wants it: to be interrupted is no failure of theirs."""
 STDOUT = Console(highlight=False, soft_wrap=False)
 
+Result = TypeVar("Result")
 AtLeastOne = Annotated[int, Parameter(validator=Number(gte=1))]
 Probability = Annotated[float, Parameter(validator=Number(gte=0, lt=1))]
 AtLeastZero = Annotated[int, Parameter(validator=Number(gte=0))]
@@ -208,10 +209,11 @@ def seed(
     RunSpec.load(run_file)
     config = peer_config(node, "seed", initial_peers)
 
-    from p2p_diloco.config import Timeouts
-    from p2p_diloco.genesis import start_run
-    from p2p_diloco.swarm import Swarm
-    from p2p_diloco.train import stop_signals
+    with importing("seed"):
+        from p2p_diloco.config import Timeouts
+        from p2p_diloco.genesis import start_run
+        from p2p_diloco.swarm import Swarm
+        from p2p_diloco.train import stop_signals
 
     manifest_path = start_run(run_file, config.folder, Identity.load_or_create(config.identity_path))
     timeouts = Timeouts().scaled(node.patience)
@@ -260,10 +262,11 @@ def peer(
         raise UsageError(f"--data {data}: no such file or folder")
     config = peer_config(node, "peer", initial_peers, run_id=run_id, client_mode=client_mode)
 
-    from p2p_diloco.config import Timeouts
-    from p2p_diloco.model import pick_device
-    from p2p_diloco.swarm import Swarm
-    from p2p_diloco.train import TrainConfig, stop_signals, train
+    with importing("peer"):
+        from p2p_diloco.config import Timeouts
+        from p2p_diloco.model import pick_device
+        from p2p_diloco.swarm import Swarm
+        from p2p_diloco.train import TrainConfig, stop_signals, train
 
     pick_device(device)
     log.info("looking for the run at %s", ", ".join(initial_peers))
@@ -302,10 +305,11 @@ def swarm(
     patience
         Factor on every time-out, 0.1 to 10.
     """
-    from p2p_diloco import namespaces
-    from p2p_diloco.children import names_of
-    from p2p_diloco.faults import FaultPlan
-    from p2p_diloco.local import run_local
+    with importing("swarm"):
+        from p2p_diloco import namespaces
+        from p2p_diloco.children import names_of
+        from p2p_diloco.faults import FaultPlan
+        from p2p_diloco.local import run_local
 
     plan = FaultPlan() if faults is None else FaultPlan.load(faults, names_of(peers))
     if faults is not None and sys.platform != "linux":
@@ -339,12 +343,11 @@ def status(
     require(initial_peers)
     check_run_id(run_id)
 
-    import asyncio
+    with importing("status"):
+        from p2p_diloco import status as view
+        from p2p_diloco.config import Timeouts
 
-    from p2p_diloco import status as view
-    from p2p_diloco.config import Timeouts
-
-    found = asyncio.run(view.gather_status(initial_peers, run_id, Timeouts()))
+    found = run_cancellable(view.gather_status(initial_peers, run_id, Timeouts()))
     if as_json:
         print(json.dumps(view.as_json(found)))
     else:
@@ -388,7 +391,8 @@ def monitor(
         folder=own_folder(folder, "monitor"), initial_peers=tuple(initial_peers), run_id=run_id, client_mode=True
     )
 
-    from p2p_diloco.monitor import run_monitor
+    with importing("monitor"):
+        from p2p_diloco.monitor import run_monitor
 
     run_monitor(config, endpoint, private_targets=private_targets)
 
@@ -424,8 +428,9 @@ def export(
     if folder is None and step is not None:
         raise UsageError("--step goes with --folder: a swarm serves its newest outer step")
 
-    from p2p_diloco.export import export_model, refuse_taken
-    from p2p_diloco.stored import load_state
+    with importing("export"):
+        from p2p_diloco.export import export_model, refuse_taken
+        from p2p_diloco.stored import load_state
 
     refuse_taken(to)
     with run_of(folder, initial_peers, run_id) as run:
@@ -472,8 +477,9 @@ def sample(
     if (folder is None) == (export is None):
         raise UsageError("give either --export or --folder")
 
-    from p2p_diloco.sample import generate, load_export
-    from p2p_diloco.stored import find_run, load_model
+    with importing("sample"):
+        from p2p_diloco.sample import generate, load_export
+        from p2p_diloco.stored import find_run, load_model
 
     if export is not None:
         model, tokenizer, _ = load_export(export)
@@ -511,19 +517,19 @@ def manifest(
         raise UsageError("give either a file or folder, or --initial-peers")
 
     if source is None:
-        import asyncio
-
-        from p2p_diloco.config import Timeouts
-        from p2p_diloco.manifest import open_manifest
-        from p2p_diloco.status import fetch_manifest
+        with importing("manifest"):
+            from p2p_diloco.config import Timeouts
+            from p2p_diloco.manifest import open_manifest
+            from p2p_diloco.status import fetch_manifest
 
         require(initial_peers)
-        signed = asyncio.run(fetch_manifest(initial_peers, run_id, Timeouts()))
+        signed = run_cancellable(fetch_manifest(initial_peers, run_id, Timeouts()))
         show(facts_of(open_manifest(signed, initial_peers[0])))
     elif source.suffix == ".toml":
         show(check_run_file(source))
     else:
-        from p2p_diloco.stored import find_run, read_manifest
+        with importing("manifest"):
+            from p2p_diloco.stored import find_run, read_manifest
 
         show(facts_of(read_manifest(find_run(source, run_id) if source.is_dir() else source)))
 
@@ -577,7 +583,7 @@ def doctor(
 
     with Checklist(None if as_json else STDOUT) as checklist:
         checklist.measure("starting")
-        with undisturbed():
+        with undisturbed():  # not ``importing``: the checklist must give the terminal back
             from p2p_diloco.checkup import Checkup, Request
 
         request = Request(
@@ -739,9 +745,10 @@ def check_run_file(path: Path) -> dict[str, str]:
         raise UsageError(f"{path}: key 'data.path': no such file or folder: {base / spec.data.path}")
     tokenizer = open_tokenizer(load_tokenizer_json(spec.data, base))
 
-    import torch
+    with importing("manifest"):
+        import torch
 
-    from p2p_diloco.model import build_model, context_tokens, layout_of, resolve_config
+        from p2p_diloco.model import build_model, context_tokens, layout_of, resolve_config
 
     config = resolve_config(spec.model, base=base, vocab_size=tokenizer.vocab_size)
     with torch.device("meta"):
@@ -831,9 +838,24 @@ def interruptible() -> Iterator[list[int]]:
 
 
 @contextmanager
+def importing(command: str) -> Iterator[None]:
+    """For imports, before there is anything to tidy up: a signal ends this process there and then. An exception in the
+    midst of torch's, which is also hivemind's, would end it with a page of C++."""
+
+    def on_signal(number: int, _frame: FrameType | None) -> None:
+        os._exit(interrupted(command, [number]))
+
+    before = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
 def undisturbed() -> Iterator[list[int]]:
-    """Signals wait until the end of the block: for imports. An exception in the midst of torch's, which is also
-    hivemind's, ends the process with a page of C++. Yields those that wait."""
+    """Signals wait until the end of the block. Yields those that wait."""
     waiting: list[int] = []
     before = {
         number: signal.signal(number, lambda received, _frame: waiting.append(received))
@@ -848,12 +870,12 @@ def undisturbed() -> Iterator[list[int]]:
         signal.raise_signal(waiting[0])
 
 
-def run_cancellable(work: Coroutine[Any, Any, None]) -> None:
+def run_cancellable(work: Coroutine[Any, Any, Result]) -> Result:
     """As ``asyncio.run``, but a signal cancels ``work`` and comes through when that has tidied up: KeyboardInterrupt in
     the midst of the loop's own work may lose a process that is being started."""
     import asyncio
 
-    async def cancellable(waiting: list[int]) -> None:
+    async def cancellable(waiting: list[int]) -> Result:
         loop, task = asyncio.get_running_loop(), asyncio.current_task()
         assert task is not None
 
@@ -864,10 +886,16 @@ def run_cancellable(work: Coroutine[Any, Any, None]) -> None:
 
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, on_signal)
-        await work
+        if waiting:
+            task.cancel()
+        return await work
 
-    with undisturbed() as waiting, suppress(asyncio.CancelledError):
-        asyncio.run(cancellable(waiting))
+    with undisturbed() as waiting:
+        try:
+            return asyncio.run(cancellable(waiting))
+        except asyncio.CancelledError:
+            pass
+    raise KeyboardInterrupt
 
 
 def interrupted(command: str, received: Sequence[int]) -> int:

@@ -388,6 +388,7 @@ class Node:
             with contextlib.suppress(ProcessLookupError):
                 p2p._child.kill()
             await p2p._child.wait()
+        p2p._child._transport.close()  # its pipe, too, whose end may not have been seen yet
 
     async def _until_lost(self, network: _Network) -> str:
         """Until p2pd ends, or a task of hivemind's ends without which we could not notice what p2pd tells us."""

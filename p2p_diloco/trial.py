@@ -42,12 +42,19 @@ async def try_machine(device: str, threads: int | None, signed: bytes, *, limit_
             path = Path(folder) / "manifest.json"
             path.write_bytes(signed)
             arguments.append(str(path))
-        process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-m", "p2p_diloco.trial", *arguments),
-            stdin=asyncio.subprocess.DEVNULL,
-            stdout=asyncio.subprocess.PIPE,
-            stderr=asyncio.subprocess.DEVNULL,
+        starting = asyncio.create_task(
+            asyncio.create_subprocess_exec(
+                *(sys.executable, "-m", "p2p_diloco.trial", *arguments),
+                stdin=asyncio.subprocess.DEVNULL,
+                stdout=asyncio.subprocess.PIPE,
+                stderr=asyncio.subprocess.DEVNULL,
+            )
         )
+        try:
+            process = await asyncio.shield(starting)
+        except asyncio.CancelledError:
+            await end(await starting)  # asyncio, cancelled in the midst of it, loses the process's pipe
+            raise
         assert process.stdout is not None
         try:
             async with deadline(limit_s):
@@ -58,10 +65,15 @@ async def try_machine(device: str, threads: int | None, signed: bytes, *, limit_
         except asyncio.TimeoutError:
             pass
         finally:
-            if process.returncode is None:
-                process.kill()
-                await process.wait()
+            await end(process)
     return MachineTrial(**facts | {"step_s": tuple(facts.get("step_s", ()))})
+
+
+async def end(process: asyncio.subprocess.Process) -> None:
+    """Returns when both the process and its pipe have ended: a loop that closes before complains."""
+    if process.returncode is None:
+        process.kill()
+    await process.communicate()
 
 
 def exit_reason(code: int | None) -> str:
