@@ -46,9 +46,9 @@ from p2p_diloco.fitness import (
 )
 from p2p_diloco.listener import dial_backs, listening, would_relay
 from p2p_diloco.manifest import RunManifest, open_manifest
-from p2p_diloco.network import run_folder
 from p2p_diloco.records import Record, peers_key
 from p2p_diloco.status import live_records, observer
+from p2p_diloco.stored import run_folder
 from p2p_diloco.survey import Candidate, clock_offsets, measure_bandwidth, try_address
 from p2p_diloco.text import user_files
 from p2p_diloco.trial import try_machine

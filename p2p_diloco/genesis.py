@@ -16,9 +16,9 @@ from p2p_diloco.errors import LedgerError, UsageError
 from p2p_diloco.identity import Identity
 from p2p_diloco.manifest import MAX_MANIFEST_BYTES, RunManifest, RunSpec, canonical_json, open_manifest
 from p2p_diloco.model import build_model, context_tokens, layout_of, load_pretrained, read_parameters, resolve_config
-from p2p_diloco.network import MANIFEST_FILE, open_ledger, run_folder
 from p2p_diloco.outer import genesis_state
 from p2p_diloco.snapshot import disk_errors, write_whole
+from p2p_diloco.stored import MANIFEST_FILE, open_ledger, run_folder
 
 
 def start_run(run_file: Path, folder: Path, owner: Identity) -> Path:

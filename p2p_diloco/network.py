@@ -34,39 +34,19 @@ from p2p_diloco.errors import LedgerError, LocalError
 from p2p_diloco.events import EventLog
 from p2p_diloco.guard import die_with_parent
 from p2p_diloco.identity import Identity
-from p2p_diloco.ledger import Ledger
-from p2p_diloco.manifest import RunManifest, open_manifest
+from p2p_diloco.manifest import open_manifest
 from p2p_diloco.metrics import PeerMetrics
 from p2p_diloco.node import Node, private_socket_folder
 from p2p_diloco.peer import Peer
 from p2p_diloco.replica import Replica
 from p2p_diloco.rounds import Progress
+from p2p_diloco.stored import MANIFEST_FILE, open_ledger, run_folder
 from p2p_diloco.waiting import deadline, heard
 
 log = logging.getLogger(__name__)
 
-MANIFEST_FILE = "manifest.json"
 PEERS_EVERY_S = 1.0
 INNER_EVENT_EVERY_S = 1.0
-
-
-def run_folder(folder: Path, manifest: RunManifest) -> Path:
-    """Where a peer keeps what belongs to one run: manifest, ledger, inner state, event log."""
-    return folder / f"{manifest.spec.name}-{manifest.run_id[:12]}"
-
-
-def open_ledger(folder: Path, manifest: RunManifest) -> Ledger:
-    """``folder``: the run folder."""
-    outer = manifest.spec.outer
-    return Ledger(
-        folder / "ledger",
-        n=manifest.n_params,
-        codec=outer.codec,
-        lr=outer.lr,
-        momentum=outer.momentum,
-        snapshot_every=manifest.spec.round.snapshot_every,
-        run_id=manifest.run_id,
-    )
 
 
 class ToTrainer(logging.Handler):

@@ -15,14 +15,35 @@ import numpy as np
 
 from p2p_diloco.data import Tokenizer, open_tokenizer
 from p2p_diloco.errors import UsageError
+from p2p_diloco.ledger import Ledger
 from p2p_diloco.manifest import RunManifest, open_manifest
-from p2p_diloco.network import MANIFEST_FILE, open_ledger
 from p2p_diloco.outer import OuterState
 from p2p_diloco.replay import load
 from p2p_diloco.snapshot import disk_errors
 
 if TYPE_CHECKING:
     import torch
+
+MANIFEST_FILE = "manifest.json"
+
+
+def run_folder(folder: Path, manifest: RunManifest) -> Path:
+    """Where a peer keeps what belongs to one run: manifest, ledger, inner state, event log."""
+    return folder / f"{manifest.spec.name}-{manifest.run_id[:12]}"
+
+
+def open_ledger(folder: Path, manifest: RunManifest) -> Ledger:
+    """``folder``: the run folder."""
+    outer = manifest.spec.outer
+    return Ledger(
+        folder / "ledger",
+        n=manifest.n_params,
+        codec=outer.codec,
+        lr=outer.lr,
+        momentum=outer.momentum,
+        snapshot_every=manifest.spec.round.snapshot_every,
+        run_id=manifest.run_id,
+    )
 
 
 def find_run(folder: Path, run_id: str | None = None) -> Path:

@@ -11,9 +11,8 @@ from p2p_diloco.codec import encode
 from p2p_diloco.errors import UsageError
 from p2p_diloco.identity import Identity
 from p2p_diloco.manifest import RunManifest, RunSpec
-from p2p_diloco.network import MANIFEST_FILE, open_ledger, run_folder
 from p2p_diloco.outer import Part, Update, UpdateHeader, apply, genesis_state
-from p2p_diloco.stored import find_run, load_state
+from p2p_diloco.stored import MANIFEST_FILE, find_run, load_state, open_ledger, run_folder
 
 OWNER = Identity.from_seed(bytes(32))
 N = 1000

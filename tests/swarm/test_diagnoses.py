@@ -23,10 +23,10 @@ from p2p_diloco.events import EventLog
 from p2p_diloco.genesis import start_run
 from p2p_diloco.identity import Identity
 from p2p_diloco.manifest import open_manifest
-from p2p_diloco.network import open_ledger
 from p2p_diloco.node import Node, private_socket_folder
 from p2p_diloco.peer import Peer
 from p2p_diloco.replica import Replica
+from p2p_diloco.stored import open_ledger
 
 STRANGER = Identity.from_seed(b"s" * 32)
 HERE = "/ip4/127.0.0.1/tcp/0"
