@@ -13,7 +13,7 @@ from benchmarks.loopback import Log, Run, run_swarm
 from benchmarks.workers import Workers
 from p2p_diloco.config import cache_folder
 from p2p_diloco.data import open_corpus, open_tokenizer
-from p2p_diloco.inner import InnerOptimizer
+from p2p_diloco.inner import InnerOptimizer, Place
 from p2p_diloco.manifest import RunSpec
 from p2p_diloco.model import build_model, resolve_config
 from p2p_diloco.swarm import Swarm
@@ -81,11 +81,11 @@ def train_alone(pipe: Connection, name: str) -> None:
         resolve_config(spec.model, base=RUN_FILE.parent, vocab_size=open_tokenizer("").vocab_size), seed=spec.seed
     )
     inner = InnerOptimizer(model, spec, torch.device("cpu"))
-    inner.step(corpus, peer_id=name, batch_step=0, schedule_step=0)
+    inner.step(corpus, peer_id=name, at=Place(0, 0))
     pipe.send("ready")
     seconds, step = pipe.recv(), 0
     started_s = time.monotonic()
     while time.monotonic() - started_s < seconds:
         step += 1
-        inner.step(corpus, peer_id=name, batch_step=step, schedule_step=step)
+        inner.step(corpus, peer_id=name, at=Place(step, step))
     pipe.send(step * spec.tokens_per_inner_step / (time.monotonic() - started_s))

@@ -17,12 +17,10 @@ import asyncio
 from collections.abc import Coroutine, Sequence
 from typing import Any
 
-import numpy as np
-
-from p2p_diloco.codec import Vector, decode, encode, encoded_bytes
+from p2p_diloco.codec import Vector, decode, encoded_bytes
 from p2p_diloco.errors import Gone, Misbehaved, RemoteError
 from p2p_diloco.meeting import Meeting
-from p2p_diloco.outer import Part, contributor_mask, weighted_mean
+from p2p_diloco.outer import reduce_part
 from p2p_diloco.waiting import deadline
 from p2p_diloco.wire import Channel, Contribute
 
@@ -106,12 +104,8 @@ class Butterfly:
             came = {sender: values for sender, values in zip(self.queues, others) if values is not None}
             if not group.members[self.me].dropped:
                 came[self.me] = decode(meeting.contribution(part), meeting.values(part), meeting.codec)
-            if came:
-                weighted = [(group.weights[i], values) for i, values in sorted(came.items())]
-                mean = weighted_mean(weighted, total=group.divisor)
-            else:
-                mean = np.zeros(meeting.values(part), np.float32)
-            meeting.hold(part, Part(mask=contributor_mask(came), data=encode(mean, meeting.codec)))
+            reduced = reduce_part(came, group.weights, meeting.values(part), meeting.codec, group.divisor)
+            meeting.hold(part, reduced)
 
     async def _next_contribution(self, sender: int, part: int) -> Vector | None:
         """None from a sender that is gone. One may keep a reducer waiting ``part_s`` at a time, and in all not much

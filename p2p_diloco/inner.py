@@ -10,9 +10,11 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import random
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -36,6 +38,29 @@ def learning_rate(spec: InnerSpec, step: int, total_steps: int) -> float:
         return spec.lr * (step + 1) / warmup
     progress = min((step - warmup) / max(total_steps - warmup, 1), 1.0)
     return spec.lr * (spec.min_lr_ratio + (1 - spec.min_lr_ratio) * 0.5 * (1 + math.cos(math.pi * progress)))
+
+
+@dataclass(frozen=True)
+class Place:
+    """One inner step of a peer, counted over all inner steps of the run."""
+
+    batch_step: int
+    """Which of its batches it takes."""
+    schedule_step: int
+    """Whose learning rate."""
+
+
+def place_in_run(spec: RunSpec, outer_step: int, batch_step: int, inner_step: int) -> Place:
+    """Of a peer that stands at ``outer_step`` and has taken ``batch_step`` batches and made ``inner_step`` inner steps
+    there. A round that failed has made these two differ."""
+    first = outer_step * spec.inner.steps
+    return Place(batch_step=first + batch_step, schedule_step=first + min(inner_step, spec.inner.steps - 1))
+
+
+def draws_drop(seed: int, peer_id: str, step: int, probability: float) -> bool:
+    """Whether this peer's contribution to outer step ``step`` is dropped, as in the paper's ablation (arXiv 2311.08105,
+    section 3): another draw for every peer and outer step, the same whenever it is asked for."""
+    return random.Random(f"{seed} {peer_id} {step}").random() < probability
 
 
 @contextmanager
@@ -67,18 +92,17 @@ class InnerOptimizer:
         )
         self.autocast = device.type == "cuda" and torch.cuda.is_bf16_supported()
 
-    def step(self, corpus: Corpus, *, peer_id: str, batch_step: int, schedule_step: int) -> float:
-        """One inner step on this peer's batch ``batch_step``, at the learning rate of the run's inner step
-        ``schedule_step``. Returns the mean loss, nats per token."""
+    def step(self, corpus: Corpus, *, peer_id: str, at: Place) -> float:
+        """One inner step on this peer's batch of that place. Returns the mean loss, nats per token."""
         inner, data = self.spec.inner, self.spec.data
         for group in self.adamw.param_groups:
-            group["lr"] = learning_rate(inner, schedule_step, inner.steps * self.spec.outer.steps)
+            group["lr"] = learning_rate(inner, at.schedule_step, inner.steps * self.spec.outer.steps)
         total = torch.zeros((), device=self.device)
         for micro_step in range(inner.grad_accumulation):
             batch = corpus.batch(
                 run_seed=self.spec.seed,
                 peer_id=peer_id,
-                step=batch_step,
+                step=at.batch_step,
                 batch_size=inner.batch_size,
                 seq_len=data.seq_len,
                 micro_step=micro_step,
@@ -102,18 +126,39 @@ class InnerOptimizer:
 
     def save(self, path: Path, local: Vector, *, head: str, inner_step: int, tokens: int) -> None:
         """Moments, local parameters, and where they belong. Whole or not at all; LedgerError on a full disk."""
-        tensors = {"local": torch.from_numpy(np.array(local))}
-        steps = []
+        moments, steps = self.moments()
+        tensors = moments | {"local": torch.from_numpy(np.array(local))}
+        metadata = {"head": head, "inner_step": str(inner_step), "tokens": str(tokens), "steps": json.dumps(steps)}
+        data = save(tensors, metadata)
+        with disk_errors(path, len(data)):
+            write_whole(path, [data], len(data))
+
+    def moments(self) -> tuple[dict[str, torch.Tensor], list[float]]:
+        """AdamW's state: two moments a parameter by name, on the CPU, and how many steps each has made. Empty before
+        the first step."""
+        tensors, steps = {}, []
         for i, parameter in enumerate(self.parameters):
             state = self.adamw.state.get(parameter)
             if state:
                 tensors[f"exp_avg.{i}"] = state["exp_avg"].contiguous().cpu()
                 tensors[f"exp_avg_sq.{i}"] = state["exp_avg_sq"].contiguous().cpu()
                 steps.append(float(state["step"]))
-        metadata = {"head": head, "inner_step": str(inner_step), "tokens": str(tokens), "steps": json.dumps(steps)}
-        data = save(tensors, metadata)
-        with disk_errors(path, len(data)):
-            write_whole(path, [data], len(data))
+        return tensors, steps
+
+    def restore(self, tensors: Mapping[str, torch.Tensor], steps: Sequence[float]) -> bool:
+        """Take what ``moments`` gave. False, with nothing changed, when it is another model's or not finite."""
+        pairs = [(tensors[f"exp_avg.{i}"], tensors[f"exp_avg_sq.{i}"]) for i in range(len(steps))]
+        if not all(bool(torch.isfinite(moment).all()) for pair in pairs for moment in pair):
+            return False
+        if [moment.shape for moment, _ in pairs] != [p.shape for p in self.parameters[: len(pairs)]]:
+            return False
+        for parameter, step, (exp_avg, exp_avg_sq) in zip(self.parameters, steps, pairs):
+            self.adamw.state[parameter] = {
+                "step": torch.tensor(step),
+                "exp_avg": exp_avg.to(parameter.device),
+                "exp_avg_sq": exp_avg_sq.to(parameter.device),
+            }
+        return True
 
     def load(self, path: Path) -> tuple[Vector, str, int, int] | None:
         """Restore the moments; (local, head, inner_step, tokens), or None when there is nothing sound to restore: the
@@ -124,21 +169,10 @@ class InnerOptimizer:
             with safe_open(path, "pt") as file:
                 metadata = file.metadata() or {}
                 steps = json.loads(metadata["steps"])
-                moments = [
-                    (file.get_tensor(f"exp_avg.{i}"), file.get_tensor(f"exp_avg_sq.{i}")) for i in range(len(steps))
-                ]
-                local = file.get_tensor("local").numpy()
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+                local = tensors["local"].numpy()
                 found = local, metadata["head"], int(metadata["inner_step"]), int(metadata["tokens"])
+            restored = self.restore(tensors, steps)
         except (SafetensorError, OSError, KeyError, ValueError):
             return None
-        if not all(bool(torch.isfinite(m).all()) for pair in moments for m in pair):
-            return None
-        if [m.shape for m, _ in moments] != [p.shape for p in self.parameters[: len(moments)]]:
-            return None
-        for parameter, step, (exp_avg, exp_avg_sq) in zip(self.parameters, steps, moments):
-            self.adamw.state[parameter] = {
-                "step": torch.tensor(step),
-                "exp_avg": exp_avg.to(parameter.device),
-                "exp_avg_sq": exp_avg_sq.to(parameter.device),
-            }
-        return found
+        return found if restored else None

@@ -10,7 +10,7 @@ once instead of twice, and not every processor has it), no BLAS, no reductions i
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from hashlib import blake2b
@@ -19,7 +19,7 @@ import blake3
 import msgpack
 import numpy as np
 
-from p2p_diloco.codec import Codec, Vector, decode, encoded_bytes
+from p2p_diloco.codec import Codec, Vector, decode, encode, encoded_bytes
 from p2p_diloco.identity import MAX_PEER_ID_CHARS
 
 PART_VALUES = 256 * 1024
@@ -234,6 +234,16 @@ def weighted_mean(contributions: Sequence[tuple[int, Vector]], total: int | None
     for weight, values in contributions:
         np.add(mean, np.multiply(values, np.float32(weight / total)), out=mean)
     return mean
+
+
+def reduce_part(
+    came: Mapping[int, Vector], weights: Sequence[int], n: int, codec: Codec, total: int | None = None
+) -> Part:
+    """What the reducer of a part of ``n`` values makes of the contributions that ``came``: index in the roster ->
+    decoded values. ``weights``: of the whole roster; ``total`` as in ``weighted_mean``. Zeros where nothing came."""
+    contributions = [(weights[i], values) for i, values in sorted(came.items())]
+    mean = weighted_mean(contributions, total) if came else np.zeros(n, np.float32)
+    return Part(mask=contributor_mask(came), data=encode(mean, codec))
 
 
 def parts_with(update: Update, peer_id: str) -> set[int]:

@@ -524,6 +524,8 @@ class Peer:
             reason=missed.reason if missed else "",
             detail=missed.detail if missed else "",
             group=[member.peer_id for member in members],
+            weights=list(settlement.meeting.group.weights) if settlement else [],
+            dropped=[member.peer_id for member in members if member.dropped],
             lost=[members[i].peer_id for i in sorted(settlement.meeting.lost)] if settlement else [],
             gather_s=gather_s,
             apply_s=apply_s,

@@ -193,17 +193,23 @@ def check_roster(
         raise ValueError("a roster that names an absent peer twice")
     if any(record.run_id != mine.run_id for record in away) or len(on_head(away, mine.head)) != len(away):
         raise ValueError("a roster with an absent peer that does not train on this head")
-    usual = median_low(member.weight for member in members)
-    weights = tuple(min(member.weight, LARGEST_WEIGHT_OVER_MEDIAN * usual) for member in members)
+    weights, divisor = counted_weights([member.weight for member in members], on_missed, absent=len(away))
     return Group(
         round_id=digest(b"round", *sealed, *absent),
         step=mine.step,
         head=mine.head,
         members=members,
         weights=weights,
-        divisor=sum(weights) + usual * len(away) if on_missed == "keep" else None,
+        divisor=divisor,
         me=members.index(mine),
     )
+
+
+def counted_weights(tokens: Sequence[int], on_missed: OnMissed, absent: int) -> tuple[tuple[int, ...], int | None]:
+    """``Group.weights`` and ``Group.divisor`` of members that claim ``tokens`` each."""
+    usual = median_low(tokens)
+    weights = tuple(min(claimed, LARGEST_WEIGHT_OVER_MEDIAN * usual) for claimed in tokens)
+    return weights, sum(weights) + usual * absent if on_missed == "keep" else None
 
 
 def on_head(records: Iterable[Record], head: bytes) -> list[Record]:

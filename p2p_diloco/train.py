@@ -12,7 +12,6 @@ others stop waiting for this peer, and its ledger and inner state are on the dis
 from __future__ import annotations
 
 import logging
-import random
 import signal
 import time
 from collections.abc import Iterator
@@ -27,7 +26,7 @@ import torch
 from p2p_diloco.config import cache_folder
 from p2p_diloco.data import Corpus, open_corpus
 from p2p_diloco.errors import DataError, Stopped
-from p2p_diloco.inner import INNER_FILE, InnerOptimizer
+from p2p_diloco.inner import INNER_FILE, InnerOptimizer, draws_drop, place_in_run
 from p2p_diloco.manifest import RunManifest
 from p2p_diloco.model import build_model, evaluate, pick_device
 from p2p_diloco.swarm import Swarm
@@ -72,12 +71,9 @@ def train(swarm: Swarm, choices: TrainConfig, stop: Stop) -> None:
     with suppress(Stopped), stop.after_inner_step():
         while not swarm.done and not stop.requested:
             # Learn alone.
-            first = swarm.step * spec.inner.steps
+            batch_step = swarm.tokens_this_step // spec.tokens_per_inner_step
             loss = inner.step(
-                corpus,
-                peer_id=swarm.peer_id,
-                batch_step=first + swarm.tokens_this_step // spec.tokens_per_inner_step,
-                schedule_step=first + min(swarm.inner_step, spec.inner.steps - 1),
+                corpus, peer_id=swarm.peer_id, at=place_in_run(spec, swarm.step, batch_step, swarm.inner_step)
             )
             swarm.report(loss, spec.tokens_per_inner_step)
             if not swarm.outer_step_due():
@@ -85,7 +81,7 @@ def train(swarm: Swarm, choices: TrainConfig, stop: Stop) -> None:
 
             # Offer what I learned, take what the group learned; tell how good it is, if it is my turn.
             with stop.at_once():
-                result = swarm.outer_step(model, dropped=is_dropped(swarm, choices.drop))
+                result = swarm.outer_step(model, dropped=draws_drop(spec.seed, swarm.peer_id, swarm.step, choices.drop))
                 log_result(swarm, result)
                 if result["reason"] == "diverged":
                     inner.forget()
@@ -132,11 +128,6 @@ def evaluate_theta(swarm: Swarm, model: torch.nn.Module, corpus: Corpus) -> None
         loss = evaluate(model, batches)
     swarm.evaluated(loss, spec.data.eval_tokens, time.monotonic() - started_s)
     log.info("outer step %d: held-out loss %.4f nats per token", swarm.step, loss)
-
-
-def is_dropped(swarm: Swarm, probability: float) -> bool:
-    """Another draw for every peer and outer step, the same whenever it is asked for."""
-    return random.Random(f"{swarm.manifest.spec.seed} {swarm.peer_id} {swarm.step}").random() < probability
 
 
 def log_result(swarm: Swarm, result: dict[str, Any]) -> None:

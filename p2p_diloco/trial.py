@@ -159,7 +159,7 @@ def time_steps(manifest: RunManifest, device: Any) -> None:
     import numpy as np
 
     from p2p_diloco.data import Corpus
-    from p2p_diloco.inner import InnerOptimizer
+    from p2p_diloco.inner import InnerOptimizer, Place
     from p2p_diloco.model import build_model
 
     spec = manifest.spec
@@ -170,7 +170,7 @@ def time_steps(manifest: RunManifest, device: Any) -> None:
     began_s, step_s = time.perf_counter(), list[float]()
     while len(step_s) < STEPS and time.perf_counter() - began_s < STEPS_S:
         started_s = time.perf_counter()
-        inner.step(corpus, peer_id="", batch_step=len(step_s), schedule_step=0)
+        inner.step(corpus, peer_id="", at=Place(batch_step=len(step_s), schedule_step=0))
         step_s.append(time.perf_counter() - started_s)
         tell(step_s=step_s)
 

@@ -9,7 +9,7 @@ import torch
 
 from p2p_diloco.codec import Vector
 from p2p_diloco.data import Corpus
-from p2p_diloco.inner import INNER_FILE, InnerOptimizer, learning_rate
+from p2p_diloco.inner import INNER_FILE, InnerOptimizer, Place, learning_rate
 from p2p_diloco.manifest import DataSpec, InnerSpec, ModelSpec, OuterSpec, RunSpec
 from p2p_diloco.model import bind_parameters, build_model, layout_of, read_parameters
 
@@ -47,7 +47,7 @@ def trainer() -> tuple[InnerOptimizer, Vector]:
 
 
 def run(inner: InnerOptimizer, steps: range) -> list[float]:
-    return [inner.step(corpus(), peer_id="me", batch_step=step, schedule_step=step) for step in steps]
+    return [inner.step(corpus(), peer_id="me", at=Place(step, step)) for step in steps]
 
 
 def test_the_learning_rate_warms_up_then_falls_along_a_cosine_to_its_floor() -> None:
@@ -82,7 +82,7 @@ def test_accumulated_gradients_are_those_of_one_large_batch() -> None:
     accumulated.spec = SPEC.model_copy(
         update={"inner": SPEC.inner.model_copy(update={"grad_accumulation": 2, "clip": 1e9})}
     )
-    accumulated.step(corpus(), peer_id="me", batch_step=3, schedule_step=3)
+    accumulated.step(corpus(), peer_id="me", at=Place(3, 3))
     for one, other in zip(inner.parameters, accumulated.parameters):
         moment, expected = accumulated.adamw.state[other]["exp_avg"], inner.adamw.state[one]["exp_avg"]
         assert torch.allclose(moment, expected, atol=1e-6)
