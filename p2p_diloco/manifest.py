@@ -225,6 +225,10 @@ class RunManifest(Section):
         config: dict[str, Any] = json.loads(self.model_config_json)
         return config
 
+    def with_genesis(self, state_digest: bytes) -> RunManifest:
+        """The same run from another S_0."""
+        return self.model_validate({**self.model_dump(), "genesis": state_digest.hex()})
+
     def signed(self, owner: Identity) -> bytes:
         """The manifest as it travels and lies on disk."""
         signature = owner.sign(SIGNATURE_CONTEXT + self.canonical_bytes).hex()

@@ -54,7 +54,8 @@ ORDER = (
     ),
     *("guard", "hardening", "node", "discovery", "matchmaking", "meeting", "butterfly", "settle"),
     *("download", "catchup", "uploads", "upkeep", "presence", "probes", "peer", "metrics", "control", "network"),
-    *("swarm", "train", "doctor", "fitness", "trial", "display", "status", "survey", "listener"),
+    *("swarm", "train", "simulation", "variants", "shards", "recount", "replicas", "simulate", "study", "report"),
+    *("experiment", "doctor", "fitness", "trial", "display", "status", "survey", "listener"),
     *("checkup", "summary", "overview", "history", "exposition", "monitor"),
     *("faults", "namespaces", "child", "children", "injector", "local", "cli", "__main__"),
 )

@@ -1,0 +1,164 @@
+"""``p2p-diloco experiment``: all simulations of a study, several at a time, each in a process of its own.
+
+    FOLDER/trials/KEY/          one simulation: checkpoint and summary; the same arm of several studies is one
+    FOLDER/NAME[-SIZE].md, .png, .json
+
+What is there is not made again, and what was interrupted goes on: the same command does what is left.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import signal
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+from rich.markdown import Markdown
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from p2p_diloco.errors import DataError, LocalError, UsageError
+from p2p_diloco.guard import die_with_parent
+from p2p_diloco.report import Summary, check_plots, markdown, plot, raw, rows_of
+from p2p_diloco.simulate import SUMMARY_FILE
+from p2p_diloco.snapshot import disk_errors
+from p2p_diloco.study import Study, Trial
+
+STUDIES = Path("peers/experiments")
+
+
+def find_study(name: str) -> Path:
+    """A path, or the name of one of the repository's studies. UsageError names those."""
+    path = Path(name)
+    if path.suffix == ".toml":
+        return path
+    known = sorted(file.stem for file in STUDIES.glob("*.toml") if file.stem != "base")
+    if name not in known:
+        there = f"known here: {', '.join(known)}" if known else f"there is no folder {STUDIES} here; give a path"
+        raise UsageError(f"no study {name!r}; {there}")
+    return STUDIES / f"{name}.toml"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """One simulation, as a process gets it."""
+
+    trial: Trial
+    base: Path
+    folder: Path
+    device: str
+    threads: int | None
+
+    @property
+    def of_trial(self) -> Path:
+        return self.folder / "trials" / self.trial.key
+
+
+def run_study(
+    study: Study, folder: Path, *, jobs: int, device: str, threads: int | None, console: Console
+) -> tuple[Path, Path]:
+    """The files of the table and the plot. Raises LocalError; what was finished by then is kept."""
+    check_plots()
+    with disk_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    works = {
+        trial.key: Work(trial=trial, base=study.base, folder=folder, device=device, threads=threads)
+        for trial in study.trials
+    }
+    missing = [work for work in works.values() if not (work.of_trial / SUMMARY_FILE).exists()]
+    with Progress(
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=console
+    ) as progress:
+        task = progress.add_task(f"{study.name}, {len(works)} simulations", total=len(works))
+        progress.advance(task, len(works) - len(missing))
+        for work, loss in simulate_all(missing, jobs):
+            progress.console.print(f"{work.trial.arm}, seed {work.trial.seed}: {loss:.4f}", highlight=False)
+            progress.advance(task)
+    summaries = {key: read_summary(work.of_trial) for key, work in works.items()}
+    return write_results(study, summaries, folder, console)
+
+
+def write_results(study: Study, summaries: dict[str, Summary], folder: Path, console: Console) -> tuple[Path, Path]:
+    stem = folder / (study.name if study.size == "full" else f"{study.name}-{study.size}")
+    table, picture = stem.with_suffix(".md"), stem.with_suffix(".png")
+    text = markdown(study, rows_of(study, summaries))
+    with disk_errors(folder):
+        table.write_text(text)
+        stem.with_suffix(".json").write_text(json.dumps(raw(study, summaries), indent=1) + "\n")
+        plot(study, summaries, picture)
+    console.print(Markdown(text) if console.is_terminal else text, markup=False, soft_wrap=True)
+    return table, picture
+
+
+def read_summary(folder: Path) -> Summary:
+    path = folder / SUMMARY_FILE
+    try:
+        summary: Summary = json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise DataError(
+            f"{path}: cannot be read ({type(error).__name__}); delete its folder to make it anew"
+        ) from error
+    return summary
+
+
+# -- processes ---------------------------------------------------------------------------------------------------------
+
+
+def simulate_all(works: Sequence[Work], jobs: int) -> Iterator[tuple[Work, float]]:
+    """Each with its final loss, as they end. LocalError of the first one that fails, which ends the others."""
+    if not works:
+        return
+    context = multiprocessing.get_context("spawn")
+    with ended_with_us(ProcessPoolExecutor(min(jobs, len(works)), context, start_process, (os.getpid(),))) as pool:
+        futures = {pool.submit(simulate_one, work): work for work in works}
+        try:
+            for future in as_completed(futures):
+                yield futures[future], future.result()
+        except BrokenProcessPool as error:
+            raise LocalError(f"a simulation was killed (memory?); the same command goes on: {error}") from error
+
+
+@contextmanager
+def ended_with_us(pool: ProcessPoolExecutor) -> Iterator[ProcessPoolExecutor]:
+    """Its processes are killed when the block is left early: they can go on from their checkpoints."""
+    try:
+        yield pool
+    except BaseException:
+        for process in list((pool._processes or {}).values()):
+            process.kill()
+        raise
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def start_process(parent: int) -> None:
+    """Ctrl+C in a terminal reaches all processes; who started these ends them."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    die_with_parent(signal.SIGKILL)
+    if os.getppid() != parent:
+        os._exit(1)
+
+
+def simulate_one(work: Work) -> float:
+    """The final held-out loss; NaN where theta is not finite."""
+    from p2p_diloco.simulate import Simulation
+
+    simulation = Simulation.open(
+        work.trial.what,
+        work.of_trial,
+        base=work.base,
+        device=work.device,
+        threads=work.threads,
+        warm_folder=work.folder,
+    )
+    for _ in simulation.run():
+        pass
+    last = simulation.curve[-1].held_out_loss
+    return float("nan") if last is None else last

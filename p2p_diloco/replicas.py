@@ -1,0 +1,111 @@
+"""Who trains in a simulation, and what they start from."""
+
+from __future__ import annotations
+
+import mmap
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from p2p_diloco.codec import Vector
+from p2p_diloco.data import Corpus, locked
+from p2p_diloco.inner import InnerOptimizer, place_in_run
+from p2p_diloco.manifest import RunManifest, canonical_json
+from p2p_diloco.model import bind_parameters, build_model, read_parameters, write_parameters
+from p2p_diloco.outer import OuterState, digest
+from p2p_diloco.simulation import SimulatedRun
+from p2p_diloco.snapshot import disk_errors, write_whole
+
+WARM_NAME = "warm-up"
+"""Whose batches the one worker takes that makes the start."""
+
+
+@dataclass(kw_only=True)
+class Replica:
+    """One of those who train. On the CPU the model's parameters lie in ``local``, as a peer's do."""
+
+    name: str
+    corpus: Corpus
+    inner: InnerOptimizer
+    local: Vector
+    """float32 [n]"""
+    tokens: int = 0
+    """Since it took theta: what its next contribution stands for."""
+    late: bool = False
+    """It goes on from its own parameters for now, and takes theta when ``delay`` inner steps are over."""
+
+    def read_local(self) -> None:
+        if self.inner.device.type != "cpu":
+            read_parameters(self.inner.model, self.local)
+
+    def write_local(self) -> None:
+        if self.inner.device.type != "cpu":
+            write_parameters(self.inner.model, self.local)
+
+    def learn(self, what: SimulatedRun, state: OuterState, inner_steps: int) -> list[float]:
+        """The inner steps before the outer step that follows ``state``; their losses, nats per token."""
+        spec, options = what.run, what.simulate
+        # For models with dropout: the same draws in whatever order, and after a restart. Peers do not share theirs.
+        seed = digest(b"dropout", spec.seed.to_bytes(8, "big"), self.name.encode(), state.step.to_bytes(8, "big"))
+        torch.manual_seed(int.from_bytes(seed[:8], "big") >> 1)
+        losses = []
+        for inner_step in range(inner_steps):
+            if self.late and inner_step == min(options.delay, inner_steps - 1):
+                self.read_local()
+                self.local *= np.float32(options.merge)
+                self.local += np.float32(1 - options.merge) * state.theta
+                self.write_local()
+                self.late = False
+            place = place_in_run(spec, state.step, inner_step, inner_step)
+            losses.append(self.inner.step(self.corpus, peer_id=self.name, at=place))
+            self.tokens += spec.tokens_per_inner_step
+        self.read_local()
+        return losses
+
+
+def new_replica(manifest: RunManifest, name: str, corpus: Corpus, theta: Vector, device: torch.device) -> Replica:
+    n = len(theta)
+    # A peer's local begins after theta in one mapping: where vectors begin may decide how a sum is vectorized.
+    local: Vector = np.frombuffer(mmap.mmap(-1, 2 * 4 * n), np.float32)[n:]
+    local[:] = theta
+    model = build_model(manifest.transformers_config, seed=None).to(device)
+    if device.type == "cpu":
+        bind_parameters(model, local)
+    else:
+        write_parameters(model, local)
+    return Replica(name=name, corpus=corpus, inner=InnerOptimizer(model, manifest.spec, device), local=local)
+
+
+def show_theta(model: torch.nn.Module, theta: Vector) -> None:
+    """On the CPU the model's parameters *are* theta from the first time on."""
+    if next(model.parameters()).device.type == "cpu":
+        bind_parameters(model, theta)
+    else:
+        write_parameters(model, theta)
+
+
+def warm_start(
+    what: SimulatedRun, manifest: RunManifest, theta: Vector, corpus: Corpus, device: torch.device, folder: Path
+) -> Vector:
+    """float32 [n]: theta after one worker's ``warm_steps``. After its warm-up the learning rate stays, for training
+    goes on. Kept in ``folder`` under a name that says what it depends on; of several processes, one makes it."""
+    steps, spec = what.simulate.warm_steps, what.run
+    constant = spec.inner.model_copy(update={"steps": steps, "min_lr_ratio": 1.0})
+    outer = spec.outer.model_copy(update={"steps": 1})
+    spec = spec.model_copy(update={"inner": constant, "outer": outer})
+    depends = [spec.seed, spec.inner.model_dump(), spec.data.model_dump(), manifest.genesis, manifest.data_fingerprint]
+    depends += [device.type, torch.__version__]
+    path = folder / f"warm-{digest(b'warm', canonical_json(depends))[:8].hex()}.float32"
+    with locked(path.with_suffix(".lock")):
+        if not path.exists():
+            warm = new_replica(manifest.model_copy(update={"spec": spec}), WARM_NAME, corpus, theta, device)
+            torch.manual_seed(spec.seed)
+            for step in range(steps):
+                warm.inner.step(corpus, peer_id=WARM_NAME, at=place_in_run(spec, 0, step, step))
+            warm.read_local()
+            with disk_errors(path, 4 * len(theta)):
+                write_whole(path, [warm.local.data.cast("B")], 4 * len(theta))
+        kept: Vector = np.fromfile(path, np.float32)
+    return kept

@@ -1,0 +1,167 @@
+"""Results of a study -> a table in Markdown, a plot, and the raw figures. Pure, but for the plot's file.
+
+Losses are held-out, nats per token: per byte where tokens are bytes. An arm's figures are means over its seeds, with
+the smallest and the largest; differences are paired, seed by seed, which takes away what the seeds have in common.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from p2p_diloco.errors import UsageError
+from p2p_diloco.study import Study
+
+Summary = Mapping[str, Any]
+"""``summary.json`` of a simulation."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One arm. Seeds in the study's order."""
+
+    arm: str
+    seeds: tuple[int, ...]
+    losses: tuple[float, ...]
+    """Final, held-out; infinite where theta was not finite."""
+    differences: tuple[float, ...]
+    """From the reference, seed by seed; empty for seeds that the reference does not have yet."""
+    closed: float | None
+    """Share of the gap that its mean loss closes; None without a gap."""
+    tokens: float
+    """Trained on by all replicas."""
+    sent_mb: float
+    """By one replica."""
+
+
+def final_loss(summary: Summary) -> float:
+    last = summary["curve"][-1]["held_out_loss"]
+    return math.inf if last is None else float(last)
+
+
+def rows_of(study: Study, summaries: Mapping[str, Summary]) -> list[Row]:
+    """Of the arms that have results. ``summaries``: by ``Trial.key``."""
+    found: dict[str, dict[int, Summary]] = {}
+    for trial in study.trials:
+        if trial.key in summaries:
+            found.setdefault(trial.arm, {})[trial.seed] = summaries[trial.key]
+    means = {arm: mean(final_loss(summary) for summary in of_arm.values()) for arm, of_arm in found.items()}
+    reference = found.get(study.spec.reference, {})
+    ends = [means.get(arm) for arm in study.spec.gap or ()]
+    rows = []
+    for arm, of_arm in found.items():
+        closed = None
+        if len(ends) == 2 and ends[0] is not None and ends[1] is not None and ends[0] != ends[1]:
+            closed = (ends[0] - means[arm]) / (ends[0] - ends[1])
+        last = [summary["curve"][-1] for summary in of_arm.values()]
+        rows.append(
+            Row(
+                arm=arm,
+                seeds=tuple(of_arm),
+                losses=tuple(map(final_loss, of_arm.values())),
+                differences=tuple(
+                    final_loss(summary) - final_loss(reference[seed])
+                    for seed, summary in of_arm.items()
+                    if seed in reference
+                ),
+                closed=closed,
+                tokens=mean(point["tokens"] for point in last),
+                sent_mb=mean(point["sent_bytes"] for point in last) / 1e6,
+            )
+        )
+    return rows
+
+
+def spread(values: Sequence[float], form: str) -> str:
+    """Mean, and the smallest and the largest of several."""
+    if not values:
+        return ""
+    middle = format(mean(values), form)
+    return f"{middle} ({min(values):{form}} to {max(values):{form}})" if len(values) > 1 else middle
+
+
+def markdown(study: Study, rows: Sequence[Row]) -> str:
+    seeds = sorted({seed for row in rows for seed in row.seeds})
+    heading = ["arm", "held-out loss", f"from {study.spec.reference}"]
+    heading += ["gap closed"] if study.spec.gap else []
+    heading += ["tokens", "sent MB"]
+    table = [heading, ["---"] * len(heading)]
+    for row in rows:
+        cells = [row.arm, spread(row.losses, ".4f")]
+        cells.append("" if row.arm == study.spec.reference else spread(row.differences, "+.4f"))
+        if study.spec.gap:
+            cells.append("" if row.closed is None else f"{100 * row.closed:.0f} %")
+        table.append([*cells, f"{row.tokens / 1e6:.2f} M", f"{row.sent_mb:.2f}"])
+    lines = [f"| {' | '.join(cells)} |" for cells in table]
+    counted = (
+        f"Seeds {', '.join(map(str, seeds))}; mean (smallest to largest)." if len(seeds) > 1 else f"Seed {seeds[0]}."
+    )
+    gap = f" Gap: from {study.spec.gap[0]} to {study.spec.gap[1]}." if study.spec.gap else ""
+    return "\n".join(
+        [f"### {study.spec.title}", "", *lines, "", f"{counted} Held-out loss in nats per token.{gap}", ""]
+    )
+
+
+def check_plots() -> None:
+    """UsageError when the plotting library is missing: before hours of computing, not after."""
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:
+        raise UsageError("plots need matplotlib; install it with: pip install 'p2p-diloco[experiments]'") from None
+
+
+def plot(study: Study, summaries: Mapping[str, Summary], path: Path) -> None:
+    """Held-out loss against the share of training, an arm a line: the mean over seeds, in a band of all of them."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
+    lowest, highest = [], []
+    for arm in study.spec.arm:
+        curves = [
+            [(step / summary["curve"][-1]["step"], loss) for step, loss in summary["held_out"]]
+            for trial in study.trials
+            if trial.arm == arm.name and (summary := summaries.get(trial.key)) and summary["held_out"]
+        ]
+        if not curves:
+            continue
+        shares = [share for share, _ in min(curves, key=len)]
+        columns = list(zip(*([loss for _, loss in curve[: len(shares)]] for curve in curves)))
+        (line,) = axes.plot([100 * share for share in shares], [mean(column) for column in columns], label=arm.name)
+        if len(curves) > 1:
+            low, high = [min(column) for column in columns], [max(column) for column in columns]
+            axes.fill_between([100 * share for share in shares], low, high, color=line.get_color(), alpha=0.15)
+        lowest.append(min(map(min, columns)))
+        highest.append(max(columns[len(columns) // 4]))
+    if lowest and math.isfinite(max(highest)):
+        margin = 0.05 * (max(highest) - min(lowest))
+        axes.set_ylim(min(lowest) - margin, max(highest) + margin)  # the steep beginning would flatten the rest
+    axes.set_xlabel("share of training, %")
+    axes.set_ylabel("held-out loss, nats per token")
+    axes.set_title(study.spec.title)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+
+
+def raw(study: Study, summaries: Mapping[str, Summary]) -> dict[str, Any]:
+    """All figures of a study, as JSON."""
+    return {
+        "study": study.name,
+        "size": study.size,
+        "title": study.spec.title,
+        "paper": study.spec.paper,
+        "rows": [vars(row) for row in rows_of(study, summaries)],
+        "trials": [
+            {"arm": trial.arm, "seed": trial.seed, "key": trial.key, **summaries[trial.key]}
+            for trial in study.trials
+            if trial.key in summaries
+        ],
+    }

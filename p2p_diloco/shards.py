@@ -1,0 +1,109 @@
+"""Text of one's own for every replica: what the paper calls non-i.i.d. data (arXiv 2311.08105, section 3).
+
+The built-in text is divided by its source, the package of torch that a file belongs to; other text by clustering what a
+model makes of its documents, as in the paper: k-means on the mean of the last hidden states.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from p2p_diloco.data import Corpus, Tokenizer
+from p2p_diloco.errors import DataError
+from p2p_diloco.manifest import DataSpec
+from p2p_diloco.text import (
+    Document,
+    builtin_documents,
+    builtin_files,
+    first_line,
+    is_held_out,
+    user_documents,
+    user_files,
+)
+
+
+def shards_of(
+    corpus: Corpus, spec: DataSpec, count: int, *, base: Path, tokenizer: Tokenizer, model: torch.nn.Module, seed: int
+) -> list[Corpus]:
+    """``count`` corpora that have no training document in common, and all ``corpus``'s held-out text. In memory: one
+    copy of all training tokens. ``model``: for text that has no sources. DataError when a shard is too small."""
+    if spec.path is None:
+        documents = training_documents(builtin_documents(*builtin_files()), spec)
+        labels = by_source(documents, count)
+    else:
+        documents = training_documents(user_documents(*user_files(base / spec.path), spec.text_key), spec)
+        labels = clusters(features(documents, tokenizer, model, spec.seq_len), count, seed)
+    shards = []
+    for label in range(count):
+        mine = [document for document, theirs in zip(documents, labels) if theirs == label]
+        tokens = tokenizer.encode_documents(mine)
+        if len(tokens) < spec.seq_len + 1:
+            raise DataError(
+                f"shard {label + 1} of {count} has {len(mine)} documents and {len(tokens)} tokens, one sequence needs "
+                f'{spec.seq_len + 1}; take fewer replicas, more text, or shards = "iid"'
+            )
+        shards.append(replace(corpus, train=tokens))
+    return shards
+
+
+def training_documents(documents: Iterable[Document], spec: DataSpec) -> list[Document]:
+    return [document for document in documents if not is_held_out(document.name, spec.held_out)]
+
+
+def by_source(documents: Sequence[Document], count: int) -> list[int]:
+    """A shard for every document: a whole package each, the largest first, always to the smallest shard."""
+    chars: dict[str, int] = {}
+    for document in documents:
+        chars[source_of(document)] = chars.get(source_of(document), 0) + len(document.text)
+    sizes, shard = [0] * count, dict[str, int]()
+    for source in sorted(chars, key=lambda source: (-chars[source], source)):
+        shard[source] = sizes.index(min(sizes))
+        sizes[shard[source]] += chars[source]
+    return [shard[source_of(document)] for document in documents]
+
+
+def source_of(document: Document) -> str:
+    """The first folder of its name; files that are in none are one source."""
+    folder, slash, _ = document.name.partition("/")
+    return folder if slash else ""
+
+
+@torch.inference_mode()
+def features(
+    documents: Sequence[Document], tokenizer: Tokenizer, model: torch.nn.Module, seq_len: int
+) -> npt.NDArray[np.float64]:
+    """float64 [documents, hidden]: the mean of the last hidden states over the first ``seq_len`` tokens of each, each
+    direction scaled to unit variance."""
+    device, was_training = next(model.parameters()).device, model.training
+    model.eval()
+    rows = []
+    for document in documents:
+        tokens = tokenizer.encode(document.text[: 16 * seq_len])[:seq_len].astype(np.int64)
+        batch = torch.from_numpy(tokens if len(tokens) else np.zeros(1, np.int64)).to(device)[None]  # [1, tokens]
+        hidden = model(input_ids=batch, use_cache=False, output_hidden_states=True).hidden_states[-1]
+        rows.append(hidden[0].float().mean(dim=0).cpu().numpy().astype(np.float64))  # [hidden]
+    model.train(was_training)
+    table = np.stack(rows)
+    spread = table.std(axis=0)
+    scaled: npt.NDArray[np.float64] = (table - table.mean(axis=0)) / np.where(spread > 0, spread, 1)
+    return scaled
+
+
+def clusters(table: npt.NDArray[np.float64], count: int, seed: int) -> list[int]:
+    """k-means: a cluster for every row of ``table``, [rows, features]; the same for the same seed. DataError when one
+    is empty."""
+    from scipy.cluster.vq import ClusterError, kmeans2
+
+    try:
+        _, labels = kmeans2(table, count, minit="++", rng=np.random.default_rng(seed), missing="raise")
+    except (ClusterError, ValueError) as error:
+        raise DataError(
+            f"the text does not fall into {count} clusters ({first_line(error)}); take fewer replicas"
+        ) from error
+    return [int(label) for label in labels]

@@ -1,0 +1,372 @@
+"""K replicas in one process, without a network: what a swarm of K peers does, bit for bit, and what studies vary.
+
+    Simulation.open    the run and its S_0; or where an interrupted simulation of the same folder was
+    outer_step         inner steps of one replica after another, then the round: contributions, parts, update, apply
+    checkpoint         everything that is not computed anew from the run file, in one file, whole or not at all
+
+The inner step, batches, codec, weights, reduction, update and outer step are the peer's own functions. The same file
+and names give the same heads, also after an interruption, and also as a swarm of processes (``recount``).
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+
+from p2p_diloco.codec import Vector, decode, encode, encoded_bytes
+from p2p_diloco.config import cache_folder
+from p2p_diloco.data import Corpus, open_corpus, open_tokenizer
+from p2p_diloco.errors import UsageError
+from p2p_diloco.genesis import make_manifest
+from p2p_diloco.identity import Identity
+from p2p_diloco.inner import draws_drop
+from p2p_diloco.manifest import RunManifest
+from p2p_diloco.model import (
+    build_model,
+    evaluate,
+    layout_of,
+    pick_device,
+)
+from p2p_diloco.outer import (
+    OuterState,
+    Part,
+    Update,
+    UpdateHeader,
+    genesis_state,
+    part_slices,
+    reduce_part,
+)
+from p2p_diloco.recount import Past
+from p2p_diloco.replicas import Replica, new_replica, show_theta, warm_start
+from p2p_diloco.rounds import counted_weights, rank
+from p2p_diloco.shards import shards_of
+from p2p_diloco.simulation import SimulatedRun, members_at, replica_names
+from p2p_diloco.snapshot import disk_errors, write_whole
+from p2p_diloco.stored import MANIFEST_FILE, open_ledger
+from p2p_diloco.train import good_threads
+from p2p_diloco.variants import BITS, OuterRule, prune, quantize, quantized_bytes
+
+log = logging.getLogger(__name__)
+
+CHECKPOINT_FILE = "checkpoint.safetensors"
+SUMMARY_FILE = "summary.json"
+CHECKPOINT_EVERY_S = 30.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Point:
+    """Of the curve: after ``step`` outer steps."""
+
+    step: int
+    head: str
+    held_out_loss: float | None
+    """Nats per token; None where theta was not evaluated, or is not finite."""
+    loss: float | None
+    """Mean of all replicas' inner steps; None before the first."""
+    tokens: int
+    """Trained on by all, since S_0."""
+    sent_bytes: int
+    """In all contributions of one replica, on average, since S_0."""
+
+    def line(self) -> str:
+        """For a person."""
+        held_out = "not finite" if self.held_out_loss is None else f"{self.held_out_loss:.4f}"
+        loss = "" if self.loss is None else f", loss {self.loss:.4f}"
+        return f"outer step {self.step}: held-out loss {held_out}{loss}, {self.tokens / 1e6:.2f} M tokens"
+
+
+@dataclass(kw_only=True)
+class Simulation:
+    what: SimulatedRun
+    manifest: RunManifest
+    folder: Path
+    device: torch.device
+    state: OuterState
+    replicas: list[Replica]
+    rule: OuterRule
+    held_out: Corpus
+    model: torch.nn.Module
+    """Theta, for evaluation."""
+    past: Past | None = None
+    curve: list[Point] = field(default_factory=list)
+    wall_s: float = 0.0
+    """Of the starts before this one."""
+
+    # -- life --------------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def open(
+        cls,
+        what: SimulatedRun,
+        folder: Path,
+        *,
+        base: Path,
+        device: str = "auto",
+        threads: int | None = None,
+        warm_folder: Path | None = None,
+        past: Past | None = None,
+    ) -> Simulation:
+        """``base``: what the paths of the run are relative to. ``warm_folder``: where starts are kept that others have,
+        too. Raises LocalError; UsageError when the folder holds another simulation."""
+        spec, options, on = what.run, what.simulate, pick_device(device)
+        with disk_errors(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+        check_same(folder, what)
+        owner = Identity.load_or_create(folder / "identity.key")
+        manifest, theta = make_manifest(spec, base, owner, "the run file")
+        torch.set_num_threads(threads or good_threads(manifest.n_params))
+        tokenizer_json = manifest.tokenizer_json
+        corpus = open_corpus(spec.data, base=base, cache=cache_folder(), tokenizer_json=tokenizer_json)
+        if options.warm_steps:
+            theta = warm_start(what, manifest, theta, corpus, on, warm_folder or folder)
+            manifest = manifest.with_genesis(genesis_state(theta).digest())
+        model = build_model(manifest.transformers_config, seed=None).to(on)
+        state = genesis_state(theta)
+        show_theta(model, state.theta)
+        names = list(past.names) if past else replica_names(options.most_replicas)
+        corpora = [corpus] * len(names)
+        if options.shards == "non-iid":
+            tokenizer = open_tokenizer(tokenizer_json)
+            corpora = shards_of(
+                corpus, spec.data, len(names), base=base, tokenizer=tokenizer, model=model, seed=spec.seed
+            )
+        simulation = cls(
+            what=what,
+            manifest=manifest,
+            folder=folder,
+            device=on,
+            state=state,
+            replicas=[new_replica(manifest, name, corpora[k], theta, on) for k, name in enumerate(names)],
+            rule=OuterRule(
+                spec=options,
+                codec=spec.outer.codec,
+                lr=spec.outer.lr,
+                momentum=spec.outer.momentum,
+                second=np.zeros_like(theta),
+            ),
+            held_out=corpus,
+            model=model,
+            past=past,
+        )
+        if not simulation._restore():
+            simulation.curve.append(simulation._point(None, 0, 0))
+        return simulation
+
+    def run(self) -> Iterator[Point]:
+        """To the end; yields every further point of the curve. The disk has the last checkpoint whenever it is stopped
+        in between, and ``summary.json`` at the end."""
+        began_s = kept_s = time.monotonic()
+        before_s = self.wall_s
+        while not self.done:
+            point = self.outer_step()
+            now_s = time.monotonic()
+            self.wall_s = before_s + now_s - began_s
+            if self.done or now_s - kept_s > CHECKPOINT_EVERY_S:
+                self.checkpoint()
+                kept_s = now_s
+            yield point
+        self.write_summary()
+
+    @property
+    def done(self) -> bool:
+        return self.state.step >= self.what.run.outer.steps
+
+    def differing_heads(self) -> list[int]:
+        """Outer steps at which it has another head than the swarm that it recounts."""
+        heads = {} if self.past is None else self.past.heads
+        return [point.step for point in self.curve if point.step in heads and point.head != heads[point.step]]
+
+    # -- one outer step ----------------------------------------------------------------------------------------------
+
+    def outer_step(self) -> Point:
+        """Learn alone, one replica after another; offer, reduce, apply; take."""
+        spec, options, step = self.what.run, self.what.simulate, self.state.step
+        members = [self.replicas[k] for k in self._members(step)]
+        losses, trained = [], 0
+        for k, replica in zip(self._members(step), members):
+            inner_steps = self._inner_steps(step, k)
+            losses += replica.learn(self.what, self.state, inner_steps)
+            trained += inner_steps * spec.tokens_per_inner_step
+        members.sort(key=lambda replica: rank(self.state.head, replica.name))
+        dropped = {replica.name for replica in members if self._is_dropped(step, replica)}
+        update, sent_bytes = self._reduce(members, dropped)
+        self.rule.step(self.state, update)
+        for replica in self.replicas:
+            if replica.name in dropped and spec.round.on_missed == "keep":
+                continue
+            replica.tokens = 0
+            if options.delay and replica in members and not self.done:
+                replica.late = True
+            else:
+                replica.local[:] = self.state.theta
+                replica.write_local()
+        mean_loss = sum(losses) / len(losses)
+        self.curve.append(self._point(mean_loss if np.isfinite(mean_loss) else None, trained, sent_bytes))
+        return self.curve[-1]
+
+    def _members(self, step: int) -> list[int]:
+        if self.past is not None:
+            there = self.past.inner_steps[step]
+            return [k for k, replica in enumerate(self.replicas) if replica.name in there]
+        names = [replica.name for replica in self.replicas]
+        return members_at(self.what.simulate, names, step, self.what.run.outer.steps)
+
+    def _inner_steps(self, step: int, k: int) -> int:
+        if self.past is not None:
+            return self.past.inner_steps[step][self.replicas[k].name]
+        return self.what.simulate.inner_steps_of(k, self.what.run.inner.steps)
+
+    def _is_dropped(self, step: int, replica: Replica) -> bool:
+        if self.past is not None:
+            return replica.name in self.past.dropped[step]
+        return draws_drop(self.what.run.seed, replica.name, step, self.what.simulate.drop)
+
+    def _reduce(self, members: Sequence[Replica], dropped: set[str]) -> tuple[Update, int]:
+        """The update of a round of ``members``, in the order of rank; and the bytes of one contribution."""
+        spec, options, state = self.what.run, self.what.simulate, self.state
+        codec, lossy = spec.outer.codec, options.quantize
+        policy = options.divided_by(spec.round.on_missed)
+        weights, divisor = counted_weights([replica.tokens for replica in members], policy, absent=0)
+        offered = {i: self._outer_gradient(replica) for i, replica in enumerate(members) if replica.name not in dropped}
+        parts = []
+        for where in part_slices(len(state.theta)):
+            n = where.stop - where.start
+            came = {i: decode(encode(gradient[where], codec), n, codec) for i, gradient in offered.items()}
+            part = reduce_part(came, weights, n, codec, divisor)
+            if lossy != "none":
+                part = Part(mask=part.mask, data=encode(quantize(decode(part.data, n, codec), lossy), codec))
+            parts.append(part)
+        contributors = tuple((replica.name, weight) for replica, weight in zip(members, weights))
+        header = UpdateHeader(
+            step=state.step,
+            parent=state.head,
+            contributors=contributors,
+            part_hashes=tuple(part.hash for part in parts),
+        )
+        return Update(header=header, parts=tuple(parts)), self._contribution_bytes()
+
+    def _outer_gradient(self, replica: Replica) -> Vector:
+        """float32 [n]: theta - local, and what is left of it."""
+        gradient: Vector = np.subtract(self.state.theta, replica.local)
+        options = self.what.simulate
+        if options.prune:
+            prune(gradient, layout_of(replica.inner.model), options.prune)
+        return gradient if options.quantize == "none" else quantize(gradient, options.quantize)
+
+    def _contribution_bytes(self) -> int:
+        n, codec, lossy = len(self.state.theta), self.what.run.outer.codec, self.what.simulate.quantize
+        if lossy in BITS:
+            return quantized_bytes(n, lossy)
+        return sum(encoded_bytes(where.stop - where.start, codec) for where in part_slices(n))
+
+    def _point(self, loss: float | None, tokens: int, sent_bytes: int) -> Point:
+        """The next point of the curve; theta is evaluated if it is time to."""
+        spec, step = self.what.run, self.state.step
+        last = self.curve[-1] if self.curve else None
+        held_out: float | None = None
+        if step % self.what.simulate.evaluate_every == 0 or self.done:
+            batches = self.held_out.held_out_batches(
+                batch_size=spec.inner.batch_size, seq_len=spec.data.seq_len, max_tokens=spec.data.eval_tokens
+            )
+            show_theta(self.model, self.state.theta)
+            held_out = evaluate(self.model, batches)
+        return Point(
+            step=step,
+            head=self.state.head.hex(),
+            held_out_loss=held_out if held_out is not None and np.isfinite(held_out) else None,
+            loss=loss,
+            tokens=tokens + (last.tokens if last else 0),
+            sent_bytes=sent_bytes + (last.sent_bytes if last else 0),
+        )
+
+    # -- on disk -----------------------------------------------------------------------------------------------------
+
+    def checkpoint(self) -> None:
+        """Whole or not at all. LedgerError on a full disk."""
+        tensors = {name: torch.from_numpy(vector) for name, vector in self._vectors().items()}
+        counts = []
+        for k, replica in enumerate(self.replicas):
+            moments, steps = replica.inner.moments()
+            tensors |= {f"{k}.{name}": tensor for name, tensor in moments.items()}
+            counts.append({"steps": steps, "tokens": replica.tokens, "late": replica.late})
+        facts = {
+            "what": json.loads(self.what.model_dump_json()),
+            "step": self.state.step,
+            "head": self.state.head.hex(),
+            "replicas": counts,
+            "curve": [vars(point) for point in self.curve],
+            "wall_s": self.wall_s,
+        }
+        data = save(tensors, {"simulation": json.dumps(facts)})
+        write_whole(self.folder / CHECKPOINT_FILE, [data], len(data))
+
+    def _vectors(self) -> dict[str, Vector]:
+        vectors = {"theta": self.state.theta, "momentum": self.state.momentum, "second": self.rule.second}
+        return vectors | {f"{k}.local": replica.local for k, replica in enumerate(self.replicas)}
+
+    def _restore(self) -> bool:
+        path = self.folder / CHECKPOINT_FILE
+        if not path.exists():
+            return False
+        try:
+            with safe_open(path, "pt") as file:
+                facts = json.loads(file.metadata()["simulation"])
+                for name, vector in self._vectors().items():
+                    vector[:] = file.get_tensor(name).numpy()
+                for k, (replica, counts) in enumerate(zip(self.replicas, facts["replicas"])):
+                    named = [name for name in file.keys() if name.startswith(f"{k}.exp_avg")]  # noqa: SIM118
+                    moments = {name.partition(".")[2]: file.get_tensor(name) for name in named}
+                    replica.inner.restore(moments, counts["steps"])
+                    replica.tokens, replica.late = counts["tokens"], counts["late"]
+                    replica.write_local()
+            self.state.step, self.state.head = facts["step"], bytes.fromhex(facts["head"])
+            self.curve = [Point(**point) for point in facts["curve"]]
+            self.wall_s = facts["wall_s"]
+        except (SafetensorError, OSError, KeyError, ValueError, TypeError) as error:
+            raise UsageError(f"{path}: damaged ({type(error).__name__}); delete it to start anew") from error
+        return True
+
+    def write_summary(self) -> dict[str, Any]:
+        """What became of it; and theta as a run that ``export`` and ``sample`` read."""
+        signed = self.manifest.signed(Identity.load_or_create(self.folder / "identity.key"))
+        with disk_errors(self.folder, len(signed)):
+            write_whole(self.folder / MANIFEST_FILE, [signed], len(signed))
+        open_ledger(self.folder, self.manifest).write_snapshot(self.state)
+        summary = {
+            "what": json.loads(self.what.model_dump_json()),
+            "run_id": self.manifest.run_id,
+            "digest": self.state.digest().hex(),
+            "heads": {point.step: point.head for point in self.curve},
+            "held_out": [(point.step, point.held_out_loss) for point in self.curve if point.held_out_loss is not None],
+            "curve": [vars(point) for point in self.curve],
+            "wall_s": self.wall_s,
+            "torch": torch.__version__,
+            "device": str(self.device),
+        }
+        data = json.dumps(summary, indent=1).encode() + b"\n"
+        write_whole(self.folder / SUMMARY_FILE, [data], len(data))
+        return summary
+
+
+def check_same(folder: Path, what: SimulatedRun) -> None:
+    """UsageError when ``folder`` has what is left of another simulation."""
+    path = folder / CHECKPOINT_FILE
+    if not path.exists():
+        return
+    try:
+        with safe_open(path, "pt") as file:
+            held = SimulatedRun.model_validate_json(json.dumps(json.loads(file.metadata()["simulation"])["what"]))
+    except (SafetensorError, OSError, KeyError, ValueError, TypeError) as error:
+        raise UsageError(f"{path}: damaged ({type(error).__name__}); delete it to start anew") from error
+    if held != what:
+        raise UsageError(f"{folder}: holds another simulation, or this one before its file changed; choose another")

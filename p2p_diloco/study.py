@@ -1,0 +1,137 @@
+"""A study: one question, as a TOML file of arms that differ in some keys, each with several seeds. Pure.
+
+    base = "base.toml"                       # a run file, perhaps with [simulate]; keys below change it
+    set = { "inner.steps" = 50 }             # in all arms
+    [[arm]]
+    name = "drop 50 %"
+    set = { "simulate.drop" = 0.5 }
+    [quick]                                  # --quick: smaller; [large], --large: for a GPU
+    seeds = [0]
+    set = { "outer.steps" = 10 }
+
+Arms with the same seed start from the same values and, where their replicas have the same names, draw the same batches:
+differences between them are paired.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field, ValidationError, model_validator
+
+from p2p_diloco.errors import UsageError
+from p2p_diloco.manifest import Section, canonical_json, explain, read_toml
+from p2p_diloco.outer import digest
+from p2p_diloco.simulation import SimulatedRun, listed
+
+Size = Literal["full", "quick", "large"]
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
+Seeds = Annotated[tuple[Seed, ...], BeforeValidator(listed), Field(min_length=1, max_length=100)]
+Keys = dict[str, Any]
+
+
+class Arm(Section):
+    name: Annotated[str, Field(min_length=1, max_length=60)]
+    set: Keys = Field(default_factory=dict)
+    """Dotted keys of the run file, or of ``simulate``, and their values."""
+
+
+class Variation(Section):
+    seeds: Seeds | None = None
+    set: Keys = Field(default_factory=dict)
+    """After the study's own keys, before the arm's."""
+
+
+class StudySpec(Section):
+    """A study's file."""
+
+    title: str
+    paper: str
+    """Where the claim stands that this looks at."""
+    base: str
+    """Path of the run file, relative to this one."""
+    seeds: Seeds = (0, 1, 2)
+    reference: str
+    """The arm that differences are from."""
+    gap: Annotated[tuple[str, str], BeforeValidator(listed)] | None = None
+    """Two arms: what part of the way from the first one's loss to the second one's do the others go?"""
+    set: Keys = Field(default_factory=dict)
+    arm: Annotated[tuple[Arm, ...], BeforeValidator(listed), Field(min_length=1)]
+    quick: Variation = Variation()
+    large: Variation = Variation()
+
+    @model_validator(mode="after")
+    def _known_arms(self) -> StudySpec:
+        names = [arm.name for arm in self.arm]
+        if len(set(names)) != len(names):
+            raise ValueError("two arms have the same name")
+        for name in (self.reference, *(self.gap or ())):
+            if name not in names:
+                raise ValueError(f"there is no arm {name!r}")
+        return self
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trial:
+    """One simulation of a study: an arm with a seed."""
+
+    arm: str
+    seed: int
+    what: SimulatedRun
+
+    @cached_property
+    def key(self) -> str:
+        """Of what is simulated: studies that have the same arm have the same simulation, which is made once."""
+        return digest(b"trial", canonical_json(self.what.model_dump(mode="json")))[:8].hex()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Study:
+    name: str
+    spec: StudySpec
+    size: Size
+    base: Path
+    """What the paths of the run file are relative to."""
+    trials: tuple[Trial, ...]
+    """Seed by seed, so that after the first one all arms can be compared."""
+
+    @classmethod
+    def load(cls, path: Path, size: Size) -> Study:
+        """Raises UsageError that names file, arm and key."""
+        table = read_toml(path, "study")
+        try:
+            spec = StudySpec.model_validate(table)
+        except ValidationError as error:
+            raise UsageError(f"{path}: {explain(error, StudySpec)}") from error
+        run_file = path.parent / spec.base
+        base = read_toml(run_file, "run file")
+        variation = {"full": Variation(), "quick": spec.quick, "large": spec.large}[size]
+        trials = tuple(
+            trial_of(base, arm, seed, [spec.set, variation.set, arm.set], f"{path}: arm {arm.name!r}")
+            for seed in variation.seeds or spec.seeds
+            for arm in spec.arm
+        )
+        return cls(name=path.stem, spec=spec, size=size, base=run_file.parent, trials=trials)
+
+
+def trial_of(base: Mapping[str, Any], arm: Arm, seed: int, changes: list[Keys], source: str) -> Trial:
+    table = copy.deepcopy(dict(base))
+    for keys in (*changes, {"seed": seed}):
+        for key, value in keys.items():
+            change(table, key, value, source)
+    return Trial(arm=arm.name, seed=seed, what=SimulatedRun.parse(table, source))
+
+
+def change(table: dict[str, Any], key: str, value: Any, source: str) -> None:
+    """Set a dotted key. UsageError where it goes through something that is no table."""
+    *sections, last = key.split(".")
+    for section in sections:
+        table = table.setdefault(section, {})
+        if not isinstance(table, dict):
+            raise UsageError(f"{source}: key {key!r}: {section!r} is not a table")
+    table[last] = value
