@@ -55,6 +55,7 @@ if TYPE_CHECKING:
     from p2p_diloco.config import PeerConfig
     from p2p_diloco.manifest import RunManifest, RunSpec
     from p2p_diloco.simulate import Simulation
+    from p2p_diloco.study import Size
     from p2p_diloco.swarm import Swarm
 
 log = logging.getLogger(__name__)
@@ -599,9 +600,7 @@ def simulate(
 
 @app.command(sort_key=9)
 def experiment(
-    name: str,
-    /,
-    *,
+    *names: str,
     quick: Flag = False,
     large: Flag = False,
     jobs: AtLeastOne | None = None,
@@ -610,16 +609,16 @@ def experiment(
     threads: AtLeastOne | None = 1,
     output: Output = OUTPUT,
 ) -> None:
-    """Make the simulations of a study, several at a time; write its table, its plot and the raw figures.
+    """Make the simulations of studies, several at a time; write a table, a plot and the raw figures of each.
 
     Parameters
     ----------
-    name
-        A study in peers/experiments/, or the path of one.
+    names
+        Studies in peers/experiments/, or paths of some.
     quick
-        Its small variant: at most ten minutes on two cores.
+        Their small variant: at most ten minutes on two cores.
     large
-        Its large variant: for a GPU.
+        Their large variant: for a GPU.
     jobs
         Simulations at the same time; as many as there are processors by default.
     folder
@@ -633,14 +632,14 @@ def experiment(
         raise UsageError("give either --quick or --large")
 
     with importing("experiment"):
-        from p2p_diloco.experiment import find_study, run_study
+        from p2p_diloco.experiment import find_study, run_studies
         from p2p_diloco.study import Study
 
-    study = Study.load(find_study(name), "quick" if quick else "large" if large else "full")
-    table, picture = run_study(
-        study, folder, jobs=jobs or os.cpu_count() or 1, device=device, threads=threads, console=STDOUT
-    )
-    print(f"table  {table}\nplot   {picture}")
+    if not names:
+        raise UsageError("give the name of a study, like drop, or the path of one")
+    size: Size = "quick" if quick else "large" if large else "full"
+    studies = [Study.load(find_study(name), size) for name in names]
+    run_studies(studies, folder, jobs=jobs or os.cpu_count() or 1, device=device, threads=threads, console=STDOUT)
 
 
 @app.command(sort_key=8)

@@ -1,4 +1,4 @@
-"""``p2p-diloco experiment``: all simulations of a study, several at a time, each in a process of its own.
+"""``p2p-diloco experiment``: all simulations of some studies, several at a time, each in a process of its own.
 
     FOLDER/trials/KEY/          one simulation: checkpoint and summary; the same arm of several studies is one
     FOLDER/NAME[-SIZE].md, .png, .json
@@ -60,31 +60,34 @@ class Work:
         return self.folder / "trials" / self.trial.key
 
 
-def run_study(
-    study: Study, folder: Path, *, jobs: int, device: str, threads: int | None, console: Console
-) -> tuple[Path, Path]:
-    """The files of the table and the plot. Raises LocalError; what was finished by then is kept."""
+def run_studies(
+    studies: Sequence[Study], folder: Path, *, jobs: int, device: str, threads: int | None, console: Console
+) -> None:
+    """Raises LocalError; what was finished by then is kept."""
     check_plots()
     with disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
     works = {
         trial.key: Work(trial=trial, base=study.base, folder=folder, device=device, threads=threads)
+        for study in studies
         for trial in study.trials
     }
     missing = [work for work in works.values() if not (work.of_trial / SUMMARY_FILE).exists()]
     with Progress(
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=console
     ) as progress:
-        task = progress.add_task(f"{study.name}, {len(works)} simulations", total=len(works))
+        task = progress.add_task("simulations", total=len(works))
         progress.advance(task, len(works) - len(missing))
         for work, loss in simulate_all(missing, jobs):
             progress.console.print(f"{work.trial.arm}, seed {work.trial.seed}: {loss:.4f}", highlight=False)
             progress.advance(task)
     summaries = {key: read_summary(work.of_trial) for key, work in works.items()}
-    return write_results(study, summaries, folder, console)
+    for study in studies:
+        write_results(study, summaries, folder, console)
 
 
-def write_results(study: Study, summaries: dict[str, Summary], folder: Path, console: Console) -> tuple[Path, Path]:
+def write_results(study: Study, summaries: dict[str, Summary], folder: Path, console: Console) -> None:
+    """Table, plot and raw figures; what is not there yet is left out."""
     stem = folder / (study.name if study.size == "full" else f"{study.name}-{study.size}")
     table, picture = stem.with_suffix(".md"), stem.with_suffix(".png")
     text = markdown(study, rows_of(study, summaries))
@@ -93,7 +96,7 @@ def write_results(study: Study, summaries: dict[str, Summary], folder: Path, con
         stem.with_suffix(".json").write_text(json.dumps(raw(study, summaries), indent=1) + "\n")
         plot(study, summaries, picture)
     console.print(Markdown(text) if console.is_terminal else text, markup=False, soft_wrap=True)
-    return table, picture
+    console.print(f"{table}\n{picture}\n", soft_wrap=True)
 
 
 def read_summary(folder: Path) -> Summary:

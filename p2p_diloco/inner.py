@@ -74,7 +74,7 @@ def whole() -> Iterator[None]:
 
 
 class InnerOptimizer:
-    """One trainer's AdamW. ``model`` is on ``device``; bf16 autocast is used on CUDA devices that compute in it."""
+    """One trainer's AdamW, or SGD. ``model`` is on ``device``; bf16 autocast is used where CUDA computes in it."""
 
     def __init__(self, model: torch.nn.Module, spec: RunSpec, device: torch.device) -> None:
         self.model = model
@@ -87,15 +87,18 @@ class InnerOptimizer:
             {"params": [p for p in self.parameters if p.dim() >= 2], "weight_decay": inner.weight_decay},
             {"params": [p for p in self.parameters if p.dim() < 2], "weight_decay": 0.0},
         ]
-        self.adamw = torch.optim.AdamW(
-            [group for group in groups if group["params"]], lr=inner.lr, betas=(inner.beta1, inner.beta2)
-        )
+        groups = [group for group in groups if group["params"]]
+        self.optimizer: torch.optim.Optimizer
+        if inner.optimizer == "adamw":
+            self.optimizer = torch.optim.AdamW(groups, lr=inner.lr, betas=(inner.beta1, inner.beta2))
+        else:
+            self.optimizer = torch.optim.SGD(groups, lr=inner.lr)
         self.autocast = device.type == "cuda" and torch.cuda.is_bf16_supported()
 
     def step(self, corpus: Corpus, *, peer_id: str, at: Place) -> float:
         """One inner step on this peer's batch of that place. Returns the mean loss, nats per token."""
         inner, data = self.spec.inner, self.spec.data
-        for group in self.adamw.param_groups:
+        for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(inner, at.schedule_step, inner.steps * self.spec.outer.steps)
         total = torch.zeros((), device=self.device)
         for micro_step in range(inner.grad_accumulation):
@@ -116,13 +119,13 @@ class InnerOptimizer:
         with whole():
             norm = torch.nn.utils.clip_grad_norm_(self.parameters, inner.clip)
             if torch.isfinite(norm):  # one gradient that is not would stay in the moments for ever
-                self.adamw.step()
-            self.adamw.zero_grad(set_to_none=True)
+                self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=True)
         return total.item()
 
     def forget(self) -> None:
         """Begin with new moments: the old ones led to parameters that are not finite."""
-        self.adamw.state.clear()
+        self.optimizer.state.clear()
 
     def save(self, path: Path, local: Vector, *, head: str, inner_step: int, tokens: int) -> None:
         """Moments, local parameters, and where they belong. Whole or not at all; LedgerError on a full disk."""
@@ -135,11 +138,11 @@ class InnerOptimizer:
 
     def moments(self) -> tuple[dict[str, torch.Tensor], list[float]]:
         """AdamW's state: two moments a parameter by name, on the CPU, and how many steps each has made. Empty before
-        the first step."""
+        the first step, and for SGD."""
         tensors, steps = {}, []
         for i, parameter in enumerate(self.parameters):
-            state = self.adamw.state.get(parameter)
-            if state:
+            state = self.optimizer.state.get(parameter, {})
+            if "exp_avg" in state:
                 tensors[f"exp_avg.{i}"] = state["exp_avg"].contiguous().cpu()
                 tensors[f"exp_avg_sq.{i}"] = state["exp_avg_sq"].contiguous().cpu()
                 steps.append(float(state["step"]))
@@ -153,7 +156,7 @@ class InnerOptimizer:
         if [moment.shape for moment, _ in pairs] != [p.shape for p in self.parameters[: len(pairs)]]:
             return False
         for parameter, step, (exp_avg, exp_avg_sq) in zip(self.parameters, steps, pairs):
-            self.adamw.state[parameter] = {
+            self.optimizer.state[parameter] = {
                 "step": torch.tensor(step),
                 "exp_avg": exp_avg.to(parameter.device),
                 "exp_avg_sq": exp_avg_sq.to(parameter.device),

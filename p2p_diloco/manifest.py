@@ -91,6 +91,8 @@ class DataSpec(Section):
 class InnerSpec(Section):
     """``[inner]``: AdamW, as in the paper (arXiv 2311.08105, section 3)."""
 
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    """``sgd``: without momentum; with ``steps`` 1 and an outer mean, that is training on one large batch."""
     steps: Count = 500
     """H: inner steps between two outer steps."""
     batch_size: Annotated[int, Field(gt=0, le=65_536)] = 16

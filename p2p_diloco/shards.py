@@ -100,9 +100,12 @@ def clusters(table: npt.NDArray[np.float64], count: int, seed: int) -> list[int]
     is empty."""
     from scipy.cluster.vq import ClusterError, kmeans2
 
+    distinct = len(np.unique(table, axis=0))
     try:
+        if distinct < count:
+            raise ClusterError(f"{distinct} documents differ")
         _, labels = kmeans2(table, count, minit="++", rng=np.random.default_rng(seed), missing="raise")
-    except (ClusterError, ValueError) as error:
+    except ClusterError as error:
         raise DataError(
             f"the text does not fall into {count} clusters ({first_line(error)}); take fewer replicas"
         ) from error

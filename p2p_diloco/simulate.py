@@ -61,6 +61,8 @@ log = logging.getLogger(__name__)
 CHECKPOINT_FILE = "checkpoint.safetensors"
 SUMMARY_FILE = "summary.json"
 CHECKPOINT_EVERY_S = 30.0
+EVALUATED_ROWS = 32
+"""In one forward pass: small batches would take longer to evaluate on than to learn from."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -276,7 +278,7 @@ class Simulation:
         held_out: float | None = None
         if step % self.what.simulate.evaluate_every == 0 or self.done:
             batches = self.held_out.held_out_batches(
-                batch_size=spec.inner.batch_size, seq_len=spec.data.seq_len, max_tokens=spec.data.eval_tokens
+                batch_size=EVALUATED_ROWS, seq_len=spec.data.seq_len, max_tokens=spec.data.eval_tokens
             )
             show_theta(self.model, self.state.theta)
             held_out = evaluate(self.model, batches)

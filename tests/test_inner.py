@@ -77,14 +77,14 @@ def test_accumulated_gradients_are_those_of_one_large_batch() -> None:
     both = torch.from_numpy(np.concatenate(batches))
     logits = inner.model(input_ids=both[:, :-1]).logits
     torch.nn.functional.cross_entropy(logits.flatten(0, 1), both[:, 1:].flatten()).backward()  # type: ignore[no-untyped-call]
-    inner.adamw.step()
+    inner.optimizer.step()
     accumulated, _ = trainer()
     accumulated.spec = SPEC.model_copy(
         update={"inner": SPEC.inner.model_copy(update={"grad_accumulation": 2, "clip": 1e9})}
     )
     accumulated.step(corpus(), peer_id="me", at=Place(3, 3))
     for one, other in zip(inner.parameters, accumulated.parameters):
-        moment, expected = accumulated.adamw.state[other]["exp_avg"], inner.adamw.state[one]["exp_avg"]
+        moment, expected = accumulated.optimizer.state[other]["exp_avg"], inner.optimizer.state[one]["exp_avg"]
         assert torch.allclose(moment, expected, atol=1e-6)
 
 
@@ -115,4 +115,4 @@ def test_a_damaged_or_missing_file_costs_the_moments_and_nothing_else(tmp_path: 
         path.write_bytes(path.read_bytes()[:50] + damage)
     again, _ = trainer()
     assert again.load(path) is None
-    assert not again.adamw.state
+    assert not again.optimizer.state

@@ -1,0 +1,113 @@
+from __future__ import annotations
+
+import json
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from test_study import ARMS, HEAD, write
+
+from p2p_diloco.errors import UsageError
+from p2p_diloco.report import check_plots, markdown, plot, raw, rows_of
+from p2p_diloco.study import Study
+
+
+def study_of(folder: Path) -> Study:
+    arms = ARMS + '[[arm]]\nname = "best"\nset = { "simulate.prune" = 0.5 }\n'
+    text = HEAD + 'seeds = [1, 2]\ngap = ["plain", "best"]\n' + arms
+    return Study.load(write(folder, text), "full")
+
+
+def summary_of(losses: list[float | None], tokens: int = 2_000_000) -> dict[str, Any]:
+    curve = [
+        {
+            "step": step,
+            "held_out_loss": loss,
+            "tokens": step * tokens // (len(losses) - 1),
+            "sent_bytes": step * 500_000,
+        }
+        for step, loss in enumerate(losses)
+    ]
+    held_out = [[point["step"], point["held_out_loss"]] for point in curve if point["held_out_loss"] is not None]
+    return {"curve": curve, "held_out": held_out}
+
+
+def summaries_of(study: Study) -> dict[str, Any]:
+    final = {
+        ("plain", 1): 2.0,
+        ("half", 1): 1.7,
+        ("best", 1): 1.4,
+        ("plain", 2): 2.2,
+        ("half", 2): 2.1,
+        ("best", 2): 1.8,
+    }
+    return {trial.key: summary_of([3.0, 2.5, final[trial.arm, trial.seed]]) for trial in study.trials}
+
+
+def test_rows_by_hand(tmp_path: Path) -> None:
+    study = study_of(tmp_path)
+    plain, half, best = rows_of(study, summaries_of(study))
+    assert (half.arm, half.seeds, half.losses) == ("half", (1, 2), (1.7, 2.1))
+    assert half.differences == pytest.approx((-0.3, -0.1))
+    assert half.closed == pytest.approx((2.1 - 1.9) / (2.1 - 1.6))
+    assert (plain.closed, best.closed) == (0.0, 1.0)
+    assert (half.tokens, half.sent_mb) == (2_000_000, 1.0)
+
+
+def test_the_table(tmp_path: Path) -> None:
+    study = study_of(tmp_path)
+    lines = markdown(study, rows_of(study, summaries_of(study))).splitlines()
+    assert lines[0] == "### T"
+    assert lines[2] == "| arm | held-out loss | from plain | gap closed | tokens | sent MB |"
+    assert lines[5] == "| half | 1.9000 (1.7000 to 2.1000) | -0.2000 (-0.3000 to -0.1000) | 40 % | 2.00 M | 1.00 |"
+    assert lines[4].startswith("| plain | 2.1000 (2.0000 to 2.2000) |  | 0 % |")
+    assert lines[-1] == (
+        "Seeds 1, 2; mean (smallest to largest). Held-out loss in nats per token. Gap: from plain to best."
+    )
+
+
+def test_an_arm_that_diverged_is_infinitely_bad(tmp_path: Path) -> None:
+    study = study_of(tmp_path)
+    summaries = summaries_of(study)
+    summaries[study.trials[1].key] = summary_of([3.0, None, None])
+    half = rows_of(study, summaries)[1]
+    assert half.losses == (math.inf, 2.1)
+    assert "inf" in markdown(study, rows_of(study, summaries))
+
+
+def test_what_is_not_there_yet_is_left_out(tmp_path: Path) -> None:
+    study = study_of(tmp_path)
+    summaries = summaries_of(study)
+    first = {study.trials[1].key: summaries[study.trials[1].key]}
+    (row,) = rows_of(study, first)
+    assert (row.arm, row.seeds, row.differences, row.closed) == ("half", (1,), (), None)
+    assert "| half | 1.7000 |  |  | 2.00 M | 1.00 |" in markdown(study, [row])
+
+
+def test_the_plot_is_a_picture_with_a_line_an_arm(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    study = study_of(tmp_path)
+    summaries = summaries_of(study)
+    summaries[study.trials[1].key] = summary_of([3.0, None, None])
+    path = tmp_path / "plot.png"
+    plot(study, summaries, path)
+    assert path.read_bytes().startswith(b"\x89PNG")
+    assert len(path.read_bytes()) > 10_000
+
+
+def test_the_raw_figures_have_all(tmp_path: Path) -> None:
+    study = study_of(tmp_path)
+    figures = json.loads(json.dumps(raw(study, summaries_of(study))))
+    assert [row["arm"] for row in figures["rows"]] == ["plain", "half", "best"]
+    assert len(figures["trials"]) == 6
+    assert figures["trials"][0]["curve"][-1]["held_out_loss"] == 2.0
+
+
+def test_a_missing_library_is_told_before_anything_is_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(
+        UsageError, match=r"plots need matplotlib; install it with: pip install 'p2p-diloco\[experiments\]'"
+    ):
+        check_plots()

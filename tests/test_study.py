@@ -1,0 +1,114 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from small_runs import SMALL
+
+from p2p_diloco.errors import UsageError
+from p2p_diloco.study import Study
+
+ROOT = Path(__file__).parent.parent
+STUDIES = sorted(path for path in (ROOT / "peers/experiments").glob("*.toml") if path.stem != "base")
+BASE = f"""
+name = "small"
+[model.config]
+model_type = "llama"
+[data]
+seq_len = {SMALL["data"]["seq_len"]}
+[inner]
+steps = 4
+[simulate]
+replicas = 2
+"""
+HEAD = """
+title = "T"
+paper = "P"
+base = "base.toml"
+reference = "plain"
+"""
+ARMS = """
+[[arm]]
+name = "plain"
+[[arm]]
+name = "half"
+set = { "simulate.drop" = 0.5, "inner.steps" = 8 }
+"""
+
+
+def write(folder: Path, text: str) -> Path:
+    (folder / "base.toml").write_text(BASE)
+    (folder / "study.toml").write_text(text)
+    return folder / "study.toml"
+
+
+def test_arms_by_seed_each_with_its_keys(tmp_path: Path) -> None:
+    more = 'seeds = [3, 4]\nset = { "inner.steps" = 6 }\n'
+    study = Study.load(write(tmp_path, HEAD + more + ARMS), "full")
+    assert [(trial.arm, trial.seed) for trial in study.trials] == [("plain", 3), ("half", 3), ("plain", 4), ("half", 4)]
+    plain, half = study.trials[0].what, study.trials[1].what
+    assert (plain.run.inner.steps, plain.simulate.drop, plain.run.seed) == (6, 0.0, 3)
+    assert (half.run.inner.steps, half.simulate.drop, half.simulate.replicas) == (8, 0.5, (2,))
+    assert (study.name, study.base) == ("study", tmp_path)
+
+
+def test_a_size_changes_seeds_and_keys_and_an_arm_has_the_last_word(tmp_path: Path) -> None:
+    quick = '[quick]\nseeds = [9]\nset = { "inner.steps" = 5, "inner.batch_size" = 2 }\n'
+    path = write(tmp_path, HEAD + ARMS + quick)
+    study = Study.load(path, "quick")
+    assert [(trial.seed, trial.what.run.inner.steps) for trial in study.trials] == [(9, 5), (9, 8)]
+    assert {trial.what.run.inner.batch_size for trial in study.trials} == {2}
+    assert len(Study.load(path, "large").trials) == 6
+
+
+def test_the_same_simulation_has_the_same_key_in_every_study(tmp_path: Path) -> None:
+    one = Study.load(write(tmp_path, HEAD + ARMS), "full").trials
+    (tmp_path / "other.toml").write_text(
+        HEAD.replace('"T"', '"U"').replace("plain", "as is") + '[[arm]]\nname = "as is"\n'
+    )
+    other = Study.load(tmp_path / "other.toml", "full").trials
+    assert other[0].key == one[0].key
+    assert len({trial.key for trial in one}) == 6
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (HEAD, "key 'arm' is missing"),
+        (HEAD + "arm = []\n", "key 'arm': value should have at least 1 item"),
+        (HEAD + ARMS.replace("half", "plain"), "key 'top level': two arms have the same name"),
+        (HEAD.replace("plain", "whole") + ARMS, "key 'top level': there is no arm 'whole'"),
+        (HEAD + 'gap = ["plain", "none"]\n' + ARMS, "key 'top level': there is no arm 'none'"),
+        (HEAD + "seed = [1]\n" + ARMS, "unknown key 'seed'; did you mean 'seeds'?"),
+        (HEAD + "seeds = [-1]\n" + ARMS, "key 'seeds.1': input should be greater than or equal to 0"),
+        (
+            HEAD + ARMS.replace("simulate.drop", "simulate.drops"),
+            "arm 'half': [simulate]: unknown key 'drops'; did you mean 'drop'?",
+        ),
+        (HEAD + ARMS.replace("inner.steps", "name.steps"), "arm 'half': key 'name.steps': 'name' is not a table"),
+        (HEAD + ARMS.replace("0.5", '"half"'), "arm 'half': [simulate]: key 'drop': input should be a valid number"),
+        (HEAD + "[[arm]\n", "not valid TOML"),
+    ],
+)
+def test_a_bad_study_names_file_arm_and_key(tmp_path: Path, text: str, message: str) -> None:
+    path = write(tmp_path, text)
+    with pytest.raises(UsageError) as refused:
+        Study.load(path, "full")
+    assert str(refused.value).startswith(f"{path}: {message}"), refused.value
+
+
+def test_a_base_that_is_not_there(tmp_path: Path) -> None:
+    path = write(tmp_path, HEAD.replace("base.toml", "none.toml") + ARMS)
+    with pytest.raises(UsageError, match=r"none\.toml: no such run file"):
+        Study.load(path, "full")
+
+
+@pytest.mark.parametrize("path", STUDIES, ids=[path.stem for path in STUDIES])
+def test_the_repositorys_studies_are_sound(path: Path) -> None:
+    """In all sizes; and each opens with a comment on what it asks."""
+    assert path.read_text().startswith("# ")
+    for size in ("full", "quick", "large"):
+        study = Study.load(path, size)
+        assert len({trial.key for trial in study.trials}) == len(study.trials), "two arms are the same"
+    seeds = {trial.seed for trial in Study.load(path, "full").trials}
+    assert len(seeds) >= 3
