@@ -40,6 +40,7 @@ def table_of(changes: Mapping[str, Any] | None = None) -> dict[str, Any]:
 
 def small_run(folder: Path, changes: Mapping[str, Any] | None = None) -> SimulatedRun:
     """Its text is written below ``folder``, which is what its paths are relative to."""
-    folder.mkdir(exist_ok=True)
-    write_texts(folder / "text")
+    if not (folder / "text").exists():
+        folder.mkdir(exist_ok=True)
+        write_texts(folder / "text")
     return SimulatedRun.parse(table_of(changes), "small")

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from reference import diloco
-from small_runs import small_run
+from small_runs import SMALL, small_run
 
 from p2p_diloco import simulate
 from p2p_diloco.codec import CODECS, Vector
@@ -34,18 +34,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def open_small(folder: Path, changes: Mapping[str, Any] | None = None, name: str = "out") -> Simulation:
-    if not (folder / "text").exists():
-        small_run(folder)
-    what = small_run_at(folder, changes)
-    return Simulation.open(what, folder / name, base=folder, device="cpu", threads=1)
-
-
-def small_run_at(folder: Path, changes: Mapping[str, Any] | None) -> Any:
-    from small_runs import table_of
-
-    from p2p_diloco.simulation import SimulatedRun
-
-    return SimulatedRun.parse(table_of(changes), "small")
+    return Simulation.open(small_run(folder, changes), folder / name, base=folder, device="cpu", threads=1)
 
 
 def theta_of(simulation: Simulation) -> Vector:
@@ -202,9 +191,12 @@ def test_a_late_update_is_merged_in_time(tmp_path: Path, monkeypatch: pytest.Mon
     simulation.outer_step()
     own = replica.local.copy()
     lates, step = list[bool](), replica.inner.step
-    monkeypatch.setattr(
-        replica.inner, "step", lambda *args, **named: lates.append(replica.late) or step(*args, **named)
-    )
+
+    def noted(*args: Any, **named: Any) -> float:
+        lates.append(replica.late)
+        return step(*args, **named)
+
+    monkeypatch.setattr(replica.inner, "step", noted)
     replica.learn(simulation.what, simulation.state, 4)
     assert lates == [True, True, False, False]
     assert np.allclose(replica.local, 0.25 * own + 0.75 * simulation.state.theta, atol=1e-6)
@@ -222,8 +214,7 @@ def test_pruning_and_two_bits_leave_less_of_an_outer_gradient(tmp_path: Path) ->
 
 
 def test_shards_of_ones_own_are_other_batches(tmp_path: Path) -> None:
-    what = small_run(tmp_path, {"simulate.shards": "non-iid", "simulate.replicas": 2})
-    simulation = Simulation.open(what, tmp_path / "out", base=tmp_path, device="cpu", threads=1)
+    simulation = open_small(tmp_path, {"simulate.shards": "non-iid", "simulate.replicas": 2})
     first, second = (replica.corpus.train for replica in simulation.replicas)
     assert len(first) + len(second) == len(simulation.held_out.train)
     assert simulation.outer_step().step == 1
@@ -268,8 +259,6 @@ def test_a_simulation_goes_on_where_it_was_stopped(
     """After every outer step; its last digest is that of one that was never stopped."""
     changes = {"outer.steps": 4} | changes
     if "model" in changes:
-        from small_runs import SMALL
-
         monkeypatch.setitem(SMALL, "model", changes["model"])
         del changes["model"]
     whole = open_small(tmp_path, changes, name="whole")
