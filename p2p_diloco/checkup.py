@@ -218,7 +218,10 @@ class Checkup:
     def _text(self, manifest: RunManifest, trial: MachineTrial) -> None:
         data = self.request.data
         try:
-            own = "" if data is None else f"{data}, {len(user_files(data)[1])} files"
+            if data is None or (manifest.spec.data.source == "hub" and data.is_dir()):
+                own = str(data or "")
+            else:
+                own = f"{data}, {len(user_files(data)[1])} files"
         except (DataError, OSError) as error:
             problem = error if isinstance(error, DataError) else DataError(f"{data}: cannot be read ({error.strerror})")
             self.checklist.add(error_finding("text", problem))

@@ -63,7 +63,7 @@ class Children:
         if network is not None:
             self._options.append("--no-use-relay")
         self._trainer = [*trainer, "--device", "cpu"]
-        if spec.data.path is not None:
+        if spec.data.path is not None and (run_file.parent / spec.data.path).exists():
             self._trainer += ["--data", str(run_file.parent / spec.data.path)]
         self._threads = 1
         self._seed_address: str | None = None

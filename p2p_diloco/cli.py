@@ -860,10 +860,13 @@ def facts_of(manifest: RunManifest) -> dict[str, str]:
 def check_run_file(path: Path) -> dict[str, str]:
     """What a run file would start, without starting it. Raises UsageError that names file and key."""
     from p2p_diloco.data import load_tokenizer_json, open_tokenizer
+    from p2p_diloco.hub import check_data_set
     from p2p_diloco.manifest import RunSpec
 
     spec, base = RunSpec.load(path), path.parent
-    if spec.data.path is not None and not (base / spec.data.path).exists():
+    if spec.data.source == "hub":
+        check_data_set(spec.data, base)
+    elif spec.data.path is not None and not (base / spec.data.path).exists():
         raise UsageError(f"{path}: key 'data.path': no such file or folder: {base / spec.data.path}")
     tokenizer = open_tokenizer(load_tokenizer_json(spec.data, base))
 

@@ -1,6 +1,7 @@
 """Text -> documents -> tokens on disk -> batches.
 
-    open_corpus   documents of the built-in text or of a user's files, tokenized once into memory-mapped files
+    open_corpus   documents of the built-in text, of a user's files or of a hub data set, tokenized once into
+                  memory-mapped files
     Corpus        batch(...) is a pure function of (run seed, peer id, step, micro step): no loader state, no rank, no
                   world size, so a peer that comes back draws what it would have drawn
     Tokenizer     raw bytes, or the tokenizers library with the JSON that the manifest carries
@@ -15,7 +16,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from hashlib import blake2b
@@ -27,6 +28,7 @@ import numpy.typing as npt
 from numpy.lib.stride_tricks import sliding_window_view
 
 from p2p_diloco.errors import DataError, UsageError
+from p2p_diloco.hub import find_tokenizer, hub_documents
 from p2p_diloco.manifest import DataSpec, canonical_json
 from p2p_diloco.outer import digest
 from p2p_diloco.text import (
@@ -38,6 +40,7 @@ from p2p_diloco.text import (
     reading,
     user_documents,
     user_files,
+    walk,
 )
 
 log = logging.getLogger(__name__)
@@ -137,11 +140,13 @@ def load_tokenizer_json(spec: DataSpec, base: Path) -> str:
     """The text of the tokenizer.json that the run file names, without insignificant spaces; "" for raw bytes."""
     if spec.tokenizer == "bytes":
         return ""
-    path = base / spec.tokenizer
+    path = find_tokenizer(spec.tokenizer, base)
     try:
         text = json.dumps(json.loads(path.read_bytes()), separators=(",", ":"), ensure_ascii=False)
     except FileNotFoundError:
-        raise UsageError(f'{path}: no such tokenizer; data.tokenizer is "bytes" or the path of one') from None
+        raise UsageError(
+            f'{path}: no such tokenizer; data.tokenizer is "bytes", the path of one, or hub:OWNER/NAME'
+        ) from None
     except OSError as error:
         raise UsageError(f"{path}: cannot be read ({error.strerror})") from error
     except ValueError as error:
@@ -184,26 +189,72 @@ class Corpus:
             yield windows[first : first + batch_size].astype(np.int64)
 
 
+@dataclass(frozen=True)
+class Source:
+    """Where documents come from."""
+
+    name: str
+    """For messages."""
+    facts: list[Any]
+    """All that the documents depend on, beside the spec's ``text_key`` and ``held_out``."""
+    documents: Callable[[], Iterator[Document]]
+    fingerprinted: bool = False
+
+
+def source_of(spec: DataSpec, *, base: Path, override_path: Path | None, run_seed: int, peer_id: str) -> Source:
+    if spec.source == "hub" and (override_path is None or override_path.is_dir()):
+        if override_path is not None:
+            spec = spec.model_copy(update={"path": str(override_path.absolute())})
+        return hub_source(spec, base=base, run_seed=run_seed, peer_id=peer_id)
+    own = override_path if override_path is not None else base / spec.path if spec.path is not None else None
+    name = "the built-in text" if own is None else str(own)
+    with reading(name):
+        root, files = builtin_files() if own is None else user_files(own)
+        facts = [own is None, str(root.resolve()), listing(root, files)]
+    if own is None:
+        return Source(name, facts, lambda: builtin_documents(root, files), fingerprinted=True)
+    return Source(name, facts, lambda: user_documents(root, files, spec.text_key))
+
+
+def hub_source(spec: DataSpec, *, base: Path, run_seed: int, peer_id: str) -> Source:
+    """Another one for every peer. What lies on the hub under a name is not looked up again once there are tokens."""
+    folder = base / str(spec.path)
+    with reading(str(folder)):
+        local = [str(folder.resolve()), listing(folder, walk(folder))] if folder.is_dir() else []
+    facts = ["hub", spec.path, local, spec.config, spec.split, spec.held_out_split, spec.max_documents]
+    facts += [spec.eval_tokens, spec.seq_len, run_seed, peer_id]
+    return Source(
+        f"the data set {spec.path}", facts, lambda: hub_documents(spec, base=base, run_seed=run_seed, peer_id=peer_id)
+    )
+
+
+def listing(root: Path, files: Iterable[Path]) -> list[list[Any]]:
+    return [[path.relative_to(root).as_posix(), path.stat().st_size, path.stat().st_mtime_ns] for path in files]
+
+
 def open_corpus(
-    spec: DataSpec, *, base: Path, cache: Path, tokenizer_json: str = "", override_path: Path | None = None
+    spec: DataSpec,
+    *,
+    base: Path,
+    cache: Path,
+    tokenizer_json: str = "",
+    override_path: Path | None = None,
+    run_seed: int = 0,
+    peer_id: str = "",
 ) -> Corpus:
     """Tokenizes the text unless ``cache`` holds its tokens. Processes that open the same text wait for one to do it.
 
-    ``base`` is the folder that paths in the spec are relative to; ``override_path`` are a volunteer's own files.
-    DataError names the file and what to do.
+    ``base`` is the folder that paths in the spec are relative to; ``override_path`` are a volunteer's own files, or a
+    folder in the place of a hub data set. ``run_seed`` and ``peer_id`` choose a peer's part of a hub data set; all
+    other text is the same for everybody. LocalError names the file or key, and what to do.
     """
-    own = override_path if override_path is not None else base / spec.path if spec.path is not None else None
-    source = "the built-in text" if own is None else str(own)
     tokenizer = open_tokenizer(tokenizer_json)
-    with reading(source):
-        root, files = builtin_files() if own is None else user_files(own)
-        listing = [[path.relative_to(root).as_posix(), path.stat().st_size, path.stat().st_mtime_ns] for path in files]
-    identity = [CACHE_FORMAT, own is None, spec.text_key, spec.held_out, tokenizer_json, str(root.resolve()), listing]
+    source = source_of(spec, base=base, override_path=override_path, run_seed=run_seed, peer_id=peer_id)
+    identity = [CACHE_FORMAT, spec.text_key, spec.held_out, tokenizer_json, source.facts]
     folder = cache / digest(b"corpus", canonical_json(identity))[:16].hex()
     try:
         corpus = cached(folder, tokenizer)
         if corpus is None:
-            documents = builtin_documents(root, files) if own is None else user_documents(root, files, spec.text_key)
             cache.mkdir(parents=True, exist_ok=True)
             with locked(folder.with_suffix(".lock")) as alone:
                 corpus = cached(folder, tokenizer)
@@ -211,10 +262,10 @@ def open_corpus(
                     if alone:
                         for stale in (folder, *cache.glob(f"{folder.name}.*.tmp")):
                             shutil.rmtree(stale, ignore_errors=True)
-                    log.info("tokenizing %s, %d files", source, len(files))
+                    log.info("tokenizing %s", source.name)
                     # Without the lock another process may have been first, with the same tokens.
                     with nullcontext() if alone else suppress(OSError):
-                        build(folder, documents, tokenizer, spec.held_out, fingerprinted=own is None)
+                        build(folder, source.documents(), tokenizer, spec.held_out, fingerprinted=source.fingerprinted)
                     corpus = cached(folder, tokenizer)
     except OSError as error:
         raise DataError(
@@ -227,7 +278,9 @@ def open_corpus(
         (corpus.held_out, "held-out text", "add text, raise data.held_out, or lower data.seq_len"),
     ):
         if len(tokens) < spec.seq_len + 1:
-            raise DataError(f"{source}: {len(tokens)} tokens of {what}, one sequence needs {spec.seq_len + 1}; {mend}")
+            raise DataError(
+                f"{source.name}: {len(tokens)} tokens of {what}, one sequence needs {spec.seq_len + 1}; {mend}"
+            )
     return corpus
 
 
@@ -291,7 +344,8 @@ def build(
             for document in documents:
                 if fingerprinted:
                     h.update(document_digest(document))
-                (other if is_held_out(document.name, held_out) else train).add(document)
+                apart = is_held_out(document.name, held_out) if document.held_out is None else document.held_out
+                (other if apart else train).add(document)
             fingerprint = h.hexdigest() if fingerprinted else ""
             facts = {"train": train.finish(), "held_out": other.finish(), "fingerprint": fingerprint}
         (temporary / "corpus.json").write_bytes(canonical_json(facts))

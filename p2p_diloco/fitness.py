@@ -43,6 +43,8 @@ class MachineTrial:
     device_free_bytes: int | None = None
     fingerprint: str | None = None
     """Of the built-in text here, where the run uses it."""
+    has_datasets: bool | None = None
+    """Whether that library is installed here, where the run needs it."""
     step_s: tuple[float, ...] = ()
     """Inner steps of the run's model; the first one is slower."""
     trouble: str = ""
@@ -91,6 +93,13 @@ def text_finding(manifest: RunManifest, trial: MachineTrial, own_data: str) -> F
     """``own_data``: what ``--data`` names; empty without."""
     if own_data:
         return Finding(kind="ok", what="text", measured=f"your own, {own_data}")
+    data = manifest.spec.data
+    if data.source == "hub":
+        measured = f"a part of the data set {data.path}, which peer downloads"
+        if trial.has_datasets is not False:
+            return Finding(kind="ok", what="text", measured=measured)
+        remedy = "install the datasets library, pip install 'p2p-diloco[hf]', or start peer with --data FOLDER"
+        return Finding(kind="problem", what="text", measured=f"{measured} by the datasets library", remedy=remedy)
     if not manifest.data_fingerprint:
         remedy = "start peer with --data FILE-OR-FOLDER"
         return Finding(kind="warning", what="text", measured="every peer of this run brings its own", remedy=remedy)

@@ -13,6 +13,7 @@ import numpy as np
 from p2p_diloco.config import cache_folder
 from p2p_diloco.data import load_tokenizer_json, open_corpus, open_tokenizer
 from p2p_diloco.errors import LedgerError, UsageError
+from p2p_diloco.hub import check_data_set, find_model
 from p2p_diloco.identity import Identity
 from p2p_diloco.manifest import MAX_MANIFEST_BYTES, RunManifest, RunSpec, canonical_json, open_manifest
 from p2p_diloco.model import build_model, context_tokens, layout_of, load_pretrained, read_parameters, resolve_config
@@ -49,9 +50,16 @@ def make_manifest(
     """The manifest and theta_0, float32 [n]. ``base``: what the paths in the spec are relative to."""
     tokenizer_json = load_tokenizer_json(spec.data, base)
     tokenizer = open_tokenizer(tokenizer_json)
-    corpus = open_corpus(spec.data, base=base, cache=cache_folder(), tokenizer_json=tokenizer_json)
+    fingerprint = ""
+    if spec.data.source == "hub":
+        check_data_set(spec.data, base)  # the owner may be a seed, which needs no text
+    else:
+        fingerprint = open_corpus(spec.data, base=base, cache=cache_folder(), tokenizer_json=tokenizer_json).fingerprint
     config = resolve_config(spec.model, base=base, vocab_size=tokenizer.vocab_size)
-    model = build_model(config, seed=spec.seed) if spec.model.path is None else load_pretrained(base / spec.model.path)
+    if spec.model.path is None:
+        model = build_model(config, seed=spec.seed)
+    else:
+        model = load_pretrained(find_model(spec.model.path, base, with_weights=True))
     longest = context_tokens(model)
     if longest is not None and spec.data.seq_len > longest:
         raise UsageError(
@@ -66,7 +74,7 @@ def make_manifest(
         n_params=layout.n,
         layout_digest=layout.digest,
         vocab_size=tokenizer.vocab_size,
-        data_fingerprint=corpus.fingerprint,
+        data_fingerprint=fingerprint,
         tokenizer_json=tokenizer_json,
         genesis=genesis_state(theta).digest().hex(),
         owner=owner.peer_id,

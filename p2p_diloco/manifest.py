@@ -52,7 +52,8 @@ class ModelSpec(Section):
     config: dict[str, Any] | None = None
     """A transformers config, ``model_type`` and whatever differs from that type's defaults."""
     path: str | None = None
-    """A local transformers folder with weights, relative to the run file. The run starts from these weights."""
+    """A transformers folder with weights, relative to the run file, or ``hub:OWNER/NAME`` on the Hugging Face hub. The
+    run starts from these weights; its owner alone fetches them."""
 
     @model_validator(mode="after")
     def _one_of_both(self) -> ModelSpec:
@@ -66,14 +67,26 @@ class ModelSpec(Section):
 class DataSpec(Section):
     """``[data]``"""
 
-    source: Literal["builtin", "path"] = "builtin"
-    """``builtin``: the Python sources of torch, on every machine. ``path``: .txt, .jsonl or .parquet files."""
+    source: Literal["builtin", "path", "hub"] = "builtin"
+    """``builtin``: the Python sources of torch, on every machine. ``path``: .txt, .jsonl or .parquet files. ``hub``: a
+    data set of the Hugging Face hub, or a local folder of the datasets library; every peer needs the extra ``hf``."""
     path: str | None = None
-    """File or folder for ``source = "path"``, relative to the run file. A volunteer names their own with ``--data``."""
+    """File or folder for ``source = "path"``, relative to the run file. A volunteer names their own with ``--data``.
+    For ``source = "hub"``: a folder, or OWNER/NAME on the hub, with @REVISION after it where it shall never change."""
+    config: str | None = None
+    """Configuration of a hub data set, for example ``en`` of allenai/c4."""
+    split: Annotated[str, Field(min_length=1)] = "train"
+    """Of a hub data set: what is trained on."""
+    held_out_split: Annotated[str, Field(min_length=1)] | None = None
+    """Of a hub data set: what is evaluated on. Without it, some of ``split`` are held out, by a hash of their text."""
+    max_documents: Count = 100_000
+    """Of a hub data set: how many documents a peer reads before it starts. Others than its neighbours read, if there
+    are enough; ``hub.py`` says which, and what it costs."""
     text_key: Annotated[str, Field(min_length=1, max_length=64)] = "text"
-    """The field of .jsonl rows and the column of .parquet files that holds the text."""
+    """The field of .jsonl rows, and the column of .parquet files and hub data sets, that holds the text."""
     tokenizer: Annotated[str, Field(min_length=1)] = "bytes"
-    """``bytes``, or the path of a tokenizer.json relative to the run file."""
+    """``bytes``; or the path, relative to the run file, of a tokenizer.json or of a folder that has one; or
+    ``hub:OWNER/NAME``. The owner alone looks for it: it travels in the manifest."""
     seq_len: Annotated[int, Field(ge=8, le=1_048_576)] = 256
     """Tokens a model sees at once; a batch row has one more, the last target."""
     held_out: Annotated[float, Field(gt=0, le=0.5)] = 0.02
@@ -83,8 +96,17 @@ class DataSpec(Section):
 
     @model_validator(mode="after")
     def _path_for_path(self) -> DataSpec:
-        if (self.source == "path") != (self.path is not None):
-            raise ValueError('path goes with source = "path", and source = "path" needs a path')
+        if (self.source == "builtin") != (self.path is None):
+            raise ValueError('path goes with source = "path" or source = "hub", and these need a path')
+        return self
+
+    @model_validator(mode="after")
+    def _hub_keys_for_hub(self) -> DataSpec:
+        for key in ("config", "split", "held_out_split", "max_documents"):
+            if self.source != "hub" and getattr(self, key) != DataSpec.model_fields[key].default:
+                raise ValueError(f'{key} goes with source = "hub"')
+        if self.held_out_split == self.split:
+            raise ValueError("held_out_split is split: nothing would be held out; leave it out, or name another")
         return self
 
 

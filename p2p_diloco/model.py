@@ -26,6 +26,7 @@ import torch
 
 from p2p_diloco.codec import Vector
 from p2p_diloco.errors import UsageError
+from p2p_diloco.hub import find_model
 from p2p_diloco.manifest import ModelSpec
 from p2p_diloco.outer import digest
 
@@ -66,7 +67,7 @@ def resolve_config(spec: ModelSpec, *, base: Path, vocab_size: int) -> dict[str,
             if key in parameters and "None" in str(parameters[key].annotation):
                 given.setdefault(key, None)
     else:
-        path = base / str(spec.path) / "config.json"
+        path = find_model(str(spec.path), base, with_weights=False) / "config.json"
         source = str(path)
         try:
             given = json.loads(path.read_bytes())

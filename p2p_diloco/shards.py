@@ -1,7 +1,8 @@
 """Text of one's own for every replica: what the paper calls non-i.i.d. data (arXiv 2311.08105, section 3).
 
 The built-in text is divided by its source, the package of torch that a file belongs to; other text by clustering what a
-model makes of its documents, as in the paper: k-means on the mean of the last hidden states.
+model makes of its documents, as in the paper: k-means on the mean of the last hidden states. Of a hub data set every
+replica has documents of its own as it is, but they are no clusters.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import numpy.typing as npt
 import torch
 
 from p2p_diloco.data import Corpus, Tokenizer
-from p2p_diloco.errors import DataError
+from p2p_diloco.errors import DataError, UsageError
 from p2p_diloco.manifest import DataSpec
 from p2p_diloco.text import (
     Document,
@@ -32,7 +33,10 @@ def shards_of(
     corpus: Corpus, spec: DataSpec, count: int, *, base: Path, tokenizer: Tokenizer, model: torch.nn.Module, seed: int
 ) -> list[Corpus]:
     """``count`` corpora that have no training document in common, and all ``corpus``'s held-out text. In memory: one
-    copy of all training tokens. ``model``: for text that has no sources. DataError when a shard is too small."""
+    copy of all training tokens. ``model``: for text that has no sources. DataError when a shard is too small;
+    UsageError for a hub data set."""
+    if spec.source == "hub":
+        raise UsageError('simulate.shards: "non-iid" needs the built-in text or files; export some of the data set')
     if spec.path is None:
         documents = training_documents(builtin_documents(*builtin_files()), spec)
         labels = by_source(documents, count)

@@ -128,15 +128,25 @@ class Simulation:
         manifest, theta = make_manifest(spec, base, owner, "the run file")
         torch.set_num_threads(threads or good_threads(manifest.n_params))
         tokenizer_json = manifest.tokenizer_json
-        corpus = open_corpus(spec.data, base=base, cache=cache_folder(), tokenizer_json=tokenizer_json)
+        names = list(past.names) if past else replica_names(options.most_replicas)
+        corpora = [
+            open_corpus(
+                spec.data,
+                base=base,
+                cache=cache_folder(),
+                tokenizer_json=tokenizer_json,
+                run_seed=spec.seed,
+                peer_id=name,
+            )
+            for name in names
+        ]
+        corpus = corpora[0]
         if options.warm_steps:
             theta = warm_start(what, manifest, theta, corpus, on, warm_folder or folder)
             manifest = manifest.with_genesis(genesis_state(theta).digest())
         model = build_model(manifest.transformers_config, seed=None).to(on)
         state = genesis_state(theta)
         show_theta(model, state.theta)
-        names = list(past.names) if past else replica_names(options.most_replicas)
-        corpora = [corpus] * len(names)
         if options.shards == "non-iid":
             tokenizer = open_tokenizer(tokenizer_json)
             corpora = shards_of(

@@ -33,6 +33,8 @@ class Document:
     text: str
     complete: bool = True
     """False for a piece of a long text that goes on: no separator follows."""
+    held_out: bool | None = None
+    """Whether nobody trains on it; None where a hash of its name says so."""
 
 
 def builtin_files() -> tuple[Path, list[Path]]:

@@ -57,14 +57,14 @@ def train(swarm: Swarm, choices: TrainConfig, stop: Stop) -> None:
     manifest, spec = swarm.manifest, swarm.manifest.spec
     torch.set_num_threads(choices.threads or good_threads(manifest.n_params))
     device = pick_device(choices.device)
-    corpus = open_run_corpus(manifest, choices.data)
+    corpus = open_run_corpus(manifest, choices.data, swarm.peer_id)
     model = build_model(manifest.transformers_config, seed=None).to(device)
     swarm.load_into(model)
     inner = InnerOptimizer(model, spec, device)
     resume(swarm, model, inner)
     log.info(
         "joined run %s at outer step %d of %d as %s; data: %s; device: %s",
-        spec.name, swarm.step, spec.outer.steps, swarm.peer_id[-8:], corpus_name(manifest), device,
+        spec.name, swarm.step, spec.outer.steps, swarm.peer_id[-8:], corpus_name(manifest, choices.data), device,
     )  # fmt: skip
     evaluate_theta(swarm, model, corpus)
 
@@ -99,11 +99,16 @@ def good_threads(n_params: int) -> int:
     return 1 if n_params < SMALL_MODEL else torch.get_num_threads()
 
 
-def open_run_corpus(manifest: RunManifest, own_data: Path | None) -> Corpus:
+def open_run_corpus(manifest: RunManifest, own_data: Path | None, peer_id: str) -> Corpus:
     """The run's text on this machine. Raises DataError when the built-in text is not the one that the run uses."""
-    spec = manifest.spec.data
     corpus = open_corpus(
-        spec, base=Path.cwd(), cache=cache_folder(), tokenizer_json=manifest.tokenizer_json, override_path=own_data
+        manifest.spec.data,
+        base=Path.cwd(),
+        cache=cache_folder(),
+        tokenizer_json=manifest.tokenizer_json,
+        override_path=own_data,
+        run_seed=manifest.spec.seed,
+        peer_id=peer_id,
     )
     if manifest.data_fingerprint and corpus.fingerprint != manifest.data_fingerprint:
         raise DataError(
@@ -113,7 +118,9 @@ def open_run_corpus(manifest: RunManifest, own_data: Path | None) -> Corpus:
     return corpus
 
 
-def corpus_name(manifest: RunManifest) -> str:
+def corpus_name(manifest: RunManifest, own_data: Path | None) -> str:
+    if own_data is None and manifest.spec.data.source == "hub":
+        return str(manifest.spec.data.path)
     return "built-in text" if manifest.data_fingerprint else "own files"
 
 

@@ -20,6 +20,7 @@ from typing import Any
 from p2p_diloco.errors import LocalError
 from p2p_diloco.fitness import MachineTrial, memory_needs
 from p2p_diloco.guard import die_with_parent
+from p2p_diloco.hub import library_is_missing
 from p2p_diloco.manifest import RunManifest, open_manifest
 from p2p_diloco.waiting import deadline
 
@@ -102,6 +103,8 @@ def main(device_name: str, threads: int, manifest: RunManifest | None) -> None:
         from p2p_diloco.data import builtin_fingerprint
 
         tell(fingerprint=builtin_fingerprint())
+    if manifest.spec.data.source == "hub":
+        tell(has_datasets=not library_is_missing())
     needs = memory_needs(manifest.n_params, on_cpu=on_cpu)
     if any(have is not None and have < need for have, need in zip((free, device_free), needs)):
         return  # what is free has been told

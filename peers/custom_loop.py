@@ -25,7 +25,7 @@ def main(initial_peers: list[str], folder: Path) -> None:
     with Swarm.join(PeerConfig(folder=folder, initial_peers=tuple(initial_peers))) as swarm:
         spec = swarm.manifest.spec
         rows, seq_len = spec.inner.batch_size, spec.data.seq_len
-        text = open_run_corpus(swarm.manifest, own_data=None).train
+        text = open_run_corpus(swarm.manifest, own_data=None, peer_id=swarm.peer_id).train
         generator = np.random.default_rng()
         model = build_model(swarm.manifest.transformers_config, seed=None)
         swarm.load_into(model)  # theta; from here on the parameters are in memory shared with the network process

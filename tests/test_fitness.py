@@ -21,7 +21,7 @@ from p2p_diloco.fitness import (
     outer_step_finding,
     text_finding,
 )
-from p2p_diloco.manifest import RunManifest, RunSpec
+from p2p_diloco.manifest import DataSpec, RunManifest, RunSpec
 from p2p_diloco.records import Record
 
 N = 100_000_000
@@ -87,6 +87,11 @@ def test_text() -> None:
     check(text_finding(builtin, CPU, ""), "warning", "not known", "see device")
     check(text_finding(own, CPU, ""), "warning", "every peer of this run brings its own", "--data FILE-OR-FOLDER")
     check(text_finding(own, CPU, "/books, 7 files"), "ok", "your own, /books, 7 files", "")
+    hub = manifest_of(spec=own.spec.model_copy(update={"data": DataSpec(source="hub", path="some/set")}))
+    missing = replace(CPU, has_datasets=False)
+    check(text_finding(hub, replace(CPU, has_datasets=True), ""), "ok", "a part of the data set some/set", "")
+    check(text_finding(hub, missing, ""), "problem", "by the datasets library", "pip install 'p2p-diloco[hf]'")
+    check(text_finding(hub, missing, "/books"), "ok", "your own, /books", "")
 
 
 def test_disk() -> None:

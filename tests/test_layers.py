@@ -36,6 +36,7 @@ ORDER = (
         "rounds",
         "replica",
         "text",
+        "hub",
         "data",
         "model",
         "stored",
@@ -82,6 +83,7 @@ NETWORK_SIDE = (
         "rounds",
         "replica",
         "text",
+        "hub",
         "data",
         "stored",
         "totals",
@@ -102,7 +104,7 @@ NETWORK_SIDE = (
 )
 """Run in the network process, which starts before torch is touched, and on a seed, which never needs it."""
 
-HEAVY = {"torch", "transformers"}
+HEAVY = {"torch", "transformers", "datasets", "huggingface_hub"}
 
 
 @cache

@@ -90,6 +90,10 @@ def test_a_run_file_is_its_sections_over_the_defaults(tmp_path: Path) -> None:
         ("[round]\nmin_group = 9\nmax_group = 8", "key 'round': min_group is larger than max_group"),
         ('[data]\nsource = "path"', "key 'data': path goes with source = \"path\""),
         ('[data]\npath = "texts"', "key 'data': path goes with source = \"path\""),
+        ('[data]\nsource = "hub"', 'key \'data\': path goes with source = "path" or source = "hub"'),
+        ('[data]\nconfig = "en"', "key 'data': config goes with source = \"hub\""),
+        ("[data]\nmax_documents = 7", "key 'data': max_documents goes with source = \"hub\""),
+        ('[data]\nsource = "hub"\npath = "a/b"\nheld_out_split = "train"', "key 'data': held_out_split is split"),
     ],
 )
 def test_a_mistake_is_named_with_its_file_and_key(tmp_path: Path, line: str, message: str) -> None:
@@ -131,7 +135,7 @@ def test_a_run_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
 
 def test_the_run_id_of_a_manifest_is_pinned() -> None:
     """Changes only together with PROTOCOL, or with a default that changes what peers agree on."""
-    assert manifest().run_id == "23aaf5668ecaab83bfe13927e0ff6cd984738d96"
+    assert manifest().run_id == "91f7c57bcf95b8a5db0951c49b71e0702b8034c7"
 
 
 def test_a_manifest_comes_back_from_its_bytes() -> None:

@@ -1,0 +1,80 @@
+"""A run from what a person has on the disk: a pretrained folder, a folder of the datasets library, a tokenizer."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pytest
+import tokenizers
+
+from p2p_diloco import train
+from p2p_diloco.errors import DataError
+from p2p_diloco.genesis import start_run
+from p2p_diloco.identity import Identity
+from p2p_diloco.manifest import open_manifest
+from p2p_diloco.model import build_model, layout_of, read_parameters
+from p2p_diloco.stored import load_state
+
+OWNER = Identity.from_seed(bytes(32))
+LLAMA = {"model_type": "llama", "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1}
+CONFIG = LLAMA | {"num_attention_heads": 2, "num_key_value_heads": 2, "vocab_size": 64, "eos_token_id": None}
+WORDS = [f"w{i}" for i in range(50)]
+RUN_FILE = """
+name = "test"
+[model]
+path = "start"
+[data]
+source = "hub"
+path = "set"
+text_key = "body"
+tokenizer = "start"
+seq_len = 16
+held_out = 0.3
+"""
+
+
+def write_start(folder: Path) -> Any:
+    """A folder as save_pretrained leaves it, with its tokenizer."""
+    model: Any = build_model(CONFIG, seed=5)
+    model.save_pretrained(folder)
+    words = {word: i for i, word in enumerate(("[UNK]", "</s>", "row", "says", *WORDS))}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    tokenizer.save(str(folder / "tokenizer.json"))
+    return model
+
+
+def test_a_run_on_a_saved_data_set_starts_from_pretrained_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    datasets.disable_progress_bars()
+    model = write_start(tmp_path / "start")
+    rows = datasets.Dataset.from_dict({"body": [f"row says {WORDS[i % 50]}" for i in range(200)]})
+    rows.save_to_disk(tmp_path / "set")
+    (tmp_path / "run.toml").write_text(RUN_FILE)
+    path = start_run(tmp_path / "run.toml", tmp_path / "owner", OWNER)
+    manifest, state = load_state(path.parent)
+    weights = np.empty(layout_of(model).n, np.float32)
+    read_parameters(model, weights)
+    assert np.array_equal(state.theta, weights)
+    assert json.loads(manifest.tokenizer_json)["model"]["vocab"]["says"] == 3
+    assert (manifest.vocab_size, manifest.data_fingerprint) == (54, "")
+    assert start_run(tmp_path / "run.toml", tmp_path / "owner", OWNER) == path
+
+    monkeypatch.setattr(train, "cache_folder", lambda: tmp_path / "cache")
+    received = open_manifest(path.read_bytes(), "test")
+    found = [
+        train.open_run_corpus(received, own_data=tmp_path / "set", peer_id=name) for name in ("anna", "bert", "anna")
+    ]
+    batches = [corpus.batch(run_seed=0, peer_id="anna", step=3, batch_size=4, seq_len=16).tobytes() for corpus in found]
+    assert batches[0] == batches[2] != batches[1]
+    assert np.array_equal(found[0].held_out, found[1].held_out)
+    assert train.corpus_name(received, None) == "set"
+
+    (tmp_path / "run.toml").write_text(RUN_FILE.replace('"body"', '"text"'))
+    with pytest.raises(DataError, match=r"no text under 'text'; data\.text_key can be: body"):
+        start_run(tmp_path / "run.toml", tmp_path / "owner", OWNER)
