@@ -16,13 +16,14 @@ from statistics import median, median_low
 from typing import TypeAlias
 
 from benchmarks.histories import rounds
-from benchmarks.processes import Usage, bytes_below, usage_of
+from benchmarks.processes import Usage, usage_of
 from benchmarks.stage import SPEC, Stage
 from benchmarks.table import Table
 from p2p_diloco.faults import RANDOM, Fault
 from p2p_diloco.manifest import ModelSpec
 from p2p_diloco.outer import max_update_bytes
 from p2p_diloco.snapshot import snapshot_bytes
+from p2p_diloco.stored import folder_bytes
 
 TRAINERS = 16
 MINUTES = 10.0
@@ -115,7 +116,7 @@ def churn(stage: Stage, *, seconds: float, every_s: float, settling_s: float) ->
         longest_stall_s=max(stalls),
         longest_gap_s=max(after - before for before, after in pairwise(during)),
         growth={name: growth_of(of_kind.values(), settling_s) for name, of_kind in lives.items()},
-        disk_bytes=max(bytes_below(ledger) for ledger in stage.folder.glob("*/*/ledger")),
+        disk_bytes=max(folder_bytes(ledger) for ledger in stage.folder.glob("*/*/ledger")),
         shared_memory=len(os.listdir(SHARED_MEMORY)) - shared_before,
     )
 
