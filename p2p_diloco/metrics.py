@@ -125,6 +125,8 @@ class PeerMetrics:
         yield gauge("loss_nats", "Training loss of the last inner step, in nats per token.", trained.loss)
         text = "Loss of theta on held-out text, in nats per token, when this peer last evaluated it."
         yield gauge("held_out_loss_nats", text, trained.held_out_loss)
+        held_out_step = None if trained.held_out_loss is None else trained.held_out_step
+        yield gauge("held_out_step", "Outer step of that evaluation.", held_out_step)
         yield counter("tokens_total", "Tokens that this peer has trained on since it joined.", trained.tokens)
         yield gauge("tokens_per_second", "Tokens that this peer trains on in a second.", trained.tokens_per_s)
         yield gauge("inner_step", "Inner steps made since the last outer step.", progress.inner_step)

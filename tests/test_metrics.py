@@ -35,6 +35,7 @@ NAMES = {
     "peer_info": ("gauge", {"peer_id", "name", "role"}),
     "loss_nats": ("gauge", set()),
     "held_out_loss_nats": ("gauge", set()),
+    "held_out_step": ("gauge", set()),
     "tokens_total": ("counter", set()),
     "tokens_per_second": ("gauge", set()),
     "inner_step": ("gauge", set()),
