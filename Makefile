@@ -7,7 +7,7 @@ PIP := $(BIN)/pip install -qq --disable-pip-version-check --constraint constrain
 
 MONITORING := tests/swarm/test_monitoring.py
 
-.PHONY: demo test monitoring-test faults lint bench reliability clean
+.PHONY: demo test monitoring-test prometheus faults lint bench reliability clean
 
 demo: $(READY)
 	$(BIN)/p2p-diloco swarm peers/runs/tiny.toml --peers 4
@@ -15,8 +15,12 @@ demo: $(READY)
 test: $(READY)
 	$(BIN)/python -m pytest --ignore $(MONITORING)
 
-monitoring-test: $(READY)
+monitoring-test: prometheus $(READY)
 	$(BIN)/python -m pytest $(MONITORING)
+
+prometheus:
+	@command -v prometheus >/dev/null && command -v promtool >/dev/null || \
+		{ echo "prometheus or promtool is missing; on Debian: apt-get install prometheus" >&2; exit 1; }
 
 # Thousands of random schedules of faults on swarms in memory; about half an hour on two cores.
 faults: $(READY)

@@ -34,7 +34,3 @@ def started_below(temporary: Path) -> dict[int, str]:
         if mark in read_proc(pid, "environ") and pid != os.getpid():
             found[pid] = read_proc(pid, "cmdline").replace(b"\0", b" ").decode()
     return found
-
-
-def bytes_below(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())

@@ -31,8 +31,10 @@ from p2p_diloco.namespaces import Network
 T = TypeVar("T")
 ASLEEP = ("-m", "benchmarks.asleep", "peer")
 PATIENCE = 0.2
-START_S = 240.0
-"""For seed and peers to start, on a machine that does other things, too."""
+START_S = 600.0
+"""For the peers to start, up to 16 at once, on a machine that does other things, too."""
+WAIT_S = 240.0
+"""For anything else."""
 POLL_S = 0.05
 GONE_S = 5.0
 """From the end of a peer's trainer to that of its last process."""
@@ -83,7 +85,9 @@ class Stage:
             children.start_seed()
             self.wait_until(children.seed_address, "the seed started")
             children.start_trainers(self._count)
-            self.wait_until(lambda: all(map(newest, self.logs.values())), "everybody made an outer step")
+            self.wait_until(
+                lambda: all(map(newest, self.logs.values())), "everybody made an outer step", limit_s=START_S
+            )
         except BaseException:
             self._stack.close()
             raise
@@ -135,7 +139,7 @@ class Stage:
 
     # -- wait --------------------------------------------------------------------------------------------------------
 
-    def wait_until(self, condition: Callable[[], T | None], what: str, *, limit_s: float = START_S) -> T:
+    def wait_until(self, condition: Callable[[], T | None], what: str, *, limit_s: float = WAIT_S) -> T:
         """Its first value that is true. ``what``: what is so then."""
         deadline_s = time.monotonic() + limit_s
         while True:
@@ -154,9 +158,9 @@ class Stage:
             time.sleep(pause_s)
 
     def wait_until_calm(self, since_s: float = 0.0) -> float:
-        """Until all have made an outer step together. The median stall that it took."""
-        logs = list(self.logs.values())
-        return self.wait_until(lambda: calm_stall(logs, since_s), "all make an outer step together")
+        """Until all who live, or start, have made an outer step together. The median stall that it took."""
+        logs = [child.tail.log for child in self.children.trainers if not child.felled]
+        return self.wait_until(lambda: calm_stall(logs, since_s), "all make an outer step together", limit_s=START_S)
 
     # -- check -------------------------------------------------------------------------------------------------------
 

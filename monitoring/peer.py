@@ -59,8 +59,10 @@ def peer_learning() -> list[Panel]:
         figure("Tokens", "That this peer has trained on since it joined.", "short", peer("tokens_total")),
         curve(
             "Loss against outer step",
-            "Training loss per token; inner steps are fractions of an outer step.",
+            "Per token: of theta on held-out text, when this peer was the one that evaluated, and in training, where "
+            "inner steps are fractions of an outer step.",
             NATS,
+            (Query(peer("held_out_step"), "outer step evaluated"), Query(peer("held_out_loss_nats"), "held-out loss")),
             (Query(progress, "outer step"), Query(peer("loss_nats"), "training loss")),
         ),
         perplexity(

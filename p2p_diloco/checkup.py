@@ -10,7 +10,6 @@ machine      ``trial`` in a process of its own
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import os
 import shutil
 import statistics
@@ -48,7 +47,7 @@ from p2p_diloco.listener import dial_backs, listening, would_relay
 from p2p_diloco.manifest import RunManifest, open_manifest
 from p2p_diloco.records import Record, peers_key
 from p2p_diloco.status import live_records, observer
-from p2p_diloco.stored import run_folder
+from p2p_diloco.stored import folder_bytes, run_folder
 from p2p_diloco.survey import Candidate, clock_offsets, measure_bandwidth, try_address
 from p2p_diloco.text import user_files
 from p2p_diloco.trial import try_machine
@@ -268,12 +267,3 @@ def fixed_port(host_maddrs: Sequence[str]) -> int:
     """The port that the user has chosen, or ours to propose: one that the system chose is another one next time."""
     chosen = (int(parse_host_maddr(maddr)[3]) for maddr in host_maddrs)
     return next((port for port in chosen if port), USUAL_PORT)
-
-
-def folder_bytes(folder: Path) -> int:
-    """Whoever has it may write at this moment: what is gone when it is looked at does not count."""
-    total = 0
-    for path in folder.rglob("*"):
-        with contextlib.suppress(FileNotFoundError):
-            total += path.stat().st_size if path.is_file() else 0
-    return total

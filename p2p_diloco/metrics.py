@@ -12,7 +12,6 @@ often it is asked for.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import itertools
 import platform
 import resource
@@ -29,6 +28,7 @@ from p2p_diloco.endpoint import METRICS_FLAG, Endpoint
 from p2p_diloco.errors import UsageError
 from p2p_diloco.peer import Peer
 from p2p_diloco.rounds import MissedReason
+from p2p_diloco.stored import folder_bytes
 from p2p_diloco.totals import LIMITS_S, Durations
 from p2p_diloco.traffic import Purpose
 from p2p_diloco.web import Response, serving
@@ -125,6 +125,8 @@ class PeerMetrics:
         yield gauge("loss_nats", "Training loss of the last inner step, in nats per token.", trained.loss)
         text = "Loss of theta on held-out text, in nats per token, when this peer last evaluated it."
         yield gauge("held_out_loss_nats", text, trained.held_out_loss)
+        held_out_step = None if trained.held_out_loss is None else trained.held_out_step
+        yield gauge("held_out_step", "Outer step of that evaluation.", held_out_step)
         yield counter("tokens_total", "Tokens that this peer has trained on since it joined.", trained.tokens)
         yield gauge("tokens_per_second", "Tokens that this peer trains on in a second.", trained.tokens_per_s)
         yield gauge("inner_step", "Inner steps made since the last outer step.", progress.inner_step)
@@ -226,15 +228,6 @@ def histogram(name: str, text: str, label: str, values: Mapping[str, Durations])
         buckets = list(zip(limits, itertools.accumulate(durations.counts)))
         family.add_metric((key,) if label else (), buckets, durations.sum_s)
     return family
-
-
-def folder_bytes(folder: Path) -> int:
-    """Of all files in it. Those that vanish meanwhile do not count."""
-    total = 0
-    for path in folder.rglob("*"):
-        with contextlib.suppress(FileNotFoundError):
-            total += path.stat().st_size if path.is_file() else 0
-    return total
 
 
 def resident_bytes(pid: int | None) -> int | None:

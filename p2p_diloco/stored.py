@@ -32,6 +32,15 @@ def run_folder(folder: Path, manifest: RunManifest) -> Path:
     return folder / f"{manifest.spec.name}-{manifest.run_id[:12]}"
 
 
+def folder_bytes(folder: Path) -> int:
+    """Of all files below it. Whoever it belongs to may write at this moment: what vanishes meanwhile does not count."""
+    total = 0
+    for path in folder.rglob("*"):
+        with contextlib.suppress(FileNotFoundError):
+            total += path.stat().st_size if path.is_file() else 0
+    return total
+
+
 def open_ledger(folder: Path, manifest: RunManifest) -> Ledger:
     """``folder``: the run folder."""
     outer = manifest.spec.outer

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from builders import identity, record_of
 from test_doctor import manifest_of
 
-from p2p_diloco.checkup import candidates_of, fixed_port, folder_bytes, served_runs
+from p2p_diloco.checkup import candidates_of, fixed_port, served_runs
 from p2p_diloco.doctor import AddressTrial
 from p2p_diloco.survey import Candidate
 
@@ -47,11 +45,3 @@ def test_a_port_to_open() -> None:
     assert fixed_port(["/ip4/0.0.0.0/tcp/0"]) == 4001
     assert fixed_port(["/ip4/0.0.0.0/tcp/0", "/ip6/::/tcp/5000"]) == 5000
     assert fixed_port([]) == 4001
-
-
-def test_what_a_folder_holds(tmp_path: Path) -> None:
-    assert folder_bytes(tmp_path / "none") == 0
-    (tmp_path / "a").mkdir()
-    (tmp_path / "a" / "b").write_bytes(bytes(100))
-    (tmp_path / "c").write_bytes(bytes(11))
-    assert folder_bytes(tmp_path) == 111

@@ -21,11 +21,12 @@ from p2p_diloco.config import Timeouts
 from p2p_diloco.endpoint import MAX_CHARS, Endpoint
 from p2p_diloco.errors import Misbehaved, UsageError
 from p2p_diloco.events import read_events
-from p2p_diloco.metrics import PREFIX, PeerMetrics, folder_bytes
+from p2p_diloco.metrics import PREFIX, PeerMetrics
 from p2p_diloco.peer import Peer
 from p2p_diloco.presence import MADDRS_BYTES, LastRound, Trained
 from p2p_diloco.records import MAX_RECORD_BYTES, Record, open_record, seal_record
 from p2p_diloco.rounds import Progress, Standing
+from p2p_diloco.stored import folder_bytes
 
 NAMES = {
     "build_info": ("gauge", {"version", "python"}),
@@ -34,6 +35,7 @@ NAMES = {
     "peer_info": ("gauge", {"peer_id", "name", "role"}),
     "loss_nats": ("gauge", set()),
     "held_out_loss_nats": ("gauge", set()),
+    "held_out_step": ("gauge", set()),
     "tokens_total": ("counter", set()),
     "tokens_per_second": ("gauge", set()),
     "inner_step": ("gauge", set()),

@@ -644,7 +644,7 @@ def test_two_of_five_fail(faults: tuple[Fault, Fault]) -> None:
     """At once, one after the other, or the second while the others do without the first."""
     generator = random.Random("-".join(faults))
 
-    async def main() -> bool:
+    async def main() -> None:
         meeting = Round(5, clients=(4,))
         first, second = generator.sample(range(5), 2)
         first_s = generator.uniform(0, CALM_S)
@@ -655,13 +655,13 @@ def test_two_of_five_fail(faults: tuple[Fault, Fault]) -> None:
             after(max(second_s, 0.0), getattr(meeting, faults[1]), second),
         )
         survivors = {i for i in range(5) if i not in (first, second)}
-        assert set(meeting.committed()) & survivors in (survivors, set()), (first, first_s, second, second_s)
+        assert survivors <= set(meeting.committed()), ("three of five are most", first, first_s, second, second_s)
         for i in survivors:
             assert meeting.lost(i) <= {first, second}
             assert meeting.took_s[i] < 2 * TIMEOUTS.reduced_part_s
-        return bool(meeting.committed())
 
-    assert all(run_simulated(main()) for _ in range(40)), "three of five are most"
+    for _ in range(40):
+        run_simulated(main())
 
 
 def test_two_of_four_fail_and_nobody_commits() -> None:

@@ -12,7 +12,7 @@ from p2p_diloco.errors import UsageError
 from p2p_diloco.identity import Identity
 from p2p_diloco.manifest import RunManifest, RunSpec
 from p2p_diloco.outer import Part, Update, UpdateHeader, apply, genesis_state
-from p2p_diloco.stored import MANIFEST_FILE, find_run, load_state, open_ledger, run_folder
+from p2p_diloco.stored import MANIFEST_FILE, find_run, folder_bytes, load_state, open_ledger, run_folder
 
 OWNER = Identity.from_seed(bytes(32))
 N = 1000
@@ -118,3 +118,11 @@ def test_of_two_runs_one_is_to_be_chosen(run: Path) -> None:
     with pytest.raises(UsageError, match=f"there are 2 runs here; choose one: .*--run-id {manifest().run_id}"):
         find_run(run.parent)
     assert find_run(run.parent, manifest().run_id) == run
+
+
+def test_what_a_folder_holds(tmp_path: Path) -> None:
+    assert folder_bytes(tmp_path / "none") == 0
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "b").write_bytes(bytes(100))
+    (tmp_path / "c").write_bytes(bytes(11))
+    assert folder_bytes(tmp_path) == 111

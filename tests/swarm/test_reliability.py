@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import pytest
 from places import START_S, Place, wait_until
 
-from benchmarks.churn import SPARE_DESCRIPTORS, SPARE_MB
+from benchmarks.churn import SETTLING_S, SPARE_DESCRIPTORS, SPARE_MB, churn, figures
 from benchmarks.matrix import TRAINERS, Case, run_case
 from benchmarks.onslaught import kill_all
 from benchmarks.partition import APART, part_and_heal
@@ -136,6 +136,14 @@ def test_all_killed_at_once_go_on_where_the_first_of_them_was(stage: Stage) -> N
     generator = random.Random(2)
     for _ in range(2):
         kill_all(stage, generator)
+
+
+def test_peers_that_come_and_go_hold_nobody_up(stage: Stage) -> None:
+    """Two deaths, so that two are left however long the new ones take to start. It is too short to see whether anybody
+    grows. From here on the swarm has other members."""
+    result = churn(stage, seconds=60.0, every_s=40.0, settling_s=SETTLING_S)
+    assert result.killed == 2
+    assert [one for one in figures(stage, result) if one[1] > one[2]] == []
 
 
 @needs_cables
