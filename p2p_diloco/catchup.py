@@ -31,7 +31,7 @@ from p2p_diloco.records import Directory, Record
 from p2p_diloco.replica import Replica
 from p2p_diloco.rounds import rank
 from p2p_diloco.snapshot import IncomingSnapshot, chunk_slices, remove_incoming, snapshot_bytes
-from p2p_diloco.waiting import heard
+from p2p_diloco.waiting import deadline, heard
 from p2p_diloco.wire import MAX_LINKS, AskHeads, AskIndex, Channel, Heads, Transport, run_protocol
 
 log = logging.getLogger(__name__)
@@ -135,6 +135,21 @@ class Catchup:
             finally:
                 self.promising = tally.refused or tally.bytes_received > 0
         return None
+
+    async def learn_way(self, record: Record) -> None:
+        """Have a peer show how it came to where its record says that it stands."""
+        if record.step > self.replica.manifest.spec.outer.steps:
+            return
+        try:
+            async with deadline(self.timeouts.request_s):
+                path = await self._ask_path(record, (record.step, record.head))
+        except asyncio.TimeoutError:
+            log.info("%s takes too long to show the way to outer step %d", record.label, record.step)
+        except RemoteError as error:
+            drop(error, self.directory, self.transport.traffic)
+        else:
+            if path is not None:
+                self.directory.show([path[step] for step in sorted(path, reverse=True)])
 
     async def fetch_update(self, step: int, head: bytes) -> Update | None:
         """The update that leads from outer step ``step`` to ``head``, verified, from whoever has it. Not committed."""

@@ -137,7 +137,8 @@ class Matchmaker:
         sealed = seal_readiness(mine, self.identity)
         useless: set[str] = set()
         for _ in range(MAX_LEADERS_ASKED):
-            if must_catch_up(seat.standing, swarm_head(self.directory.believed(self.wall_s()), seat.standing)):
+            voters = self.directory.believed(self.wall_s())
+            if must_catch_up(seat.standing, swarm_head(voters, seat.standing, self.directory.before)):
                 return Missed(reason="behind", detail="the swarm went on meanwhile")
             records = self.directory.expected(self.wall_s())
             order = [p for p in leader_order(records, mine.head, mine.peer_id, seat.client_mode) if p not in useless]

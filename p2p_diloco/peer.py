@@ -42,6 +42,7 @@ from p2p_diloco.rounds import (
     Missed,
     Standing,
     evaluator,
+    from_nowhere,
     must_catch_up,
     on_head,
     planned_steps,
@@ -81,6 +82,8 @@ ATTEMPTS = 3
 """Rounds tried on one head before the trainer goes on alone."""
 PATIENCE = 3
 """Catch-ups in a row that lead nowhere before whoever claims that head has no vote for a while."""
+WAYS_ASKED = 8
+"""At a time."""
 HAND_OVER_POLL_S = 0.2
 ROUNDS_KEPT = 2
 """Finished rounds whose parts are still served to members that are late."""
@@ -205,6 +208,8 @@ class Peer:
         """Held by who moves the state other than by a round."""
         self.behind = False
         """The swarm went on without me, or my state was wrong: the trainer shall come for an outer step now."""
+        self._ways_asked: dict[str, float] = {}
+        """Peer id -> until when it is not asked again how it came where it is."""
         self._in_vain = 0
         """Catch-ups in a row that led nowhere."""
         self.rounds: deque[Settlement] = deque(maxlen=ROUNDS_KEPT)
@@ -351,6 +356,7 @@ class Peer:
 
     async def _try_rounds(self, tokens: int, dropped: bool) -> OuterResult:
         for _ in range(ATTEMPTS):
+            await self._ask_ways()
             if self._must_adopt():
                 result = await self._adopt()
                 if result.moved or self._must_adopt():
@@ -593,8 +599,22 @@ class Peer:
                 refresh_s = self._now() + self.timeouts.refresh_s
             await self._follow()
 
+    async def _ask_ways(self) -> None:
+        """Whose record does not show that we share a history, tells it now: a group that went on while most stood still
+        is ahead of them, and not elsewhere, however far that is."""
+        if self.replica.state is None:
+            return
+        now_s = self._now()
+        self._ways_asked = {peer_id: until_s for peer_id, until_s in self._ways_asked.items() if until_s > now_s}
+        claims = from_nowhere(self.directory.believed(self.wall_s()), self.seat.standing, self.directory.before)
+        unasked = {record.head: record for record in claims if record.peer_id not in self._ways_asked}
+        chosen = list(unasked.values())[:WAYS_ASKED]
+        self._ways_asked |= {record.peer_id: now_s + self.timeouts.record_life_s for record in chosen}
+        await asyncio.gather(*(self.catchup.learn_way(record) for record in chosen))
+
     async def _follow(self) -> None:
         """Go where the swarm goes; once training, tell the trainer to come."""
+        await self._ask_ways()
         async with self._moving:
             if not self._must_adopt():
                 return
@@ -620,7 +640,7 @@ class Peer:
 
     def _swarm_head(self) -> tuple[int, bytes] | None:
         mine = self.seat.standing if self.replica.state is not None else None
-        return swarm_head(self.directory.believed(self.wall_s()), mine)
+        return swarm_head(self.directory.believed(self.wall_s()), mine, self.directory.before)
 
     def _to_phase(self, phase: Phase) -> None:
         self.seat.phase = phase
@@ -629,7 +649,8 @@ class Peer:
         self.seat.changed.ring()
 
     def _take_standing(self) -> None:
-        self.seat.standing = self.replica.standing()
+        standing = self.seat.standing = self.replica.standing()
+        self.directory.show((standing.head, *standing.heads))
         self.presence.seal()
 
     @staticmethod

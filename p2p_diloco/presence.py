@@ -16,7 +16,7 @@ from p2p_diloco.endpoint import Endpoint
 from p2p_diloco.errors import Misbehaved, RemoteError
 from p2p_diloco.identity import Identity
 from p2p_diloco.matchmaking import Seat
-from p2p_diloco.records import RUNS_KEY, Directory, Record, Role, peers_key, seal_record
+from p2p_diloco.records import HEADS_SHOWN, RUNS_KEY, Directory, Record, Role, peers_key, seal_record
 from p2p_diloco.replica import Replica
 from p2p_diloco.rounds import announces_run
 from p2p_diloco.waiting import Bell, heard
@@ -148,7 +148,7 @@ class Presence:
             step=standing.step,
             head=standing.head,
             committed=standing.committed,
-            heads=list(standing.heads),
+            heads=list(standing.heads[:HEADS_SHOWN]),
             snapshot_step=snapshots[-1].step if snapshots else 0,
             snapshot_digest=snapshots[-1].digest if snapshots else bytes(32),
             maddrs=fitting(self._maddrs, MADDRS_BYTES - len(metrics_addr)),

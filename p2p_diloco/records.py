@@ -8,8 +8,9 @@ A record is a claim, not a fact: it says where its peer stands, never where the 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
+from itertools import islice, pairwise
 from typing import Annotated, Any, Literal, TypeVar
 
 import msgpack
@@ -21,6 +22,9 @@ from p2p_diloco.outer import HASH_BYTES
 MAX_RECORD_BYTES = 1024
 MAX_RECORD_LIFE_S = 900.0
 MAX_PEERS_KNOWN = 4096
+MAX_LINKS_KNOWN = 16384
+HEADS_SHOWN = 4
+"""In a record, beside the head: there is no room for more."""
 OPENED_KEPT = 2048
 METRICS_ADDR = r"^(([A-Za-z0-9.-]+|\[[0-9a-f:.]+\]):[0-9]{1,5})?$"
 SIGNATURE_CONTEXT = b"p2p-diloco record\0"
@@ -103,7 +107,7 @@ class Record(Signed):
     head: Hash
     committed: bool
     """Whether this peer has ever applied an update; only such peers have a vote on the swarm's head."""
-    heads: Annotated[list[Hash], Field(max_length=4)]
+    heads: Annotated[list[Hash], Field(max_length=HEADS_SHOWN)]
     """Its heads before ``head``, newest first: lets others see that it went the same way."""
     snapshot_step: Natural
     """The newest snapshot that it serves, and that state's digest."""
@@ -177,6 +181,8 @@ class Directory:
         self._doubts: dict[str, float] = {}
         """Peer id -> the time until which its claims have no weight."""
         self._met: tuple[frozenset[str], int, bytes] = (frozenset(), 0, b"")
+        self.before: dict[bytes, bytes] = {}
+        """Head -> the one that it follows from. Verified, not claimed."""
 
     def learn(self, sealed: bytes, now_s: float) -> Record | None:
         """Take in a record from anywhere; the newest one known of its peer. None when it is ours, out of date, or of
@@ -225,6 +231,12 @@ class Directory:
     def believed(self, now_s: float) -> list[Record]:
         """As ``live``, without those in doubt: the voters."""
         return [record for record in self.live(now_s) if self._doubts.get(record.peer_id, now_s) <= now_s]
+
+    def show(self, way: Sequence[bytes]) -> None:
+        """Heads, newest first, of which each is known to follow from the next. The oldest that are known make room."""
+        self.before |= pairwise(way)
+        for head in list(islice(self.before, max(len(self.before) - MAX_LINKS_KNOWN, 0))):
+            del self.before[head]
 
     def met(self, peer_ids: Iterable[str], step: int, head: bytes) -> None:
         """A round with these peers has just led me to ``head``."""

@@ -12,7 +12,6 @@ import logging
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import takewhile
 from pathlib import Path
 from typing import Literal
 
@@ -29,7 +28,6 @@ from p2p_diloco.snapshot import SnapshotInfo
 
 log = logging.getLogger(__name__)
 
-HEADS_KEPT = 4
 What = Literal["state", "snapshot", "update"]
 
 
@@ -213,10 +211,13 @@ class Replica:
         return self.state
 
     def standing(self) -> Standing:
-        state, heads = self.loaded, self.ledger.heads()
-        steps = takewhile(heads.__contains__, range(state.step - 1, state.step - 1 - HEADS_KEPT, -1))
-        before = tuple(heads[step] for step in steps)
-        return Standing(step=state.step, head=state.head, heads=before, committed=state.step > 0)
+        state, heads, way = self.loaded, self.ledger.heads(), [self.loaded.head]
+        for step in range(state.step - 1, -1, -1):
+            header = self.ledger.header(step)
+            if header is None or header.head != way[-1] or header.parent != heads.get(step):
+                break
+            way.append(header.parent)
+        return Standing(step=state.step, head=state.head, heads=tuple(way[1:]), committed=state.step > 0)
 
     def newest_snapshot(self) -> SnapshotInfo:
         snapshots = self.ledger.snapshots()

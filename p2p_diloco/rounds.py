@@ -14,7 +14,7 @@ Rules of this file:
     - Nobody can choose to lead: ranks are hashes of head and peer id, and change with every head.
     - Only peers on the same head can meet.
     - The swarm's head is never the loudest claim: it has a majority of those who have ever committed, or directly
-      extends a head that has one.
+      extends a head that has one, as far back as it can show.
     - A roster is believed only as far as its members signed it themselves.
 """
 
@@ -42,7 +42,7 @@ NEARLY = 0.9
 
 @dataclass(frozen=True, kw_only=True)
 class Standing:
-    """Where a peer is: its outer step, its head, and the heads that led there, newest first."""
+    """Where a peer is: its outer step, its head, and the heads that led there, newest first, as far as it has them."""
 
     step: int
     head: bytes
@@ -235,8 +235,11 @@ def announces_run(records: Iterable[Record], me: str) -> bool:
     return sum(record.peer_id < me for record in records) < 8
 
 
-def swarm_head(records: Iterable[Record], mine: Standing | None) -> tuple[int, bytes] | None:
-    """(outer step, head) of the swarm; None when nobody is there.
+def swarm_head(
+    records: Iterable[Record], mine: Standing | None, before: Mapping[bytes, bytes] | None = None
+) -> tuple[int, bytes] | None:
+    """(outer step, head) of the swarm; None when nobody is there. ``before``: head -> the one that it is known to
+    follow from, for a record has room for its peer's last ones only.
 
     Voters are the live peers that have committed, and me if I have. The base is the newest head that most voters stand
     on or have passed. A head that has the base in its history is newer than the base without contradicting it: of
@@ -244,13 +247,11 @@ def swarm_head(records: Iterable[Record], mine: Standing | None) -> tuple[int, b
     however new, extends nothing and changes nothing. Where no head has a majority (a healed partition), the same order
     decides among all.
     """
-    everybody = [(r.step, (r.head, *r.heads), r.committed) for r in records]
-    if mine is not None:
-        everybody.append((mine.step, (mine.head, *mine.heads), mine.committed))
-    voters = [voter for voter in everybody if voter[2]] or everybody
+    everybody: list[Record | Standing] = [*records, *([mine] if mine is not None else [])]
+    voters = [voter for voter in everybody if voter.committed] or everybody
     if not voters:
         return None
-    paths = [[(step - back, head) for back, head in enumerate(heads)] for step, heads, _ in voters]
+    paths = [[(voter.step - back, head) for back, head in enumerate(way_of(voter, before or {}))] for voter in voters]
     support = Counter(candidate for path in paths for candidate in path)
 
     def order(candidate: tuple[int, bytes]) -> tuple[int, int, bytes]:
@@ -262,6 +263,21 @@ def swarm_head(records: Iterable[Record], mine: Standing | None) -> tuple[int, b
     base = max(agreed)
     newer = {path[0] for path in paths if base in path[1:]}
     return min(newer, key=order) if newer else base
+
+
+def way_of(peer: Record | Standing, before: Mapping[bytes, bytes]) -> list[bytes]:
+    """Its head and those that led there, newest first: what it says itself, and what is known to come before that."""
+    way = [peer.head, *peer.heads]
+    while (older := before.get(way[-1])) is not None:
+        way.append(older)
+    return way
+
+
+def from_nowhere(records: Iterable[Record], mine: Standing, before: Mapping[bytes, bytes]) -> list[Record]:
+    """Of those who have a vote, who is not known to have ever stood where I did: it is on a history of its own, or more
+    steps ahead or behind than a record shows."""
+    here = set(way_of(mine, before))
+    return [r for r in records if r.committed and here.isdisjoint(way_of(r, before))]
 
 
 @dataclass(frozen=True, kw_only=True)

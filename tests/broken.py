@@ -49,7 +49,9 @@ def settle_skipped() -> Iterator[None]:
 def loudest_head() -> Iterator[None]:
     """The newest claim is the swarm's head, whoever makes it, and however often it led nowhere."""
 
-    def loudest(records: Iterable[Record], mine: Standing | None) -> tuple[int, bytes] | None:
+    def loudest(
+        records: Iterable[Record], mine: Standing | None, before: Mapping[bytes, bytes]
+    ) -> tuple[int, bytes] | None:
         claims = [(record.step, record.head) for record in records]
         return max([*claims, *([(mine.step, mine.head)] if mine else [])], default=None)
 

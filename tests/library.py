@@ -24,7 +24,7 @@ from p2p_diloco.events import EventLog, read_events
 from p2p_diloco.identity import Identity
 from p2p_diloco.ledger import Ledger
 from p2p_diloco.outer import Part, Update, UpdateHeader, genesis_state, part_slices
-from p2p_diloco.records import Directory, seal_record
+from p2p_diloco.records import HEADS_SHOWN, Directory, seal_record
 from p2p_diloco.replica import Replica
 from p2p_diloco.rounds import rank
 from p2p_diloco.uploads import Uploads
@@ -207,7 +207,7 @@ class Library:
             "run_id": MANIFEST.run_id,
             "step": standing.step,
             "head": standing.head,
-            "heads": list(standing.heads),
+            "heads": list(standing.heads[:HEADS_SHOWN]),
             "committed": standing.committed,
             "snapshot_step": snapshot.step,
             "snapshot_digest": snapshot.digest,
@@ -218,6 +218,11 @@ class Library:
 
     async def to(self, target: Replica) -> CaughtUp | None:
         return await self.catchup.to((target.loaded.step, target.loaded.head))
+
+    async def learn_way(self, donor: Donor) -> None:
+        record = self.directory.get(donor.who.peer_id)
+        assert record is not None
+        await self.catchup.learn_way(record)
 
     async def open(self, donor: Donor) -> Channel:
         return await self.transport.open(donor.who.peer_id, [], PROTOCOL)

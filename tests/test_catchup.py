@@ -710,6 +710,35 @@ def test_one_that_is_busy_beside_one_that_is_not(tmp_path: Path) -> None:
     run_simulated(main())
 
 
+@pytest.mark.parametrize("links", [1024, 3])
+def test_a_peer_shows_how_it_came_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, links: int) -> None:
+    monkeypatch.setattr(catchup, "MAX_LINKS", links)
+    monkeypatch.setattr(uploads, "MAX_LINKS", links)
+
+    async def main() -> None:
+        library = Library(tmp_path, replica_at(tmp_path / "me", 6))
+        donor = library.add(replica_at(tmp_path / "donor", 13))  # it holds 5 to 13
+        await library.learn_way(donor)
+        heads = donor.replica.ledger.heads()
+        assert library.directory.before == {heads[step]: heads[step - 1] for step in range(6, 14)}
+        assert library.replica.loaded.step == 6
+
+    run_simulated(main())
+
+
+@pytest.mark.parametrize("changes", [{"step": 51}, {"step": 12}, {"head": bytes(32)}])
+def test_who_is_not_where_it_says_shows_no_way(tmp_path: Path, changes: dict[str, Any]) -> None:
+    async def main() -> None:
+        library = Library(tmp_path, replica_at(tmp_path / "me", 6))
+        donor = library.add(replica_at(tmp_path / "donor", 13), **changes)
+        await library.learn_way(donor)
+        assert library.directory.before == {}
+        assert donor.count(AskHeads) == (0 if changes == {"step": 51} else 1), "the run has 50 outer steps"
+        assert library.suspects() == []
+
+    run_simulated(main())
+
+
 # -- guides that lie -----------------------------------------------------------------------------------------------
 
 
@@ -790,6 +819,12 @@ def test_a_guide_that_lies_costs_its_turn(tmp_path: Path, monkeypatch: pytest.Mo
         assert library.suspects() == ([0] if name in {"closes", "silent", "out of turn", *ASKED_TWICE} else [])
 
         library.publish(alone, issued_s=NOW_S + 1)
+        began_s = now_s()
+        await library.learn_way(alone)
+        assert library.directory.before == {}
+        assert now_s() - began_s <= TIMEOUTS.request_s + 1
+
+        library.publish(alone, issued_s=NOW_S + 2)
         donor = library.add(alone.replica)
         assert await library.to(donor.replica) is not None
         assert not (tmp_path / "me" / "abandoned").exists()

@@ -23,7 +23,7 @@ from p2p_diloco.identity import Identity
 from p2p_diloco.manifest import OnMissed, RunManifest
 from p2p_diloco.outer import PART_VALUES, UpdateHeader, parts_with
 from p2p_diloco.rate import Rate
-from p2p_diloco.records import open_record, seal_record
+from p2p_diloco.records import HEADS_SHOWN, open_record, seal_record
 from p2p_diloco.rounds import Standing
 from p2p_diloco.wire import (
     MAX_TRANSFER_BYTES,
@@ -190,6 +190,33 @@ def test_a_peer_that_dies_does_not_stop_the_others(tmp_path: Path, victim_phase:
         await swarm.until(survivors, 6, limit_s=400)
         swarm.check_identical(sims)
         assert survivors[0].results[-1].group == 3
+
+    run_simulated(main())
+
+
+def test_most_stand_still_and_find_the_others_far_ahead(tmp_path: Path) -> None:
+    """A record shows four heads: too few to see that the two have only gone on from where the three still are."""
+
+    async def main() -> None:
+        swarm = Simulated(tmp_path, 5, n=1000, outer_steps=12)
+        swarm.add(0, seed=True)
+        await asyncio.sleep(1)
+        sims = [swarm.add(i + 1) for i in range(5)]
+        await swarm.until(sims, 2)
+        swarm.network.kill(swarm.peers[0].peer.identity.peer_id)
+        ahead, behind = sims[:2], sims[2:]
+        for sim in behind:
+            swarm.network.stop(sim.peer.identity.peer_id, whole=True)
+        await swarm.until(ahead, 8)
+        assert max(sim.peer.step for sim in behind) <= 3
+        for sim in behind:
+            swarm.network.resume(sim.peer.identity.peer_id)
+        await swarm.until(sims, 12, limit_s=400)
+        swarm.check_identical(sims)
+        for index in range(1, 6):
+            caught_up = [event for event in swarm.events(index) if event["event"] == "caught_up"]
+            assert not any(event["rolled_back"] for event in caught_up)
+        assert all(len(open_record(sim.peer.seat.sealed_record).heads) == HEADS_SHOWN for sim in sims)
 
     run_simulated(main())
 

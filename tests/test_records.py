@@ -340,6 +340,19 @@ def test_the_number_of_peers_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None
     assert known.hear(6) is not None
 
 
+def test_of_all_ways_that_were_shown_the_newest_links_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(records, "MAX_LINKS_KNOWN", 4)
+    known = Directory(ME.peer_id, RUN_ID)
+    known.show([])
+    known.show([b"a"])
+    assert known.before == {}
+    known.show([b"c", b"b", b"a"])
+    known.show([b"d", b"c", b"b"])
+    assert known.before == {b"d": b"c", b"c": b"b", b"b": b"a"}
+    known.show([b"z", b"y", b"x"])
+    assert known.before == {b"b": b"a", b"d": b"c", b"z": b"y", b"y": b"x"}
+
+
 def test_whom_i_met_is_expected_where_we_got_to() -> None:
     known, met = Known(), [identity(i).peer_id for i in (2, 3, 4, 99)]
     known.hear(2, "a")

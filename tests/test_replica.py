@@ -14,7 +14,7 @@ from p2p_diloco.errors import Gap, LedgerError
 from p2p_diloco.ledger import Ledger
 from p2p_diloco.outer import Part, Update, UpdateHeader, apply, genesis_state
 from p2p_diloco.replay import Replay
-from p2p_diloco.replica import HEADS_KEPT, Replica, differing
+from p2p_diloco.replica import Replica, differing
 
 N = 300
 GENESIS = np.linspace(-1, 1, N, dtype=np.float32)
@@ -85,7 +85,7 @@ def test_where_it_stands(replica: Replica) -> None:
         standing = replica.standing()
         assert (standing.step, standing.committed) == (step, True)
         assert standing.head == replica.loaded.head
-        assert standing.heads == tuple(reversed(heads[-HEADS_KEPT:]))
+        assert standing.heads == tuple(reversed(heads))
         heads.append(standing.head)
     assert replica.newest_snapshot().step == 5
 
@@ -328,6 +328,23 @@ def test_what_is_lost_and_not_needed_is_let_go(replica: Replica) -> None:
     replica.do_without()
     assert (repairs(replica), replica.lost_updates()) == ([], [])
     assert [snapshot.step for snapshot in replica.ledger.snapshots()] == [0, 5]
+
+
+def test_heads_that_did_not_lead_to_mine_are_not_named(replica: Replica, tmp_path: Path) -> None:
+    """What is before a snapshot from elsewhere stays in the ledger, and its outer steps are consecutive."""
+    advance(replica, 4)
+    other = new_replica(tmp_path / "other")
+    other.ledger.write_snapshot(genesis_state(GENESIS.copy()))
+    other.load()
+    for _ in range(5):
+        other.commit(update_after(other, seed=1))
+    other.make_snapshots()
+    snapshot = other.newest_snapshot()
+    copy = Path(shutil.copy(snapshot.path, replica.ledger.folder / "copy"))
+    replica.adopt_snapshot(copy, snapshot.digest)
+    assert replica.load()
+    assert sorted(replica.ledger.heads()) == [0, 1, 2, 3, 4, 5]
+    assert (replica.standing().step, replica.standing().heads) == (5, ())
 
 
 def test_heads_before_a_gap_are_not_named(replica: Replica) -> None:

@@ -32,6 +32,7 @@ from p2p_diloco.rounds import (
     disputed,
     evaluator,
     form_roster,
+    from_nowhere,
     leader_order,
     must_catch_up,
     new_nonce,
@@ -43,6 +44,7 @@ from p2p_diloco.rounds import (
     ready_in_s,
     seal_readiness,
     swarm_head,
+    way_of,
 )
 
 MAX_WEIGHT = 1000
@@ -338,6 +340,46 @@ def test_the_swarms_head(histories: list[str], leads_to: str) -> None:
     records = swarm(*histories)
     for order in permutations(records):
         assert swarm_head(order, None) == (len(leads_to), head(leads_to))
+
+
+def links(history: str, since: int = 0) -> dict[bytes, bytes]:
+    """From each of its heads after outer step ``since`` to the one before."""
+    return {head(history[:step]): head(history[: step - 1]) for step in range(since + 1, len(history) + 1)}
+
+
+@pytest.mark.parametrize(
+    ("histories", "known", "leads_to"),
+    [
+        (["a", "a", "a", "abcdefghi"], links("abcdefghi"), "abcdefghi"),
+        (["a", "a", "a", "abcdefghi"], links("abcdefghi", since=5), "a"),  # from "abcde" on: not yet the whole way
+        (["a", "a", "a", "abcdefghi", "axyzklmno"], links("axyzklmno"), "axyzklmno"),  # whose way is known
+        (["a", "a", "a", "ax", "abcdefghi", "abcdefghi"], links("abcdefghi"), "abcdefghi"),
+        (["a", "axyzklmno", "axyzklmno", "abcdefg"], links("axyzklmno") | links("abcdefg"), "axyzklmno"),
+    ],
+)
+def test_whose_way_is_known_is_ahead_however_far_it_is(
+    histories: list[str], known: dict[bytes, bytes], leads_to: str
+) -> None:
+    for order in permutations(swarm(*histories)):
+        assert swarm_head(order, None, known) == (len(leads_to), head(leads_to))
+
+
+def test_nobody_goes_back_to_where_most_still_stand() -> None:
+    """My own ledger shows the way from there to me."""
+    history = "abcdefghi"
+    mine = dataclasses.replace(standing(history), heads=tuple(head(history[:step]) for step in range(8, -1, -1)))
+    assert swarm_head(swarm("a", "a", "a", history), mine) == (9, head(history))
+    assert not must_catch_up(mine, (1, head("a")))
+    assert swarm_head(swarm("ax", "ax", "ax", history), mine) == (2, head("ax"))
+    assert must_catch_up(mine, (2, head("ax")))
+
+
+def test_who_comes_from_nowhere_is_known_by_a_way_to_where_i_was() -> None:
+    records = swarm("", "abc", "abcdefg", "abcdefgh", "abx", "uvwxyz")
+    steps = [record.step for record in from_nowhere(records, standing("abc"), {})]
+    assert steps == [8, 6], "four steps on a record still shows where I am; who has no vote is not asked"
+    assert from_nowhere(records, standing("abc"), links("abcdefgh")) == records[-1:]
+    assert way_of(records[3], links("abcdefgh"))[-1] == head("")
 
 
 def test_the_smaller_digest_decides_a_fork() -> None:
