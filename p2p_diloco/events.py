@@ -8,9 +8,9 @@ Every event has ``event``, ``wall_s`` (Unix time) and ``mono_s`` (seconds of a c
                                      "download": one is being fetched, "serve": updates or a snapshot are being sent
                                      (once a stream)
     inner       step, inner_step, planned, loss, tokens, tokens_per_s          about once a second, and at the last one
-    round       step, committed, reason, detail, group, weights (of its members, in tokens), dropped (who contributes
-                nothing), lost, head (after it), gather_s, reduce_s, settle_s, apply_s, bytes_sent, bytes_received
-                                                                                one per attempt
+    offered     step, tokens         the trainer offers what it learned from so many tokens since it took theta
+    round       step, committed, reason, detail, group, dropped (who contributes nothing), lost, head (after it),
+                gather_s, reduce_s, settle_s, apply_s, bytes_sent, bytes_received                     one per attempt
                 and, if committed, contribution_norm, update_norm, cosine (of ``alignment``)
     stall       step, seconds        from the end of the last inner step to the start of the next, after an outer step
     caught_up   from_step, to_step, rolled_back, snapshot, bytes_received, donors, seconds

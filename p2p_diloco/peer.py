@@ -302,6 +302,7 @@ class Peer:
         if self.local is None:
             raise RuntimeError("a seed makes no outer steps")
         self.pace = pace
+        self.events.write("offered", step=self.step, tokens=tokens)
         before, mends = self.seat.standing, self.upkeep.mends
         if not await asyncio.to_thread(_all_finite, self.local, self.replica.theta):
             log.error("training diverged: a parameter is not finite; going back to theta of outer step %d", self.step)
@@ -530,7 +531,6 @@ class Peer:
             reason=missed.reason if missed else "",
             detail=missed.detail if missed else "",
             group=[member.peer_id for member in members],
-            weights=list(settlement.meeting.group.weights) if settlement else [],
             dropped=[member.peer_id for member in members if member.dropped],
             lost=[members[i].peer_id for i in sorted(settlement.meeting.lost)] if settlement else [],
             gather_s=gather_s,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import mmap
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -44,21 +45,24 @@ class Replica:
         if self.inner.device.type != "cpu":
             write_parameters(self.inner.model, self.local)
 
-    def learn(self, what: SimulatedRun, state: OuterState, inner_steps: int) -> list[float]:
-        """The inner steps before the outer step that follows ``state``; their losses, nats per token."""
+    def learn(self, what: SimulatedRun, state: OuterState, inner_steps: Sequence[int]) -> list[float]:
+        """The inner steps before the outer step that follows ``state``; their losses, nats per token. They are counted
+        anew (``inner.place_in_run``) after each offer of a peer that came to nothing."""
         spec, options = what.run, what.simulate
         # For models with dropout: the same draws in whatever order, and after a restart. Peers do not share theirs.
         seed = digest(b"dropout", spec.seed.to_bytes(8, "big"), self.name.encode(), state.step.to_bytes(8, "big"))
         torch.manual_seed(int.from_bytes(seed[:8], "big") >> 1)
         losses = []
-        for inner_step in range(inner_steps):
-            if self.late and inner_step == min(options.delay, inner_steps - 1):
+        total = sum(inner_steps)
+        counted = (k for offered in inner_steps for k in range(offered))
+        for batch_step, inner_step in enumerate(counted):
+            if self.late and batch_step == min(options.delay, total - 1):
                 self.read_local()
                 self.local *= np.float32(options.merge)
                 self.local += np.float32(1 - options.merge) * state.theta
                 self.write_local()
                 self.late = False
-            place = place_in_run(spec, state.step, inner_step, inner_step)
+            place = place_in_run(spec, state.step, batch_step, inner_step)
             losses.append(self.inner.step(self.corpus, peer_id=self.name, at=place))
             self.tokens += spec.tokens_per_inner_step
         self.read_local()

@@ -208,7 +208,7 @@ class Simulation:
         for k, replica in zip(self._members(step), members):
             inner_steps = self._inner_steps(step, k)
             losses += replica.learn(self.what, self.state, inner_steps)
-            trained += inner_steps * spec.tokens_per_inner_step
+            trained += sum(inner_steps) * spec.tokens_per_inner_step
         members.sort(key=lambda replica: rank(self.state.head, replica.name))
         dropped = {replica.name for replica in members if self._is_dropped(step, replica)}
         update, sent_bytes = self._reduce(members, dropped)
@@ -233,10 +233,10 @@ class Simulation:
         names = [replica.name for replica in self.replicas]
         return members_at(self.what.simulate, names, step, self.what.run.outer.steps)
 
-    def _inner_steps(self, step: int, k: int) -> int:
+    def _inner_steps(self, step: int, k: int) -> tuple[int, ...]:
         if self.past is not None:
             return self.past.inner_steps[step][self.replicas[k].name]
-        return self.what.simulate.inner_steps_of(k, self.what.run.inner.steps)
+        return (self.what.simulate.inner_steps_of(k, self.what.run.inner.steps),)
 
     def _is_dropped(self, step: int, replica: Replica) -> bool:
         if self.past is not None:

@@ -17,30 +17,63 @@ TOKENS = MANIFEST.spec.tokens_per_inner_step
 
 def round_of(step: int, **changes: Any) -> dict[str, Any]:
     event = {"event": "round", "step": step, "committed": True, "reason": "", "group": ["a", "b"], "dropped": []}
-    return event | {"lost": [], "weights": [3 * TOKENS, 2 * TOKENS], "head": f"head-{step}"} | changes
+    return event | {"lost": [], "head": f"head-{step}"} | changes
+
+
+def offered(step: int, inner_steps: int) -> dict[str, Any]:
+    """``inner_steps``: since theta was taken."""
+    return {"event": "offered", "step": step, "tokens": inner_steps * TOKENS}
+
+
+def log_of(peer_id: str, *events: dict[str, Any]) -> list[dict[str, Any]]:
+    return [{"event": "started", "peer_id": peer_id}, *events]
 
 
 def test_who_made_how_many_inner_steps() -> None:
-    """Every peer logs every round; one log tells it all."""
-    first = [round_of(1), round_of(2, dropped=["b"])]
-    past = recount([first, first, [{"event": "started"}]], MANIFEST, "FOLDER")
+    a = log_of("a", offered(0, 3), round_of(1), offered(1, 4), round_of(2, dropped=["b"]))
+    b = log_of("b", offered(0, 2), round_of(1), offered(1, 4), round_of(2, dropped=["b"]))
+    seed = log_of("seed")
+    past = recount([a, b, seed], MANIFEST, "FOLDER")
     assert past.names == ("a", "b")
-    assert past.inner_steps == {0: {"a": 3, "b": 2}, 1: {"a": 3, "b": 2}}
+    assert past.inner_steps == {0: {"a": (3,), "b": (2,)}, 1: {"a": (4,), "b": (4,)}}
     assert past.dropped == {0: frozenset(), 1: frozenset({"b"})}
     assert past.heads == {1: "head-1", 2: "head-2"}
+
+
+def test_who_was_alone_offers_again_and_trains_on_in_between() -> None:
+    alone = round_of(0, committed=False, reason="alone", group=[])
+    a = log_of("a", offered(0, 3), alone, offered(0, 5), alone, offered(0, 9), round_of(1), offered(1, 3), round_of(2))
+    b = log_of("b", offered(0, 2), round_of(1), offered(1, 3), round_of(2))
+    past = recount([a, b], MANIFEST, "FOLDER")
+    assert past.inner_steps == {0: {"a": (3, 2, 4), "b": (2,)}, 1: {"a": (3,), "b": (3,)}}
+
+
+@pytest.mark.parametrize(("on_missed", "expected"), [("keep", (3,)), ("adopt", (6,))])
+def test_what_is_kept_is_offered_again_with_what_was_learned_since(on_missed: str, expected: tuple[int, ...]) -> None:
+    """Three inner steps, dropped, and three more: six are offered. With ``adopt`` these were six new ones."""
+    spec = MANIFEST.spec.model_copy(update={"round": MANIFEST.spec.round.model_copy(update={"on_missed": on_missed})})
+    manifest = MANIFEST.model_copy(update={"spec": spec})
+    a = log_of("a", offered(0, 3), round_of(1, dropped=["a"]), offered(1, 6), round_of(2))
+    b = log_of("b", offered(0, 3), round_of(1, dropped=["a"]), offered(1, 3), round_of(2))
+    assert recount([a, b], manifest, "FOLDER").inner_steps[1] == {"a": expected, "b": (3,)}
 
 
 @pytest.mark.parametrize(
     ("log", "message"),
     [
-        ([round_of(1), round_of(2, committed=False, reason="failed")], "a round after outer step 1 failed (failed)"),
-        ([round_of(1, lost=["b"])], "a round after outer step 0 lost somebody"),
-        ([round_of(2)], "its logs do not tell of every outer step from the first one on"),
+        (
+            [offered(0, 3), round_of(1), round_of(1, committed=False, reason="failed")],
+            "the round at outer step 1 failed",
+        ),
+        ([offered(0, 3), round_of(1, lost=["b"])], "the round at outer step 1 lost somebody"),
+        ([offered(1, 3), round_of(2)], "its logs do not tell of every outer step from the first one on"),
+        ([{"event": "started", "peer_id": "a"}, round_of(1)], "peer a was restarted"),
+        ([round_of(1, group=["a", "b", "guest"])], "not everybody who has a log here, or only they, made outer step 1"),
     ],
 )
 def test_a_past_that_cannot_be_done_again(log: list[dict[str, Any]], message: str) -> None:
     with pytest.raises(UsageError) as refused:
-        recount([log], MANIFEST, "FOLDER")
+        recount([log_of("a", *log)], MANIFEST, "FOLDER")
     assert str(refused.value).startswith(f"FOLDER: {message}")
 
 

@@ -197,7 +197,7 @@ def test_a_late_update_is_merged_in_time(tmp_path: Path, monkeypatch: pytest.Mon
         return step(*args, **named)
 
     monkeypatch.setattr(replica.inner, "step", noted)
-    replica.learn(simulation.what, simulation.state, 4)
+    replica.learn(simulation.what, simulation.state, [4])
     assert lates == [True, True, False, False]
     assert np.allclose(replica.local, 0.25 * own + 0.75 * simulation.state.theta, atol=1e-6)
 
