@@ -24,6 +24,7 @@ from benchmarks import (
     onslaught,
     partition,
     scrape,
+    simulated,
     sleepers,
     stall,
     throughput,
@@ -38,6 +39,7 @@ CASES: dict[str, Callable[[], Table]] = {
     "bytes": traffic.main,
     "averager": averager.main,
     "compute": compute.main,
+    "simulated": simulated.main,
     "scrape": scrape.main,
     "following": following.main,
 }

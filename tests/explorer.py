@@ -160,8 +160,8 @@ def explore_many(seeds: range, jobs: int) -> list[Verdict]:
 def find_broken(jobs: int) -> list[str]:
     """Says which schedule finds each protocol that is broken on purpose. Those that none finds."""
     missed = []
-    with multiprocessing.get_context("spawn").Pool(jobs, _quiet_gc) as pool:
-        for name in VARIANTS:
+    for name in VARIANTS:
+        with multiprocessing.get_context("spawn").Pool(jobs, _quiet_gc) as pool:  # the end of it is that of its queue
             found = (seed for seed, text in pool.imap(partial(explore_broken, name), range(BROKEN_WITHIN)) if text)
             seed = next((seed for seed in found if explore_seed(seed).ok), None)
             print(f"{name}: " + ("NOT FOUND" if seed is None else f"seed {seed}: {explore_broken(name, seed)[1]}"))
