@@ -39,14 +39,15 @@ def part_and_heal(stage: Stage) -> Healed:
     stage.plan(Fault(action="cut", at_s=0.0, peer=island))
     parted = stage.wait_until(lambda: stage.done, "two are cut off together")[-1]
 
-    def made() -> dict[str, int]:
+    def made_apart() -> dict[str, int] | None:
+        """None until it is enough."""
         common = last_common(logs, island)
-        return {name: newest(log) - common for name, log in logs.items()}
+        made = {name: newest(log) - common for name, log in logs.items()}
+        return made if min(made.values()) >= APART else None
 
-    stage.wait_until(lambda: min(made().values()) >= APART, "both halves go on alone")
+    made = stage.wait_until(made_apart, "both halves go on alone")
     stage.plan(Fault(action="restore", at_s=0.0, peer=island))
     healed = stage.wait_until(lambda: stage.done, "they are connected again")[-1]
-    made_apart = made()
     stage.wait_until_calm(healed.mono_s)
     together_s = min(rounds(log)[-1]["mono_s"] for log in logs.values())
     stage.check_heads(together_s)  # before that, rounds of one half may have been under way
@@ -60,7 +61,7 @@ def part_and_heal(stage: Stage) -> Healed:
                 raise stage.failure(f"{name} gave up {event['rolled_back']} outer steps without a word in its log")
     if not given_up:
         raise stage.failure("nothing was given up: were the halves apart?")
-    return Healed(made=made_apart, given_up=dict(given_up), seconds=together_s - healed.mono_s)
+    return Healed(made=made, given_up=dict(given_up), seconds=together_s - healed.mono_s)
 
 
 def last_common(logs: Mapping[str, Log], island: Collection[str]) -> int:
