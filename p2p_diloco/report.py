@@ -151,17 +151,20 @@ def plot(study: Study, summaries: Mapping[str, Summary], path: Path) -> None:
     pyplot.close(figure)
 
 
+KEPT = ("held_out", "digest", "torch", "device", "wall_s")
+
+
 def raw(study: Study, summaries: Mapping[str, Summary]) -> dict[str, Any]:
-    """All figures of a study, as JSON."""
+    """The figures of a study, as JSON. What its simulations left has more: every outer step's head, loss and bytes."""
     return {
         "study": study.name,
         "size": study.size,
         "title": study.spec.title,
         "paper": study.spec.paper,
-        "rows": [vars(row) for row in rows_of(study, summaries)],
         "trials": [
-            {"arm": trial.arm, "seed": trial.seed, "key": trial.key, **summaries[trial.key]}
+            {"arm": trial.arm, "seed": trial.seed, "key": trial.key, "last": summary["curve"][-1]}
+            | {name: summary[name] for name in KEPT}
             for trial in study.trials
-            if trial.key in summaries
+            if (summary := summaries.get(trial.key)) is not None
         ],
     }

@@ -31,7 +31,8 @@ def summary_of(losses: list[float | None], tokens: int = 2_000_000) -> dict[str,
         for step, loss in enumerate(losses)
     ]
     held_out = [[point["step"], point["held_out_loss"]] for point in curve if point["held_out_loss"] is not None]
-    return {"curve": curve, "held_out": held_out}
+    about = {"digest": "00", "torch": "2", "device": "cpu", "wall_s": 1.0}
+    return {"curve": curve, "held_out": held_out, **about}
 
 
 def summaries_of(study: Study) -> dict[str, Any]:
@@ -100,9 +101,13 @@ def test_the_plot_is_a_picture_with_a_line_an_arm(tmp_path: Path) -> None:
 def test_the_raw_figures_have_all(tmp_path: Path) -> None:
     study = study_of(tmp_path)
     figures = json.loads(json.dumps(raw(study, summaries_of(study))))
-    assert [row["arm"] for row in figures["rows"]] == ["plain", "half", "best"]
+    assert [(trial["arm"], trial["seed"]) for trial in figures["trials"]][:3] == [
+        ("plain", 1),
+        ("half", 1),
+        ("best", 1),
+    ]
     assert len(figures["trials"]) == 6
-    assert figures["trials"][0]["curve"][-1]["held_out_loss"] == 2.0
+    assert figures["trials"][0]["last"]["held_out_loss"] == 2.0
 
 
 def test_a_missing_library_is_told_before_anything_is_computed(monkeypatch: pytest.MonkeyPatch) -> None:
