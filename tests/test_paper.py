@@ -53,6 +53,12 @@ def test_diloco_is_between_one_worker_and_four_times_the_batch() -> None:
     assert diloco.closed > 0.5
 
 
+def test_the_more_seldom_the_worse() -> None:
+    losses = [mean(row.losses) for row in rows("inner-steps-quick").values()]
+    assert len(losses) == 5
+    assert losses == sorted(losses)
+
+
 @pytest.mark.parametrize("kind", ["", "non-i.i.d., "])
 def test_the_more_is_dropped_the_more_it_costs_and_never_all(kind: str) -> None:
     drop = rows("drop")
