@@ -14,29 +14,22 @@ torch takes seconds to import, so commands import what they need themselves.
 
 from __future__ import annotations
 
-import difflib
 import io
 import json
 import logging
 import math
 import os
 import re
-import signal
 import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import App, CycloptsError, Parameter
-from cyclopts.argument import ArgumentCollection
-from cyclopts.config import Dict
-from cyclopts.validators import Number
 from rich.console import Console
 from rich.highlighter import NullHighlighter
 from rich.logging import RichHandler
@@ -45,134 +38,36 @@ from p2p_diloco import __version__
 from p2p_diloco.config import cache_folder
 from p2p_diloco.display import MAX_NAME_CHARS, Checklist, join_line, live_table, plain
 from p2p_diloco.errors import LocalError, Stopped, UsageError
+from p2p_diloco.interruption import importing, interrupted, interruptible, run_cancellable, undisturbed
+from p2p_diloco.options import (
+    NODE,
+    OUTPUT,
+    Addresses,
+    AtLeastOne,
+    AtLeastZero,
+    Flag,
+    NodeOptions,
+    Output,
+    Patience,
+    Probability,
+    not_negative,
+    settings,
+)
 
 if sys.version_info >= (3, 11):
-    import tomllib
+    pass
 else:
-    import tomli as tomllib
+    pass
 
 if TYPE_CHECKING:
     from p2p_diloco.config import PeerConfig
-    from p2p_diloco.manifest import RunManifest, RunSpec
     from p2p_diloco.simulate import Simulation
     from p2p_diloco.study import Size
     from p2p_diloco.swarm import Swarm
 
 log = logging.getLogger(__name__)
 
-ENVIRONMENT = "P2P_DILOCO_"
-SERVING = {"seed", "peer", "swarm", "monitor"}
-"""Commands that end when the user wants it: to be interrupted is no failure of theirs."""
 STDOUT = Console(highlight=False, soft_wrap=False)
-
-Result = TypeVar("Result")
-AtLeastOne = Annotated[int, Parameter(validator=Number(gte=1))]
-Probability = Annotated[float, Parameter(validator=Number(gte=0, lt=1))]
-AtLeastZero = Annotated[int, Parameter(validator=Number(gte=0))]
-Flag = Annotated[bool, Parameter(negative="", show_default=False)]
-Patience = Annotated[float, Parameter(validator=Number(gte=0.1, lte=10))]
-Addresses = Annotated[tuple[str, ...], Parameter(consume_multiple=True, negative="", show_default=False)]
-
-
-def not_negative(_type: Any, value: float) -> None:
-    if not (math.isfinite(value) and value >= 0):
-        raise ValueError("Must be 0 or more.")
-
-
-@Parameter(name="*")
-@dataclass(frozen=True, kw_only=True)
-class Output:
-    """Of every command."""
-
-    verbose: Flag = False
-    """Tell more in the log."""
-    debug: Flag = False
-    """Show where an error came from."""
-
-
-@Parameter(name="*")
-@dataclass(frozen=True, kw_only=True)
-class NodeOptions:
-    """Of every command that becomes a lasting part of the network."""
-
-    folder: Path | None = None
-    """Identity, ledger and event log of this peer; the same folder takes up where the last start ended."""
-    host_maddrs: Addresses = ("/ip4/0.0.0.0/tcp/0",)
-    """Where to listen; all of this machine's addresses by default. Port forwarding needs a fixed port."""
-    announce_maddrs: Addresses = ()
-    """What others shall dial, where it differs from that."""
-    use_relay: bool = True
-    """Reach, and be reached by, peers behind NATs through relays."""
-    relay_service: Flag = False
-    """Be a relay for others."""
-    identity: Path | None = None
-    """Key file; identity.key in the folder by default."""
-    name: Annotated[str, Parameter(show_default=False)] = ""
-    """Shown to others beside the peer id."""
-    max_upload: float | None = None
-    """Megabytes per second for what others download to catch up; rounds are not limited."""
-    metrics_addr: Annotated[str, Parameter(show_default=False)] = ""
-    """Serve metrics for Prometheus on this port of this machine alone, or on HOST:PORT; 0.0.0.0:9100 is for all."""
-    patience: Patience = 1.0
-    """Factor on every time-out, 0.1 to 10: below 1 in a fast network, above 1 over slow links."""
-    config: Path | None = None
-    """TOML file with options of this command."""
-
-
-NODE, OUTPUT = NodeOptions(), Output()
-
-
-def settings(_app: App, commands: tuple[str, ...], arguments: ArgumentCollection) -> None:
-    """cyclopts calls this after it has read the command line."""
-    if not commands:
-        return
-    options = {a.name.removeprefix("--"): a for a in arguments if a.name.startswith("--")}
-    table: dict[str, Any] = {}
-    # The prefix of the command is the longer one, so it comes second, and wins.
-    for prefix, strict in ((ENVIRONMENT, False), (f"{ENVIRONMENT}{'_'.join(commands).upper()}_", True)):
-        for variable in sorted(os.environ):
-            if variable.startswith(prefix) and (value := os.environ[variable].strip()):
-                name = option_name(variable[len(prefix) :])
-                if name in options:
-                    table[name] = value.split() if options[name].token_count()[1] else value
-                elif strict:
-                    raise UsageError(f"unknown environment variable {variable}; {hint(name, options, environment)}")
-    Dict(table, source="environment")(_app, (), arguments)
-    if "config" in options and options["config"].tokens:
-        path = Path(options["config"].tokens[-1].value)
-        file = {option_name(key): (key, value) for key, value in read_toml(path).items()}
-        known = [name for name in options if name != "config"]
-        for name, (key, _) in file.items():
-            if name not in known:
-                raise UsageError(f"{path}: unknown key {key!r}; {hint(name, known, str)}")
-        Dict({name: value for name, (_, value) in file.items()}, source=str(path))(_app, (), arguments)
-
-
-def option_name(text: str) -> str:
-    return text.lower().replace("_", "-")
-
-
-def environment(option: str) -> str:
-    return ENVIRONMENT + option.upper().replace("-", "_")
-
-
-def hint(name: str, known: Sequence[str] | Mapping[str, Any], spell: Callable[[str], str]) -> str:
-    nearest = difflib.get_close_matches(name, known, n=1)
-    return f"did you mean {spell(nearest[0])}?" if nearest else f"known: {', '.join(map(spell, known))}"
-
-
-def read_toml(path: Path) -> dict[str, Any]:
-    try:
-        return tomllib.loads(path.read_bytes().decode())
-    except FileNotFoundError:
-        raise UsageError(f"--config {path}: no such file") from None
-    except OSError as error:
-        raise UsageError(f"--config {path}: cannot be read ({error.strerror})") from error
-    except UnicodeDecodeError:
-        raise UsageError(f"--config {path}: not a text file in UTF-8") from None
-    except tomllib.TOMLDecodeError as error:
-        raise UsageError(f"--config {path}: not valid TOML: {error}") from error
-
 
 app = App(
     name="p2p-diloco",
@@ -515,6 +410,8 @@ def manifest(
     run_id
         Which run, where there are several.
     """
+    from p2p_diloco.facts import check_run_file, facts_of
+
     check_run_id(run_id)
     if (source is None) == (not initial_peers):
         raise UsageError("give either a file or folder, or --initial-peers")
@@ -840,66 +737,6 @@ def run_of(folder: Path | None, initial_peers: Sequence[str], run_id: str | None
         yield run
 
 
-def facts_of(manifest: RunManifest) -> dict[str, str]:
-    """What ``manifest`` shows of a manifest whose signature is valid."""
-    facts = spec_facts(manifest.spec, manifest.n_params, manifest.transformers_config["model_type"])
-    tokenizer = "of the run, in the manifest" if manifest.tokenizer_json else "bytes"
-    return {
-        "run": manifest.spec.name,
-        "run id": manifest.run_id,
-        "owner": manifest.owner,
-        "signature": "valid: the owner's",
-        "protocol": str(manifest.protocol),
-        **facts,
-        "tokenizer": f"{tokenizer}, {manifest.vocab_size} tokens",
-        "layout": manifest.layout_digest,
-        "genesis": manifest.genesis,
-    }
-
-
-def check_run_file(path: Path) -> dict[str, str]:
-    """What a run file would start, without starting it. Raises UsageError that names file and key."""
-    from p2p_diloco.data import load_tokenizer_json, open_tokenizer
-    from p2p_diloco.hub import check_data_set
-    from p2p_diloco.manifest import RunSpec
-
-    spec, base = RunSpec.load(path), path.parent
-    if spec.data.source == "hub":
-        check_data_set(spec.data, base)
-    elif spec.data.path is not None and not (base / spec.data.path).exists():
-        raise UsageError(f"{path}: key 'data.path': no such file or folder: {base / spec.data.path}")
-    tokenizer = open_tokenizer(load_tokenizer_json(spec.data, base))
-
-    with importing("manifest"):
-        import torch
-
-        from p2p_diloco.model import build_model, context_tokens, layout_of, resolve_config
-
-    config = resolve_config(spec.model, base=base, vocab_size=tokenizer.vocab_size)
-    with torch.device("meta"):
-        model = build_model(config, seed=None)
-    longest = context_tokens(model)
-    if longest is not None and spec.data.seq_len > longest:
-        raise UsageError(
-            f"{path}: key 'data.seq_len': {spec.data.seq_len}, but the model sees at most {longest} tokens"
-        )
-    facts = spec_facts(spec, layout_of(model).n, config["model_type"])
-    return {"run file": f"{path}: sound", "run": spec.name, **facts}
-
-
-def spec_facts(spec: RunSpec, n_params: int, model_type: str) -> dict[str, str]:
-    inner, outer, data = spec.inner, spec.outer, spec.data
-    tokens = outer.steps * inner.steps * spec.tokens_per_inner_step
-    return {
-        "model": f"{model_type}, {n_params} parameters" + (f", from {spec.model.path}" if spec.model.path else ""),
-        "data": f"{data.path or 'built-in text'}, {data.seq_len} tokens in a sequence",
-        "inner steps": f"{inner.steps} of {spec.tokens_per_inner_step} tokens, learning rate {inner.lr:g}",
-        "outer steps": f"{outer.steps}, learning rate {outer.lr:g}, momentum {outer.momentum:g}, codec {outer.codec}",
-        "group": f"{spec.round.min_group} to {spec.round.max_group} peers, gathered for {spec.round.gather_s:g} s",
-        "tokens": f"{tokens} for every peer that trains from start to end",
-    }
-
-
 def show(facts: Mapping[str, str]) -> None:
     for name, value in facts.items():
         print(f"{name:<12} {plain(value)}")
@@ -943,88 +780,6 @@ def main(argv: Sequence[str] | None = None) -> int:
                 return interrupted(command, received)
             what = f"internal error: {type(error).__name__}: {error}; run again with --debug and report it"
             return fail(what, 1, debug=output.debug)
-
-
-@contextmanager
-def interruptible() -> Iterator[list[int]]:
-    """SIGTERM as Ctrl+C: KeyboardInterrupt, wherever the command is. Yields the signals that came."""
-    received: list[int] = []
-
-    def on_signal(number: int, _frame: FrameType | None) -> None:
-        received.append(number)
-        raise KeyboardInterrupt
-
-    before = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield received
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-@contextmanager
-def importing(command: str) -> Iterator[None]:
-    """For imports, before there is anything to tidy up: a signal ends this process there and then. An exception in the
-    midst of torch's, which is also hivemind's, would end it with a page of C++."""
-
-    def on_signal(number: int, _frame: FrameType | None) -> None:
-        os._exit(interrupted(command, [number]))
-
-    before = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-@contextmanager
-def undisturbed() -> Iterator[list[int]]:
-    """Signals wait until the end of the block. Yields those that wait."""
-    waiting: list[int] = []
-    before = {
-        number: signal.signal(number, lambda received, _frame: waiting.append(received))
-        for number in (signal.SIGINT, signal.SIGTERM)
-    }
-    try:
-        yield waiting
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-    if waiting:
-        signal.raise_signal(waiting[0])
-
-
-def run_cancellable(work: Coroutine[Any, Any, Result]) -> Result:
-    """As ``asyncio.run``, but a signal cancels ``work`` and comes through when that has tidied up: KeyboardInterrupt in
-    the midst of the loop's own work may lose a process that is being started."""
-    import asyncio
-
-    async def cancellable(waiting: list[int]) -> Result:
-        loop, task = asyncio.get_running_loop(), asyncio.current_task()
-        assert task is not None
-
-        def on_signal(number: int, _frame: FrameType | None) -> None:
-            waiting.append(number)
-            if not loop.is_closed():
-                loop.call_soon_threadsafe(task.cancel)
-
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, on_signal)
-        if waiting:
-            task.cancel()
-        return await work
-
-    with undisturbed() as waiting:
-        try:
-            return asyncio.run(cancellable(waiting))
-        except asyncio.CancelledError:
-            pass
-    raise KeyboardInterrupt
-
-
-def interrupted(command: str, received: Sequence[int]) -> int:
-    return 0 if command in SERVING else 128 + (received[-1] if received else signal.SIGINT)
 
 
 def fail(message: str, exit_code: int, *, debug: bool = False) -> int:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import logging
 import os
-import signal
 import socket
 import subprocess
 import sys
@@ -17,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from p2p_diloco import __version__, cli, monitor
+from p2p_diloco import __version__, cli, monitor, options
 from p2p_diloco.config import PeerConfig
 from p2p_diloco.endpoint import Endpoint
 from p2p_diloco.errors import Stopped, UsageError
@@ -49,7 +47,7 @@ def as_on_a_fresh_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> It
     root, ours = logging.getLogger(), logging.getLogger("p2p_diloco")
     before, levels = list(root.handlers), (root.level, ours.level)
     for variable in list(os.environ):
-        if variable.startswith(cli.ENVIRONMENT):
+        if variable.startswith(options.ENVIRONMENT):
             monkeypatch.delenv(variable)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "share"))
@@ -206,43 +204,6 @@ def test_what_a_monitor_is_told(flags: list[str], tmp_path: Path, monkeypatch: p
     assert cli.main(command + flags) == 0
     config = PeerConfig(folder=tmp_path / "new", initial_peers=(MADDR,), client_mode=True)
     assert told == [config, Endpoint(host="127.0.0.1", port=port), {"private_targets": bool(flags)}]
-
-
-def test_a_signal_waits_for_the_end_of_an_import() -> None:
-    done: list[str] = []
-
-    def import_something() -> None:
-        with cli.undisturbed():
-            signal.raise_signal(signal.SIGTERM)
-            done.append("imported")
-
-    with cli.interruptible() as received:
-        with pytest.raises(KeyboardInterrupt):
-            import_something()
-        assert (done, received) == (["imported"], [signal.SIGTERM])
-        with cli.undisturbed():
-            done.append("undisturbed")
-        with pytest.raises(KeyboardInterrupt):
-            signal.raise_signal(signal.SIGINT)
-
-
-def test_a_signal_cancels_work_and_comes_through_when_that_has_tidied_up() -> None:
-    done: list[str] = []
-
-    async def work() -> None:
-        try:
-            signal.raise_signal(signal.SIGTERM)
-            done.append("not torn out of the middle")
-            await asyncio.sleep(60)
-        finally:
-            await asyncio.sleep(0)
-            done.append("tidied up")
-
-    with cli.interruptible() as received:
-        with pytest.raises(KeyboardInterrupt):
-            cli.run_cancellable(work())
-        assert done == ["not torn out of the middle", "tidied up"]
-        assert received == [signal.SIGTERM]
 
 
 def test_the_version_and_the_help(capsys: pytest.CaptureFixture[str]) -> None:

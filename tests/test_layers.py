@@ -58,7 +58,8 @@ ORDER = (
     *("swarm", "train", "simulation", "variants", "shards", "recount", "replicas", "simulate", "study", "report"),
     *("experiment", "doctor", "fitness", "trial", "display", "status", "survey", "listener"),
     *("checkup", "summary", "overview", "history", "exposition", "monitor"),
-    *("faults", "namespaces", "child", "children", "injector", "local", "cli", "__main__"),
+    *("faults", "namespaces", "child", "children", "injector", "local"),
+    *("interruption", "options", "facts", "cli", "__main__"),
 )
 """Lowest first. A module imports from those before it, and from no other."""
 

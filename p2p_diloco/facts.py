@@ -1,0 +1,69 @@
+"""What ``p2p-diloco manifest`` tells of a run, or of a run file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from p2p_diloco.data import load_tokenizer_json, open_tokenizer
+from p2p_diloco.errors import UsageError
+from p2p_diloco.hub import check_data_set
+from p2p_diloco.interruption import importing
+from p2p_diloco.manifest import RunManifest, RunSpec
+
+
+def facts_of(manifest: RunManifest) -> dict[str, str]:
+    """What ``manifest`` shows of a manifest whose signature is valid."""
+    facts = spec_facts(manifest.spec, manifest.n_params, manifest.transformers_config["model_type"])
+    tokenizer = "of the run, in the manifest" if manifest.tokenizer_json else "bytes"
+    return {
+        "run": manifest.spec.name,
+        "run id": manifest.run_id,
+        "owner": manifest.owner,
+        "signature": "valid: the owner's",
+        "protocol": str(manifest.protocol),
+        **facts,
+        "tokenizer": f"{tokenizer}, {manifest.vocab_size} tokens",
+        "layout": manifest.layout_digest,
+        "genesis": manifest.genesis,
+    }
+
+
+def check_run_file(path: Path) -> dict[str, str]:
+    """What a run file would start, without starting it. Raises UsageError that names file and key."""
+    from p2p_diloco.manifest import RunSpec
+
+    spec, base = RunSpec.load(path), path.parent
+    if spec.data.source == "hub":
+        check_data_set(spec.data, base)
+    elif spec.data.path is not None and not (base / spec.data.path).exists():
+        raise UsageError(f"{path}: key 'data.path': no such file or folder: {base / spec.data.path}")
+    tokenizer = open_tokenizer(load_tokenizer_json(spec.data, base))
+
+    with importing("manifest"):
+        import torch
+
+        from p2p_diloco.model import build_model, context_tokens, layout_of, resolve_config
+
+    config = resolve_config(spec.model, base=base, vocab_size=tokenizer.vocab_size)
+    with torch.device("meta"):
+        model = build_model(config, seed=None)
+    longest = context_tokens(model)
+    if longest is not None and spec.data.seq_len > longest:
+        raise UsageError(
+            f"{path}: key 'data.seq_len': {spec.data.seq_len}, but the model sees at most {longest} tokens"
+        )
+    facts = spec_facts(spec, layout_of(model).n, config["model_type"])
+    return {"run file": f"{path}: sound", "run": spec.name, **facts}
+
+
+def spec_facts(spec: RunSpec, n_params: int, model_type: str) -> dict[str, str]:
+    inner, outer, data = spec.inner, spec.outer, spec.data
+    tokens = outer.steps * inner.steps * spec.tokens_per_inner_step
+    return {
+        "model": f"{model_type}, {n_params} parameters" + (f", from {spec.model.path}" if spec.model.path else ""),
+        "data": f"{data.path or 'built-in text'}, {data.seq_len} tokens in a sequence",
+        "inner steps": f"{inner.steps} of {spec.tokens_per_inner_step} tokens, learning rate {inner.lr:g}",
+        "outer steps": f"{outer.steps}, learning rate {outer.lr:g}, momentum {outer.momentum:g}, codec {outer.codec}",
+        "group": f"{spec.round.min_group} to {spec.round.max_group} peers, gathered for {spec.round.gather_s:g} s",
+        "tokens": f"{tokens} for every peer that trains from start to end",
+    }
