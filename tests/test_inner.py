@@ -9,9 +9,9 @@ import torch
 
 from p2p_diloco.codec import Vector
 from p2p_diloco.data import Corpus
-from p2p_diloco.inner import INNER_FILE, InnerOptimizer, Place, learning_rate
+from p2p_diloco.inner import INNER_FILE, InnerOptimizer, Place, draws_drop, learning_rate, place_in_run
 from p2p_diloco.manifest import DataSpec, InnerSpec, ModelSpec, OuterSpec, RunSpec
-from p2p_diloco.model import bind_parameters, build_model, layout_of, read_parameters
+from p2p_diloco.model import bind_parameters, build_model, layout_of, loss_of, read_parameters
 
 CONFIG = {
     "model_type": "llama",
@@ -116,3 +116,37 @@ def test_a_damaged_or_missing_file_costs_the_moments_and_nothing_else(tmp_path: 
     again, _ = trainer()
     assert again.load(path) is None
     assert not again.optimizer.state
+
+
+def test_drops_are_drawn_anew_for_every_peer_and_outer_step_and_always_the_same() -> None:
+    drawn = {(peer, step): draws_drop(3, peer, step, 0.3) for peer in "abcdefgh" for step in range(250)}
+    assert 0.27 < sum(drawn.values()) / len(drawn) < 0.33
+    assert all(draws_drop(3, peer, step, 0.3) == dropped for (peer, step), dropped in drawn.items())
+    assert len({tuple(drawn[peer, step] for step in range(250)) for peer in "abcdefgh"}) == 8
+    assert not any(draws_drop(3, "a", step, 0.0) for step in range(100))
+
+
+def test_places_in_the_run() -> None:
+    """After a round that failed batches go on; the schedule of the outer step begins again, and stays at its end."""
+    assert place_in_run(SPEC, 2, 0, 0) == Place(batch_step=10, schedule_step=10)
+    assert place_in_run(SPEC, 2, 7, 1) == Place(batch_step=17, schedule_step=11)
+    assert place_in_run(SPEC, 2, 7, 7) == Place(batch_step=17, schedule_step=14)
+
+
+def test_sgd_inside_has_no_moments_and_takes_the_gradient_as_it_is() -> None:
+    spec = SPEC.model_copy(
+        update={
+            "inner": InnerSpec(optimizer="sgd", lr=0.1, warmup_steps=0, min_lr_ratio=1.0, weight_decay=0.0, clip=1e9)
+        }
+    )
+    model = build_model(CONFIG, seed=1)
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    inner = InnerOptimizer(model, spec, CPU)
+    inner.step(corpus(), peer_id="me", at=Place(0, 0))
+    assert inner.moments() == ({}, [])
+    again = build_model(CONFIG, seed=1)
+    batch = corpus().batch(run_seed=0, peer_id="me", step=0, batch_size=16, seq_len=8)
+    loss_of(again, torch.from_numpy(batch)).backward()  # type: ignore[no-untyped-call]
+    for parameter, old, other in zip(model.parameters(), before, again.parameters()):
+        assert other.grad is not None
+        torch.testing.assert_close(parameter.detach(), old - 0.1 * other.grad, rtol=0, atol=1e-6)
