@@ -481,15 +481,15 @@ def simulate(
     if folder is None:
         folder = Path("runs") / f"{what.run.name}-simulated-{time.strftime('%Y%m%d-%H%M%S')}"
     simulation = Simulation.open(what, folder, base=run_file.parent, device=device, threads=threads, past=past)
-    STDOUT.print(
-        f"{what.run.name}: {len(simulation.replicas)} replicas in {folder}, outer step {simulation.state.step}"
-    )
+    count, step = len(simulation.replicas), simulation.state.step
+    STDOUT.print(f"{what.run.name}: {count} replicas in {folder}, outer step {step}", soft_wrap=True)
     show_curve(simulation, STDOUT)
     if past is None:
         return 0
     differing = simulation.differing_heads()
     if not differing:
-        STDOUT.print(f"heads           those of {recount} at all {simulation.state.step} outer steps")
+        made = simulation.state.step
+        STDOUT.print(f"heads           those of {recount} at all {made} outer steps", soft_wrap=True)
         return 0
     print(f"error: other heads than in {recount} from outer step {differing[0]} on", file=sys.stderr)
     return 1
@@ -622,8 +622,9 @@ def show_curve(simulation: Simulation, console: Console) -> None:
         for point in simulation.run():
             progress.advance(task)
             if point.held_out_loss is not None or point.step == simulation.what.run.outer.steps:
-                progress.console.print(point.line())
-    console.print(f"head            {simulation.state.head.hex()}\ndigest          {simulation.state.digest().hex()}")
+                progress.console.print(point.line(), soft_wrap=True)
+    head, digest = simulation.state.head.hex(), simulation.state.digest().hex()
+    console.print(f"head            {head}\ndigest          {digest}", soft_wrap=True)
 
 
 def require(initial_peers: Sequence[str]) -> None:

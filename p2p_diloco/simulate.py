@@ -60,7 +60,8 @@ log = logging.getLogger(__name__)
 
 CHECKPOINT_FILE = "checkpoint.safetensors"
 SUMMARY_FILE = "summary.json"
-CHECKPOINT_EVERY_S = 30.0
+CHECKPOINT_SHARE = 0.05
+"""Of the time, for checkpoints: a small simulation has one every second, a large one not all the time."""
 EVALUATED_ROWS = 32
 """In one forward pass: small batches would take longer to evaluate on than to learn from."""
 
@@ -178,14 +179,15 @@ class Simulation:
         """To the end; yields every further point of the curve. The disk has the last checkpoint whenever it is stopped
         in between, and ``summary.json`` at the end."""
         began_s = kept_s = time.monotonic()
-        before_s = self.wall_s
+        before_s, cost_s = self.wall_s, 0.0
         while not self.done:
             point = self.outer_step()
             now_s = time.monotonic()
             self.wall_s = before_s + now_s - began_s
-            if self.done or now_s - kept_s > CHECKPOINT_EVERY_S:
+            if self.done or cost_s <= CHECKPOINT_SHARE * (now_s - kept_s):
                 self.checkpoint()
-                kept_s = now_s
+                kept_s = time.monotonic()
+                cost_s = kept_s - now_s
             yield point
         self.write_summary()
 

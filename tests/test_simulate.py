@@ -263,7 +263,7 @@ def test_a_simulation_goes_on_where_it_was_stopped(
         del changes["model"]
     whole = open_small(tmp_path, changes, name="whole")
     theta_of(whole)
-    monkeypatch.setattr(simulate, "CHECKPOINT_EVERY_S", -1.0)
+    monkeypatch.setattr(simulate, "CHECKPOINT_SHARE", 1e9)
     for _ in range(4):
         for _ in open_small(tmp_path, changes, name="parts").run():
             break

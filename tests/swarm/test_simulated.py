@@ -4,11 +4,9 @@ kills and starts again."""
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +56,7 @@ def test_a_simulation_comes_to_the_heads_of_a_real_swarm(codec: str, drop: str) 
 
 
 def test_a_simulation_that_is_killed_again_and_again_ends_the_same() -> None:
-    """And a Ctrl+C is quiet."""
+    """It goes on where it was, and a Ctrl+C is quiet."""
     place = Place(outer_steps=40, inner_steps=10)
     try:
         whole, parts = place.root / "whole", place.root / "parts"
@@ -66,15 +64,22 @@ def test_a_simulation_that_is_killed_again_and_again_ends_the_same() -> None:
         said, _ = process.communicate(timeout=START_S)
         assert process.returncode == 0, said
 
-        for number in (signal.SIGKILL, signal.SIGINT, signal.SIGKILL):
+        began = []
+        for number, code in (
+            (signal.SIGKILL, -signal.SIGKILL),
+            (signal.SIGINT, 130),
+            (signal.SIGKILL, -signal.SIGKILL),
+        ):
             process = simulate(place, "--replicas", "2", "--folder", str(parts))
             assert process.stdout is not None
-            assert any(line.startswith("outer step") for line in iter(process.stdout.readline, "")), "it has begun"
-            time.sleep(0.3)
-            os.kill(process.pid, number)
+            began.append(int(process.stdout.readline().rpartition("outer step ")[2]))
+            for _ in range(4):
+                assert process.stdout.readline().startswith("outer step "), "it has begun"
+            process.send_signal(number)
             said, _ = process.communicate(timeout=START_S)
-            assert process.returncode in ({-signal.SIGKILL, 0} if number == signal.SIGKILL else {130, 0}), said
-            assert "Traceback" not in said
+            assert (process.returncode, "Traceback" in said) == (code, False), said
+        assert began[0] == 0
+        assert 0 < began[1] < began[2] < 40
         process = simulate(place, "--replicas", "2", "--folder", str(parts))
         said, _ = process.communicate(timeout=START_S)
         assert process.returncode == 0, said
