@@ -250,7 +250,8 @@ class Simulation:
         spec, options, state = self.what.run, self.what.simulate, self.state
         codec, lossy = spec.outer.codec, options.quantize
         policy = options.divided_by(spec.round.on_missed)
-        weights, divisor = counted_weights([replica.tokens for replica in members], policy, absent=0)
+        claimed = [min(replica.tokens, spec.max_weight_tokens) for replica in members]
+        weights, divisor = counted_weights(claimed, policy, absent=0)
         offered = {i: self._outer_gradient(replica) for i, replica in enumerate(members) if replica.name not in dropped}
         parts = []
         for where in part_slices(len(state.theta)):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,9 @@ from p2p_diloco.codec import CODECS, Vector
 from p2p_diloco.errors import UsageError
 from p2p_diloco.inner import InnerOptimizer, draws_drop, place_in_run
 from p2p_diloco.model import build_model, evaluate, loss_of, read_parameters, write_parameters
+from p2p_diloco.outer import Update
+from p2p_diloco.recount import Past
+from p2p_diloco.replicas import Replica
 from p2p_diloco.simulate import CHECKPOINT_FILE, SUMMARY_FILE, Simulation
 from p2p_diloco.stored import find_run, load_model, load_state
 
@@ -173,6 +176,28 @@ def test_slow_replicas_count_with_their_tokens(tmp_path: Path) -> None:
     simulation = open_small(tmp_path, {"simulate.replicas": 2, "simulate.speeds": [1.0, 0.5]})
     point = simulation.outer_step()
     assert point.tokens == (4 + 2) * simulation.what.run.tokens_per_inner_step
+
+
+def test_who_trained_alone_for_long_claims_no_more_than_a_peer_may(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two who made 24 inner steps of 4, in two offers, and one who made 4: 16 count of each of the two."""
+    steps = {"a": (20, 4), "b": (4,), "c": (24,)}
+    past = Past(names=("a", "b", "c"), inner_steps={0: steps}, dropped={0: frozenset()}, heads={})
+    simulation = Simulation.open(
+        small_run(tmp_path, MEAN), tmp_path / "out", base=tmp_path, device="cpu", threads=1, past=past
+    )
+    found, reduce = list[Update](), simulation._reduce
+
+    def noted(members: Sequence[Replica], dropped: set[str]) -> tuple[Update, int]:
+        update, sent_bytes = reduce(members, dropped)
+        found.append(update)
+        return update, sent_bytes
+
+    monkeypatch.setattr(simulation, "_reduce", noted)
+    simulation.outer_step()
+    each = simulation.what.run.tokens_per_inner_step
+    assert dict(found[0].header.contributors) == {"a": 16 * each, "b": 4 * each, "c": 16 * each}
 
 
 def test_a_pool_that_grows(tmp_path: Path) -> None:
