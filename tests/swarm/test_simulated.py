@@ -30,29 +30,41 @@ def summary_of(folder: Path) -> dict[str, Any]:
 
 @pytest.mark.parametrize(("codec", "drop"), [("fp32", "0"), ("int8", "0.4")])
 def test_a_simulation_comes_to_the_heads_of_a_real_swarm(codec: str, drop: str) -> None:
-    """Of three peers, five outer steps, with Nesterov momentum; a drop of 0.4 drops some and not all of 15."""
-    place = Place(outer_steps=STEPS, inner_steps=10, min_group=3, gather_s=60.0)
-    try:
-        outer = f'lr = 0.7\nmomentum = 0.9\ncodec = "{codec}"'
-        place.run_file.write_text(place.run_file.read_text().replace("lr = 1.0\nmomentum = 0.0", outer))
-        swarm = place.swarm(peers="3", drop=drop)
-        assert swarm.process.wait(2 * START_S) == 0, swarm.text
-        folder = place.root / "simulated"
-        process = simulate(place, "--recount", str(place.root), "--folder", str(folder))
-        said, _ = process.communicate(timeout=START_S)
-        assert process.returncode == 0, said
-        assert f"those of {place.root} at all {STEPS} outer steps" in said
+    """Of three peers, five outer steps, with Nesterov momentum; a drop of 0.4 drops some and not all of 15. On a busy
+    machine a round may fail, and what was then cannot be done again: there is another swarm."""
+    for _ in range(3):
+        place = Place(outer_steps=STEPS, inner_steps=10, min_group=3, gather_s=60.0)
+        try:
+            if recounted(place, codec, drop):
+                return
+        finally:
+            place.clear()
+    pytest.fail("in each of three swarms a round failed")
 
-        heads = summary_of(folder)["heads"]
-        assert list(heads) == [str(step) for step in range(STEPS + 1)]
-        for name in ("peer-1", "peer-2", "peer-3"):
-            assert place.summary["heads"][name] == heads
-        dropped = sum(len(event["dropped"]) for event in place.events("peer-1", "round"))
-        assert 0 < dropped < 3 * STEPS if drop != "0" else dropped == 0
-        held_out = dict(summary_of(folder)["held_out"])
-        assert held_out == pytest.approx(dict(place.summary["held_out"]), rel=1e-4)
-    finally:
-        place.clear()
+
+def recounted(place: Place, codec: str, drop: str) -> bool:
+    """False when a round failed."""
+    outer = f'lr = 0.7\nmomentum = 0.9\ncodec = "{codec}"'
+    place.run_file.write_text(place.run_file.read_text().replace("lr = 1.0\nmomentum = 0.0", outer))
+    swarm = place.swarm(peers="3", drop=drop)
+    assert swarm.process.wait(2 * START_S) == 0, swarm.text
+    folder = place.root / "simulated"
+    process = simulate(place, "--recount", str(place.root), "--folder", str(folder))
+    said, _ = process.communicate(timeout=START_S)
+    if process.returncode == 2 and "that cannot be done again" in said:
+        return False
+    assert process.returncode == 0, said
+    assert f"those of {place.root} at all {STEPS} outer steps" in said
+
+    heads = summary_of(folder)["heads"]
+    assert list(heads) == [str(step) for step in range(STEPS + 1)]
+    for name in ("peer-1", "peer-2", "peer-3"):
+        assert place.summary["heads"][name] == heads
+    dropped = sum(len(event["dropped"]) for event in place.events("peer-1", "round"))
+    assert 0 < dropped < 3 * STEPS if drop != "0" else dropped == 0
+    held_out = dict(summary_of(folder)["held_out"])
+    assert held_out == pytest.approx(dict(place.summary["held_out"]), rel=1e-4)
+    return True
 
 
 def test_a_simulation_that_is_killed_again_and_again_ends_the_same() -> None:
