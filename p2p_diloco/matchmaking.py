@@ -44,6 +44,7 @@ from p2p_diloco.rounds import (
     rank,
     seal_readiness,
     swarm_head,
+    way_of,
 )
 from p2p_diloco.waiting import Bell, heard
 from p2p_diloco.wire import Behind, Channel, Closing, Eta, No, Ready, Redirect, Roster, TooFew, Transport, run_protocol
@@ -137,8 +138,7 @@ class Matchmaker:
         sealed = seal_readiness(mine, self.identity)
         useless: set[str] = set()
         for _ in range(MAX_LEADERS_ASKED):
-            voters = self.directory.believed(self.wall_s())
-            if must_catch_up(seat.standing, swarm_head(voters, seat.standing, self.directory.before)):
+            if self._beyond() is not None:
                 return Missed(reason="behind", detail="the swarm went on meanwhile")
             records = self.directory.expected(self.wall_s())
             order = [p for p in leader_order(records, mine.head, mine.peer_id, seat.client_mode) if p not in useless]
@@ -238,6 +238,10 @@ class Matchmaker:
             own_s = self._now() + self._close_own() + CLOSING_MARGIN_S
             gathering.expected_s[me] = min(own_s, self._latest_s(gathering, busy=False))
         while gathering.answer is None:
+            moved = gathering.head != self.seat.standing.head
+            if (beyond := self.seat.sealed_record if moved else self._beyond()) is not None:
+                gathering.answer = Behind(record=beyond)
+                break
             changed = gathering.changed.event
             missing_s = [until_s for p, until_s in gathering.expected_s.items() if p not in gathering.ready]
             gathering.closes_s = max(missing_s, default=0.0)
@@ -266,6 +270,16 @@ class Matchmaker:
         if self.seat.role_trainer and self.identity.peer_id not in present:
             sealed.append(self.seat.sealed_record)
         return [one for one in sealed if one is not None][:MAX_ABSENT]
+
+    def _beyond(self) -> bytes | None:
+        """The sealed record of a peer on the swarm's head, where that is another than mine: on mine, no group is formed
+        any more."""
+        voters, standing, before = self.directory.believed(self.wall_s()), self.seat.standing, self.directory.before
+        target = swarm_head(voters, standing, before)
+        if target is None or not must_catch_up(standing, target):
+            return None
+        there = (record.peer_id for record in voters if target[1] in way_of(record, before))
+        return next(filter(None, map(self.directory.sealed, there)), None)
 
     def _latest_s(self, gathering: Gathering, *, busy: bool) -> float:
         """Nobody is waited for longer than that."""

@@ -324,6 +324,33 @@ def test_a_member_ahead_ends_the_gathering() -> None:
     run_simulated(main())
 
 
+def test_who_knows_that_the_swarm_went_on_forms_no_group_on_the_old_head() -> None:
+    """Its own trainer has not heard yet; who asks it to lead has not either, and would go on alone."""
+
+    async def main() -> None:
+        table = Table(4, by_hand=(2, 3), manifest=manifest_with(min_group=1))
+        for i in (2, 3):
+            table.matchmakers[0].directory.learn(table.record(i, HISTORY + "d", issued_s=NOW_S + 0.5), NOW_S)
+        found = await table.meet(1)
+        assert found == {1: Missed(reason="behind", detail=f"peer {table.ids[0][-8:]} is past this head")}
+        assert max(record.step for record in table.matchmakers[1].directory.live(NOW_S)) == 4
+
+    run_simulated(main())
+
+
+def test_a_leader_that_moves_on_forms_no_group_on_the_old_head() -> None:
+    async def main() -> None:
+        table = Table(3, by_hand=(2,), manifest=manifest_with(min_group=1))
+        table.serve(2, stay_silent)
+        ready = asyncio.create_task(table.answer(1, 0, table.ready(1)))
+        await asyncio.sleep(1.0)
+        seat = table.matchmakers[0].seat
+        seat.standing, seat.sealed_record = standing(HISTORY + "d"), table.record(0, HISTORY + "d")
+        assert await ready == Behind(record=seat.sealed_record)
+
+    run_simulated(main())
+
+
 def test_on_another_head_nobody_is_met() -> None:
     async def main() -> None:
         table = Table(2, histories={0: "xyz"})
