@@ -170,15 +170,17 @@ def try_case(stage: Stage, case: Case, victim: str, joiner_name: str, down_s: fl
 
 
 def able_since(done: Sequence[Done], log: Log) -> float | None:
-    """When the victim was there again: resumed, connected, started again and joined; at once where only its p2pd was
-    killed."""
+    """When the victim was there again: resumed, connected, started again and joined, its p2pd started again."""
     fault, *opposite = done
     if (fault.act.action, fault.act.process) == ("kill", "p2pd"):
-        return fault.mono_s
+        return first_s(log, "p2pd_restarted", fault.mono_s)
     if not opposite or fault.act.action != "kill":
         return opposite[0].mono_s if opposite else None
-    joined = (event["mono_s"] for event in log if event["event"] == "joined")
-    return next((mono_s for mono_s in joined if mono_s > opposite[0].mono_s), None)
+    return first_s(log, "joined", opposite[0].mono_s)
+
+
+def first_s(log: Log, event: str, after_s: float) -> float | None:
+    return next((one["mono_s"] for one in log if one["event"] == event and one["mono_s"] > after_s), None)
 
 
 # -- all of them -------------------------------------------------------------------------------------------------------

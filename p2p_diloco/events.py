@@ -17,6 +17,7 @@ Every event has ``event``, ``wall_s`` (Unix time) and ``mono_s`` (seconds of a c
     repaired    what ("state", "snapshot", "update"), step (where a state or snapshot stands, which an update ends), how
                 ("replayed" from other files, "fetched" from a peer, "rewritten": a fresh snapshot stands in for it)
     disputed    step, others: peers that came the same way, but whose state has other bits there
+    p2pd_restarted maddrs           p2pd was lost, and is there again
     evaluated   step, held_out_loss (null: not finite), tokens, seconds
     left        step, head, reason
 

@@ -159,6 +159,7 @@ class NetworkProcess:
                 maddrs=await node.maddrs(),
             )
             self._spawn(node.watch())
+            self._spawn(log_restarts(node, events))
             self.peer = peer
             await self._join_and_run(node, peer)
         finally:
@@ -288,6 +289,14 @@ class NetworkProcess:
 
     def _send(self, kind: str, **fields: Any) -> None:
         self.writer.write(pack_line(kind, **fields))
+
+
+async def log_restarts(node: Node, events: EventLog) -> None:
+    restarted = node.restarted.event
+    while True:
+        await restarted.wait()
+        restarted = node.restarted.event
+        events.write("p2pd_restarted", maddrs=await node.maddrs())
 
 
 def map_vectors(descriptor: int, n: int, *, resize: bool = False) -> tuple[Vector, Vector]:

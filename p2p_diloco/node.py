@@ -57,7 +57,7 @@ from p2p_diloco.errors import Gone, LocalError, NetworkError, RemoteError, Silen
 from p2p_diloco.identity import Identity, public_key_of
 from p2p_diloco.records import RUNS_KEY, Fault, unpack_plain
 from p2p_diloco.traffic import Traffic
-from p2p_diloco.waiting import deadline
+from p2p_diloco.waiting import Bell, deadline
 from p2p_diloco.wire import Channel, Handler, Links
 
 logger = logging.getLogger(__name__)
@@ -133,6 +133,8 @@ class Node:
         self._streams: Counter[str] = Counter()
         self._stream_tasks: set[asyncio.Task[Any]] = set()
         self._dht_tasks: set[asyncio.Task[Any]] = set()
+        self.restarted = Bell()
+        """Rings whenever p2pd has been lost and is there again."""
         self._writers: weakref.WeakSet[asyncio.StreamWriter] = weakref.WeakSet()
         self._network: _Network | None = None
         self._maddrs: list[str] = []
@@ -266,6 +268,7 @@ class Node:
             else:
                 try:
                     await self._bring_up(first=False)
+                    self.restarted.ring()
                     continue
                 except LocalError as error:
                     if self._closed:

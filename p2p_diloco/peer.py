@@ -449,7 +449,7 @@ class Peer:
             await self.upkeep.mend()
         await asyncio.to_thread(self.replica.commit, update)
         self._take_standing()
-        self.upkeep.snapshot()
+        self.upkeep.moved()
 
     async def _adopt(self) -> OuterResult:
         """Catch up with the swarm instead of meeting it."""
@@ -495,7 +495,7 @@ class Peer:
             self._in_vain = 0
             snapshot = snapshot or caught_up.snapshot
             self._take_standing()
-            self.upkeep.snapshot()
+            self.upkeep.moved()
             self.events.write("caught_up", seconds=self._now() - started_s, **vars(caught_up))
             if caught_up.rolled_back:
                 log.warning("gave up %d outer steps that the swarm did not share", caught_up.rolled_back)

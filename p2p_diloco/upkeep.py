@@ -43,25 +43,32 @@ class Upkeep:
     mends: int = 0
     """How often memory was not what it should be."""
     _snapshot: asyncio.Task[None] | None = None
-    _written: Bell = field(default_factory=Bell)
+    _due: Bell = field(default_factory=Bell)
+    """There is something to do now."""
     _told: tuple[int, Dispute] | None = None
     """The last dispute, and the outer step that it was about."""
 
     async def run(self) -> None:
-        """Until cancelled: from time to time, and after every snapshot, see what there is to do."""
+        """Until cancelled: from time to time, after a snapshot and where something is lost, see what there is to do."""
         while True:
-            written = self._written.event
+            due = self._due.event
             await self.settled()
             await self._replace_lost()
             if self.replica.sound:
                 await self._compare()
             self._report()
-            await heard(written, self.timeouts.record_every_s)
+            await heard(due, self.timeouts.record_every_s)
 
     # -- snapshots ---------------------------------------------------------------------------------------------------
 
-    def snapshot(self) -> None:
-        """The state has moved: begin to write the snapshot that is due, if there is one."""
+    def moved(self) -> None:
+        """The state has moved: begin to write the snapshot that is due, if there is one, and see to an update that is
+        lost: the others delete theirs some outer steps later."""
+        self._begin_snapshot()
+        if self.replica.lost_updates():
+            self._due.ring()
+
+    def _begin_snapshot(self) -> None:
         missing = self.replica.missing_snapshots()
         if missing and (self._snapshot is None or self._snapshot.done()):
             self.events.write("phase", phase="snapshot", step=missing[0][0])
@@ -76,7 +83,7 @@ class Upkeep:
         try:
             await asyncio.to_thread(self.replica.make_snapshots)
         finally:
-            self._written.ring()
+            self._due.ring()
 
     # -- repairs -----------------------------------------------------------------------------------------------------
 
@@ -99,7 +106,7 @@ class Upkeep:
         """What was damaged on the disk: from other peers, from the other files, or by what is in memory."""
         asked = Counter[bytes]()
         while True:
-            self.snapshot()
+            self._begin_snapshot()
             await self.settled()
             if not await self._fetch_lost(asked):
                 break

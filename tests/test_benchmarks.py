@@ -166,7 +166,8 @@ def test_when_a_victim_can_act_again() -> None:
     joined: Log = [at(1.0, "joined", step=0), at(9.0, "joined", step=3)]
     assert able_since([done("stop", 2.0)], []) is None
     assert able_since([done("stop", 2.0), done("resume", 4.0, follows=True)], []) == 4.0
-    assert able_since([done("kill", 2.0, "p2pd")], []) == 2.0
+    assert able_since([done("kill", 2.0, "p2pd")], joined) is None
+    assert able_since([done("kill", 2.0, "p2pd")], [*joined, at(9.5, "p2pd_restarted")]) == 9.5
     assert able_since([done("kill", 2.0), done("restart", 4.0, follows=True)], joined[:1]) is None
     assert able_since([done("kill", 2.0), done("restart", 4.0, follows=True)], joined) == 9.0
 

@@ -227,9 +227,9 @@ def test_p2pd_starts_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> 
         async with nodes(tmp_path, 2) as (alice, bob):
             await alice.serve(PROTOCOL, echo)
             watching = asyncio.create_task(alice.watch())
-            maddrs, lost = await alice.maddrs(), alice._network
+            maddrs, restarted = await alice.maddrs(), alice.restarted.event
             os.kill(p2pd_of(alice), signal.SIGKILL)
-            await eventually(lambda: alice._network not in (lost, None))
+            await eventually(restarted.is_set)
             assert await alice.maddrs() == maddrs
             await alice.serve("another protocol", echo)
             for protocol in (PROTOCOL, "another protocol"):
