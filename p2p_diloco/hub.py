@@ -248,6 +248,7 @@ def load_library(spec: DataSpec) -> Any:
         ) from None
     logging.getLogger("datasets").handlers.clear()  # what it logs is shown like the rest, and once
     datasets.disable_progress_bars()
+    datasets.config.TORCH_AVAILABLE = False  # it would share its counters with other processes, by a daemon of torch's
     return datasets
 
 

@@ -318,12 +318,14 @@ def test_a_data_set_is_read_without_torch_in_a_fresh_process(tmp_path: Path) -> 
     """No warning, nothing on stderr, and an end without a crash of the library's threads."""
     write_files(tmp_path / "set", 3, "parquet")
     program = f"""
+import sys
 from pathlib import Path
 from p2p_diloco.data import open_corpus
 from p2p_diloco.manifest import DataSpec
 spec = DataSpec.model_validate_json({SPEC.model_dump_json()!r})
 base = Path({str(tmp_path)!r})
 print(len(open_corpus(spec, base=base, cache=base / "cache", run_seed=1, peer_id="anna").train))
+assert "torch" not in sys.modules
 """
     ended = subprocess.run(
         [sys.executable, "-W", "error", "-c", program],

@@ -106,6 +106,10 @@ def descendants(pid: int) -> list[int]:
     return found
 
 
+def command(pid: int) -> str:
+    return Path(f"/proc/{pid}/cmdline").read_text().replace("\0", " ")
+
+
 def p2pd_of(started: Node) -> int:
     assert started._network is not None
     (p2pd,) = descendants(started._network.p2p._child.pid)
@@ -125,7 +129,7 @@ def run(main: Coroutine[Any, Any, None], *, fast: bool = False) -> None:
     with closing(loop):
         loop.run_until_complete(main)
         assert asyncio.all_tasks(loop) == set()
-    assert descendants(os.getpid()) == []
+    assert list(map(command, descendants(os.getpid()))) == []
 
 
 @pytest.mark.parametrize("fast", [False, True], ids=["asyncio", "uvloop"])
