@@ -6,14 +6,20 @@ READY := .venv/.ready
 PIP := $(BIN)/pip install -qq --disable-pip-version-check --constraint constraints.txt
 
 MONITORING := tests/swarm/test_monitoring.py
+# What takes minutes of real processes each: faults, monitors, doctors, simulations beside a swarm.
+LONG := $(addprefix tests/swarm/test_,reliability.py monitor_swarm.py diagnoses.py simulated.py)
 
-.PHONY: demo test monitoring-test prometheus faults lint bench reliability clean
+.PHONY: demo test swarm-test monitoring-test prometheus faults lint bench reliability clean
 
 demo: $(READY)
 	$(BIN)/p2p-diloco swarm peers/runs/tiny.toml --peers 4
 
 test: $(READY)
-	$(BIN)/python -m pytest --ignore $(MONITORING)
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile --ignore tests/swarm
+	$(BIN)/python -m pytest tests/swarm $(addprefix --ignore ,$(MONITORING) $(LONG))
+
+swarm-test: $(READY)
+	$(BIN)/python -m pytest $(LONG)
 
 monitoring-test: prometheus $(READY)
 	$(BIN)/python -m pytest $(MONITORING)
