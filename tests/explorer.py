@@ -8,8 +8,10 @@
 Peers, ledgers and protocol are the real ones; clock, links and DHT are ``fakes``. The invariants:
 
     same-bytes      the same head means the same theta and momentum, at every state that any peer ever stood at
-    agreement       peers that can talk reach one head within AGREE_STEPS outer steps after the last fault
-    counted-once    no inner step of any peer counts twice in the history that remains
+    agreement       peers that can talk reach one head within AGREE_STEPS outer steps after the last fault, or, where
+                    those are over sooner, within AGREE_S: outer steps are short here, and a time-out is not
+    counted-once    no inner step of any peer counts twice in the history that remains. Seen with fp32 only: what other
+                    codecs round away cannot be told from what is missing
     never-lost      a committed outer step stays in the history while one peer that holds it lives. Where peers may take
                     living ones for dead (cut links, stopped processes), it may be given up for another's, and the log
                     says so
