@@ -86,6 +86,8 @@ class Catchup:
         self.protocol = run_protocol(replica.manifest.run_id)
         self.promising = False
         """After a ``to`` that did not succeed: something came, or a donor was busy, so it is worth asking again."""
+        self._given_up = 0
+        """Outer steps, since the last catch-up that succeeded."""
         self._n = len(replica.theta)
         self._codec: Codec = replica.manifest.spec.outer.codec
         self._downloading = asyncio.Lock()
@@ -94,7 +96,7 @@ class Catchup:
     async def to(self, target: tuple[int, bytes]) -> CaughtUp | None:
         """Bring the replica to the swarm's head ``(outer step, head)``. None when no donor could help."""
         start, tally = self.replica.state, Tally()
-        from_step, rolled_back, snapshot = (start.step if start else None), 0, False
+        from_step, snapshot = (start.step if start else None), False
         self.promising = False
         if target[0] > self.replica.manifest.spec.outer.steps:
             return None  # nobody can be there: so far, no donor shall make us read its heads
@@ -105,20 +107,17 @@ class Catchup:
                     continue
                 common = await asyncio.to_thread(self._common_step, path)
                 if common is None:
-                    given_up = self._given_up(path)
+                    given_up = self._beside(path)
                     if not await self._download_newest(path, target, tally):
                         continue
                     await asyncio.to_thread(self.replica.load)
-                    snapshot, rolled_back = True, rolled_back + given_up
+                    snapshot, self._given_up = True, self._given_up + given_up
                     common = await asyncio.to_thread(self._common_step, path)
                     if common is None:
                         continue  # the disk has lost it again
-                state = self.replica.state
-                if state is None or state.step != common:
-                    rolled_back += max((state.step if state else common) - common, 0)
-                    await asyncio.to_thread(self.replica.roll_back, common)
-                if not await self._commit_updates(path, target, tally):
+                if not await self._commit_updates(path, common, target, tally):
                     continue
+                rolled_back, self._given_up = self._given_up, 0
                 if not self._downloading.locked():
                     await asyncio.to_thread(remove_incoming, self.replica.ledger.folder)
                 return CaughtUp(
@@ -207,16 +206,21 @@ class Catchup:
         agreed = [step for step, head in mine.items() if path.get(step) == head]
         return max(agreed, default=None)
 
-    def _given_up(self, path: dict[int, bytes]) -> int:
+    def _beside(self, path: dict[int, bytes]) -> int:
         """Outer steps of mine that ``path`` leads past: the fork may be older than what either of us keeps."""
         since = min(path)
         return sum(path.get(step) != head for step, head in self.replica.ledger.heads().items() if step >= since)
 
     # -- updates -----------------------------------------------------------------------------------------------------
 
-    async def _commit_updates(self, path: dict[int, bytes], target: tuple[int, bytes], tally: Tally) -> bool:
-        """From where the replica stands along ``path``. Whether that has led to the target."""
-        step, last = self.replica.loaded.step, target[0]
+    async def _commit_updates(
+        self, path: dict[int, bytes], common: int, target: tuple[int, bytes], tally: Tally
+    ) -> bool:
+        """From ``common`` along ``path``. Whether that has led to the target. What the replica has committed beyond
+        ``common`` is given up no sooner than there is something to take in its place."""
+        step, last = common, target[0]
+        if step == last:
+            await self._roll_back(common)
         wanted = self._updates(path, step)
         download = self._download(wanted, range(step, last), step + wanted.ahead, self._donors(target))
         running = asyncio.create_task(download.run())
@@ -225,6 +229,8 @@ class Catchup:
                 changed = download.changed.event
                 found = wanted.take()
                 if found is not None:
+                    if step == common:
+                        await self._roll_back(common)
                     await self._commit(*found)
                     step += 1
                     download.allow(step + wanted.ahead)
@@ -237,6 +243,14 @@ class Catchup:
             running.cancel()
             await asyncio.gather(running, return_exceptions=True)
             tally.add(download)
+
+    async def _roll_back(self, step: int) -> None:
+        """To an outer step of the ledger's; where the replica stands there, nothing."""
+        state = self.replica.state
+        if state is not None and state.step == step:
+            return
+        self._given_up += 0 if state is None else max(state.step - step, 0)
+        await asyncio.to_thread(self.replica.roll_back, step)
 
     async def _commit(self, update: Update, donor: str) -> None:
         try:

@@ -196,6 +196,33 @@ def test_who_went_another_way_returns(tmp_path: Path, mine: int, fork_at: int, t
     run_simulated(main())
 
 
+@pytest.mark.parametrize(("served", "stays_at"), [(0, 8), (1, 7)])
+def test_nothing_is_given_up_before_there_is_something_in_its_place(tmp_path: Path, served: int, stays_at: int) -> None:
+    """And what was given up for a way that then broke off is told with the catch-up that succeeds."""
+
+    async def refuse(donor: Donor, channel: Channel, message: Message) -> bool:
+        refused = isinstance(message, AskUpdate) and message.step >= 6 + served
+        if refused:
+            await channel.send(No(reason="busy serving others"))
+        return refused
+
+    async def main() -> None:
+        library = Library(tmp_path, replica_at(tmp_path / "me", 8, fork_at=6))
+        swarm = replica_at(tmp_path / "swarm", 9)
+        library.add(swarm, refuse)
+        mine = library.replica.loaded.head
+        assert await library.to(swarm) is None
+        assert library.replica.loaded.step == stays_at
+        assert (library.replica.loaded.head == mine) == (served == 0)
+        library.add(swarm)
+        caught_up = await library.to(swarm)
+        assert caught_up is not None
+        assert caught_up.rolled_back == 2
+        library.check_same(swarm)
+
+    run_simulated(main())
+
+
 @pytest.mark.parametrize("mine", [9, 10])
 def test_who_returned_first_helps_those_who_had_gone_with_it(tmp_path: Path, mine: int) -> None:
     async def main() -> None:
