@@ -327,6 +327,21 @@ def test_a_bit_that_flips_on_the_disk_is_mended_at_the_next_snapshot(
     run_simulated(main())
 
 
+def test_a_damaged_update_that_is_asked_for_is_mended_at_once(tmp_path: Path) -> None:
+    async def main() -> None:
+        swarm = Swarm(tmp_path, 2)
+        await swarm.begin()
+        await swarm.until(6)
+        flip_file(swarm.file(1, UPDATE(5)), -1)
+        assert swarm.replica(1).ledger.update_bytes(5) is None
+        await asyncio.sleep(2 * swarm.peers[1].transport.timeouts.record_every_s)
+        assert swarm.replica(1).ledger.update_bytes(5) is not None
+        assert swarm.peers[1].peer.step < 10
+        await swarm.check(1, [("update", 5, "fetched")])
+
+    run_simulated(main())
+
+
 def test_a_damaged_update_that_is_asked_for_is_mended_at_the_next_outer_step(tmp_path: Path) -> None:
     """Not when a record or a snapshot is due: outer steps may be short, and the others delete what they have."""
 

@@ -36,10 +36,8 @@ LR = {"adopt": 1e-2, "keep": 1e-7}
 """A contribution that is kept is from another theta than the one it is compared with: they must be nearly the same for
 its inner steps to be counted."""
 AGREE_STEPS = 3
-AGREE_S = 90.0
-"""Steps are short here, against the time-outs: so long it may take, however many steps that are. Who needs as long to
-hear of an outer step and to fetch it as the others need for the next one stays one behind, until the two drift apart:
-in schedule 3983 for eleven outer steps of six seconds."""
+AGREE_S = 60.0
+"""Steps are short here, against the time-outs: so long it may take, however many steps that are."""
 QUIET_S = 90.0
 """After the trainers have stopped, all that they began is over within this time."""
 IDLE_TASKS = 6
