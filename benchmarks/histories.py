@@ -40,8 +40,12 @@ def calm_stall(logs: Sequence[Log], since_s: float = 0.0) -> float | None:
 
 
 def stall_after(log: Log, since_s: float) -> float | None:
-    stalls = [event for event in log if event["event"] == "stall" and event["mono_s"] > since_s]
-    return stalls[0]["seconds"] if stalls else None
+    stall = first(log, "stall", since_s)
+    return stall["seconds"] if stall else None
+
+
+def first(log: Log, name: str, since_s: float) -> Event | None:
+    return next((event for event in log if event["event"] == name and event["mono_s"] > since_s), None)
 
 
 def first_commit(log: Log, step: int) -> Event | None:

@@ -21,7 +21,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from statistics import median
 
-from benchmarks.histories import began, first_commit, first_stall, missed_rounds, on_head, rounds, swarm_step
+from benchmarks.histories import began, first, first_commit, first_stall, missed_rounds, on_head, rounds, swarm_step
 from benchmarks.loopback import Log
 from benchmarks.stage import Stage
 from benchmarks.table import Cell, Table, markdown
@@ -173,14 +173,12 @@ def able_since(done: Sequence[Done], log: Log) -> float | None:
     """When the victim was there again: resumed, connected, started again and joined, its p2pd started again."""
     fault, *opposite = done
     if (fault.act.action, fault.act.process) == ("kill", "p2pd"):
-        return first_s(log, "p2pd_restarted", fault.mono_s)
-    if not opposite or fault.act.action != "kill":
+        back = first(log, "p2pd_restarted", fault.mono_s)
+    elif not opposite or fault.act.action != "kill":
         return opposite[0].mono_s if opposite else None
-    return first_s(log, "joined", opposite[0].mono_s)
-
-
-def first_s(log: Log, event: str, after_s: float) -> float | None:
-    return next((one["mono_s"] for one in log if one["event"] == event and one["mono_s"] > after_s), None)
+    else:
+        back = first(log, "joined", opposite[0].mono_s)
+    return back["mono_s"] if back else None
 
 
 # -- all of them -------------------------------------------------------------------------------------------------------

@@ -219,8 +219,6 @@ class Catchup:
         """From ``common`` along ``path``. Whether that has led to the target. What the replica has committed beyond
         ``common`` is given up no sooner than there is something to take in its place."""
         step, last = common, target[0]
-        if step == last:
-            await self._roll_back(common)
         wanted = self._updates(path, step)
         download = self._download(wanted, range(step, last), step + wanted.ahead, self._donors(target))
         running = asyncio.create_task(download.run())
@@ -229,8 +227,7 @@ class Catchup:
                 changed = download.changed.event
                 found = wanted.take()
                 if found is not None:
-                    if step == common:
-                        await self._roll_back(common)
+                    await self._roll_back(step)
                     await self._commit(*found)
                     step += 1
                     download.allow(step + wanted.ahead)
@@ -238,6 +235,7 @@ class Catchup:
                     return await running
                 else:
                     await heard(changed, self.timeouts.reduced_part_s)
+            await self._roll_back(last)
             return True
         finally:
             running.cancel()

@@ -138,7 +138,7 @@ class Matchmaker:
         sealed = seal_readiness(mine, self.identity)
         useless: set[str] = set()
         for _ in range(MAX_LEADERS_ASKED):
-            if self._beyond() is not None:
+            if self._beyond(seat.standing.head) is not None:
                 return Missed(reason="behind", detail="the swarm went on meanwhile")
             records = self.directory.expected(self.wall_s())
             order = [p for p in leader_order(records, mine.head, mine.peer_id, seat.client_mode) if p not in useless]
@@ -238,8 +238,7 @@ class Matchmaker:
             own_s = self._now() + self._close_own() + CLOSING_MARGIN_S
             gathering.expected_s[me] = min(own_s, self._latest_s(gathering, busy=False))
         while gathering.answer is None:
-            moved = gathering.head != self.seat.standing.head
-            if (beyond := self.seat.sealed_record if moved else self._beyond()) is not None:
+            if (beyond := self._beyond(gathering.head)) is not None:
                 gathering.answer = Behind(record=beyond)
                 break
             changed = gathering.changed.event
@@ -271,10 +270,12 @@ class Matchmaker:
             sealed.append(self.seat.sealed_record)
         return [one for one in sealed if one is not None][:MAX_ABSENT]
 
-    def _beyond(self) -> bytes | None:
-        """The sealed record of a peer on the swarm's head, where that is another than mine: on mine, no group is formed
+    def _beyond(self, head: bytes) -> bytes | None:
+        """The sealed record of a peer elsewhere, where I have left ``head``, or the swarm has: no group is formed on it
         any more."""
         voters, standing, before = self.directory.believed(self.wall_s()), self.seat.standing, self.directory.before
+        if head != standing.head:
+            return self.seat.sealed_record
         target = swarm_head(voters, standing, before)
         if target is None or not must_catch_up(standing, target):
             return None

@@ -122,6 +122,8 @@ class Node:
         self.peer_id = identity.peer_id
         self.timeouts = timeouts
         self.traffic = Traffic()
+        self.restarted = Bell()
+        """Rings whenever p2pd has been lost and is there again."""
         self._config = config
         self._socket_folder = socket_folder
         self._host_maddrs = tuple(maddr.strip() for maddr in config.host_maddrs)
@@ -133,8 +135,6 @@ class Node:
         self._streams: Counter[str] = Counter()
         self._stream_tasks: set[asyncio.Task[Any]] = set()
         self._dht_tasks: set[asyncio.Task[Any]] = set()
-        self.restarted = Bell()
-        """Rings whenever p2pd has been lost and is there again."""
         self._writers: weakref.WeakSet[asyncio.StreamWriter] = weakref.WeakSet()
         self._network: _Network | None = None
         self._maddrs: list[str] = []

@@ -24,6 +24,7 @@ from hivemind.p2p import PeerID
 
 from p2p_diloco import addresses, node
 from p2p_diloco.addresses import check_maddr, dial_bytes, encode, pin_ports, publicness
+from p2p_diloco.child import read_proc
 from p2p_diloco.config import PeerConfig, Timeouts
 from p2p_diloco.errors import Gone, LocalError, Misbehaved, NetworkError, Silent, UsageError
 from p2p_diloco.hardening import node_id_of
@@ -101,13 +102,13 @@ def descendants(pid: int) -> list[int]:
     """Command lines tell p2pd from its guard; zombies have none."""
     found = []
     for child in map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split()):
-        if Path(f"/proc/{child}/cmdline").read_bytes():
+        if read_proc(child, "cmdline"):
             found += [child, *descendants(child)]
     return found
 
 
 def command(pid: int) -> str:
-    return Path(f"/proc/{pid}/cmdline").read_text().replace("\0", " ")
+    return read_proc(pid, "cmdline").replace(b"\0", b" ").decode()
 
 
 def p2pd_of(started: Node) -> int:
