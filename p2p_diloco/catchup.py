@@ -88,6 +88,8 @@ class Catchup:
         """After a ``to`` that did not succeed: something came, or a donor was busy, so it is worth asking again."""
         self._given_up = 0
         """Outer steps, since the last catch-up that succeeded."""
+        self._ahead: tuple[Update, str] | None = None
+        """The update that ``fetch_ahead`` got, and the id of the peer that sent it."""
         self._n = len(replica.theta)
         self._codec: Codec = replica.manifest.spec.outer.codec
         self._downloading = asyncio.Lock()
@@ -100,6 +102,10 @@ class Catchup:
         self.promising = False
         if target[0] > self.replica.manifest.spec.outer.steps:
             return None  # nobody can be there: so far, no donor shall make us read its heads
+        if await self._commit_ahead(target):
+            return CaughtUp(
+                from_step=from_step, to_step=target[0], rolled_back=0, snapshot=False, bytes_received=0, donors=1
+            )
         for guide in self._donors(target):
             try:
                 path = await self._ask_path(guide, target)
@@ -134,6 +140,15 @@ class Catchup:
             finally:
                 self.promising = tally.refused or tally.bytes_received > 0
         return None
+
+    async def fetch_ahead(self, target: tuple[int, bytes]) -> None:
+        """Have the update to ``target`` ready for ``to``, where it is the only one that is missing. While a trainer ends
+        its inner step, the state must not move; who fetched no sooner than that could be one outer step late for ever."""
+        state = self.replica.loaded
+        if target[0] == state.step + 1 and (self._ahead is None or self._ahead[0].header.head != target[1]):
+            wanted = self._updates({target[0]: target[1]}, state.step)
+            await self._download(wanted, range(state.step, target[0]), target[0], self._donors(target)).run()
+            self._ahead = wanted.take()
 
     async def learn_way(self, record: Record) -> None:
         """Have a peer show how it came to where its record says that it stands."""
@@ -241,6 +256,14 @@ class Catchup:
             running.cancel()
             await asyncio.gather(running, return_exceptions=True)
             tally.add(download)
+
+    async def _commit_ahead(self, target: tuple[int, bytes]) -> bool:
+        """Whether what was fetched ahead has led there."""
+        (found, self._ahead), state = (self._ahead, None), self.replica.state
+        if found is None or state is None or (found[0].header.parent, found[0].header.head) != (state.head, target[1]):
+            return False
+        await self._commit(*found)
+        return True
 
     async def _roll_back(self, step: int) -> None:
         """To an outer step of the ledger's; where the replica stands there, nothing."""

@@ -618,12 +618,15 @@ class Peer:
         async with self._moving:
             if not self._must_adopt():
                 return
+            target = self._swarm_head()
             if self._following:
                 await self._catch_up_to_swarm(patience_s=0.0)
                 self.presence.publish_now.ring()
             elif self.seat.phase in ("inner", "evaluate") and not self.behind:
                 self.behind = True
                 self.seat.changed.ring()
+                if target is not None:
+                    await self.catchup.fetch_ahead(target)
 
     def evaluates_genesis(self) -> bool:
         """Whether I am the one, of those who are here, to evaluate theta before the first outer step."""

@@ -234,7 +234,7 @@ class Settlement:
             others = set(range(n_members)) - {me} - self.receipts.keys()
             await run_all(self._collect(expected, 0), *(self._ask_whether_taken(i) for i in others))
         else:
-            await self._collect(expected, 0)
+            await self._collect_or_hear(expected)
         while self.taken is None:
             heard_of = {i: receipt.part_hashes for i, receipt in self.receipts.items() if receipt.number >= number}
             heard_of[me] = meeting.hashes()
@@ -303,6 +303,25 @@ class Settlement:
             return
         for member in expected - self.receipts.keys():
             self.meeting.lose(member, None)
+
+    async def _collect_or_hear(self, expected: set[int]) -> None:
+        """As the first leader. Where most have not come in time, it may be me who was away, and they have gone on to the
+        next leader: its commit is worth as much as mine."""
+        asking = asyncio.create_task(self._ask_late())
+        try:
+            await self._collect(expected, 0)
+            if self.taken is not None or asking.done():
+                await asking
+        finally:
+            asking.cancel()
+            await asyncio.gather(asking, return_exceptions=True)
+
+    async def _ask_late(self) -> None:
+        """Those of whom I know where to find them."""
+        await asyncio.sleep(self.meeting.timeouts.settle_s)
+        if not self._is_most(len(self.receipts) + 1):
+            late = set(self.group.reducers) - {self.group.me} - self.receipts.keys()
+            await run_all(*(self._ask_whether_taken(i) for i in late))
 
     async def _ask_whether_taken(self, member: int) -> None:
         """Nobody's word is needed twice: the first commit that I hear of is the round's. One that has failed me before

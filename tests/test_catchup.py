@@ -968,6 +968,31 @@ def test_one_update_from_whoever_has_it(tmp_path: Path) -> None:
     run_simulated(main())
 
 
+@pytest.mark.parametrize(("mine", "fork_at", "ahead"), [(7, 8, True), (6, 8, False), (7, 3, False)])
+def test_the_one_update_that_is_missing_is_there_before_it_is_asked_for(
+    tmp_path: Path, mine: int, fork_at: int, ahead: bool
+) -> None:
+    """Nobody need be asked for anything then; where more is missing, or I am elsewhere, all goes as without it."""
+
+    async def main() -> None:
+        library = Library(tmp_path, replica_at(tmp_path / "me", mine, fork_at=fork_at))
+        liar = library.add(replica_at(tmp_path / "liar", 8), on(AskUpdate, update_with_other_parts))
+        donor = library.add(replica_at(tmp_path / "donor", 8))
+        target = (8, donor.replica.loaded.head)
+        await library.catchup.fetch_ahead(target)
+        await library.catchup.fetch_ahead(target)
+        assert library.replica.loaded.step == mine
+        asked = [len(each.asked) for each in (liar, donor)]
+        caught_up = await library.catchup.to(target)
+        assert caught_up is not None
+        assert (caught_up.from_step, caught_up.to_step) == (mine, 8)
+        assert ([len(each.asked) for each in (liar, donor)] == asked) == ahead
+        assert (caught_up.bytes_received == 0) == ahead
+        library.check_same(donor.replica)
+
+    run_simulated(main())
+
+
 def test_one_snapshot_from_whoever_has_it(tmp_path: Path) -> None:
     async def main() -> None:
         library = Library(tmp_path, replica_at(tmp_path / "me", 12))

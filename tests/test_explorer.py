@@ -19,6 +19,13 @@ def test_invariants_hold_under_random_faults(batch: int) -> None:
         assert verdict.outer_steps > 1
 
 
+@pytest.mark.parametrize("seed", [3413, 3983, 4440])
+def test_schedules_that_once_failed(seed: int) -> None:
+    """A head that the swarm had left; a slow peer that was one outer step behind again and again; a way that broke off
+    after the roll-back."""
+    assert explore(draw(seed)).ok
+
+
 CALM = Schedule(seed=1, peers=(PeerPlan(role="seed"), PeerPlan(), PeerPlan(starts_s=1.0), PeerPlan(role="client")))
 
 

@@ -690,6 +690,35 @@ def test_two_members_cannot_hear_each_other(pair: tuple[int, int]) -> None:
         run_simulated(main(i * STEP_S))
 
 
+@pytest.mark.parametrize("count", [3, 4])
+def test_a_leader_that_was_away_for_a_second_hears_what_became_of_the_round(count: int) -> None:
+    """Its p2pd dies, at any instant, and is there again: those who could not reach it have gone on to the next leader.
+    It does not wait for their receipts beyond ``settle_s``, and where it needs to, it learns their commit."""
+    heard_late: list[bool] = []
+
+    async def main(instant_s: float) -> None:
+        meeting = Round(count, clients=(count - 1,))
+        others = range(1, count)
+
+        async def lose_p2pd() -> None:
+            await asyncio.sleep(instant_s)
+            for i in others:
+                meeting.network.cut(meeting.ids[0], meeting.ids[i], "reset")
+            await asyncio.sleep(1.0)
+            for i in others:
+                meeting.network.restore(meeting.ids[0], meeting.ids[i])
+
+        await meeting.run(lose_p2pd())
+        assert set(meeting.committed()) >= set(others), instant_s
+        assert max(meeting.took_s[i] for i in others) < TIMEOUTS.settle_s, instant_s
+        assert meeting.took_s[0] < TIMEOUTS.settle_s + 2, instant_s
+        heard_late.append(isinstance(meeting.outcomes[0], Update) and meeting.took_s[0] > TIMEOUTS.settle_s)
+
+    for i in range(int(CALM_S / STEP_S)):
+        run_simulated(main(i * STEP_S))
+    assert any(heard_late)
+
+
 # -- faults at moments that no clock shows --------------------------------------------------------------------------
 
 
