@@ -142,8 +142,8 @@ class Catchup:
         return None
 
     async def fetch_ahead(self, target: tuple[int, bytes]) -> None:
-        """Have the update to ``target`` ready for ``to``, where it is the only one that is missing. While a trainer ends
-        its inner step, the state must not move; who fetched no sooner than that could be one outer step late for ever."""
+        """Have the update to ``target`` ready for ``to``, where it is the only one that is missing. While the trainer
+        ends its inner step the state must not move; who fetched only then could be one outer step late for ever."""
         state = self.replica.loaded
         if target[0] == state.step + 1 and (self._ahead is None or self._ahead[0].header.head != target[1]):
             wanted = self._updates({target[0]: target[1]}, state.step)

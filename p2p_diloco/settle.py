@@ -305,8 +305,8 @@ class Settlement:
             self.meeting.lose(member, None)
 
     async def _collect_or_hear(self, expected: set[int]) -> None:
-        """As the first leader. Where most have not come in time, it may be me who was away, and they have gone on to the
-        next leader: its commit is worth as much as mine."""
+        """As the first leader. Where most have not come in time, it may be me who was away, and they have gone on to
+        the next leader: its commit is worth as much as mine."""
         asking = asyncio.create_task(self._ask_late())
         try:
             await self._collect(expected, 0)
