@@ -14,6 +14,7 @@ import ipaddress
 import re
 import socket
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 
 import base58
 
@@ -25,6 +26,8 @@ HOST_NAME = re.compile(r"[A-Za-z0-9]([A-Za-z0-9.-]{0,251}[A-Za-z0-9])?")
 EXAMPLE = "/ip4/203.0.113.7/tcp/4001"
 INTERNET = ipaddress.IPv6Network("2000::/3")
 """Global unicast: RFC 4291."""
+ADDRESSES_KEPT = 4096
+"""Those of the same peers are sorted again and again."""
 DIAL_REASONS = {
     "peer id mismatch": "another peer answers at that address",
     "dial to self": "that is this peer itself",
@@ -178,6 +181,7 @@ def fits(listening: str, visible: str) -> bool:
     return listening == visible or ipaddress.ip_address(listening).is_unspecified
 
 
+@lru_cache(maxsize=ADDRESSES_KEPT)
 def publicness(maddr: str) -> int:
     """Sorts addresses: public, by a relay, private, on this machine only."""
     address = address_of(maddr)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import base58
@@ -21,6 +22,8 @@ PRIVATE_KEY_PREFIX = b"\x08\x01\x12\x40"  # protobuf: field 1 = 1 (Ed25519), fie
 PEER_ID_PREFIX = b"\x00\x24\x08\x01\x12\x20"  # multihash identity, 36 bytes: field 1 = 1, field 2 = 32 bytes
 SIGNATURE_BYTES = 64
 MAX_PEER_ID_CHARS = 64
+KEYS_KEPT = 4096
+"""To decode an id costs as much as to check a signature, and the same peers sign again and again."""
 
 
 @dataclass(frozen=True)
@@ -91,6 +94,7 @@ def verify(peer_id: str, message: bytes, signature: bytes) -> bool:
     return True
 
 
+@lru_cache(maxsize=KEYS_KEPT)
 def public_key_of(peer_id: str) -> Ed25519PublicKey | None:
     """None when ``peer_id`` is not *the* id of an Ed25519 key (RSA ids, garbage, another spelling of an id)."""
     if not 0 < len(peer_id) <= MAX_PEER_ID_CHARS:

@@ -44,6 +44,8 @@ SEEK_EVERY_S = 10.0
 MAX_MET = 64
 MAX_SOUGHT = 16
 """Of those met, dialled at once."""
+RECORDS_PER_S = 100
+"""To be read; of each come as many copies as the DHT holds."""
 UNWELL_AFTER = 20
 """Looks that should have been made since the last one."""
 PAGE = Path(__file__).parent / "page"
@@ -101,7 +103,7 @@ class Monitor:
         self.sight = self._sight([], wall_s())
 
     async def run(self) -> None:
-        """Look every ``refresh_s``, until cancelled."""
+        """Look from time to time, until cancelled."""
         loop = asyncio.get_running_loop()
         saved_s = sought_s = loop.time()
         try:
@@ -114,7 +116,7 @@ class Monitor:
                 if now_s - saved_s >= SAVE_EVERY_S:
                     saved_s = now_s
                     self.history.save(self.history_path)
-                await asyncio.sleep(self.transport.timeouts.refresh_s)
+                await asyncio.sleep(self._pause_s())
         finally:
             self.history.save(self.history_path)
 
@@ -137,6 +139,11 @@ class Monitor:
             seen = f"{len(records)} peers at outer step {self.history.step}" if records else "no peer any more"
             log.info("run %s: %s", self.manifest.spec.name, seen)
         return found
+
+    def _pause_s(self) -> float:
+        """Longer where many records have to be read; never so long that one of them could have been renewed twice."""
+        timeouts, seen = self.transport.timeouts, len(self.sight.overview.records)
+        return min(max(timeouts.refresh_s, seen / RECORDS_PER_S), timeouts.record_every_s)
 
     async def seek(self) -> None:
         """Nobody in the DHT tells of the run: perhaps we have lost the DHT, and one of those we met has not."""

@@ -117,15 +117,22 @@ def addresses_to_join(records: Iterable[Record], initial_peers: Sequence[str]) -
     the initial peers."""
     live = [record for record in records if not record.client_mode]
     ids, least = {record.peer_id for record in live}, least_public(initial_peers)
-    offered: list[tuple[bool, int, str]] = []
-    for record in live:
-        sound = [m for m in record.maddrs if SAFE_TO_PASTE.fullmatch(m) and dial_bytes(record.peer_id, m) is not None]
-        offered += [(record.role != "seed", publicness(maddr), maddr) for maddr in sound if publicness(maddr) <= least]
     chosen: dict[str, str] = {}
-    for maddr in [*initial_peers, *(maddr for _, _, maddr in sorted(offered))]:
+    for maddr in initial_peers:
         peer_id = maddr.rpartition("/p2p/")[2]
         if peer_id in ids:
             chosen.setdefault(peer_id, maddr)
+    offered = [
+        (record.role != "seed", publicness(maddr), maddr, record.peer_id)
+        for record in live
+        for maddr in record.maddrs
+        if publicness(maddr) <= least
+    ]
+    for _, _, maddr, peer_id in sorted(offered):
+        if len(chosen) >= MAX_JOIN_ADDRESSES:
+            break
+        if peer_id not in chosen and SAFE_TO_PASTE.fullmatch(maddr) and dial_bytes(peer_id, maddr) is not None:
+            chosen[peer_id] = maddr
     return list(chosen.values())[:MAX_JOIN_ADDRESSES]
 
 

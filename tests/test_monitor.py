@@ -167,6 +167,25 @@ def test_targets_in_a_private_network_are_there_when_that_is_asked_for(tmp_path:
     run_simulated(main())
 
 
+@pytest.mark.parametrize(("peers", "every_s"), [(2, 2.5), (250, 2.5), (500, 5.0), (1500, 8.0)])
+def test_many_peers_are_looked_at_less_often(tmp_path: Path, peers: int, every_s: float) -> None:
+    async def main() -> None:
+        dht = FakeDHT(peers={index: {} for index in range(1, peers + 1)})
+        monitor, look_up, looks = monitor_of(dht, tmp_path), dht.look_up, []
+
+        async def counted(key: str) -> list[bytes]:
+            looks.append(now_s())
+            return await look_up(key)
+
+        dht.look_up = counted  # type: ignore[method-assign]
+        running = asyncio.create_task(monitor.run())
+        await asyncio.sleep(2 * every_s + 1.0)
+        assert looks == [START_S, START_S + every_s, START_S + 2 * every_s]
+        await stop(running)
+
+    run_simulated(main())
+
+
 def test_a_monitor_that_no_longer_looks_is_not_well(tmp_path: Path) -> None:
     async def main() -> None:
         monitor = monitor_of(FakeDHT(), tmp_path)
