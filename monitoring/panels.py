@@ -27,10 +27,13 @@ from grafana_foundation_sdk.models.dashboard import (
     VariableRefresh,
     VariableSort,
 )
+from grafana_foundation_sdk.models.dashboard import Panel as BuiltPanel
 from grafana_foundation_sdk.models.prometheus import PromQueryFormat
 from grafana_foundation_sdk.models.xychart import SeriesMapping, XYShowMode
 
 SOURCE = DataSourceRef(type_val="prometheus", uid="${datasource}")
+GRAFANA = "12.2.0"
+"""Whose options ours are; options that do not say it are taken for an old panel's and rewritten."""
 TAG = "p2p-diloco"
 NATS = "suffix:nats"
 STEPS = "suffix:steps"
@@ -63,6 +66,8 @@ def lines(title: str, text: str, unit: str, *queries: Query, width: int = 8, sta
     panel.tooltip(common.VizTooltipOptions().mode(TooltipDisplayMode.MULTI)).axis_soft_min(0).legend(legend())
     if unit in COUNTS:
         panel.axis_soft_max(1)
+    if unit in (PEERS, STEPS):
+        panel.decimals(0)
     if stacked:
         panel.min(0).stacking(common.StackingConfig().mode(StackingMode.NORMAL).group("A"))
     for query, ref_id in zip(queries, "ABCD"):
@@ -72,7 +77,7 @@ def lines(title: str, text: str, unit: str, *queries: Query, width: int = 8, sta
 
 def perplexity(text: str, training: str, held_out: str) -> timeseries.Panel:
     """On a logarithmic axis, since it begins near the size of the vocabulary. ``training``, ``held_out``: losses."""
-    queries = Query(f"exp({training})", "training"), Query(f"exp({held_out})", "held-out")
+    queries = Query(f"exp({held_out})", "held-out"), Query(f"exp({training})", "training")
     axis = common.ScaleDistributionConfig().type(ScaleDistribution.LOG).log(2)
     return lines("Perplexity", text, "none", *queries, width=6).scale_distribution(axis).axis_soft_min(1)
 
@@ -102,6 +107,7 @@ def curve(title: str, text: str, unit: str, *pairs: tuple[Query, Query], width: 
 
 def line_of(x: str, y: str) -> xychart.XYSeriesConfig:
     line = xychart.XYSeriesConfig().name(xychart.XychartXYSeriesConfigName().fixed(y))
+    line.frame(xychart.XychartXYSeriesConfigFrame().matcher(xychart.MatcherConfig().id("byIndex").options(0)))
     line.x(xychart.XychartXYSeriesConfigX().matcher(xychart.MatcherConfig().id("byName").options(x)))
     return line.y(xychart.XychartXYSeriesConfigY().matcher(xychart.MatcherConfig().id("byName").options(y)))
 
@@ -167,4 +173,8 @@ def finished(board: dashboard.Dashboard, panels: Mapping[str, Sequence[Panel]]) 
         board.with_row(dashboard.Row(title).id(next(ids)))
         for panel in row:
             board.with_panel(panel.id(next(ids)))
-    return board.build()
+    built = board.build()
+    for one in built.panels or []:
+        if isinstance(one, BuiltPanel):
+            one.plugin_version = GRAFANA
+    return built

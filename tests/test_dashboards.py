@@ -83,3 +83,17 @@ def test_rows_are_full_and_nothing_overlaps(board: dict[str, Any]) -> None:
         assert beside or a["y"] + a["h"] <= b["y"] or b["y"] + b["h"] <= a["y"], (a, b)
     for y in {place["y"] for place in places}:
         assert sum(place["w"] for place in places if place["y"] == y) == 24
+
+
+def test_a_curve_finds_its_fields(board: dict[str, Any]) -> None:
+    """Grafana's XY chart draws no series whose frame is not named, and rewrites options of a version that is not."""
+    (version,) = {panel["pluginVersion"] for panel in panels_of(board)}
+    assert f"image: grafana/grafana:{version}\n" in (FOLDER.parents[1] / "compose.yaml").read_text()
+    curves = [panel for panel in panels_of(board) if panel["type"] == "xychart"]
+    assert curves
+    for panel in curves:
+        assert [one["id"] for one in panel["transformations"]] == ["joinByField"], "of all queries one frame is made"
+        named = {target["legendFormat"] for target in panel["targets"]}
+        for line in panel["options"]["series"]:
+            assert line["frame"]["matcher"] == {"id": "byIndex", "options": 0}
+            assert {line[axis]["matcher"]["options"] for axis in "xy"} <= named
