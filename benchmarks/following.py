@@ -63,8 +63,8 @@ def main() -> Table:
     if polled + p2pd > MOST_PERCENT:
         raise RuntimeError(f"a monitor of {PEERS} peers takes {polled + p2pd:.1f} % of a core")
     rows: list[tuple[Cell, ...]] = [
-        ("looking every 2.5 s", alone),
-        (f"and scraped every {SCRAPE_EVERY_S:g} s, with one page open", polled),
+        ("nobody asks", alone),
+        (f"scraped every {SCRAPE_EVERY_S:g} s, with one page open", polled),
         ("its p2pd, all the time", p2pd),
         ("scraped, and p2pd", polled + p2pd),
     ]

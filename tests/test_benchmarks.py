@@ -22,6 +22,7 @@ from benchmarks.histories import (
 from benchmarks.loopback import Log, Run, write_run_file
 from benchmarks.matrix import ALL_CASES, Case, able_since
 from benchmarks.processes import Usage
+from benchmarks.serving import inner_and_stall
 from benchmarks.stall import stalls_of
 from benchmarks.table import Table, layout, markdown
 from p2p_diloco.codec import encoded_bytes
@@ -48,6 +49,20 @@ def two_cycles(tokens: int) -> Log:
 def test_tokens_per_second_are_those_of_whole_cycles_after_the_first() -> None:
     run = Run(spec=sleepers.SPEC, values=1, logs=[two_cycles(300), two_cycles(150)])
     assert tiny.swarm_tokens_per_s(run) == pytest.approx((450 / 15, 450 / 10))
+
+
+def test_inner_steps_and_stalls_that_lie_between_two_moments() -> None:
+    """An outer step whose inner steps had begun before, or whose stall comes after, is none of them."""
+    log: Log = []
+    for start_s in (0.0, 4.0, 8.0, 12.0):
+        log += [
+            {"event": "phase", "phase": "inner", "mono_s": start_s},
+            {"event": "stall", "mono_s": start_s + 0.1, "seconds": 0.1 * start_s},
+            {"event": "phase", "phase": "serve", "mono_s": start_s + 1.0},
+            {"event": "offered", "mono_s": start_s + 3.0},
+            {"event": "phase", "phase": "gather", "mono_s": start_s + 3.1},
+        ]
+    assert list(inner_and_stall(log, 1.0, 13.0)) == [(3.0, 0.8), (3.0, pytest.approx(1.2))]
 
 
 def test_a_stall_has_all_rounds_since_the_last_one() -> None:
