@@ -57,7 +57,7 @@ from p2p_diloco.errors import Gone, LocalError, NetworkError, RemoteError, Silen
 from p2p_diloco.identity import Identity, public_key_of
 from p2p_diloco.records import RUNS_KEY, Fault, unpack_plain
 from p2p_diloco.traffic import Traffic
-from p2p_diloco.waiting import Bell, deadline
+from p2p_diloco.waiting import Bell, deadline, to_its_end
 from p2p_diloco.wire import Channel, Handler, Links
 
 logger = logging.getLogger(__name__)
@@ -283,10 +283,13 @@ class Node:
             await asyncio.sleep(0.1 * 2 ** len(losses) - 0.2)
 
     async def close(self) -> None:
-        """Within ``leave_s``. Idempotent."""
+        """Within ``leave_s``, and to its end also when it is cancelled. Idempotent."""
         if self._closed:
             return
         self._closed = True
+        await to_its_end(self._close())
+
+    async def _close(self) -> None:
         with contextlib.suppress(asyncio.TimeoutError):  # ``watch`` may be starting a p2pd, and shuts it when it sees
             async with deadline(self.timeouts.leave_s / 4):
                 await self._starting.acquire()
@@ -391,7 +394,8 @@ class Node:
             with contextlib.suppress(ProcessLookupError):
                 p2p._child.kill()
             await p2p._child.wait()
-        p2p._child._transport.close()  # its pipe, too, whose end may not have been seen yet
+        finally:
+            p2p._child._transport.close()  # its pipe, too, whose end may not have been seen yet
 
     async def _until_lost(self, network: _Network) -> str:
         """Until p2pd ends, or a task of hivemind's ends without which we could not notice what p2pd tells us."""

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import asyncio
 import sys
+from collections.abc import Coroutine
+from typing import Any
 
 if sys.version_info >= (3, 11):
     from asyncio import timeout as deadline
 else:
     from async_timeout import timeout as deadline
 
-__all__ = ["Bell", "deadline", "heard"]
+__all__ = ["Bell", "deadline", "heard", "to_its_end"]
 
 
 class Bell:
@@ -35,3 +37,14 @@ async def heard(event: asyncio.Event, timeout_s: float) -> None:
             await event.wait()
     except asyncio.TimeoutError:
         return
+
+
+async def to_its_end(work: Coroutine[Any, Any, None]) -> None:
+    """Run what tidies up, bounded in time: a cancellation comes through when it is done, and only a second one ends
+    it."""
+    running = asyncio.ensure_future(work)
+    try:
+        await asyncio.shield(running)
+    except asyncio.CancelledError:
+        await running
+        raise

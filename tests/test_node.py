@@ -303,6 +303,29 @@ def test_who_has_lost_the_dht_finds_it_through_a_peer_it_has_met(tmp_path: Path)
     run(main())
 
 
+@pytest.mark.parametrize("turns", [1, 5, 20])
+def test_a_node_that_is_closed_leaves_nothing_behind_whoever_cancels_that(tmp_path: Path, turns: int) -> None:
+    """Ctrl+C comes at any moment, also when one tidies up."""
+
+    async def main() -> None:
+        node = await start(config_of(tmp_path / "node"))
+        p2pd, network = p2pd_of(node), node._network
+        assert network is not None
+        closing = asyncio.create_task(node.close())
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        assert not closing.done()
+        closing.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await closing
+        assert network.p2p._child._transport._closed
+        assert not command(p2pd)
+        assert not node._socket_folder.exists()
+        await (await start(config_of(tmp_path / "node"))).close()  # its identity can be claimed again
+
+    run(main())
+
+
 def test_streams_are_limited(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(node, "MAX_STREAMS_PER_PEER", 2)
 
