@@ -325,6 +325,7 @@ class Catchup:
                 head, *hashes = (data[i : i + HASH_BYTES] for i in range(0, size, HASH_BYTES))
                 if len(data) != size or state_digest(step, head, hashes) != digest:
                     raise Misbehaved(donor.peer_id, "serves the index of another snapshot")
+                tally.bytes_received += size
             except RemoteError as error:
                 tally.refused |= isinstance(error, Refused)
                 drop(error, self.directory, self.transport.traffic)

@@ -470,7 +470,8 @@ class Peer:
 
     async def _catch_up_to_swarm(self, patience_s: float) -> bool:
         """Go to the swarm's head, and on while it moves. Whether a snapshot had to be downloaded. A newcomer, who has
-        no state, waits up to ``patience_s`` for somebody who gives it one."""
+        no state, waits up to ``patience_s`` for somebody who gives it one; after a download that broke off, until all
+        who then failed it, perhaps because it was cut off itself, must have signed newer records, and as long again."""
         deadline_s, snapshot = self._now() + patience_s, False
         if not self.replica.sound:
             await self.upkeep.mend()
@@ -486,7 +487,7 @@ class Peer:
                 if self.replica.state is not None:
                     self._take_standing()  # a download that broke off may have moved it part of the way
                 if self.catchup.promising:
-                    deadline_s = self._now() + patience_s
+                    deadline_s = self._now() + self.timeouts.record_life_s + patience_s
                 if self.replica.state is not None or self._now() >= deadline_s:
                     return snapshot
                 await asyncio.sleep(self.timeouts.refresh_s)

@@ -238,6 +238,33 @@ def test_a_newcomer_downloads_the_state_and_meets_the_others_at_the_next_outer_s
     run_simulated(main())
 
 
+def test_a_joiner_that_is_cut_off_while_it_downloads_goes_on_when_it_is_connected_again(tmp_path: Path) -> None:
+    """Even if that takes longer than it looked for somebody in the first place."""
+
+    async def main() -> None:
+        swarm = Simulated(tmp_path, 3, outer_steps=12)
+        swarm.add(0, seed=True)
+        await asyncio.sleep(1)
+        sims = [swarm.add(i + 1) for i in range(2)]
+        await swarm.until(sims, 2)
+        newcomer = swarm.add(3)
+        while not any(event.get("phase") == "download" for event in swarm.events(3)):
+            await asyncio.sleep(0.01)
+        assert newcomer.peer.replica.state is None
+        here, others = newcomer.peer.identity.peer_id, [sim.peer.identity.peer_id for sim in swarm.peers[:-1]]
+        for other in others:
+            swarm.network.cut(here, other, "silent")
+        timeouts = newcomer.peer.timeouts
+        await asyncio.sleep(timeouts.reduced_part_s + timeouts.discover_s + timeouts.record_life_s / 2)
+        assert newcomer.peer.replica.state is None
+        for other in others:
+            swarm.network.restore(here, other)
+        await swarm.until([*sims, newcomer], 12)
+        swarm.check_identical([*sims, newcomer])
+
+    run_simulated(main())
+
+
 def test_a_joiner_contributes_within_one_outer_step_after_its_download(tmp_path: Path) -> None:
     """Although the swarm has gone on while it was downloading from slow donors."""
 
