@@ -248,8 +248,10 @@ def test_a_joiner_that_is_cut_off_while_it_downloads_goes_on_when_it_is_connecte
         sims = [swarm.add(i + 1) for i in range(2)]
         await swarm.until(sims, 2)
         newcomer = swarm.add(3)
-        while not any(event.get("phase") == "download" for event in swarm.events(3)):
+        for _ in range(1000):
             await asyncio.sleep(0.01)
+            if any(event.get("phase") == "download" for event in swarm.events(3)):
+                break
         assert newcomer.peer.replica.state is None
         here, others = newcomer.peer.identity.peer_id, [sim.peer.identity.peer_id for sim in swarm.peers[:-1]]
         for other in others:
