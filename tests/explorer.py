@@ -27,12 +27,16 @@ import argparse
 import gc
 import multiprocessing
 import os
+import signal
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from hashlib import blake2b
+from multiprocessing.pool import Pool
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +54,8 @@ PROGRESS_EVERY = 100
 BROKEN_WITHIN = 500
 """So many schedules at most find a broken protocol."""
 SHARED_MEMORY = Path("/dev/shm")
+FOLDER_OF_ALL = "P2P_DILOCO_EXPLORER_FOLDER"
+"""Set in workers."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,8 +85,7 @@ class Verdict:
 
 def explore(schedule: Schedule, *, keep_timeline: bool = False) -> Verdict:
     """Run a schedule on a SimLoop, and tell what was violated, if anything was."""
-    shared = SHARED_MEMORY if SHARED_MEMORY.is_dir() else None
-    with tempfile.TemporaryDirectory(prefix="p2p-diloco-", dir=shared) as folder:
+    with scratch_folder() as folder:
         world = World(schedule, Path(folder))
         violation: Violation | None = None
         try:
@@ -148,7 +153,7 @@ def explore_many(seeds: range, jobs: int) -> list[Verdict]:
     """Those of the schedules of ``seeds`` that failed. Says how far it is."""
     failed: list[Verdict] = []
     began_s = time.monotonic()
-    with multiprocessing.get_context("spawn").Pool(jobs, _quiet_gc) as pool:
+    with workers(jobs) as pool:
         for done, verdict in enumerate(pool.imap_unordered(explore_seed, seeds, chunksize=4), start=1):
             if not verdict.ok:
                 failed.append(verdict)
@@ -163,7 +168,7 @@ def find_broken(jobs: int) -> list[str]:
     """Says which schedule finds each protocol that is broken on purpose. Those that none finds."""
     missed = []
     for name in VARIANTS:
-        with multiprocessing.get_context("spawn").Pool(jobs, _quiet_gc) as pool:  # the end of it is that of its queue
+        with workers(jobs) as pool:  # the end of it is that of its queue
             found = (seed for seed, text in pool.imap(partial(explore_broken, name), range(BROKEN_WITHIN)) if text)
             seed = next((seed for seed in found if explore_seed(seed).ok), None)
             print(f"{name}: " + ("NOT FOUND" if seed is None else f"seed {seed}: {explore_broken(name, seed)[1]}"))
@@ -176,8 +181,26 @@ def explore_broken(name: str, seed: int) -> tuple[int, str]:
         return seed, explore_seed(seed).text
 
 
-def _quiet_gc() -> None:
+def scratch_folder() -> tempfile.TemporaryDirectory[str]:
+    """In shared memory, where there is any; in a worker, inside the folder of all of them."""
+    shared = str(SHARED_MEMORY) if SHARED_MEMORY.is_dir() else None
+    return tempfile.TemporaryDirectory(prefix="p2p-diloco-", dir=os.environ.get(FOLDER_OF_ALL, shared))
+
+
+@contextmanager
+def workers(jobs: int) -> Iterator[Pool]:
+    """Nothing is left of them, nor of the schedules that they are torn from."""
+    with scratch_folder() as folder, multiprocessing.get_context("spawn").Pool(jobs, _begin, (folder,)) as pool:
+        try:
+            yield pool
+        finally:
+            pool.terminate()
+            pool.join()
+
+
+def _begin(folder: str) -> None:
     """What has been imported is never garbage: no collection need look through it again and again."""
+    os.environ[FOLDER_OF_ALL] = folder
     gc.collect()
     gc.freeze()
     gc.set_threshold(100_000, 10, 10)
@@ -206,6 +229,7 @@ def main() -> int:
     parser.add_argument("--broken", action="store_true", help="find protocols that are broken on purpose")
     parser.add_argument("--verbose", action="store_true", help="tell what each peer did")
     options = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that what was started is ended
     if options.broken:
         return int(bool(find_broken(options.jobs)))
     if options.seed is None and options.schedule is None:

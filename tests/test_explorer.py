@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 from broken import VARIANTS
-from explorer import explain, explore
+from explorer import explain, explore, explore_seed, workers
 from schedules import Fault, PeerPlan, Schedule, draw, shrink
 
 BATCH = 10
@@ -67,6 +69,15 @@ def test_a_protocol_that_is_broken_on_purpose_is_found(name: str) -> None:
     with VARIANTS[name]():
         assert explore(draw(seed)).invariant == invariant
     assert explore(draw(seed)).ok
+
+
+def test_workers_leave_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also of schedules that are still being played."""
+    monkeypatch.setattr("explorer.SHARED_MEMORY", tmp_path)
+    with workers(1) as pool:
+        assert next(pool.imap(explore_seed, range(3))).ok
+        assert list(tmp_path.iterdir())
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_schedule_that_fails_is_made_smaller() -> None:
