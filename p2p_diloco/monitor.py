@@ -44,7 +44,7 @@ SEEK_EVERY_S = 10.0
 MAX_MET = 64
 MAX_SOUGHT = 16
 """Of those met, dialled at once."""
-RECORDS_PER_S = 100
+RECORDS_PER_S = 60
 """To be read; of each come as many copies as the DHT holds."""
 UNWELL_AFTER = 20
 """Looks that should have been made since the last one."""

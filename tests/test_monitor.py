@@ -167,7 +167,7 @@ def test_targets_in_a_private_network_are_there_when_that_is_asked_for(tmp_path:
     run_simulated(main())
 
 
-@pytest.mark.parametrize(("peers", "every_s"), [(2, 2.5), (250, 2.5), (500, 5.0), (1500, 8.0)])
+@pytest.mark.parametrize(("peers", "every_s"), [(2, 2.5), (150, 2.5), (300, 5.0), (500, 8.0)])
 def test_many_peers_are_looked_at_less_often(tmp_path: Path, peers: int, every_s: float) -> None:
     async def main() -> None:
         dht = FakeDHT(peers={index: {} for index in range(1, peers + 1)})
