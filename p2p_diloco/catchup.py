@@ -103,8 +103,14 @@ class Catchup:
         if target[0] > self.replica.manifest.spec.outer.steps:
             return None  # nobody can be there: so far, no donor shall make us read its heads
         if await self._commit_ahead(target):
+            rolled_back, self._given_up = self._given_up, 0
             return CaughtUp(
-                from_step=from_step, to_step=target[0], rolled_back=0, snapshot=False, bytes_received=0, donors=1
+                from_step=from_step,
+                to_step=target[0],
+                rolled_back=rolled_back,
+                snapshot=False,
+                bytes_received=0,
+                donors=1,
             )
         for guide in self._donors(target):
             try:
@@ -146,9 +152,7 @@ class Catchup:
         ends its inner step the state must not move; who fetched only then could be one outer step late for ever."""
         state = self.replica.loaded
         if target[0] == state.step + 1 and (self._ahead is None or self._ahead[0].header.head != target[1]):
-            wanted = self._updates({target[0]: target[1]}, state.step)
-            await self._download(wanted, range(state.step, target[0]), target[0], self._donors(target)).run()
-            self._ahead = wanted.take()
+            self._ahead = await self._fetch_one(state.step, target[1], self._donors(target))
 
     async def learn_way(self, record: Record) -> None:
         """Have a peer show how it came to where its record says that it stands."""
@@ -167,12 +171,15 @@ class Catchup:
 
     async def fetch_update(self, step: int, head: bytes) -> Update | None:
         """The update that leads from outer step ``step`` to ``head``, verified, from whoever has it. Not committed."""
-        wanted = self._updates({step + 1: head}, step)
         # Records take seconds to get here: who has just made that step has the update, too, and is asked last.
         donors = sorted(self._helpers(), key=lambda record: record.step <= step)
-        await self._download(wanted, range(step, step + 1), step + 1, donors).run()
-        found = wanted.take()
+        found = await self._fetch_one(step, head, donors)
         return found[0] if found else None
+
+    async def _fetch_one(self, step: int, head: bytes, donors: list[Record]) -> tuple[Update, str] | None:
+        wanted = self._updates({step + 1: head}, step)
+        await self._download(wanted, range(step, step + 1), step + 1, donors).run()
+        return wanted.take()
 
     async def fetch_snapshot(self, step: int, digest: bytes) -> bool:
         """Download the snapshot with this digest, whoever has it, into the ledger. Whether that succeeded."""
@@ -262,7 +269,11 @@ class Catchup:
         (found, self._ahead), state = (self._ahead, None), self.replica.state
         if found is None or state is None or (found[0].header.parent, found[0].header.head) != (state.head, target[1]):
             return False
-        await self._commit(*found)
+        try:
+            await self._commit(*found)
+        except RemoteError as error:
+            drop(error, self.directory, self.transport.traffic)
+            return False
         return True
 
     async def _roll_back(self, step: int) -> None:

@@ -619,14 +619,13 @@ class Peer:
         async with self._moving:
             if not self._must_adopt():
                 return
-            target = self._swarm_head()
             if self._following:
                 await self._catch_up_to_swarm(patience_s=0.0)
                 self.presence.publish_now.ring()
             elif self.seat.phase in ("inner", "evaluate") and not self.behind:
                 self.behind = True
                 self.seat.changed.ring()
-                if target is not None:
+                if (target := self._swarm_head()) is not None:
                     await self.catchup.fetch_ahead(target)
 
     def evaluates_genesis(self) -> bool:

@@ -993,6 +993,26 @@ def test_the_one_update_that_is_missing_is_there_before_it_is_asked_for(
     run_simulated(main())
 
 
+def test_an_update_that_was_fetched_ahead_and_cannot_be_applied_is_its_donors_fault(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def main() -> None:
+        library = Library(tmp_path, replica_at(tmp_path / "me", 7))
+        donor = library.add(replica_at(tmp_path / "donor", 8))
+        target = (8, donor.replica.loaded.head)
+        await library.catchup.fetch_ahead(target)
+
+        def refuse(update: object) -> None:
+            raise ValueError("an update that leads nowhere")
+
+        monkeypatch.setattr(library.replica, "commit", refuse)
+        assert await library.catchup.to(target) is None
+        assert library.suspects() == [0]
+        assert library.replica.loaded.step == 7
+
+    run_simulated(main())
+
+
 def test_one_snapshot_from_whoever_has_it(tmp_path: Path) -> None:
     async def main() -> None:
         library = Library(tmp_path, replica_at(tmp_path / "me", 12))
