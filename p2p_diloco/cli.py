@@ -101,13 +101,12 @@ def seed(
     initial_peers
         Peers of an existing network to be part of.
     """
-    from p2p_diloco.identity import Identity
-    from p2p_diloco.manifest import RunSpec
-
-    RunSpec.load(run_file)
-    config = peer_config(node, "seed", initial_peers)
-
     with importing("seed"):
+        from p2p_diloco.identity import Identity
+        from p2p_diloco.manifest import RunSpec
+
+        RunSpec.load(run_file)
+        config = peer_config(node, "seed", initial_peers)
         from p2p_diloco.config import Timeouts
         from p2p_diloco.genesis import start_run
         from p2p_diloco.swarm import Swarm
@@ -158,9 +157,8 @@ def peer(
     check_run_id(run_id)
     if data is not None and not data.exists():
         raise UsageError(f"--data {data}: no such file or folder")
-    config = peer_config(node, "peer", initial_peers, run_id=run_id, client_mode=client_mode)
-
     with importing("peer"):
+        config = peer_config(node, "peer", initial_peers, run_id=run_id, client_mode=client_mode)
         from p2p_diloco.config import Timeouts
         from p2p_diloco.model import pick_device
         from p2p_diloco.swarm import Swarm
@@ -754,33 +752,34 @@ def main(argv: Sequence[str] | None = None) -> int:
     # torch makes this folder when it is imported, by default in the temporary folder, and leaves it there.
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_folder() / "torchinductor"))
     command, output = "", OUTPUT
-    with interruptible() as received:
-        try:
-            function, bound, _ = app.parse_args(
-                sys.argv[1:] if argv is None else argv, exit_on_error=False, print_error=False, verbose=False
-            )
-            command, output = function.__name__, bound.arguments.get("output", OUTPUT)
-            set_up_logging(command, verbose=output.verbose)
+    received: list[int] = []
+    try:
+        function, bound, _ = app.parse_args(
+            sys.argv[1:] if argv is None else argv, exit_on_error=False, print_error=False, verbose=False
+        )
+        command, output = function.__name__, bound.arguments.get("output", OUTPUT)
+        set_up_logging(command, verbose=output.verbose)
+        with interruptible() as received:
             result = function(*bound.args, **bound.kwargs)
             sys.stdout.flush()
-            return result if isinstance(result, int) else 0
-        except KeyboardInterrupt:
+        return result if isinstance(result, int) else 0
+    except KeyboardInterrupt:
+        return interrupted(command, received)
+    except CycloptsError as error:
+        return fail(str(error), 2)
+    except Stopped as error:
+        log.info("%s", error)
+        return error.exit_code
+    except LocalError as error:
+        return fail(str(error), error.exit_code, debug=output.debug)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nobody reads on; so that exit is silent
+        return 1
+    except Exception as error:
+        if received:  # some imports turn an interruption into an error of their own
             return interrupted(command, received)
-        except CycloptsError as error:
-            return fail(str(error), 2)
-        except Stopped as error:
-            log.info("%s", error)
-            return error.exit_code
-        except LocalError as error:
-            return fail(str(error), error.exit_code, debug=output.debug)
-        except BrokenPipeError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nobody reads on; so that exit is silent
-            return 1
-        except Exception as error:
-            if received:  # some imports turn an interruption into an error of their own
-                return interrupted(command, received)
-            what = f"internal error: {type(error).__name__}: {error}; run again with --debug and report it"
-            return fail(what, 1, debug=output.debug)
+        what = f"internal error: {type(error).__name__}: {error}; run again with --debug and report it"
+        return fail(what, 1, debug=output.debug)
 
 
 def fail(message: str, exit_code: int, *, debug: bool = False) -> int:

@@ -10,9 +10,9 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any, TypeVar
 
+from p2p_diloco import SERVING
+
 Result = TypeVar("Result")
-SERVING = {"seed", "peer", "swarm", "monitor"}
-"""Commands that end when the user wants it: to be interrupted is no failure of theirs."""
 
 
 @contextmanager
@@ -34,8 +34,9 @@ def interruptible() -> Iterator[list[int]]:
 
 @contextmanager
 def importing(command: str) -> Iterator[None]:
-    """For imports, before there is anything to tidy up: a signal ends this process there and then. An exception in the
-    midst of torch's, which is also hivemind's, would end it with a page of C++."""
+    """For imports and checks, before there is anything to tidy up: a signal ends this process there and then. An
+    exception may get lost in the midst of imports, and in torch's, which are also hivemind's, it would end in a page of
+    C++."""
 
     def on_signal(number: int, _frame: FrameType | None) -> None:
         os._exit(interrupted(command, [number]))

@@ -500,6 +500,36 @@ def test_a_signal_before_anything_is_started(signal: str, command: str, exit_cod
     assert (done.returncode, done.stdout, done.stderr) == (exit_code, "", "")
 
 
+IMPORTING = """
+import signal, sys, types, weakref
+from p2p_diloco.__main__ import main
+
+class Lock:
+    pass
+
+def run_command():
+    lock = Lock()
+    callback = weakref.ref(lock, lambda _: signal.raise_signal(signal.{signal}))
+    del lock
+    print("went on")
+
+sys.modules["p2p_diloco.cli"] = types.SimpleNamespace(main=run_command)
+sys.argv = ["p2p-diloco", {command!r}]
+main()
+"""
+
+
+@pytest.mark.parametrize(
+    ("signal", "command", "exit_code"),
+    [("SIGINT", "peer", 0), ("SIGTERM", "monitor", 0), ("SIGINT", "status", 130), ("SIGTERM", "status", 143)],
+)
+def test_a_signal_is_not_lost_in_a_callback_of_the_imports(signal: str, command: str, exit_code: int) -> None:
+    """importlib's locks have such callbacks: whatever is raised in one is ignored."""
+    script = IMPORTING.format(signal=signal, command=command)
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (exit_code, "", "")
+
+
 def test_a_reader_that_goes_away_is_no_traceback(tmp_path: Path) -> None:
     read, write = os.pipe()
     os.close(read)
