@@ -1,1 +1,1 @@
-"""Measurements that the README quotes: ``python -m benchmarks``."""
+"""Measurements that docs/log.md and docs/reliability.md quote: ``python -m benchmarks``."""

@@ -38,7 +38,7 @@ TRAINERS = 4
 DOWN_S = 8.0
 """Of who is stopped or cut off: longer than the others wait for it."""
 JOINER_DOWN_S = 4.0
-"""Of a joiner: shorter than it waits for others, after which it gives up with an error."""
+"""Of a joiner: shorter than it waits for others where nothing has come yet, after which it gives up with an error."""
 DEAD_S = 1.0
 """From the death of a peer until it is started again, if nothing is left of it by then."""
 TRIES = 4

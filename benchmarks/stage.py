@@ -1,7 +1,7 @@
 """A swarm of real peers that trains, to try faults on: the processes of ``p2p-diloco swarm``, and what their logs say.
 
 Its model has 4 million parameters, so that the phases of a round last long enough to be hit; what would be computed in
-inner steps is slept. Every time-out is a fifth of the usual.
+inner steps is slept. Every time-out is a fifth of the usual, unless a benchmark says otherwise.
 """
 
 from __future__ import annotations

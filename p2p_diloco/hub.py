@@ -19,8 +19,8 @@ breaks off starts over. On the disk lie tokens alone, 1, 2 or 4 bytes each. Afte
 
 Unless a name has @REVISION at its end, a peer that comes later reads what the hub has by then.
 
-Nothing here has ever talked to the hub itself: where this was written there was no way to it. What the tests run is the
-same code on local folders, on a folder in the form of the hub's cache, and on names that cannot be reached.
+Nothing here has ever talked to the hub itself. What the tests run is the same code on local folders, on a folder in the
+form of the hub's cache, and on names that cannot be reached.
 """
 
 from __future__ import annotations

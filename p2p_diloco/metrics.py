@@ -4,7 +4,7 @@ Nothing is pushed here. What a peer is, is read from it when somebody asks; what
 down (``totals`` of the event log, ``traffic`` of the transport); what p2pd, the disk and the system have to be asked
 for is looked up from time to time (``Surroundings``).
 
-No label takes a value that a stranger can choose, so the number of series is fixed. An answer takes 1 to 2 ms of a
+No label takes a value that a stranger can choose, so the number of series is fixed. An answer takes 3 to 4 ms of a
 processor, in a run with 500 others (``python -m benchmarks scrape``), and is made anew at most once a second, however
 often it is asked for.
 """

@@ -185,10 +185,11 @@ def test_network_side_starts_without_torch(module: str) -> None:
 
 
 def test_readme_lists_every_file() -> None:
-    """One line for each file of the package, under the heading Files."""
+    """One line for each file of the package, under the heading Files, lowest first."""
     readme = (ROOT / "README.md").read_text()
     section = re.search(r"^## Files\n(.*?)(?=^## |\Z)", readme, re.MULTILINE | re.DOTALL)
     assert section is not None, "README.md has no section '## Files'"
+    assert tuple(re.findall(r"^\| `(\w+)\.py`", section[1], re.MULTILINE)) == ORDER
     for path in sorted(PACKAGE.glob("*.py")):
         lines = re.findall(rf"^.*(?<!\w){re.escape(path.name)}.*$", section[1], re.MULTILINE)
         assert len(lines) == 1, f"{path.name} is named in {len(lines)} lines"
