@@ -266,7 +266,7 @@ class Download:
                 self._close(channel)
 
     def _close(self, channel: Channel) -> None:
-        self.bytes_received += channel.bytes_received
+        self.bytes_received += channel.meter.received
         channel.close()
 
 

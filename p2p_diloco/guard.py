@@ -94,7 +94,8 @@ def die_with_parent(number: int) -> None:
 
 
 def limit_open_files() -> None:
-    """The hard limit, too: Go raises the soft one to it."""
+    """As many as p2pd or the network process may need, one for every stream. The hard limit, too: Go raises the soft
+    one to it."""
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     limit = MAX_OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, MAX_OPEN_FILES)
     with contextlib.suppress(ValueError, OSError):

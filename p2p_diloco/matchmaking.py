@@ -13,12 +13,17 @@ a round, is waited for: two groups on one head would make two histories.
 
 A leader that stops without closing its streams (SIGSTOP) costs the members one request time-out: it says from time to
 time that it is still there.
+
+What others say ends no gathering by itself. That the swarm is past a head has to follow from records, by the rule that
+catches up; who names another leader must rank after it; and who has failed twice as a leader on a head, or lied, leads
+nobody there any more.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TypeAlias
@@ -27,7 +32,7 @@ from p2p_diloco.config import Timeouts
 from p2p_diloco.errors import Misbehaved, Refused, RemoteError
 from p2p_diloco.identity import Identity
 from p2p_diloco.manifest import RunManifest
-from p2p_diloco.records import Directory, Phase, Record
+from p2p_diloco.records import Directory, Phase, Record, open_record
 from p2p_diloco.rounds import (
     Group,
     Missed,
@@ -53,6 +58,10 @@ log = logging.getLogger(__name__)
 
 MAX_LEADERS_ASKED = 16
 MAX_ABSENT = 64
+MAX_CALLED = 1024
+"""By one gathering."""
+CHANCES = 2
+"""Of a leader on one head. A second one, for it may just have been stopped, and others may be with it again."""
 HEARTBEATS = 3
 """Words of a leader within the time after which a member takes it for dead."""
 CLOSING_MARGIN_S = 1.0
@@ -94,6 +103,8 @@ class Gathering:
     answer: Answer | None = None
     changed: Bell = field(default_factory=Bell)
     task: asyncio.Task[None] | None = None
+    busy: set[str] = field(default_factory=set)
+    """Who says that it meets others on this head."""
     notices: dict[str, asyncio.Task[None]] = field(default_factory=dict)
     """Peer id -> the talk with a peer that has been told."""
 
@@ -118,6 +129,8 @@ class Matchmaker:
         self.timeouts = timeouts
         self.wall_s = wall_s
         self.gatherings: dict[bytes, Gathering] = {}
+        self.failures: Counter[tuple[bytes, str]] = Counter()
+        """(head, peer id) -> how often that leader has failed me there; of my head only."""
         self.waiting_at: tuple[bytes, str] | None = None
         """(head, peer id of the leader) while I wait for a roster."""
 
@@ -136,15 +149,19 @@ class Matchmaker:
             nonce=new_nonce(),
         )
         sealed = seal_readiness(mine, self.identity)
+        self.failures = Counter({which: count for which, count in self.failures.items() if which[0] == mine.head})
         useless: set[str] = set()
+        claims: set[str] = set()
+        """Those to whom I have left the lead, because they said that they gather."""
         for _ in range(MAX_LEADERS_ASKED):
             if self._beyond(seat.standing.head) is not None:
                 return Missed(reason="behind", detail="the swarm went on meanwhile")
             records = self.directory.expected(self.wall_s())
-            order = [p for p in leader_order(records, mine.head, mine.peer_id, seat.client_mode) if p not in useless]
-            if not order:
+            order = leader_order(records, mine.head, mine.peer_id, seat.client_mode)
+            fit = [p for p in order if p not in useless and self._is_fit(mine.head, p)]
+            if not fit:
                 break
-            leader = order[0]
+            leader = fit[0]
             try:
                 if leader == mine.peer_id:
                     answer = await self._lead(sealed)
@@ -154,24 +171,41 @@ class Matchmaker:
                     return Missed(reason="alone", detail=f"{answer.ready} ready, {limits.min_group} needed")
                 if isinstance(answer, Behind):
                     self._learn(leader, answer.record)
+                    if self._beyond(mine.head) is None:
+                        raise Refused(leader, "it says that the swarm is past this head, which no record shows")
                     return Missed(reason="behind", detail=f"peer {leader[-8:]} is past this head")
                 if isinstance(answer, Redirect):
                     self._learn(leader, answer.record)
-                    if leader != mine.peer_id:
-                        useless.add(leader)
-                    continue
+                    better = open_record(answer.record).peer_id
+                    if leader == mine.peer_id:
+                        useless.discard(better)
+                        claims.add(better)
+                        continue
+                    if rank(mine.head, better) >= rank(mine.head, leader):
+                        raise Misbehaved(leader, "names a leader that does not rank before it")
+                    raise Refused(leader, "it names another leader")
                 if len(answer.members) == limits.max_group and sealed not in answer.members:
                     raise Refused(leader, "its group is full")
                 return self._check(leader, answer, mine)
             except Refused as error:
                 log.debug("%s does not lead: %s", leader[-8:], error.reason)
                 useless.add(leader)
+                if leader in claims:
+                    self.failed(mine.head, leader)
             except RemoteError as error:
                 log.info("cannot meet at %s: %s", leader[-8:], error.reason)
                 self.transport.traffic.reject(error)
                 self.directory.suspect(leader)
+                self.failed(mine.head, leader, lied=isinstance(error, Misbehaved))
                 useless.add(leader)
         return Missed(reason="alone", detail="nobody to meet")
+
+    def failed(self, head: bytes, leader: str, *, lied: bool = False) -> None:
+        """As a leader on ``head``."""
+        self.failures[head, leader] += CHANCES if lied else 1
+
+    def _is_fit(self, head: bytes, leader: str) -> bool:
+        return self.failures[head, leader] < CHANCES
 
     def _check(self, leader: str, roster: Roster, mine: Readiness) -> Group:
         limits = self.manifest.spec.round
@@ -194,6 +228,12 @@ class Matchmaker:
         except ValueError as error:
             raise Misbehaved(source, f"sends {error}") from error
 
+    def _learn_own(self, source: str, sealed: bytes) -> Record | None:
+        try:
+            return self.directory.learn_from(source, sealed, self.wall_s())
+        except ValueError as error:
+            raise Misbehaved(source, f"sends {error}") from error
+
     async def _ask(self, leader: str, sealed: bytes) -> Answer:
         channel = await self._open(leader)
         self.waiting_at = self.seat.standing.head, leader
@@ -201,11 +241,13 @@ class Matchmaker:
             await channel.send(Ready(readiness=sealed, record=self.seat.sealed_record))
             longest_s = self.manifest.spec.round.gather_s + MAX_GATHER_EXTENSION_S + self._round_limit_s()
             deadline_s = self._now() + longest_s
-            while True:
-                wait_s = min(self.timeouts.request_s, deadline_s - self._now())
-                answer: Eta | Answer = await channel.receive(Eta, Roster, TooFew, Redirect, Behind, timeout_s=wait_s)
+            while self._now() < deadline_s:
+                answer: Eta | Answer = await channel.receive(
+                    Eta, Roster, TooFew, Redirect, Behind, timeout_s=self.timeouts.request_s
+                )
                 if not isinstance(answer, Eta):
                     return answer
+            raise Misbehaved(leader, f"gathers for more than {longest_s:.0f} s")
         finally:
             self.waiting_at = None
             self.seat.changed.ring()
@@ -242,8 +284,7 @@ class Matchmaker:
                 gathering.answer = Behind(record=beyond)
                 break
             changed = gathering.changed.event
-            missing_s = [until_s for p, until_s in gathering.expected_s.items() if p not in gathering.ready]
-            gathering.closes_s = max(missing_s, default=0.0)
+            gathering.closes_s = self._closes_s(gathering)
             left_s = gathering.closes_s - self._now()
             if left_s <= 0:
                 break
@@ -258,6 +299,15 @@ class Matchmaker:
             else:
                 gathering.answer = TooFew(ready=len(gathering.ready))
         gathering.changed.ring()
+
+    def _closes_s(self, gathering: Gathering) -> float:
+        """When the last one that is expected must have come. Who is busy is waited for as long as its round may take,
+        but not by its word alone: fewer than the run's smallest group meet nobody."""
+        missing_s = [until_s for p, until_s in gathering.expected_s.items() if p not in gathering.ready]
+        closes_s = max(missing_s, default=0.0)
+        if len(gathering.busy & gathering.expected_s.keys()) < self.manifest.spec.round.min_group:
+            return min(closes_s, self._latest_s(gathering, busy=False))
+        return closes_s
 
     def _absent(self, gathering: Gathering, members: list[bytes]) -> list[bytes]:
         """Sealed records of those who train on this head and do not come, where they count."""
@@ -288,7 +338,8 @@ class Matchmaker:
         return latest_s + self._round_limit_s() if busy else latest_s
 
     def _call(self, gathering: Gathering, peer_id: str) -> None:
-        gathering.notices[peer_id] = asyncio.create_task(self._notice(gathering, peer_id))
+        if peer_id not in gathering.notices:
+            gathering.notices[peer_id] = asyncio.create_task(self._notice(gathering, peer_id))
 
     async def _notice(self, gathering: Gathering, peer_id: str) -> None:
         """Tell a peer that the round is closing. Its answer says how long to wait for it; no answer, no waiting."""
@@ -317,13 +368,22 @@ class Matchmaker:
         if isinstance(answer, Eta):
             until_s = self._now() + answer.eta_s + CLOSING_MARGIN_S
             gathering.expected_s[peer_id] = min(until_s, self._latest_s(gathering, busy=answer.busy))
+            (gathering.busy.add if answer.busy else gathering.busy.discard)(peer_id)
             if answer.leader:
                 other = self._learn(peer_id, answer.leader)
-                if other is not None and on_head([other], gathering.head) and other.peer_id not in gathering.notices:
+                if other is not None and on_head([other], gathering.head) and len(gathering.notices) < MAX_CALLED:
                     self._call(gathering, other.peer_id)
-        else:
+        elif isinstance(answer, Behind):
             self._learn(peer_id, answer.record)
-            gathering.answer = answer
+            gathering.expected_s.pop(peer_id, None)
+        else:
+            self._learn_own(peer_id, answer.record)
+            if rank(gathering.head, peer_id) > rank(gathering.head, self.identity.peer_id):
+                raise Misbehaved(peer_id, "claims to lead where I do")
+            if self._is_fit(gathering.head, peer_id):
+                gathering.answer = answer
+            else:
+                gathering.expected_s.pop(peer_id, None)
         gathering.changed.ring()
 
     async def on_ready(self, channel: Channel, message: Ready) -> None:
@@ -380,9 +440,9 @@ class Matchmaker:
     def _verified(self, source: str, message: Ready) -> Readiness:
         try:
             readiness = open_readiness(message.readiness)
-            self.directory.learn(message.record, self.wall_s())
         except ValueError as error:
             raise Misbehaved(source, f"sends {error}") from error
+        self._learn_own(source, message.record)
         if readiness.peer_id != source or readiness.run_id != self.manifest.run_id:
             raise Misbehaved(source, "sends somebody else's readiness")
         if readiness.weight > self.manifest.spec.max_weight_tokens:
@@ -393,22 +453,21 @@ class Matchmaker:
         """The sealed record of a live peer that ranks before me on ``head``."""
         for _ in range(MAX_LEADERS_ASKED):
             records = self.directory.expected(self.wall_s())
-            leader = leader_order(records, head, self.identity.peer_id, self.seat.client_mode)[:1]
-            if leader in ([], [self.identity.peer_id]):
+            order = leader_order(records, head, self.identity.peer_id, self.seat.client_mode)
+            leader = next((p for p in order if self._is_fit(head, p)), None)
+            if leader in (None, self.identity.peer_id):
                 return None
             try:
-                channel = await self._open(leader[0])
+                channel = await self._open(leader)
                 channel.close()
-                return self.directory.sealed(leader[0])
+                return self.directory.sealed(leader)
             except RemoteError:
-                self.directory.suspect(leader[0])
+                self.directory.suspect(leader)
         return None
 
     async def on_closing(self, channel: Channel, message: Closing) -> None:
         """The leader of a round that somebody else is ready for asks how long I need."""
-        leader = self._learn(channel.peer_id, message.record)
-        if leader is not None and leader.peer_id != channel.peer_id:
-            raise Misbehaved(channel.peer_id, "sends somebody else's record")
+        leader = self._learn_own(channel.peer_id, message.record)
         await self._round_over(channel, message.head)
         gathering = self.gatherings.get(message.head)
         if message.head != self.seat.standing.head:
@@ -418,7 +477,8 @@ class Matchmaker:
         elif gathering is not None and rank(message.head, self.identity.peer_id) < rank(message.head, channel.peer_id):
             await channel.send(Redirect(record=self.seat.sealed_record))
         else:
-            if gathering is not None and leader is not None and on_head([leader], message.head):
+            comes = leader is not None and on_head([leader], message.head)
+            if gathering is not None and comes and self._is_fit(message.head, channel.peer_id):
                 gathering.answer = gathering.answer or Redirect(record=message.record)
                 gathering.changed.ring()
             await channel.send(Eta(eta_s=self._close_own()))

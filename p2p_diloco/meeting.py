@@ -14,7 +14,7 @@ from p2p_diloco.outer import MAX_CONTRIBUTORS, Part, check_mask, part_slices
 from p2p_diloco.records import Directory
 from p2p_diloco.rounds import Group
 from p2p_diloco.waiting import Bell
-from p2p_diloco.wire import Channel, Transport
+from p2p_diloco.wire import Channel, Meter, Transport
 
 log = logging.getLogger(__name__)
 
@@ -39,7 +39,8 @@ class Meeting:
     """What I hold of the update."""
     lost: set[int] = field(default_factory=set)
     """Members that failed me in this round."""
-    channels: list[Channel] = field(default_factory=list)
+    meter: Meter = field(default_factory=Meter)
+    """Of all streams of this round. The streams are not kept: a member may open any number of them."""
     changed: Bell = field(default_factory=Bell)
     over: bool = False
     """Nothing more will be reduced or committed; what there is can still be served."""
@@ -74,8 +75,14 @@ class Meeting:
     async def open(self, member: int) -> Channel:
         peer_id = self.group.members[member].peer_id
         channel = await self.transport.open(peer_id, self.directory.maddrs(peer_id), self.protocol)
-        self.channels.append(channel)
+        self.count(channel)
         return channel
+
+    def count(self, channel: Channel) -> None:
+        """Its bytes are this round's."""
+        self.meter.sent += channel.meter.sent
+        self.meter.received += channel.meter.received
+        channel.meter = self.meter
 
     async def send_part(self, channel: Channel, part: Part) -> None:
         await channel.send_frame(bytes([len(part.mask)]), part.mask, part.data)

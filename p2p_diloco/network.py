@@ -32,7 +32,7 @@ from p2p_diloco.discovery import find_manifest
 from p2p_diloco.endpoint import METRICS_FLAG, Endpoint
 from p2p_diloco.errors import LedgerError, LocalError
 from p2p_diloco.events import EventLog
-from p2p_diloco.guard import die_with_parent
+from p2p_diloco.guard import die_with_parent, limit_open_files
 from p2p_diloco.identity import Identity
 from p2p_diloco.manifest import open_manifest
 from p2p_diloco.metrics import PeerMetrics
@@ -331,6 +331,7 @@ def main() -> None:
     control, vectors = socket.socket(fileno=int(sys.argv[1])), int(sys.argv[2])
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # The trainer decides when to leave.
     die_with_parent(signal.SIGKILL)
+    limit_open_files()
     if sys.platform == "win32":
         raise SystemExit("p2p-diloco runs on Linux and macOS; on Windows, in WSL2")
     import uvloop

@@ -89,6 +89,9 @@ ROUNDS_KEPT = 2
 """Finished rounds whose parts are still served to members that are late."""
 OF_A_ROUND = (Contribute, Receipt, AskPart, AskCommit)
 OF_A_DONOR = (AskHeads, AskIndex, AskChunk, AskUpdate)
+MAX_REQUEST_BYTES = 4096
+RECEIPT_BYTES = 34
+"""Of one part in a receipt: the only request that is larger in larger runs."""
 REQUESTS = (Ready, Closing, *OF_A_ROUND, *OF_A_DONOR, AskDialBack, AskTransfer, Push)
 
 
@@ -265,7 +268,9 @@ class Peer:
 
     async def run(self) -> None:
         """Until cancelled: keep my record in the DHT, the others' here, and what I hold sound."""
-        await asyncio.gather(self.presence.publish_loop(), self._refresh_loop(), self.upkeep.run())
+        await asyncio.gather(
+            self.presence.publish_loop(), self.presence.refresh_loop(), self._follow_loop(), self.upkeep.run()
+        )
 
     async def leave(self, reason: str) -> None:
         """See that what I hold is not lost, then withdraw the record, so that nobody waits for us."""
@@ -396,6 +401,8 @@ class Peer:
             outcome = await settlement.settle()
             cost = settlement.cost()
             if isinstance(outcome, Missed):
+                if group.leader in settlement.meeting.lost:
+                    self.matchmaker.failed(group.head, group.members[group.leader].peer_id)
                 self._log_round(outcome, settlement, gather_s)
                 return self._result(reason=outcome.reason, group=len(group.members), gather_s=gather_s, cost=cost)
             self._to_phase("apply")
@@ -459,7 +466,7 @@ class Peer:
             await self.presence.push_to_all()
             if self._must_adopt():  # else the others still wait for us where we are
                 self._to_phase("joining")
-            elif sound and target is not None:
+            elif sound and target is not None and must_catch_up(before, target):
                 self._led_nowhere(target)
             await self._catch_up_to_swarm(patience_s=0.0)
         moved = self.seat.standing != before
@@ -487,6 +494,7 @@ class Peer:
                 if self.replica.state is not None:
                     self._take_standing()  # a download that broke off may have moved it part of the way
                 if self.catchup.promising:
+                    self.catchup.promising = False  # one try is one reason to wait
                     deadline_s = self._now() + self.timeouts.record_life_s + patience_s
                 if self.replica.state is not None or self._now() >= deadline_s:
                     return snapshot
@@ -506,7 +514,7 @@ class Peer:
         self._in_vain += 1
         if self._in_vain >= PATIENCE:
             self._in_vain = 0
-            count = self.directory.doubt(target[1], self.wall_s() + self.timeouts.record_life_s)
+            count = self.directory.doubt(target[1], self.wall_s(), self.timeouts.record_life_s)
             log.warning("%d peers claim outer step %d, and none has shown the way there", count, target[0])
 
     def _result(self, *, cost: RoundCost | None = None, reason: str = "", **fields: object) -> OuterResult:
@@ -548,7 +556,8 @@ class Peer:
 
     async def _serve(self, channel: Channel) -> None:
         """One incoming stream: its first message says what it is for."""
-        message: Message = await channel.receive(*REQUESTS, timeout_s=self.timeouts.first_message_s)
+        most = MAX_REQUEST_BYTES + RECEIPT_BYTES * len(part_slices(self.manifest.n_params))
+        message: Message = await channel.receive(*REQUESTS, timeout_s=self.timeouts.first_message_s, max_bytes=most)
         if self.seat.phase == "left":
             await channel.send(No(reason="leaving"))
         elif isinstance(message, Push):
@@ -589,16 +598,13 @@ class Peer:
 
     # -- the swarm's head --------------------------------------------------------------------------------------------
 
-    async def _refresh_loop(self) -> None:
-        """Look at the others' records from time to time, or when one is pushed."""
-        refresh_s = self._now() + self.timeouts.refresh_s
+    async def _follow_loop(self) -> None:
+        """Look whenever records have come. They go on coming meanwhile: what is downloaded may take longer than they
+        last."""
         while True:
-            pushed = self.presence.pushed.event
-            await heard(pushed, max(refresh_s - self._now(), 0.0))
-            if self._now() >= refresh_s:
-                await self.presence.refresh()
-                refresh_s = self._now() + self.timeouts.refresh_s
+            news = self.presence.heard.event
             await self._follow()
+            await news.wait()
 
     async def _ask_ways(self) -> None:
         """Whose record does not show that we share a history, tells it now: a group that went on while most stood still

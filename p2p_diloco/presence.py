@@ -24,6 +24,7 @@ from p2p_diloco.wire import Channel, Push, Transport, run_protocol
 
 log = logging.getLogger(__name__)
 
+PUSHED_AT_ONCE = 32
 MADDRS_BYTES = 320
 """Of all addresses in a record, that of the metrics included: the rest of it takes up to 690 of the 1024 bytes."""
 
@@ -62,8 +63,8 @@ class Presence:
     trained: Trained = field(default_factory=Trained)
     last_round: LastRound = field(default_factory=LastRound)
     publish_now: Bell = field(default_factory=Bell)
-    pushed: Bell = field(default_factory=Bell)
-    """Somebody has pushed a record."""
+    heard: Bell = field(default_factory=Bell)
+    """Records have come."""
 
     def __post_init__(self) -> None:
         self._run_id = self.replica.manifest.run_id
@@ -92,15 +93,27 @@ class Presence:
                 self.directory.learn(sealed, self.wall_s())
             except ValueError as error:
                 log.debug("a record in the DHT is not sound: %s", error)
+        self.heard.ring()
+
+    async def refresh_loop(self) -> None:
+        """Until cancelled: every ``refresh_s``."""
+        while True:
+            await asyncio.sleep(self.transport.timeouts.refresh_s)
+            await self.refresh()
 
     async def push_to_all(self) -> None:
         """Tell everybody at once: I have joined, caught up, or am leaving. They answer with where they stand."""
         await self.push(self.directory.live(self.wall_s()))
 
     async def push(self, to: Iterable[Record]) -> None:
-        await asyncio.gather(*(self._push(record) for record in to))
+        some = asyncio.Semaphore(PUSHED_AT_ONCE)
+        await asyncio.gather(*(self._push(record, some) for record in to))
 
-    async def _push(self, record: Record) -> None:
+    async def _push(self, record: Record, some: asyncio.Semaphore) -> None:
+        async with some:
+            await self._tell(record)
+
+    async def _tell(self, record: Record) -> None:
         try:
             channel = await self.transport.open(record.peer_id, record.maddrs, run_protocol(self._run_id))
             try:
@@ -116,11 +129,11 @@ class Presence:
     async def on_push(self, channel: Channel, message: Push) -> None:
         self._learn(channel.peer_id, message.record)
         await channel.send(Push(record=self.seat.sealed_record))
-        self.pushed.ring()
+        self.heard.ring()
 
     def _learn(self, source: str, sealed: bytes) -> None:
         try:
-            self.directory.learn(sealed, self.wall_s())
+            self.directory.learn_from(source, sealed, self.wall_s())
         except ValueError as error:
             raise Misbehaved(source, f"pushes {error}") from error
 

@@ -23,9 +23,13 @@ MAX_RECORD_BYTES = 1024
 MAX_RECORD_LIFE_S = 900.0
 MAX_PEERS_KNOWN = 4096
 MAX_LINKS_KNOWN = 16384
+MAX_DOUBTS = 6
 HEADS_SHOWN = 4
 """In a record, beside the head: there is no room for more."""
 OPENED_KEPT = 2048
+MAX_ARRAY = 1 << 16
+MAX_MAP = 64
+"""Items of one list, and keys of one dict, in anything that a peer sends."""
 METRICS_ADDR = r"^(([A-Za-z0-9.-]+|\[[0-9a-f:.]+\]):[0-9]{1,5})?$"
 SIGNATURE_CONTEXT = b"p2p-diloco record\0"
 RUNS_KEY = "p2p-diloco.runs"
@@ -180,6 +184,8 @@ class Directory:
         """Peer id -> ``issued_s`` of the record that turned out untrue."""
         self._doubts: dict[str, float] = {}
         """Peer id -> the time until which its claims have no weight."""
+        self._doubted: dict[str, int] = {}
+        """Peer id -> how often it was, as one of a few."""
         self._met: tuple[frozenset[str], int, bytes] = (frozenset(), 0, b"")
         self.before: dict[bytes, bytes] = {}
         """Head -> the one that it follows from. Verified, not claimed."""
@@ -204,6 +210,13 @@ class Directory:
             self._sealed[known.peer_id] = sealed
         return self._records[known.peer_id]
 
+    def learn_from(self, peer_id: str, sealed: bytes, now_s: float) -> Record | None:
+        """As ``learn``, from the peer that it is about. Unsound when that is another one: a stranger could fill the
+        directory with peers that it has invented, each of them dialled by all."""
+        if open_record(sealed).peer_id != peer_id:
+            raise Unsound("other", "somebody else's record")
+        return self.learn(sealed, now_s)
+
     def suspect(self, peer_id: str) -> None:
         """Do not count on this peer until it signs a newer record."""
         if peer_id in self._records:
@@ -216,16 +229,24 @@ class Directory:
             del self._verified[self._sealed.pop(peer_id)]
             self._suspects.pop(peer_id, None)
             self._doubts.pop(peer_id, None)
+            self._doubted.pop(peer_id, None)
         return [
             record
             for peer_id, record in sorted(self._records.items())
             if record.phase != "left" and self._suspects.get(peer_id, -1.0) < record.issued_s
         ]
 
-    def doubt(self, head: bytes, until_s: float) -> int:
-        """Who claims this head has no vote until then, whatever newer records it signs. How many do."""
+    def doubt(self, head: bytes, now_s: float, life_s: float) -> int:
+        """Who claims this head has no vote for ``life_s``, whatever newer records it signs; fewer than half of those
+        who are there have none for twice as long each time again, up to MAX_DOUBTS times: else one that lies could hold
+        up the others for most of their time. How many do."""
         claim = [peer_id for peer_id, record in self._records.items() if head in (record.head, *record.heads)]
-        self._doubts |= dict.fromkeys(claim, until_s)
+        few = 2 * len(claim) < len(self.live(now_s)) + 1
+        for peer_id in claim:
+            again = self._doubted.get(peer_id, 0)
+            self._doubts[peer_id] = now_s + life_s * (1 << again if few else 1)
+            if few:
+                self._doubted[peer_id] = min(again + 1, MAX_DOUBTS)
         return len(claim)
 
     def believed(self, now_s: float) -> list[Record]:
@@ -266,7 +287,8 @@ def unpack_plain(data: bytes) -> Any:
     """msgpack without extension types, without nesting deeper than C can check, and nothing after the value; else
     Unsound."""
     try:
-        return msgpack.unpackb(data, strict_map_key=True, ext_hook=_no_extension, raw=False)
+        limits = {"max_array_len": MAX_ARRAY, "max_map_len": MAX_MAP}
+        return msgpack.unpackb(data, strict_map_key=True, ext_hook=_no_extension, raw=False, **limits)
     except (ValueError, msgpack.UnpackException, RecursionError, UnicodeDecodeError) as error:
         raise Unsound("form", "not plain msgpack") from error
 

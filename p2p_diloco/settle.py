@@ -10,10 +10,11 @@ Rules of this file:
 
     - The leader commits only what it holds itself, and only when more than half of the group has sent receipts. It
       applies only when more than half of the group, itself included, has taken the commit.
-    - A leader that is silent or gone is followed by the next member that can be dialled, in the order of rank. Before
-      it decides anything, that one asks those who have not come for a commit that they have taken. They deny it only
-      when they have given up all leaders before it, and nobody comes back to one that it has given up: who hears less
-      than others, or pretends to, cannot take the lead from one whom they hear.
+    - A leader that is silent or gone, or that only promises for half of the time that is left, is followed by the next
+      member that can be dialled, in the order of rank. Before it decides anything, that one asks those who have not
+      come for a commit that they have taken. They deny it only when they have given up all leaders before it, and
+      nobody comes back to one that it has given up: who hears less than others, or pretends to, cannot take the lead
+      from one whom they hear.
     - So two different commits of one round cannot both be applied by members that reach each other. Where that fails (a
       member that applied and cannot be reached), that member's head is a minority's, and it goes back (``rounds``).
 
@@ -32,7 +33,7 @@ from dataclasses import dataclass
 
 from p2p_diloco.butterfly import Butterfly, run_all
 from p2p_diloco.codec import encoded_bytes
-from p2p_diloco.errors import Misbehaved, RemoteError
+from p2p_diloco.errors import Misbehaved, RemoteError, Silent
 from p2p_diloco.meeting import Meeting
 from p2p_diloco.outer import Update
 from p2p_diloco.rounds import Missed
@@ -110,8 +111,8 @@ class Settlement:
         return RoundCost(
             reduce_s=self.reduce_s,
             settle_s=self.settle_s,
-            bytes_sent=sum(channel.bytes_sent for channel in self.meeting.channels),
-            bytes_received=sum(channel.bytes_received for channel in self.meeting.channels),
+            bytes_sent=self.meeting.meter.sent,
+            bytes_received=self.meeting.meter.received,
         )
 
     async def _settle(self) -> Update | Missed:
@@ -150,9 +151,7 @@ class Settlement:
         meeting, number = self.meeting, max(self.butterflies)
         while True:
             receipt = Receipt(round_id=self.group.round_id, number=number, part_hashes=meeting.hashes())
-            answer: Eta | Again | Commit | No = await channel.request(receipt, Eta, Again, Commit, No)
-            while isinstance(answer, Eta):
-                answer = await channel.receive(Eta, Again, Commit, No, timeout_s=meeting.timeouts.request_s)
+            answer = await self._decision(channel, receipt)
             if isinstance(answer, Again):
                 self._check_again(channel, answer)
                 await self._run_again(answer)
@@ -164,6 +163,17 @@ class Settlement:
             ):
                 raise Misbehaved(channel.peer_id, "sends a commit that does not fit the round")
             return answer
+
+    async def _decision(self, channel: Channel, receipt: Receipt) -> Again | Commit | No:
+        """Of who leads; Silent when it only ever promises."""
+        try:
+            async with deadline((self.ends_s - self._now()) / 2):
+                answer: Eta | Again | Commit | No = await channel.request(receipt, Eta, Again, Commit, No)
+                while isinstance(answer, Eta):
+                    answer = await channel.receive(Eta, Again, Commit, No, timeout_s=self.meeting.timeouts.request_s)
+                return answer
+        except asyncio.TimeoutError:
+            raise Silent(channel.peer_id, "promises a decision, and does not come to one") from None
 
     def _check_again(self, channel: Channel, again: Again) -> None:
         members, parts = again.members, again.parts
@@ -325,16 +335,20 @@ class Settlement:
 
     async def _ask_whether_taken(self, member: int) -> None:
         """Nobody's word is needed twice: the first commit that I hear of is the round's. One that has failed me before
-        gets a part of the time only for its first word: it is worth a try, and not another time-out."""
+        gets a part of the time only for its first word: it is worth a try, and not another time-out. Nobody gets more
+        than half of the time that is left, for what is heard has to be given to the others."""
         meeting, request_s = self.meeting, self.meeting.timeouts.request_s
         n_parts, channel = len(meeting.parts), None
+        left_s = (self.ends_s - self._now()) / 2
+        first_s, last_s = (request_s / HEARTBEATS, request_s) if member in meeting.lost else (request_s, left_s)
         try:
-            async with deadline(request_s / HEARTBEATS if member in meeting.lost else request_s):
-                channel = await meeting.open(member)
-                ask = AskCommit(round_id=self.group.round_id)
-                answer: Eta | Commit | No = await channel.request(ask, Eta, Commit, No)
-            while isinstance(answer, Eta):
-                answer = await channel.receive(Eta, Commit, No, timeout_s=request_s)
+            async with deadline(min(last_s, left_s)):
+                async with deadline(first_s):
+                    channel = await meeting.open(member)
+                    ask = AskCommit(round_id=self.group.round_id)
+                    answer: Eta | Commit | No = await channel.request(ask, Eta, Commit, No)
+                while isinstance(answer, Eta):
+                    answer = await channel.receive(Eta, Commit, No, timeout_s=request_s)
         except asyncio.TimeoutError:
             meeting.lose(member, None)
         except RemoteError as error:
@@ -355,7 +369,7 @@ class Settlement:
     async def serve(self, channel: Channel, message: Contribute | Receipt | AskPart | AskCommit) -> None:
         """A member's stream in this round."""
         member = self.meeting.index_of(channel.peer_id)
-        self.meeting.channels.append(channel)
+        self.meeting.count(channel)
         if isinstance(message, Contribute):
             butterfly = await self._find_butterfly(channel, message.number)
             if butterfly is None:

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, ClassVar, Literal, Protocol, TypeVar
 
 import msgpack
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, FailFast, Field, ValidationError
 
 from p2p_diloco.config import Timeouts
 from p2p_diloco.errors import Gone, Misbehaved, Refused, Silent
@@ -85,8 +85,8 @@ class Roster(Message):
     """Leader to member: the signed readiness of every member, in the order of rank."""
 
     tag = "roster"
-    members: Annotated[list[Sealed], Field(max_length=128)]
-    absent: Annotated[list[Sealed], Field(max_length=64)] = []
+    members: Annotated[list[Sealed], FailFast(), Field(max_length=128)]
+    absent: Annotated[list[Sealed], FailFast(), Field(max_length=64)] = []
     """Records of trainers on this head that do not come. Only in runs that keep missed rounds, where they count in the
     divisor of the mean."""
 
@@ -161,7 +161,7 @@ class Receipt(Message):
     max_bytes = MAX_FRAME_BYTES
     round_id: Hash
     number: Annotated[int, Field(ge=0, lt=256)] = 0
-    part_hashes: Annotated[list[Hash | Literal[b""]], Field(max_length=MAX_PARTS)]
+    part_hashes: Annotated[list[Hash | Literal[b""]], FailFast(), Field(max_length=MAX_PARTS)]
 
 
 class Again(Message):
@@ -171,8 +171,8 @@ class Again(Message):
     tag = "again"
     max_bytes = MAX_FRAME_BYTES
     number: Annotated[int, Field(gt=0, lt=256)]
-    members: Annotated[list[Annotated[int, Field(ge=0, lt=256)]], Field(max_length=256)]
-    parts: Annotated[list[Annotated[int, Field(ge=0, lt=MAX_PARTS)]], Field(max_length=MAX_PARTS)]
+    members: Annotated[list[Annotated[int, Field(ge=0, lt=256)]], FailFast(), Field(max_length=256)]
+    parts: Annotated[list[Annotated[int, Field(ge=0, lt=MAX_PARTS)]], FailFast(), Field(max_length=MAX_PARTS)]
 
 
 class Commit(Message):
@@ -181,8 +181,8 @@ class Commit(Message):
 
     tag = "commit"
     max_bytes = MAX_FRAME_BYTES
-    part_hashes: Annotated[list[Hash], Field(max_length=MAX_PARTS)]
-    holders: Annotated[list[Annotated[int, Field(ge=0, lt=256)]], Field(max_length=MAX_PARTS)]
+    part_hashes: Annotated[list[Hash], FailFast(), Field(max_length=MAX_PARTS)]
+    holders: Annotated[list[Annotated[int, Field(ge=0, lt=256)]], FailFast(), Field(max_length=MAX_PARTS)]
 
 
 class Took(Message):
@@ -225,7 +225,7 @@ class Heads(Message):
     tag = "heads"
     first: Natural
     head: Hash
-    links: Annotated[list[Hash], Field(max_length=MAX_LINKS)]
+    links: Annotated[list[Hash], FailFast(), Field(max_length=MAX_LINKS)]
 
 
 class AskUpdate(Message):
@@ -327,8 +327,16 @@ class Writer(Protocol):
 
 
 @dataclass(kw_only=True)
+class Meter:
+    """Bytes, frame headers included."""
+
+    sent: int = 0
+    received: int = 0
+
+
+@dataclass(kw_only=True)
 class Channel:
-    """One stream to one authenticated peer. Counts its bytes, frame headers included."""
+    """One stream to one authenticated peer. Counts its bytes."""
 
     peer_id: str
     reader: asyncio.StreamReader
@@ -340,8 +348,8 @@ class Channel:
     """Said by the message that the stream begins with."""
     remote_ip: str = ""
     """Of a stream that came in: the address that it came from. Empty where a relay is between."""
-    bytes_sent: int = 0
-    bytes_received: int = 0
+    meter: Meter = field(default_factory=Meter)
+    """Of this stream, or of all that are counted together."""
 
     async def send_frame(self, *pieces: bytes | memoryview) -> None:
         """Raises Silent when the peer does not read, Gone when the stream is closed."""
@@ -356,7 +364,7 @@ class Channel:
             await self.writer.drain()
 
         await self._bounded(write(), self.timeouts.write_s, "does not read what we send")
-        self.bytes_sent += 4 + size
+        self.meter.sent += 4 + size
         self.traffic.sent[self.purpose] += 4 + size
 
     async def receive_frame(self, max_bytes: int, timeout_s: float) -> bytes:
@@ -375,16 +383,16 @@ class Channel:
         return await self._bounded(read(), timeout_s, f"has sent nothing for {timeout_s:g} s")
 
     def _count_received(self, frame: bytes) -> None:
-        self.bytes_received += 4 + len(frame)
+        self.meter.received += 4 + len(frame)
         self.traffic.received[self.purpose] += 4 + len(frame)
 
     async def send(self, message: Message) -> None:
         self.purpose = message.purpose or self.purpose
         await self.send_frame(msgpack.packb([message.tag, message.model_dump()]))
 
-    async def receive(self, *kinds: type[M], timeout_s: float) -> M:
+    async def receive(self, *kinds: type[M], timeout_s: float, max_bytes: int = MAX_FRAME_BYTES) -> M:
         """One message of one of ``kinds``. Raises Refused for a No that is not among them; else as receive_frame."""
-        data = await self._read_frame(max(kind.max_bytes for kind in kinds), timeout_s)
+        data = await self._read_frame(min(max_bytes, max(kind.max_bytes for kind in kinds)), timeout_s)
         try:
             message = self._parse(data)
             self.purpose = message.purpose or self.purpose

@@ -28,7 +28,17 @@ from p2p_diloco.records import HEADS_SHOWN, Directory, seal_record
 from p2p_diloco.replica import Replica
 from p2p_diloco.rounds import rank
 from p2p_diloco.uploads import Uploads
-from p2p_diloco.wire import AskChunk, AskHeads, AskIndex, AskUpdate, Channel, M, Message, run_protocol
+from p2p_diloco.wire import (
+    MAX_FRAME_BYTES,
+    AskChunk,
+    AskHeads,
+    AskIndex,
+    AskUpdate,
+    Channel,
+    M,
+    Message,
+    run_protocol,
+)
 
 N = 300
 PART = 50
@@ -153,9 +163,9 @@ class Overheard(Channel):
 
     donor: Donor
 
-    async def receive(self, *kinds: type[M], timeout_s: float) -> M:
+    async def receive(self, *kinds: type[M], timeout_s: float, max_bytes: int = MAX_FRAME_BYTES) -> M:
         while True:
-            message = await super().receive(*kinds, timeout_s=timeout_s)
+            message = await super().receive(*kinds, timeout_s=timeout_s, max_bytes=max_bytes)
             self.donor.asked.append(message)
             if self.donor.lie is None or not await self.donor.lie(self.donor, self, message):
                 return message

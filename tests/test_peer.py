@@ -602,7 +602,7 @@ def test_a_liar_that_nobody_can_follow_does_not_stop_the_swarm(tmp_path: Path, a
             while True:
                 for sim in sims[1:]:
                     sim.peer.directory.learn(claim(), asyncio.get_running_loop().time())
-                    sim.peer.presence.pushed.ring()
+                    sim.peer.presence.heard.ring()
                 await asyncio.sleep(2.0)
 
         lying = asyncio.create_task(lie())

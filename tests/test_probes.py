@@ -372,8 +372,8 @@ def test_a_transfer_is_bounded_in_bytes_on_both_sides() -> None:
     async def main(scene: Scene) -> None:
         channel = await scene.channel()
         await bandwidth_of(channel, "x")
-        assert 3e6 < channel.bytes_sent < 1.01 * MAX_STREAM_BYTES / 2
-        assert 3e6 < channel.bytes_received < 1.01 * MAX_STREAM_BYTES / 2
+        assert 3e6 < channel.meter.sent < 1.01 * MAX_STREAM_BYTES / 2
+        assert 3e6 < channel.meter.received < 1.01 * MAX_STREAM_BYTES / 2
 
     simulate(main)
 
@@ -404,7 +404,7 @@ def test_a_slow_connection_is_measured_with_few_bytes() -> None:
         assert bandwidth.up_bytes_per_s == pytest.approx(64_000, rel=0.1)
         assert bandwidth.down_bytes_per_s == pytest.approx(64_000, rel=0.1)
         assert now_s() - began_s < 8
-        assert channel.bytes_sent < 300_000
+        assert channel.meter.sent < 300_000
 
     simulate(main)
 
@@ -460,7 +460,7 @@ def test_an_endless_transfer_is_cut_off() -> None:
         channel = await scene.channel()
         with pytest.raises(Gone):
             await endlessly(channel, MAX_TRANSFER_BYTES, 0.0)
-        assert channel.bytes_sent < 1.01 * MAX_STREAM_BYTES + MAX_TRANSFER_BYTES
+        assert channel.meter.sent < 1.01 * MAX_STREAM_BYTES + MAX_TRANSFER_BYTES
         assert isinstance(scene.server.complaints[0], Misbehaved)
 
     simulate(main)

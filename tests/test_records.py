@@ -300,7 +300,7 @@ def test_who_is_in_doubt_is_there_but_is_not_believed_whatever_it_signs_meanwhil
     known.hear(2)
     known.hear(3, head=bytes([9]) * 32)
     known.hear(4, head=bytes([8]) * 32, heads=[bytes([9]) * 32])
-    assert known.doubt(bytes([9]) * 32, NOW_S + 20) == 2
+    assert known.doubt(bytes([9]) * 32, NOW_S, 20.0) == 2
     known.now_s += 10
     for i in (2, 3, 4):
         known.hear(i)

@@ -46,10 +46,10 @@ def test_bytes_go_to_what_the_stream_is_for(request_: Message, purpose: Purpose)
         await theirs.send_blob(bytes(2000))
         await mine.receive_blob(2000, 1.0)
         for end in (mine, theirs):
-            assert end.traffic.sent == Counter({purpose: end.bytes_sent})
-            assert end.traffic.received == Counter({purpose: end.bytes_received})
-        assert mine.bytes_sent == theirs.bytes_received > 1000
-        assert mine.bytes_received == theirs.bytes_sent > 2000
+            assert end.traffic.sent == Counter({purpose: end.meter.sent})
+            assert end.traffic.received == Counter({purpose: end.meter.received})
+        assert mine.meter.sent == theirs.meter.received > 1000
+        assert mine.meter.received == theirs.meter.sent > 2000
 
     run_simulated(main())
 

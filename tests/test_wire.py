@@ -136,7 +136,7 @@ def test_frames_arrive_as_they_were_sent() -> None:
         await mine.send_frame()
         await mine.send_frame(b"t", memoryview(b"wo"), b"")
         assert [await theirs.receive_frame(3, 1.0) for _ in range(3)] == [b"one", b"", b"two"]
-        assert mine.bytes_sent == theirs.bytes_received == 3 * 4 + 6
+        assert mine.meter.sent == theirs.meter.received == 3 * 4 + 6
 
     run_simulated(main())
 
@@ -150,7 +150,7 @@ def test_a_frame_that_is_too_long_is_refused_before_it_is_read(announced: int) -
         with pytest.raises(Misbehaved, match=f"announces a frame of {announced} bytes where at most 100 are due"):
             await fed.channel.receive_frame(100, 10.0)
         assert fed.reader.asked_for == [4]
-        assert fed.channel.bytes_received == 0
+        assert fed.channel.meter.received == 0
         assert now_s() == began_s
 
     run_simulated(main())
@@ -204,7 +204,7 @@ def test_a_peer_that_never_reads() -> None:
             with pytest.raises(Silent, match="does not read what we send"):
                 await send
         assert now_s() == pytest.approx(began_s + 9.0)
-        assert (writer.drains, channel.bytes_sent) == (3, 0)
+        assert (writer.drains, channel.meter.sent) == (3, 0)
 
     run_simulated(main())
 
