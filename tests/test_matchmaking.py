@@ -15,7 +15,7 @@ from fakes import FakeNetwork, FakeTransport, make_manifest, run_simulated
 from p2p_diloco.config import Timeouts
 from p2p_diloco.errors import Silent
 from p2p_diloco.manifest import RunManifest
-from p2p_diloco.matchmaking import CLOSING_MARGIN_S, MAX_GATHER_EXTENSION_S, Matchmaker, Seat
+from p2p_diloco.matchmaking import CHANCES, CLOSING_MARGIN_S, MAX_GATHER_EXTENSION_S, Matchmaker, Seat
 from p2p_diloco.records import Directory, seal_record
 from p2p_diloco.rounds import Group, Missed, Progress, Standing, seal_readiness
 from p2p_diloco.wire import Behind, Channel, Closing, Eta, Message, No, Ready, Redirect, Roster, TooFew, run_protocol
@@ -164,6 +164,10 @@ class Table:
 
 async def stay_silent(table: Table, channel: Channel, message: Message) -> None:
     await asyncio.sleep(500)
+
+
+async def refuse(table: Table, channel: Channel, message: Message) -> None:
+    await channel.send(No(reason="cannot lead"))
 
 
 async def end(table: Table, channel: Channel, message: Message) -> None:
@@ -517,7 +521,7 @@ LEADERS: dict[str, tuple[Hand, str | None]] = {
     "silent": (stay_silent, "has sent nothing for 10 s"),
     "stopped": (promises_and_stops, "has sent nothing for 10 s"),
     "gone": (end, "closed the stream"),
-    "promises for ever": (promises_for_ever, "has sent nothing for"),
+    "promises for ever": (promises_for_ever, "gathers for more than"),
     "roster without the asker": (sends_roster(lambda t, a: [of(t, 0), of(t, 1), of(t, 2)]), "a roster without me"),
     "roster with a duplicate": (sends_roster(lambda t, a: [of(t, 0), a, a]), "names a peer twice"),
     "roster of two readinesses of one": (
@@ -537,9 +541,11 @@ LEADERS: dict[str, tuple[Hand, str | None]] = {
         "a roster of 5",
     ),
     "refuses": (says(lambda t, a: No(reason="leaving")), None),
-    "redirects to a worse one": (says(lambda t, a: Redirect(record=t.record(3))), None),
-    "redirects to itself": (says(lambda t, a: Redirect(record=t.record(0))), None),
-    "redirects to the asker": (says(lambda t, a: Redirect(record=t.record(2))), None),
+    "redirects to a worse one": (says(lambda t, a: Redirect(record=t.record(3))), "does not rank before it"),
+    "redirects to itself": (says(lambda t, a: Redirect(record=t.record(0))), "does not rank before it"),
+    "redirects to the asker": (says(lambda t, a: Redirect(record=t.record(2))), "does not rank before it"),
+    "behind where it is not": (says(lambda t, a: Behind(record=t.record(0))), None),
+    "behind on a head from nowhere": (says(lambda t, a: Behind(record=t.record(0, "xyz", issued_s=NOW_S + 1))), None),
     "redirects to nobody": (says(lambda t, a: Redirect(record=b"")), "sends"),
     "redirects to a ghost": (
         says(lambda t, a: Redirect(record=seal_record(record_of(t.members[3], HISTORY), t.members[0]))),
@@ -726,6 +732,75 @@ def test_who_does_not_say_when_it_comes_is_not_waited_for(hand: Hand | None, sus
         table.groups(await table.meet(), 0, 1)
         assert now_s() - began_s == pytest.approx(costs_s, abs=0.5)
         assert (2 in table.suspects(0)) == suspected
+
+    run_simulated(main())
+
+
+NOTICES: dict[str, tuple[Callable[[Table], Message], bool]] = {
+    "claims the lead": (lambda t: Redirect(record=t.record(2)), True),
+    "names the leader itself": (lambda t: Redirect(record=t.record(0)), True),
+    "names another member": (lambda t: Redirect(record=t.record(1)), True),
+    "behind where it is not": (lambda t: Behind(record=t.record(2)), False),
+    "behind on a head from nowhere": (lambda t: Behind(record=t.record(2, "xyz", issued_s=NOW_S + 1)), False),
+    "behind a ghost": (lambda t: Behind(record=b"garbage"), True),
+}
+
+
+@pytest.mark.parametrize(("answer", "suspected"), NOTICES.values(), ids=NOTICES)
+def test_who_is_called_and_lies_ends_no_gathering(answer: Callable[[Table], Message], suspected: bool) -> None:
+    async def main() -> None:
+        table = Table(3, by_hand=(2,))
+
+        async def lie(table: Table, channel: Channel, message: Message) -> None:
+            await channel.send(answer(table))
+
+        table.serve(2, lie)
+        began_s = now_s()
+        assert table.members_of(table.groups(await table.meet(), 0, 1)) == [0, 1]
+        assert now_s() - began_s < 1
+        assert (2 in table.suspects(0)) == suspected
+
+    run_simulated(main())
+
+
+@pytest.mark.parametrize(("leads", "costs_s", "failures"), [(stay_silent, TIMEOUTS.request_s, 1), (refuse, 0.0, 2)])
+def test_who_claims_the_lead_and_does_not_lead_has_two_chances(leads: Hand, costs_s: float, failures: int) -> None:
+    """Silence makes it suspect until it signs a newer record, so nobody even calls it."""
+
+    async def main() -> None:
+        table = Table(3, by_hand=(0,))
+        asked: list[int] = []
+
+        async def hand(table: Table, channel: Channel, message: Message) -> None:
+            if isinstance(message, Closing):
+                await channel.send(Redirect(record=table.record(0, issued_s=NOW_S + 1 + now_s() / 1000)))
+            else:
+                asked.append(table.ids.index(channel.peer_id))
+                await leads(table, channel, message)
+
+        table.serve(0, hand)
+        began_s = now_s()
+        assert table.members_of(table.groups(await table.meet(), 1, 2)) == [1, 2]
+        assert costs_s <= now_s() - began_s < costs_s + TIMEOUTS.request_s
+        assert max(asked.count(1), asked.count(2)) <= 3
+        assert table.matchmakers[1].failures[AT, table.ids[0]] == failures <= CHANCES
+
+    run_simulated(main())
+
+
+def test_who_alone_says_that_it_is_busy_is_not_waited_for_as_long_as_a_round_may_take() -> None:
+    async def main() -> None:
+        table = Table(3, by_hand=(2,))
+
+        async def busy(table: Table, channel: Channel, message: Message) -> None:
+            while True:
+                await channel.send(Eta(eta_s=1.0, busy=True))
+                await asyncio.sleep(1.0)
+
+        table.serve(2, busy)
+        began_s = now_s()
+        assert table.members_of(table.groups(await table.meet(), 0, 1)) == [0, 1]
+        assert now_s() - began_s <= GATHER_S + MAX_GATHER_EXTENSION_S + 1
 
     run_simulated(main())
 

@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import random
 from collections import Counter
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from builders import record_of
+from builders import identity, record_of
 from fakes import FakeNetwork, FakeTransport, SimPeer, make_manifest, run_simulated
 from reference import diloco
 
 from p2p_diloco.codec import Codec, Vector
 from p2p_diloco.config import Timeouts
-from p2p_diloco.errors import Gone, Refused, RemoteError
+from p2p_diloco.errors import Gone, NetworkError, Refused, RemoteError
 from p2p_diloco.events import EVENTS_FILE, read_events
 from p2p_diloco.identity import Identity
 from p2p_diloco.manifest import OnMissed, RunManifest
@@ -33,16 +35,19 @@ from p2p_diloco.wire import (
     AskIndex,
     AskPart,
     AskTransfer,
+    Behind,
     Channel,
     Closing,
     Commit,
     Contribute,
     DialedBack,
+    Eta,
     Message,
     No,
     Push,
     Ready,
     Receipt,
+    Redirect,
     Transferred,
 )
 
@@ -613,6 +618,133 @@ def test_a_liar_that_nobody_can_follow_does_not_stop_the_swarm(tmp_path: Path, a
         for sim in sims[1:]:
             assert OWNER.peer_id not in [record.peer_id for record in sim.peer.directory.believed(now_s)]
         assert answers == "nothing" or any(isinstance(message, AskHeads) for message in asked)
+
+    run_simulated(main())
+
+
+async def leads_and_is_silent(channel: Channel, message: Message, record: bytes) -> None:
+    await (channel.send(Redirect(record=record)) if isinstance(message, Closing) else asyncio.sleep(500))
+
+
+async def leads_and_refuses(channel: Channel, message: Message, record: bytes) -> None:
+    await channel.send(Redirect(record=record) if isinstance(message, Closing) else No(reason="cannot lead"))
+
+
+async def sends_everybody_to_itself(channel: Channel, message: Message, record: bytes) -> None:
+    await channel.send(Redirect(record=record))
+
+
+async def calls_the_round_over(channel: Channel, message: Message, record: bytes) -> None:
+    await channel.send(Behind(record=record))
+
+
+async def is_busy_for_ever(channel: Channel, message: Message, record: bytes) -> None:
+    while True:
+        await channel.send(Eta(eta_s=1.0, busy=isinstance(message, Closing)))
+        await asyncio.sleep(1.0)
+
+
+@pytest.mark.parametrize(
+    ("lie", "least"),
+    [
+        (sends_everybody_to_itself, 50),
+        (calls_the_round_over, 50),
+        (leads_and_refuses, 50),
+        (leads_and_is_silent, 20),
+        (is_busy_for_ever, 8),
+    ],
+)
+def test_a_bystander_that_lies_does_not_stop_the_others(
+    tmp_path: Path, lie: Callable[[Channel, Message, bytes], Awaitable[None]], least: int
+) -> None:
+    """Its record is like everybody's, newer ones come all the time, and on some heads it ranks first. In ten minutes
+    the others make ``least`` outer steps of the sixty that they make without it."""
+    asked: list[Message] = []
+
+    async def main() -> None:
+        swarm = Simulated(tmp_path, 3, n=500, outer_steps=1000)
+        sims = [swarm.add(0, seed=True)]
+        await asyncio.sleep(1)
+        sims += [swarm.add(i + 1) for i in range(3)]
+        await swarm.until(sims, 1)
+        began_s, last_s = asyncio.get_running_loop().time(), 0.0
+
+        def record() -> bytes:
+            nonlocal last_s
+            newest = max((sim.peer.seat.standing for sim in sims), key=lambda standing: standing.step)
+            last_s = max(asyncio.get_running_loop().time(), last_s + 1e-3)
+            mine = record_of(
+                OWNER,
+                run_id=swarm.manifest.run_id,
+                issued_s=last_s,
+                step=newest.step,
+                head=newest.head,
+                heads=list(newest.heads[:4]),
+                committed=True,
+            )
+            return seal_record(mine, OWNER)
+
+        async def answer(channel: Channel) -> None:
+            message: Message = await channel.receive(Push, Ready, Closing, timeout_s=10.0)
+            if isinstance(message, Push):
+                await channel.send(Push(record=record()))
+            else:
+                asked.append(message)
+                await lie(channel, message, record())
+
+        liar = FakeTransport(swarm.network, OWNER.peer_id, Timeouts())
+        await liar.serve(sims[0].peer.protocol, answer)
+        while (now_s := asyncio.get_running_loop().time()) < began_s + 600:
+            for sim in sims:
+                sim.peer.directory.learn(record(), now_s)
+                sim.peer.presence.heard.ring()
+            await asyncio.sleep(2.0)
+        assert min(sim.peer.step for sim in sims[1:]) >= least
+        swarm.check_identical(sims)
+        assert {type(message) for message in asked} == {Ready, Closing}
+
+    run_simulated(main())
+
+
+def test_a_joiner_whose_donors_are_gone_for_good_gives_up(tmp_path: Path) -> None:
+    async def main() -> None:
+        swarm = Simulated(tmp_path, 3, outer_steps=12)
+        swarm.add(0, seed=True)
+        await asyncio.sleep(1)
+        sims = [swarm.add(1), swarm.add(2)]
+        await swarm.until(sims, 2)
+        newcomer = swarm.add(3)
+        for _ in range(1000):
+            await asyncio.sleep(0.01)
+            if any(event.get("phase") == "download" for event in swarm.events(3)):
+                break
+        for sim in swarm.peers[:-1]:
+            swarm.network.kill(sim.peer.identity.peer_id)
+        began_s, timeouts = asyncio.get_running_loop().time(), newcomer.peer.timeouts
+        await asyncio.wait((newcomer.life,))
+        assert isinstance(newcomer.ended_by, NetworkError)
+        assert "try again when a seed or another peer is up" in str(newcomer.ended_by)
+        longest_s = timeouts.reduced_part_s + timeouts.record_life_s + 2 * timeouts.discover_s
+        assert asyncio.get_running_loop().time() - began_s < longest_s
+
+    run_simulated(main())
+
+
+def test_a_stranger_brings_its_own_record_only(tmp_path: Path) -> None:
+    """Else one could fill the directory with peers that there are not."""
+
+    async def main() -> None:
+        swarm = Simulated(tmp_path, 2)
+        sim = swarm.add(0, seed=True)
+        await asyncio.sleep(5)
+        stranger, now_s = FakeTransport(swarm.network, OWNER.peer_id, Timeouts()), asyncio.get_running_loop().time()
+        for who, taken in ((identity(77), False), (OWNER, True)):
+            record = seal_record(record_of(who, run_id=swarm.manifest.run_id, issued_s=now_s), who)
+            channel = await stranger.open(sim.peer.identity.peer_id, [], sim.peer.protocol)
+            await channel.send(Push(record=record))
+            with contextlib.nullcontext() if taken else pytest.raises(Gone):
+                await channel.receive(Push, timeout_s=10.0)
+            assert (sim.peer.directory.get(who.peer_id) is not None) == taken
 
     run_simulated(main())
 

@@ -309,6 +309,35 @@ def test_who_is_in_doubt_is_there_but_is_not_believed_whatever_it_signs_meanwhil
     assert len(known.believed(NOW_S + 20)) == 3
 
 
+def test_one_of_a_few_is_in_doubt_for_twice_as_long_each_time_and_most_are_not() -> None:
+    known = Known()
+    for i in (2, 3, 4, 5):
+        known.hear(i, life_s=900.0)
+    known.hear(6, life_s=900.0, head=bytes([9]) * 32)
+    for times in (1, 2, 4, 8):
+        assert known.doubt(bytes([9]) * 32, NOW_S, 20.0) == 1
+        assert len(known.believed(NOW_S + 20 * times - 1)) == 4
+        assert len(known.believed(NOW_S + 20 * times)) == 5
+    for _ in range(3):
+        assert known.doubt(record_of(OTHER).head, NOW_S, 20.0) == 4
+        assert len(known.believed(NOW_S + 20)) == 4, "the one in doubt before"
+
+
+def test_another_peers_record_is_not_taken_from_a_stranger() -> None:
+    known = Known()
+    record = seal_record(record_of(OTHER), OTHER)
+    with pytest.raises(Unsound, match="somebody else's record"):
+        known.learn_from(identity(3).peer_id, record, NOW_S)
+    assert known.ids == []
+    assert known.learn_from(OTHER.peer_id, record, NOW_S) is not None
+
+
+@pytest.mark.parametrize("value", [[0] * 65_537, {str(i): 0 for i in range(65)}, [[[0] * 65_537]]])
+def test_more_than_any_message_needs_is_refused_before_it_is_made(value: object) -> None:
+    with pytest.raises(Unsound, match="not plain msgpack"):
+        unpack_plain(msgpack.packb(value))
+
+
 def test_who_has_left_is_not_there() -> None:
     known = Known()
     known.hear(2)

@@ -4,17 +4,20 @@ that die, stop or cannot hear each other, at any instant."""
 from __future__ import annotations
 
 import asyncio
+import gc
 import random
+import weakref
 from collections.abc import Awaitable, Callable
 from itertools import combinations, product
 from typing import Literal
 
+import msgpack
 import pytest
 from builders import identity
 from fakes import run_simulated
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from meetings import N_PARTS, PROTOCOL, TIMEOUTS, Losses, Round, Transport, frame_of, now_s
+from meetings import N_PARTS, PROTOCOL, TIMEOUTS, Losses, Round, Transport, frame_of, now_s, server
 
 from p2p_diloco.config import Timeouts
 from p2p_diloco.errors import RemoteError
@@ -95,7 +98,7 @@ def test_a_leader_that_does_not_settle(losses: Losses, settle: Settle, why: str,
 
 
 def test_a_leader_that_promises_for_ever() -> None:
-    """The round as a whole ends, and everybody knows that it has not committed."""
+    """It has half of the time that the round has left; then the next in rank leads."""
 
     async def main() -> None:
         meeting = Round(3, by_hand=(0,))
@@ -107,8 +110,9 @@ def test_a_leader_that_promises_for_ever() -> None:
 
         began_s = now_s()
         await meeting.run(lead_by_hand(meeting, promises_for_ever))
-        assert meeting.missed() == {("failed", "the round took longer than its time")}
-        assert now_s() - began_s == pytest.approx(TIMEOUTS.round_s, abs=1)
+        assert list(meeting.update().parts) == meeting.means(range(3))
+        assert now_s() - began_s == pytest.approx(TIMEOUTS.round_s / 2, abs=1)
+        meeting.check_blamed(0)
 
     run_simulated(main())
 
@@ -575,6 +579,66 @@ def test_who_pretends_that_the_leader_is_gone_cannot_take_its_place() -> None:
         assert meeting.committed() == [0, 2, 3]
 
     run_simulated(main())
+
+
+def test_who_is_asked_for_a_commit_and_promises_for_ever() -> None:
+    """The leader is gone, and its successor hears of one member only that an answer is to come."""
+
+    async def main() -> None:
+        meeting = Round(5, by_hand=(0, 3))
+        asked: list[Message] = []
+
+        async def promises(channel: Channel, message: Message) -> None:
+            asked.append(message)
+            while isinstance(message, AskCommit):
+                await channel.send(Eta(eta_s=3.0))
+                await asyncio.sleep(1.0)
+
+        meeting.serve(0, promises)
+        meeting.serve(3, promises)
+        began_s = now_s()
+        await meeting.run()
+        assert meeting.committed() == [1, 2, 4]
+        assert now_s() - began_s < TIMEOUTS.round_s
+        assert any(isinstance(message, AskCommit) for message in asked)
+
+    run_simulated(main())
+
+
+def test_the_streams_of_a_member_are_counted_and_not_kept() -> None:
+    """However many it opens, each with something in it that nobody reads."""
+
+    async def main() -> None:
+        meeting = Round(3)
+        served: list[weakref.ref[Channel]] = []
+        settlement = meeting.settlements[0]
+
+        async def serve(channel: Channel) -> None:
+            served.append(weakref.ref(channel))
+            await server(settlement)(channel)
+
+        meeting.transports[0].handlers[PROTOCOL] = serve
+        await meeting.run()
+        before_bytes = settlement.cost().bytes_received
+        for _ in range(20):
+            channel = await meeting.say(1, 0, AskCommit(round_id=meeting.round_id))
+            await channel.send_frame(bytes(1000))
+            await channel.receive(Commit, timeout_s=10.0)
+            channel.close()
+        await meeting.all_streams_end()
+        del channel
+        gc.collect()
+        assert len(served) >= 22
+        assert [kept() for kept in served] == [None] * len(served)
+        assert settlement.cost().bytes_received - before_bytes == 20 * len(framed_ask(meeting.round_id))
+
+    run_simulated(main())
+
+
+def framed_ask(round_id: bytes) -> bytes:
+    ask = AskCommit(round_id=round_id)
+    message: bytes = msgpack.packb([ask.tag, ask.model_dump()])
+    return len(message).to_bytes(4, "big") + message
 
 
 # -- faults at any instant ------------------------------------------------------------------------------------------

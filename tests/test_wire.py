@@ -9,6 +9,7 @@ from builders import DeafWriter, PipeWriter, damaged, identity, pipe, plain_valu
 from fakes import run_simulated
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
 from p2p_diloco.config import Timeouts
 from p2p_diloco.errors import Gone, Misbehaved, Refused, RemoteError, Silent
@@ -193,6 +194,26 @@ def test_a_whole_frame_has_to_come_in_time(every_s: float | None) -> None:
         assert now_s() == pytest.approx(began_s + 10.0)
 
     run_simulated(main())
+
+
+def test_a_reader_may_take_less_than_a_message_may_have() -> None:
+    async def main() -> None:
+        mine, theirs = pipe()
+        receipt = Receipt(round_id=HASH, part_hashes=[HASH] * 10)
+        await mine.send(receipt)
+        assert await theirs.receive(Receipt, timeout_s=1.0, max_bytes=1000) == receipt
+        await mine.send(Receipt(round_id=HASH, part_hashes=[HASH] * 30))
+        with pytest.raises(Misbehaved, match="at most 1000 are due"):
+            await theirs.receive(Receipt, timeout_s=1.0, max_bytes=1000)
+
+    run_simulated(main())
+
+
+def test_of_many_wrong_items_the_first_one_is_enough() -> None:
+    """Each one costs time and memory."""
+    with pytest.raises(ValidationError) as raised:
+        Receipt.model_validate({"round_id": HASH, "part_hashes": [1] * 1000})
+    assert {error["loc"][:2] for error in raised.value.errors()} == {("part_hashes", 0)}
 
 
 def test_a_peer_that_never_reads() -> None:
