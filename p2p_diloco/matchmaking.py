@@ -16,14 +16,13 @@ time that it is still there.
 
 What others say ends no gathering by itself. That the swarm is past a head has to follow from records, by the rule that
 catches up; who names another leader must rank after it; and who has failed twice as a leader on a head, or lied, leads
-nobody there any more.
+nobody there for as long as a record lives. Not for ever: two sides of a network that was cut have failed each other.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TypeAlias
@@ -129,8 +128,8 @@ class Matchmaker:
         self.timeouts = timeouts
         self.wall_s = wall_s
         self.gatherings: dict[bytes, Gathering] = {}
-        self.failures: Counter[tuple[bytes, str]] = Counter()
-        """(head, peer id) -> how often that leader has failed me there; of my head only."""
+        self.failures: dict[tuple[bytes, str], list[float]] = {}
+        """(head, peer id) -> loop times until which it counts that this leader has failed me there; of my head only."""
         self.waiting_at: tuple[bytes, str] | None = None
         """(head, peer id of the leader) while I wait for a roster."""
 
@@ -149,7 +148,7 @@ class Matchmaker:
             nonce=new_nonce(),
         )
         sealed = seal_readiness(mine, self.identity)
-        self.failures = Counter({which: count for which, count in self.failures.items() if which[0] == mine.head})
+        self.failures = {which: until_s for which, until_s in self.failures.items() if which[0] == mine.head}
         useless: set[str] = set()
         claims: set[str] = set()
         """Those to whom I have left the lead, because they said that they gather."""
@@ -202,10 +201,11 @@ class Matchmaker:
 
     def failed(self, head: bytes, leader: str, *, lied: bool = False) -> None:
         """As a leader on ``head``."""
-        self.failures[head, leader] += CHANCES if lied else 1
+        until_s = self._now() + self.timeouts.record_life_s
+        self.failures.setdefault((head, leader), []).extend([until_s] * (CHANCES if lied else 1))
 
     def _is_fit(self, head: bytes, leader: str) -> bool:
-        return self.failures[head, leader] < CHANCES
+        return sum(until_s > self._now() for until_s in self.failures.get((head, leader), ())) < CHANCES
 
     def _check(self, leader: str, roster: Roster, mine: Readiness) -> Group:
         limits = self.manifest.spec.round

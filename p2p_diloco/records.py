@@ -23,7 +23,8 @@ MAX_RECORD_BYTES = 1024
 MAX_RECORD_LIFE_S = 900.0
 MAX_PEERS_KNOWN = 4096
 MAX_LINKS_KNOWN = 16384
-MAX_DOUBTS = 6
+MAX_DOUBTS = 4
+"""Sixteen times as long."""
 HEADS_SHOWN = 4
 """In a record, beside the head: there is no room for more."""
 OPENED_KEPT = 2048
@@ -238,7 +239,7 @@ class Directory:
 
     def doubt(self, head: bytes, now_s: float, life_s: float) -> int:
         """Who claims this head has no vote for ``life_s``, whatever newer records it signs; fewer than half of those
-        who are there have none for twice as long each time again, up to MAX_DOUBTS times: else one that lies could hold
+        who are there have none for twice as long each time again, MAX_DOUBTS times: else one that lies could hold
         up the others for most of their time. How many do."""
         claim = [peer_id for peer_id, record in self._records.items() if head in (record.head, *record.heads)]
         few = 2 * len(claim) < len(self.live(now_s)) + 1

@@ -783,7 +783,21 @@ def test_who_claims_the_lead_and_does_not_lead_has_two_chances(leads: Hand, cost
         assert table.members_of(table.groups(await table.meet(), 1, 2)) == [1, 2]
         assert costs_s <= now_s() - began_s < costs_s + TIMEOUTS.request_s
         assert max(asked.count(1), asked.count(2)) <= 3
-        assert table.matchmakers[1].failures[AT, table.ids[0]] == failures <= CHANCES
+        assert len(table.matchmakers[1].failures[AT, table.ids[0]]) == failures <= CHANCES
+
+    run_simulated(main())
+
+
+def test_who_has_failed_as_a_leader_leads_again_later() -> None:
+    """Two sides of a network that was cut have failed each other: they must not go without each other for ever."""
+
+    async def main() -> None:
+        table = Table(2)
+        for me, other in ((0, 1), (1, 0)):
+            table.matchmakers[me].failed(AT, table.ids[other], lied=True)
+        assert {found.reason for found in (await table.meet()).values() if isinstance(found, Missed)} == {"alone"}
+        await asyncio.sleep(TIMEOUTS.record_life_s)
+        assert table.members_of(table.groups(await table.meet(), 0, 1)) == [0, 1]
 
     run_simulated(main())
 
