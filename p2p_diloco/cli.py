@@ -36,7 +36,7 @@ from rich.logging import RichHandler
 
 from p2p_diloco import __version__
 from p2p_diloco.config import cache_folder
-from p2p_diloco.display import MAX_NAME_CHARS, Checklist, join_line, live_table, plain
+from p2p_diloco.display import Checklist, join_line, live_table, plain
 from p2p_diloco.errors import LocalError, Stopped, UsageError
 from p2p_diloco.interruption import importing, interrupted, interruptible, run_cancellable, undisturbed
 from p2p_diloco.options import (
@@ -663,7 +663,7 @@ def peer_config(
 ) -> PeerConfig:
     """Raises UsageError for whatever can be seen to be wrong before anything is started."""
     from p2p_diloco.addresses import check_host_maddrs, check_maddr
-    from p2p_diloco.config import MIN_UPLOAD_BYTES_PER_S, PeerConfig
+    from p2p_diloco.config import MIN_UPLOAD_BYTES_PER_S, PeerConfig, check_name
     from p2p_diloco.endpoint import METRICS_FLAG, Endpoint
 
     for maddr in initial_peers:
@@ -671,8 +671,10 @@ def peer_config(
     check_listening(node.host_maddrs, node.announce_maddrs)
     if not client_mode:
         check_host_maddrs(node.host_maddrs)
-    if len(node.name) > MAX_NAME_CHARS:
-        raise UsageError(f"--name {node.name}: longer than {MAX_NAME_CHARS} characters")
+    try:
+        check_name(node.name)
+    except ValueError as error:
+        raise UsageError(f"--name {node.name}: {error}") from error
     max_upload = None if node.max_upload is None else 1e6 * node.max_upload
     if max_upload is not None and not MIN_UPLOAD_BYTES_PER_S <= max_upload < math.inf:
         least = MIN_UPLOAD_BYTES_PER_S / 1e6

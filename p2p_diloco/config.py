@@ -7,10 +7,22 @@ from pathlib import Path
 from typing import Annotated
 
 import platformdirs
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 MIN_UPLOAD_BYTES_PER_S = 100_000.0
 """A donor that sent more slowly would be taken for gone before a chunk of 1 MiB is through."""
+MAX_NAME_CHARS = 32
+MAX_NAME_BYTES = 64
+"""A record has room for no more."""
+
+
+def check_name(name: str) -> str:
+    """ValueError for one that does not fit into a record."""
+    if len(name) > MAX_NAME_CHARS:
+        raise ValueError(f"longer than {MAX_NAME_CHARS} characters")
+    if len(name.encode(errors="replace")) > MAX_NAME_BYTES:
+        raise ValueError(f"longer than {MAX_NAME_BYTES} bytes")
+    return name
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,7 +97,7 @@ class PeerConfig(BaseModel):
     """Key file; ``identity.key`` in the folder by default."""
     run_id: str | None = None
     """Join this run and no other."""
-    name: str = ""
+    name: Annotated[str, AfterValidator(check_name)] = ""
     """Shown to others beside the peer id."""
     max_upload_bytes_per_s: Annotated[float, Field(ge=MIN_UPLOAD_BYTES_PER_S, allow_inf_nan=False)] | None = None
     """For all that others download from this peer to catch up, together. Rounds are not limited."""

@@ -26,6 +26,7 @@ Both ends are ours, so nothing is checked beyond the name; the end of the stream
 from __future__ import annotations
 
 import json
+import select
 import socket
 from typing import Any
 
@@ -44,3 +45,10 @@ def unpack_line(data: bytes) -> Line:
 def socket_pair() -> tuple[socket.socket, socket.socket]:
     """(the trainer's end, the network process's end)"""
     return socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+
+
+def has_room(end: socket.socket) -> bool:
+    """Whether a line can be sent without waiting for the other end to read: it may be stopped."""
+    poll = select.poll()
+    poll.register(end, select.POLLOUT)
+    return bool(poll.poll(0))

@@ -21,6 +21,7 @@ from rich.status import Status
 from rich.table import Table
 from rich.text import Text
 
+from p2p_diloco.config import MAX_NAME_CHARS
 from p2p_diloco.doctor import Finding, exit_code
 
 if TYPE_CHECKING:
@@ -30,7 +31,6 @@ Row = Mapping[str, Any]
 """A record as ``Swarm.rows`` has it: the fields of ``records.Record``, hashes in hex."""
 
 REFRESHES_PER_S = 4
-MAX_NAME_CHARS = 32
 OTHER_COLUMNS = 68
 """Of the table of peers, beside the name."""
 HEADER_LINES = 12

@@ -28,7 +28,7 @@ from dataclasses import dataclass, field
 from typing import TypeAlias
 
 from p2p_diloco.config import Timeouts
-from p2p_diloco.errors import Misbehaved, Refused, RemoteError
+from p2p_diloco.errors import Misbehaved, Refused, RemoteError, Silent
 from p2p_diloco.identity import Identity
 from p2p_diloco.manifest import RunManifest
 from p2p_diloco.records import Directory, Phase, Record, open_record
@@ -102,8 +102,8 @@ class Gathering:
     answer: Answer | None = None
     changed: Bell = field(default_factory=Bell)
     task: asyncio.Task[None] | None = None
-    busy: set[str] = field(default_factory=set)
-    """Who says that it meets others on this head."""
+    idle: set[str] = field(default_factory=set)
+    """Who has said that it meets nobody else on this head."""
     notices: dict[str, asyncio.Task[None]] = field(default_factory=dict)
     """Peer id -> the talk with a peer that has been told."""
 
@@ -247,7 +247,7 @@ class Matchmaker:
                 )
                 if not isinstance(answer, Eta):
                     return answer
-            raise Misbehaved(leader, f"gathers for more than {longest_s:.0f} s")
+            raise Silent(leader, f"gathers for more than {longest_s:.0f} s")
         finally:
             self.waiting_at = None
             self.seat.changed.ring()
@@ -302,10 +302,12 @@ class Matchmaker:
 
     def _closes_s(self, gathering: Gathering) -> float:
         """When the last one that is expected must have come. Who is busy is waited for as long as its round may take,
-        but not by its word alone: fewer than the run's smallest group meet nobody."""
+        but not by its word alone: fewer than the run's smallest group meet nobody. Whom I cannot ask may be there."""
         missing_s = [until_s for p, until_s in gathering.expected_s.items() if p not in gathering.ready]
         closes_s = max(missing_s, default=0.0)
-        if len(gathering.busy & gathering.expected_s.keys()) < self.manifest.spec.round.min_group:
+        here = {record.peer_id for record in on_head(self.directory.current(self.wall_s()), gathering.head)}
+        elsewhere = (here | gathering.expected_s.keys()) - gathering.idle - gathering.ready.keys()
+        if len(elsewhere - {self.identity.peer_id}) < self.manifest.spec.round.min_group:
             return min(closes_s, self._latest_s(gathering, busy=False))
         return closes_s
 
@@ -356,6 +358,7 @@ class Matchmaker:
             finally:
                 channel.close()
         except Refused:
+            gathering.idle.add(peer_id)
             gathering.expected_s.pop(peer_id, None)
         except RemoteError as error:
             log.info("not waiting for %s: %s", peer_id[-8:], error.reason)
@@ -368,13 +371,14 @@ class Matchmaker:
         if isinstance(answer, Eta):
             until_s = self._now() + answer.eta_s + CLOSING_MARGIN_S
             gathering.expected_s[peer_id] = min(until_s, self._latest_s(gathering, busy=answer.busy))
-            (gathering.busy.add if answer.busy else gathering.busy.discard)(peer_id)
+            (gathering.idle.discard if answer.busy else gathering.idle.add)(peer_id)
             if answer.leader:
                 other = self._learn(peer_id, answer.leader)
                 if other is not None and on_head([other], gathering.head) and len(gathering.notices) < MAX_CALLED:
                     self._call(gathering, other.peer_id)
         elif isinstance(answer, Behind):
             self._learn(peer_id, answer.record)
+            gathering.idle.add(peer_id)
             gathering.expected_s.pop(peer_id, None)
         else:
             self._learn_own(peer_id, answer.record)

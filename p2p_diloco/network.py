@@ -46,6 +46,7 @@ from p2p_diloco.waiting import deadline, heard
 log = logging.getLogger(__name__)
 
 PEERS_EVERY_S = 1.0
+MAX_UNREAD_BYTES = 1 << 20
 INNER_EVENT_EVERY_S = 1.0
 
 
@@ -57,6 +58,8 @@ class ToTrainer(logging.Handler):
         self.writer = writer
 
     def emit(self, record: logging.LogRecord) -> None:
+        if not is_read(self.writer):
+            return
         text = record.getMessage()
         if record.exc_info:
             text += "\n" + logging.Formatter().formatException(record.exc_info)
@@ -266,7 +269,8 @@ class NetworkProcess:
         while True:
             records = [peer.presence.record(), *peer.directory.live(time.time())]
             hidden = {"head", "heads", "snapshot_digest"}
-            self._send("peers", rows=[r.model_dump(exclude=hidden) | {"head": r.head.hex()} for r in records])
+            if is_read(self.writer):
+                self._send("peers", rows=[r.model_dump(exclude=hidden) | {"head": r.head.hex()} for r in records])
             await asyncio.sleep(PEERS_EVERY_S)
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
@@ -289,6 +293,11 @@ class NetworkProcess:
 
     def _send(self, kind: str, **fields: Any) -> None:
         self.writer.write(pack_line(kind, **fields))
+
+
+def is_read(writer: asyncio.StreamWriter) -> bool:
+    """Whether the trainer reads what it is told: while it is stopped, it misses what tells of the moment only."""
+    return writer.transport.get_write_buffer_size() < MAX_UNREAD_BYTES
 
 
 async def log_restarts(node: Node, events: EventLog) -> None:

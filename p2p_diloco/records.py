@@ -225,24 +225,25 @@ class Directory:
 
     def live(self, now_s: float) -> list[Record]:
         """Records of the peers that are there, in the order of their ids."""
+        return [r for r in self.current(now_s) if self._suspects.get(r.peer_id, -1.0) < r.issued_s]
+
+    def current(self, now_s: float) -> list[Record]:
+        """As ``live``, with those who did not answer."""
         for peer_id in [p for p, record in self._records.items() if not is_current(record, now_s)]:
             del self._records[peer_id]
             del self._verified[self._sealed.pop(peer_id)]
             self._suspects.pop(peer_id, None)
             self._doubts.pop(peer_id, None)
             self._doubted.pop(peer_id, None)
-        return [
-            record
-            for peer_id, record in sorted(self._records.items())
-            if record.phase != "left" and self._suspects.get(peer_id, -1.0) < record.issued_s
-        ]
+        return [record for _, record in sorted(self._records.items()) if record.phase != "left"]
 
     def doubt(self, head: bytes, now_s: float, life_s: float) -> int:
         """Who claims this head has no vote for ``life_s``, whatever newer records it signs; fewer than half of those
         who are there have none for twice as long each time again, MAX_DOUBTS times: else one that lies could hold
         up the others for most of their time. How many do."""
-        claim = [peer_id for peer_id, record in self._records.items() if head in (record.head, *record.heads)]
-        few = 2 * len(claim) < len(self.live(now_s)) + 1
+        current = self.current(now_s)
+        claim = [record.peer_id for record in current if head in (record.head, *record.heads)]
+        few = 2 * len(claim) < len(current) + 1
         for peer_id in claim:
             again = self._doubted.get(peer_id, 0)
             self._doubts[peer_id] = now_s + life_s * (1 << again if few else 1)

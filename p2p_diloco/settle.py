@@ -10,7 +10,7 @@ Rules of this file:
 
     - The leader commits only what it holds itself, and only when more than half of the group has sent receipts. It
       applies only when more than half of the group, itself included, has taken the commit.
-    - A leader that is silent or gone, or that only promises for half of the time that is left, is followed by the next
+    - A leader that is silent or gone, or that only promises for most of the time that is left, is followed by the next
       member that can be dialled, in the order of rank. Before it decides anything, that one asks those who have not
       come for a commit that they have taken. They deny it only when they have given up all leaders before it, and
       nobody comes back to one that it has given up: who hears less than others, or pretends to, cannot take the lead
@@ -42,6 +42,8 @@ from p2p_diloco.wire import Again, AskCommit, AskPart, Channel, Commit, Contribu
 
 log = logging.getLogger(__name__)
 
+LEADERS_SHARE = 0.75
+"""Of the time that a round has left, for one leader's decision: it may reduce for half of that, and then it collects."""
 HEARTBEATS = 3
 """Words of a leader within the time after which a member takes it for dead."""
 
@@ -167,7 +169,7 @@ class Settlement:
     async def _decision(self, channel: Channel, receipt: Receipt) -> Again | Commit | No:
         """Of who leads; Silent when it only ever promises."""
         try:
-            async with deadline((self.ends_s - self._now()) / 2):
+            async with deadline((self.ends_s - self._now()) * LEADERS_SHARE):
                 answer: Eta | Again | Commit | No = await channel.request(receipt, Eta, Again, Commit, No)
                 while isinstance(answer, Eta):
                     answer = await channel.receive(Eta, Again, Commit, No, timeout_s=self.meeting.timeouts.request_s)

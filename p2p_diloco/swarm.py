@@ -36,7 +36,7 @@ import numpy as np
 
 from p2p_diloco.codec import Vector
 from p2p_diloco.config import PeerConfig, Timeouts
-from p2p_diloco.control import Line, pack_line, socket_pair, unpack_line
+from p2p_diloco.control import Line, has_room, pack_line, socket_pair, unpack_line
 from p2p_diloco.errors import NetworkError, UsageError
 from p2p_diloco.manifest import RunManifest, open_manifest
 from p2p_diloco.rounds import outer_step_due
@@ -144,7 +144,8 @@ class Swarm:
     def close(self, reason: str) -> None:
         """Say goodbye and end the network process; within 10 s, whatever it does."""
         self._leaving = True
-        self._say("leave", reason=reason)
+        if has_room(self._control):
+            self._say("leave", reason=reason)
         try:
             self._process.wait(LEAVE_S)
         except subprocess.TimeoutExpired:
@@ -245,6 +246,8 @@ class Swarm:
         self._step_ends = [*self._step_ends[-SPEED_STEPS:], time.monotonic()]
         if self._step_s():
             self.tokens_per_s = tokens / self._step_s()
+        if not has_room(self._control):
+            return  # it is stopped; the next inner step says more than this one
         self._say(
             "progress",
             inner_step=self.inner_step,

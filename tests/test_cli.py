@@ -133,6 +133,7 @@ def manifest_file(folder: Path, signer: Identity = OWNER) -> Path:
         (["peer", "--initial-peers", MADDR, "--data", "nowhere"], "--data nowhere: no such file or folder"),
         (["peer", "--initial-peers", MADDR, "--run-id", "tiny"], "--run-id tiny: a run id has 40 hexadecimal digits"),
         (["peer", "--initial-peers", MADDR, "--name", "n" * 33], "longer than 32 characters"),
+        (["peer", "--initial-peers", MADDR, "--name", "\U0001f9ea" * 17], "longer than 64 bytes"),
         (["peer", "--initial-peers", MADDR, "--max-upload", "0"], "--max-upload 0: give megabytes per second, 0.1 or"),
         (["peer", "--initial-peers", MADDR, "--max-upload", "-1"], "--max-upload -1: give megabytes per second"),
         (

@@ -802,6 +802,30 @@ def test_who_has_failed_as_a_leader_leads_again_later() -> None:
     run_simulated(main())
 
 
+def test_a_round_of_members_whom_the_leader_cannot_call_is_waited_for() -> None:
+    """1 is in a round with 3, a client that nobody can call: two groups on one head would make two histories."""
+
+    async def main() -> None:
+        table = Table(4, by_hand=(3,), clients=(3,))
+        table.network.kill(table.ids[3])
+        seat = table.matchmakers[1].seat
+        seat.in_round = True
+
+        async def commit() -> None:
+            await asyncio.sleep(GATHER_S + MAX_GATHER_EXTENSION_S + 20)
+            seat.standing, seat.in_round = standing(HISTORY + "d"), False
+            seat.sealed_record = table.record(1, HISTORY + "d", issued_s=NOW_S + 0.6)
+            seat.changed.ring()
+
+        round_ = asyncio.ensure_future(commit())
+        found = await table.meet(0, 2)
+        await round_
+        assert {missed.reason for missed in found.values() if isinstance(missed, Missed)} == {"behind"}
+        assert len(found) == 2
+
+    run_simulated(main())
+
+
 def test_who_alone_says_that_it_is_busy_is_not_waited_for_as_long_as_a_round_may_take() -> None:
     async def main() -> None:
         table = Table(3, by_hand=(2,))

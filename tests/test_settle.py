@@ -22,7 +22,7 @@ from meetings import N_PARTS, PROTOCOL, TIMEOUTS, Losses, Round, Transport, fram
 from p2p_diloco.config import Timeouts
 from p2p_diloco.errors import RemoteError
 from p2p_diloco.outer import Update
-from p2p_diloco.settle import HEARTBEATS, choose_parts
+from p2p_diloco.settle import HEARTBEATS, LEADERS_SHARE, choose_parts
 from p2p_diloco.wire import Again, AskCommit, AskPart, Channel, Commit, Contribute, Eta, Message, No, Receipt, Size
 
 pytestmark = pytest.mark.usefixtures("small_parts")
@@ -98,7 +98,7 @@ def test_a_leader_that_does_not_settle(losses: Losses, settle: Settle, why: str,
 
 
 def test_a_leader_that_promises_for_ever() -> None:
-    """It has half of the time that the round has left; then the next in rank leads."""
+    """It has most of the time that the round has left; then the next in rank leads."""
 
     async def main() -> None:
         meeting = Round(3, by_hand=(0,))
@@ -111,7 +111,7 @@ def test_a_leader_that_promises_for_ever() -> None:
         began_s = now_s()
         await meeting.run(lead_by_hand(meeting, promises_for_ever))
         assert list(meeting.update().parts) == meeting.means(range(3))
-        assert now_s() - began_s == pytest.approx(TIMEOUTS.round_s / 2, abs=1)
+        assert now_s() - began_s == pytest.approx(TIMEOUTS.round_s * LEADERS_SHARE, abs=1)
         meeting.check_blamed(0)
 
     run_simulated(main())
