@@ -43,7 +43,7 @@ from p2p_diloco.wire import Again, AskCommit, AskPart, Channel, Commit, Contribu
 log = logging.getLogger(__name__)
 
 LEADERS_SHARE = 0.75
-"""Of the time that a round has left, for one leader's decision: it may reduce for half of that, and then it collects."""
+"""Of the time that a round has left, for one decision: the leader may reduce for half of that, and then it collects."""
 HEARTBEATS = 3
 """Words of a leader within the time after which a member takes it for dead."""
 
