@@ -113,6 +113,7 @@ def new_page() -> Iterator[Page]:
     command = ["bash", "-c", f'exec "$0" "$@" 3<&{passed[0]} 4>&{passed[1]}', PROGRAM, *FLAGS]
     process = subprocess.Popen(
         [*command, f"--user-data-dir={profile}"],
+        env={**os.environ, "TMPDIR": profile},  # where it leaves a folder when it is killed
         pass_fds=passed,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
