@@ -57,7 +57,7 @@ FOUND_BY: dict[str, tuple[int, str]] = {
     "loudest head": (1, "progress"),
     "local values where a reducer died": (11, "same-bytes"),
     "applied before written": (0, "durable"),
-    "sent again": (158, "counted-once"),
+    "sent again": (62, "counted-once"),
     "kept although it arrived": (7, "counted-once"),
     "endless patience": (20, "progress"),
 }
