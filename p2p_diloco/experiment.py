@@ -13,7 +13,7 @@ import multiprocessing
 import os
 import signal
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -31,6 +31,8 @@ from p2p_diloco.snapshot import disk_errors
 from p2p_diloco.study import Study, Trial
 
 STUDIES = Path("peers/experiments")
+POLL_S = 1.0
+"""A signal that another thread takes, as after a stop, does not wake the one that waits."""
 
 
 def find_study(name: str) -> Path:
@@ -121,8 +123,11 @@ def simulate_all(works: Sequence[Work], jobs: int) -> Iterator[tuple[Work, float
     with ended_with_us(ProcessPoolExecutor(min(jobs, len(works)), context, start_process, (os.getpid(),))) as pool:
         futures = {pool.submit(simulate_one, work): work for work in works}
         try:
-            for future in as_completed(futures):
-                yield futures[future], future.result()
+            running = set(futures)
+            while running:
+                done, running = wait(running, timeout=POLL_S, return_when=FIRST_COMPLETED)
+                for future in done:
+                    yield futures[future], future.result()
         except BrokenProcessPool as error:
             raise LocalError(f"a simulation was killed (memory?); the same command goes on: {error}") from error
 
