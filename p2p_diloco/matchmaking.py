@@ -304,12 +304,13 @@ class Matchmaker:
         """When the last one that is expected must have come. Who is busy is waited for as long as its round may take,
         but not by its word alone: fewer than the run's smallest group meet nobody. Whom I cannot ask may be there."""
         missing_s = [until_s for p, until_s in gathering.expected_s.items() if p not in gathering.ready]
-        closes_s = max(missing_s, default=0.0)
+        closes_s, latest_s = max(missing_s, default=0.0), self._latest_s(gathering, busy=False)
+        if closes_s <= latest_s:
+            return closes_s
         here = {record.peer_id for record in on_head(self.directory.current(self.wall_s()), gathering.head)}
         elsewhere = (here | gathering.expected_s.keys()) - gathering.idle - gathering.ready.keys()
-        if len(elsewhere - {self.identity.peer_id}) < self.manifest.spec.round.min_group:
-            return min(closes_s, self._latest_s(gathering, busy=False))
-        return closes_s
+        enough = len(elsewhere - {self.identity.peer_id}) >= self.manifest.spec.round.min_group
+        return closes_s if enough else latest_s
 
     def _absent(self, gathering: Gathering, members: list[bytes]) -> list[bytes]:
         """Sealed records of those who train on this head and do not come, where they count."""

@@ -156,6 +156,7 @@ class Peer:
         self.wall_s = wall_s
         self.timeouts: Timeouts = transport.timeouts
         self.protocol = run_protocol(self.manifest.run_id)
+        self._max_request_bytes = MAX_REQUEST_BYTES + RECEIPT_BYTES * len(part_slices(self.manifest.n_params))
         self.role: Role = "seed" if local is None else "trainer"
         self.directory = Directory(identity.peer_id, self.manifest.run_id)
         nowhere = Standing(step=0, head=bytes(32), heads=(), committed=False)
@@ -556,8 +557,9 @@ class Peer:
 
     async def _serve(self, channel: Channel) -> None:
         """One incoming stream: its first message says what it is for."""
-        most = MAX_REQUEST_BYTES + RECEIPT_BYTES * len(part_slices(self.manifest.n_params))
-        message: Message = await channel.receive(*REQUESTS, timeout_s=self.timeouts.first_message_s, max_bytes=most)
+        message: Message = await channel.receive(
+            *REQUESTS, timeout_s=self.timeouts.first_message_s, max_bytes=self._max_request_bytes
+        )
         if self.seat.phase == "left":
             await channel.send(No(reason="leaving"))
         elif isinstance(message, Push):

@@ -341,10 +341,11 @@ class Settlement:
         than half of the time that is left, for what is heard has to be given to the others."""
         meeting, request_s = self.meeting, self.meeting.timeouts.request_s
         n_parts, channel = len(meeting.parts), None
-        left_s = (self.ends_s - self._now()) / 2
-        first_s, last_s = (request_s / HEARTBEATS, request_s) if member in meeting.lost else (request_s, left_s)
+        whole_s, first_s = (self.ends_s - self._now()) / 2, request_s
+        if member in meeting.lost:
+            whole_s, first_s = min(request_s, whole_s), request_s / HEARTBEATS
         try:
-            async with deadline(min(last_s, left_s)):
+            async with deadline(whole_s):
                 async with deadline(first_s):
                     channel = await meeting.open(member)
                     ask = AskCommit(round_id=self.group.round_id)

@@ -477,6 +477,11 @@ def test_an_interruption_is_no_failure_of_a_command_that_serves(monkeypatch: pyt
     assert cli.main(["seed", "run.toml"]) == 0
 
 
+def check_quiet(script: str, exit_code: int) -> None:
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (exit_code, "", "")
+
+
 STARTING = """
 import os, signal, sys
 from p2p_diloco import cli
@@ -497,8 +502,7 @@ sys.exit(cli.main([{command!r}, "x.toml"]))
 )
 def test_a_signal_before_anything_is_started(signal: str, command: str, exit_code: int) -> None:
     script = STARTING.format(signal=signal, command=command)
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stdout, done.stderr) == (exit_code, "", "")
+    check_quiet(script, exit_code)
 
 
 IMPORTING = """
@@ -527,8 +531,7 @@ main()
 def test_a_signal_is_not_lost_in_a_callback_of_the_imports(signal: str, command: str, exit_code: int) -> None:
     """importlib's locks have such callbacks: whatever is raised in one is ignored."""
     script = IMPORTING.format(signal=signal, command=command)
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stdout, done.stderr) == (exit_code, "", "")
+    check_quiet(script, exit_code)
 
 
 def test_a_reader_that_goes_away_is_no_traceback(tmp_path: Path) -> None:

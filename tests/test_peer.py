@@ -104,6 +104,20 @@ class Simulated:
         self.peers.append(sim)
         return sim
 
+    async def start(self, trainers: int) -> list[SimPeer]:
+        """A seed, and those who train as soon as it is there."""
+        self.add(0, seed=True)
+        await asyncio.sleep(1)
+        return [self.add(i + 1) for i in range(trainers)]
+
+    async def newcomer_in_download(self, index: int) -> SimPeer:
+        newcomer = self.add(index)
+        for _ in range(1000):
+            await asyncio.sleep(0.01)
+            if any(event.get("phase") == "download" for event in self.events(index)):
+                break
+        return newcomer
+
     async def until(self, sims: list[SimPeer], step: int, limit_s: float = 2000.0) -> None:
         deadline_s = asyncio.get_running_loop().time() + limit_s
         while any(sim.peer.step < step for sim in sims):
@@ -135,9 +149,7 @@ def test_k_peers_in_memory_are_textbook_diloco(tmp_path: Path) -> None:
 
     async def main() -> tuple[Simulated, Vector]:
         swarm = Simulated(tmp_path, k, outer_steps=outer_steps)
-        swarm.add(0, seed=True)
-        await asyncio.sleep(1)
-        sims = [swarm.add(i + 1) for i in range(k)]
+        sims = await swarm.start(k)
         await swarm.until(sims, outer_steps)
         swarm.check_identical(sims)
         for sim in sims:
@@ -164,9 +176,7 @@ def test_k_peers_in_memory_are_textbook_diloco(tmp_path: Path) -> None:
 def test_eight_peers_for_fifty_outer_steps(tmp_path: Path) -> None:
     async def main() -> None:
         swarm = Simulated(tmp_path, 8, n=2000, codec="int8", outer_steps=50)
-        swarm.add(0, seed=True)
-        await asyncio.sleep(1)
-        sims = [swarm.add(i + 1) for i in range(8)]
+        sims = await swarm.start(8)
         await swarm.until(sims, 50)
         swarm.check_identical(sims)
         assert all(result.committed and result.group == 8 for sim in sims for result in sim.results)
@@ -180,9 +190,7 @@ def test_eight_peers_for_fifty_outer_steps(tmp_path: Path) -> None:
 def test_a_peer_that_dies_does_not_stop_the_others(tmp_path: Path, victim_phase: str) -> None:
     async def main() -> None:
         swarm = Simulated(tmp_path, 4, outer_steps=6)
-        swarm.add(0, seed=True)
-        await asyncio.sleep(1)
-        sims = [swarm.add(i + 1) for i in range(4)]
+        sims = await swarm.start(4)
         await swarm.until(sims, 2)
         victim, *survivors = sims
         seat = victim.peer.seat
@@ -204,9 +212,7 @@ def test_most_stand_still_and_find_the_others_far_ahead(tmp_path: Path) -> None:
 
     async def main() -> None:
         swarm = Simulated(tmp_path, 5, n=1000, outer_steps=12)
-        swarm.add(0, seed=True)
-        await asyncio.sleep(1)
-        sims = [swarm.add(i + 1) for i in range(5)]
+        sims = await swarm.start(5)
         await swarm.until(sims, 2)
         swarm.network.kill(swarm.peers[0].peer.identity.peer_id)
         ahead, behind = sims[:2], sims[2:]
@@ -229,9 +235,7 @@ def test_most_stand_still_and_find_the_others_far_ahead(tmp_path: Path) -> None:
 def test_a_newcomer_downloads_the_state_and_meets_the_others_at_the_next_outer_step(tmp_path: Path) -> None:
     async def main() -> None:
         swarm = Simulated(tmp_path, 4, outer_steps=12)
-        swarm.add(0, seed=True)
-        await asyncio.sleep(1)
-        sims = [swarm.add(i + 1) for i in range(3)]
+        sims = await swarm.start(3)
         await swarm.until(sims, 7)
         newcomer = swarm.add(4)
         await swarm.until([*sims, newcomer], 12)
@@ -248,15 +252,9 @@ def test_a_joiner_that_is_cut_off_while_it_downloads_goes_on_when_it_is_connecte
 
     async def main() -> None:
         swarm = Simulated(tmp_path, 3, outer_steps=12)
-        swarm.add(0, seed=True)
-        await asyncio.sleep(1)
-        sims = [swarm.add(i + 1) for i in range(2)]
+        sims = await swarm.start(2)
         await swarm.until(sims, 2)
-        newcomer = swarm.add(3)
-        for _ in range(1000):
-            await asyncio.sleep(0.01)
-            if any(event.get("phase") == "download" for event in swarm.events(3)):
-                break
+        newcomer = await swarm.newcomer_in_download(3)
         assert newcomer.peer.replica.state is None
         here, others = newcomer.peer.identity.peer_id, [sim.peer.identity.peer_id for sim in swarm.peers[:-1]]
         for other in others:
@@ -277,9 +275,7 @@ def test_a_joiner_contributes_within_one_outer_step_after_its_download(tmp_path:
 
     async def main() -> None:
         swarm = Simulated(tmp_path, 4, n=50_000, codec="int4", outer_steps=14)
-        swarm.add(0, seed=True)
-        await asyncio.sleep(1)
-        sims = [swarm.add(i + 1) for i in range(3)]
+        sims = await swarm.start(3)
         await swarm.until(sims, 6)
         for sim in swarm.peers:
             sim.peer.uploads.rate = Rate(bytes_per_s=10_000.0)
@@ -336,9 +332,7 @@ def test_a_seed_keeps_the_run_alive_when_every_trainer_leaves(tmp_path: Path) ->
 def test_a_restarted_peer_goes_on_from_its_own_ledger(tmp_path: Path) -> None:
     async def main() -> None:
         swarm = Simulated(tmp_path, 3, outer_steps=12)
-        swarm.add(0, seed=True)
-        await asyncio.sleep(1)
-        sims = [swarm.add(i + 1) for i in range(3)]
+        sims = await swarm.start(3)
         await swarm.until(sims, 4)
         victim, *others = sims
         swarm.network.kill(victim.peer.identity.peer_id)
@@ -415,9 +409,7 @@ def test_a_dropped_contribution_is_lost_or_arrives_with_the_next_one(tmp_path: P
 
     async def main() -> Simulated:
         swarm = Simulated(tmp_path, 2, n=2000, outer_steps=outer_steps, on_missed=on_missed)
-        swarm.add(0, seed=True)
-        await asyncio.sleep(1)
-        sims = [swarm.add(1), swarm.add(2)]
+        sims = await swarm.start(2)
         for i, sim in enumerate(sims):
             sim.drop, sim.drops = 0.5, Script(drops[i])
         await swarm.until(sims, outer_steps)
@@ -453,9 +445,7 @@ def test_nobody_waits_for_one_that_drops(tmp_path: Path) -> None:
 
     async def main() -> None:
         swarm = Simulated(tmp_path, 4, outer_steps=4)
-        swarm.add(0, seed=True)
-        await asyncio.sleep(1)
-        sims = [swarm.add(i + 1) for i in range(4)]
+        sims = await swarm.start(4)
         sims[2].drop = 1.0
         await swarm.until(sims, 4)
         swarm.check_identical(sims)
@@ -577,9 +567,8 @@ def test_a_liar_that_nobody_can_follow_does_not_stop_the_swarm(tmp_path: Path, a
 
     async def main() -> None:
         swarm = Simulated(tmp_path, 3, outer_steps=4)
-        sims = [swarm.add(0, seed=True)]
-        await asyncio.sleep(1)
-        sims += [swarm.add(i + 1) for i in range(3)]
+        await swarm.start(3)
+        sims = swarm.peers
 
         def claim() -> bytes:
             newest = max((sim.peer.seat.standing for sim in sims), key=lambda standing: standing.step)
@@ -663,9 +652,8 @@ def test_a_bystander_that_lies_does_not_stop_the_others(
 
     async def main() -> None:
         swarm = Simulated(tmp_path, 3, n=500, outer_steps=1000)
-        sims = [swarm.add(0, seed=True)]
-        await asyncio.sleep(1)
-        sims += [swarm.add(i + 1) for i in range(3)]
+        await swarm.start(3)
+        sims = swarm.peers
         await swarm.until(sims, 1)
         began_s, last_s = asyncio.get_running_loop().time(), 0.0
 
@@ -709,15 +697,9 @@ def test_a_bystander_that_lies_does_not_stop_the_others(
 def test_a_joiner_whose_donors_are_gone_for_good_gives_up(tmp_path: Path) -> None:
     async def main() -> None:
         swarm = Simulated(tmp_path, 3, outer_steps=12)
-        swarm.add(0, seed=True)
-        await asyncio.sleep(1)
-        sims = [swarm.add(1), swarm.add(2)]
+        sims = await swarm.start(2)
         await swarm.until(sims, 2)
-        newcomer = swarm.add(3)
-        for _ in range(1000):
-            await asyncio.sleep(0.01)
-            if any(event.get("phase") == "download" for event in swarm.events(3)):
-                break
+        newcomer = await swarm.newcomer_in_download(3)
         for sim in swarm.peers[:-1]:
             swarm.network.kill(sim.peer.identity.peer_id)
         began_s, timeouts = asyncio.get_running_loop().time(), newcomer.peer.timeouts
@@ -752,9 +734,7 @@ def test_a_stranger_brings_its_own_record_only(tmp_path: Path) -> None:
 def test_a_diverged_trainer_goes_back_to_theta(tmp_path: Path) -> None:
     async def main() -> None:
         swarm = Simulated(tmp_path, 3, outer_steps=4)
-        swarm.add(0, seed=True)
-        await asyncio.sleep(1)
-        sims = [swarm.add(i + 1) for i in range(3)]
+        sims = await swarm.start(3)
         await swarm.until(sims, 1)
         assert sims[0].peer.local is not None
         sims[0].peer.local[7] = np.nan
@@ -819,9 +799,7 @@ def test_whoever_asks_may_measure_with_a_peer_that_has_a_state(tmp_path: Path) -
 def test_strangers_who_measure_without_end_hold_up_no_round(tmp_path: Path) -> None:
     async def main() -> None:
         swarm = Simulated(tmp_path, 2, outer_steps=4)
-        swarm.add(0, seed=True)
-        await asyncio.sleep(1)
-        sims = [swarm.add(i + 1) for i in range(2)]
+        sims = await swarm.start(2)
         answers: Counter[str] = Counter()
 
         async def measure_with(sim: SimPeer, number: int) -> None:
@@ -854,9 +832,7 @@ def test_strangers_who_measure_without_end_hold_up_no_round(tmp_path: Path) -> N
 def test_messages_for_a_round_that_nobody_knows_are_refused(tmp_path: Path) -> None:
     async def main() -> None:
         swarm = Simulated(tmp_path, 2)
-        swarm.add(0, seed=True)
-        await asyncio.sleep(1)
-        sims = [swarm.add(1), swarm.add(2)]
+        sims = await swarm.start(2)
         await swarm.until(sims, 1)
         stranger = FakeTransport(swarm.network, OWNER.peer_id, Timeouts())
 
