@@ -19,6 +19,7 @@ from benchmarks import (
     averager,
     churn,
     compute,
+    dropped,
     following,
     matrix,
     onslaught,
@@ -53,6 +54,9 @@ RELIABILITY: dict[str, Callable[[], Table]] = {
     "churn": churn.main,
 }
 """For an hour or so; only when they are asked for."""
+PAPER: dict[str, Callable[[], Table]] = {"dropped": dropped.main}
+"""As long as they take; only when they are asked for."""
+ALL = CASES | RELIABILITY | PAPER
 DESCRIPTION = f"By default {', '.join(CASES)}: 8 to 11 minutes. {', '.join(RELIABILITY)}: an hour."
 
 
@@ -61,11 +65,10 @@ def main(names: list[str], json_file: Path | None, show: Callable[[Table], str])
     print(", ".join(f"{key} {value}" for key, value in machine.items()), flush=True)
     cases: dict[str, Any] = {}
     failed = False
-    known = CASES | RELIABILITY
-    for name in (name for name in known if name in names):
+    for name in (name for name in ALL if name in names):
         command, load, started_s = f"python -m benchmarks {name}", os.getloadavg()[0], time.monotonic()
         try:
-            table = known[name]()
+            table = ALL[name]()
         except (RuntimeError, TimeoutError) as error:
             failed = True
             print(f"\n$ {command}\nfailed: {error}", flush=True)
@@ -86,11 +89,11 @@ def about_machine() -> dict[str, str]:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=DESCRIPTION)
-    parser.add_argument("cases", nargs="*", metavar="CASE", help=", ".join(CASES | RELIABILITY))
+    parser.add_argument("cases", nargs="*", metavar="CASE", help=", ".join(ALL))
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures there, too")
     parser.add_argument("--markdown", action="store_true", help="print tables as Markdown")
     arguments = parser.parse_args()
-    if unknown := set(arguments.cases) - set(CASES | RELIABILITY):
-        parser.error(f"no such case: {', '.join(sorted(unknown))}; there are: {', '.join(CASES | RELIABILITY)}")
+    if unknown := set(arguments.cases) - set(ALL):
+        parser.error(f"no such case: {', '.join(sorted(unknown))}; there are: {', '.join(ALL)}")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that what was started is ended
     sys.exit(main(arguments.cases or list(CASES), arguments.json, markdown if arguments.markdown else layout))

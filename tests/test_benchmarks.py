@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import sleepers, tiny, traffic
+from benchmarks import dropped, sleepers, tiny, traffic
 from benchmarks.churn import SPARE_MB, growth_of
 from benchmarks.histories import (
     began,
@@ -28,6 +28,7 @@ from benchmarks.table import Table, layout, markdown
 from p2p_diloco.codec import encoded_bytes
 from p2p_diloco.faults import Act, Action, Done, Process
 from p2p_diloco.manifest import RunSpec
+from p2p_diloco.recount import Past
 
 
 def round_event(step: int, **fields: Any) -> dict[str, Any]:
@@ -91,7 +92,7 @@ def test_bytes_are_compared_with_the_butterflys_minimum_in_whole_groups_only() -
     assert row[5:] == pytest.approx((1.5 * vector / 1e6, 1.5, 2 * vector / 1e6, 2.0))
 
 
-@pytest.mark.parametrize("spec", [tiny.shortened(), sleepers.SPEC], ids=lambda spec: spec.name)
+@pytest.mark.parametrize("spec", [tiny.shortened(), sleepers.SPEC, dropped.spec_of_run()], ids=lambda spec: spec.name)
 def test_run_files_say_what_the_specs_say(spec: RunSpec, tmp_path: Path) -> None:
     assert RunSpec.load(write_run_file(spec, tmp_path)) == spec
 
@@ -205,3 +206,28 @@ def test_growth_is_that_of_long_lives_after_they_have_settled() -> None:
     assert grown.descriptors == 0
     assert growth_of([], settling_s=4.0).processes == 0
     assert set(SPARE_MB) == {"trainer", "network", "p2pd"}
+
+
+# -- the ablation ------------------------------------------------------------------------------------------------------
+
+
+def test_a_swarms_curve_stands_beside_the_simulations() -> None:
+    swarm = {0: 5.0, 4: 3.0, 8: 2.0}
+    half = dropped.Curves(drop=0.5, swarm=swarm, recounted=swarm | {8: 2.25}, simulated={4: 3.5, 8: 2.5}, empty=1)
+    none = dropped.Curves(drop=0.0, swarm=swarm, recounted={8: 2.0}, simulated={4: 3.25, 8: 1.75}, empty=0)
+    assert dropped.rows_of([none, half], outer_steps=10) == [
+        ("4", "3.0000", "3.2500", "3.0000", "3.5000"),
+        ("8", "2.0000", "1.7500", "2.0000", "2.5000"),
+    ]
+    assert dropped.largest_difference([none, half]) == 0.25
+
+
+def test_an_outer_step_is_empty_where_all_who_made_it_were_dropped() -> None:
+    both, one = {"a": (5,), "b": (5,)}, {"b": (5,)}
+    past = Past(
+        names=("a", "b"),
+        inner_steps={0: both, 1: both, 2: one, 3: both},
+        dropped={0: frozenset(), 1: frozenset("a"), 2: frozenset("b"), 3: frozenset("ab")},
+        heads={},
+    )
+    assert dropped.empty_steps(past) == 2
