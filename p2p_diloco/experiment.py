@@ -31,6 +31,8 @@ from p2p_diloco.snapshot import disk_errors
 from p2p_diloco.study import Study, Trial
 
 STUDIES = Path("peers/experiments")
+BASES = ("base", "large")
+"""Run files beside them, which they vary."""
 POLL_S = 1.0
 """A signal that another thread takes, as after a stop, does not wake the one that waits."""
 
@@ -40,7 +42,7 @@ def find_study(name: str) -> Path:
     path = Path(name)
     if path.suffix == ".toml":
         return path
-    known = sorted(file.stem for file in STUDIES.glob("*.toml") if file.stem != "base")
+    known = sorted(file.stem for file in STUDIES.glob("*.toml") if file.stem not in BASES)
     if name not in known:
         there = f"known here: {', '.join(known)}" if known else f"there is no folder {STUDIES} here; give a path"
         raise UsageError(f"no study {name!r}; {there}")

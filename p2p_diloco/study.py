@@ -5,9 +5,11 @@
     [[arm]]
     name = "drop 50 %"
     set = { "simulate.drop" = 0.5 }
-    [quick]                                  # --quick: smaller; [large], --large: for a GPU
+    [quick]                                  # --quick: smaller
     seeds = [0]
     set = { "outer.steps" = 10 }
+    [large]                                  # --large: for a GPU
+    base = "large.toml"
 
 Arms with the same seed start from the same values and, where their replicas have the same names, draw the same batches:
 differences between them are paired.
@@ -42,6 +44,8 @@ class Arm(Section):
 
 
 class Variation(Section):
+    base: str | None = None
+    """Instead of the study's."""
     seeds: Seeds | None = None
     set: Keys = Field(default_factory=dict)
     """After the study's own keys, before the arm's."""
@@ -62,8 +66,8 @@ class StudySpec(Section):
     """Two arms: what part of the way from the first one's loss to the second one's do the others go?"""
     set: Keys = Field(default_factory=dict)
     arm: Annotated[tuple[Arm, ...], BeforeValidator(listed), Field(min_length=1)]
-    quick: Variation = Variation()
-    large: Variation = Variation()
+    quick: Variation | None = None
+    large: Variation | None = None
 
     @model_validator(mode="after")
     def _known_arms(self) -> StudySpec:
@@ -108,9 +112,11 @@ class Study:
             spec = StudySpec.model_validate(table)
         except ValidationError as error:
             raise UsageError(f"{path}: {explain(error, StudySpec)}") from error
-        run_file = path.parent / spec.base
-        base = read_toml(run_file, "run file")
         variation = {"full": Variation(), "quick": spec.quick, "large": spec.large}[size]
+        if variation is None:
+            raise UsageError(f"{path}: has no table [{size}], so no {size} variant")
+        run_file = path.parent / (variation.base or spec.base)
+        base = read_toml(run_file, "run file")
         trials = tuple(
             trial_of(base, arm, seed, [spec.set, variation.set, arm.set], f"{path}: arm {arm.name!r}")
             for seed in variation.seeds or spec.seeds

@@ -6,10 +6,11 @@ import pytest
 from small_runs import SMALL
 
 from p2p_diloco.errors import UsageError
+from p2p_diloco.experiment import BASES
 from p2p_diloco.study import Study
 
 ROOT = Path(__file__).parent.parent
-STUDIES = sorted(path for path in (ROOT / "peers/experiments").glob("*.toml") if path.stem != "base")
+STUDIES = sorted(path for path in (ROOT / "peers/experiments").glob("*.toml") if path.stem not in BASES)
 BASE = f"""
 name = "small"
 [model.config]
@@ -58,7 +59,15 @@ def test_a_size_changes_seeds_and_keys_and_an_arm_has_the_last_word(tmp_path: Pa
     study = Study.load(path, "quick")
     assert [(trial.seed, trial.what.run.inner.steps) for trial in study.trials] == [(9, 5), (9, 8)]
     assert {trial.what.run.inner.batch_size for trial in study.trials} == {2}
-    assert len(Study.load(path, "large").trials) == 6
+    with pytest.raises(UsageError, match=r"study\.toml: has no table \[large\], so no large variant"):
+        Study.load(path, "large")
+
+
+def test_a_size_may_have_a_base_of_its_own(tmp_path: Path) -> None:
+    path = write(tmp_path, HEAD + ARMS + '[large]\nbase = "large.toml"\n')
+    (tmp_path / "large.toml").write_text(BASE.replace("replicas = 2", "replicas = 3"))
+    assert {trial.what.simulate.replicas for trial in Study.load(path, "large").trials} == {(3,)}
+    assert {trial.what.simulate.replicas for trial in Study.load(path, "full").trials} == {(2,)}
 
 
 def test_the_same_simulation_has_the_same_key_in_every_study(tmp_path: Path) -> None:
@@ -76,6 +85,7 @@ def test_the_same_simulation_has_the_same_key_in_every_study(tmp_path: Path) -> 
     [
         (HEAD, "key 'arm' is missing"),
         (HEAD + "arm = []\n", "key 'arm': value should have at least 1 item"),
+        (HEAD + ARMS + '[quick]\nbas = "b.toml"\n', "unknown key 'quick.bas'; did you mean 'base'?"),
         (HEAD + ARMS.replace("half", "plain"), "key 'top level': two arms have the same name"),
         (HEAD.replace("plain", "whole") + ARMS, "key 'top level': there is no arm 'whole'"),
         (HEAD + 'gap = ["plain", "none"]\n' + ARMS, "key 'top level': there is no arm 'none'"),
@@ -105,10 +115,14 @@ def test_a_base_that_is_not_there(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("path", STUDIES, ids=[path.stem for path in STUDIES])
 def test_the_repositorys_studies_are_sound(path: Path) -> None:
-    """In all sizes; and each opens with a comment on what it asks."""
+    """In all sizes, which differ; and each opens with a comment on what it asks."""
     assert path.read_text().startswith("# ")
+    keys: set[str] = set()
     for size in ("full", "quick", "large"):
-        study = Study.load(path, size)
-        assert len({trial.key for trial in study.trials}) == len(study.trials), "two arms are the same"
+        trials = Study.load(path, size).trials
+        of_size = {trial.key for trial in trials}
+        assert len(of_size) == len(trials), "two arms are the same"
+        assert not keys & of_size
+        keys |= of_size
     seeds = {trial.seed for trial in Study.load(path, "full").trials}
     assert len(seeds) >= 3
