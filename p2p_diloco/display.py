@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 Row = Mapping[str, Any]
 """A record as ``Swarm.rows`` has it: the fields of ``records.Record``, hashes in hex."""
 
+STDOUT = Console(highlight=False, soft_wrap=False)
+
 REFRESHES_PER_S = 4
 OTHER_COLUMNS = 68
 """Of the table of peers, beside the name."""

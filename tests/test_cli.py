@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 from p2p_diloco import __version__, cli, monitor, options
+from p2p_diloco.arguments import peer_config
 from p2p_diloco.config import PeerConfig
 from p2p_diloco.endpoint import Endpoint
 from p2p_diloco.errors import Stopped, UsageError
@@ -376,7 +377,7 @@ def test_the_upload_rate_is_given_in_megabytes(tmp_path: Path) -> None:
     for command in (["peer"], ["seed", "run.toml"]):
         for argv, rate in (([], None), (["--max-upload", "2.5"], 2_500_000.0), (["--max-upload", "0.1"], 100_000.0)):
             node = replace(parsed(*command, "--name", "x", *argv)["node"], folder=tmp_path)
-            config = cli.peer_config(node, command[0], [])
+            config = peer_config(node, command[0], [])
             assert config.max_upload_bytes_per_s == rate
             assert PeerConfig.model_validate_json(config.model_dump_json()) == config
 

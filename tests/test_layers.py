@@ -59,7 +59,8 @@ ORDER = (
     *("experiment", "doctor", "fitness", "trial", "display", "status", "survey", "listener"),
     *("checkup", "summary", "overview", "history", "exposition", "monitor"),
     *("faults", "namespaces", "child", "children", "injector", "local"),
-    *("interruption", "options", "facts", "cli", "__main__"),
+    *("interruption", "options", "arguments", "facts"),
+    *("commands_join", "commands_look", "commands_model", "commands_study", "cli", "__main__"),
 )
 """Lowest first. A module imports from those before it, and from no other."""
 

@@ -1,0 +1,131 @@
+"""Commands for the trained model: export, sample."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+from cyclopts import Parameter
+
+from p2p_diloco.arguments import check_run_id, require
+from p2p_diloco.display import plain
+from p2p_diloco.errors import UsageError
+from p2p_diloco.interruption import importing
+from p2p_diloco.options import OUTPUT, Addresses, AtLeastOne, AtLeastZero, Output, not_negative
+
+
+def export(
+    *,
+    to: Path,
+    folder: Path | None = None,
+    initial_peers: Addresses = (),
+    run_id: str | None = None,
+    step: AtLeastZero | None = None,
+    output: Output = OUTPUT,
+) -> None:
+    """Write the trained model as a folder that transformers loads.
+
+    Parameters
+    ----------
+    to
+        The folder to write; an earlier export is replaced.
+    folder
+        A peer's folder, or that of one run in it. The peer may be running.
+    initial_peers
+        Instead of a folder: address of any peer that is in the run now.
+    run_id
+        Which run, where there are several.
+    step
+        Outer step to export; the newest by default. Only from a folder.
+    """
+    check_run_id(run_id)
+    if (folder is None) == (not initial_peers):
+        raise UsageError("give either --folder or --initial-peers")
+    if folder is None and step is not None:
+        raise UsageError("--step goes with --folder: a swarm serves its newest outer step")
+
+    with importing("export"):
+        from p2p_diloco.export import export_model, refuse_taken
+        from p2p_diloco.stored import load_state
+
+    refuse_taken(to)
+    with run_of(folder, initial_peers, run_id) as run:
+        manifest, state = load_state(run, step)
+        export_model(manifest, state.theta, to, step=state.step, head=state.head)
+    print(f"{to}: outer step {state.step} of run {manifest.spec.name} {manifest.run_id}, head {state.head.hex()}")
+
+
+def sample(
+    *,
+    export: Path | None = None,
+    folder: Path | None = None,
+    run_id: str | None = None,
+    prompt: Annotated[str, Parameter(show_default=False)] = "",
+    max_tokens: AtLeastOne = 200,
+    temperature: Annotated[float, Parameter(validator=not_negative)] = 0.8,
+    top_k: AtLeastOne | None = None,
+    seed: AtLeastZero = 0,
+    output: Output = OUTPUT,
+) -> None:
+    """Let a model write.
+
+    Parameters
+    ----------
+    export
+        A folder that p2p-diloco export wrote.
+    folder
+        Instead of that: a peer's folder, or that of one run in it.
+    run_id
+        Which run, where there are several.
+    prompt
+        Text to go on from.
+    max_tokens
+        Where to end, unless the model ends before.
+    temperature
+        0 takes the likeliest token every time.
+    top_k
+        Choose among so many tokens only.
+    seed
+        The same seed writes the same text.
+    """
+    check_run_id(run_id)
+    if (folder is None) == (export is None):
+        raise UsageError("give either --export or --folder")
+
+    with importing("sample"):
+        from p2p_diloco.sample import generate, load_export
+        from p2p_diloco.stored import find_run, load_model
+
+    if export is not None:
+        model, tokenizer, _ = load_export(export)
+    elif folder is not None:
+        model, tokenizer = load_model(find_run(folder, run_id))
+    for piece in generate(
+        model, tokenizer, prompt, max_tokens=max_tokens, temperature=temperature, top_k=top_k, seed=seed
+    ):
+        print(plain(piece, keep="\n\t"), end="", flush=True)
+    print()
+
+
+@contextmanager
+def run_of(folder: Path | None, initial_peers: Sequence[str], run_id: str | None) -> Iterator[Path]:
+    """The folder of a run: a peer's, or one that lasts as long as the block, with what a running swarm gives."""
+    if folder is not None:
+        from p2p_diloco.stored import find_run
+
+        yield find_run(folder, run_id)
+        return
+    from p2p_diloco.config import PeerConfig
+    from p2p_diloco.swarm import Swarm
+
+    require(initial_peers)
+    with tempfile.TemporaryDirectory(prefix="p2p-diloco-") as temporary:
+        config = PeerConfig(
+            folder=Path(temporary), initial_peers=tuple(initial_peers), run_id=run_id, client_mode=True, name="export"
+        )
+        with Swarm.join(config, role="seed") as swarm:
+            run = swarm.folder
+        yield run
