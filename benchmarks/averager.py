@@ -18,9 +18,10 @@ from benchmarks.table import Cell, Table
 from benchmarks.workers import Workers
 from p2p_diloco.codec import CODECS, Codec, decode
 from p2p_diloco.config import PeerConfig, Timeouts
+from p2p_diloco.daemon import private_socket_folder
 from p2p_diloco.identity import Identity
 from p2p_diloco.meeting import Meeting
-from p2p_diloco.node import Node, private_socket_folder
+from p2p_diloco.node import Node
 from p2p_diloco.outer import digest
 from p2p_diloco.records import MAX_RECORD_LIFE_S, Directory, Record, seal_record
 from p2p_diloco.rounds import Missed, Readiness, check_roster, form_roster, new_nonce, seal_readiness

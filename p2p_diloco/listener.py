@@ -11,10 +11,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from p2p_diloco.config import PeerConfig, Timeouts
+from p2p_diloco.daemon import private_socket_folder
 from p2p_diloco.doctor import Dialled
 from p2p_diloco.errors import Refused, RemoteError
 from p2p_diloco.identity import Identity
-from p2p_diloco.node import Node, private_socket_folder
+from p2p_diloco.node import Node
 from p2p_diloco.probes import MAX_PORTS, DialConsent, seal_consent
 from p2p_diloco.survey import UNREACHED, Candidate
 from p2p_diloco.waiting import Bell, heard

@@ -26,12 +26,13 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from p2p_diloco.config import PeerConfig, Timeouts
+from p2p_diloco.daemon import private_socket_folder
 from p2p_diloco.endpoint import Endpoint
 from p2p_diloco.exposition import Sight
 from p2p_diloco.history import History
 from p2p_diloco.identity import Identity
 from p2p_diloco.manifest import RunManifest, open_manifest
-from p2p_diloco.node import Node, private_socket_folder
+from p2p_diloco.node import Node
 from p2p_diloco.overview import overview_of
 from p2p_diloco.records import Directory, Fault, Record, Unsound, peers_key
 from p2p_diloco.status import ask_for_manifest

@@ -28,6 +28,7 @@ from p2p_diloco import __version__
 from p2p_diloco.codec import Vector
 from p2p_diloco.config import PeerConfig, Timeouts
 from p2p_diloco.control import Line, pack_line, unpack_line
+from p2p_diloco.daemon import private_socket_folder
 from p2p_diloco.discovery import find_manifest
 from p2p_diloco.endpoint import METRICS_FLAG, Endpoint
 from p2p_diloco.errors import LedgerError, LocalError
@@ -36,7 +37,7 @@ from p2p_diloco.guard import die_with_parent, limit_open_files
 from p2p_diloco.identity import Identity
 from p2p_diloco.manifest import open_manifest
 from p2p_diloco.metrics import PeerMetrics
-from p2p_diloco.node import Node, private_socket_folder
+from p2p_diloco.node import Node
 from p2p_diloco.peer import Peer
 from p2p_diloco.replica import Replica
 from p2p_diloco.rounds import Progress

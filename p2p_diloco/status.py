@@ -18,12 +18,13 @@ from rich.console import Group, RenderableType
 from rich.text import Text
 
 from p2p_diloco.config import PeerConfig, Timeouts
+from p2p_diloco.daemon import private_socket_folder
 from p2p_diloco.discovery import find_manifest
 from p2p_diloco.display import Row, count, held_out, peers_table
 from p2p_diloco.errors import NetworkError
 from p2p_diloco.identity import Identity
 from p2p_diloco.manifest import RunManifest, open_manifest
-from p2p_diloco.node import Node, private_socket_folder
+from p2p_diloco.node import Node
 from p2p_diloco.records import Directory, Record, peers_key
 from p2p_diloco.rounds import swarm_head
 

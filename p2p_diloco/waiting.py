@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import sys
-from collections.abc import Coroutine
+from collections.abc import Collection, Coroutine
 from typing import Any
 
 if sys.version_info >= (3, 11):
@@ -16,7 +16,7 @@ if sys.version_info >= (3, 11):
 else:
     from async_timeout import timeout as deadline
 
-__all__ = ["Bell", "deadline", "heard", "to_its_end"]
+__all__ = ["Bell", "cancel_and_wait", "deadline", "heard", "to_its_end"]
 
 
 class Bell:
@@ -48,3 +48,11 @@ async def to_its_end(work: Coroutine[Any, Any, None]) -> None:
     except asyncio.CancelledError:
         await running
         raise
+
+
+async def cancel_and_wait(tasks: Collection[asyncio.Task[Any]], timeout_s: float) -> None:
+    """Those that do not end by then are left alone."""
+    for task in tasks:
+        task.cancel()
+    if tasks:
+        await asyncio.wait(list(tasks), timeout=timeout_s)

@@ -22,14 +22,15 @@ import uvloop
 from hivemind.dht.routing import DHTID
 from hivemind.p2p import PeerID
 
-from p2p_diloco import addresses, node
+from p2p_diloco import addresses, node, streams
 from p2p_diloco.addresses import check_maddr, dial_bytes, encode, pin_ports, publicness
 from p2p_diloco.child import read_proc
 from p2p_diloco.config import PeerConfig, Timeouts
+from p2p_diloco.daemon import private_socket_folder
 from p2p_diloco.errors import Gone, LocalError, Misbehaved, NetworkError, Silent, UsageError
 from p2p_diloco.hardening import node_id_of
 from p2p_diloco.identity import Identity
-from p2p_diloco.node import CIRCUIT, Node, is_relayed, private_socket_folder
+from p2p_diloco.node import Node
 from p2p_diloco.records import Record, open_record, seal_record
 from p2p_diloco.traffic import Purpose
 from p2p_diloco.wire import Channel, Links
@@ -113,7 +114,7 @@ def command(pid: int) -> str:
 
 def p2pd_of(started: Node) -> int:
     assert started._network is not None
-    (p2pd,) = descendants(started._network.p2p._child.pid)
+    (p2pd,) = descendants(started._network.daemon.p2p._child.pid)
     return p2pd
 
 
@@ -217,16 +218,6 @@ def both_ways(one: Node) -> tuple[Counter[Purpose], Counter[Purpose]]:
     return one.traffic.sent, one.traffic.received
 
 
-def test_a_relay_is_seen_in_the_address() -> None:
-    """Also where its two bytes are a port by chance."""
-    relay = f"/ip4/203.0.113.7/tcp/4001/p2p/{STRANGER.peer_id}/p2p-circuit"
-    assert CIRCUIT in encode("/ip4/203.0.113.7/tcp/41474")
-    assert not is_relayed(encode("/ip4/203.0.113.7/tcp/41474"))
-    assert not is_relayed(encode("/ip4/203.0.113.7/tcp/4001"))
-    assert is_relayed(encode(relay))
-    assert is_relayed(encode(f"{relay}/p2p/{STRANGER.peer_id}"))
-
-
 def test_p2pd_starts_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     async def main() -> None:
         async with nodes(tmp_path, 2) as (alice, bob):
@@ -318,7 +309,7 @@ def test_a_node_that_is_closed_leaves_nothing_behind_whoever_cancels_that(tmp_pa
         closing.cancel()
         with pytest.raises(asyncio.CancelledError):
             await closing
-        assert network.p2p._child._transport._closed
+        assert network.daemon.p2p._child._transport._closed
         assert not command(p2pd)
         assert not node._socket_folder.exists()
         await (await start(config_of(tmp_path / "node"))).close()  # its identity can be claimed again
@@ -327,7 +318,7 @@ def test_a_node_that_is_closed_leaves_nothing_behind_whoever_cancels_that(tmp_pa
 
 
 def test_streams_are_limited(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(node, "MAX_STREAMS_PER_PEER", 2)
+    monkeypatch.setattr(streams, "MAX_STREAMS_PER_PEER", 2)
 
     async def main() -> None:
         async with nodes(tmp_path, 2) as (alice, bob):
@@ -340,7 +331,7 @@ def test_streams_are_limited(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
                 await exchange(refused, b"")
             for channel in (*channels, refused):
                 channel.close()
-            await eventually(lambda: not alice._streams)
+            await eventually(lambda: not alice._streams.of_peers)
             channel = await bob.open(alice.peer_id, [], PROTOCOL)
             await exchange(channel, b"")
             channel.close()
@@ -350,7 +341,7 @@ def test_streams_are_limited(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 def test_faults_of_handlers(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """A peer's fault is a line at debug level, ours a traceback; both close the stream."""
-    caplog.set_level(logging.DEBUG, "p2p_diloco.node")
+    caplog.set_level(logging.DEBUG, "p2p_diloco.streams")
 
     async def misbehaved(channel: Channel) -> None:
         raise Misbehaved(channel.peer_id, "sends nonsense")
@@ -366,7 +357,7 @@ def test_faults_of_handlers(tmp_path: Path, caplog: pytest.LogCaptureFixture) ->
                 with pytest.raises(Gone):
                     await channel.receive_frame(10, 5.0)
                 channel.close()
-            await eventually(lambda: not alice._streams)
+            await eventually(lambda: not alice._streams.of_peers)
 
     run(main())
     lines = {record.levelname: record for record in caplog.records if record.exc_info or "nonsense" in record.message}
@@ -510,22 +501,3 @@ def test_order_and_ports_of_addresses() -> None:
     assert [addresses.direct_ip(maddr) for maddr in ordered] == ["", "8.8.8.8", "", "10.0.0.1", "::1"]
     assert addresses.ip_maddr("::1", 7) == "/ip6/::1/tcp/7"
     assert addresses.ip_maddr("8.8.8.8", 7) == "/ip4/8.8.8.8/tcp/7"
-
-
-def test_socket_folder(tmp_path: Path) -> None:
-    folder = private_socket_folder(tmp_path)
-    assert folder == tmp_path / "s"
-    assert folder.stat().st_mode & 0o777 == 0o700
-    with closing(socket.socket(socket.AF_UNIX)) as alive, closing(socket.socket(socket.AF_UNIX)) as dead:
-        alive.bind(str(folder / "p2pd-alive.sock"))
-        alive.listen()
-        dead.bind(str(folder / "p2pclient-dead.sock"))
-        dead.close()
-        private_socket_folder(tmp_path)
-        assert [path.name for path in folder.iterdir()] == ["p2pd-alive.sock"]
-    elsewhere = private_socket_folder(tmp_path / ("long" * 30))
-    assert elsewhere.name.startswith("p2p-diloco-")
-    elsewhere.rmdir()
-    (tmp_path / "file").touch()
-    with pytest.raises(UsageError, match="cannot be made"):
-        private_socket_folder(tmp_path / "file")

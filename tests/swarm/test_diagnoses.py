@@ -19,11 +19,12 @@ import pytest
 from places import Place, Program, wait_until
 
 from p2p_diloco.config import PeerConfig, Timeouts
+from p2p_diloco.daemon import private_socket_folder
 from p2p_diloco.events import EventLog
 from p2p_diloco.genesis import start_run
 from p2p_diloco.identity import Identity
 from p2p_diloco.manifest import open_manifest
-from p2p_diloco.node import Node, private_socket_folder
+from p2p_diloco.node import Node
 from p2p_diloco.peer import Peer
 from p2p_diloco.replica import Replica
 from p2p_diloco.stored import open_ledger
