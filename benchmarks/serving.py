@@ -23,10 +23,11 @@ from p2p_diloco.config import PeerConfig, Timeouts
 from p2p_diloco.daemon import private_socket_folder
 from p2p_diloco.errors import RemoteError
 from p2p_diloco.identity import Identity
+from p2p_diloco.messages import AskChunk
 from p2p_diloco.node import Node
 from p2p_diloco.records import Record, open_record, peers_key
 from p2p_diloco.snapshot import chunk_slices
-from p2p_diloco.wire import AskChunk, Channel, run_protocol
+from p2p_diloco.wire import Channel, run_protocol
 
 TRAINERS = 2
 STREAMS = 2

@@ -20,9 +20,10 @@ from typing import Any
 from p2p_diloco.codec import Vector, decode, encoded_bytes
 from p2p_diloco.errors import Gone, Misbehaved, RemoteError
 from p2p_diloco.meeting import Meeting
+from p2p_diloco.messages import Contribute
 from p2p_diloco.outer import reduce_part
 from p2p_diloco.waiting import deadline
-from p2p_diloco.wire import Channel, Contribute
+from p2p_diloco.wire import Channel
 
 QUEUED_PARTS = 2
 """Contributions of one sender that a reducer holds decoded; the sender waits beyond. Those of one that is gone are

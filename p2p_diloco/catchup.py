@@ -26,13 +26,14 @@ from p2p_diloco.download import Chunks, Download, Updates, Wanted, drop
 from p2p_diloco.errors import Misbehaved, Refused, RemoteError
 from p2p_diloco.events import EventLog
 from p2p_diloco.identity import Identity
+from p2p_diloco.messages import MAX_LINKS, AskHeads, AskIndex, Heads
 from p2p_diloco.outer import HASH_BYTES, Update, next_head, state_digest
 from p2p_diloco.records import Directory, Record
 from p2p_diloco.replica import Replica
 from p2p_diloco.rounds import rank
 from p2p_diloco.snapshot import IncomingSnapshot, chunk_slices, remove_incoming, snapshot_bytes
 from p2p_diloco.waiting import deadline, heard
-from p2p_diloco.wire import MAX_LINKS, AskHeads, AskIndex, Channel, Heads, Transport, run_protocol
+from p2p_diloco.wire import Channel, Transport, run_protocol
 
 log = logging.getLogger(__name__)
 

@@ -8,8 +8,9 @@ from collections.abc import Callable, Sequence
 from p2p_diloco.config import Timeouts
 from p2p_diloco.errors import NetworkError, RemoteError, UsageError
 from p2p_diloco.manifest import MAX_MANIFEST_BYTES, open_manifest
+from p2p_diloco.messages import AskManifest
 from p2p_diloco.records import RUNS_KEY, Record, is_current, open_record
-from p2p_diloco.wire import MANIFEST_PROTOCOL, AskManifest, Transport
+from p2p_diloco.wire import MANIFEST_PROTOCOL, Transport
 
 RETRY_S = 1.0
 

@@ -24,12 +24,13 @@ from typing import Protocol
 from p2p_diloco.codec import Codec
 from p2p_diloco.config import Timeouts
 from p2p_diloco.errors import Misbehaved, Refused, RemoteError
+from p2p_diloco.messages import AskChunk, AskUpdate, Message
 from p2p_diloco.outer import Update, max_update_bytes, update_from_bytes
 from p2p_diloco.records import Directory, Record
 from p2p_diloco.snapshot import IncomingSnapshot
 from p2p_diloco.traffic import Traffic
 from p2p_diloco.waiting import Bell, heard
-from p2p_diloco.wire import AskChunk, AskUpdate, Channel, Message, Transport
+from p2p_diloco.wire import Channel, Transport
 
 log = logging.getLogger(__name__)
 

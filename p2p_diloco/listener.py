@@ -15,11 +15,12 @@ from p2p_diloco.daemon import private_socket_folder
 from p2p_diloco.doctor import Dialled
 from p2p_diloco.errors import Refused, RemoteError
 from p2p_diloco.identity import Identity
+from p2p_diloco.messages import AskDialBack, DialBack, DialedBack
 from p2p_diloco.node import Node
 from p2p_diloco.probes import MAX_PORTS, DialConsent, seal_consent
 from p2p_diloco.survey import UNREACHED, Candidate
 from p2p_diloco.waiting import Bell, heard
-from p2p_diloco.wire import DIAL_BACK_PROTOCOL, AskDialBack, Channel, DialBack, DialedBack, Transport
+from p2p_diloco.wire import DIAL_BACK_PROTOCOL, Channel, Transport
 
 HEARD_S = 1.0
 """A dial that a peer has told us of has arrived by then."""

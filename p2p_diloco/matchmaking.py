@@ -31,6 +31,7 @@ from p2p_diloco.config import Timeouts
 from p2p_diloco.errors import Misbehaved, Refused, RemoteError, Silent
 from p2p_diloco.identity import Identity
 from p2p_diloco.manifest import RunManifest
+from p2p_diloco.messages import Behind, Closing, Eta, No, Ready, Redirect, Roster, TooFew
 from p2p_diloco.records import Directory, Phase, Record, open_record
 from p2p_diloco.rounds import (
     Group,
@@ -51,7 +52,7 @@ from p2p_diloco.rounds import (
     way_of,
 )
 from p2p_diloco.waiting import Bell, heard
-from p2p_diloco.wire import Behind, Channel, Closing, Eta, No, Ready, Redirect, Roster, TooFew, Transport, run_protocol
+from p2p_diloco.wire import Channel, Transport, run_protocol
 
 log = logging.getLogger(__name__)
 

@@ -32,6 +32,24 @@ from p2p_diloco.events import EventLog
 from p2p_diloco.identity import Identity
 from p2p_diloco.matchmaking import Matchmaker, Seat
 from p2p_diloco.meeting import Meeting
+from p2p_diloco.messages import (
+    AskChunk,
+    AskCommit,
+    AskDialBack,
+    AskHeads,
+    AskIndex,
+    AskManifest,
+    AskPart,
+    AskTransfer,
+    AskUpdate,
+    Closing,
+    Contribute,
+    Message,
+    No,
+    Push,
+    Ready,
+    Receipt,
+)
 from p2p_diloco.outer import Update, part_slices, parts_with
 from p2p_diloco.presence import LastRound, Presence
 from p2p_diloco.probes import Probes
@@ -53,28 +71,7 @@ from p2p_diloco.settle import RoundCost, Settlement
 from p2p_diloco.upkeep import Upkeep
 from p2p_diloco.uploads import Uploads
 from p2p_diloco.waiting import Bell, deadline, heard
-from p2p_diloco.wire import (
-    MANIFEST_PROTOCOL,
-    AskChunk,
-    AskCommit,
-    AskDialBack,
-    AskHeads,
-    AskIndex,
-    AskManifest,
-    AskPart,
-    AskTransfer,
-    AskUpdate,
-    Channel,
-    Closing,
-    Contribute,
-    Message,
-    No,
-    Push,
-    Ready,
-    Receipt,
-    Transport,
-    run_protocol,
-)
+from p2p_diloco.wire import MANIFEST_PROTOCOL, Channel, Transport, run_protocol
 
 log = logging.getLogger(__name__)
 

@@ -16,11 +16,12 @@ from p2p_diloco.endpoint import Endpoint
 from p2p_diloco.errors import Misbehaved, RemoteError
 from p2p_diloco.identity import Identity
 from p2p_diloco.matchmaking import Seat
+from p2p_diloco.messages import Push
 from p2p_diloco.records import HEADS_SHOWN, RUNS_KEY, Directory, Record, Role, peers_key, seal_record
 from p2p_diloco.replica import Replica
 from p2p_diloco.rounds import announces_run
 from p2p_diloco.waiting import Bell, heard
-from p2p_diloco.wire import Channel, Push, Transport, run_protocol
+from p2p_diloco.wire import Channel, Transport, run_protocol
 
 log = logging.getLogger(__name__)
 

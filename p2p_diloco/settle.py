@@ -35,10 +35,11 @@ from p2p_diloco.butterfly import Butterfly, run_all
 from p2p_diloco.codec import encoded_bytes
 from p2p_diloco.errors import Misbehaved, RemoteError, Silent
 from p2p_diloco.meeting import Meeting
+from p2p_diloco.messages import Again, AskCommit, AskPart, Commit, Contribute, Eta, No, Receipt, Size, Took
 from p2p_diloco.outer import Update
 from p2p_diloco.rounds import Missed
 from p2p_diloco.waiting import deadline, heard
-from p2p_diloco.wire import Again, AskCommit, AskPart, Channel, Commit, Contribute, Eta, No, Receipt, Size, Took
+from p2p_diloco.wire import Channel
 
 log = logging.getLogger(__name__)
 

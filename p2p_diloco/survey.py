@@ -17,8 +17,9 @@ from p2p_diloco.addresses import publicness
 from p2p_diloco.discovery import ask_manifest
 from p2p_diloco.doctor import AddressTrial, Bandwidth
 from p2p_diloco.errors import RemoteError, Silent
+from p2p_diloco.messages import MAX_TRANSFER_BYTES, AskTransfer, Transferred
 from p2p_diloco.waiting import deadline
-from p2p_diloco.wire import MAX_TRANSFER_BYTES, AskTransfer, Channel, Transferred, Transport
+from p2p_diloco.wire import Channel, Transport
 
 log = logging.getLogger(__name__)
 

@@ -19,9 +19,10 @@ from p2p_diloco.config import Timeouts
 from p2p_diloco.errors import Gone, Silent
 from p2p_diloco.events import EventLog
 from p2p_diloco.ledger import Ledger
+from p2p_diloco.messages import CHUNK_BYTES, MAX_LINKS, AskChunk, AskHeads, AskIndex, AskUpdate, Heads, No, Size
 from p2p_diloco.rate import Rate
 from p2p_diloco.snapshot import SnapshotInfo, chunk_hash, chunk_slices, read_chunk
-from p2p_diloco.wire import CHUNK_BYTES, MAX_LINKS, AskChunk, AskHeads, AskIndex, AskUpdate, Channel, Heads, No, Size
+from p2p_diloco.wire import Channel
 
 log = logging.getLogger(__name__)
 

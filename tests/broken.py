@@ -15,13 +15,13 @@ import numpy as np
 from p2p_diloco import settle
 from p2p_diloco.codec import Vector
 from p2p_diloco.meeting import Meeting
+from p2p_diloco.messages import Commit
 from p2p_diloco.outer import Part, Update, apply_checked, check_update, contributor_mask
 from p2p_diloco.peer import OuterResult, Peer
 from p2p_diloco.records import Directory, Record
 from p2p_diloco.replica import Replica
 from p2p_diloco.rounds import Standing
 from p2p_diloco.settle import Settlement
-from p2p_diloco.wire import Commit
 
 LOCAL_VALUES = bytes(32)
 """In place of the hash of a part that everybody fills with its own values."""

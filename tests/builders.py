@@ -13,6 +13,37 @@ from hypothesis import strategies as st
 
 from p2p_diloco.config import Timeouts
 from p2p_diloco.identity import Identity
+from p2p_diloco.messages import (
+    Again,
+    AskChunk,
+    AskCommit,
+    AskDialBack,
+    AskHeads,
+    AskIndex,
+    AskManifest,
+    AskPart,
+    AskTransfer,
+    AskUpdate,
+    Behind,
+    Closing,
+    Commit,
+    Contribute,
+    DialBack,
+    DialedBack,
+    Eta,
+    Heads,
+    Message,
+    No,
+    Push,
+    Ready,
+    Receipt,
+    Redirect,
+    Roster,
+    Size,
+    TooFew,
+    Took,
+    Transferred,
+)
 from p2p_diloco.outer import digest
 from p2p_diloco.records import Record, Signed
 from p2p_diloco.rounds import Group, Readiness, check_roster, rank, seal_readiness
@@ -161,3 +192,37 @@ def pipe(timeouts: Timeouts | None = None) -> tuple[Channel, Channel]:
     mine = Channel(peer_id=identity(2).peer_id, reader=a, writer=PipeWriter(b), timeouts=timeouts)
     theirs = Channel(peer_id=identity(1).peer_id, reader=b, writer=PipeWriter(a), timeouts=timeouts)
     return mine, theirs
+
+
+HASH = bytes(range(32))
+MESSAGE_EXAMPLES: list[Message] = [
+    Ready(readiness=b"a" * 300, record=b"b" * 1024),
+    Roster(members=[b"a" * 300] * 128, absent=[b"b" * 1024] * 64),
+    TooFew(ready=1),
+    Redirect(record=b"b"),
+    Behind(record=b"b"),
+    No(reason="not in my ledger"),
+    Closing(head=HASH, gather_s=5.0, record=b"r" * 1024),
+    Eta(eta_s=0.25),
+    Contribute(round_id=HASH, number=255),
+    Receipt(round_id=HASH, number=255, part_hashes=[HASH, b"", HASH]),
+    Again(number=1, members=list(range(256)), parts=[0, 2**16 - 1]),
+    Commit(part_hashes=[HASH] * 3, holders=[0, 255, 3]),
+    Took(),
+    AskCommit(round_id=HASH),
+    AskPart(round_id=HASH, part=7, hash=HASH),
+    AskHeads(since=0),
+    Heads(first=5, head=HASH, links=[HASH] * 1024),
+    AskUpdate(step=2**59, head=HASH),
+    AskIndex(step=10, digest=HASH),
+    AskChunk(step=10, digest=HASH, chunk=2**40),
+    Size(size_bytes=0),
+    AskManifest(),
+    Push(record=b"b"),
+    AskDialBack(consent=b"c" * 400),
+    DialBack(),
+    DialedBack(reached=False, ip="2001:db8::7", reason="no answer"),
+    AskTransfer(up_bytes=2**21, down_bytes=0),
+    Transferred(wall_s=1.7e9),
+]
+"""One of every kind, many of them as large as they may be."""

@@ -23,22 +23,13 @@ from p2p_diloco.errors import Gone
 from p2p_diloco.events import EventLog, read_events
 from p2p_diloco.identity import Identity
 from p2p_diloco.ledger import Ledger
+from p2p_diloco.messages import MAX_FRAME_BYTES, AskChunk, AskHeads, AskIndex, AskUpdate, Message
 from p2p_diloco.outer import Part, Update, UpdateHeader, genesis_state, part_slices
 from p2p_diloco.records import HEADS_SHOWN, Directory, seal_record
 from p2p_diloco.replica import Replica
 from p2p_diloco.rounds import rank
 from p2p_diloco.uploads import Uploads
-from p2p_diloco.wire import (
-    MAX_FRAME_BYTES,
-    AskChunk,
-    AskHeads,
-    AskIndex,
-    AskUpdate,
-    Channel,
-    M,
-    Message,
-    run_protocol,
-)
+from p2p_diloco.wire import Channel, M, run_protocol
 
 N = 300
 PART = 50

@@ -18,27 +18,13 @@ from simloop import SimLoop
 from p2p_diloco.codec import Codec, decode, encode
 from p2p_diloco.config import Timeouts
 from p2p_diloco.meeting import Meeting
+from p2p_diloco.messages import Again, AskCommit, AskPart, Commit, Contribute, Eta, Message, No, Receipt, Size, Took
 from p2p_diloco.outer import Part, Update, contributor_mask, part_slices, weighted_mean
 from p2p_diloco.records import Directory, seal_record
 from p2p_diloco.rounds import Missed
 from p2p_diloco.settle import Settlement
 from p2p_diloco.waiting import Bell, heard
-from p2p_diloco.wire import (
-    Again,
-    AskCommit,
-    AskPart,
-    Channel,
-    Commit,
-    Contribute,
-    Eta,
-    Message,
-    No,
-    Receipt,
-    Size,
-    Took,
-    Writer,
-    run_protocol,
-)
+from p2p_diloco.wire import Channel, Writer, run_protocol
 
 PROTOCOL = run_protocol(RUN_ID)
 HISTORY = "abc"

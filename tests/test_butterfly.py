@@ -15,8 +15,9 @@ from meetings import N_PARTS, PROTOCOL, TIMEOUTS, Losses, Round, Transport, fram
 
 from p2p_diloco.codec import Codec, encode
 from p2p_diloco.errors import RemoteError
+from p2p_diloco.messages import AskCommit, AskPart, Contribute, Message, Receipt
 from p2p_diloco.outer import Part
-from p2p_diloco.wire import AskCommit, AskPart, Channel, Contribute, Message, Receipt
+from p2p_diloco.wire import Channel
 
 pytestmark = pytest.mark.usefixtures("small_parts")
 

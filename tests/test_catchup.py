@@ -37,10 +37,11 @@ from library import (
 
 from p2p_diloco import catchup, download, uploads
 from p2p_diloco.errors import Gone, LedgerError
+from p2p_diloco.messages import AskChunk, AskHeads, AskIndex, AskUpdate, Heads, Message, No, Size
 from p2p_diloco.outer import HASH_BYTES, max_update_bytes, next_head, update_to_bytes
 from p2p_diloco.replica import Replica
 from p2p_diloco.snapshot import chunk_slices, snapshot_bytes
-from p2p_diloco.wire import AskChunk, AskHeads, AskIndex, AskUpdate, Channel, Heads, Message, No, Size
+from p2p_diloco.wire import Channel
 
 
 @pytest.fixture(autouse=True)

@@ -13,8 +13,9 @@ from p2p_diloco.config import Timeouts
 from p2p_diloco.discovery import announced_runs, find_manifest
 from p2p_diloco.errors import LocalError, NetworkError, UsageError
 from p2p_diloco.manifest import MAX_MANIFEST_BYTES, RunManifest
+from p2p_diloco.messages import AskManifest, Size
 from p2p_diloco.records import RUNS_KEY, seal_record
-from p2p_diloco.wire import MANIFEST_PROTOCOL, AskManifest, Channel, Size
+from p2p_diloco.wire import MANIFEST_PROTOCOL, Channel
 
 OWNER = identity(1000)
 TIMEOUTS = Timeouts()

@@ -11,8 +11,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from p2p_diloco.codec import encode
 from p2p_diloco.config import Timeouts
 from p2p_diloco.download import COPIES, LATE, LEAST_LATE_S, Handout, Updates
+from p2p_diloco.messages import AskUpdate
 from p2p_diloco.outer import Part, Update, UpdateHeader, genesis_state, update_to_bytes
-from p2p_diloco.wire import AskUpdate
 
 LATE_S = 5.0
 

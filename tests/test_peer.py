@@ -23,11 +23,7 @@ from p2p_diloco.errors import Gone, NetworkError, Refused, RemoteError
 from p2p_diloco.events import EVENTS_FILE, read_events
 from p2p_diloco.identity import Identity
 from p2p_diloco.manifest import OnMissed, RunManifest
-from p2p_diloco.outer import PART_VALUES, UpdateHeader, parts_with
-from p2p_diloco.rate import Rate
-from p2p_diloco.records import HEADS_SHOWN, open_record, seal_record
-from p2p_diloco.rounds import Standing
-from p2p_diloco.wire import (
+from p2p_diloco.messages import (
     MAX_TRANSFER_BYTES,
     AskCommit,
     AskDialBack,
@@ -36,7 +32,6 @@ from p2p_diloco.wire import (
     AskPart,
     AskTransfer,
     Behind,
-    Channel,
     Closing,
     Commit,
     Contribute,
@@ -50,6 +45,11 @@ from p2p_diloco.wire import (
     Redirect,
     Transferred,
 )
+from p2p_diloco.outer import PART_VALUES, UpdateHeader, parts_with
+from p2p_diloco.rate import Rate
+from p2p_diloco.records import HEADS_SHOWN, open_record, seal_record
+from p2p_diloco.rounds import Standing
+from p2p_diloco.wire import Channel
 
 OWNER = Identity.from_seed(b"o" * 32)
 N = 300_000  # two parts

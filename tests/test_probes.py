@@ -19,6 +19,16 @@ from p2p_diloco.errors import Gone, Misbehaved, Refused, Silent
 from p2p_diloco.identity import Identity
 from p2p_diloco.listener import Listener, dial_back, dial_backs, would_relay
 from p2p_diloco.matchmaking import Seat
+from p2p_diloco.messages import (
+    MAX_TRANSFER_BYTES,
+    AskDialBack,
+    AskTransfer,
+    DialBack,
+    DialedBack,
+    Message,
+    No,
+    Transferred,
+)
 from p2p_diloco.probes import (
     CONSENT_CONTEXT,
     DIALS,
@@ -38,19 +48,7 @@ from p2p_diloco.survey import (
     exchange,
     measure_bandwidth,
 )
-from p2p_diloco.wire import (
-    DIAL_BACK_PROTOCOL,
-    MAX_TRANSFER_BYTES,
-    AskDialBack,
-    AskTransfer,
-    Channel,
-    DialBack,
-    DialedBack,
-    Handler,
-    Message,
-    No,
-    Transferred,
-)
+from p2p_diloco.wire import DIAL_BACK_PROTOCOL, Channel, Handler
 
 PROTOCOL = "run"
 SERVER, ASKER, LISTENER, STRANGER = (identity(i + 1) for i in range(4))

@@ -21,9 +21,10 @@ from meetings import N_PARTS, PROTOCOL, TIMEOUTS, Losses, Round, Transport, fram
 
 from p2p_diloco.config import Timeouts
 from p2p_diloco.errors import RemoteError
+from p2p_diloco.messages import Again, AskCommit, AskPart, Commit, Contribute, Eta, Message, No, Receipt, Size
 from p2p_diloco.outer import Update
 from p2p_diloco.settle import HEARTBEATS, LEADERS_SHARE, choose_parts
-from p2p_diloco.wire import Again, AskCommit, AskPart, Channel, Commit, Contribute, Eta, Message, No, Receipt, Size
+from p2p_diloco.wire import Channel
 
 pytestmark = pytest.mark.usefixtures("small_parts")
 

@@ -25,10 +25,11 @@ from library import (
 from p2p_diloco import uploads
 from p2p_diloco.config import MIN_UPLOAD_BYTES_PER_S, Timeouts
 from p2p_diloco.errors import Gone, Refused
+from p2p_diloco.messages import AskChunk, AskHeads, AskIndex, AskUpdate, Heads, Message, Push, Size
 from p2p_diloco.outer import next_head
 from p2p_diloco.rate import BURST_S
 from p2p_diloco.uploads import UPLOADS, slots
-from p2p_diloco.wire import AskChunk, AskHeads, AskIndex, AskUpdate, Channel, Heads, Message, Push, Size
+from p2p_diloco.wire import Channel
 
 
 @pytest.fixture(autouse=True)
