@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Annotated
 
 from cyclopts import Parameter
+from cyclopts.validators import Number
 
 from p2p_diloco.arguments import check_run_id, require
 from p2p_diloco.display import plain
@@ -67,7 +68,7 @@ def sample(
     max_tokens: AtLeastOne = 200,
     temperature: Annotated[float, Parameter(validator=not_negative)] = 0.8,
     top_k: AtLeastOne | None = None,
-    seed: AtLeastZero = 0,
+    seed: Annotated[int, Parameter(validator=Number(gte=0, lt=2**64))] = 0,
     output: Output = OUTPUT,
 ) -> None:
     """Let a model write.

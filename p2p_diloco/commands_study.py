@@ -54,7 +54,7 @@ def simulate(
     """
     with importing("simulate"):
         from p2p_diloco.recount import past_of
-        from p2p_diloco.simulate import Simulation
+        from p2p_diloco.simulate import Simulation, alone_in
         from p2p_diloco.simulation import SimulatedRun
 
     what = SimulatedRun.load(run_file).with_flags(replicas=replicas, drop=drop)
@@ -65,10 +65,11 @@ def simulate(
             raise UsageError(f"--recount {recount}: a swarm of another run than {run_file}, or before that was changed")
     if folder is None:
         folder = Path("runs") / f"{what.run.name}-simulated-{time.strftime('%Y%m%d-%H%M%S')}"
-    simulation = Simulation.open(what, folder, base=run_file.parent, device=device, threads=threads, past=past)
-    count, step = len(simulation.replicas), simulation.state.step
-    STDOUT.print(f"{what.run.name}: {count} replicas in {folder}, outer step {step}", soft_wrap=True)
-    show_curve(simulation, STDOUT)
+    with alone_in(folder):
+        simulation = Simulation.open(what, folder, base=run_file.parent, device=device, threads=threads, past=past)
+        count, step = len(simulation.replicas), simulation.state.step
+        STDOUT.print(f"{what.run.name}: {count} replicas in {folder}, outer step {step}", soft_wrap=True)
+        show_curve(simulation, STDOUT)
     if past is None:
         return 0
     differing = simulation.differing_heads()
@@ -132,7 +133,7 @@ def show_curve(simulation: Simulation, console: Console) -> None:
         task = progress.add_task("", total=simulation.what.run.outer.steps, completed=simulation.state.step)
         for point in simulation.run():
             progress.advance(task)
-            if point.held_out_loss is not None or point.step == simulation.what.run.outer.steps:
+            if point.held_out_loss is not None or simulation.done:
                 progress.console.print(point.line(), soft_wrap=True)
     head, digest = simulation.state.head.hex(), simulation.state.digest().hex()
     console.print(f"head            {head}\ndigest          {digest}", soft_wrap=True)

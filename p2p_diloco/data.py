@@ -27,8 +27,8 @@ import numpy as np
 import numpy.typing as npt
 from numpy.lib.stride_tricks import sliding_window_view
 
-from p2p_diloco.errors import DataError, UsageError
-from p2p_diloco.hub import find_tokenizer, hub_documents
+from p2p_diloco.errors import DataError, LocalError, UsageError
+from p2p_diloco.hub import DATA_SET_NAME, find_tokenizer, hub_documents
 from p2p_diloco.manifest import DataSpec, canonical_json
 from p2p_diloco.outer import digest
 from p2p_diloco.text import (
@@ -47,10 +47,13 @@ log = logging.getLogger(__name__)
 
 Tokens = npt.NDArray[np.unsignedinteger[Any]]
 
-CACHE_FORMAT = 1
+CACHE_FORMAT = 2
 """Raised when documents, separators or the layout of cached files change."""
 ENCODE_CHARS = 1024 * 1024
 """Text that is held in memory and tokenized at once."""
+KEPT_FREE_BYTES = 10**9
+"""Of the disk, by the tokens of a data set: how long it is, is another's choice."""
+NO_TEXT = "this run brings no text of its own; add --data FILE-OR-FOLDER"
 END_TOKENS = ("<|endoftext|>", "</s>", "<|end_of_text|>", "<eos>", "<|eos|>", "[EOS]", "<|im_end|>", "[SEP]")
 """Under these names a tokenizer.json may have a token that ends a document; it does not say which one it is."""
 
@@ -111,12 +114,16 @@ class LibraryTokenizer:
         self.dtype: type[np.unsignedinteger[Any]] = np.uint16 if self.vocab_size <= 2**16 else np.uint32
 
     def encode(self, text: str) -> Tokens:
-        return np.array(self._tokenizer.encode(well_formed(text), add_special_tokens=False).ids, self.dtype)
+        with tokenizing():
+            encoding = self._tokenizer.encode(well_formed(text), add_special_tokens=False)
+        return np.array(encoding.ids, self.dtype)
 
     def encode_documents(self, documents: Sequence[Document]) -> Tokens:
         texts = [well_formed(document.text) for document in documents]
+        with tokenizing():
+            encodings = self._tokenizer.encode_batch(texts, add_special_tokens=False)
         ids: list[int] = []
-        for document, encoding in zip(documents, self._tokenizer.encode_batch(texts, add_special_tokens=False)):
+        for document, encoding in zip(documents, encodings):
             ids += encoding.ids
             if document.complete and self.end is not None:
                 ids.append(self.end)
@@ -129,6 +136,23 @@ class LibraryTokenizer:
     def token(self, token_id: int) -> str:
         """As it stands in the vocabulary."""
         return str(self._tokenizer.id_to_token(token_id))
+
+
+@contextmanager
+def tokenizing() -> Iterator[None]:
+    """DataError for what the tokenizers library raises on text that it has no tokens for: bare Exception, or, where its
+    Rust code panics, a BaseException of a class that cannot be imported."""
+    try:
+        yield
+    except LocalError:
+        raise
+    except BaseException as error:
+        if not (isinstance(error, Exception) or type(error).__name__ == "PanicException"):
+            raise
+        raise DataError(
+            f"the run's tokenizer cannot tokenize this text ({first_line(error)}); it needs a token for what it does "
+            f"not know"
+        ) from error
 
 
 def open_tokenizer(tokenizer_json: str) -> Tokenizer:
@@ -149,7 +173,7 @@ def load_tokenizer_json(spec: DataSpec, base: Path) -> str:
         ) from None
     except OSError as error:
         raise UsageError(f"{path}: cannot be read ({error.strerror})") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UsageError(f"{path}: not a tokenizer.json ({first_line(error)})") from error
     LibraryTokenizer(text, str(path))
     return text
@@ -163,6 +187,13 @@ class Corpus:
     vocab_size: int
     fingerprint: str
     """blake2b of the built-in text's names and contents, in hex; empty for a peer's own files."""
+    cached_as: str = ""
+    """Another name for other files, another tokenizer or another split."""
+
+    @property
+    def identity(self) -> str:
+        """Of the text: a change of it is a change of this."""
+        return self.fingerprint or self.cached_as
 
     def batch(
         self, *, run_seed: int, peer_id: str, step: int, batch_size: int, seq_len: int, micro_step: int = 0
@@ -201,31 +232,61 @@ class Source:
     fingerprinted: bool = False
 
 
-def source_of(spec: DataSpec, *, base: Path, override_path: Path | None, run_seed: int, peer_id: str) -> Source:
+def source_of(
+    spec: DataSpec, *, base: Path | None, cache: Path, override_path: Path | None, run_seed: int, peer_id: str
+) -> Source:
     if spec.source == "hub" and (override_path is None or override_path.is_dir()):
         if override_path is not None:
-            spec = spec.model_copy(update={"path": str(override_path.absolute())})
-        return hub_source(spec, base=base, run_seed=run_seed, peer_id=peer_id)
-    own = override_path if override_path is not None else base / spec.path if spec.path is not None else None
+            base = override_path.absolute()
+            spec = spec.model_copy(update={"path": str(base)})
+        elif base is None and not DATA_SET_NAME.fullmatch(str(spec.path)):
+            raise UsageError(NO_TEXT)
+        return hub_source(spec, base=base, cache=cache, run_seed=run_seed, peer_id=peer_id)
+    if override_path is not None:
+        own: Path | None = override_path
+    elif spec.path is None:
+        own = None
+    elif base is None:
+        raise UsageError(NO_TEXT)
+    else:
+        own = base / spec.path
     name = "the built-in text" if own is None else str(own)
     with reading(name):
         root, files = builtin_files() if own is None else user_files(own)
         facts = [own is None, str(root.resolve()), listing(root, files)]
     if own is None:
         return Source(name, facts, lambda: builtin_documents(root, files), fingerprinted=True)
-    return Source(name, facts, lambda: user_documents(root, files, spec.text_key))
+    return Source(name, facts, lambda: user_documents(files, spec.text_key))
 
 
-def hub_source(spec: DataSpec, *, base: Path, run_seed: int, peer_id: str) -> Source:
+def hub_source(spec: DataSpec, *, base: Path | None, cache: Path, run_seed: int, peer_id: str) -> Source:
     """Another one for every peer. What lies on the hub under a name is not looked up again once there are tokens."""
-    folder = base / str(spec.path)
-    with reading(str(folder)):
-        local = [str(folder.resolve()), listing(folder, walk(folder))] if folder.is_dir() else []
+    local: list[Any] = []
+    if base is not None and (folder := base / str(spec.path)).is_dir():
+        with reading(str(folder)):
+            local = [str(folder.resolve()), listing(folder, walk(folder))]
     facts = ["hub", spec.path, local, spec.config, spec.split, spec.held_out_split, spec.max_documents]
     facts += [spec.eval_tokens, spec.seq_len, run_seed, peer_id]
     return Source(
-        f"the data set {spec.path}", facts, lambda: hub_documents(spec, base=base, run_seed=run_seed, peer_id=peer_id)
+        f"the data set {spec.path}",
+        facts,
+        lambda: while_disk_lasts(hub_documents(spec, base=base, run_seed=run_seed, peer_id=peer_id), cache),
     )
+
+
+def while_disk_lasts(documents: Iterable[Document], cache: Path) -> Iterator[Document]:
+    """DataError before their tokens, which are written to ``cache``, leave less free than KEPT_FREE_BYTES."""
+    chars = ENCODE_CHARS
+    for document in documents:
+        chars += len(document.text)
+        if chars >= ENCODE_CHARS:
+            chars, free = 0, shutil.disk_usage(cache).free
+            if free < KEPT_FREE_BYTES:
+                raise DataError(
+                    f"{cache}: {free / 1e9:.2f} GB are free, and a data set's tokens must leave "
+                    f"{KEPT_FREE_BYTES / 1e9:.0f} GB; make room, or start peer with --data FILE-OR-FOLDER"
+                )
+        yield document
 
 
 def listing(root: Path, files: Iterable[Path]) -> list[list[Any]]:
@@ -235,7 +296,7 @@ def listing(root: Path, files: Iterable[Path]) -> list[list[Any]]:
 def open_corpus(
     spec: DataSpec,
     *,
-    base: Path,
+    base: Path | None,
     cache: Path,
     tokenizer_json: str = "",
     override_path: Path | None = None,
@@ -244,12 +305,13 @@ def open_corpus(
 ) -> Corpus:
     """Tokenizes the text unless ``cache`` holds its tokens. Processes that open the same text wait for one to do it.
 
-    ``base`` is the folder that paths in the spec are relative to; ``override_path`` are a volunteer's own files, or a
-    folder in the place of a hub data set. ``run_seed`` and ``peer_id`` choose a peer's part of a hub data set; all
-    other text is the same for everybody. LocalError names the file or key, and what to do.
+    ``base`` is the folder that paths in the spec are relative to; None where a stranger wrote the spec: then they name
+    nothing on this disk. ``override_path`` are a volunteer's own files, or a folder in the place of a hub data set.
+    ``run_seed`` and ``peer_id`` choose a peer's part of a hub data set; all other text is the same for everybody.
+    LocalError names the file or key, and what to do.
     """
     tokenizer = open_tokenizer(tokenizer_json)
-    source = source_of(spec, base=base, override_path=override_path, run_seed=run_seed, peer_id=peer_id)
+    source = source_of(spec, base=base, cache=cache, override_path=override_path, run_seed=run_seed, peer_id=peer_id)
     identity = [CACHE_FORMAT, spec.text_key, spec.held_out, tokenizer_json, source.facts]
     folder = cache / digest(b"corpus", canonical_json(identity))[:16].hex()
     try:
@@ -369,7 +431,7 @@ def cached(folder: Path, tokenizer: Tokenizer) -> Corpus | None:
         fingerprint = str(facts["fingerprint"])
     except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError):
         return None
-    return Corpus(**arrays, vocab_size=tokenizer.vocab_size, fingerprint=fingerprint)
+    return Corpus(**arrays, vocab_size=tokenizer.vocab_size, fingerprint=fingerprint, cached_as=folder.name)
 
 
 @contextmanager

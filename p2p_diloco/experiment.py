@@ -17,15 +17,17 @@ from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 
 from rich.console import Console
 from rich.markdown import Markdown
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from p2p_diloco.data import locked
 from p2p_diloco.errors import DataError, LocalError, UsageError
 from p2p_diloco.guard import die_with_parent
-from p2p_diloco.report import Summary, check_plots, markdown, plot, raw, rows_of
+from p2p_diloco.report import Summary, check_plots, final_loss, markdown, plot, raw, rows_of
 from p2p_diloco.simulate import SUMMARY_FILE
 from p2p_diloco.snapshot import disk_errors
 from p2p_diloco.study import Study, Trial
@@ -33,6 +35,7 @@ from p2p_diloco.study import Study, Trial
 STUDIES = Path("peers/experiments")
 BASES = ("base", "large")
 """Run files beside them, which they vary."""
+TRIALS = "trials"
 POLL_S = 1.0
 """A signal that another thread takes, as after a stop, does not wake the one that waits."""
 
@@ -61,7 +64,7 @@ class Work:
 
     @property
     def of_trial(self) -> Path:
-        return self.folder / "trials" / self.trial.key
+        return self.folder / TRIALS / self.trial.key
 
 
 def run_studies(
@@ -69,21 +72,24 @@ def run_studies(
 ) -> None:
     """Raises LocalError; what was finished by then is kept."""
     check_plots()
+    check_names(studies)
     with disk_errors(folder):
-        folder.mkdir(parents=True, exist_ok=True)
+        (folder / TRIALS).mkdir(parents=True, exist_ok=True)
     works = {
         trial.key: Work(trial=trial, base=study.base, folder=folder, device=device, threads=threads)
         for study in studies
         for trial in study.trials
     }
     missing = [work for work in works.values() if not (work.of_trial / SUMMARY_FILE).exists()]
+    for key in works.keys() - {work.trial.key for work in missing}:
+        check_torch(read_summary(works[key].of_trial), folder)
     with Progress(
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=console
     ) as progress:
         task = progress.add_task("simulations", total=len(works))
         progress.advance(task, len(works) - len(missing))
         for work, loss in simulate_all(missing, jobs):
-            progress.console.print(f"{work.trial.arm}, seed {work.trial.seed}: {loss:.4f}", highlight=False)
+            progress.console.print(f"{work.trial.name}: {loss:.4f}", highlight=False, markup=False)
             progress.advance(task)
     summaries = {key: read_summary(work.of_trial) for key, work in works.items()}
     for study in studies:
@@ -92,15 +98,32 @@ def run_studies(
 
 def write_results(study: Study, summaries: dict[str, Summary], folder: Path, console: Console) -> None:
     """Table, plot and raw figures; what is not there yet is left out."""
-    stem = folder / (study.name if study.size == "full" else f"{study.name}-{study.size}")
-    table, picture = stem.with_suffix(".md"), stem.with_suffix(".png")
+    stem = study.name if study.size == "full" else f"{study.name}-{study.size}"
+    table, picture = folder / f"{stem}.md", folder / f"{stem}.png"
     text = markdown(study, rows_of(study, summaries))
     with disk_errors(folder):
         table.write_text(text)
-        stem.with_suffix(".json").write_text(json.dumps(raw(study, summaries), indent=1) + "\n")
+        (folder / f"{stem}.json").write_text(json.dumps(raw(study, summaries), indent=1) + "\n")
         plot(study, summaries, picture)
     console.print(Markdown(text) if console.is_terminal else text, markup=False, soft_wrap=True)
     console.print(f"{table}\n{picture}\n", soft_wrap=True)
+
+
+def check_names(studies: Sequence[Study]) -> None:
+    """UsageError where the results of one would replace another's."""
+    names = [study.name for study in studies]
+    for name in names:
+        if names.count(name) > 1:
+            raise UsageError(f"two studies are named {name}: simulate one after the other, each with its own --folder")
+
+
+def check_torch(summary: Summary, folder: Path) -> None:
+    """UsageError when what is there was made with another torch, whose sources are the built-in text, too."""
+    made, here = summary["torch"], version("torch")
+    if made != here:
+        raise UsageError(
+            f"{folder}: has simulations made with torch {made}, and this is {here}; choose another --folder"
+        )
 
 
 def read_summary(folder: Path) -> Summary:
@@ -157,7 +180,17 @@ def start_process(parent: int) -> None:
 
 
 def simulate_one(work: Work) -> float:
-    """The final held-out loss; NaN where theta is not finite."""
+    """The final held-out loss; infinite where theta is not finite. Another process may be at it, or have been."""
+    with locked(work.of_trial.with_suffix(".lock")):
+        if not (work.of_trial / SUMMARY_FILE).exists():
+            try:
+                simulate(work)
+            except LocalError as error:
+                raise type(error)(f"{work.trial.name}: {error}") from error
+    return final_loss(read_summary(work.of_trial))
+
+
+def simulate(work: Work) -> None:
     from p2p_diloco.simulate import Simulation
 
     simulation = Simulation.open(
@@ -170,5 +203,3 @@ def simulate_one(work: Work) -> float:
     )
     for _ in simulation.run():
         pass
-    last = simulation.curve[-1].held_out_loss
-    return float("nan") if last is None else last

@@ -22,7 +22,7 @@ from p2p_diloco.codec import Vector
 from p2p_diloco.data import LibraryTokenizer
 from p2p_diloco.errors import UsageError
 from p2p_diloco.manifest import RunManifest
-from p2p_diloco.model import build_model, layout_of, no_progress_bars, write_parameters
+from p2p_diloco.model import model_of, no_progress_bars, write_parameters
 
 INFO_FILE = "p2p_diloco.json"
 
@@ -50,12 +50,7 @@ def export_model(manifest: RunManifest, theta: Vector, folder: Path, *, step: in
 
     folder = Path(os.path.abspath(folder))
     refuse_taken(folder)
-    model: Any = build_model(manifest.transformers_config, seed=None)
-    if layout_of(model).digest != manifest.layout_digest:
-        raise UsageError(
-            "the installed transformers builds this model with other parameters than the run's; "
-            "install the version that the run's owner uses"
-        )
+    model: Any = model_of(manifest)
     write_parameters(model, theta)
     info = ExportInfo(
         run=manifest.spec.name,

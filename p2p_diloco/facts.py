@@ -5,10 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 from p2p_diloco.data import load_tokenizer_json, open_tokenizer
-from p2p_diloco.errors import UsageError
-from p2p_diloco.hub import check_data_set
+from p2p_diloco.errors import DataError, UsageError
+from p2p_diloco.hub import PREFIX, check_data_set
 from p2p_diloco.interruption import importing
 from p2p_diloco.manifest import RunManifest, RunSpec
+from p2p_diloco.text import user_documents, user_files
 
 
 def facts_of(manifest: RunManifest) -> dict[str, str]:
@@ -29,21 +30,21 @@ def facts_of(manifest: RunManifest) -> dict[str, str]:
 
 
 def check_run_file(path: Path) -> dict[str, str]:
-    """What a run file would start, without starting it. Raises UsageError that names file and key."""
-    from p2p_diloco.manifest import RunSpec
-
+    """What a run file would start, without starting it. Raises LocalError that names what is wrong."""
     spec, base = RunSpec.load(path), path.parent
     if spec.data.source == "hub":
         check_data_set(spec.data, base)
-    elif spec.data.path is not None and not (base / spec.data.path).exists():
-        raise UsageError(f"{path}: key 'data.path': no such file or folder: {base / spec.data.path}")
+    elif spec.data.path is not None:
+        check_text(base / spec.data.path, f"{path}: key 'data.path'", spec.data.text_key)
     tokenizer = open_tokenizer(load_tokenizer_json(spec.data, base))
 
     with importing("manifest"):
         import torch
 
-        from p2p_diloco.model import build_model, context_tokens, layout_of, resolve_config
+        from p2p_diloco.model import build_model, context_tokens, layout_of, require_weights, resolve_config
 
+    if spec.model.path is not None and not spec.model.path.startswith(PREFIX):
+        require_weights(base / spec.model.path)
     config = resolve_config(spec.model, base=base, vocab_size=tokenizer.vocab_size)
     with torch.device("meta"):
         model = build_model(config, seed=None)
@@ -54,6 +55,15 @@ def check_run_file(path: Path) -> dict[str, str]:
         )
     facts = spec_facts(spec, layout_of(model).n, config["model_type"])
     return {"run file": f"{path}: sound", "run": spec.name, **facts}
+
+
+def check_text(text: Path, where: str, text_key: str) -> None:
+    """Reads the first document. ``where``: of the path, for messages."""
+    if not text.exists():
+        raise UsageError(f"{where}: no such file or folder: {text}")
+    _, files = user_files(text)
+    if next(user_documents(files, text_key), None) is None:
+        raise DataError(f"{where}: no text in {text}")
 
 
 def spec_facts(spec: RunSpec, n_params: int, model_type: str) -> dict[str, str]:

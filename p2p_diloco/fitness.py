@@ -12,6 +12,7 @@ from pathlib import Path
 from p2p_diloco.codec import encoded_bytes
 from p2p_diloco.config import Timeouts
 from p2p_diloco.doctor import Bandwidth, Finding, Kind, amount, span
+from p2p_diloco.hub import DATA_SET_NAME
 from p2p_diloco.manifest import RunManifest
 from p2p_diloco.outer import max_update_bytes
 from p2p_diloco.records import Record
@@ -94,7 +95,7 @@ def text_finding(manifest: RunManifest, trial: MachineTrial, own_data: str) -> F
     if own_data:
         return Finding(kind="ok", what="text", measured=f"your own, {own_data}")
     data = manifest.spec.data
-    if data.source == "hub":
+    if data.source == "hub" and DATA_SET_NAME.fullmatch(str(data.path)):
         measured = f"a part of the data set {data.path}, which peer downloads"
         if trial.has_datasets is not False:
             return Finding(kind="ok", what="text", measured=measured)

@@ -16,7 +16,16 @@ from p2p_diloco.errors import LedgerError, UsageError
 from p2p_diloco.hub import check_data_set, find_model
 from p2p_diloco.identity import Identity
 from p2p_diloco.manifest import MAX_MANIFEST_BYTES, RunManifest, RunSpec, canonical_json, open_manifest
-from p2p_diloco.model import build_model, context_tokens, layout_of, load_pretrained, read_parameters, resolve_config
+from p2p_diloco.model import (
+    build_model,
+    check_causal,
+    check_untrained,
+    context_tokens,
+    layout_of,
+    load_pretrained,
+    read_parameters,
+    resolve_config,
+)
 from p2p_diloco.outer import genesis_state
 from p2p_diloco.snapshot import disk_errors, write_whole
 from p2p_diloco.stored import MANIFEST_FILE, open_ledger, run_folder
@@ -60,11 +69,13 @@ def make_manifest(
         model = build_model(config, seed=spec.seed)
     else:
         model = load_pretrained(find_model(spec.model.path, base, with_weights=True))
+        check_untrained(model, config)
     longest = context_tokens(model)
     if longest is not None and spec.data.seq_len > longest:
         raise UsageError(
             f"{source}: key 'data.seq_len': {spec.data.seq_len}, but the model sees at most {longest} tokens"
         )
+    check_causal(model, vocab_size=tokenizer.vocab_size, seq_len=spec.data.seq_len)
     layout = layout_of(model)
     theta = np.empty(layout.n, np.float32)
     read_parameters(model, theta)

@@ -26,8 +26,9 @@ form of the hub's cache, and on names that cannot be reached.
 from __future__ import annotations
 
 import logging
+import os
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from importlib.util import find_spec
@@ -38,15 +39,17 @@ from typing import Any
 from p2p_diloco.errors import DataError, LocalError, UsageError
 from p2p_diloco.manifest import DataSpec
 from p2p_diloco.outer import digest
-from p2p_diloco.text import Document, is_held_out
+from p2p_diloco.text import Document, is_held_out, named_by_text
 
 log = logging.getLogger(__name__)
 
 PREFIX = "hub:"
 """Before a name where a path may stand, too."""
-DATA_SET_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(@[\w./-]+)?", re.ASCII)
+DATA_SET_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(@\w[\w.-]*(/\w[\w.-]*)*)?", re.ASCII)
 """Always with an owner: a single word such as ``json`` is a reader of the datasets library, which would take the files
-of the current folder."""
+of the current folder. A revision is no way up to another folder either."""
+ON_THE_HUB = "hf://datasets/"
+"""Before a name, it is looked up there alone; without, the library takes a folder of that name, if there is one."""
 ANSWER_S = 10
 """How long the hub has to answer at all. The libraries would try again for half a minute."""
 PIECES = 16
@@ -66,11 +69,12 @@ def library_is_missing() -> bool:
     return find_spec("datasets") is None
 
 
-def hub_documents(spec: DataSpec, *, base: Path, run_seed: int, peer_id: str) -> Iterator[Document]:
+def hub_documents(spec: DataSpec, *, base: Path | None, run_seed: int, peer_id: str) -> Iterator[Document]:
     """The held-out documents, the same ones for every peer, then those that this peer trains on: at most
     ``spec.max_documents`` are read for each.
 
-    ``base``: what the path of a local folder is relative to. LocalError names the key and what to do.
+    ``base``: what the path of a local folder is relative to; None where a stranger wrote the spec, who is to name what
+    is on the hub, and nothing on this disk. LocalError names the key and what to do.
     """
     stream = open_stream(spec, base, spec.split, "data.split")
     other = stream if spec.held_out_split is None else open_stream(spec, base, spec.held_out_split, HELD_OUT_KEY)
@@ -125,26 +129,43 @@ def check_data_set(spec: DataSpec, base: Path) -> None:
             raise DataError(f"{spec.path}: no documents in split {split!r}; choose another under {key}")
 
 
-def open_stream(spec: DataSpec, base: Path, split: str, key: str) -> Any:
+def open_stream(spec: DataSpec, base: Path | None, split: str, key: str) -> Any:
     """An IterableDataset, not read yet. ``key``: where the run file names the split."""
     datasets, name = load_library(spec), str(spec.path)
-    folder = base / name
-    if folder.is_dir() and any((folder / file).is_file() for file in ("state.json", "dataset_dict.json")):
+    folder = None if base is None else base / name
+    if folder is not None and any((folder / file).is_file() for file in ("state.json", "dataset_dict.json")):
         return open_saved(datasets, spec, folder, split, key)
-    if folder.is_dir():
+    if folder is not None and folder.is_dir():
         where, revision = str(folder.resolve()), None
+        inside = places_of(folder.resolve())
     elif DATA_SET_NAME.fullmatch(name):
-        where, revision = look_up(name, "dataset", "data.path")
+        repository, revision = look_up(name, "dataset", "data.path")
+        where = ON_THE_HUB + repository
+        inside = (f"{where}@",)
     else:
-        raise UsageError(
-            f"key 'data.path': {folder} is no folder, and {name!r} no name on the hub, which is OWNER/NAME"
-        )
+        place = "" if folder is None else f"{folder} is no folder, and "
+        raise UsageError(f"key 'data.path': {place}{name!r} no name on the hub, which is OWNER/NAME")
     with asking(f"{name}, data.config = {spec.config!r}"):
         builder = datasets.load_dataset_builder(where, spec.config, revision=revision)
+    refuse_strays(name, inside, builder.config.data_files)
     with asking(f"{name}, {key} = {split!r}"):
         stream = builder.as_streaming_dataset(split=split)
     with asking(name):
         return stream.reshard() if stream.num_shards < PIECES else stream
+
+
+def places_of(folder: Path) -> tuple[str, ...]:
+    """How the resolved paths of the folder's files begin. In the hub's own cache they are links."""
+    files = [folder, folder.parent.parent / "blobs"] if folder.parent.name == "snapshots" else [folder]
+    return tuple(f"{place}{os.sep}" for place in files)
+
+
+def refuse_strays(name: str, inside: tuple[str, ...], data_files: Mapping[str, Sequence[str]] | None) -> None:
+    """DataError when the data set's description names files that are not its own, but the reader's, say. ``inside``:
+    how the names of its own begin."""
+    for file in (file for files in (data_files or {}).values() for file in map(str, files)):
+        if not (file if "://" in file else os.path.realpath(file)).startswith(inside):
+            raise DataError(f"{name}: this data set names a file that is not in it, {file}; do not use it")
 
 
 def open_saved(datasets: Any, spec: DataSpec, folder: Path, split: str, key: str) -> Any:
@@ -166,7 +187,7 @@ def documents(spec: DataSpec, stream: Any, shards: Iterable[int]) -> Iterator[Do
     for row in rows_of(stream, shards, str(spec.path)):
         text = row.get(spec.text_key)
         if isinstance(text, str):
-            yield Document(digest(text.encode("utf-8", "replace")).hex(), text)
+            yield named_by_text(text)
         elif text is not None or spec.text_key not in row:
             known = ", ".join(name for name, value in row.items() if isinstance(value, str))[:200]
             raise DataError(f"{spec.path}: no text under {spec.text_key!r}; data.text_key can be: {known or 'nothing'}")

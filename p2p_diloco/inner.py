@@ -12,7 +12,7 @@ import json
 import math
 import random
 import signal
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -136,28 +136,31 @@ class InnerOptimizer:
         with disk_errors(path, len(data)):
             write_whole(path, [data], len(data))
 
-    def moments(self) -> tuple[dict[str, torch.Tensor], list[float]]:
-        """AdamW's state: two moments a parameter by name, on the CPU, and how many steps each has made. Empty before
-        the first step, and for SGD."""
-        tensors, steps = {}, []
+    def moments(self) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
+        """AdamW's state: two moments a parameter, on the CPU, and how many steps each has made, by its number. Empty
+        before the first step, and for SGD; a parameter that never had a gradient has none."""
+        tensors, steps = {}, {}
         for i, parameter in enumerate(self.parameters):
             state = self.optimizer.state.get(parameter, {})
             if "exp_avg" in state:
                 tensors[f"exp_avg.{i}"] = state["exp_avg"].contiguous().cpu()
                 tensors[f"exp_avg_sq.{i}"] = state["exp_avg_sq"].contiguous().cpu()
-                steps.append(float(state["step"]))
+                steps[str(i)] = float(state["step"])
         return tensors, steps
 
-    def restore(self, tensors: Mapping[str, torch.Tensor], steps: Sequence[float]) -> bool:
-        """Take what ``moments`` gave. False, with nothing changed, when it is another model's or not finite."""
-        pairs = [(tensors[f"exp_avg.{i}"], tensors[f"exp_avg_sq.{i}"]) for i in range(len(steps))]
-        if not all(bool(torch.isfinite(moment).all()) for pair in pairs for moment in pair):
+    def restore(self, tensors: Mapping[str, torch.Tensor], steps: Mapping[str, float]) -> bool:
+        """Take what ``moments`` gave. False, with nothing changed, when it is another model's or not finite. KeyError
+        when some of it is missing."""
+        numbered = {str(i): parameter for i, parameter in enumerate(self.parameters)}
+        pairs = {i: (tensors[f"exp_avg.{i}"], tensors[f"exp_avg_sq.{i}"]) for i in steps}
+        if not all(bool(torch.isfinite(moment).all()) for pair in pairs.values() for moment in pair):
             return False
-        if [moment.shape for moment, _ in pairs] != [p.shape for p in self.parameters[: len(pairs)]]:
+        if any(i not in numbered or moment.shape != numbered[i].shape for i in pairs for moment in pairs[i]):
             return False
-        for parameter, step, (exp_avg, exp_avg_sq) in zip(self.parameters, steps, pairs):
+        for i, (exp_avg, exp_avg_sq) in pairs.items():
+            parameter = numbered[i]
             self.optimizer.state[parameter] = {
-                "step": torch.tensor(step),
+                "step": torch.tensor(steps[i]),
                 "exp_avg": exp_avg.to(parameter.device),
                 "exp_avg_sq": exp_avg_sq.to(parameter.device),
             }
@@ -172,6 +175,8 @@ class InnerOptimizer:
             with safe_open(path, "pt") as file:
                 metadata = file.metadata() or {}
                 steps = json.loads(metadata["steps"])
+                if not isinstance(steps, dict):
+                    return None
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
                 local = tensors["local"].numpy()
                 found = local, metadata["head"], int(metadata["inner_step"]), int(metadata["tokens"])

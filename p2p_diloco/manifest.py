@@ -12,13 +12,22 @@ from __future__ import annotations
 
 import difflib
 import json
+import math
 import sys
 from collections.abc import Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from p2p_diloco.codec import Codec
 from p2p_diloco.errors import UsageError
@@ -46,6 +55,15 @@ class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
 
+def has_nan(value: Any) -> bool:
+    """Anywhere in what TOML or JSON can hold. Infinity is a limit that some types of models have."""
+    if isinstance(value, dict):
+        return any(map(has_nan, value.values()))
+    if isinstance(value, list):
+        return any(map(has_nan, value))
+    return isinstance(value, float) and math.isnan(value)
+
+
 class ModelSpec(Section):
     """``[model]``: either a transformers config, or a folder with one and with weights to start from."""
 
@@ -61,6 +79,8 @@ class ModelSpec(Section):
             raise ValueError("give either config or path")
         if self.config is not None and not isinstance(self.config.get("model_type"), str):
             raise ValueError('config needs a model_type, for example model_type = "llama"')
+        if has_nan(self.config):
+            raise ValueError("config has a nan")
         return self
 
 
@@ -79,7 +99,7 @@ class DataSpec(Section):
     """Of a hub data set: what is trained on."""
     held_out_split: Annotated[str, Field(min_length=1)] | None = None
     """Of a hub data set: what is evaluated on. Without it, some of ``split`` are held out, by a hash of their text."""
-    max_documents: Count = 100_000
+    max_documents: Annotated[int, Field(gt=0, le=10**7)] = 100_000
     """Of a hub data set: how many documents a peer reads before it starts. Others than its neighbours read, if there
     are enough; ``hub.py`` says which, and what it costs."""
     text_key: Annotated[str, Field(min_length=1, max_length=64)] = "text"
@@ -90,8 +110,8 @@ class DataSpec(Section):
     seq_len: Annotated[int, Field(ge=8, le=1_048_576)] = 256
     """Tokens a model sees at once; a batch row has one more, the last target."""
     held_out: Annotated[float, Field(gt=0, le=0.5)] = 0.02
-    """Share of the documents, by a hash of their names, that nobody trains on."""
-    eval_tokens: Count = 65_536
+    """Share of the documents, by a hash of their text (of the built-in text: of their paths), that nobody trains on."""
+    eval_tokens: Annotated[int, Field(gt=0, le=2**26)] = 65_536
     """Held-out tokens that theta is evaluated on at every outer step."""
 
     @model_validator(mode="after")
@@ -177,10 +197,21 @@ class RunSpec(Section):
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     """Of the random initialization and of the order of the data."""
     model: ModelSpec
-    data: DataSpec = DataSpec()
+    data: Annotated[DataSpec, Field(validate_default=True)] = DataSpec()
     inner: InnerSpec = InnerSpec()
     outer: OuterSpec = OuterSpec()
     round: RoundSpec = RoundSpec()
+
+    @field_validator("data")
+    @classmethod
+    def _tokenizer_of_the_weights(cls, data: DataSpec, info: ValidationInfo) -> DataSpec:
+        model = info.data.get("model")
+        if model is not None and model.path is not None and "tokenizer" not in data.model_fields_set:
+            raise ValueError(
+                "model.path has weights for a vocabulary: name its tokenizer under data.tokenizer, most often with the "
+                'same words as model.path, or ask for tokenizer = "bytes"'
+            )
+        return data
 
     @property
     def tokens_per_inner_step(self) -> int:
@@ -221,7 +252,8 @@ class RunManifest(Section):
     protocol: int = PROTOCOL
     spec: RunSpec
     model_config_json: str
-    """The full transformers config as canonical JSON: defaults of another library version cannot change the model."""
+    """The full transformers config as canonical JSON: defaults of another library version cannot change the model.
+    ``open_manifest`` makes sure that it is a table with a model_type."""
     n_params: Count
     layout_digest: HexDigest
     """Over the names and shapes of all parameters, in the order in which theta holds them."""
@@ -286,7 +318,17 @@ def open_manifest(data: bytes, source: str) -> RunManifest:
         raise UsageError(f"{source}: {explain(error, RunManifest)}") from error
     if not verify(manifest.owner, SIGNATURE_CONTEXT + manifest.canonical_bytes, signature):
         raise UsageError(f"{source}: the manifest's signature is not its owner's; somebody changed it, do not join")
+    if not names_a_model_type(manifest.model_config_json):
+        raise UsageError(f"{source}: key 'model_config_json': not a transformers config with a model_type")
     return manifest
+
+
+def names_a_model_type(config_json: str) -> bool:
+    try:
+        config = json.loads(config_json)
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(config, dict) and isinstance(config.get("model_type"), str)
 
 
 def canonical_json(value: object) -> bytes:
@@ -308,7 +350,7 @@ def explain(error: ValidationError, model: type[BaseModel]) -> str:
         return f"key {key!r} is missing"
     message = first["msg"].removeprefix("Value error, ")
     given = first["input"]
-    shown = "" if isinstance(given, (Mapping, list)) else f" (got {str(given)[:80]!r})"
+    shown = "" if isinstance(given, (Mapping, list, BaseModel)) else f" (got {str(given)[:80]!r})"
     return f"key {key!r}: {message[:1].lower()}{message[1:]}{shown}"
 
 

@@ -2,7 +2,8 @@
 
 A config comes from a stranger's manifest, so it names no code and no place: only model types that the installed
 transformers library has are built, and keys that make it fetch something, or that a peer chooses alone (precision,
-attention kernels), are dropped on both ends.
+attention kernels), are dropped on both ends. How large the model is has to be what the manifest says, before memory is
+taken for it (``model_of``).
 
 The vector holds the trainable parameters in the order of ``named_parameters``, tied ones once.
 
@@ -25,19 +26,28 @@ import numpy.typing as npt
 import torch
 
 from p2p_diloco.codec import Vector
-from p2p_diloco.errors import UsageError
+from p2p_diloco.errors import LocalError, UsageError
 from p2p_diloco.hub import find_model
-from p2p_diloco.manifest import ModelSpec
+from p2p_diloco.manifest import ModelSpec, RunManifest
 from p2p_diloco.outer import digest
+from p2p_diloco.text import first_line
 
 NOT_OF_THE_RUN = (
     *("transformers_version", "name_or_path", "architectures", "auto_map", "dtype", "torch_dtype"),
     *("quantization_config", "attn_implementation", "experts_implementation"),
 )
 """Keys of a config that vary with the library or the machine, or name code; and all that start with an underscore."""
+NEEDS_DECODER = "this model would see the tokens that it is to predict; give a decoder (is_decoder = true)"
 SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 ROPE_KEYS = ("rope_theta", "rope_scaling", "partial_rotary_factor")
 """Older names, which the library moves into rope_parameters."""
+PROBE_TOKENS = 8
+"""Enough to see whether a model looks ahead."""
+LOOKS_AHEAD = 3e-5
+"""By which share of the largest logit others must change for that. Small encoders with random weights change by 5e-4
+and more; rounding, where experts get another number of tokens, made 2e-7 of it."""
+UNTRAINED_VALUES = 2**26
+"""Buffers and frozen parameters that any model may have; a larger one may have as many as trained ones."""
 
 
 def resolve_config(spec: ModelSpec, *, base: Path, vocab_size: int) -> dict[str, Any]:
@@ -60,27 +70,16 @@ def resolve_config(spec: ModelSpec, *, base: Path, vocab_size: int) -> dict[str,
                 raise UsageError(f"unknown key '{source}.{key}'; {hint}")
         given.setdefault("vocab_size", vocab_size)
         # An encoder's type is a language model only as a decoder: it would see the tokens that it is to predict.
-        if "is_decoder" in parameters:
-            given.setdefault("is_decoder", True)
+        # Of a folder ``check_causal`` tells: some types, as gpt_neox, do not look ahead whatever the key says.
+        if "is_decoder" in parameters and not given.setdefault("is_decoder", True):
+            raise UsageError(f"key '{source}.is_decoder': false; {NEEDS_DECODER}")
         # A type's default special tokens belong to another vocabulary; a padding token would never be trained.
         for key in SPECIAL_TOKENS:
             if key in parameters and "None" in str(parameters[key].annotation):
                 given.setdefault(key, None)
     else:
         path = find_model(str(spec.path), base, with_weights=False) / "config.json"
-        source = str(path)
-        try:
-            given = json.loads(path.read_bytes())
-        except FileNotFoundError:
-            raise UsageError(f"{path}: no such file; model.path is a transformers folder with config.json") from None
-        except OSError as error:
-            raise UsageError(f"{path}: cannot be read ({error.strerror})") from error
-        except ValueError as error:
-            raise UsageError(f"{path}: not JSON ({error})") from error
-        if not isinstance(given, dict):
-            raise UsageError(f"{path}: not a transformers config")
-        if given.get("quantization_config"):
-            raise UsageError(f"{path}: the weights are quantized; a run needs a folder with plain weights")
+        source, given = str(path), read_config(path)
         config_class = config_class_of(given, source)
     resolved = instantiate(config_class, given, source)
     if not vocab_size <= getattr(resolved, "vocab_size", 0):
@@ -88,6 +87,23 @@ def resolve_config(spec: ModelSpec, *, base: Path, vocab_size: int) -> dict[str,
             f"key '{source}.vocab_size': {getattr(resolved, 'vocab_size', 0)} is less than the tokenizer's {vocab_size}"
         )
     config: dict[str, Any] = portable(json.loads(resolved.to_json_string(use_diff=False)))
+    return config
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """As it lies there. ``path``: of a config.json with plain weights beside it; UsageError for anything else."""
+    try:
+        config = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise UsageError(f"{path}: no such file; model.path is a transformers folder with config.json") from None
+    except OSError as error:
+        raise UsageError(f"{path}: cannot be read ({error.strerror})") from error
+    except (ValueError, RecursionError) as error:
+        raise UsageError(f"{path}: not JSON ({error})") from error
+    if not isinstance(config, dict):
+        raise UsageError(f"{path}: not a transformers config")
+    if config.get("quantization_config"):
+        raise UsageError(f"{path}: the weights are quantized; a run needs a folder with plain weights")
     return config
 
 
@@ -152,32 +168,111 @@ def build_model(config: dict[str, Any], *, seed: int | None) -> torch.nn.Module:
     return model.train()
 
 
+def model_of(manifest: RunManifest) -> torch.nn.Module:
+    """As ``build_model``, of a manifest that may be a stranger's: UsageError, before memory is taken, unless it has the
+    parameters that the manifest counts."""
+    config = manifest.transformers_config
+    with torch.device("meta"):
+        outline = build_model(config, seed=None)
+    layout = layout_of(outline)
+    if (layout.n, layout.digest) != (manifest.n_params, manifest.layout_digest):
+        raise UsageError(
+            "the installed transformers builds this model with other parameters than the run's; "
+            "install the version that the run's owner uses"
+        )
+    values = sum(tensor.numel() for tensor in (*outline.parameters(), *outline.buffers()))
+    if values - layout.n > max(layout.n, UNTRAINED_VALUES):
+        raise UsageError(f"this model has {layout.n} values that are trained and {values - layout.n} that are not")
+    return build_model(config, seed=None)
+
+
+def require_weights(folder: Path) -> None:
+    """UsageError unless ``folder`` looks like one that ``load_pretrained`` reads; without reading it."""
+    if not folder.is_dir():
+        raise UsageError(
+            f"{folder}: no such folder; a transformers folder with config.json and model.safetensors is needed"
+        )
+    if not any(folder.glob("*.safetensors")):
+        raise UsageError(f"{folder}: no weights here; a run starts from those of a model.safetensors")
+
+
 def load_pretrained(path: Path) -> torch.nn.Module:
-    """The model of a local transformers folder in float32, in training mode; every weight must be there."""
+    """The model of a local transformers folder in float32, in training mode; every weight must be there. Kernels and
+    precision that its config asks for are not taken: peers build the model without these, too."""
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
-    if not path.is_dir():
-        raise UsageError(
-            f"{path}: no such folder; a transformers folder with config.json and model.safetensors is needed"
-        )
+    require_weights(path)
+    source = path / "config.json"
+    config = read_config(source)
+    config_object = instantiate(config_class_of(config, str(source)), config, str(source))
     try:
         model: torch.nn.Module
         with no_progress_bars():
             model, info = AutoModelForCausalLM.from_pretrained(
                 path,
+                config=config_object,
                 dtype=torch.float32,
                 local_files_only=True,
                 trust_remote_code=False,
                 use_safetensors=True,
                 output_loading_info=True,
             )
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+    except (
+        *(OSError, ValueError, KeyError, RuntimeError, SafetensorError),
+        *(ImportError, TypeError, AttributeError),
+    ) as error:
         raise UsageError(f"{path}: transformers cannot load this folder: {reason(error)}") from error
     if info["missing_keys"] or info["mismatched_keys"]:
         first = sorted(map(str, info["missing_keys"] or info["mismatched_keys"]))[0]
         raise UsageError(f"{path}: its weights are not those of its config, {first} is missing or has another shape")
     return model.train()
+
+
+def check_causal(model: torch.nn.Module, *, vocab_size: int, seq_len: int) -> None:
+    """UsageError when the model cannot read ``seq_len`` tokens, or when what it says after some of them depends on the
+    next ones: its loss would mean nothing then."""
+    was_training = model.training
+    model.eval()
+    try:
+        before, after = probe(model, vocab_size, min(seq_len, PROBE_TOKENS))
+    except UsageError:  # some types have a shortest sequence
+        before, after = probe(model, vocab_size, seq_len)
+    finally:
+        model.train(was_training)
+    if (before - after).abs().max() > LOOKS_AHEAD * before.abs().max():
+        raise UsageError(NEEDS_DECODER)
+
+
+@torch.no_grad()
+def probe(model: torch.nn.Module, vocab_size: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """What the model says after all tokens but the last one, float32 [length - 1, vocab], for two different last ones.
+    One sequence at a time: experts may be shared out among all tokens of a batch."""
+    device = next(model.parameters()).device
+    tokens = torch.arange(length, device=device)[None] % vocab_size  # int64 [1, length]
+    others = tokens.clone()
+    others[0, -1] = (others[0, -1] + max(vocab_size // 2, 1)) % vocab_size
+    try:
+        before, after = (model(input_ids=ids, use_cache=False).logits[0, :-1].float() for ids in (tokens, others))
+    except LocalError:
+        raise
+    except Exception as error:  # models of transformers raise what they like
+        raise UsageError(f"the model cannot read {length} tokens: {first_line(error)}") from error
+    return before, after
+
+
+def check_untrained(model: torch.nn.Module, config: dict[str, Any]) -> None:
+    """UsageError when the model holds something, beside its trainable parameters, that ``build_model`` does not make of
+    ``config`` alone: these are all that peers get."""
+    trained = {name for name, parameter in model.named_parameters(remove_duplicate=False) if parameter.requires_grad}
+    made = build_model(config, seed=None).state_dict()
+    for name, value in model.state_dict().items():
+        if name not in trained and not (name in made and same(value, made[name])):
+            raise UsageError(f"{name} of this model is not trained, and peers could not get it; give another model")
+
+
+def same(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return a.dtype == b.dtype and torch.equal(a, b)
 
 
 @contextmanager

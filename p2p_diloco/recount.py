@@ -62,13 +62,16 @@ def recount(logs: Iterable[list[Event]], manifest: RunManifest, source: str) -> 
         if started:
             for step, steps in attempts_of(log, started[0], manifest).items():
                 attempts.setdefault(step, {})[started[0]] = steps
+    if not members:
+        raise UsageError(f"{source}: its swarm has made no outer step")
     if sorted(members) != list(range(len(members))):
         raise UsageError(f"{source}: its logs do not tell of every outer step from the first one on")
     for step, there in members.items():
         if there != attempts.get(step, {}).keys():
             raise UsageError(f"{source}: not everybody who has a log here, or only they, made outer step {step + 1}")
     names = sorted(set.union(*members.values()))
-    return Past(names=tuple(names), inner_steps=attempts, dropped=dropped, heads=heads)
+    inner_steps = {step: attempts[step] for step in members}
+    return Past(names=tuple(names), inner_steps=inner_steps, dropped=dropped, heads=heads)
 
 
 def attempts_of(log: list[Event], peer_id: str, manifest: RunManifest) -> dict[int, tuple[int, ...]]:

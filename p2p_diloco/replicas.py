@@ -94,13 +94,14 @@ def warm_start(
     what: SimulatedRun, manifest: RunManifest, theta: Vector, corpus: Corpus, device: torch.device, folder: Path
 ) -> Vector:
     """float32 [n]: theta after one worker's ``warm_steps``. After its warm-up the learning rate stays, for training
-    goes on. Kept in ``folder`` under a name that says what it depends on; of several processes, one makes it."""
+    goes on; gradients are not accumulated, so that what has larger batches afterwards starts where others do. Kept in
+    ``folder`` under a name that says what it depends on; of several processes, one makes it."""
     steps, spec = what.simulate.warm_steps, what.run
-    constant = spec.inner.model_copy(update={"steps": steps, "min_lr_ratio": 1.0})
+    constant = spec.inner.model_copy(update={"steps": steps, "min_lr_ratio": 1.0, "grad_accumulation": 1})
     outer = spec.outer.model_copy(update={"steps": 1})
     spec = spec.model_copy(update={"inner": constant, "outer": outer})
-    depends = [spec.seed, spec.inner.model_dump(), spec.data.model_dump(), manifest.genesis, manifest.data_fingerprint]
-    depends += [device.type, torch.__version__]
+    depends = [spec.seed, spec.inner.model_dump(), spec.data.model_dump(), corpus.identity]
+    depends += [manifest.model_config_json, manifest.genesis, device.type, torch.__version__]
     path = folder / f"warm-{digest(b'warm', canonical_json(depends))[:8].hex()}.float32"
     with locked(path.with_suffix(".lock")):
         if not path.exists():

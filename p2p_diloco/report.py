@@ -31,7 +31,7 @@ class Row:
     differences: tuple[float, ...]
     """From the reference, seed by seed; empty for seeds that the reference does not have yet."""
     closed: float | None
-    """Share of the gap that its mean loss closes; None without a gap."""
+    """Share of the gap that it closes, of the seeds that it has in common with both ends of it; None without any."""
     tokens: float
     """Trained on by all replicas."""
     sent_mb: float
@@ -49,14 +49,10 @@ def rows_of(study: Study, summaries: Mapping[str, Summary]) -> list[Row]:
     for trial in study.trials:
         if trial.key in summaries:
             found.setdefault(trial.arm, {})[trial.seed] = summaries[trial.key]
-    means = {arm: mean(final_loss(summary) for summary in of_arm.values()) for arm, of_arm in found.items()}
     reference = found.get(study.spec.reference, {})
-    ends = [means.get(arm) for arm in study.spec.gap or ()]
+    ends = [found.get(arm, {}) for arm in study.spec.gap or ()]
     rows = []
     for arm, of_arm in found.items():
-        closed = None
-        if len(ends) == 2 and ends[0] is not None and ends[1] is not None and ends[0] != ends[1]:
-            closed = (ends[0] - means[arm]) / (ends[0] - ends[1])
         last = [summary["curve"][-1] for summary in of_arm.values()]
         rows.append(
             Row(
@@ -68,12 +64,21 @@ def rows_of(study: Study, summaries: Mapping[str, Summary]) -> list[Row]:
                     for seed, summary in of_arm.items()
                     if seed in reference
                 ),
-                closed=closed,
+                closed=share_closed(of_arm, *ends) if ends else None,
                 tokens=mean(point["tokens"] for point in last),
                 sent_mb=mean(point["sent_bytes"] for point in last) / 1e6,
             )
         )
     return rows
+
+
+def share_closed(arm: Mapping[int, Summary], start: Mapping[int, Summary], end: Mapping[int, Summary]) -> float | None:
+    """Of the way from the mean loss of ``start`` to that of ``end``; all by seed."""
+    seeds = arm.keys() & start.keys() & end.keys()
+    if not seeds:
+        return None
+    ours, first, last = (mean(final_loss(of_arm[seed]) for seed in seeds) for of_arm in (arm, start, end))
+    return (first - ours) / (first - last) if first != last else None
 
 
 def spread(values: Sequence[float], form: str) -> str:
@@ -133,7 +138,9 @@ def plot(study: Study, summaries: Mapping[str, Summary], path: Path) -> None:
             continue
         shares = [share for share, _ in min(curves, key=len)]
         columns = list(zip(*([loss for _, loss in curve[: len(shares)]] for curve in curves)))
-        (line,) = axes.plot([100 * share for share in shares], [mean(column) for column in columns], label=arm.name)
+        (line,) = axes.plot(
+            [100 * share for share in shares], [mean(column) for column in columns], label=literal(arm.name)
+        )
         if len(curves) > 1:
             low, high = [min(column) for column in columns], [max(column) for column in columns]
             axes.fill_between([100 * share for share in shares], low, high, color=line.get_color(), alpha=0.15)
@@ -144,11 +151,16 @@ def plot(study: Study, summaries: Mapping[str, Summary], path: Path) -> None:
         axes.set_ylim(min(lowest) - margin, max(highest) + margin)  # the steep beginning would flatten the rest
     axes.set_xlabel("share of training, %")
     axes.set_ylabel("held-out loss, nats per token")
-    axes.set_title(study.spec.title)
+    axes.set_title(literal(study.spec.title))
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
+
+
+def literal(text: str) -> str:
+    """For matplotlib, to which dollars are mathematics."""
+    return text.replace("$", r"\$")
 
 
 KEPT = ("held_out", "digest", "torch", "device", "wall_s")

@@ -75,10 +75,15 @@ def generate(
 
 
 def choose(logits: torch.Tensor, temperature: float, top_k: int | None, generator: torch.Generator) -> int:
-    """``logits``: float32 [vocab]."""
+    """``logits``: float32 [vocab]. UsageError when they are not finite."""
+    highest = logits.max()
+    if not highest.isfinite():  # which is so as soon as one of them is NaN, or positive infinity
+        raise UsageError("the model's output is no numbers: its training has diverged; take an earlier outer step")
     if temperature == 0:
         return int(logits.argmax())
     if top_k is not None:
         smallest = logits.topk(min(top_k, len(logits))).values[-1]
         logits = logits.masked_fill(logits < smallest, -torch.inf)
-    return int(torch.multinomial(torch.softmax(logits / temperature, dim=0), 1, generator=generator))
+    # In double precision, and with the largest at 0, the smallest temperature that there is divides all the same.
+    scaled = (logits - highest).double() / temperature
+    return int(torch.multinomial(torch.softmax(scaled, dim=0), 1, generator=generator))

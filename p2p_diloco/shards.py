@@ -8,6 +8,7 @@ replica has documents of its own as it is, but they are no clusters.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,11 +23,13 @@ from p2p_diloco.text import (
     Document,
     builtin_documents,
     builtin_files,
-    first_line,
     is_held_out,
     user_documents,
     user_files,
 )
+
+KMEANS_STEPS = 100
+KMEANS_STARTS = 10
 
 
 def shards_of(
@@ -41,7 +44,7 @@ def shards_of(
         documents = training_documents(builtin_documents(*builtin_files()), spec)
         labels = by_source(documents, count)
     else:
-        documents = training_documents(user_documents(*user_files(base / spec.path), spec.text_key), spec)
+        documents = training_documents(user_documents(user_files(base / spec.path)[1], spec.text_key), spec)
         labels = clusters(features(documents, tokenizer, model, spec.seq_len), count, seed)
     shards = []
     for label in range(count):
@@ -101,16 +104,13 @@ def features(
 
 def clusters(table: npt.NDArray[np.float64], count: int, seed: int) -> list[int]:
     """k-means: a cluster for every row of ``table``, [rows, features]; the same for the same seed. DataError when one
-    is empty."""
+    is empty, wherever the means start."""
     from scipy.cluster.vq import ClusterError, kmeans2
 
-    distinct = len(np.unique(table, axis=0))
-    try:
-        if distinct < count:
-            raise ClusterError(f"{distinct} documents differ")
-        _, labels = kmeans2(table, count, minit="++", rng=np.random.default_rng(seed), missing="raise")
-    except ClusterError as error:
-        raise DataError(
-            f"the text does not fall into {count} clusters ({first_line(error)}); take fewer replicas"
-        ) from error
-    return [int(label) for label in labels]
+    if len(np.unique(table, axis=0)) >= count:
+        for start in range(KMEANS_STARTS):
+            rng = np.random.default_rng([seed, start])
+            with suppress(ClusterError):  # a cluster is empty
+                _, labels = kmeans2(table, count, iter=KMEANS_STEPS, minit="++", rng=rng, missing="raise")
+                return [int(label) for label in labels]
+    raise DataError(f"the text does not fall into {count} clusters; take fewer replicas, or more text")

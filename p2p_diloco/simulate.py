@@ -10,10 +10,12 @@ and names give the same heads, also after an interruption, and also as a swarm o
 
 from __future__ import annotations
 
+import fcntl
 import json
 import logging
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -60,6 +62,7 @@ log = logging.getLogger(__name__)
 
 CHECKPOINT_FILE = "checkpoint.safetensors"
 SUMMARY_FILE = "summary.json"
+LOCK_FILE = "lock"
 CHECKPOINT_SHARE = 0.05
 """Of the time, for checkpoints: a small simulation has one every second, a large one not all the time."""
 EVALUATED_ROWS = 32
@@ -100,6 +103,8 @@ class Simulation:
     held_out: Corpus
     model: torch.nn.Module
     """Theta, for evaluation."""
+    origin: dict[str, Any]
+    """What its figures depend on, beside the run file: another start of it must have the same."""
     past: Past | None = None
     curve: list[Point] = field(default_factory=list)
     wall_s: float = 0.0
@@ -169,6 +174,13 @@ class Simulation:
             ),
             held_out=corpus,
             model=model,
+            origin={
+                "genesis": state.digest().hex(),
+                "text": corpus.identity,
+                "names": names,
+                "device": on.type,
+                "torch": torch.__version__,
+            },
             past=past,
         )
         if not simulation._restore():
@@ -193,7 +205,13 @@ class Simulation:
 
     @property
     def done(self) -> bool:
-        return self.state.step >= self.what.run.outer.steps
+        last = self.what.run.outer.steps if self.past is None else len(self.past.inner_steps)
+        return self.state.step >= last or self.diverged
+
+    @property
+    def diverged(self) -> bool:
+        """Theta is not finite: nothing will come of it."""
+        return not np.isfinite(self.state.theta).all()
 
     def differing_heads(self) -> list[int]:
         """Outer steps at which it has another head than the swarm that it recounts."""
@@ -212,16 +230,18 @@ class Simulation:
             losses += replica.learn(self.what, self.state, inner_steps)
             trained += sum(inner_steps) * spec.tokens_per_inner_step
         members.sort(key=lambda replica: rank(self.state.head, replica.name))
-        dropped = {replica.name for replica in members if self._is_dropped(step, replica)}
+        diverged = {replica.name for replica in members if not np.isfinite(replica.local).all()}
+        dropped = diverged | {replica.name for replica in members if self._is_dropped(step, replica)}
         update, sent_bytes = self._reduce(members, dropped)
         self.rule.step(self.state, update)
         for replica in self.replicas:
-            if replica.name in dropped and spec.round.on_missed == "keep":
+            if replica.name in diverged:  # as a peer does: it takes theta, and begins with new moments
+                replica.inner.forget()
+            elif replica.name in dropped and spec.round.on_missed == "keep":
                 continue
             replica.tokens = 0
-            if options.delay and replica in members and not self.done:
-                replica.late = True
-            else:
+            replica.late = bool(options.delay) and replica in members and replica.name not in dropped and not self.done
+            if not replica.late:
                 replica.local[:] = self.state.theta
                 replica.write_local()
         mean_loss = sum(losses) / len(losses)
@@ -289,7 +309,7 @@ class Simulation:
         spec, step = self.what.run, self.state.step
         last = self.curve[-1] if self.curve else None
         held_out: float | None = None
-        if step % self.what.simulate.evaluate_every == 0 or self.done:
+        if (step % self.what.simulate.evaluate_every == 0 or self.done) and not self.diverged:
             batches = self.held_out.held_out_batches(
                 batch_size=EVALUATED_ROWS, seq_len=spec.data.seq_len, max_tokens=spec.data.eval_tokens
             )
@@ -321,6 +341,7 @@ class Simulation:
             "replicas": counts,
             "curve": [vars(point) for point in self.curve],
             "wall_s": self.wall_s,
+            "origin": self.origin,
         }
         data = save(tensors, {"simulation": json.dumps(facts)})
         write_whole(self.folder / CHECKPOINT_FILE, [data], len(data))
@@ -336,6 +357,9 @@ class Simulation:
         try:
             with safe_open(path, "pt") as file:
                 facts = json.loads(file.metadata()["simulation"])
+                changed = [name for name, value in facts["origin"].items() if value != self.origin[name]]
+                if changed:
+                    raise UsageError(f"{self.folder}: was begun with another {ORIGIN[changed[0]]}; choose another")
                 for name, vector in self._vectors().items():
                     vector[:] = file.get_tensor(name).numpy()
                 for k, (replica, counts) in enumerate(zip(self.replicas, facts["replicas"])):
@@ -371,6 +395,31 @@ class Simulation:
         data = json.dumps(summary, indent=1).encode() + b"\n"
         write_whole(self.folder / SUMMARY_FILE, [data], len(data))
         return summary
+
+
+ORIGIN = {
+    "genesis": "model, or other weights to start from",
+    "text": "text",
+    "names": "swarm to recount, or without one",
+    "device": "kind of device",
+    "torch": "version of torch",
+}
+
+
+@contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """UsageError while another process simulates in ``folder``. A file system without locks lets both."""
+    with disk_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        file = (folder / LOCK_FILE).open("wb")
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UsageError(f"{folder}: another process simulates here; wait for it, or choose another") from None
+        except OSError as error:
+            log.debug("%s: no locks here: %s", folder, error)
+        yield
 
 
 def check_same(folder: Path, what: SimulatedRun) -> None:

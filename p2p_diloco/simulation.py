@@ -40,7 +40,7 @@ class SimulationSpec(Section):
     outer: Literal["nesterov", "momentum", "adam"] = "nesterov"
     """Rule of the outer step, with ``outer.lr`` and ``outer.momentum`` (Adam's first beta); SGD is momentum 0."""
     adam_beta2: Fraction = 0.95
-    adam_eps: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 0.1
+    adam_eps: Annotated[float, Field(ge=1e-30, allow_inf_nan=False)] = 0.1
     """As the paper found best for its outer Adam (arXiv 2311.08105, section 3.1)."""
     prune: Fraction = 0.0
     """Share of every outer gradient that is left out, by sign and magnitude (``variants.prune``)."""

@@ -127,9 +127,9 @@ def link_or_copy(path: Path, target: Path) -> None:
 
 def load_model(run: Path) -> tuple[torch.nn.Module, Tokenizer]:
     """The newest theta as a model on the CPU, in evaluation mode."""
-    from p2p_diloco.model import build_model, write_parameters
+    from p2p_diloco.model import model_of, write_parameters
 
     manifest, state = load_state(run)
-    model = build_model(manifest.transformers_config, seed=None)
+    model = model_of(manifest)
     write_parameters(model, state.theta)
     return model.eval(), open_tokenizer(manifest.tokenizer_json)

@@ -1,4 +1,4 @@
-"""A study: one question, as a TOML file of arms that differ in some keys, each with several seeds. Pure.
+"""A study: one question, as a TOML file of arms that differ in some keys, each with several seeds.
 
     base = "base.toml"                       # a run file, perhaps with [simulate]; keys below change it
     set = { "inner.steps" = 50 }             # in all arms
@@ -19,17 +19,19 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, model_validator
 
+from p2p_diloco.data import listing
 from p2p_diloco.errors import UsageError
-from p2p_diloco.manifest import Section, canonical_json, explain, read_toml
+from p2p_diloco.manifest import RunSpec, Section, canonical_json, explain, read_toml
 from p2p_diloco.outer import digest
 from p2p_diloco.simulation import SimulatedRun, listed
+from p2p_diloco.text import reading, walk
 
 Size = Literal["full", "quick", "large"]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
@@ -37,8 +39,15 @@ Seeds = Annotated[tuple[Seed, ...], BeforeValidator(listed), Field(min_length=1,
 Keys = dict[str, Any]
 
 
+def check_name(name: str) -> str:
+    """ValueError where it would break a table in Markdown."""
+    if "|" in name or not name.isprintable():
+        raise ValueError("a name is one line without |")
+    return name
+
+
 class Arm(Section):
-    name: Annotated[str, Field(min_length=1, max_length=60)]
+    name: Annotated[str, Field(min_length=1, max_length=60), AfterValidator(check_name)]
     set: Keys = Field(default_factory=dict)
     """Dotted keys of the run file, or of ``simulate``, and their values."""
 
@@ -87,11 +96,18 @@ class Trial:
     arm: str
     seed: int
     what: SimulatedRun
+    files: list[list[Any]] = field(default_factory=list)
+    """``files_of`` it."""
+
+    @property
+    def name(self) -> str:
+        return f"{self.arm}, seed {self.seed}"
 
     @cached_property
     def key(self) -> str:
         """Of what is simulated: studies that have the same arm have the same simulation, which is made once."""
-        return digest(b"trial", canonical_json(self.what.model_dump(mode="json")))[:8].hex()
+        files = [canonical_json(self.files)] if self.files else []
+        return digest(b"trial", canonical_json(self.what.model_dump(mode="json")), *files)[:8].hex()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,19 +134,36 @@ class Study:
         run_file = path.parent / (variation.base or spec.base)
         base = read_toml(run_file, "run file")
         trials = tuple(
-            trial_of(base, arm, seed, [spec.set, variation.set, arm.set], f"{path}: arm {arm.name!r}")
+            trial_of(base, arm, seed, [spec.set, variation.set, arm.set], run_file.parent, f"{path}: arm {arm.name!r}")
             for seed in variation.seeds or spec.seeds
             for arm in spec.arm
         )
         return cls(name=path.stem, spec=spec, size=size, base=run_file.parent, trials=trials)
 
 
-def trial_of(base: Mapping[str, Any], arm: Arm, seed: int, changes: list[Keys], source: str) -> Trial:
+def trial_of(base: Mapping[str, Any], arm: Arm, seed: int, changes: list[Keys], folder: Path, source: str) -> Trial:
     table = copy.deepcopy(dict(base))
-    for keys in (*changes, {"seed": seed}):
+    for keys in changes:
+        if "seed" in keys:
+            raise UsageError(f"{source}: key 'seed' cannot be set; give seeds = [...]")
         for key, value in keys.items():
             change(table, key, value, source)
-    return Trial(arm=arm.name, seed=seed, what=SimulatedRun.parse(table, source))
+    what = SimulatedRun.parse({**table, "seed": seed}, source)
+    return Trial(arm=arm.name, seed=seed, what=what, files=files_of(what.run, folder))
+
+
+def files_of(spec: RunSpec, folder: Path) -> list[list[Any]]:
+    """Where the files and folders are that the run file names, relative to ``folder``, and the size and time of all
+    that is in them: with these, it is another simulation. Raises DataError."""
+    data, found = spec.data, []
+    named = (data.path, spec.model.path, None if data.tokenizer == "bytes" else data.tokenizer)
+    for path in (folder / name for name in named if name is not None):
+        with reading(str(path)):
+            if path.is_dir():
+                found.append([str(path.resolve()), listing(path, walk(path))])
+            elif path.exists():
+                found.append([str(path.resolve()), listing(path.parent, [path])])
+    return found
 
 
 def change(table: dict[str, Any], key: str, value: Any, source: str) -> None:

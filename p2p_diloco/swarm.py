@@ -1,7 +1,7 @@
 """The handle that a trainer holds on the swarm. ``train.py`` uses it, and so can any training loop of your own::
 
     with Swarm.join(PeerConfig(folder=..., initial_peers=[...])) as swarm:
-        model = build_model(swarm.manifest.transformers_config, seed=None)
+        model = model_of(swarm.manifest)
         swarm.load_into(model)                            # theta
         for batch in batches:
             loss = train_step(model, batch, inner_optimizer)

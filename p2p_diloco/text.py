@@ -1,8 +1,9 @@
 """Files of text -> documents: the built-in text, and a user's .txt, .jsonl and .parquet files.
 
-A document is held out from training by a hash of its name, so all peers that hold the same text hold out the same
-documents, whatever else they hold. Everything streams: no more than one document, one row or one batch of rows is in
-memory.
+A document is held out from training by a hash of its name. Of the built-in text that is the path of the file; of all
+other text it is a hash of the document itself. So peers that hold the same row, or the same .txt file, hold out the
+same of it, whatever their files are called and whatever else they hold; a character more makes another document.
+Everything streams: no more than one document, one row or one batch of rows is in memory.
 """
 
 from __future__ import annotations
@@ -19,12 +20,12 @@ from pathlib import Path
 from typing import IO
 
 from p2p_diloco.errors import DataError
+from p2p_diloco.outer import digest
 
 SUFFIXES = (".txt", ".jsonl", ".parquet")
-PIECE_CHARS = 64 * 1024
-"""A long .txt file is cut into documents of about this size, at a newline."""
-WHOLE_TEXT_BYTES = 1024 * 1024
-"""A .txt file up to this size is one document when it lies in a folder with others."""
+PIECE_CHARS = 4096
+"""A .txt file is cut into documents of about this size, at a newline, so that some of a single one can be held out. Two
+files that begin alike are cut alike."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,10 @@ class Document:
     """False for a piece of a long text that goes on: no separator follows."""
     held_out: bool | None = None
     """Whether nobody trains on it; None where a hash of its name says so."""
+
+
+def named_by_text(text: str, *, complete: bool = True) -> Document:
+    return Document(digest(text.encode("utf-8", "replace")).hex(), text, complete)
 
 
 def builtin_files() -> tuple[Path, list[Path]]:
@@ -58,6 +63,8 @@ def user_files(path: Path) -> tuple[Path, list[Path]]:
     if not path.is_dir():
         if path.suffix not in SUFFIXES:
             raise DataError(f"{path}: cannot read {path.suffix or 'this'} files; give .txt, .jsonl or .parquet")
+        if not path.is_file():
+            raise DataError(f"{path}: no regular file; its text is read more than once, so write it to one")
         return path.parent, [path]
     files = [file for file in walk(path) if file.suffix in SUFFIXES]
     if not files:
@@ -66,7 +73,7 @@ def user_files(path: Path) -> tuple[Path, list[Path]]:
 
 
 def walk(root: Path) -> list[Path]:
-    """All files below ``root``, by their relative path, without hidden ones."""
+    """All regular files below ``root``, by their relative path, without hidden ones. A pipe has no end."""
 
     def fail(error: OSError) -> None:
         raise error
@@ -74,7 +81,7 @@ def walk(root: Path) -> list[Path]:
     files = []
     for folder, folders, names in os.walk(root, onerror=fail):
         folders[:] = [name for name in folders if not name.startswith(".")]
-        files += [Path(folder, name) for name in names if not name.startswith(".")]
+        files += [path for name in names if not name.startswith(".") and (path := Path(folder, name)).is_file()]
     return sorted(files, key=lambda path: path.relative_to(root).as_posix())
 
 
@@ -85,40 +92,34 @@ def builtin_documents(root: Path, files: Iterable[Path]) -> Iterator[Document]:
         yield Document(path.relative_to(root).as_posix(), text)
 
 
-def user_documents(root: Path, files: Sequence[Path], text_key: str) -> Iterator[Document]:
+def user_documents(files: Sequence[Path], text_key: str) -> Iterator[Document]:
     """Streams: no more than one document, one row or one batch of rows is in memory."""
     for path in files:
-        name = path.relative_to(root).as_posix()
         with reading(str(path)):
             if path.suffix == ".txt":
-                yield from text_documents(path, name, alone=len(files) == 1)
+                yield from text_documents(path)
             elif path.suffix == ".jsonl":
-                yield from json_documents(path, name, text_key)
+                yield from json_documents(path, text_key)
             else:
-                yield from parquet_documents(path, name, text_key)
+                yield from parquet_documents(path, text_key)
 
 
-def text_documents(path: Path, name: str, alone: bool) -> Iterator[Document]:
-    """One document, or pieces where the file is long or the only one, so that some of it can be held out."""
-    size = path.stat().st_size
+def text_documents(path: Path) -> Iterator[Document]:
     with path.open(encoding="utf-8-sig", errors="replace") as file:
-        if size <= WHOLE_TEXT_BYTES and not alone:
-            yield Document(name, file.read())
-            return
-        piece_chars = min(max(size // 1024, 512), PIECE_CHARS)
-        text, i = next_piece(file, piece_chars), 0
+        text = next_piece(file)
         while text:
-            following = next_piece(file, piece_chars)
-            yield Document(f"{name}:{i}", text, complete=not following)
-            text, i = following, i + 1
+            following = next_piece(file)
+            yield named_by_text(text, complete=not following)
+            text = following
 
 
-def next_piece(file: IO[str], chars: int) -> str:
-    """``chars`` characters and the rest of their line, which is cut where it is longer than that again."""
-    return file.read(chars) + file.readline(chars)
+def next_piece(file: IO[str]) -> str:
+    """PIECE_CHARS characters and the rest of their line, which is cut where it is longer than that again."""
+    return file.read(PIECE_CHARS) + file.readline(PIECE_CHARS)
 
 
-def json_documents(path: Path, name: str, text_key: str) -> Iterator[Document]:
+def json_documents(path: Path, text_key: str) -> Iterator[Document]:
+    """Rows whose text is null are left out, as in other files."""
     with path.open(encoding="utf-8-sig", errors="replace") as file:
         for number, line in enumerate(file, 1):
             if line.isspace():
@@ -127,14 +128,16 @@ def json_documents(path: Path, name: str, text_key: str) -> Iterator[Document]:
                 row = json.loads(line)
             except (ValueError, RecursionError) as error:
                 raise DataError(f"{path}, line {number}: not JSON ({first_line(error)})") from error
+            if isinstance(row, dict) and row.get(text_key, "") is None:
+                continue
             if not isinstance(row, dict) or not isinstance(row.get(text_key), str):
                 keys = [key for key, value in row.items() if isinstance(value, str)] if isinstance(row, dict) else []
                 known = f"; data.text_key can be: {', '.join(keys)[:200]}" if keys else ""
                 raise DataError(f"{path}, line {number}: no text under {text_key!r}{known}")
-            yield Document(f"{name}:{number}", row[text_key])
+            yield named_by_text(row[text_key])
 
 
-def parquet_documents(path: Path, name: str, text_key: str) -> Iterator[Document]:
+def parquet_documents(path: Path, text_key: str) -> Iterator[Document]:
     try:
         import pyarrow
         from pyarrow import parquet
@@ -145,15 +148,13 @@ def parquet_documents(path: Path, name: str, text_key: str) -> Iterator[Document
             if text_key not in file.schema_arrow.names:
                 columns = ", ".join(file.schema_arrow.names)
                 raise DataError(f"{path}: no column {text_key!r}; data.text_key can be: {columns}")
-            row = 0
             for batch in file.iter_batches(batch_size=256, columns=[text_key]):
                 for text in batch.column(0).to_pylist():
                     if isinstance(text, str):
-                        yield Document(f"{name}:{row}", text)
+                        yield named_by_text(text)
                     elif text is not None:
                         raise DataError(f"{path}: column {text_key!r} holds {type(text).__name__}, not text")
-                    row += 1
-    except pyarrow.ArrowInvalid as error:
+    except (pyarrow.ArrowInvalid, UnicodeDecodeError) as error:
         raise DataError(f"{path}: not a sound parquet file ({first_line(error)})") from error
 
 

@@ -25,10 +25,10 @@ import torch
 
 from p2p_diloco.config import cache_folder
 from p2p_diloco.data import Corpus, open_corpus
-from p2p_diloco.errors import DataError, Stopped
+from p2p_diloco.errors import DataError, Stopped, UsageError
 from p2p_diloco.inner import INNER_FILE, InnerOptimizer, draws_drop, place_in_run
 from p2p_diloco.manifest import RunManifest
-from p2p_diloco.model import build_model, evaluate, pick_device
+from p2p_diloco.model import evaluate, model_of, pick_device
 from p2p_diloco.swarm import Swarm
 
 log = logging.getLogger(__name__)
@@ -58,7 +58,7 @@ def train(swarm: Swarm, choices: TrainConfig, stop: Stop) -> None:
     torch.set_num_threads(choices.threads or good_threads(manifest.n_params))
     device = pick_device(choices.device)
     corpus = open_run_corpus(manifest, choices.data, swarm.peer_id)
-    model = build_model(manifest.transformers_config, seed=None).to(device)
+    model = model_of(manifest).to(device)
     swarm.load_into(model)
     inner = InnerOptimizer(model, spec, device)
     resume(swarm, model, inner)
@@ -100,10 +100,12 @@ def good_threads(n_params: int) -> int:
 
 
 def open_run_corpus(manifest: RunManifest, own_data: Path | None, peer_id: str) -> Corpus:
-    """The run's text on this machine. Raises DataError when the built-in text is not the one that the run uses."""
+    """The run's text for this machine: built in, on the hub, or ``own_data``; a manifest is another's, and names no
+    file here. Raises DataError when the built-in text is not the one that the run uses; UsageError where own text is
+    needed, or the model does not know all tokens."""
     corpus = open_corpus(
         manifest.spec.data,
-        base=Path.cwd(),
+        base=None,
         cache=cache_folder(),
         tokenizer_json=manifest.tokenizer_json,
         override_path=own_data,
@@ -114,6 +116,12 @@ def open_run_corpus(manifest: RunManifest, own_data: Path | None, peer_id: str) 
         raise DataError(
             f"the built-in text of torch {torch.__version__} is not the one that this run uses; install the version of "
             f"torch that the run's owner has (any build of it), or ask for a run with other data"
+        )
+    known = manifest.transformers_config.get("vocab_size")
+    if corpus.vocab_size != manifest.vocab_size or not isinstance(known, int) or known < corpus.vocab_size:
+        raise UsageError(
+            f"this run's manifest is not sound: its tokenizer has {corpus.vocab_size} tokens, its manifest says "
+            f"{manifest.vocab_size}, and its model knows {known}; ask for another run"
         )
     return corpus
 

@@ -163,13 +163,13 @@ def time_steps(manifest: RunManifest, device: Any) -> None:
 
     from p2p_diloco.data import Corpus
     from p2p_diloco.inner import InnerOptimizer, Place
-    from p2p_diloco.model import build_model
+    from p2p_diloco.model import model_of
 
     spec = manifest.spec
     generator = np.random.default_rng(0)
     tokens = generator.integers(0, manifest.vocab_size, RANDOM_TOKENS + spec.data.seq_len, dtype=np.uint32)
     corpus = Corpus(train=tokens, held_out=tokens, vocab_size=manifest.vocab_size, fingerprint="")
-    inner = InnerOptimizer(build_model(manifest.transformers_config, seed=None).to(device), spec, device)
+    inner = InnerOptimizer(model_of(manifest).to(device), spec, device)
     began_s, step_s = time.perf_counter(), list[float]()
     while len(step_s) < STEPS and time.perf_counter() - began_s < STEPS_S:
         started_s = time.perf_counter()

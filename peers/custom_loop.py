@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from p2p_diloco.config import PeerConfig
-from p2p_diloco.model import build_model, loss_of
+from p2p_diloco.model import loss_of, model_of
 from p2p_diloco.swarm import Swarm
 from p2p_diloco.train import open_run_corpus
 
@@ -27,7 +27,7 @@ def main(initial_peers: list[str], folder: Path) -> None:
         rows, seq_len = spec.inner.batch_size, spec.data.seq_len
         text = open_run_corpus(swarm.manifest, own_data=None, peer_id=swarm.peer_id).train
         generator = np.random.default_rng()
-        model = build_model(swarm.manifest.transformers_config, seed=None)
+        model = model_of(swarm.manifest)
         swarm.load_into(model)  # theta; from here on the parameters are in memory shared with the network process
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
 

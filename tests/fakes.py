@@ -61,7 +61,7 @@ def make_manifest(
                 on_missed=on_missed,
             ),
         ),
-        model_config_json="{}",
+        model_config_json='{"model_type":"llama"}',
         n_params=n,
         layout_digest="0" * 64,
         vocab_size=256,

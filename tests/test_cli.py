@@ -88,7 +88,7 @@ def run_file(folder: Path, text: str = RUN_FILE) -> Path:
 def texts(folder: Path, documents: int = 100, text: str = "All happy families are alike. ") -> None:
     (folder / "texts").mkdir()
     for i in range(documents):
-        (folder / "texts" / f"{i}.txt").write_text(text)
+        (folder / "texts" / f"{i}.txt").write_text(f"{text}{i}")
 
 
 def manifest_file(folder: Path, signer: Identity = OWNER) -> Path:
@@ -167,6 +167,7 @@ def manifest_file(folder: Path, signer: Identity = OWNER) -> Path:
         (["sample", "--export", "nowhere"], "nowhere: no exported model here"),
         (["sample", "--export", "x", "--max-tokens", "0"], 'Invalid value "0" for --max-tokens. Must be >= 1.'),
         (["sample", "--export", "x", "--top-k", "0"], 'Invalid value "0" for --top-k. Must be >= 1.'),
+        (["sample", "--export", "x", "--seed", str(2**64)], "for --seed. Must be < 18446744073709551616."),
         (["sample", "--export", "x", "--temperature", "-1"], "for --temperature. Must be 0 or more."),
         (["sample", "--export", "x", "--temperature", "nan"], "for --temperature. Must be 0 or more."),
         (["doctor"], "--initial-peers is empty"),
@@ -251,6 +252,25 @@ def test_text_that_is_missing_or_too_short_is_named(refused: Refused, tmp_path: 
     assert "texts" in refused("seed", path, exit_code=1)
     texts(tmp_path, documents=1, text="short")
     assert "one sequence needs 17" in refused("seed", path, exit_code=1)
+
+
+def test_a_run_file_without_anything_to_read_is_not_sound(refused: Refused, tmp_path: Path) -> None:
+    path = str(run_file(tmp_path))
+    (tmp_path / "texts").mkdir()
+    assert "texts: no .txt, .jsonl or .parquet files in this folder" in refused("manifest", path, exit_code=1)
+    (tmp_path / "texts" / "0.jsonl").write_text('{"text": null}\n')
+    assert "key 'data.path': no text in " in refused("manifest", path, exit_code=1)
+    (tmp_path / "texts" / "0.jsonl").write_text('{"body": "x"}\n')
+    assert "data.text_key can be: body" in refused("manifest", path, exit_code=1)
+
+
+def test_a_model_folder_without_weights_is_not_sound(refused: Refused, tmp_path: Path) -> None:
+    texts(tmp_path)
+    (tmp_path / "start").mkdir()
+    (tmp_path / "start" / "config.json").write_text('{"model_type": "llama", "hidden_size": 16}')
+    head, data = RUN_FILE.split("[model.config]")[0], RUN_FILE[RUN_FILE.index("[data]") :]
+    text = f'{head}[model]\npath = "start"\n{data}'.replace("seq_len = 16", 'seq_len = 16\ntokenizer = "bytes"')
+    assert "start: no weights here" in refused("manifest", str(run_file(tmp_path, text)))
 
 
 def test_a_sound_run_file_is_summed_up(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

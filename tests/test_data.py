@@ -3,6 +3,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -15,9 +16,10 @@ import tokenizers
 
 from p2p_diloco import data
 from p2p_diloco.data import ByteTokenizer, Corpus, LibraryTokenizer, load_tokenizer_json, open_corpus, open_tokenizer
-from p2p_diloco.errors import DataError, UsageError
+from p2p_diloco.errors import DataError, Stopped, UsageError
 from p2p_diloco.manifest import DataSpec
-from p2p_diloco.text import builtin_files, is_held_out
+from p2p_diloco.outer import digest
+from p2p_diloco.text import PIECE_CHARS, builtin_files, is_held_out
 
 SPEC = DataSpec(source="path", path="texts", seq_len=16, held_out=0.3)
 TEXTS = {f"{i:02d}.txt": f"document {i:02d} says {'abc' * (i % 5)} and ends\n" for i in range(40)}
@@ -87,10 +89,14 @@ def test_held_out_batches_are_consecutive_windows_from_the_start() -> None:
     assert [b.shape for b in corpus.held_out_batches(batch_size=4, seq_len=16, max_tokens=1)] == [(1, 17)]
 
 
-def test_documents_are_held_out_by_a_hash_of_their_path(tmp_path: Path) -> None:
+def kept_apart(text: str, share: float = SPEC.held_out) -> bool:
+    return is_held_out(digest(text.encode()).hex(), share)
+
+
+def test_documents_are_held_out_by_a_hash_of_their_text(tmp_path: Path) -> None:
     write_texts(tmp_path / "texts")
     corpus = open_corpus(SPEC, base=tmp_path, cache=tmp_path / "cache")
-    expected = {text for name, text in TEXTS.items() if is_held_out(name, SPEC.held_out)}
+    expected = set(filter(kept_apart, TEXTS.values()))
     assert documents(corpus.held_out) == expected
     assert documents(corpus.train) == set(TEXTS.values()) - expected
     assert 4 <= len(expected) <= 20
@@ -100,7 +106,65 @@ def test_documents_are_held_out_by_a_hash_of_their_path(tmp_path: Path) -> None:
     larger = open_corpus(SPEC, base=tmp_path, cache=tmp_path / "cache", override_path=other)
     assert documents(larger.held_out) >= expected
     assert not documents(larger.held_out) & documents(corpus.train)
-    assert {name for name in TEXTS if is_held_out(name, 0.3)} <= {name for name in TEXTS if is_held_out(name, 0.4)}
+    assert all(kept_apart(text, 0.4) for text in TEXTS.values() if kept_apart(text, 0.3))
+
+
+@pytest.mark.parametrize("kind", ["txt", "jsonl", "parquet"])
+def test_the_same_text_is_held_out_whatever_its_file_is_called(tmp_path: Path, kind: str) -> None:
+    write_texts(tmp_path / "texts")
+    expected = documents(open_corpus(SPEC, base=tmp_path, cache=tmp_path / "cache").held_out)
+    other = tmp_path / "other"
+    texts = ["one more, in front", *TEXTS.values()]
+    if kind == "txt":
+        write_texts(other, {f"x{i}.txt": text for i, text in enumerate(texts)})
+    elif kind == "jsonl":
+        write_texts(other, {"rows.jsonl": "".join(json.dumps({"text": text}) + "\n" for text in texts)})
+    else:
+        other.mkdir()
+        pyarrow.parquet.write_table(pyarrow.table({"text": texts}), other / "rows.parquet")
+    found = open_corpus(SPEC, base=tmp_path, cache=tmp_path / "cache", override_path=other)
+    assert expected <= documents(found.held_out) <= {*expected, texts[0]}
+    assert not expected & documents(found.train)
+
+
+def test_the_same_file_is_cut_and_divided_alike_alone_and_in_company(tmp_path: Path) -> None:
+    book = "".join(f"line {i} of a book\n" for i in range(20_000))
+    write_texts(tmp_path / "alone", {"book.txt": book})
+    write_texts(tmp_path / "texts", TEXTS | {"copy.txt": book + "and a last line of the copy\n"})
+    alone = open_corpus(SPEC, base=tmp_path, cache=tmp_path / "cache", override_path=tmp_path / "alone" / "book.txt")
+    among = open_corpus(SPEC, base=tmp_path, cache=tmp_path / "cache")
+    mine = set(alone.held_out.tobytes().splitlines())
+    trained = set(among.train.tobytes().splitlines())
+    last = {line for line in mine & trained if line in book.encode()[-2 * PIECE_CHARS :]}
+    assert mine & trained <= last, "only what the copy ends with is another document"
+    assert 1000 < len(mine) < 10_000
+
+
+def test_a_stranger_names_no_text_on_this_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = write_texts(tmp_path / "texts")
+    monkeypatch.chdir(tmp_path)
+    for path in ("texts", str(folder), "../texts"):
+        for source in ("path", "hub"):
+            spec = SPEC.model_copy(update={"path": path, "source": source})
+            with pytest.raises(UsageError, match=r"brings no text of its own; add --data FILE-OR-FOLDER"):
+                open_corpus(spec, base=None, cache=tmp_path / "cache")
+    own = open_corpus(SPEC, base=None, cache=tmp_path / "cache", override_path=folder)
+    assert own.train.tobytes() == open_corpus(SPEC, base=tmp_path, cache=tmp_path / "cache").train.tobytes()
+
+
+def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
+    folder = write_texts(tmp_path / "texts")
+    expected = open_corpus(SPEC, base=tmp_path, cache=tmp_path / "cache").train.tobytes()
+    os.mkfifo(folder / "pipe.txt")
+    assert open_corpus(SPEC, base=tmp_path, cache=tmp_path / "cache").train.tobytes() == expected
+    with pytest.raises(DataError, match=r"pipe\.txt: no regular file"):
+        open_corpus(SPEC, base=None, cache=tmp_path / "cache", override_path=folder / "pipe.txt")
+
+
+def test_rows_of_json_without_text_are_left_out(tmp_path: Path) -> None:
+    (tmp_path / "texts.jsonl").write_text("".join(f'{{"text": "row {i}"}}\n{{"text": null}}\n' for i in range(40)))
+    corpus = open_corpus(SPEC, base=None, cache=tmp_path / "cache", override_path=tmp_path / "texts.jsonl")
+    assert documents(corpus.train) | documents(corpus.held_out) == {f"row {i}" for i in range(40)}
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "parquet"])
@@ -165,9 +229,9 @@ def test_bad_text_is_one_clear_line(tmp_path: Path, files: dict[str, str] | None
 
 
 def test_too_little_held_out_text_says_what_to_do(tmp_path: Path) -> None:
-    name = next(f"{i}.txt" for i in range(100) if not is_held_out(f"{i}.txt:0", 0.02))
-    (tmp_path / name).write_text("forty characters of text are not enough.")
-    spec = DataSpec(source="path", path=name, seq_len=16)
+    few = next(text for i in range(100) if not kept_apart(text := f"{i:2} forty characters are not enough.", 0.02))
+    (tmp_path / "few.txt").write_text(few)
+    spec = DataSpec(source="path", path="few.txt", seq_len=16)
     with pytest.raises(DataError, match=r"0 tokens of held-out text.*raise data\.held_out"):
         open_corpus(spec, base=tmp_path, cache=tmp_path / "cache")
 
@@ -179,6 +243,10 @@ def test_parquet_errors_name_the_mending(tmp_path: Path, monkeypatch: pytest.Mon
         spec = SPEC.model_copy(update={"path": "rows.parquet", "text_key": key})
         with pytest.raises(DataError, match=message):
             open_corpus(spec, base=tmp_path, cache=tmp_path / "cache")
+    latin = pyarrow.array([b"caf\xe9"]).view(pyarrow.string())
+    pyarrow.parquet.write_table(pyarrow.table({"text": latin}), path)
+    with pytest.raises(DataError, match=r"rows\.parquet: not a sound parquet file \('utf-8' codec"):
+        open_corpus(SPEC.model_copy(update={"path": path.name}), base=tmp_path, cache=tmp_path / "cache")
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     with pytest.raises(DataError, match=r"pip install 'p2p-diloco\[parquet\]'"):
         open_corpus(spec, base=tmp_path, cache=tmp_path / "cache")
@@ -200,7 +268,8 @@ def test_tokens_are_kept_checked_and_made_again(tmp_path: Path, caplog: pytest.L
     assert opened() == (first, 1)
     kept.with_name("corpus.json").write_text("{}")
     assert opened() == (first, 1)
-    (folder / next(name for name in TEXTS if not is_held_out(name, 0.3))).write_text("a new text, longer than before")
+    new = next(text for i in range(100) if not kept_apart(text := f"a new text, longer than before {i}"))
+    (folder / "00.txt").write_text(new)
     changed, built = opened()
     assert built == 1
     assert b"a new text" in changed
@@ -323,12 +392,34 @@ def test_a_library_tokenizer_is_read_checked_and_used(tmp_path: Path) -> None:
     assert LibraryTokenizer(word_tokenizer(end=None)).end is None
 
 
+def test_text_that_a_tokenizer_has_no_tokens_for_is_a_data_error(tmp_path: Path) -> None:
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"document": 0}, unk_token="[UNK]"))
+    write_texts(tmp_path / "texts")
+    with pytest.raises(
+        DataError, match=r"cannot tokenize this text \(.*\); it needs a token for what it does not know"
+    ):
+        open_corpus(SPEC, base=tmp_path, cache=tmp_path / "cache", tokenizer_json=words.to_str())
+    with pytest.raises(DataError, match="cannot tokenize this text"):
+        LibraryTokenizer(words.to_str()).encode("another")
+
+
+def test_a_panic_of_the_tokenizer_is_a_data_error_and_nothing_else_is_held_up() -> None:
+    panic = type("PanicException", (BaseException,), {})
+    with pytest.raises(DataError, match=r"cannot tokenize this text \(first line\)"), data.tokenizing():
+        raise panic("first line\nsecond")
+    for leaving in (KeyboardInterrupt(), Stopped("stopped")):
+        with pytest.raises(type(leaving)), data.tokenizing():
+            raise leaving
+
+
 def test_a_bad_tokenizer_is_a_usage_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "broken.json").write_text("{nonsense")
+    (tmp_path / "deep.json").write_text("[" * 100_000)
     (tmp_path / "other.json").write_text('{"version": "1.0"}')
     for name, message in (
         ("missing.json", "no such tokenizer"),
         ("broken.json", "not a tokenizer.json"),
+        ("deep.json", "not a tokenizer.json"),
         ("other.json", "the tokenizers library cannot read it"),
     ):
         with pytest.raises(UsageError, match=f"{name}: {message}"):

@@ -49,7 +49,7 @@ def manifest_of(**changes: Any) -> RunManifest:
     }
     fields: dict[str, Any] = {
         "spec": RunSpec.model_validate(spec),
-        "model_config_json": "{}",
+        "model_config_json": '{"model_type":"llama"}',
         "n_params": 1000,
         "layout_digest": "1" * 64,
         "vocab_size": 256,

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -16,8 +17,9 @@ from small_runs import small_run
 
 from p2p_diloco.child import children_of, read_proc
 from p2p_diloco.errors import UsageError
-from p2p_diloco.experiment import find_study
+from p2p_diloco.experiment import check_names, check_torch, find_study
 from p2p_diloco.simulate import SUMMARY_FILE
+from p2p_diloco.study import Study
 
 pytest.importorskip("matplotlib")
 
@@ -121,9 +123,37 @@ def test_studies_share_what_they_have_in_common_and_are_not_made_twice(folder: P
     assert f"{SUMMARY_FILE}: cannot be read" in run(folder, "drops", code=1)
 
 
-def test_a_simulation_that_fails_ends_the_others_with_its_message(folder: Path) -> None:
+def test_a_simulation_that_fails_ends_the_others_with_its_name_and_message(folder: Path) -> None:
     (folder / "base.toml").write_text(BASE.replace('path = "text"', 'path = "nowhere"'))
-    assert "nowhere: no such file or folder" in run(folder, "drops", code=1)
+    said = run(folder, "drops", code=1)
+    assert "nowhere: no such file or folder" in said
+    assert "error: none, seed 0: " in said or "error: half, seed 0: " in said
+
+
+def test_names_with_dots_and_brackets(folder: Path) -> None:
+    """Each study has results of its own; no text is taken for markup."""
+    for name in ("a.v1", "a.v2"):
+        (folder / f"{name}.toml").write_text(STUDY.replace('"half"', '"[/b] half"').replace("[0, 1]", "[0]"))
+    assert "[/b] half, seed 0: " in run(folder, "a.v1", "a.v2")
+    assert {path.name for path in (folder / "out").glob("a.*")} == {
+        f"a.{version}.{kind}" for version in ("v1", "v2") for kind in ("md", "png", "json")
+    }
+    with pytest.raises(UsageError, match="two studies are named drops"):
+        check_names([Study.load(folder / "drops.toml", "full")] * 2)
+
+
+def test_simulations_of_another_torch_are_not_mixed_with(folder: Path) -> None:
+    check_torch({"torch": version("torch")}, folder)
+    with pytest.raises(UsageError, match=r"has simulations made with torch 2\.11\.0, and this is .*; choose another"):
+        check_torch({"torch": "2.11.0"}, folder)
+
+
+def test_two_at_a_time_share_the_work(folder: Path) -> None:
+    (folder / "drops.toml").write_text(STUDY.replace("[0, 1]", "[0]"))
+    both = [start(folder, "drops", jobs=1) for _ in range(2)]
+    said = [process.communicate(timeout=150)[0] for process in both]
+    assert [process.returncode for process in both] == [0, 0], said
+    assert len({text[text.index("| arm") :] for text in said}) == 1
 
 
 def test_names_are_looked_up_where_the_studies_are(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -88,6 +88,8 @@ def test_text() -> None:
     check(text_finding(own, CPU, ""), "warning", "every peer of this run brings its own", "--data FILE-OR-FOLDER")
     check(text_finding(own, CPU, "/books, 7 files"), "ok", "your own, /books, 7 files", "")
     hub = manifest_of(spec=own.spec.model_copy(update={"data": DataSpec(source="hub", path="some/set")}))
+    folder = manifest_of(spec=own.spec.model_copy(update={"data": DataSpec(source="hub", path="set")}))
+    check(text_finding(folder, CPU, ""), "warning", "every peer of this run brings its own", "--data FILE-OR-FOLDER")
     missing = replace(CPU, has_datasets=False)
     check(text_finding(hub, replace(CPU, has_datasets=True), ""), "ok", "a part of the data set some/set", "")
     check(text_finding(hub, missing, ""), "problem", "by the datasets library", "pip install 'p2p-diloco[hf]'")

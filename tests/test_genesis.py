@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import tokenizers
 
-from p2p_diloco import train
-from p2p_diloco.errors import DataError
+from p2p_diloco import genesis, train
+from p2p_diloco.errors import DataError, UsageError
 from p2p_diloco.genesis import start_run
 from p2p_diloco.identity import Identity
 from p2p_diloco.manifest import open_manifest
@@ -22,6 +22,7 @@ from p2p_diloco.stored import load_state
 OWNER = Identity.from_seed(bytes(32))
 LLAMA = {"model_type": "llama", "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1}
 CONFIG = LLAMA | {"num_attention_heads": 2, "num_key_value_heads": 2, "vocab_size": 64, "eos_token_id": None}
+LLAMA_ALONE = '{"model_type":"llama"}'
 WORDS = [f"w{i}" for i in range(50)]
 RUN_FILE = """
 name = "test"
@@ -74,7 +75,38 @@ def test_a_run_on_a_saved_data_set_starts_from_pretrained_weights(
     assert batches[0] == batches[2] != batches[1]
     assert np.array_equal(found[0].held_out, found[1].held_out)
     assert train.corpus_name(received, None) == "set"
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UsageError, match=r"brings no text of its own; add --data FILE-OR-FOLDER"):
+        train.open_run_corpus(received, own_data=None, peer_id="anna")
+    smaller = json.dumps({**received.transformers_config, "vocab_size": 53})
+    for unsound in ({"vocab_size": 55}, {"model_config_json": smaller}, {"model_config_json": LLAMA_ALONE}):
+        with pytest.raises(UsageError, match="this run's manifest is not sound: its tokenizer has 54 tokens"):
+            train.open_run_corpus(received.model_copy(update=unsound), own_data=tmp_path / "set", peer_id="anna")
 
     (tmp_path / "run.toml").write_text(RUN_FILE.replace('"body"', '"text"'))
     with pytest.raises(DataError, match=r"no text under 'text'; data\.text_key can be: body"):
+        start_run(tmp_path / "run.toml", tmp_path / "owner", OWNER)
+
+
+def test_a_folder_that_is_no_decoder_starts_no_run(tmp_path: Path) -> None:
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model: Any = build_model({"model_type": "bert", "vocab_size": 256, "pad_token_id": 0} | sizes, seed=1)
+    model.save_pretrained(tmp_path / "start")
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text" / "rows.jsonl").write_text("".join(f'{{"text": "this is row {i}"}}\n' for i in range(200)))
+    text = RUN_FILE.replace('"hub"', '"path"').replace('"set"', '"text"').replace('"body"', '"text"')
+    (tmp_path / "run.toml").write_text(text.replace('tokenizer = "start"', 'tokenizer = "bytes"'))
+    with pytest.raises(UsageError, match=r"would see the tokens that it is to predict; give a decoder"):
+        start_run(tmp_path / "run.toml", tmp_path / "owner", OWNER)
+
+
+def test_weights_that_peers_cannot_get_start_no_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise UsageError("asked")
+
+    write_start(tmp_path / "start")
+    datasets.Dataset.from_dict({"body": ["row says"] * 20}).save_to_disk(tmp_path / "set")
+    (tmp_path / "run.toml").write_text(RUN_FILE)
+    monkeypatch.setattr(genesis, "check_untrained", refuse)
+    with pytest.raises(UsageError, match="asked"):
         start_run(tmp_path / "run.toml", tmp_path / "owner", OWNER)

@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import datasets
@@ -20,7 +21,7 @@ import tokenizers
 from huggingface_hub import constants
 from huggingface_hub.errors import OfflineModeIsEnabled, RepositoryNotFoundError, RevisionNotFoundError
 
-from p2p_diloco import hub
+from p2p_diloco import data, hub
 from p2p_diloco.data import load_tokenizer_json, open_corpus
 from p2p_diloco.errors import DataError, LocalError, Stopped, UsageError
 from p2p_diloco.hub import PIECES, check_data_set, find_model, find_tokenizer, hub_documents, places
@@ -217,6 +218,75 @@ def test_a_mistake_is_one_clear_line(
     with pytest.raises(LocalError):
         open_corpus(spec, base=tmp_path, cache=tmp_path / "cache")
     assert not list(tmp_path.glob("cache/*.tmp"))
+
+
+def describe(folder: Path, data_file: str) -> None:
+    text = f"configs:\n- config_name: default\n  data_files:\n  - split: train\n    path: {data_file}\n"
+    (folder / "README.md").write_text(f"---\n{text}---\n")
+
+
+def test_a_data_set_that_names_the_readers_own_files_is_refused(tmp_path: Path) -> None:
+    inside, outside = write_files(tmp_path / "set", 1), write_files(tmp_path / "private", 1)
+    (inside / "link.json").symlink_to(outside / "train-000.json")
+    describe(inside, "train-000.json")
+    assert read(tmp_path)[0]
+    for stray in (str(outside / "train-000.json"), "../private/*.json", "link.json"):
+        describe(inside, stray)
+        with pytest.raises(DataError, match=r"set: this data set names a file that is not in it, .*; do not use it"):
+            read(tmp_path)
+
+
+def test_files_on_the_hub_are_of_the_data_set_itself() -> None:
+    own = "hf://datasets/some/set@0123/data/a.parquet"
+    hub.refuse_strays("some/set", ("hf://datasets/some/set@",), {"train": [own]})
+    hub.refuse_strays("some/set", ("hf://datasets/some/set@",), None)
+    for stray in ("/home/anna/a.txt", "http://192.0.2.1/a", "hf://datasets/some/set2@0/a", "zip://a::/home/a.zip"):
+        with pytest.raises(DataError, match=r"some/set: this data set names a file that is not in it"):
+            hub.refuse_strays("some/set", ("hf://datasets/some/set@",), {"train": [own, stray]})
+
+
+def test_a_folder_of_the_hubs_cache_is_a_data_set(tmp_path: Path) -> None:
+    """Its files are links to what lies beside it."""
+    files = write_files(tmp_path / "cache" / "blobs", 1)
+    snapshot = tmp_path / "cache" / "snapshots" / "0123"
+    snapshot.mkdir(parents=True)
+    (snapshot / "train.json").symlink_to(files / "train-000.json")
+    assert read(tmp_path, spec=SPEC.model_copy(update={"path": "cache/snapshots/0123"}))[0]
+
+
+@pytest.mark.parametrize("base", [None, Path("elsewhere")])
+def test_a_name_on_the_hub_is_no_folder_here(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, base: Path | None
+) -> None:
+    write_files(tmp_path / "some" / "set", 1)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(hub, "look_up", lambda name, *_: (name, "0123456789" * 4))
+    spec = SPEC.model_copy(update={"path": "some/set"})
+    with pytest.raises(DataError, match=r"some/set, data\.config = None"):
+        list(hub_documents(spec, base=base, run_seed=1, peer_id="anna"))
+    assert list(hub_documents(spec, base=tmp_path, run_seed=1, peer_id="anna"))
+
+
+@pytest.mark.parametrize(
+    "name", ["set", "./some/set", "../set", "/some/set", "a/b/c", "a/b@../c", "a/b@/c", "a/b@c/../d"]
+)
+def test_a_strangers_name_is_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UsageError, match="no name on the hub"):
+        list(hub_documents(SPEC.model_copy(update={"path": name}), base=None, run_seed=1, peer_id="anna"))
+
+
+def test_tokens_leave_room_on_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_files(tmp_path / "set", 1)
+    free = iter([2 * 10**9, 10**9, 10**9 - 1])
+    monkeypatch.setattr("p2p_diloco.data.shutil.disk_usage", lambda _: SimpleNamespace(free=next(free)))
+    monkeypatch.setattr(data, "ENCODE_CHARS", 1000)
+    with pytest.raises(
+        DataError, match=r"cache: 1\.00 GB are free, and a data set's tokens must leave 1 GB; make room"
+    ):
+        open_corpus(SPEC, base=tmp_path, cache=tmp_path / "cache")
+    assert next(free, None) is None
+    assert not list(tmp_path.glob("cache/*/"))
 
 
 def test_rows_without_text_are_left_out(tmp_path: Path) -> None:

@@ -103,6 +103,27 @@ def test_a_restart_goes_on_as_if_nothing_had_happened(tmp_path: Path) -> None:
     assert np.array_equal(local, local_again)
 
 
+def test_a_parameter_that_never_has_a_gradient_has_no_moments(tmp_path: Path) -> None:
+    """Its number is the first one; the moments of the others stay theirs."""
+    model = build_model(CONFIG, seed=1)
+    model.register_parameter("unused", torch.nn.Parameter(torch.zeros(3)))
+    inner = InnerOptimizer(model, SPEC, CPU)
+    assert inner.parameters[0].shape == (3,)
+    run(inner, range(2))
+    moments, steps = inner.moments()
+    assert list(steps) == [str(i) for i in range(1, len(inner.parameters))]
+
+    again = InnerOptimizer(build_model(CONFIG, seed=1), SPEC, CPU)
+    assert not again.restore(moments, steps), "another model's"
+    assert not again.optimizer.state
+    again.model.register_parameter("unused", torch.nn.Parameter(torch.zeros(3)))
+    again = InnerOptimizer(again.model, SPEC, CPU)
+    assert again.restore(moments, steps)
+    kept, _ = again.moments()
+    assert kept.keys() == moments.keys()
+    assert all(torch.equal(kept[name], moment) for name, moment in moments.items())
+
+
 @pytest.mark.parametrize("damage", [b"", b"\0" * 100, None])
 def test_a_damaged_or_missing_file_costs_the_moments_and_nothing_else(tmp_path: Path, damage: bytes | None) -> None:
     inner, local = trainer()
@@ -143,7 +164,7 @@ def test_sgd_inside_has_no_moments_and_takes_the_gradient_as_it_is() -> None:
     before = [parameter.detach().clone() for parameter in model.parameters()]
     inner = InnerOptimizer(model, spec, CPU)
     inner.step(corpus(), peer_id="me", at=Place(0, 0))
-    assert inner.moments() == ({}, [])
+    assert inner.moments() == ({}, {})
     again = build_model(CONFIG, seed=1)
     batch = corpus().batch(run_seed=0, peer_id="me", step=0, batch_size=16, seq_len=8)
     loss_of(again, torch.from_numpy(batch)).backward()  # type: ignore[no-untyped-call]

@@ -112,6 +112,10 @@ def test_a_mistake_is_named_with_its_file_and_key(tmp_path: Path, line: str, mes
         ('name = "test"', "key 'model' is missing"),
         ('name = "test"\n[model]', "key 'model': give either config or path"),
         ('name = "test"\n[model]\nconfig = {}', "key 'model': config needs a model_type"),
+        (
+            'name = "test"\n[model.config]\nmodel_type = "llama"\nrope = { factors = [1.0, nan] }',
+            "key 'model': config has a nan",
+        ),
         ('name = "../x"\n[model]\npath = "m"', "key 'name': string should match pattern"),
         ('name = "x\\n"\n[model]\npath = "m"', "key 'name': string should match pattern"),
         ("name = ", "not valid TOML"),
@@ -180,6 +184,30 @@ def test_a_well_signed_manifest_with_a_bad_field_is_refused() -> None:
         open_manifest(sealed(body | {"n_params": -1}), "here")
     with pytest.raises(UsageError, match="key 'genesis'"):
         open_manifest(sealed(body | {"genesis": "x"}), "here")
+
+
+@pytest.mark.parametrize("config", ["", "[]", "{}", '{"model_type":5}', "[" * 100_000])
+def test_a_model_config_is_a_table_with_a_model_type(config: str) -> None:
+    with pytest.raises(UsageError, match="here: key 'model_config_json': not a transformers config"):
+        open_manifest(manifest(model_config_json=config).signed(OWNER), "here")
+
+
+def test_a_strangers_numbers_are_bounded() -> None:
+    body = manifest().model_dump(mode="json")
+    for key, value in (("max_documents", 10**7 + 1), ("eval_tokens", 2**26 + 1)):
+        data = body["spec"]["data"] | {"source": "hub", "path": "some/set", key: value}
+        with pytest.raises(UsageError, match=rf"here: key 'spec\.data\.{key}': input should be less than or equal to"):
+            open_manifest(sealed(body | {"spec": body["spec"] | {"data": data}}), "here")
+
+
+def test_weights_come_with_a_tokenizer_that_is_named(tmp_path: Path) -> None:
+    text = 'name = "test"\n[model]\npath = "start"\n'
+    for data in ("", "[data]\nseq_len = 64\n"):
+        with pytest.raises(UsageError, match=r"run\.toml: key 'data': .*name its tokenizer under data\.tokenizer"):
+            RunSpec.load(run_file(tmp_path, text + data))
+    for tokenizer in ("bytes", "start"):
+        spec = RunSpec.load(run_file(tmp_path, text + f'[data]\ntokenizer = "{tokenizer}"\n'))
+        assert RunSpec.model_validate_json(spec.model_dump_json()) == spec
 
 
 def test_what_only_python_calls_json_is_refused() -> None:

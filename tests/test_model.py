@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -10,15 +11,19 @@ import pytest
 import torch
 
 from p2p_diloco.errors import UsageError
-from p2p_diloco.manifest import ModelSpec, canonical_json
+from p2p_diloco.manifest import ModelSpec, RunManifest, RunSpec, canonical_json
 from p2p_diloco.model import (
+    Layout,
     bind_parameters,
     build_model,
+    check_causal,
+    check_untrained,
     context_tokens,
     evaluate,
     layout_of,
     load_pretrained,
     loss_of,
+    model_of,
     pick_device,
     read_parameters,
     resolve_config,
@@ -77,6 +82,10 @@ def test_every_default_is_written_out_and_nothing_of_this_machine() -> None:
         ({"hidden_size": "x"}, "model.config: TypeError: Field 'hidden_size' expected int, got str"),
         ({"hidden_size": 17}, "model.config: ValueError: The hidden size (17) is not a multiple"),
         ({"vocab_size": 255}, "key 'model.config.vocab_size': 255 is less than the tokenizer's 256"),
+        (
+            {"model_type": "bert", "is_decoder": False},
+            "key 'model.config.is_decoder': false; this model would see the tokens that it is to predict",
+        ),
     ],
 )
 def test_a_mistake_in_the_config_names_the_key(changed: dict[str, Any], message: str) -> None:
@@ -112,6 +121,99 @@ def test_a_model_type_that_can_look_ahead_is_made_a_decoder() -> None:
     with torch.no_grad():
         before, after = (model(input_ids=ids).logits[:, :-1] for ids in (tokens, changed))
     assert torch.equal(before, after)
+
+
+SMALL_BERT = {**LLAMA, "model_type": "bert", "vocab_size": 256, "pad_token_id": 0}
+XLNET = {"model_type": "xlnet", "d_model": 16, "n_layer": 1, "n_head": 2, "d_inner": 32, "vocab_size": 256}
+MIXTRAL = {"model_type": "mixtral", "num_local_experts": 4, "num_key_value_heads": 2, "vocab_size": 256}
+
+
+@pytest.mark.parametrize("config", [SMALL_BERT, XLNET])
+def test_a_model_that_looks_ahead_is_refused(config: dict[str, Any]) -> None:
+    model = build_model(config, seed=0)
+    with pytest.raises(UsageError, match=r"would see the tokens that it is to predict; give a decoder"):
+        check_causal(model, vocab_size=256, seq_len=16)
+    assert model.training
+
+
+@pytest.mark.parametrize("config", [{"vocab_size": 256}, MIXTRAL, {"model_type": "gpt_neox", "vocab_size": 256}])
+def test_a_model_that_does_not_look_ahead_is_taken(config: dict[str, Any]) -> None:
+    for vocab_size in (256, 1):
+        check_causal(build_model(LLAMA | config, seed=0), vocab_size=vocab_size, seq_len=8)
+
+
+class Shy(torch.nn.Module):
+    """Reads nothing shorter than 16 tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(1))
+
+    def forward(self, input_ids: torch.Tensor, use_cache: bool) -> SimpleNamespace:
+        if input_ids.shape[1] < 16:
+            raise RuntimeError("too short\nby far")
+        return SimpleNamespace(logits=self.weight * input_ids[..., None])
+
+
+def test_a_model_is_asked_with_as_many_tokens_as_it_needs() -> None:
+    check_causal(Shy(), vocab_size=256, seq_len=16)
+    with pytest.raises(UsageError, match=r"cannot read 15 tokens: too short$"):
+        check_causal(Shy(), vocab_size=256, seq_len=15)
+
+
+def test_what_peers_could_not_get_is_refused() -> None:
+    """A router's correction, as of DeepSeek-V3: a buffer that is kept with the weights."""
+    sizes = {"moe_intermediate_size": 8, "n_routed_experts": 4, "num_experts_per_tok": 2, "first_k_dense_replace": 1}
+    sizes |= {"q_lora_rank": 8, "kv_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 8}
+    config = resolved(model_type="deepseek_v3", n_group=2, topk_group=1, tie_word_embeddings=True, **sizes)
+    model = build_model(config, seed=5)
+    check_untrained(model, config)
+    model.get_buffer("model.layers.1.mlp.gate.e_score_correction_bias")[0] = 0.5
+    with pytest.raises(UsageError, match=r"^model\.layers\.1\.mlp\.gate\.e_score_correction_bias of this model is not"):
+        check_untrained(model, config)
+    frozen = llama(seed=5)
+    frozen.get_parameter("model.norm.weight").requires_grad_(False)[3] = 2.0
+    with pytest.raises(UsageError, match=r"^model\.norm\.weight of this model is not trained"):
+        check_untrained(frozen, resolved())
+
+
+def manifest_of(config: dict[str, Any], layout: Layout) -> RunManifest:
+    return RunManifest(
+        spec=RunSpec(name="tiny", model=ModelSpec(config=LLAMA)),
+        model_config_json=canonical_json(config).decode(),
+        n_params=layout.n,
+        layout_digest=layout.digest,
+        vocab_size=256,
+        data_fingerprint="",
+        genesis="0" * 64,
+        owner="owner",
+    )
+
+
+def test_a_manifests_model_is_counted_before_memory_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    honest = manifest_of(resolved(), layout_of(llama()))
+    assert layout_of(model_of(honest)) == layout_of(llama())
+    devices = []
+
+    def built(*arguments: Any, **options: Any) -> torch.nn.Module:
+        devices.append(torch.get_default_device().type)
+        return build_model(*arguments, **options)
+
+    monkeypatch.setattr("p2p_diloco.model.build_model", built)
+    huge = resolved(vocab_size=10**12)
+    other = resolved(num_hidden_layers=3)
+    for config in (huge, other):
+        with pytest.raises(UsageError, match="with other parameters than the run's; install the version"):
+            model_of(manifest_of(config, layout_of(llama())))
+    assert devices == ["meta", "meta"]
+
+
+def test_a_manifests_buffers_are_counted_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("p2p_diloco.model.UNTRAINED_VALUES", 10)
+    sizes = {"model_type": "ctrl", "n_embd": 16, "n_layer": 1, "n_head": 2, "dff": 16, "vocab_size": 256}
+    config = resolve_config(ModelSpec(config={**sizes, "n_positions": 2000}), base=Path(), vocab_size=256)
+    with pytest.raises(UsageError, match=r"values that are trained and .* that are not"):
+        model_of(manifest_of(config, layout_of(build_model(config, seed=None))))
 
 
 def test_a_strangers_config_names_no_code_and_no_kernel() -> None:
@@ -230,6 +332,27 @@ def test_a_folder_gives_its_config_and_its_weights(tmp_path: Path) -> None:
         resolve_config(spec, base=tmp_path, vocab_size=300)
 
 
+def test_a_folders_weights_need_no_kernel_that_its_config_names(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model: Any = llama(seed=3)
+    model.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    wish = {"attn_implementation": "flash_attention_2", "_attn_implementation": "flash_attention_2"}
+    (tmp_path / "config.json").write_text(json.dumps(config | wish))
+    assert np.array_equal(vector_of(load_pretrained(tmp_path)), vector_of(model))
+
+    def broken(*_: object, **__: object) -> None:
+        raise ImportError("first\nlast")
+
+    monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", broken)
+    with pytest.raises(UsageError, match="cannot load this folder: last"):
+        load_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(UsageError, match="no weights here"):
+        load_pretrained(tmp_path)
+
+
 def test_a_bad_folder_is_a_usage_error(tmp_path: Path) -> None:
     model: Any = llama()
     model.save_pretrained(tmp_path / "start")
@@ -246,6 +369,7 @@ def test_a_bad_folder_is_a_usage_error(tmp_path: Path) -> None:
         ("a", None, "no such file"),
         ("b", "{", "not JSON"),
         ("c", "[]", "not a transformers config"),
+        ("e", "[" * 100_000, "not JSON"),
         ("d", json.dumps(config | {"quantization_config": {"bits": 4}}), "the weights are quantized"),
     ):
         (tmp_path / name).mkdir()

@@ -40,6 +40,12 @@ def test_who_made_how_many_inner_steps() -> None:
     assert past.heads == {1: "head-1", 2: "head-2"}
 
 
+def test_what_was_offered_after_the_last_outer_step_is_not_done_again() -> None:
+    a = log_of("a", offered(0, 3), round_of(1), offered(1, 2))
+    b = log_of("b", offered(0, 3), round_of(1))
+    assert recount([a, b], MANIFEST, "FOLDER").inner_steps.keys() == {0}
+
+
 def test_who_was_alone_offers_again_and_trains_on_in_between() -> None:
     alone = round_of(0, committed=False, reason="alone", group=[])
     a = log_of("a", offered(0, 3), alone, offered(0, 5), alone, offered(0, 9), round_of(1), offered(1, 3), round_of(2))
@@ -65,6 +71,7 @@ def test_what_is_kept_is_offered_again_with_what_was_learned_since(on_missed: st
             [offered(0, 3), round_of(1), round_of(1, committed=False, reason="failed")],
             "the round at outer step 1 failed",
         ),
+        ([offered(0, 3), round_of(0, committed=False, reason="alone")], "its swarm has made no outer step"),
         ([offered(0, 3), round_of(1, lost=["b"])], "the round at outer step 1 lost somebody"),
         ([offered(1, 3), round_of(2)], "its logs do not tell of every outer step from the first one on"),
         ([{"event": "started", "peer_id": "a"}, round_of(1)], "peer a was restarted"),

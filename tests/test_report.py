@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import math
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,17 @@ def test_rows_by_hand(tmp_path: Path) -> None:
     assert (half.tokens, half.sent_mb) == (2_000_000, 1.0)
 
 
+def test_the_gap_is_that_of_the_seeds_an_arm_has(tmp_path: Path) -> None:
+    """The second seed is a harder one: an arm that has only the first is not compared with both."""
+    study = study_of(tmp_path)
+    summaries = summaries_of(study)
+    (second,) = (trial.key for trial in study.trials if (trial.arm, trial.seed) == ("half", 2))
+    del summaries[second]
+    half = rows_of(study, summaries)[1]
+    assert half.seeds == (1,)
+    assert half.closed == pytest.approx((2.0 - 1.7) / (2.0 - 1.4))
+
+
 def test_the_table(tmp_path: Path) -> None:
     study = study_of(tmp_path)
     lines = markdown(study, rows_of(study, summaries_of(study))).splitlines()
@@ -87,9 +99,11 @@ def test_what_is_not_there_yet_is_left_out(tmp_path: Path) -> None:
     assert "| half | 1.7000 |  |  | 2.00 M | 1.00 |" in markdown(study, [row])
 
 
-def test_the_plot_is_a_picture_with_a_line_an_arm(tmp_path: Path) -> None:
+@pytest.mark.parametrize("title", ["T", r"$\\foo$ and 5 $"])
+def test_the_plot_is_a_picture_with_a_line_an_arm(tmp_path: Path, title: str) -> None:
     pytest.importorskip("matplotlib")
     study = study_of(tmp_path)
+    study = replace(study, spec=study.spec.model_copy(update={"title": title}))
     summaries = summaries_of(study)
     summaries[study.trials[1].key] = summary_of([3.0, None, None])
     path = tmp_path / "plot.png"

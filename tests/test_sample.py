@@ -119,6 +119,20 @@ def test_top_k_and_temperature() -> None:
     assert abs(share(0, 100.0, 99) - 0.25) < 0.05
 
 
+def test_any_temperature_above_0_divides() -> None:
+    logits = torch.tensor([0.0, 90.0, 91.0, -torch.inf])
+    generator = torch.Generator().manual_seed(0)
+    for temperature in (1e-45, 5e-324, 1e-10):
+        assert choose(logits, temperature, None, generator) == choose(logits, temperature, 2, generator) == 2
+
+
+@pytest.mark.parametrize("temperature", [0, 1.0])
+@pytest.mark.parametrize("broken", [torch.nan, torch.inf])
+def test_a_model_that_has_diverged_says_so(temperature: float, broken: float) -> None:
+    with pytest.raises(UsageError, match="training has diverged"):
+        choose(torch.tensor([0.0, broken, 1.0]), temperature, None, torch.Generator())
+
+
 def test_an_export_speaks_and_nothing_else_does(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     spec = ModelSpec(config=LLAMA)
     config = resolve_config(spec, base=tmp_path, vocab_size=256)
@@ -144,7 +158,7 @@ def test_an_export_speaks_and_nothing_else_does(tmp_path: Path, capfd: pytest.Ca
     assert capfd.readouterr() == ("", "")
 
     (tmp_path / "model/model.safetensors").unlink()
-    with pytest.raises(UsageError, match="cannot load this folder"):
+    with pytest.raises(UsageError, match="no weights here"):
         load_export(tmp_path / "model")
     (tmp_path / "model" / INFO_FILE).unlink()
     with pytest.raises(UsageError, match="no exported model here"):

@@ -47,7 +47,7 @@ def test_users_text_is_divided_by_what_a_model_makes_of_it(tmp_path: Path) -> No
     """Documents of digits, and of letters: one kind each, together all that is trained on, and the same held out."""
     (tmp_path / "text").mkdir()
     for k in range(40):
-        text = ("0123456789" if k % 2 else "etaoin shr") * 30
+        text = ("0123456789" if k % 2 else "etaoin shr") * (30 + k)
         (tmp_path / "text" / f"{k}.txt").write_text(text)
     spec = DataSpec(source="path", path="text", seq_len=16, held_out=0.2)
     corpus = open_corpus(spec, base=tmp_path, cache=tmp_path / "cache")

@@ -20,10 +20,10 @@ from p2p_diloco.codec import CODECS, Vector
 from p2p_diloco.errors import UsageError
 from p2p_diloco.inner import InnerOptimizer, draws_drop, place_in_run
 from p2p_diloco.model import build_model, evaluate, loss_of, read_parameters, write_parameters
-from p2p_diloco.outer import Update
+from p2p_diloco.outer import OuterState, Update
 from p2p_diloco.recount import Past
 from p2p_diloco.replicas import Replica
-from p2p_diloco.simulate import CHECKPOINT_FILE, SUMMARY_FILE, Simulation
+from p2p_diloco.simulate import CHECKPOINT_FILE, SUMMARY_FILE, Simulation, alone_in
 from p2p_diloco.stored import find_run, load_model, load_state
 
 PLAIN = {"inner.warmup_steps": 0, "inner.min_lr_ratio": 1.0, "inner.weight_decay": 0.0, "inner.clip": 1e9}
@@ -227,6 +227,66 @@ def test_a_late_update_is_merged_in_time(tmp_path: Path, monkeypatch: pytest.Mon
     assert np.allclose(replica.local, 0.25 * own + 0.75 * simulation.state.theta, atol=1e-6)
 
 
+def test_who_was_away_or_dropped_is_not_late(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It takes theta at once: who is away has nothing to merge, and what was dropped is lost."""
+    changes = {"simulate.replicas": [2, 1, 2], "simulate.delay": 2, "outer.steps": 6}
+    simulation = open_small(tmp_path, changes)
+    dropped = set[str]()
+    monkeypatch.setattr(simulation, "_is_dropped", lambda step, replica: replica.name in dropped)
+    lates = []
+    for _ in range(5):
+        simulation.outer_step()
+        lates.append([replica.late for replica in simulation.replicas])
+    assert lates == [[True, True], [True, True], [True, False], [True, False], [True, True]]
+    assert np.array_equal(simulation.replicas[1].local, simulation.state.theta) is False
+
+    simulation = open_small(tmp_path, {"simulate.replicas": 2, "simulate.delay": 2}, name="dropped")
+    monkeypatch.setattr(simulation, "_is_dropped", lambda step, replica: replica is simulation.replicas[1])
+    simulation.outer_step()
+    assert [replica.late for replica in simulation.replicas] == [True, False]
+    assert np.array_equal(simulation.replicas[1].local, simulation.state.theta)
+
+
+def test_who_diverges_takes_theta_and_contributes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a peer does; the step is that of those whose parameters are finite."""
+    without = open_small(tmp_path, {"simulate.replicas": 2}, name="without")
+    monkeypatch.setattr(without, "_is_dropped", lambda step, replica: replica is without.replicas[1])
+    without.outer_step()
+
+    simulation = open_small(tmp_path, {"simulate.replicas": 2})
+    one = simulation.replicas[1]
+    learn = one.learn
+
+    def diverge(*arguments: Any) -> list[float]:
+        losses = learn(*arguments)
+        one.local[0] = np.nan
+        return losses
+
+    monkeypatch.setattr(one, "learn", diverge)
+    simulation.outer_step()
+    assert np.array_equal(simulation.state.theta, without.state.theta)
+    assert np.array_equal(one.local, simulation.state.theta)
+    assert one.inner.moments() == ({}, {})
+
+
+def test_a_theta_that_is_not_finite_ends_it_with_a_summary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    simulation = open_small(tmp_path)
+    step = simulation.rule.step
+
+    def overflow(state: OuterState, update: Update) -> None:
+        step(state, update)
+        if state.step == 2:
+            state.theta[0] = np.inf
+
+    monkeypatch.setattr(simulation.rule, "step", overflow)
+    points = list(simulation.run())
+    assert [point.step for point in points] == [1, 2]
+    assert points[-1].held_out_loss is None
+    assert "not finite" in points[-1].line()
+    assert json.loads((tmp_path / "out" / SUMMARY_FILE).read_text())["curve"][-1]["held_out_loss"] is None
+    assert open_small(tmp_path).done
+
+
 def test_pruning_and_two_bits_leave_less_of_an_outer_gradient(tmp_path: Path) -> None:
     for changes in ({"simulate.prune": 0.5}, {"simulate.quantize": "int2"}):
         name = "-".join(changes)
@@ -324,6 +384,37 @@ def test_a_folder_of_another_simulation_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="holds another simulation, or this one before its file changed"):
         open_small(tmp_path, {"simulate.replicas": 2})
     open_small(tmp_path)
+
+
+def test_a_simulation_that_goes_on_with_other_text_is_refused(tmp_path: Path) -> None:
+    for _ in open_small(tmp_path).run():
+        break
+    open_small(tmp_path)
+    with next((tmp_path / "text").iterdir()).open("a") as file:
+        file.write("and more of it")
+    with pytest.raises(UsageError, match="out: was begun with another text; choose another"):
+        open_small(tmp_path)
+
+
+def test_a_plain_simulation_is_not_taken_for_a_recounted_one(tmp_path: Path) -> None:
+    theta_of(open_small(tmp_path, {"simulate.replicas": 1}))
+    past = Past(names=("a",), inner_steps={0: {"a": (4,)}}, dropped={0: frozenset()}, heads={1: "00" * 32})
+    what = small_run(tmp_path, {"simulate.replicas": 1})
+    with pytest.raises(UsageError, match="begun with another swarm to recount, or without one"):
+        Simulation.open(what, tmp_path / "out", base=tmp_path, device="cpu", threads=1, past=past)
+    short = Simulation.open(what, tmp_path / "short", base=tmp_path, device="cpu", threads=1, past=past)
+    assert [point.step for point in short.run()] == [1], "the swarm made one outer step of three"
+    assert short.differing_heads() == [1]
+
+
+def test_one_process_at_a_time_simulates_in_a_folder(tmp_path: Path) -> None:
+    with alone_in(tmp_path / "out"):
+        with pytest.raises(UsageError, match="out: another process simulates here"), alone_in(tmp_path / "out"):
+            raise AssertionError
+        with alone_in(tmp_path / "other"):
+            pass
+    with alone_in(tmp_path / "out"):
+        pass
 
 
 def test_a_damaged_checkpoint_is_named(tmp_path: Path) -> None:

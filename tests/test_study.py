@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -7,6 +8,7 @@ from small_runs import SMALL
 
 from p2p_diloco.errors import UsageError
 from p2p_diloco.experiment import BASES
+from p2p_diloco.simulation import SimulatedRun
 from p2p_diloco.study import Study
 
 ROOT = Path(__file__).parent.parent
@@ -80,6 +82,22 @@ def test_the_same_simulation_has_the_same_key_in_every_study(tmp_path: Path) -> 
     assert len({trial.key for trial in one}) == 6
 
 
+def test_other_files_or_other_text_in_them_are_another_simulation(tmp_path: Path) -> None:
+    """Two folders may have run files that say the same."""
+    keys = []
+    for name in ("one", "other"):
+        (tmp_path / name / "text").mkdir(parents=True)
+        (tmp_path / name / "text" / "a.txt").write_text("a")
+        path = write(tmp_path / name, HEAD + ARMS)
+        base = path.with_name("base.toml")
+        base.write_text(BASE.replace("[data]", '[data]\nsource = "path"\npath = "text"'))
+        keys.append(Study.load(path, "full").trials[0].key)
+    assert keys[0] != keys[1]
+    assert Study.load(path, "full").trials[0].key == keys[1]
+    (tmp_path / "other" / "text" / "a.txt").write_text("as long")
+    assert Study.load(path, "full").trials[0].key not in keys
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -96,6 +114,8 @@ def test_the_same_simulation_has_the_same_key_in_every_study(tmp_path: Path) -> 
             "arm 'half': [simulate]: unknown key 'drops'; did you mean 'drop'?",
         ),
         (HEAD + ARMS.replace("inner.steps", "name.steps"), "arm 'half': key 'name.steps': 'name' is not a table"),
+        (HEAD + ARMS.replace("simulate.drop", "seed"), "arm 'half': key 'seed' cannot be set; give seeds = [...]"),
+        (HEAD + ARMS.replace('"half"', '"a|b"'), "key 'arm.2.name': a name is one line without |"),
         (HEAD + ARMS.replace("0.5", '"half"'), "arm 'half': [simulate]: key 'drop': input should be a valid number"),
         (HEAD + "[[arm]\n", "not valid TOML"),
     ],
@@ -113,9 +133,17 @@ def test_a_base_that_is_not_there(tmp_path: Path) -> None:
         Study.load(path, "full")
 
 
+def start_of(what: SimulatedRun) -> str:
+    """All that ``warm_start`` depends on, beside the seed."""
+    data = [what.run.model.model_dump(), what.run.data.model_dump(), what.simulate.warm_steps]
+    inner = what.run.inner.model_dump(exclude={"steps", "min_lr_ratio", "grad_accumulation"})
+    return json.dumps([*data, inner])
+
+
 @pytest.mark.parametrize("path", STUDIES, ids=[path.stem for path in STUDIES])
 def test_the_repositorys_studies_are_sound(path: Path) -> None:
-    """In all sizes, which differ; and each opens with a comment on what it asks."""
+    """In all sizes, which differ; each opens with a comment on what it asks; and all arms start from the same values,
+    but where the start is what is asked about."""
     assert path.read_text().startswith("# ")
     keys: set[str] = set()
     for size in ("full", "quick", "large"):
@@ -124,5 +152,7 @@ def test_the_repositorys_studies_are_sound(path: Path) -> None:
         assert len(of_size) == len(trials), "two arms are the same"
         assert not keys & of_size
         keys |= of_size
+        starts = {(trial.seed, start_of(trial.what)) for trial in trials}
+        assert len(starts) == len({trial.seed for trial in trials}) or path.stem == "pretraining"
     seeds = {trial.seed for trial in Study.load(path, "full").trials}
     assert len(seeds) >= 3

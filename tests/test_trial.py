@@ -36,8 +36,14 @@ def manifest() -> RunManifest:
     config = resolve_config(ModelSpec(config=CONFIG), base=Path(), vocab_size=256)
     spec = manifest_of().spec
     spec = spec.model_copy(update={"data": spec.data.model_copy(update={"seq_len": 32})})
-    n = layout_of(build_model(config, seed=None)).n
-    return manifest_of(spec=spec, model_config_json=json.dumps(config), n_params=n, data_fingerprint="f" * 64)
+    layout = layout_of(build_model(config, seed=None))
+    return manifest_of(
+        spec=spec,
+        model_config_json=json.dumps(config),
+        n_params=layout.n,
+        layout_digest=layout.digest,
+        data_fingerprint="f" * 64,
+    )
 
 
 def told(capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
@@ -73,6 +79,12 @@ def test_without_memory_nothing_is_tried(
     facts = told(capsys)
     assert facts["free_bytes"] == 1000
     assert not {"step_s", "trouble"} & set(facts)
+
+
+def test_a_model_larger_than_the_manifest_says_is_not_built(manifest: RunManifest) -> None:
+    config = {**manifest.transformers_config, "vocab_size": 10**12}
+    with pytest.raises(UsageError, match="with other parameters than the run's"):
+        trial.time_steps(manifest.model_copy(update={"model_config_json": json.dumps(config)}), torch.device("cpu"))
 
 
 def test_a_device_that_is_not_there() -> None:
