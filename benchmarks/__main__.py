@@ -55,9 +55,12 @@ RELIABILITY: dict[str, Callable[[], Table]] = {
 }
 """For an hour or so; only when they are asked for."""
 PAPER: dict[str, Callable[[], Table]] = {"dropped": dropped.main}
-"""As long as they take; only when they are asked for."""
+"""For 20 minutes; only when it is asked for."""
 ALL = CASES | RELIABILITY | PAPER
-DESCRIPTION = f"By default {', '.join(CASES)}: 8 to 11 minutes. {', '.join(RELIABILITY)}: an hour."
+DESCRIPTION = (
+    f"By default {', '.join(CASES)}: 8 to 11 minutes. {', '.join(RELIABILITY)}: an hour. "
+    f"{', '.join(PAPER)}: 20 minutes."
+)
 
 
 def main(names: list[str], json_file: Path | None, show: Callable[[Table], str]) -> int:

@@ -13,6 +13,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import mean
 from typing import TypeAlias
 
 from benchmarks.loopback import write_run_file
@@ -50,6 +51,8 @@ class Curves:
     swarm: Curve
     recounted: Curve
     simulated: Curve
+    inner_steps: float
+    """That a peer of the swarm made for an outer step, on average."""
     empty: int
     """Outer steps of the swarm to which nobody contributed."""
 
@@ -67,6 +70,7 @@ def main() -> Table:
         notes=(
             "swarm: real processes; a simulation of what they did came to the same heads at every outer step, and to",
             f"the same held-out losses within {largest_difference(found):.6f}. simulated: from the run file alone.",
+            f"Inner steps that a peer made for an outer step: {', '.join(f'{of.inner_steps:.1f}' for of in found)}.",
             f"Outer steps of the swarms to which nobody contributed: {', '.join(str(of.empty) for of in found)}.",
         ),
     )
@@ -95,12 +99,14 @@ def curves(run_file: Path, folder: Path, drop: float) -> Curves:
                 continue
             raise
         command("simulate", run_file, there / "simulated", "--replicas", PEERS, "--drop", drop, "--threads", 1)
+        _, past = past_of(there / "swarm")
         return Curves(
             drop=drop,
             swarm=curve_of(there / "swarm"),
             recounted=curve_of(there / "recounted"),
             simulated=curve_of(there / "simulated"),
-            empty=empty_steps(past_of(there / "swarm")[1]),
+            inner_steps=inner_steps_of(past),
+            empty=empty_steps(past),
         )
     raise RuntimeError(f"in each of {TRIES} swarms a round failed or lost somebody")
 
@@ -118,6 +124,10 @@ def command(name: str, run_file: Path, folder: Path, *options: object) -> None:
 
 def curve_of(folder: Path) -> Curve:
     return dict(json.loads((folder / "summary.json").read_text())["held_out"])
+
+
+def inner_steps_of(past: Past) -> float:
+    return mean(sum(steps) for there in past.inner_steps.values() for steps in there.values())
 
 
 def empty_steps(past: Past) -> int:

@@ -213,8 +213,12 @@ def test_growth_is_that_of_long_lives_after_they_have_settled() -> None:
 
 def test_a_swarms_curve_stands_beside_the_simulations() -> None:
     swarm = {0: 5.0, 4: 3.0, 8: 2.0}
-    half = dropped.Curves(drop=0.5, swarm=swarm, recounted=swarm | {8: 2.25}, simulated={4: 3.5, 8: 2.5}, empty=1)
-    none = dropped.Curves(drop=0.0, swarm=swarm, recounted={8: 2.0}, simulated={4: 3.25, 8: 1.75}, empty=0)
+    half = dropped.Curves(
+        drop=0.5, swarm=swarm, recounted=swarm | {8: 2.25}, simulated={4: 3.5, 8: 2.5}, inner_steps=5, empty=1
+    )
+    none = dropped.Curves(
+        drop=0.0, swarm=swarm, recounted={8: 2.0}, simulated={4: 3.25, 8: 1.75}, inner_steps=5, empty=0
+    )
     assert dropped.rows_of([none, half], outer_steps=10) == [
         ("4", "3.0000", "3.2500", "3.0000", "3.5000"),
         ("8", "2.0000", "1.7500", "2.0000", "2.5000"),
@@ -231,3 +235,4 @@ def test_an_outer_step_is_empty_where_all_who_made_it_were_dropped() -> None:
         heads={},
     )
     assert dropped.empty_steps(past) == 2
+    assert dropped.inner_steps_of(past) == 5
