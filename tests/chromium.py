@@ -9,6 +9,7 @@ import json
 import os
 import select
 import shutil
+import signal
 import subprocess
 import tempfile
 import time
@@ -118,13 +119,14 @@ def new_page() -> Iterator[Page]:
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
+        start_new_session=True,
     )
     for end in passed:
         os.close(end)
     try:
         yield Page(commands, answers)
     finally:
-        process.kill()
+        os.killpg(process.pid, signal.SIGKILL)  # its helpers write to the profile, too
         process.wait()
         os.close(commands)
         os.close(answers)
