@@ -5,22 +5,19 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
-
-from cyclopts import Parameter
 
 from p2p_diloco.arguments import check_listening, check_run_id, own_folder, require
 from p2p_diloco.display import STDOUT, Checklist, plain
 from p2p_diloco.errors import UsageError
 from p2p_diloco.interruption import importing, run_cancellable, undisturbed
-from p2p_diloco.options import OUTPUT, Addresses, AtLeastOne, Flag, Output
+from p2p_diloco.options import OUTPUT, Addresses, AtLeastOne, Flag, JsonFlag, Output
 
 
 def status(
     *,
     initial_peers: Addresses = (),
     run_id: str | None = None,
-    as_json: Annotated[bool, Parameter(name="--json", negative="", show_default=False)] = False,
+    as_json: JsonFlag = False,
     output: Output = OUTPUT,
 ) -> None:
     """Show a running swarm, from outside.
@@ -53,7 +50,7 @@ def monitor(
     initial_peers: Addresses = (),
     run_id: str | None = None,
     listen: str = "127.0.0.1:9200",
-    private_targets: Annotated[bool, Parameter(negative="", show_default=False)] = False,
+    private_targets: Flag = False,
     folder: Path | None = None,
     output: Output = OUTPUT,
 ) -> None:
@@ -101,7 +98,7 @@ def doctor(
     threads: AtLeastOne | None = None,
     data: Path | None = None,
     folder: Path | None = None,
-    as_json: Annotated[bool, Parameter(name="--json", negative="", show_default=False)] = False,
+    as_json: JsonFlag = False,
     output: Output = OUTPUT,
 ) -> int:
     """Check, before or instead of joining, whether this machine can train in a run: give it the options of peer.

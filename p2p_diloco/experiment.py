@@ -81,8 +81,10 @@ def run_studies(
         for trial in study.trials
     }
     missing = [work for work in works.values() if not (work.of_trial / SUMMARY_FILE).exists()]
-    for key in works.keys() - {work.trial.key for work in missing}:
-        check_torch(read_summary(works[key].of_trial), folder)
+    made = works.keys() - {work.trial.key for work in missing}
+    summaries = {key: read_summary(works[key].of_trial) for key in made}
+    for summary in summaries.values():
+        check_torch(summary, folder)
     with Progress(
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=console
     ) as progress:
@@ -91,7 +93,7 @@ def run_studies(
         for work, loss in simulate_all(missing, jobs):
             progress.console.print(f"{work.trial.name}: {loss:.4f}", highlight=False, markup=False)
             progress.advance(task)
-    summaries = {key: read_summary(work.of_trial) for key, work in works.items()}
+    summaries |= {work.trial.key: read_summary(work.of_trial) for work in missing}
     for study in studies:
         write_results(study, summaries, folder, console)
 

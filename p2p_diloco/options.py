@@ -30,6 +30,7 @@ AtLeastOne = Annotated[int, Parameter(validator=Number(gte=1))]
 Probability = Annotated[float, Parameter(validator=Number(gte=0, lt=1))]
 AtLeastZero = Annotated[int, Parameter(validator=Number(gte=0))]
 Flag = Annotated[bool, Parameter(negative="", show_default=False)]
+JsonFlag = Annotated[bool, Parameter(name="--json", negative="", show_default=False)]
 Patience = Annotated[float, Parameter(validator=Number(gte=0.1, lte=10))]
 Addresses = Annotated[tuple[str, ...], Parameter(consume_multiple=True, negative="", show_default=False)]
 

@@ -234,13 +234,14 @@ class Simulation:
         dropped = diverged | {replica.name for replica in members if self._is_dropped(step, replica)}
         update, sent_bytes = self._reduce(members, dropped)
         self.rule.step(self.state, update)
+        late = {replica.name for replica in members} - dropped if options.delay and not self.done else set()
         for replica in self.replicas:
             if replica.name in diverged:  # as a peer does: it takes theta, and begins with new moments
                 replica.inner.forget()
             elif replica.name in dropped and spec.round.on_missed == "keep":
                 continue
             replica.tokens = 0
-            replica.late = bool(options.delay) and replica in members and replica.name not in dropped and not self.done
+            replica.late = replica.name in late
             if not replica.late:
                 replica.local[:] = self.state.theta
                 replica.write_local()
