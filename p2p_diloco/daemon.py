@@ -245,7 +245,7 @@ def remove_folder(folder: Path) -> None:
 
 def private_socket_folder(folder: Path) -> Path:
     """Where one node's sockets go: inside ``folder``, or, where that path is too long for a socket, in the temporary
-    folder. Sockets that a dead process left there are removed."""
+    folder."""
     inside = folder.absolute() / "s"
     if len(os.fsencode(inside / LONGEST_SOCKET_NAME)) > MAX_SOCKET_PATH_BYTES:
         return Path(tempfile.mkdtemp(prefix="p2p-diloco-"))
@@ -253,8 +253,13 @@ def private_socket_folder(folder: Path) -> Path:
         inside.mkdir(mode=0o700, parents=True, exist_ok=True)
     except OSError as error:
         raise UsageError(f"folder {inside}: cannot be made ({error.strerror})") from error
-    for path in [*inside.glob("p2pd-*.sock"), *inside.glob("p2pclient-*.sock")]:
+    return inside
+
+
+def remove_dead_sockets(folder: Path) -> None:
+    """Those that a dead process left. Those of a live one are called, which its log may tell: whoever has claimed the
+    folder's identity will find none."""
+    for path in [*folder.glob("p2pd-*.sock"), *folder.glob("p2pclient-*.sock")]:
         with socket.socket(socket.AF_UNIX) as trial, contextlib.suppress(OSError):
             if trial.connect_ex(str(path)) != 0:
                 path.unlink()
-    return inside

@@ -36,7 +36,7 @@ from hivemind.proto import dht_pb2
 from p2p_diloco import hardening
 from p2p_diloco.addresses import check_host_maddrs, parse_maddr, peers_of, pin_ports, without_peer
 from p2p_diloco.config import PeerConfig, Timeouts
-from p2p_diloco.daemon import FAILURES, Daemon, Refused, claim_identity, own_daemon, remove_folder
+from p2p_diloco.daemon import FAILURES, Daemon, Refused, claim_identity, own_daemon, remove_dead_sockets, remove_folder
 from p2p_diloco.errors import Gone, LocalError, NetworkError, Silent, UsageError
 from p2p_diloco.identity import Identity, public_key_of
 from p2p_diloco.records import RUNS_KEY, Fault, unpack_plain
@@ -105,6 +105,7 @@ class Node:
         cls._open_nodes.add(node)
         try:
             node._claim = claim_identity(config.identity_path)
+            remove_dead_sockets(socket_folder)
             await node._bring_up(first=True)
         except BaseException:
             await node.close()

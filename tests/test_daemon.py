@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from p2p_diloco.addresses import encode
-from p2p_diloco.daemon import CIRCUIT, is_relayed, private_socket_folder
+from p2p_diloco.daemon import CIRCUIT, is_relayed, private_socket_folder, remove_dead_sockets
 from p2p_diloco.errors import UsageError
 from p2p_diloco.identity import Identity
 
@@ -33,7 +33,9 @@ def test_socket_folder(tmp_path: Path) -> None:
         alive.listen()
         dead.bind(str(folder / "p2pclient-dead.sock"))
         dead.close()
-        private_socket_folder(tmp_path)
+        assert private_socket_folder(tmp_path) == folder
+        assert len(list(folder.iterdir())) == 2
+        remove_dead_sockets(folder)
         assert [path.name for path in folder.iterdir()] == ["p2pd-alive.sock"]
     elsewhere = private_socket_folder(tmp_path / ("long" * 30))
     assert elsewhere.name.startswith("p2p-diloco-")

@@ -436,9 +436,18 @@ def test_addresses_that_cannot_be_had(tmp_path: Path, maddr: str, complaint: str
 def test_one_identity_twice(tmp_path: Path) -> None:
     async def main() -> None:
         async with nodes(tmp_path, 1) as (alice,):
+            sockets = sorted((tmp_path / "0" / "s").iterdir())
+            assert sockets
+            calls: list[str] = []
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr("socket.socket.connect_ex", lambda _, address: calls.append(address))
+                for folder in ("again", "0"):
+                    config = config_of(tmp_path / folder, identity=alice._config.identity_path)
+                    with pytest.raises(UsageError, match="another peer runs with it"):
+                        await start(config)
+            assert not calls  # of the one that runs, which would tell of it
+            assert sorted((tmp_path / "0" / "s").iterdir()) == sockets
             config = config_of(tmp_path / "again", identity=alice._config.identity_path)
-            with pytest.raises(UsageError, match="another peer runs with it"):
-                await start(config)
             own = (*(await alice.maddrs()),)
         await (await start(config.model_copy(update={"initial_peers": own}))).close()
 
