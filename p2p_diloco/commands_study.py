@@ -53,8 +53,9 @@ def simulate(
         Of the CPU.
     """
     with importing("simulate"):
+        from p2p_diloco.checkpoint import alone_in
         from p2p_diloco.recount import past_of
-        from p2p_diloco.simulate import Simulation, alone_in
+        from p2p_diloco.simulate import Simulation
         from p2p_diloco.simulation import SimulatedRun
 
     what = SimulatedRun.load(run_file).with_flags(replicas=replicas, drop=drop)

@@ -19,10 +19,11 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from p2p_diloco.codec import Vector
-from p2p_diloco.data import LibraryTokenizer
 from p2p_diloco.errors import UsageError
+from p2p_diloco.layout import write_parameters
 from p2p_diloco.manifest import RunManifest
-from p2p_diloco.model import model_of, no_progress_bars, write_parameters
+from p2p_diloco.model import model_of, no_progress_bars
+from p2p_diloco.tokenizer import LibraryTokenizer
 
 INFO_FILE = "p2p_diloco.json"
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from p2p_diloco.data import load_tokenizer_json, open_tokenizer
 from p2p_diloco.errors import DataError, UsageError
 from p2p_diloco.hub import PREFIX, check_data_set
 from p2p_diloco.interruption import importing
 from p2p_diloco.manifest import RunManifest, RunSpec
 from p2p_diloco.text import user_documents, user_files
+from p2p_diloco.tokenizer import load_tokenizer_json, open_tokenizer
 
 
 def facts_of(manifest: RunManifest) -> dict[str, str]:
@@ -41,7 +41,9 @@ def check_run_file(path: Path) -> dict[str, str]:
     with importing("manifest"):
         import torch
 
-        from p2p_diloco.model import build_model, context_tokens, layout_of, require_weights, resolve_config
+        from p2p_diloco.architecture import resolve_config
+        from p2p_diloco.layout import layout_of
+        from p2p_diloco.model import build_model, context_tokens, require_weights
 
     if spec.model.path is not None and not spec.model.path.startswith(PREFIX):
         require_weights(base / spec.model.path)

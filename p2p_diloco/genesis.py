@@ -10,25 +10,19 @@ from pathlib import Path
 
 import numpy as np
 
+from p2p_diloco.architecture import resolve_config
 from p2p_diloco.config import cache_folder
-from p2p_diloco.data import load_tokenizer_json, open_corpus, open_tokenizer
+from p2p_diloco.data import open_corpus
 from p2p_diloco.errors import LedgerError, UsageError
 from p2p_diloco.hub import check_data_set, find_model
 from p2p_diloco.identity import Identity
+from p2p_diloco.layout import layout_of, read_parameters
 from p2p_diloco.manifest import MAX_MANIFEST_BYTES, RunManifest, RunSpec, canonical_json, open_manifest
-from p2p_diloco.model import (
-    build_model,
-    check_causal,
-    check_untrained,
-    context_tokens,
-    layout_of,
-    load_pretrained,
-    read_parameters,
-    resolve_config,
-)
+from p2p_diloco.model import build_model, check_causal, check_untrained, context_tokens, load_pretrained
 from p2p_diloco.outer import genesis_state
 from p2p_diloco.snapshot import disk_errors, write_whole
 from p2p_diloco.stored import MANIFEST_FILE, open_ledger, run_folder
+from p2p_diloco.tokenizer import load_tokenizer_json, open_tokenizer
 
 
 def start_run(run_file: Path, folder: Path, owner: Identity) -> Path:

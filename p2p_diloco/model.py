@@ -1,46 +1,27 @@
-"""Manifest -> transformers model; parameters <-> one float32 vector; loss and evaluation.
+"""Manifest -> transformers model; its loss, and how it is evaluated.
 
-A config comes from a stranger's manifest, so it names no code and no place: only model types that the installed
-transformers library has are built, and keys that make it fetch something, or that a peer chooses alone (precision,
-attention kernels), are dropped on both ends. How large the model is has to be what the manifest says, before memory is
-taken for it (``model_of``).
-
-The vector holds the trainable parameters in the order of ``named_parameters``, tied ones once.
-
-transformers takes 5 s to import, so it is imported in functions: whoever needs only the vector's layout does not pay.
+How large a stranger's model is has to be what the manifest says, before memory is taken for it (``model_of``). What the
+owner of a run starts from is checked, too: that it looks at earlier tokens alone, and that peers can get all of it.
 """
 
 from __future__ import annotations
 
-import difflib
-import inspect
-import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch.nn.modules.module import register_module_module_registration_hook
 
-from p2p_diloco.codec import Vector
+from p2p_diloco.architecture import NEEDS_DECODER, config_class_of, instantiate, read_config, reason
 from p2p_diloco.errors import LocalError, UsageError
-from p2p_diloco.hub import find_model
-from p2p_diloco.manifest import ModelSpec, RunManifest
-from p2p_diloco.outer import digest
+from p2p_diloco.layout import layout_of
+from p2p_diloco.manifest import RunManifest
 from p2p_diloco.text import first_line
 
-NOT_OF_THE_RUN = (
-    *("transformers_version", "name_or_path", "architectures", "auto_map", "dtype", "torch_dtype"),
-    *("quantization_config", "attn_implementation", "experts_implementation"),
-)
-"""Keys of a config that vary with the library or the machine, or name code; and all that start with an underscore."""
-NEEDS_DECODER = "this model would see the tokens that it is to predict; give a decoder (is_decoder = true)"
-SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
-ROPE_KEYS = ("rope_theta", "rope_scaling", "partial_rotary_factor")
-"""Older names, which the library moves into rope_parameters."""
 PROBE_TOKENS = 8
 """Enough to see whether a model looks ahead."""
 LOOKS_AHEAD = 3e-5
@@ -48,104 +29,8 @@ LOOKS_AHEAD = 3e-5
 and more; rounding, where experts get another number of tokens, made 2e-7 of it."""
 UNTRAINED_VALUES = 2**26
 """Buffers and frozen parameters that any model may have; a larger one may have as many as trained ones."""
-
-
-def resolve_config(spec: ModelSpec, *, base: Path, vocab_size: int) -> dict[str, Any]:
-    """The full transformers config, with every default written out, so that another library version cannot change it.
-
-    ``base``: the folder that ``spec.path`` is relative to. ``vocab_size``: of the run's tokenizer; the config's may be
-    larger, and is this one where the config does not say. UsageError names the key.
-    """
-    config_class: Any
-    if spec.config is not None:
-        source, given = "model.config", dict(spec.config)
-        config_class = config_class_of(given, source)
-        parameters = inspect.signature(config_class.__init__).parameters
-        known = {*parameters, *config_class.attribute_map, *NOT_OF_THE_RUN, "model_type"}
-        known |= set(ROPE_KEYS) if "rope_parameters" in known else set()
-        for key in given:
-            if key not in known:
-                nearest = difflib.get_close_matches(key, sorted(known.difference(NOT_OF_THE_RUN)), n=1)
-                hint = f"did you mean {nearest[0]!r}?" if nearest else f"{given['model_type']} has no such setting"
-                raise UsageError(f"unknown key '{source}.{key}'; {hint}")
-        given.setdefault("vocab_size", vocab_size)
-        # An encoder's type is a language model only as a decoder: it would see the tokens that it is to predict.
-        # Of a folder ``check_causal`` tells: some types, as gpt_neox, do not look ahead whatever the key says.
-        if "is_decoder" in parameters and not given.setdefault("is_decoder", True):
-            raise UsageError(f"key '{source}.is_decoder': false; {NEEDS_DECODER}")
-        # A type's default special tokens belong to another vocabulary; a padding token would never be trained.
-        for key in SPECIAL_TOKENS:
-            if key in parameters and "None" in str(parameters[key].annotation):
-                given.setdefault(key, None)
-    else:
-        path = find_model(str(spec.path), base, with_weights=False) / "config.json"
-        source, given = str(path), read_config(path)
-        config_class = config_class_of(given, source)
-    resolved = instantiate(config_class, given, source)
-    if not vocab_size <= getattr(resolved, "vocab_size", 0):
-        raise UsageError(
-            f"key '{source}.vocab_size': {getattr(resolved, 'vocab_size', 0)} is less than the tokenizer's {vocab_size}"
-        )
-    config: dict[str, Any] = portable(json.loads(resolved.to_json_string(use_diff=False)))
-    return config
-
-
-def read_config(path: Path) -> dict[str, Any]:
-    """As it lies there. ``path``: of a config.json with plain weights beside it; UsageError for anything else."""
-    try:
-        config = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        raise UsageError(f"{path}: no such file; model.path is a transformers folder with config.json") from None
-    except OSError as error:
-        raise UsageError(f"{path}: cannot be read ({error.strerror})") from error
-    except (ValueError, RecursionError) as error:
-        raise UsageError(f"{path}: not JSON ({error})") from error
-    if not isinstance(config, dict):
-        raise UsageError(f"{path}: not a transformers config")
-    if config.get("quantization_config"):
-        raise UsageError(f"{path}: the weights are quantized; a run needs a folder with plain weights")
-    return config
-
-
-def config_class_of(config: Mapping[str, Any], source: str) -> Any:
-    from transformers import CONFIG_MAPPING
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL
-
-    model_type = config.get("model_type")
-    if model_type not in CAUSAL or model_type not in CONFIG_MAPPING:
-        nearest = difflib.get_close_matches(str(model_type), sorted(CAUSAL), n=1)
-        hint = f"did you mean {nearest[0]!r}?" if nearest else "for example llama, gpt2, qwen3"
-        raise UsageError(f"key '{source}.model_type': transformers has no language model {model_type!r}; {hint}")
-    return CONFIG_MAPPING[model_type]
-
-
-def instantiate(config_class: Any, config: Mapping[str, Any], source: str) -> Any:
-    """A config object, from a dict of plain JSON, where infinity is ``{"__float__": "Infinity"}`` as in the library."""
-    from huggingface_hub.errors import StrictDataclassError
-
-    def plain(table: dict[str, Any]) -> Any:
-        return float(table["__float__"]) if set(table) == {"__float__"} else table
-
-    try:
-        values = json.loads(json.dumps(portable(config)), object_hook=plain)
-        values.pop("model_type")
-        return config_class(**values)
-    except (StrictDataclassError, ValueError, TypeError, AttributeError, KeyError, ZeroDivisionError) as error:
-        raise UsageError(f"{source}: {reason(error)}") from error
-
-
-def portable(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Without the keys that are not the run's to choose, at any depth."""
-    kept = ((k, v) for k, v in config.items() if k == "__float__" or not (k in NOT_OF_THE_RUN or k.startswith("_")))
-    return {key: portable(value) if isinstance(value, Mapping) else value for key, value in kept}
-
-
-def reason(error: BaseException) -> str:
-    """The last line of a message: transformers and its validators put the cause there."""
-    if isinstance(error, KeyError):
-        return f"unknown {error}"
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return (lines[-1] if lines else type(error).__name__)[:300]
+MAX_MODULES = 2**18
+"""Layers, experts, and what they are made of: some ten seconds to build, however few values they hold."""
 
 
 def build_model(config: dict[str, Any], *, seed: int | None) -> torch.nn.Module:
@@ -158,7 +43,7 @@ def build_model(config: dict[str, Any], *, seed: int | None) -> torch.nn.Module:
 
     config_object = instantiate(config_class_of(config, "model config"), config, "model config")
     try:
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]), few_modules():
             torch.default_generator.manual_seed(seed or 0)
             model: torch.nn.Module = AutoModelForCausalLM.from_config(
                 config_object, dtype=torch.float32, trust_remote_code=False
@@ -166,6 +51,25 @@ def build_model(config: dict[str, Any], *, seed: int | None) -> torch.nn.Module:
     except (ValueError, TypeError, AttributeError, KeyError, AssertionError, RuntimeError, ImportError) as error:
         raise UsageError(f"transformers cannot build this {config.get('model_type')} model: {reason(error)}") from error
     return model.train()
+
+
+@contextmanager
+def few_modules() -> Iterator[None]:
+    """ValueError from within as soon as there are more than MAX_MODULES: what a stranger's config asks for may be as
+    much work as a large number can say."""
+    count = 0
+
+    def counted(module: torch.nn.Module, name: str, submodule: torch.nn.Module | None) -> None:
+        nonlocal count
+        count += 1
+        if count > MAX_MODULES:
+            raise ValueError(f"it has more than {MAX_MODULES} modules")
+
+    handle = register_module_module_registration_hook(counted)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def model_of(manifest: RunManifest) -> torch.nn.Module:
@@ -287,73 +191,6 @@ def no_progress_bars() -> Iterator[None]:
     finally:
         if shown:
             logging.enable_progress_bar()
-
-
-@dataclass(frozen=True)
-class Layout:
-    """Which values of theta are which parameter."""
-
-    names: tuple[str, ...]
-    shapes: tuple[tuple[int, ...], ...]
-    n: int
-    """Values in all."""
-
-    @property
-    def digest(self) -> str:
-        """32 bytes in hex over names and shapes."""
-        return digest(b"layout", *(f"{name} {shape}".encode() for name, shape in zip(self.names, self.shapes))).hex()
-
-
-def layout_of(model: torch.nn.Module) -> Layout:
-    trained = list(trainable(model))
-    return Layout(
-        names=tuple(name for name, _, _ in trained),
-        shapes=tuple(tuple(parameter.shape) for _, parameter, _ in trained),
-        n=sum(parameter.numel() for _, parameter, _ in trained),
-    )
-
-
-def trainable(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Parameter, slice]]:
-    """Name, parameter, and where its values are in the vector."""
-    start = 0
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            yield name, parameter, slice(start, start + parameter.numel())
-            start += parameter.numel()
-
-
-def read_parameters(model: torch.nn.Module, out: Vector) -> None:
-    """Model, on any device -> ``out``: float32 [n]."""
-    check_length(model, out)
-    for _, parameter, where in trainable(model):
-        torch.from_numpy(out[where]).copy_(parameter.detach().reshape(-1))
-
-
-@torch.no_grad()
-def write_parameters(model: torch.nn.Module, vector: Vector) -> None:
-    """``vector``: float32 [n] -> model, on any device."""
-    check_length(model, vector)
-    for _, parameter, where in trainable(model):
-        values = vector[where] if vector.flags.writeable else vector[where].copy()  # torch warns of read-only memory
-        parameter.copy_(torch.from_numpy(values).view(parameter.shape))
-
-
-def bind_parameters(model: torch.nn.Module, vector: Vector) -> None:
-    """Make every parameter a view of ``vector``, float32 [n], and take its values: from then on both are one memory.
-
-    An optimizer that exists keeps its parameters. For a model on the CPU; moving it away ends the binding.
-    """
-    check_length(model, vector)
-    for name, parameter, where in trainable(model):
-        if parameter.device.type != "cpu" or parameter.dtype != torch.float32:
-            raise ValueError(f"{name} is {parameter.dtype} on {parameter.device}; only float32 on the CPU can be bound")
-        parameter.data = torch.from_numpy(vector[where]).view(parameter.shape)
-
-
-def check_length(model: torch.nn.Module, vector: Vector) -> None:
-    n = layout_of(model).n
-    if vector.shape != (n,) or vector.dtype != np.float32:
-        raise ValueError(f"the model has {n} values, the vector is {vector.dtype} {list(vector.shape)}")
 
 
 def loss_of(model: torch.nn.Module, batch: torch.Tensor) -> torch.Tensor:

@@ -13,8 +13,9 @@ import torch
 from p2p_diloco.codec import Vector
 from p2p_diloco.data import Corpus, locked
 from p2p_diloco.inner import InnerOptimizer, place_in_run
+from p2p_diloco.layout import bind_parameters, read_parameters, write_parameters
 from p2p_diloco.manifest import RunManifest, canonical_json
-from p2p_diloco.model import bind_parameters, build_model, read_parameters, write_parameters
+from p2p_diloco.model import build_model
 from p2p_diloco.outer import OuterState, digest
 from p2p_diloco.simulation import SimulatedRun
 from p2p_diloco.snapshot import disk_errors, write_whole

@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 
-from p2p_diloco.data import Tokenizer, open_tokenizer
 from p2p_diloco.errors import UsageError
 from p2p_diloco.export import ExportInfo, read_info
 from p2p_diloco.model import context_tokens, load_pretrained
+from p2p_diloco.tokenizer import Tokenizer, open_tokenizer
 
 
 def load_export(folder: Path) -> tuple[torch.nn.Module, Tokenizer, ExportInfo]:

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from p2p_diloco.data import Corpus, Tokenizer
+from p2p_diloco.data import Corpus
 from p2p_diloco.errors import DataError, UsageError
 from p2p_diloco.manifest import DataSpec
 from p2p_diloco.text import (
@@ -27,6 +27,7 @@ from p2p_diloco.text import (
     user_documents,
     user_files,
 )
+from p2p_diloco.tokenizer import Tokenizer
 
 KMEANS_STEPS = 100
 KMEANS_STARTS = 10

@@ -10,35 +10,26 @@ and names give the same heads, also after an interruption, and also as a swarm o
 
 from __future__ import annotations
 
-import fcntl
 import json
-import logging
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 
+from p2p_diloco.checkpoint import Point, open_checkpoint, write_checkpoint
 from p2p_diloco.codec import Vector, decode, encode, encoded_bytes
 from p2p_diloco.config import cache_folder
-from p2p_diloco.data import Corpus, open_corpus, open_tokenizer
-from p2p_diloco.errors import UsageError
+from p2p_diloco.data import Corpus, open_corpus
 from p2p_diloco.genesis import make_manifest
 from p2p_diloco.identity import Identity
 from p2p_diloco.inner import draws_drop
+from p2p_diloco.layout import layout_of
 from p2p_diloco.manifest import RunManifest
-from p2p_diloco.model import (
-    build_model,
-    evaluate,
-    layout_of,
-    pick_device,
-)
+from p2p_diloco.model import build_model, evaluate, pick_device
 from p2p_diloco.outer import (
     OuterState,
     Part,
@@ -55,40 +46,15 @@ from p2p_diloco.shards import shards_of
 from p2p_diloco.simulation import SimulatedRun, members_at, replica_names
 from p2p_diloco.snapshot import disk_errors, write_whole
 from p2p_diloco.stored import MANIFEST_FILE, open_ledger
+from p2p_diloco.tokenizer import open_tokenizer
 from p2p_diloco.train import good_threads
 from p2p_diloco.variants import BITS, OuterRule, prune, quantize, quantized_bytes
 
-log = logging.getLogger(__name__)
-
-CHECKPOINT_FILE = "checkpoint.safetensors"
 SUMMARY_FILE = "summary.json"
-LOCK_FILE = "lock"
 CHECKPOINT_SHARE = 0.05
 """Of the time, for checkpoints: a small simulation has one every second, a large one not all the time."""
 EVALUATED_ROWS = 32
 """In one forward pass: small batches would take longer to evaluate on than to learn from."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Point:
-    """Of the curve: after ``step`` outer steps."""
-
-    step: int
-    head: str
-    held_out_loss: float | None
-    """Nats per token; None where theta was not evaluated, or is not finite."""
-    loss: float | None
-    """Mean of all replicas' inner steps; None before the first."""
-    tokens: int
-    """Trained on by all, since S_0."""
-    sent_bytes: int
-    """In all contributions of one replica, on average, since S_0."""
-
-    def line(self) -> str:
-        """For a person."""
-        held_out = "not finite" if self.held_out_loss is None else f"{self.held_out_loss:.4f}"
-        loss = "" if self.loss is None else f", loss {self.loss:.4f}"
-        return f"outer step {self.step}: held-out loss {held_out}{loss}, {self.tokens / 1e6:.2f} M tokens"
 
 
 @dataclass(kw_only=True)
@@ -129,7 +95,9 @@ class Simulation:
         spec, options, on = what.run, what.simulate, pick_device(device)
         with disk_errors(folder):
             folder.mkdir(parents=True, exist_ok=True)
-        check_same(folder, what)
+        with open_checkpoint(folder) as checkpoint:
+            if checkpoint is not None:
+                checkpoint.check_what(what)
         owner = Identity.load_or_create(folder / "identity.key")
         manifest, theta = make_manifest(spec, base, owner, "the run file")
         torch.set_num_threads(threads or good_threads(manifest.n_params))
@@ -344,36 +312,29 @@ class Simulation:
             "wall_s": self.wall_s,
             "origin": self.origin,
         }
-        data = save(tensors, {"simulation": json.dumps(facts)})
-        write_whole(self.folder / CHECKPOINT_FILE, [data], len(data))
+        write_checkpoint(self.folder, tensors, facts)
 
     def _vectors(self) -> dict[str, Vector]:
         vectors = {"theta": self.state.theta, "momentum": self.state.momentum, "second": self.rule.second}
         return vectors | {f"{k}.local": replica.local for k, replica in enumerate(self.replicas)}
 
     def _restore(self) -> bool:
-        path = self.folder / CHECKPOINT_FILE
-        if not path.exists():
-            return False
-        try:
-            with safe_open(path, "pt") as file:
-                facts = json.loads(file.metadata()["simulation"])
-                changed = [name for name, value in facts["origin"].items() if value != self.origin[name]]
-                if changed:
-                    raise UsageError(f"{self.folder}: was begun with another {ORIGIN[changed[0]]}; choose another")
-                for name, vector in self._vectors().items():
-                    vector[:] = file.get_tensor(name).numpy()
-                for k, (replica, counts) in enumerate(zip(self.replicas, facts["replicas"])):
-                    named = [name for name in file.keys() if name.startswith(f"{k}.exp_avg")]  # noqa: SIM118
-                    moments = {name.partition(".")[2]: file.get_tensor(name) for name in named}
-                    replica.inner.restore(moments, counts["steps"])
-                    replica.tokens, replica.late = counts["tokens"], counts["late"]
-                    replica.write_local()
+        """False when there is nothing to go on from."""
+        with open_checkpoint(self.folder) as checkpoint:
+            if checkpoint is None:
+                return False
+            checkpoint.check_origin(self.origin)
+            facts = checkpoint.facts
+            for name, vector in self._vectors().items():
+                vector[:] = checkpoint.file.get_tensor(name).numpy()
+            for k, (replica, counts) in enumerate(zip(self.replicas, facts["replicas"])):
+                moments = checkpoint.tensors(f"{k}.exp_avg")
+                replica.inner.restore({name.partition(".")[2]: moments[name] for name in moments}, counts["steps"])
+                replica.tokens, replica.late = counts["tokens"], counts["late"]
+                replica.write_local()
             self.state.step, self.state.head = facts["step"], bytes.fromhex(facts["head"])
             self.curve = [Point(**point) for point in facts["curve"]]
             self.wall_s = facts["wall_s"]
-        except (SafetensorError, OSError, KeyError, ValueError, TypeError) as error:
-            raise UsageError(f"{path}: damaged ({type(error).__name__}); delete it to start anew") from error
         return True
 
     def write_summary(self) -> dict[str, Any]:
@@ -396,42 +357,3 @@ class Simulation:
         data = json.dumps(summary, indent=1).encode() + b"\n"
         write_whole(self.folder / SUMMARY_FILE, [data], len(data))
         return summary
-
-
-ORIGIN = {
-    "genesis": "model, or other weights to start from",
-    "text": "text",
-    "names": "swarm to recount, or without one",
-    "device": "kind of device",
-    "torch": "version of torch",
-}
-
-
-@contextmanager
-def alone_in(folder: Path) -> Iterator[None]:
-    """UsageError while another process simulates in ``folder``. A file system without locks lets both."""
-    with disk_errors(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        file = (folder / LOCK_FILE).open("wb")
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UsageError(f"{folder}: another process simulates here; wait for it, or choose another") from None
-        except OSError as error:
-            log.debug("%s: no locks here: %s", folder, error)
-        yield
-
-
-def check_same(folder: Path, what: SimulatedRun) -> None:
-    """UsageError when ``folder`` has what is left of another simulation."""
-    path = folder / CHECKPOINT_FILE
-    if not path.exists():
-        return
-    try:
-        with safe_open(path, "pt") as file:
-            held = SimulatedRun.model_validate_json(json.dumps(json.loads(file.metadata()["simulation"])["what"]))
-    except (SafetensorError, OSError, KeyError, ValueError, TypeError) as error:
-        raise UsageError(f"{path}: damaged ({type(error).__name__}); delete it to start anew") from error
-    if held != what:
-        raise UsageError(f"{folder}: holds another simulation, or this one before its file changed; choose another")

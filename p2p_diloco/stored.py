@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from p2p_diloco.data import Tokenizer, open_tokenizer
 from p2p_diloco.errors import UsageError
 from p2p_diloco.ledger import Ledger
 from p2p_diloco.manifest import RunManifest, open_manifest
 from p2p_diloco.outer import OuterState
 from p2p_diloco.replay import load
 from p2p_diloco.snapshot import disk_errors
+from p2p_diloco.tokenizer import Tokenizer, open_tokenizer
 
 if TYPE_CHECKING:
     import torch
@@ -127,7 +127,8 @@ def link_or_copy(path: Path, target: Path) -> None:
 
 def load_model(run: Path) -> tuple[torch.nn.Module, Tokenizer]:
     """The newest theta as a model on the CPU, in evaluation mode."""
-    from p2p_diloco.model import model_of, write_parameters
+    from p2p_diloco.layout import write_parameters
+    from p2p_diloco.model import model_of
 
     manifest, state = load_state(run)
     model = model_of(manifest)

@@ -26,11 +26,11 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, model_validator
 
-from p2p_diloco.data import listing
 from p2p_diloco.errors import UsageError
 from p2p_diloco.manifest import RunSpec, Section, canonical_json, explain, read_toml
 from p2p_diloco.outer import digest
 from p2p_diloco.simulation import SimulatedRun, listed
+from p2p_diloco.source import listing
 from p2p_diloco.text import reading, walk
 
 Size = Literal["full", "quick", "large"]

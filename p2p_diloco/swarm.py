@@ -171,7 +171,7 @@ class Swarm:
     def load_into(self, model: torch.nn.Module) -> None:
         """Give the model theta. A model on the CPU keeps its parameters in shared memory from then on. UsageError when
         it is not the run's model."""
-        from p2p_diloco.model import bind_parameters, layout_of, write_parameters
+        from p2p_diloco.layout import bind_parameters, layout_of, write_parameters
 
         if layout_of(model).digest != self.manifest.layout_digest:
             raise UsageError("this model is not the run's: its parameters have other names or shapes")
@@ -192,7 +192,7 @@ class Swarm:
 
     def restore_local(self, local: Vector, model: torch.nn.Module, *, inner_step: int, tokens: int) -> None:
         """Go on from parameters that an earlier process of this peer saved, ``inner_step`` steps after theta."""
-        from p2p_diloco.model import write_parameters
+        from p2p_diloco.layout import write_parameters
 
         self.local[:] = local
         if not self._bound:
@@ -201,7 +201,7 @@ class Swarm:
 
     def read_local(self, model: torch.nn.Module) -> None:
         """``local`` as the model is now."""
-        from p2p_diloco.model import read_parameters
+        from p2p_diloco.layout import read_parameters
 
         if not self._bound:
             read_parameters(model, self.local)
@@ -220,7 +220,7 @@ class Swarm:
     @contextlib.contextmanager
     def theta_in(self, model: torch.nn.Module) -> Iterator[None]:
         """The model is theta inside the block, and as before afterwards."""
-        from p2p_diloco.model import write_parameters
+        from p2p_diloco.layout import write_parameters
 
         self.read_local(model)
         local = self.local.copy()
@@ -281,7 +281,7 @@ class Swarm:
         """Offer what was learned since theta, take what the group learned. Never raises for what other peers do: the
         result says whether theta is new (``moved``), and why not, and whether the model goes on from its own parameters
         all the same (``kept``). ``dropped``: offer nothing, as if it had been lost on its way."""
-        from p2p_diloco.model import write_parameters
+        from p2p_diloco.layout import write_parameters
 
         ended_s = self._step_ends[-1] if self._step_ends else time.monotonic()
         self.read_local(model)

@@ -100,7 +100,7 @@ def main(device_name: str, threads: int, manifest: RunManifest | None) -> None:
     if manifest is None:
         return
     if manifest.data_fingerprint:
-        from p2p_diloco.data import builtin_fingerprint
+        from p2p_diloco.source import builtin_fingerprint
 
         tell(fingerprint=builtin_fingerprint())
     if manifest.spec.data.source == "hub":

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from p2p_diloco.codec import Codec, Vector, decode
-from p2p_diloco.model import Layout
+from p2p_diloco.layout import Layout
 from p2p_diloco.outer import OuterState, Update, apply_checked, check_update, part_slices
 from p2p_diloco.simulation import SimulationSpec
 

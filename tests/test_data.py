@@ -12,11 +12,10 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
-import tokenizers
 
-from p2p_diloco import data
-from p2p_diloco.data import ByteTokenizer, Corpus, LibraryTokenizer, load_tokenizer_json, open_corpus, open_tokenizer
-from p2p_diloco.errors import DataError, Stopped, UsageError
+from p2p_diloco import data, source
+from p2p_diloco.data import Corpus, open_corpus
+from p2p_diloco.errors import DataError, UsageError
 from p2p_diloco.manifest import DataSpec
 from p2p_diloco.outer import digest
 from p2p_diloco.text import PIECE_CHARS, builtin_files, is_held_out
@@ -39,16 +38,6 @@ def write_texts(folder: Path, texts: dict[str, str] = TEXTS) -> Path:
 
 def documents(tokens: np.ndarray) -> set[str]:
     return {piece.decode() for piece in tokens.tobytes().split(b"\0") if piece}
-
-
-def word_tokenizer(end: str | None = "</s>") -> str:
-    words = ["[UNK]", *("document", "says", "and", "ends"), *([end] if end else [])]
-    tokenizer = tokenizers.Tokenizer(
-        tokenizers.models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="[UNK]")
-    )
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-    text: str = tokenizer.to_str()
-    return text
 
 
 def test_a_batch_is_a_function_of_its_arguments() -> None:
@@ -144,8 +133,8 @@ def test_a_stranger_names_no_text_on_this_disk(tmp_path: Path, monkeypatch: pyte
     folder = write_texts(tmp_path / "texts")
     monkeypatch.chdir(tmp_path)
     for path in ("texts", str(folder), "../texts"):
-        for source in ("path", "hub"):
-            spec = SPEC.model_copy(update={"path": path, "source": source})
+        for kind in ("path", "hub"):
+            spec = SPEC.model_copy(update={"path": path, "source": kind})
             with pytest.raises(UsageError, match=r"brings no text of its own; add --data FILE-OR-FOLDER"):
                 open_corpus(spec, base=None, cache=tmp_path / "cache")
     own = open_corpus(SPEC, base=None, cache=tmp_path / "cache", override_path=folder)
@@ -344,7 +333,7 @@ def test_the_fingerprint_is_over_names_and_normalized_contents(tmp_path: Path, m
         for file, text in texts.items():
             (root / file).write_bytes(text)
         files = sorted(root.iterdir())
-        monkeypatch.setattr(data, "builtin_files", lambda: (root, files))
+        monkeypatch.setattr(source, "builtin_files", lambda: (root, files))
         spec = DataSpec(seq_len=16, held_out=0.3)
         return open_corpus(spec, base=tmp_path, cache=tmp_path / f"cache-{name}").fingerprint
 
@@ -364,66 +353,3 @@ def test_the_builtin_text_is_torchs_sources_in_order() -> None:
     assert "nn/functional.py" in names
     assert "version.py" not in names
     assert all(name.endswith(".py") for name in names)
-
-
-def test_bytes_round_trip() -> None:
-    tokenizer = open_tokenizer("")
-    assert isinstance(tokenizer, ByteTokenizer)
-    assert tokenizer.decode(tokenizer.encode("grüße").tolist()) == "grüße"
-    assert tokenizer.decode([0xC3]) == "\ufffd"
-
-
-def test_a_library_tokenizer_is_read_checked_and_used(tmp_path: Path) -> None:
-    (tmp_path / "words.json").write_text(json.dumps(json.loads(word_tokenizer()), indent=2))
-    spec = SPEC.model_copy(update={"tokenizer": "words.json", "seq_len": 8})
-    tokenizer_json = load_tokenizer_json(spec, tmp_path)
-    assert len(tokenizer_json) < (tmp_path / "words.json").stat().st_size
-    assert load_tokenizer_json(SPEC, tmp_path) == ""
-    tokenizer = open_tokenizer(tokenizer_json)
-    assert tokenizer.encode("document says ends").tolist() == [1, 2, 4]
-    assert tokenizer.decode([1, 2, 4]) == "document says ends"
-
-    write_texts(tmp_path / "texts")
-    corpus = open_corpus(spec, base=tmp_path, cache=tmp_path / "cache", tokenizer_json=tokenizer_json)
-    assert (corpus.vocab_size, corpus.train.dtype.name) == (6, "uint16")
-    assert (corpus.train == 5).sum() + (corpus.held_out == 5).sum() == len(TEXTS)
-    assert corpus.train[:3].tolist() == [1, 0, 2]
-
-    assert LibraryTokenizer(word_tokenizer(end=None)).end is None
-
-
-def test_text_that_a_tokenizer_has_no_tokens_for_is_a_data_error(tmp_path: Path) -> None:
-    words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"document": 0}, unk_token="[UNK]"))
-    write_texts(tmp_path / "texts")
-    with pytest.raises(
-        DataError, match=r"cannot tokenize this text \(.*\); it needs a token for what it does not know"
-    ):
-        open_corpus(SPEC, base=tmp_path, cache=tmp_path / "cache", tokenizer_json=words.to_str())
-    with pytest.raises(DataError, match="cannot tokenize this text"):
-        LibraryTokenizer(words.to_str()).encode("another")
-
-
-def test_a_panic_of_the_tokenizer_is_a_data_error_and_nothing_else_is_held_up() -> None:
-    panic = type("PanicException", (BaseException,), {})
-    with pytest.raises(DataError, match=r"cannot tokenize this text \(first line\)"), data.tokenizing():
-        raise panic("first line\nsecond")
-    for leaving in (KeyboardInterrupt(), Stopped("stopped")):
-        with pytest.raises(type(leaving)), data.tokenizing():
-            raise leaving
-
-
-def test_a_bad_tokenizer_is_a_usage_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "broken.json").write_text("{nonsense")
-    (tmp_path / "deep.json").write_text("[" * 100_000)
-    (tmp_path / "other.json").write_text('{"version": "1.0"}')
-    for name, message in (
-        ("missing.json", "no such tokenizer"),
-        ("broken.json", "not a tokenizer.json"),
-        ("deep.json", "not a tokenizer.json"),
-        ("other.json", "the tokenizers library cannot read it"),
-    ):
-        with pytest.raises(UsageError, match=f"{name}: {message}"):
-            load_tokenizer_json(SPEC.model_copy(update={"tokenizer": name}), tmp_path)
-    monkeypatch.setitem(sys.modules, "tokenizers", None)
-    with pytest.raises(UsageError, match=r"pip install 'p2p-diloco\[tokenizers\]'"):
-        load_tokenizer_json(SPEC.model_copy(update={"tokenizer": "other.json"}), tmp_path)

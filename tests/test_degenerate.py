@@ -15,8 +15,9 @@ from p2p_diloco.cli import main
 from p2p_diloco.codec import Vector
 from p2p_diloco.data import Corpus, open_corpus
 from p2p_diloco.inner import InnerOptimizer, place_in_run
+from p2p_diloco.layout import layout_of, read_parameters
 from p2p_diloco.manifest import RunManifest, RunSpec
-from p2p_diloco.model import build_model, layout_of, loss_of, read_parameters
+from p2p_diloco.model import build_model, loss_of
 from p2p_diloco.stored import find_run, load_state
 
 MEAN = {"outer.lr": 1.0, "outer.momentum": 0.0}

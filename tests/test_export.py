@@ -11,10 +11,12 @@ import tokenizers
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from p2p_diloco.architecture import resolve_config
 from p2p_diloco.errors import UsageError
 from p2p_diloco.export import INFO_FILE, export_model, read_info
+from p2p_diloco.layout import layout_of, read_parameters
 from p2p_diloco.manifest import ModelSpec, RunManifest, RunSpec, canonical_json
-from p2p_diloco.model import build_model, layout_of, loss_of, read_parameters, resolve_config
+from p2p_diloco.model import build_model, loss_of
 
 TINY = {
     "model_type": "llama",

@@ -15,8 +15,9 @@ from p2p_diloco import genesis, train
 from p2p_diloco.errors import DataError, UsageError
 from p2p_diloco.genesis import start_run
 from p2p_diloco.identity import Identity
+from p2p_diloco.layout import layout_of, read_parameters
 from p2p_diloco.manifest import open_manifest
-from p2p_diloco.model import build_model, layout_of, read_parameters
+from p2p_diloco.model import build_model
 from p2p_diloco.stored import load_state
 
 OWNER = Identity.from_seed(bytes(32))

@@ -21,13 +21,14 @@ import tokenizers
 from huggingface_hub import constants
 from huggingface_hub.errors import OfflineModeIsEnabled, RepositoryNotFoundError, RevisionNotFoundError
 
-from p2p_diloco import data, hub
-from p2p_diloco.data import load_tokenizer_json, open_corpus
+from p2p_diloco import hub, source
+from p2p_diloco.data import open_corpus
 from p2p_diloco.errors import DataError, LocalError, Stopped, UsageError
 from p2p_diloco.hub import PIECES, check_data_set, find_model, find_tokenizer, hub_documents, places
 from p2p_diloco.manifest import DataSpec
 from p2p_diloco.outer import digest
 from p2p_diloco.text import Document, is_held_out
+from p2p_diloco.tokenizer import load_tokenizer_json
 
 TEXTS = [f"document {i:04d} says {'abc' * (i % 5)} and ends" for i in range(600)]
 SPEC = DataSpec(source="hub", path="set", seq_len=16, held_out=0.2, eval_tokens=64, max_documents=150)
@@ -279,8 +280,8 @@ def test_a_strangers_name_is_of_the_hub(tmp_path: Path, monkeypatch: pytest.Monk
 def test_tokens_leave_room_on_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_files(tmp_path / "set", 1)
     free = iter([2 * 10**9, 10**9, 10**9 - 1])
-    monkeypatch.setattr("p2p_diloco.data.shutil.disk_usage", lambda _: SimpleNamespace(free=next(free)))
-    monkeypatch.setattr(data, "ENCODE_CHARS", 1000)
+    monkeypatch.setattr("p2p_diloco.source.shutil.disk_usage", lambda _: SimpleNamespace(free=next(free)))
+    monkeypatch.setattr(source, "LOOK_EVERY_CHARS", 1000)
     with pytest.raises(
         DataError, match=r"cache: 1\.00 GB are free, and a data set's tokens must leave 1 GB; make room"
     ):

@@ -10,8 +10,9 @@ import torch
 from p2p_diloco.codec import Vector
 from p2p_diloco.data import Corpus
 from p2p_diloco.inner import INNER_FILE, InnerOptimizer, Place, draws_drop, learning_rate, place_in_run
+from p2p_diloco.layout import bind_parameters, layout_of, read_parameters
 from p2p_diloco.manifest import DataSpec, InnerSpec, ModelSpec, OuterSpec, RunSpec
-from p2p_diloco.model import bind_parameters, build_model, layout_of, loss_of, read_parameters
+from p2p_diloco.model import build_model, loss_of
 
 CONFIG = {
     "model_type": "llama",

@@ -9,119 +9,22 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from small_models import LLAMA, llama, manifest_of, random_batch, resolved, vector_of
 
+from p2p_diloco.architecture import resolve_config
 from p2p_diloco.errors import UsageError
-from p2p_diloco.manifest import ModelSpec, RunManifest, RunSpec, canonical_json
+from p2p_diloco.layout import layout_of, write_parameters
+from p2p_diloco.manifest import ModelSpec
 from p2p_diloco.model import (
-    Layout,
-    bind_parameters,
     build_model,
     check_causal,
     check_untrained,
-    context_tokens,
     evaluate,
-    layout_of,
     load_pretrained,
     loss_of,
     model_of,
     pick_device,
-    read_parameters,
-    resolve_config,
-    write_parameters,
 )
-
-LLAMA: dict[str, Any] = {
-    "model_type": "llama",
-    "hidden_size": 16,
-    "intermediate_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "max_position_embeddings": 64,
-}
-
-
-def resolved(**changed: Any) -> dict[str, Any]:
-    return resolve_config(ModelSpec(config=LLAMA | changed), base=Path(), vocab_size=256)
-
-
-def llama(seed: int = 0, **changed: Any) -> torch.nn.Module:
-    return build_model(resolved(**changed), seed=seed)
-
-
-def vector_of(model: torch.nn.Module) -> np.ndarray:
-    vector = np.empty(layout_of(model).n, np.float32)
-    read_parameters(model, vector)
-    return vector
-
-
-def random_batch(rows: int = 3, seq_len: int = 12, seed: int = 0) -> np.ndarray:
-    return np.random.default_rng(seed).integers(0, 256, (rows, seq_len + 1))
-
-
-def test_every_default_is_written_out_and_nothing_of_this_machine() -> None:
-    config = resolved(rope_theta=5000.0)
-    assert config["num_key_value_heads"] == 2
-    assert config["rope_parameters"]["rope_theta"] == 5000.0
-    assert config["vocab_size"] == 256
-    assert [config[f"{name}_token_id"] for name in ("bos", "eos", "pad")] == [None, None, None]
-    assert not {"transformers_version", "_name_or_path", "dtype", "architectures"} & set(config)
-    again = json.loads(canonical_json(config))
-    assert layout_of(build_model(again, seed=0)) == layout_of(llama())
-
-
-@pytest.mark.parametrize(
-    ("changed", "message"),
-    [
-        ({"hiden_size": 8}, "unknown key 'model.config.hiden_size'; did you mean 'hidden_size'?"),
-        ({"zzz": 8}, "unknown key 'model.config.zzz'; llama has no such setting"),
-        (
-            {"model_type": "lama"},
-            "'model.config.model_type': transformers has no language model 'lama'; did you mean 'llama'",
-        ),
-        ({"model_type": "vit"}, "transformers has no language model 'vit'"),
-        ({"hidden_size": "x"}, "model.config: TypeError: Field 'hidden_size' expected int, got str"),
-        ({"hidden_size": 17}, "model.config: ValueError: The hidden size (17) is not a multiple"),
-        ({"vocab_size": 255}, "key 'model.config.vocab_size': 255 is less than the tokenizer's 256"),
-        (
-            {"model_type": "bert", "is_decoder": False},
-            "key 'model.config.is_decoder': false; this model would see the tokens that it is to predict",
-        ),
-    ],
-)
-def test_a_mistake_in_the_config_names_the_key(changed: dict[str, Any], message: str) -> None:
-    with pytest.raises(UsageError) as caught:
-        resolved(**changed)
-    assert message in str(caught.value)
-    assert "\n" not in str(caught.value)
-
-
-def test_a_larger_vocabulary_and_older_names_are_fine() -> None:
-    assert resolved(vocab_size=300)["vocab_size"] == 300
-    spec = ModelSpec(config={"model_type": "gpt2", "hidden_size": 16, "n_layer": 1, "n_head": 2})
-    config = resolve_config(spec, base=Path(), vocab_size=256)
-    assert config["n_embd"] == 16
-    assert context_tokens(build_model(config, seed=None)) == 1024
-
-
-def test_infinite_values_survive_canonical_json() -> None:
-    sizes = {"hidden_size": 16, "num_heads": 4, "head_dim": 8, "state_size": 4, "num_hidden_layers": 1, "n_groups": 1}
-    config = resolve_config(ModelSpec(config={"model_type": "mamba2"} | sizes), base=Path(), vocab_size=256)
-    assert {"__float__": "Infinity"} in config["time_step_limit"]
-    model = build_model(json.loads(canonical_json(config)), seed=None)
-    assert list(model.config.time_step_limit) == [0.0, math.inf]  # type: ignore[union-attr,arg-type]
-    assert context_tokens(model) is None
-
-
-def test_a_model_type_that_can_look_ahead_is_made_a_decoder() -> None:
-    config = resolve_config(ModelSpec(config=LLAMA | {"model_type": "bert"}), base=Path(), vocab_size=256)
-    model = build_model(config, seed=0).eval()
-    tokens = torch.from_numpy(random_batch())
-    changed = tokens.clone()
-    changed[:, -1] = 0
-    with torch.no_grad():
-        before, after = (model(input_ids=ids).logits[:, :-1] for ids in (tokens, changed))
-    assert torch.equal(before, after)
-
 
 SMALL_BERT = {**LLAMA, "model_type": "bert", "vocab_size": 256, "pad_token_id": 0}
 XLNET = {"model_type": "xlnet", "d_model": 16, "n_layer": 1, "n_head": 2, "d_inner": 32, "vocab_size": 256}
@@ -177,19 +80,6 @@ def test_what_peers_could_not_get_is_refused() -> None:
         check_untrained(frozen, resolved())
 
 
-def manifest_of(config: dict[str, Any], layout: Layout) -> RunManifest:
-    return RunManifest(
-        spec=RunSpec(name="tiny", model=ModelSpec(config=LLAMA)),
-        model_config_json=canonical_json(config).decode(),
-        n_params=layout.n,
-        layout_digest=layout.digest,
-        vocab_size=256,
-        data_fingerprint="",
-        genesis="0" * 64,
-        owner="owner",
-    )
-
-
 def test_a_manifests_model_is_counted_before_memory_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     honest = manifest_of(resolved(), layout_of(llama()))
     assert layout_of(model_of(honest)) == layout_of(llama())
@@ -206,6 +96,18 @@ def test_a_manifests_model_is_counted_before_memory_is_taken(monkeypatch: pytest
         with pytest.raises(UsageError, match="with other parameters than the run's; install the version"):
             model_of(manifest_of(config, layout_of(llama())))
     assert devices == ["meta", "meta"]
+
+
+def test_a_strangers_model_is_not_built_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    layout = layout_of(llama())
+    with pytest.raises(UsageError, match=r"num_hidden_layers is 1000000000, and no model here has more than 10000"):
+        model_of(manifest_of(resolved() | {"num_hidden_layers": 10**9}, layout))
+    layers = resolved(num_hidden_layers=20)
+    monkeypatch.setattr("p2p_diloco.model.MAX_MODULES", 100)
+    with pytest.raises(UsageError, match="cannot build this llama model: it has more than 100 modules"):
+        model_of(manifest_of(layers, layout))
+    for _ in range(10):  # each model is counted by itself
+        assert layout_of(model_of(manifest_of(resolved(), layout))) == layout
 
 
 def test_a_manifests_buffers_are_counted_too(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -242,57 +144,6 @@ def test_the_seed_makes_the_weights_and_leaves_the_global_generator_alone() -> N
     assert np.array_equal(first, vector_of(llama(seed=5)))
     assert not np.array_equal(first, vector_of(llama(seed=6)))
     assert first.std() > 0.01
-
-
-def test_the_layout_has_tied_parameters_once() -> None:
-    tied, untied = layout_of(llama(tie_word_embeddings=True)), layout_of(llama(tie_word_embeddings=False))
-    assert untied.n - tied.n == 256 * 16
-    assert set(untied.names) - set(tied.names) == {"lm_head.weight"}
-    assert tied.n == sum(math.prod(shape) for shape in tied.shapes)
-    assert tied.digest != untied.digest
-    assert len(tied.digest) == 64
-    assert tied.digest == layout_of(llama(seed=9, tie_word_embeddings=True)).digest
-    assert layout_of(llama(intermediate_size=64)).names == untied.names
-    assert layout_of(llama(intermediate_size=64)).digest != untied.digest
-
-
-def test_frozen_parameters_are_not_in_the_vector() -> None:
-    model = llama()
-    n = layout_of(model).n
-    next(model.parameters()).requires_grad_(False)
-    assert layout_of(model).n == n - 256 * 16
-
-
-def test_read_and_write_are_inverse() -> None:
-    vector = vector_of(llama(seed=1, tie_word_embeddings=True))
-    vector.flags.writeable = False
-    other = llama(seed=2, tie_word_embeddings=True)
-    assert not np.array_equal(vector_of(other), vector)
-    write_parameters(other, vector)
-    assert np.array_equal(vector_of(other), vector)
-    assert other.get_parameter("lm_head.weight") is other.get_parameter("model.embed_tokens.weight")
-    broken_vectors: list[Any] = [vector[:-1], vector.astype(np.float64)]
-    for broken in broken_vectors:
-        with pytest.raises(ValueError, match=f"the model has {len(vector)} values"):
-            write_parameters(other, broken)
-
-
-def test_a_bound_model_trains_in_the_vector_itself() -> None:
-    model, free = llama(seed=1, tie_word_embeddings=True), llama(seed=1, tie_word_embeddings=True)
-    optimizers = [torch.optim.AdamW(m.parameters(), lr=1e-2) for m in (model, free)]
-    vector = vector_of(model)
-    bind_parameters(model, vector)
-    for step in range(2):
-        for m, optimizer in zip((model, free), optimizers):
-            optimizer.zero_grad()
-            loss_of(m, torch.from_numpy(random_batch(seed=step))).backward()  # type: ignore[no-untyped-call]
-            optimizer.step()
-    assert np.array_equal(vector, vector_of(free))
-    assert not np.array_equal(vector, vector_of(llama(seed=1, tie_word_embeddings=True)))
-    vector[:] = 0
-    assert all(not parameter.any() for parameter in model.parameters())
-    with pytest.raises(ValueError, match="only float32 on the CPU"):
-        bind_parameters(free.half(), vector)
 
 
 def test_the_loss_is_nats_per_next_token() -> None:

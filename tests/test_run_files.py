@@ -9,9 +9,9 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from p2p_diloco.architecture import resolve_config
 from p2p_diloco.codec import encoded_bytes
 from p2p_diloco.manifest import RunSpec
-from p2p_diloco.model import resolve_config
 
 RUNS = sorted((Path(__file__).parent.parent / "peers" / "runs").glob("*.toml"))
 UNIT = {"million": 1e6, "billion": 1e9, "MB": 1e6, "GB": 1e9}

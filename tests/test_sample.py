@@ -6,23 +6,20 @@ from typing import Any
 
 import numpy as np
 import pytest
+import small_models
 import torch
+from small_models import manifest_of, resolved
 
-from p2p_diloco.data import ByteTokenizer
+from p2p_diloco.architecture import resolve_config
 from p2p_diloco.errors import UsageError
 from p2p_diloco.export import INFO_FILE, export_model
-from p2p_diloco.manifest import ModelSpec, RunManifest, RunSpec, canonical_json
-from p2p_diloco.model import build_model, layout_of, read_parameters, resolve_config
+from p2p_diloco.layout import layout_of, read_parameters
+from p2p_diloco.manifest import ModelSpec
+from p2p_diloco.model import build_model
 from p2p_diloco.sample import choose, generate, load_export
+from p2p_diloco.tokenizer import ByteTokenizer
 
-LLAMA = {
-    "model_type": "llama",
-    "hidden_size": 16,
-    "intermediate_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "max_position_embeddings": 16,
-}
+LLAMA = small_models.LLAMA | {"max_position_embeddings": 16}
 GPT2 = {"model_type": "gpt2", "n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 16}
 
 
@@ -134,20 +131,10 @@ def test_a_model_that_has_diverged_says_so(temperature: float, broken: float) ->
 
 
 def test_an_export_speaks_and_nothing_else_does(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    spec = ModelSpec(config=LLAMA)
-    config = resolve_config(spec, base=tmp_path, vocab_size=256)
+    config = resolved(max_position_embeddings=16)
     model = build_model(config, seed=3).eval()
     layout = layout_of(model)
-    manifest = RunManifest(
-        spec=RunSpec(name="tiny", model=spec),
-        model_config_json=canonical_json(config).decode(),
-        n_params=layout.n,
-        layout_digest=layout.digest,
-        vocab_size=256,
-        data_fingerprint="",
-        genesis="0" * 64,
-        owner="owner",
-    )
+    manifest = manifest_of(config, layout)
     theta = np.empty(layout.n, np.float32)
     read_parameters(model, theta)
     export_model(manifest, theta, tmp_path / "model", step=5, head=b"")

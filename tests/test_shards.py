@@ -7,12 +7,14 @@ import pytest
 from small_runs import small_run
 
 from p2p_diloco import shards
-from p2p_diloco.data import ByteTokenizer, open_corpus
+from p2p_diloco.architecture import resolve_config
+from p2p_diloco.data import open_corpus
 from p2p_diloco.errors import DataError
 from p2p_diloco.manifest import DataSpec
-from p2p_diloco.model import build_model, resolve_config
+from p2p_diloco.model import build_model
 from p2p_diloco.shards import by_source, clusters, features, shards_of, source_of
 from p2p_diloco.text import Document, is_held_out
+from p2p_diloco.tokenizer import ByteTokenizer
 
 
 def documents_of(sizes: dict[str, int]) -> list[Document]:

@@ -16,14 +16,16 @@ from reference import diloco
 from small_runs import SMALL, small_run
 
 from p2p_diloco import simulate
+from p2p_diloco.checkpoint import CHECKPOINT_FILE, alone_in
 from p2p_diloco.codec import CODECS, Vector
 from p2p_diloco.errors import UsageError
 from p2p_diloco.inner import InnerOptimizer, draws_drop, place_in_run
-from p2p_diloco.model import build_model, evaluate, loss_of, read_parameters, write_parameters
+from p2p_diloco.layout import read_parameters, write_parameters
+from p2p_diloco.model import build_model, evaluate, loss_of
 from p2p_diloco.outer import OuterState, Update
 from p2p_diloco.recount import Past
 from p2p_diloco.replicas import Replica
-from p2p_diloco.simulate import CHECKPOINT_FILE, SUMMARY_FILE, Simulation, alone_in
+from p2p_diloco.simulate import SUMMARY_FILE, Simulation
 from p2p_diloco.stored import find_run, load_model, load_state
 
 PLAIN = {"inner.warmup_steps": 0, "inner.min_lr_ratio": 1.0, "inner.weight_decay": 0.0, "inner.clip": 1e9}

@@ -12,11 +12,13 @@ import pytest
 import torch
 
 from p2p_diloco import trial
-from p2p_diloco.data import builtin_fingerprint
+from p2p_diloco.architecture import resolve_config
 from p2p_diloco.errors import UsageError
 from p2p_diloco.fitness import MachineTrial
+from p2p_diloco.layout import layout_of
 from p2p_diloco.manifest import ModelSpec, RunManifest
-from p2p_diloco.model import build_model, layout_of, resolve_config
+from p2p_diloco.model import build_model
+from p2p_diloco.source import builtin_fingerprint
 from p2p_diloco.trial import STEPS, free_memory_bytes, main, try_machine
 
 CONFIG = {
@@ -56,7 +58,7 @@ def told(capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
 def test_a_trial_tells_all_about_the_machine(
     manifest: RunManifest, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("p2p_diloco.data.builtin_fingerprint", lambda: "e" * 64)
+    monkeypatch.setattr("p2p_diloco.source.builtin_fingerprint", lambda: "e" * 64)
     threads = torch.get_num_threads()
     main("cpu", 1, manifest)
     torch.set_num_threads(threads)
@@ -99,14 +101,14 @@ def test_a_device_that_computes_wrongly(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_the_fingerprint_is_the_corpus_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from p2p_diloco import data
+    from p2p_diloco import data, source
     from p2p_diloco.manifest import DataSpec
 
     (tmp_path / "text").mkdir()
     for i in range(40):
         (tmp_path / "text" / f"{i}.py").write_text(f"# file {i}\n" * 50)
     files = tmp_path / "text", sorted((tmp_path / "text").iterdir())
-    monkeypatch.setattr(data, "builtin_files", lambda: files)
+    monkeypatch.setattr(source, "builtin_files", lambda: files)
     corpus = data.open_corpus(DataSpec(seq_len=8, held_out=0.2), base=tmp_path, cache=tmp_path / "cache")
     assert builtin_fingerprint() == corpus.fingerprint != ""
 

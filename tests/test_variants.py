@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from p2p_diloco.codec import Vector, encode
-from p2p_diloco.model import Layout
+from p2p_diloco.layout import Layout
 from p2p_diloco.outer import OuterState, Part, Update, UpdateHeader, contributor_mask, genesis_state
 from p2p_diloco.simulation import SimulationSpec
 from p2p_diloco.variants import OuterRule, prune, quantize, quantized_bytes
