@@ -32,13 +32,11 @@ from p2p_diloco.errors import Misbehaved, Refused, RemoteError, Silent
 from p2p_diloco.identity import Identity
 from p2p_diloco.manifest import RunManifest
 from p2p_diloco.messages import Behind, Closing, Eta, No, Ready, Redirect, Roster, TooFew
-from p2p_diloco.records import Directory, Phase, Record, open_record
+from p2p_diloco.records import Directory, Record, open_record
 from p2p_diloco.rounds import (
     Group,
     Missed,
-    Progress,
     Readiness,
-    Standing,
     check_roster,
     form_roster,
     leader_order,
@@ -51,6 +49,7 @@ from p2p_diloco.rounds import (
     swarm_head,
     way_of,
 )
+from p2p_diloco.seat import Seat
 from p2p_diloco.waiting import Bell, heard
 from p2p_diloco.wire import Channel, Transport, run_protocol
 
@@ -70,23 +69,6 @@ MAX_GATHER_EXTENSION_S = 30.0
 """Beyond ``gather_s``, for a peer in the middle of a long inner step."""
 
 Answer: TypeAlias = Roster | TooFew | Behind | Redirect
-
-
-@dataclass(kw_only=True)
-class Seat:
-    """This peer, as its own network side sees it. Its owner keeps it up to date; matchmaking reads it."""
-
-    standing: Standing
-    role_trainer: bool
-    client_mode: bool
-    phase: Phase = "joining"
-    progress: Progress = field(default_factory=Progress)
-    sealed_record: bytes = b""
-    """My newest record."""
-    closes_s: float | None = None
-    """Loop time at which the round that I have been told of closes."""
-    in_round: bool = False
-    changed: Bell = field(default_factory=Bell)
 
 
 @dataclass(kw_only=True)

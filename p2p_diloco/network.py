@@ -258,11 +258,11 @@ class NetworkProcess:
         told: tuple[float | None, bool, int] = (None, False, peer.step)
         while True:
             changed = seat.changed.event
-            news = (seat.closes_s, peer.behind, peer.step)
+            news = (seat.closes_s, peer.follower.behind, peer.step)
             if news != told:
                 told = news
                 closes_in_s = None if seat.closes_s is None else seat.closes_s - asyncio.get_running_loop().time()
-                self._send("news", closes_in_s=closes_in_s, behind=peer.behind)
+                self._send("news", closes_in_s=closes_in_s, behind=peer.follower.behind)
                 self._send("moved", step=peer.step, head=seat.standing.head.hex())
             await heard(changed, PEERS_EVERY_S)
 

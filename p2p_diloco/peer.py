@@ -1,13 +1,13 @@
-"""The network side of one peer, on any transport: it keeps the records, serves others, and makes outer steps.
+"""The network side of one peer, on any transport: it is made of its parts here, and makes outer steps.
 
     join        take the newest state of the own ledger, then whatever leads to the swarm's head, and follow that
     begin       the trainer takes theta: from now on the state moves at outer steps only
     outer_step  gather -> reduce -> settle -> apply, or catch up: the only place where an update is committed
     leave       withdraw the record
 
-Everything runs in one event loop. Three tasks live as long as the peer: publish my record, read the others', and tell
-the trainer what changes (``wait_news``). What other peers do wrong ends in a log line and a value; what goes wrong here
-(disk, daemon) raises LocalError out of ``run``.
+Everything runs in one event loop. Four tasks live as long as the peer (``run``): publish my record, read the others',
+follow the swarm, and keep sound what I hold. What other peers do wrong ends in a log line and a value; what goes wrong
+here (disk, daemon) raises LocalError out of ``run``.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -29,30 +28,14 @@ from p2p_diloco.config import Timeouts
 from p2p_diloco.endpoint import Endpoint
 from p2p_diloco.errors import Gap, NetworkError
 from p2p_diloco.events import EventLog
+from p2p_diloco.follower import Follower
 from p2p_diloco.identity import Identity
-from p2p_diloco.matchmaking import Matchmaker, Seat
+from p2p_diloco.matchmaking import Matchmaker
 from p2p_diloco.meeting import Meeting
-from p2p_diloco.messages import (
-    AskChunk,
-    AskCommit,
-    AskDialBack,
-    AskHeads,
-    AskIndex,
-    AskManifest,
-    AskPart,
-    AskTransfer,
-    AskUpdate,
-    Closing,
-    Contribute,
-    Message,
-    No,
-    Push,
-    Ready,
-    Receipt,
-)
 from p2p_diloco.outer import Update, part_slices, parts_with
 from p2p_diloco.presence import LastRound, Presence
 from p2p_diloco.probes import Probes
+from p2p_diloco.reception import Reception
 from p2p_diloco.records import Directory, Phase, Record, Role
 from p2p_diloco.replica import Replica
 from p2p_diloco.rounds import (
@@ -60,36 +43,23 @@ from p2p_diloco.rounds import (
     Missed,
     Standing,
     evaluator,
-    from_nowhere,
     must_catch_up,
     on_head,
     planned_steps,
     rank,
-    swarm_head,
 )
+from p2p_diloco.seat import Seat
 from p2p_diloco.settle import RoundCost, Settlement
 from p2p_diloco.upkeep import Upkeep
 from p2p_diloco.uploads import Uploads
-from p2p_diloco.waiting import Bell, deadline, heard
-from p2p_diloco.wire import MANIFEST_PROTOCOL, Channel, Transport, run_protocol
+from p2p_diloco.waiting import deadline
+from p2p_diloco.wire import MANIFEST_PROTOCOL, Transport, run_protocol
 
 log = logging.getLogger(__name__)
 
 ATTEMPTS = 3
 """Rounds tried on one head before the trainer goes on alone."""
-PATIENCE = 3
-"""Catch-ups in a row that lead nowhere before whoever claims that head has no vote for a while."""
-WAYS_ASKED = 8
-"""At a time."""
 HAND_OVER_POLL_S = 0.2
-ROUNDS_KEPT = 2
-"""Finished rounds whose parts are still served to members that are late."""
-OF_A_ROUND = (Contribute, Receipt, AskPart, AskCommit)
-OF_A_DONOR = (AskHeads, AskIndex, AskChunk, AskUpdate)
-MAX_REQUEST_BYTES = 4096
-RECEIPT_BYTES = 34
-"""Of one part in a receipt: the only request that is larger in larger runs."""
-REQUESTS = (Ready, Closing, *OF_A_ROUND, *OF_A_DONOR, AskDialBack, AskTransfer, Push)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,13 +117,11 @@ class Peer:
         self.identity = identity
         self.replica = replica
         self.manifest = replica.manifest
-        self.signed_manifest = signed_manifest
         self.local = local
         self.events = events
         self.wall_s = wall_s
         self.timeouts: Timeouts = transport.timeouts
         self.protocol = run_protocol(self.manifest.run_id)
-        self._max_request_bytes = MAX_REQUEST_BYTES + RECEIPT_BYTES * len(part_slices(self.manifest.n_params))
         self.role: Role = "seed" if local is None else "trainer"
         self.directory = Directory(identity.peer_id, self.manifest.run_id)
         nowhere = Standing(step=0, head=bytes(32), heads=(), committed=False)
@@ -202,19 +170,27 @@ class Peer:
             metrics=metrics,
             wall_s=wall_s,
         )
-        self.probes = Probes(transport=transport, seat=self.seat, wall_s=wall_s, rate=self.uploads.rate)
-        self._following = True
-        """A seed, and a trainer that has not begun: the state goes where the swarm goes, by itself."""
-        self._moving = asyncio.Lock()
-        """Held by who moves the state other than by a round."""
-        self.behind = False
-        """The swarm went on without me, or my state was wrong: the trainer shall come for an outer step now."""
-        self._ways_asked: dict[str, float] = {}
-        """Peer id -> until when it is not asked again how it came where it is."""
-        self._in_vain = 0
-        """Catch-ups in a row that led nowhere."""
-        self.rounds: deque[Settlement] = deque(maxlen=ROUNDS_KEPT)
-        self.round_started = Bell()
+        self.follower = Follower(
+            replica=replica,
+            seat=self.seat,
+            directory=self.directory,
+            catchup=self.catchup,
+            upkeep=self.upkeep,
+            presence=self.presence,
+            events=events,
+            timeouts=self.timeouts,
+            wall_s=wall_s,
+        )
+        self.reception = Reception(
+            signed_manifest=signed_manifest,
+            seat=self.seat,
+            replica=replica,
+            matchmaker=self.matchmaker,
+            presence=self.presence,
+            uploads=self.uploads,
+            probes=Probes(transport=transport, seat=self.seat, wall_s=wall_s, rate=self.uploads.rate),
+            timeouts=self.timeouts,
+        )
         self.speeds: dict[str, float] = {}
         """Peer id -> tokens per second, as it said in the last round."""
         self.pace = 0.0
@@ -228,17 +204,17 @@ class Peer:
         await asyncio.to_thread(self.replica.load)
         from_step = self.replica.state.step if self.replica.state else None
         if self.replica.state is not None:
-            self._take_standing()
+            self.presence.take_standing()
         self.presence.seal()
-        await self.transport.serve(MANIFEST_PROTOCOL, self._serve_manifest)
-        await self.transport.serve(self.protocol, self._serve)
+        await self.transport.serve(MANIFEST_PROTOCOL, self.reception.give_manifest)
+        await self.transport.serve(self.protocol, self.reception.receive)
         await self.presence.refresh()
-        caught_up = await self._catch_up_to_swarm(patience_s=self.timeouts.discover_s)
+        caught_up = await self.follower.catch_up(patience_s=self.timeouts.discover_s)
         if self.replica.state is None:
             raise NetworkError(
                 "no peer of the run could give us its state; try again when a seed or another peer is up"
             )
-        self._take_standing()
+        self.presence.take_standing()
         if self.role == "seed":
             self.seat.phase = "inner"
         self.events.write(
@@ -256,10 +232,10 @@ class Peer:
     async def begin(self) -> None:
         """The trainer is about to take theta and to train: up to now the state has followed the swarm, from now on it
         moves at outer steps only."""
-        async with self._moving:
+        async with self.follower.moving:
             await self.presence.push_to_all()
-            await self._catch_up_to_swarm(patience_s=0.0)
-            self._following = False
+            await self.follower.catch_up(patience_s=0.0)
+            self.follower.by_itself = False
         self._to_phase("inner")
         await self.presence.publish()
         await self.presence.push_to_all()
@@ -267,7 +243,7 @@ class Peer:
     async def run(self) -> None:
         """Until cancelled: keep my record in the DHT, the others' here, and what I hold sound."""
         await asyncio.gather(
-            self.presence.publish_loop(), self.presence.refresh_loop(), self._follow_loop(), self.upkeep.run()
+            self.presence.publish_loop(), self.presence.refresh_loop(), self.follower.run(), self.upkeep.run()
         )
 
     async def leave(self, reason: str) -> None:
@@ -320,7 +296,7 @@ class Peer:
                 result = replace(result, kept=await asyncio.to_thread(self._keep, before, self.local))
         result = replace(result, planned=self.planned_steps())
         self.seat.closes_s = None
-        self.behind = False
+        self.follower.behind = False
         self.seat.progress = replace(self.seat.progress, inner_step=0, reported_s=self._now())
         self._to_phase("evaluate" if result.evaluate else "inner")
         if result.adopted:
@@ -360,10 +336,10 @@ class Peer:
 
     async def _try_rounds(self, tokens: int, dropped: bool) -> OuterResult:
         for _ in range(ATTEMPTS):
-            await self._ask_ways()
-            if self._must_adopt():
+            await self.follower.ask_ways()
+            if self.follower.must_move():
                 result = await self._adopt()
-                if result.moved or self._must_adopt():
+                if result.moved or self.follower.must_move():
                     return result  # else nobody has what was claimed, and those on our head wait for us
             result = await self._round(tokens, dropped)
             if result.reason == "behind":
@@ -371,9 +347,6 @@ class Peer:
             if result.reason != "failed":
                 break
         return result
-
-    def _must_adopt(self) -> bool:
-        return not self.replica.sound or must_catch_up(self.seat.standing, self._swarm_head())
 
     async def _tell_seeds(self) -> None:
         """Seeds follow at once: what a group has committed shall soon be in more hands than the group's."""
@@ -443,8 +416,7 @@ class Peer:
                 min_group=self.manifest.spec.round.min_group,
             )
         )
-        self.rounds.append(settlement)
-        self.round_started.ring()
+        self.reception.open_round(settlement)
         return settlement
 
     async def _commit(self, update: Update) -> None:
@@ -453,67 +425,25 @@ class Peer:
         if not self.replica.sound:
             await self.upkeep.mend()
         await asyncio.to_thread(self.replica.commit, update)
-        self._take_standing()
+        self.presence.take_standing()
         self.upkeep.moved()
 
     async def _adopt(self) -> OuterResult:
         """Catch up with the swarm instead of meeting it."""
         before, sound = self.seat.standing, self.replica.sound
-        async with self._moving:
-            target = self._swarm_head()
+        async with self.follower.moving:
+            target = self.follower.target()
             await self.presence.push_to_all()
-            if self._must_adopt():  # else the others still wait for us where we are
+            if self.follower.must_move():  # else the others still wait for us where we are
                 self._to_phase("joining")
             elif sound and target is not None and must_catch_up(before, target):
-                self._led_nowhere(target)
-            await self._catch_up_to_swarm(patience_s=0.0)
+                self.follower.led_nowhere(target)
+            await self.follower.catch_up(patience_s=0.0)
         moved = self.seat.standing != before
         if sound:
             return self._result(adopted=moved, reason="behind")
         self._log_round(Missed(reason="repaired", detail="bits of the state had flipped"), None, 0.0)
         return self._result(adopted=True, reason="repaired")
-
-    async def _catch_up_to_swarm(self, patience_s: float) -> bool:
-        """Go to the swarm's head, and on while it moves. Whether a snapshot had to be downloaded. A newcomer, who has
-        no state, waits up to ``patience_s`` for somebody who gives it one; after a download that broke off, until all
-        who then failed it, perhaps because it was cut off itself, must have signed newer records, and as long again."""
-        deadline_s, snapshot = self._now() + patience_s, False
-        if not self.replica.sound:
-            await self.upkeep.mend()
-        while True:
-            target, caught_up = self._swarm_head(), None
-            if target is not None and (self.replica.state is None or must_catch_up(self.seat.standing, target)):
-                started_s = self._now()
-                await self.upkeep.settled()
-                caught_up = await self.catchup.to(target)
-                if caught_up is None:
-                    self._led_nowhere(target)
-            if caught_up is None:
-                if self.replica.state is not None:
-                    self._take_standing()  # a download that broke off may have moved it part of the way
-                if self.catchup.promising:
-                    self.catchup.promising = False  # one try is one reason to wait
-                    deadline_s = self._now() + self.timeouts.record_life_s + patience_s
-                if self.replica.state is not None or self._now() >= deadline_s:
-                    return snapshot
-                await asyncio.sleep(self.timeouts.refresh_s)
-                await self.presence.refresh()
-                continue
-            self._in_vain = 0
-            snapshot = snapshot or caught_up.snapshot
-            self._take_standing()
-            self.upkeep.moved()
-            self.events.write("caught_up", seconds=self._now() - started_s, **vars(caught_up))
-            if caught_up.rolled_back:
-                log.warning("gave up %d outer steps that the swarm did not share", caught_up.rolled_back)
-            await self.presence.push_to_all()  # the answers say how far the swarm is by now
-
-    def _led_nowhere(self, target: tuple[int, bytes]) -> None:
-        self._in_vain += 1
-        if self._in_vain >= PATIENCE:
-            self._in_vain = 0
-            count = self.directory.doubt(target[1], self.wall_s(), self.timeouts.record_life_s)
-            log.warning("%d peers claim outer step %d, and none has shown the way there", count, target[0])
 
     def _result(self, *, cost: RoundCost | None = None, reason: str = "", **fields: object) -> OuterResult:
         state = self.replica.loaded
@@ -546,93 +476,6 @@ class Peer:
             **(vars(alignment) if alignment else {}),
         )
 
-    # -- serving -----------------------------------------------------------------------------------------------------
-
-    async def _serve_manifest(self, channel: Channel) -> None:
-        await channel.receive(AskManifest, timeout_s=self.timeouts.first_message_s)
-        await channel.send_blob(self.signed_manifest)
-
-    async def _serve(self, channel: Channel) -> None:
-        """One incoming stream: its first message says what it is for."""
-        message: Message = await channel.receive(
-            *REQUESTS, timeout_s=self.timeouts.first_message_s, max_bytes=self._max_request_bytes
-        )
-        if self.seat.phase == "left":
-            await channel.send(No(reason="leaving"))
-        elif isinstance(message, Push):
-            await self.presence.on_push(channel, message)
-        elif self.replica.state is None:
-            await channel.send(No(reason="joining"))
-        elif isinstance(message, Ready):
-            await self.matchmaker.on_ready(channel, message)
-        elif isinstance(message, Closing):
-            await self.matchmaker.on_closing(channel, message)
-        elif isinstance(message, OF_A_ROUND):
-            await self._serve_round(channel, message)
-        elif isinstance(message, OF_A_DONOR):
-            await self.uploads.serve(channel, message)
-        elif isinstance(message, AskDialBack):
-            await self.probes.on_ask_dial_back(channel, message)
-        elif isinstance(message, AskTransfer):
-            await self.probes.on_ask_transfer(channel, message)
-
-    async def _serve_round(self, channel: Channel, message: Contribute | Receipt | AskPart | AskCommit) -> None:
-        settlement = await self._find_round(message.round_id)
-        if settlement is not None:
-            await settlement.serve(channel, message)
-        elif not isinstance(message, Receipt):  # whose sender takes a closed stream for a leader that is gone
-            await channel.send(No(reason="no such round"))
-
-    async def _find_round(self, round_id: bytes) -> Settlement | None:
-        """A member may know the roster a moment before I do: wait for it, as long as I wait for anything small."""
-        deadline_s = self._now() + self.timeouts.request_s
-        while True:
-            started = self.round_started.event
-            for settlement in self.rounds:
-                if settlement.group.round_id == round_id:
-                    return settlement
-            if self._now() >= deadline_s:
-                return None
-            await heard(started, deadline_s - self._now())
-
-    # -- the swarm's head --------------------------------------------------------------------------------------------
-
-    async def _follow_loop(self) -> None:
-        """Look whenever records have come. They go on coming meanwhile: what is downloaded may take longer than they
-        last."""
-        while True:
-            news = self.presence.heard.event
-            await self._follow()
-            await news.wait()
-
-    async def _ask_ways(self) -> None:
-        """Whose record does not show that we share a history, tells it now: a group that went on while most stood still
-        is ahead of them, and not elsewhere, however far that is."""
-        if self.replica.state is None:
-            return
-        now_s = self._now()
-        self._ways_asked = {peer_id: until_s for peer_id, until_s in self._ways_asked.items() if until_s > now_s}
-        claims = from_nowhere(self.directory.believed(self.wall_s()), self.seat.standing, self.directory.before)
-        unasked = {record.head: record for record in claims if record.peer_id not in self._ways_asked}
-        chosen = list(unasked.values())[:WAYS_ASKED]
-        self._ways_asked |= {record.peer_id: now_s + self.timeouts.record_life_s for record in chosen}
-        await asyncio.gather(*(self.catchup.learn_way(record) for record in chosen))
-
-    async def _follow(self) -> None:
-        """Go where the swarm goes; once training, tell the trainer to come."""
-        await self._ask_ways()
-        async with self._moving:
-            if not self._must_adopt():
-                return
-            if self._following:
-                await self._catch_up_to_swarm(patience_s=0.0)
-                self.presence.publish_now.ring()
-            elif self.seat.phase in ("inner", "evaluate") and not self.behind:
-                self.behind = True
-                self.seat.changed.ring()
-                if (target := self._swarm_head()) is not None:
-                    await self.catchup.fetch_ahead(target)
-
     def evaluates_genesis(self) -> bool:
         """Whether I am the one, of those who are here, to evaluate theta before the first outer step."""
         standing = self.seat.standing
@@ -646,20 +489,11 @@ class Peer:
     def step(self) -> int:
         return self.seat.standing.step
 
-    def _swarm_head(self) -> tuple[int, bytes] | None:
-        mine = self.seat.standing if self.replica.state is not None else None
-        return swarm_head(self.directory.believed(self.wall_s()), mine, self.directory.before)
-
     def _to_phase(self, phase: Phase) -> None:
         self.seat.phase = phase
         self.events.write("phase", phase=phase, step=self.step)
         self.presence.seal()
         self.seat.changed.ring()
-
-    def _take_standing(self) -> None:
-        standing = self.seat.standing = self.replica.standing()
-        self.directory.show((standing.head, *standing.heads))
-        self.presence.seal()
 
     @staticmethod
     def _now() -> float:

@@ -15,11 +15,11 @@ from p2p_diloco import __version__
 from p2p_diloco.endpoint import Endpoint
 from p2p_diloco.errors import Misbehaved, RemoteError
 from p2p_diloco.identity import Identity
-from p2p_diloco.matchmaking import Seat
 from p2p_diloco.messages import Push
 from p2p_diloco.records import HEADS_SHOWN, RUNS_KEY, Directory, Record, Role, peers_key, seal_record
 from p2p_diloco.replica import Replica
 from p2p_diloco.rounds import announces_run
+from p2p_diloco.seat import Seat
 from p2p_diloco.waiting import Bell, heard
 from p2p_diloco.wire import Channel, Transport, run_protocol
 
@@ -137,6 +137,12 @@ class Presence:
             self.directory.learn_from(source, sealed, self.wall_s())
         except ValueError as error:
             raise Misbehaved(source, f"pushes {error}") from error
+
+    def take_standing(self) -> None:
+        """The state has moved: so have the seat and the record."""
+        standing = self.seat.standing = self.replica.standing()
+        self.directory.show((standing.head, *standing.heads))
+        self.seal()
 
     def seal(self) -> None:
         """Whoever asks from now on hears where I stand now."""

@@ -22,11 +22,11 @@ from pydantic import Field
 from p2p_diloco.addresses import ip_maddr
 from p2p_diloco.errors import Gone, Misbehaved, RemoteError, Silent
 from p2p_diloco.identity import MAX_PEER_ID_CHARS, Identity
-from p2p_diloco.matchmaking import Seat
 from p2p_diloco.messages import MAX_TRANSFER_BYTES, AskDialBack, AskTransfer, DialBack, DialedBack, No, Transferred
 from p2p_diloco.quota import Quota
 from p2p_diloco.rate import Rate
 from p2p_diloco.records import Signed, seal, unseal
+from p2p_diloco.seat import Seat
 from p2p_diloco.waiting import deadline
 from p2p_diloco.wire import DIAL_BACK_PROTOCOL, Channel, Transport
 

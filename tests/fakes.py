@@ -181,7 +181,7 @@ class SimPeer:
                 planned=planned,
                 step_s=self.step_s,
                 closes_in_s=None if closes_s is None else closes_s - now(),
-                behind=peer.behind,
+                behind=peer.follower.behind,
             ):
                 result = await self.offer(tokens)
                 self.results.append(result)

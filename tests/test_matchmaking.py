@@ -15,10 +15,11 @@ from fakes import FakeNetwork, FakeTransport, make_manifest, run_simulated
 from p2p_diloco.config import Timeouts
 from p2p_diloco.errors import Silent
 from p2p_diloco.manifest import RunManifest
-from p2p_diloco.matchmaking import CHANCES, CLOSING_MARGIN_S, MAX_GATHER_EXTENSION_S, Matchmaker, Seat
+from p2p_diloco.matchmaking import CHANCES, CLOSING_MARGIN_S, MAX_GATHER_EXTENSION_S, Matchmaker
 from p2p_diloco.messages import Behind, Closing, Eta, Message, No, Ready, Redirect, Roster, TooFew
 from p2p_diloco.records import Directory, seal_record
 from p2p_diloco.rounds import Group, Missed, Progress, Standing, seal_readiness
+from p2p_diloco.seat import Seat
 from p2p_diloco.wire import Channel, run_protocol
 
 HISTORY = "abc"

@@ -538,7 +538,7 @@ def test_client_mode_peers_contribute_but_reduce_and_lead_nothing(tmp_path: Path
         sims = [swarm.add(1, client_mode=True), swarm.add(2, client_mode=True), swarm.add(3)]
         await swarm.until(sims, 5)
         swarm.check_identical(sims)
-        for butterfly in sims[2].peer.rounds:
+        for butterfly in sims[2].peer.reception.rounds:
             reducers = {butterfly.group.members[i].peer_id for i in butterfly.group.reducers}
             assert reducers == {sims[2].peer.identity.peer_id}
         assert sims[0].results[-1].group == 3

@@ -18,7 +18,6 @@ from p2p_diloco.doctor import Bandwidth, Dialled
 from p2p_diloco.errors import Gone, Misbehaved, Refused, Silent
 from p2p_diloco.identity import Identity
 from p2p_diloco.listener import Listener, dial_back, dial_backs, would_relay
-from p2p_diloco.matchmaking import Seat
 from p2p_diloco.messages import (
     MAX_TRANSFER_BYTES,
     AskDialBack,
@@ -41,6 +40,7 @@ from p2p_diloco.probes import (
 from p2p_diloco.rate import Rate
 from p2p_diloco.records import MAX_RECORD_BYTES, seal
 from p2p_diloco.rounds import Standing
+from p2p_diloco.seat import Seat
 from p2p_diloco.survey import (
     Candidate,
     bandwidth_of,

@@ -13,7 +13,7 @@ from fakes import run_simulated
 from p2p_diloco.config import Timeouts
 from p2p_diloco.errors import Gone, Misbehaved, Refused, Silent
 from p2p_diloco.messages import AskHeads, AskManifest, Contribute, Heads, Message, No, Push
-from p2p_diloco.peer import REQUESTS
+from p2p_diloco.reception import REQUESTS
 from p2p_diloco.traffic import Purpose, Traffic
 from p2p_diloco.wire import Channel
 

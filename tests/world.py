@@ -26,7 +26,8 @@ from p2p_diloco.events import EVENTS_FILE, read_events
 from p2p_diloco.manifest import RunManifest
 from p2p_diloco.matchmaking import MAX_GATHER_EXTENSION_S
 from p2p_diloco.messages import No, Push
-from p2p_diloco.peer import ATTEMPTS, REQUESTS, OuterResult
+from p2p_diloco.peer import ATTEMPTS, OuterResult
+from p2p_diloco.reception import REQUESTS
 from p2p_diloco.records import open_record, peers_key, seal_record
 from p2p_diloco.waiting import heard
 from p2p_diloco.wire import Channel, run_protocol
