@@ -106,11 +106,13 @@ def peer(
         from p2p_diloco.config import Timeouts
         from p2p_diloco.model import pick_device
         from p2p_diloco.swarm import Swarm
-        from p2p_diloco.train import TrainConfig, stop_signals, train
+        from p2p_diloco.train import TrainConfig, require_text, stop_signals, train
 
     pick_device(device)
     log.info("looking for the run at %s", ", ".join(initial_peers))
-    with stop_signals() as stop, Swarm.join(config, timeouts=Timeouts().scaled(node.patience)) as swarm:
+    with stop_signals() as stop, Swarm.find(config, timeouts=Timeouts().scaled(node.patience)) as swarm:
+        require_text(swarm.manifest, data)
+        swarm.wait_for_state()
         print_join_line(swarm)
         with live_table(swarm, STDOUT):
             train(swarm, TrainConfig(device=device, threads=threads, data=data, drop=drop), stop)

@@ -112,8 +112,27 @@ class Swarm:
         role: str = "trainer",
         manifest_path: Path | None = None,
     ) -> Swarm:
-        """Start the network process, find the run and download its state. ``manifest_path`` is for who brings the run
-        along (a seed). Raises UsageError or NetworkError, with nothing left behind."""
+        """``find`` the run, and wait for its state. Raises UsageError or NetworkError, with nothing left behind."""
+        swarm = cls.find(config, timeouts=timeouts, role=role, manifest_path=manifest_path)
+        try:
+            swarm.wait_for_state()
+        except BaseException:
+            swarm.close("could not join")
+            raise
+        return swarm
+
+    @classmethod
+    def find(
+        cls,
+        config: PeerConfig,
+        *,
+        timeouts: Timeouts | None = None,
+        role: str = "trainer",
+        manifest_path: Path | None = None,
+    ) -> Swarm:
+        """Start the network process and find the run. Its manifest is here then, its state is on the way: whoever looks
+        at the first may yet do without the second. ``manifest_path`` is for who brings the run along (a seed). Raises
+        as ``join``."""
         swarm = cls(config, timeouts or Timeouts(), role, manifest_path)
         try:
             found = swarm._wait("found")
@@ -125,13 +144,16 @@ class Swarm:
             swarm.theta, swarm.local = shared[:n], shared[n:]
             swarm.theta.flags.writeable = False
             swarm.planned = swarm.manifest.spec.inner.steps
-            joined = swarm._wait("joined")
-            swarm.step, swarm.head, swarm.peer_id = joined["step"], joined["head"], joined["peer_id"]
-            swarm.maddrs = joined["maddrs"]
         except BaseException:
             swarm.close("could not join")
             raise
         return swarm
+
+    def wait_for_state(self) -> None:
+        """Until theta is here. Raises as ``join``; the swarm is to be closed then."""
+        joined = self._wait("joined")
+        self.step, self.head, self.peer_id = joined["step"], joined["head"], joined["peer_id"]
+        self.maddrs = joined["maddrs"]
 
     def __enter__(self) -> Swarm:
         return self

@@ -29,6 +29,7 @@ from p2p_diloco.errors import DataError, Stopped, UsageError
 from p2p_diloco.inner import INNER_FILE, InnerOptimizer, draws_drop, place_in_run
 from p2p_diloco.manifest import RunManifest
 from p2p_diloco.model import evaluate, model_of, pick_device
+from p2p_diloco.source import source_of
 from p2p_diloco.swarm import Swarm
 
 log = logging.getLogger(__name__)
@@ -97,6 +98,13 @@ def good_threads(n_params: int) -> int:
     """Threads for a model on the CPU. In a small one they mostly wait for each other: on a busy machine with two cores,
     an inner step of ``tiny`` took 0.2 s with one thread and 2 to 12 s with two."""
     return 1 if n_params < SMALL_MODEL else torch.get_num_threads()
+
+
+def require_text(manifest: RunManifest, own_data: Path | None) -> None:
+    """UsageError where the run needs text that this peer does not bring; DataError where its files are not there. Reads
+    no text: to be asked before the state is downloaded."""
+    spec = manifest.spec
+    source_of(spec.data, base=None, cache=cache_folder(), override_path=own_data, run_seed=spec.seed, peer_id="")
 
 
 def open_run_corpus(manifest: RunManifest, own_data: Path | None, peer_id: str) -> Corpus:

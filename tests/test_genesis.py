@@ -79,6 +79,13 @@ def test_a_run_on_a_saved_data_set_starts_from_pretrained_weights(
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UsageError, match=r"brings no text of its own; add --data FILE-OR-FOLDER"):
         train.open_run_corpus(received, own_data=None, peer_id="anna")
+    opened = len(list((tmp_path / "cache").iterdir()))
+    with pytest.raises(UsageError, match=r"brings no text of its own; add --data FILE-OR-FOLDER"):
+        train.require_text(received, None)
+    with pytest.raises(DataError, match="no such file"):
+        train.require_text(received, tmp_path / "nowhere")
+    train.require_text(received, tmp_path / "set")
+    assert len(list((tmp_path / "cache").iterdir())) == opened
     smaller = json.dumps({**received.transformers_config, "vocab_size": 53})
     for unsound in ({"vocab_size": 55}, {"model_config_json": smaller}, {"model_config_json": LLAMA_ALONE}):
         with pytest.raises(UsageError, match="this run's manifest is not sound: its tokenizer has 54 tokens"):

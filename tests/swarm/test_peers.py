@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from places import LEAVE_S, Place, Program, wait_until
+from places import LEAVE_S, START_S, Place, Program, as_flags, wait_until
 
 from p2p_diloco.events import Event
 from p2p_diloco.stored import find_run, load_state
@@ -154,6 +154,16 @@ def test_a_peer_joins_a_running_swarm_with_the_address_of_any_peer(place: Place,
     _, other = load_state(find_run(place.root / "a"), state.step)
     assert (other.head, other.theta.tobytes()) == (state.head, state.theta.tobytes())
     assert manifest.n_params == len(state.theta)
+
+
+def test_a_peer_without_text_is_told_what_to_add(place: Place, running: dict[str, Program]) -> None:
+    folder = place.root / "textless"
+    flags = {"folder": str(folder), "host-maddrs": "/ip4/127.0.0.1/tcp/0", "device": "cpu"}
+    program = place.start("textless", "peer", "--initial-peers", running["a"].address, *as_flags(flags))
+    assert program.process.wait(START_S) == 2
+    assert program.text.endswith("error: this run brings no text of its own; add --data FILE-OR-FOLDER\n")
+    assert "Traceback" not in program.text
+    wait_until(lambda: not any(str(folder) in command for command in place.alive().values()), limit_s=2.0)
 
 
 @pytest.mark.parametrize("after_s", [0.1, 1.0, 3.0])
