@@ -29,8 +29,10 @@ NEEDS_DECODER = "this model would see the tokens that it is to predict; give a d
 SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 ROPE_KEYS = ("rope_theta", "rope_scaling", "partial_rotary_factor")
 """Older names, which the library moves into rope_parameters."""
-MAX_LAYERS = 10_000
-"""The library makes a list or two of as many, before anything of the model is built."""
+COUNTS = ("layer", "layers", "labels", "_dense_replace", "attention_types")
+"""How keys end for whose integers a config makes a list of as many names, as soon as it is made."""
+MAX_COUNT = 10_000
+"""Of those. Keys that nobody here knows of may do the same: a stranger's run can then take this peer's memory."""
 
 
 def resolve_config(spec: ModelSpec, *, base: Path, vocab_size: int) -> dict[str, Any]:
@@ -112,12 +114,25 @@ def instantiate(config_class: Any, config: Mapping[str, Any], source: str) -> An
     try:
         values = json.loads(json.dumps(portable(config)), object_hook=plain)
         values.pop("model_type")
-        for key, value in values.items():
-            if "layer" in key and isinstance(value, int) and value > MAX_LAYERS:
-                raise ValueError(f"{key} is {value}, and no model here has more than {MAX_LAYERS} layers")
+        check_counts("", values)
         return config_class(**values)
-    except (StrictDataclassError, ValueError, TypeError, AttributeError, KeyError, ZeroDivisionError) as error:
+    except (
+        *(StrictDataclassError, ValueError, TypeError, AttributeError, KeyError),
+        *(ArithmeticError, MemoryError),
+    ) as error:
         raise UsageError(f"{source}: {reason(error)}") from error
+
+
+def check_counts(key: str, value: Any) -> None:
+    """ValueError for what would take long, or all memory, before anything of a model is built. At any depth."""
+    if isinstance(value, Mapping):
+        for inner_key, inner in value.items():
+            check_counts(inner_key, inner)
+    elif isinstance(value, list):
+        for inner in value:
+            check_counts(key, inner)
+    elif isinstance(value, int) and value > MAX_COUNT and key.endswith(COUNTS):
+        raise ValueError(f"{key} is {value}, and may be {MAX_COUNT} at most")
 
 
 def portable(config: Mapping[str, Any]) -> dict[str, Any]:

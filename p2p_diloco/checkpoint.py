@@ -1,8 +1,9 @@
 """Where a simulation stood when it was interrupted: all that is not computed anew from its run file, in one file, whole
 or not at all.
 
-Its tensors are theta, momentum, and of each replica the parameters and the optimizer's moments; beside them, as JSON,
-what was simulated, what else its figures depend on (``ORIGIN``), the curve, and how far each replica was.
+Its tensors are theta and what the outer optimizer keeps, and each replica's parameters and moments; beside them, as
+JSON, what was simulated, what else its figures depend on (``ORIGIN``), the curve, and how far each replica was.
+``Simulation`` puts them in and takes them out. One process at a time writes it (``alone_in``).
 """
 
 from __future__ import annotations
@@ -38,28 +39,6 @@ ORIGIN = {
 """Beside the run file, and what a person may have changed when one of these is another than before."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Point:
-    """Of the curve: after ``step`` outer steps."""
-
-    step: int
-    head: str
-    held_out_loss: float | None
-    """Nats per token; None where theta was not evaluated, or is not finite."""
-    loss: float | None
-    """Mean of all replicas' inner steps; None before the first."""
-    tokens: int
-    """Trained on by all, since S_0."""
-    sent_bytes: int
-    """In all contributions of one replica, on average, since S_0."""
-
-    def line(self) -> str:
-        """For a person."""
-        held_out = "not finite" if self.held_out_loss is None else f"{self.held_out_loss:.4f}"
-        loss = "" if self.loss is None else f", loss {self.loss:.4f}"
-        return f"outer step {self.step}: held-out loss {held_out}{loss}, {self.tokens / 1e6:.2f} M tokens"
-
-
 @dataclass(frozen=True)
 class Checkpoint:
     """An open one."""
@@ -89,7 +68,7 @@ class Checkpoint:
 
 @contextmanager
 def open_checkpoint(folder: Path) -> Iterator[Checkpoint | None]:
-    """None when there is none. UsageError, also for what goes wrong while it is read, when it is damaged."""
+    """None where there is none. UsageError when it is damaged: what cannot be read inside the block counts, too."""
     path = folder / CHECKPOINT_FILE
     if not path.exists():
         yield None

@@ -257,8 +257,8 @@ def private_socket_folder(folder: Path) -> Path:
 
 
 def remove_dead_sockets(folder: Path) -> None:
-    """Those that a dead process left. Those of a live one are called, which its log may tell: whoever has claimed the
-    folder's identity will find none."""
+    """Those that a dead process left. Each is called, which a live one logs as an error: claim the identity first, and
+    there is a live one only where two identities share a folder."""
     for path in [*folder.glob("p2pd-*.sock"), *folder.glob("p2pclient-*.sock")]:
         with socket.socket(socket.AF_UNIX) as trial, contextlib.suppress(OSError):
             if trial.connect_ex(str(path)) != 0:

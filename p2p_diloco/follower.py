@@ -3,7 +3,7 @@
     run        look whenever records have come: a state that nobody trains on follows the swarm by itself; a trainer is
                told to come, and what it will need is fetched ahead
     catch_up   go to the swarm's head, and on while it moves
-    ask_ways   whose record does not say how it came where it is, is asked
+    ask_ways   ask those whose records do not show how they came to where they are
 
 What others claim is a reason to look, and no more: whoever claims a head that nobody can show the way to has no vote
 for a while.

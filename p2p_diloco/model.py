@@ -55,7 +55,7 @@ def build_model(config: dict[str, Any], *, seed: int | None) -> torch.nn.Module:
 
 @contextmanager
 def few_modules() -> Iterator[None]:
-    """ValueError from within as soon as there are more than MAX_MODULES: what a stranger's config asks for may be as
+    """UsageError from within as soon as there are more than MAX_MODULES: what a stranger's config asks for may be as
     much work as a large number can say."""
     count = 0
 
@@ -63,7 +63,7 @@ def few_modules() -> Iterator[None]:
         nonlocal count
         count += 1
         if count > MAX_MODULES:
-            raise ValueError(f"it has more than {MAX_MODULES} modules")
+            raise UsageError(f"this model has more than {MAX_MODULES} layers and parts of them, and a run's may not")
 
     handle = register_module_module_registration_hook(counted)
     try:

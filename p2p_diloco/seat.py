@@ -11,7 +11,7 @@ from p2p_diloco.waiting import Bell
 
 @dataclass(kw_only=True)
 class Seat:
-    """``Peer`` keeps it up to date; whoever answers for this peer reads it."""
+    """The parts of a ``Peer`` share it: each writes what it is the first to know, and reads the rest."""
 
     standing: Standing
     role_trainer: bool

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from p2p_diloco.checkpoint import Point, open_checkpoint, write_checkpoint
+from p2p_diloco.checkpoint import open_checkpoint, write_checkpoint
 from p2p_diloco.codec import Vector, decode, encode, encoded_bytes
 from p2p_diloco.config import cache_folder
 from p2p_diloco.data import Corpus, open_corpus
@@ -55,6 +55,28 @@ CHECKPOINT_SHARE = 0.05
 """Of the time, for checkpoints: a small simulation has one every second, a large one not all the time."""
 EVALUATED_ROWS = 32
 """In one forward pass: small batches would take longer to evaluate on than to learn from."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Point:
+    """Of the curve: after ``step`` outer steps."""
+
+    step: int
+    head: str
+    held_out_loss: float | None
+    """Nats per token; None where theta was not evaluated, or is not finite."""
+    loss: float | None
+    """Mean of all replicas' inner steps; None before the first."""
+    tokens: int
+    """Trained on by all, since S_0."""
+    sent_bytes: int
+    """In all contributions of one replica, on average, since S_0."""
+
+    def line(self) -> str:
+        """For a person."""
+        held_out = "not finite" if self.held_out_loss is None else f"{self.held_out_loss:.4f}"
+        loss = "" if self.loss is None else f", loss {self.loss:.4f}"
+        return f"outer step {self.step}: held-out loss {held_out}{loss}, {self.tokens / 1e6:.2f} M tokens"
 
 
 @dataclass(kw_only=True)
@@ -329,7 +351,9 @@ class Simulation:
                 vector[:] = checkpoint.file.get_tensor(name).numpy()
             for k, (replica, counts) in enumerate(zip(self.replicas, facts["replicas"])):
                 moments = checkpoint.tensors(f"{k}.exp_avg")
-                replica.inner.restore({name.partition(".")[2]: moments[name] for name in moments}, counts["steps"])
+                replica.inner.restore(
+                    {name.partition(".")[2]: moment for name, moment in moments.items()}, counts["steps"]
+                )
                 replica.tokens, replica.late = counts["tokens"], counts["late"]
                 replica.write_local()
             self.state.step, self.state.head = facts["step"], bytes.fromhex(facts["head"])

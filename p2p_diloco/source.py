@@ -22,7 +22,7 @@ from p2p_diloco.text import Document, builtin_documents, builtin_files, reading,
 KEPT_FREE_BYTES = 10**9
 """Of the disk, by the tokens of a data set: how long it is, is another's choice."""
 LOOK_EVERY_CHARS = 1024 * 1024
-"""At how much room there is."""
+"""At how much of the disk is free: so many characters of a data set are read in between."""
 NO_TEXT = "this run brings no text of its own; add --data FILE-OR-FOLDER"
 
 

@@ -58,7 +58,7 @@ PACE_ROUNDS = 4
 
 
 class Swarm:
-    """``join`` makes one. Use it as a context manager, from one thread."""
+    """``join`` makes one, or ``find``. Use it as a context manager, from one thread."""
 
     manifest: RunManifest
     theta: Vector
@@ -130,9 +130,9 @@ class Swarm:
         role: str = "trainer",
         manifest_path: Path | None = None,
     ) -> Swarm:
-        """Start the network process and find the run. Its manifest is here then, its state is on the way: whoever looks
-        at the first may yet do without the second. ``manifest_path`` is for who brings the run along (a seed). Raises
-        as ``join``."""
+        """Start the network process and find the run. It returns when the manifest is here and the state is still on
+        its way, so that whoever cannot take part leaves before the download; ``wait_for_state`` comes next.
+        ``manifest_path`` is for who brings the run along (a seed). Raises as ``join``."""
         swarm = cls(config, timeouts or Timeouts(), role, manifest_path)
         try:
             found = swarm._wait("found")
@@ -206,6 +206,8 @@ class Swarm:
 
     def begin(self) -> None:
         """Take theta as it is now into ``local``, and count as training from here on. ``load_into`` does this."""
+        if not self.peer_id:
+            raise RuntimeError("theta is not here yet: wait_for_state comes before it is taken")
         self._say("begin", planned=self.planned)
         begun = self._wait("begun")
         self.step, self.head, self._evaluate = begun["step"], begun["head"], begun["evaluate"]

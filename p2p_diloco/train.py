@@ -101,8 +101,8 @@ def good_threads(n_params: int) -> int:
 
 
 def require_text(manifest: RunManifest, own_data: Path | None) -> None:
-    """UsageError where the run needs text that this peer does not bring; DataError where its files are not there. Reads
-    no text: to be asked before the state is downloaded."""
+    """UsageError where the run needs text that this peer does not bring; DataError where its files are not there. Looks
+    for files and reads no text: to be asked before the state is downloaded."""
     spec = manifest.spec
     source_of(spec.data, base=None, cache=cache_folder(), override_path=own_data, run_seed=spec.seed, peer_id="")
 

@@ -56,7 +56,7 @@ def loudest_head() -> Iterator[None]:
         return max([*claims, *([(mine.step, mine.head)] if mine else [])], default=None)
 
     with (
-        mock.patch("p2p_diloco.peer.swarm_head", loudest),
+        mock.patch("p2p_diloco.follower.swarm_head", loudest),
         mock.patch("p2p_diloco.matchmaking.swarm_head", loudest),
         mock.patch.object(Directory, "believed", Directory.live),
     ):

@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 import torch
 from small_models import LLAMA, llama, random_batch, resolved
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from p2p_diloco.architecture import resolve_config
+from p2p_diloco.architecture import config_class_of, instantiate, portable, resolve_config
 from p2p_diloco.errors import UsageError
 from p2p_diloco.layout import layout_of
 from p2p_diloco.manifest import ModelSpec, canonical_json
@@ -51,6 +52,35 @@ def test_a_mistake_in_the_config_names_the_key(changed: dict[str, Any], message:
         resolved(**changed)
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"num_labels": 10**9},
+        {"model_type": "gpt_neo", "attention_types": [[["global"], 10**9]]},
+        {"model_type": "gemma3", "text_config": {"num_hidden_layers": 10**9}},
+        {"model_type": "cohere2_moe", "first_k_dense_replace": 10**9},
+    ],
+)
+def test_a_config_takes_no_memory_for_what_it_counts(changed: dict[str, Any]) -> None:
+    with pytest.raises(UsageError, match="is 1000000000, and may be 10000 at most"):
+        build_model(resolved() | changed, seed=None)
+
+
+def test_every_config_of_the_library_is_taken_as_it_is_and_written_out() -> None:
+    taken = 0
+    for model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        config_class = config_class_of({"model_type": model_type}, "test")
+        try:
+            config_class()
+        except Exception:  # some have no defaults
+            continue
+        config = instantiate(config_class, {"model_type": model_type}, "test")
+        written = portable(json.loads(config.to_json_string(use_diff=False)))
+        instantiate(config_class, {"model_type": model_type} | written, "test")
+        taken += 1
+    assert taken > 100
 
 
 def test_a_larger_vocabulary_and_older_names_are_fine() -> None:

@@ -108,7 +108,7 @@ def test_network_side_starts_without_torch() -> None:
             if target is not None:
                 waiting.append((target, f"{path} -> {target}"))
     assert {"peer", "node", "ledger", "metrics"} <= seen
-    assert not {"model", "data", "train"} & seen
+    assert not {"architecture", "layout", "model", "source", "data", "train"} & seen
 
 
 def test_readme_lists_every_file() -> None:

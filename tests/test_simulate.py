@@ -16,7 +16,7 @@ from reference import diloco
 from small_runs import SMALL, small_run
 
 from p2p_diloco import simulate
-from p2p_diloco.checkpoint import CHECKPOINT_FILE, alone_in
+from p2p_diloco.checkpoint import CHECKPOINT_FILE
 from p2p_diloco.codec import CODECS, Vector
 from p2p_diloco.errors import UsageError
 from p2p_diloco.inner import InnerOptimizer, draws_drop, place_in_run
@@ -407,16 +407,6 @@ def test_a_plain_simulation_is_not_taken_for_a_recounted_one(tmp_path: Path) -> 
     short = Simulation.open(what, tmp_path / "short", base=tmp_path, device="cpu", threads=1, past=past)
     assert [point.step for point in short.run()] == [1], "the swarm made one outer step of three"
     assert short.differing_heads() == [1]
-
-
-def test_one_process_at_a_time_simulates_in_a_folder(tmp_path: Path) -> None:
-    with alone_in(tmp_path / "out"):
-        with pytest.raises(UsageError, match="out: another process simulates here"), alone_in(tmp_path / "out"):
-            raise AssertionError
-        with alone_in(tmp_path / "other"):
-            pass
-    with alone_in(tmp_path / "out"):
-        pass
 
 
 def test_a_damaged_checkpoint_is_named(tmp_path: Path) -> None:
