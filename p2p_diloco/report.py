@@ -90,25 +90,30 @@ def spread(values: Sequence[float], form: str) -> str:
 
 
 def markdown(study: Study, rows: Sequence[Row]) -> str:
+    """An arm without all the seeds of the others says which it has: its mean does not compare with theirs, and its
+    differences do."""
     seeds = sorted({seed for row in rows for seed in row.seeds})
     heading = ["arm", "held-out loss", f"from {study.spec.reference}"]
     heading += ["gap closed"] if study.spec.gap else []
     heading += ["tokens", "sent MB"]
     table = [heading, ["---"] * len(heading)]
     for row in rows:
-        cells = [row.arm, spread(row.losses, ".4f")]
+        partly = "" if sorted(row.seeds) == seeds else f" ({named(row.seeds)})"
+        cells = [row.arm + partly, spread(row.losses, ".4f")]
         cells.append("" if row.arm == study.spec.reference else spread(row.differences, "+.4f"))
         if study.spec.gap:
             cells.append("" if row.closed is None else f"{100 * row.closed:.0f} %")
         table.append([*cells, f"{row.tokens / 1e6:.2f} M", f"{row.sent_mb:.2f}"])
     lines = [f"| {' | '.join(cells)} |" for cells in table]
-    counted = (
-        f"Seeds {', '.join(map(str, seeds))}; mean (smallest to largest)." if len(seeds) > 1 else f"Seed {seeds[0]}."
-    )
+    counted = named(seeds).capitalize() + ("; mean (smallest to largest)." if len(seeds) > 1 else ".")
     gap = f" Gap: from {study.spec.gap[0]} to {study.spec.gap[1]}." if study.spec.gap else ""
     return "\n".join(
         [f"### {study.spec.title}", "", *lines, "", f"{counted} Held-out loss in nats per token.{gap}", ""]
     )
+
+
+def named(seeds: Sequence[int]) -> str:
+    return f"{'seed' if len(seeds) == 1 else 'seeds'} {', '.join(map(str, sorted(seeds)))}"
 
 
 def check_plots() -> None:

@@ -119,3 +119,58 @@ def test_text_of_ones_own_makes_little_difference() -> None:
     own, worker = rows("drop")["non-i.i.d., no drops"], rows("drop")["one worker"]
     assert abs(mean(own.differences)) < 0.25 * mean(worker.differences)
     assert own.seeds == (0, 1, 2)
+
+
+def paired(name: str, *arms: str) -> list[tuple[float, ...]]:
+    """Losses of these arms, seed by seed, of the seeds that all of them have."""
+    losses = [dict(zip(row.seeds, row.losses)) for row in (rows(name)[arm] for arm in arms)]
+    seeds = sorted(set.intersection(*map(set, losses)))
+    assert seeds, f"no seed has {arms}"
+    return [tuple(of_arm[seed] for of_arm in losses) for seed in seeds]
+
+
+def test_the_more_replicas_the_better() -> None:
+    for losses in paired("replicas", "16", "8", "4", "2", "1"):
+        assert list(losses) == sorted(losses)
+
+
+def test_text_of_ones_own_costs_something_with_eight_replicas() -> None:
+    """And leaves most of what they gain."""
+    for own, same in paired("shards", "non-i.i.d., 8 replicas", "i.i.d., 8 replicas"):
+        assert same < own
+    gain = rows("pool")["one worker"].differences
+    assert mean(rows("shards")["non-i.i.d., 8 replicas"].differences) < 0.25 * mean(gain)
+
+
+def test_in_a_pool_it_counts_how_much_is_computed_and_late_counts_more() -> None:
+    arms = ("constant, 4", "doubling, 2 to 4", "halving, 4 to 2", "ramp up, 1 to 4", "ramp down, 4 to 1", "one worker")
+    for losses in paired("pool", *arms):
+        assert list(losses) == sorted(losses)
+
+
+def test_a_quarter_of_the_steps_before_diloco_is_best_and_none_is_worst() -> None:
+    for losses in paired("pretraining", "a quarter", "half", "three quarters", "none"):
+        assert list(losses) == sorted(losses)
+
+
+def test_a_quarter_of_an_outer_gradient_is_not_missed() -> None:
+    assert mean(rows("pruning")["25 % pruned"].differences) < 0.002
+    for half, most in zip(rows("pruning")["50 % pruned"].differences, rows("pruning")["75 % pruned"].differences):
+        assert 0.01 < half < most
+
+
+def test_theta_alone_is_better_than_half_of_it_where_updates_come_late() -> None:
+    halves = [f"{steps} steps late, half and half" for steps in (2, 8, 20)]
+    for losses in paired("overlap", "at once", "8 steps late, theta alone", *halves):
+        assert list(losses) == sorted(losses)
+
+
+def test_one_worker_gains_from_an_outer_step_of_the_right_size_only() -> None:
+    for losses in paired("single", "DiLoCo, 1 replica, 0.4, 0.8", "one worker", "DiLoCo, 1 replica"):
+        assert list(losses) == sorted(losses)
+
+
+def test_slow_replicas_bring_part_of_what_fast_ones_do() -> None:
+    arms = ("four alike", "two of half the speed", "two alike", "one fast, three of a quarter")
+    for losses in paired("speeds", *arms):
+        assert list(losses) == sorted(losses)

@@ -64,9 +64,10 @@ def test_the_gap_is_that_of_the_seeds_an_arm_has(tmp_path: Path) -> None:
     summaries = summaries_of(study)
     (second,) = (trial.key for trial in study.trials if (trial.arm, trial.seed) == ("half", 2))
     del summaries[second]
-    half = rows_of(study, summaries)[1]
-    assert half.seeds == (1,)
-    assert half.closed == pytest.approx((2.0 - 1.7) / (2.0 - 1.4))
+    rows = rows_of(study, summaries)
+    assert rows[1].seeds == (1,)
+    assert rows[1].closed == pytest.approx((2.0 - 1.7) / (2.0 - 1.4))
+    assert "| half (seed 1) | 1.7000 | -0.3000 | 50 % | 2.00 M | 1.00 |" in markdown(study, rows)
 
 
 def test_the_table(tmp_path: Path) -> None:
