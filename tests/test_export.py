@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import tokenizers
 import torch
+from small_models import LLAMA
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from p2p_diloco.architecture import resolve_config
@@ -18,15 +19,7 @@ from p2p_diloco.layout import layout_of, read_parameters
 from p2p_diloco.manifest import ModelSpec, RunManifest, RunSpec, canonical_json
 from p2p_diloco.model import build_model, loss_of
 
-TINY = {
-    "model_type": "llama",
-    "hidden_size": 16,
-    "intermediate_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "max_position_embeddings": 64,
-    "tie_word_embeddings": True,
-}
+TINY = LLAMA | {"tie_word_embeddings": True}
 
 
 def manifest_of(model: ModelSpec, tokenizer_json: str = "", vocab_size: int = 256) -> RunManifest:
