@@ -29,7 +29,7 @@ from hivemind.p2p.p2p_daemon_bindings import control
 from hivemind.proto import p2pd_pb2
 from hivemind.utils.multiaddr import Multiaddr
 
-from p2p_diloco import hardening
+from p2p_diloco import hardening, kademlia
 from p2p_diloco.addresses import dial_bytes, dial_reason, is_loopback, publicness
 from p2p_diloco.config import PeerConfig, Timeouts
 from p2p_diloco.errors import NetworkError, UsageError
@@ -95,7 +95,7 @@ class Daemon:
                     auto_nat=not local,
                     nat_port_map=not local and not config.client_mode,
                     startup_timeout=timeouts.p2pd_start_s,
-                    persistent_conn_max_msg_size=hardening.MAX_DHT_MESSAGE_BYTES,
+                    persistent_conn_max_msg_size=kademlia.MAX_DHT_MESSAGE_BYTES,
                 )
                 return cls(p2p=p2p, timeouts=timeouts)
             except (P2PDaemonError, OSError, EOFError, ValueError) as error:

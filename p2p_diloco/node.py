@@ -4,7 +4,7 @@
     watch      starts p2pd again when it dies, on the same identity and port; finds initial peers that come back
     close      streams cancelled, p2pd ended, nothing left behind
 
-All in one event loop. What a stranger can do to the DHT is bounded in ``hardening``, and in ``streams`` what one can do
+All in one event loop. What a stranger can do to the DHT is bounded in ``kademlia``, and in ``streams`` what one can do
 with these.
 """
 
@@ -33,7 +33,7 @@ from hivemind.dht.validation import DHTRecord
 from hivemind.p2p import P2PDaemonError, P2PHandlerError, PeerID
 from hivemind.proto import dht_pb2
 
-from p2p_diloco import hardening
+from p2p_diloco import hardening, kademlia
 from p2p_diloco.addresses import check_host_maddrs, parse_maddr, peers_of, pin_ports, without_peer
 from p2p_diloco.config import PeerConfig, Timeouts
 from p2p_diloco.daemon import FAILURES, Daemon, Refused, claim_identity, own_daemon, remove_dead_sockets, remove_folder
@@ -80,7 +80,7 @@ class Node:
         self._host_maddrs = tuple(maddr.strip() for maddr in config.host_maddrs)
         self._announced = [without_peer(parse_maddr(maddr)) for maddr in config.announce_maddrs]
         self._initial_peers = peers_of(config.initial_peers, self.peer_id)
-        self._validator = hardening.RecordValidator()
+        self._validator = kademlia.RecordValidator()
         self._validator.allow(RUNS_KEY)
         self._streams = Streams(timeouts, self.traffic)
         self._dht_tasks: set[asyncio.Task[Any]] = set()
@@ -284,7 +284,7 @@ class Node:
                 )
             work = DHTNode.create(
                 daemon.p2p,
-                hardening.node_id_of(self.peer_id),
+                kademlia.node_id_of(self.peer_id),
                 num_replicas=REPLICAS,
                 wait_timeout=0.4 * self.timeouts.dht_s,  # so that one silent node does not cost a whole look-up
                 cache_locally=False,  # what we look up changes every few seconds
@@ -323,7 +323,7 @@ class Node:
     async def _introduce(self, network: _Network, peers: dict[str, list[str]]) -> None:
         """To those who are not in our routing table."""
         table = network.dht.protocol.routing_table
-        missing = {peer_id: maddrs for peer_id, maddrs in peers.items() if hardening.node_id_of(peer_id) not in table}
+        missing = {peer_id: maddrs for peer_id, maddrs in peers.items() if kademlia.node_id_of(peer_id) not in table}
         reached, _ = await self._reach(network.daemon, missing)
         await self._join(network, reached, first=False)
 
@@ -423,7 +423,7 @@ class Node:
 
 def tasks_of_hivemind() -> set[asyncio.Task[Any]]:
     """Those that run its code, and those that its code waits for, such as an event's."""
-    folders = (os.path.dirname(hivemind.__file__), hardening.__file__)
+    folders = (os.path.dirname(hivemind.__file__), kademlia.__file__, hardening.__file__)
     found: set[asyncio.Task[Any]] = set()
     for task in asyncio.all_tasks():
         frame = getattr(task.get_coro(), "cr_frame", None)

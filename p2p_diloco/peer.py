@@ -250,7 +250,7 @@ class Peer:
         """See that what I hold is not lost, then withdraw the record, so that nobody waits for us."""
         if self.replica.state is None:
             return
-        await self.matchmaker.close()
+        await self.matchmaker.gatherings.close()
         self.seat.in_round = False
         with contextlib.suppress(asyncio.TimeoutError):
             async with deadline(self.timeouts.leave_s / 4):
@@ -373,7 +373,7 @@ class Peer:
             cost = settlement.cost()
             if isinstance(outcome, Missed):
                 if group.leader in settlement.meeting.lost:
-                    self.matchmaker.failed(group.head, group.members[group.leader].peer_id)
+                    self.matchmaker.company.failed(group.head, group.members[group.leader].peer_id)
                 self._log_round(outcome, settlement, gather_s)
                 return self._result(reason=outcome.reason, group=len(group.members), gather_s=gather_s, cost=cost)
             self._to_phase("apply")

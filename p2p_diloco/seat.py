@@ -8,6 +8,9 @@ from p2p_diloco.records import Phase
 from p2p_diloco.rounds import Progress, Standing
 from p2p_diloco.waiting import Bell
 
+MAX_READY_IN_S = 86400.0
+"""More than any round waits, so that it fits into a message, however slow the trainer is."""
+
 
 @dataclass(kw_only=True)
 class Seat:
@@ -24,3 +27,10 @@ class Seat:
     """Loop time at which the round that I have been told of closes."""
     in_round: bool = False
     changed: Bell = field(default_factory=Bell)
+
+    def call_trainer(self, now_s: float, gather_s: float) -> float:
+        """The round on my head closes: the trainer shall come to it. Seconds until it is ready."""
+        if self.closes_s is None:
+            self.closes_s = now_s + gather_s
+            self.changed.ring()
+        return min(self.progress.ready_in_s(now_s, gather_s), MAX_READY_IN_S)

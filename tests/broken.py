@@ -57,7 +57,7 @@ def loudest_head() -> Iterator[None]:
 
     with (
         mock.patch("p2p_diloco.follower.swarm_head", loudest),
-        mock.patch("p2p_diloco.matchmaking.swarm_head", loudest),
+        mock.patch("p2p_diloco.company.swarm_head", loudest),
         mock.patch.object(Directory, "believed", Directory.live),
     ):
         yield

@@ -20,7 +20,8 @@ ORDER = (
     *("snapshot", "ledger", "replay", "records", "rounds", "replica", "text", "hub", "tokenizer", "source", "data"),
     *("architecture", "layout", "model", "stored", "genesis", "export", "sample", "inner", "totals", "events"),
     *("waiting", "rate", "web", "traffic", "messages", "wire", "quota"),
-    *("guard", "hardening", "daemon", "streams", "node", "discovery", "seat", "matchmaking", "meeting", "butterfly"),
+    *("guard", "kademlia", "hardening", "daemon", "streams", "node", "discovery"),
+    *("seat", "company", "gathering", "matchmaking", "meeting", "butterfly"),
     *("settle", "download", "catchup", "uploads", "upkeep", "presence", "probes", "follower", "reception", "peer"),
     *("metrics", "control", "network"),
     *("swarm", "train", "simulation", "variants", "shards", "recount", "replicas", "checkpoint", "simulate"),
@@ -88,8 +89,8 @@ def test_imports_point_down(module: str) -> None:
             assert ORDER.index(target) < ORDER.index(module), f"{module}.py:{line} imports {target}, which is above it"
 
 
-@pytest.mark.parametrize("module", ORDER[: ORDER.index("hardening")])
-def test_hivemind_starts_at_hardening(module: str) -> None:
+@pytest.mark.parametrize("module", ORDER[: ORDER.index("kademlia")])
+def test_hivemind_starts_at_kademlia(module: str) -> None:
     for name, line in imported(ast.walk(tree_of(module))):
         assert name.partition(".")[0] != "hivemind", f"{module}.py:{line} imports hivemind"
 

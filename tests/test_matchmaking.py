@@ -12,10 +12,12 @@ import pytest
 from builders import NOW_S, head, identity, ranked, readiness_of, record_of
 from fakes import FakeNetwork, FakeTransport, make_manifest, run_simulated
 
+from p2p_diloco.company import CHANCES, MAX_GATHER_EXTENSION_S
 from p2p_diloco.config import Timeouts
 from p2p_diloco.errors import Silent
+from p2p_diloco.gathering import CLOSING_MARGIN_S
 from p2p_diloco.manifest import RunManifest
-from p2p_diloco.matchmaking import CHANCES, CLOSING_MARGIN_S, MAX_GATHER_EXTENSION_S, Matchmaker
+from p2p_diloco.matchmaking import Matchmaker
 from p2p_diloco.messages import Behind, Closing, Eta, Message, No, Ready, Redirect, Roster, TooFew
 from p2p_diloco.records import Directory, seal_record
 from p2p_diloco.rounds import Group, Missed, Progress, Standing, seal_readiness
@@ -157,7 +159,7 @@ class Table:
         return [self.ids.index(member.peer_id) for member in group.members]
 
     def suspects(self, of: int) -> set[int]:
-        live = {record.peer_id for record in self.matchmakers[of].directory.live(NOW_S + 1)}
+        live = {record.peer_id for record in self.matchmakers[of].company.directory.live(NOW_S + 1)}
         return {i for i, peer_id in enumerate(self.ids) if i != of and peer_id not in live}
 
     def complaints(self, of: int) -> list[tuple[int, str]]:
@@ -187,7 +189,7 @@ def test_all_that_are_ready_meet_at_once(count: int) -> None:
         group = table.groups(await table.meet(), *range(count))
         assert table.members_of(group) == list(range(count))
         assert now_s() - began_s < 1.0
-        assert not any(matchmaker.gatherings for matchmaker in table.matchmakers.values())
+        assert not any(matchmaker.gatherings.by_head for matchmaker in table.matchmakers.values())
         assert not any(table.suspects(i) or table.complaints(i) for i in range(count))
 
     run_simulated(main())
@@ -310,7 +312,7 @@ def test_who_is_behind_learns_it() -> None:
         table = Table(2, histories={0: HISTORY + "d"})
         found = await table.meet(1)
         assert found == {1: Missed(reason="behind", detail=f"peer {table.ids[0][-8:]} is past this head")}
-        record = table.matchmakers[1].directory.get(table.ids[0])
+        record = table.matchmakers[1].company.directory.get(table.ids[0])
         assert record is not None
         assert (record.step, record.head) == (4, head(HISTORY + "d"))
 
@@ -325,7 +327,7 @@ def test_a_member_ahead_ends_the_gathering() -> None:
         found = await table.meet(0, 1)
         behind = Missed(reason="behind", detail=f"peer {table.ids[0][-8:]} is past this head")
         assert found == {0: behind, 1: behind}
-        assert table.matchmakers[0].directory.get(table.ids[2]).step == 4  # type: ignore[union-attr]
+        assert table.matchmakers[0].company.directory.get(table.ids[2]).step == 4  # type: ignore[union-attr]
 
     run_simulated(main())
 
@@ -336,10 +338,10 @@ def test_who_knows_that_the_swarm_went_on_forms_no_group_on_the_old_head() -> No
     async def main() -> None:
         table = Table(4, by_hand=(2, 3), manifest=manifest_with(min_group=1))
         for i in (2, 3):
-            table.matchmakers[0].directory.learn(table.record(i, HISTORY + "d", issued_s=NOW_S + 0.5), NOW_S)
+            table.matchmakers[0].company.directory.learn(table.record(i, HISTORY + "d", issued_s=NOW_S + 0.5), NOW_S)
         found = await table.meet(1)
         assert found == {1: Missed(reason="behind", detail=f"peer {table.ids[0][-8:]} is past this head")}
-        assert max(record.step for record in table.matchmakers[1].directory.live(NOW_S)) == 4
+        assert max(record.step for record in table.matchmakers[1].company.directory.live(NOW_S)) == 4
 
     run_simulated(main())
 
@@ -399,7 +401,7 @@ def test_who_is_in_a_round_answers_when_it_is_over() -> None:
 def test_a_redirect_leads_to_who_ranks_better() -> None:
     async def main() -> None:
         table = Table(3)
-        table.matchmakers[2].directory.suspect(table.ids[0])  # so it asks 1, who knows better
+        table.matchmakers[2].company.directory.suspect(table.ids[0])  # so it asks 1, who knows better
         answer = await table.answer(2, 1, table.ready(2))
         assert answer == Redirect(record=table.record(0))
         table.network.kill(table.ids[0])
@@ -451,7 +453,7 @@ def test_who_looks_for_a_better_leader_says_that_it_is_there() -> None:
 
         transport.open = open_  # type: ignore[method-assign]
         for peer_id in off:
-            table.matchmakers[3].directory.suspect(peer_id)
+            table.matchmakers[3].company.directory.suspect(peer_id)
 
         async def called() -> Group | Missed:
             await seat.changed.event.wait()
@@ -471,7 +473,7 @@ def test_those_who_do_not_come_are_on_the_roster_where_missed_rounds_are_kept() 
     async def main() -> None:
         table = Table(5, by_hand=(2, 3), manifest=manifest_with(on_missed="keep"))
         table.serve(2, stay_silent)
-        table.matchmakers[0].directory.learn(table.record(4, phase="left", issued_s=NOW_S + 0.7), NOW_S + 1)
+        table.matchmakers[0].company.directory.learn(table.record(4, phase="left", issued_s=NOW_S + 0.7), NOW_S + 1)
         table.matchmakers[4].seat.phase = "left"
         group = table.groups(await table.meet(0, 1), 0, 1)
         assert group.divisor == 300, "who is silent counts; who cannot be reached is suspected, and does not"
@@ -574,7 +576,7 @@ def test_a_leader_that_does_not_lead(hand: Hand, why: str | None, caplog: pytest
         table.serve(0, counted)
         table.network.kill(table.ids[3])
         for i in (1, 2):
-            table.matchmakers[i].directory.suspect(table.ids[3])
+            table.matchmakers[i].company.directory.suspect(table.ids[3])
         began_s = now_s()
         with caplog.at_level("INFO"):
             found = await table.meet()
@@ -785,7 +787,7 @@ def test_who_claims_the_lead_and_does_not_lead_has_two_chances(leads: Hand, cost
         assert table.members_of(table.groups(await table.meet(), 1, 2)) == [1, 2]
         assert costs_s <= now_s() - began_s < costs_s + TIMEOUTS.request_s
         assert max(asked.count(1), asked.count(2)) <= 3
-        assert len(table.matchmakers[1].failures[AT, table.ids[0]]) == failures <= CHANCES
+        assert len(table.matchmakers[1].company.failures[AT, table.ids[0]]) == failures <= CHANCES
 
     run_simulated(main())
 
@@ -796,7 +798,7 @@ def test_who_has_failed_as_a_leader_leads_again_later() -> None:
     async def main() -> None:
         table = Table(2)
         for me, other in ((0, 1), (1, 0)):
-            table.matchmakers[me].failed(AT, table.ids[other], lied=True)
+            table.matchmakers[me].company.failed(AT, table.ids[other], lied=True)
         assert {found.reason for found in (await table.meet()).values() if isinstance(found, Missed)} == {"alone"}
         await asyncio.sleep(TIMEOUTS.record_life_s)
         assert table.members_of(table.groups(await table.meet(), 0, 1)) == [0, 1]
@@ -882,8 +884,8 @@ def test_two_leaders_on_one_head_make_one_group() -> None:
 
         table.serve(4, slow)
         for i in (1, 2):
-            table.matchmakers[i].directory.learn(table.record(0, "elsewhere", issued_s=NOW_S + 0.1), NOW_S + 1)
-        table.matchmakers[1].directory.suspect(table.ids[3])
+            table.matchmakers[i].company.directory.learn(table.record(0, "elsewhere", issued_s=NOW_S + 0.1), NOW_S + 1)
+        table.matchmakers[1].company.directory.suspect(table.ids[3])
         table.matchmakers[0].seat.sealed_record = table.record(0, issued_s=NOW_S + 0.2)
 
         async def later(delay_s: float, *who: int) -> dict[int, Group | Missed]:
@@ -903,9 +905,9 @@ def test_close_ends_the_gatherings() -> None:
         table.serve(2, stay_silent)
         await table.say(2, 0, table.ready(2))
         await asyncio.sleep(0.5)
-        gathering = table.matchmakers[0].gatherings[AT]
+        gathering = table.matchmakers[0].gatherings.by_head[AT]
         assert gathering.task is not None
-        await table.matchmakers[0].close()
+        await table.matchmakers[0].gatherings.close()
         assert gathering.task.done()
 
     run_simulated(main())

@@ -28,8 +28,8 @@ from p2p_diloco.child import read_proc
 from p2p_diloco.config import PeerConfig, Timeouts
 from p2p_diloco.daemon import private_socket_folder
 from p2p_diloco.errors import Gone, LocalError, Misbehaved, NetworkError, Silent, UsageError
-from p2p_diloco.hardening import node_id_of
 from p2p_diloco.identity import Identity
+from p2p_diloco.kademlia import node_id_of
 from p2p_diloco.node import Node
 from p2p_diloco.records import Record, open_record, seal_record
 from p2p_diloco.traffic import Purpose

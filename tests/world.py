@@ -20,11 +20,11 @@ from schedules import Fault, Schedule
 from simloop import NOBODY, RUNNING, START_S, Cut, Incarnation
 
 from p2p_diloco.codec import Vector
+from p2p_diloco.company import MAX_GATHER_EXTENSION_S
 from p2p_diloco.config import Timeouts
 from p2p_diloco.errors import LedgerError, NetworkError
 from p2p_diloco.events import EVENTS_FILE, read_events
 from p2p_diloco.manifest import RunManifest
-from p2p_diloco.matchmaking import MAX_GATHER_EXTENSION_S
 from p2p_diloco.messages import No, Push
 from p2p_diloco.peer import ATTEMPTS, OuterResult
 from p2p_diloco.reception import REQUESTS
@@ -260,7 +260,7 @@ class World:
         peer = sim.peer
         if sim.trainer is not None and not sim.trainer.done():
             yield f"{sim.index} trains"
-        if peer.matchmaker.gatherings:
+        if peer.matchmaker.gatherings.by_head:
             yield f"{sim.index} gathers"
         if peer.seat.in_round:
             yield f"{sim.index} is in a round"
