@@ -17,14 +17,9 @@ its parameters *in* local; one on an accelerator is copied there and back at out
 from __future__ import annotations
 
 import contextlib
-import logging
 import mmap
 import os
-import queue
-import subprocess
-import sys
 import tempfile
-import threading
 import time
 from collections import deque
 from collections.abc import Iterator
@@ -36,21 +31,14 @@ import numpy as np
 
 from p2p_diloco.codec import Vector
 from p2p_diloco.config import PeerConfig, Timeouts
-from p2p_diloco.control import Line, has_room, pack_line, socket_pair, unpack_line
-from p2p_diloco.errors import NetworkError, UsageError
+from p2p_diloco.errors import UsageError
 from p2p_diloco.manifest import RunManifest, open_manifest
+from p2p_diloco.process import NetworkProcess
 from p2p_diloco.rounds import outer_step_due
 
 if TYPE_CHECKING:
     import torch
 
-log = logging.getLogger(__name__)
-
-POLL_S = 0.2
-LEAVE_S = 5.5
-"""After that the network process is killed; its guard ends p2pd."""
-ORPHAN_S = 4.0
-"""A trainer whose network process died ends itself after this long, even inside a long inner step."""
 SPEED_STEPS = 20
 """Inner steps over which the speed that is shown is averaged."""
 PACE_ROUNDS = 4
@@ -67,8 +55,6 @@ class Swarm:
     """float32 [n], what this peer trains."""
 
     def __init__(self, config: PeerConfig, timeouts: Timeouts, role: str, manifest_path: Path | None) -> None:
-        self.config = config
-        self.timeouts = timeouts
         self.step = 0
         """Outer step at which this peer stands."""
         self.head = ""
@@ -79,27 +65,20 @@ class Swarm:
         """Trained on since joining."""
         self.tokens_per_s = 0.0
         self.loss: float | None = None
-        self.rows: list[dict[str, Any]] = []
-        """Everybody's record, mine first; renewed every second."""
         self.folder = Path()
         """Of this run: ledger, event log, inner state."""
         self.maddrs: list[str] = []
         self.peer_id = ""
-        self._role = role
         self._tokens_since_theta = 0
         self._tokens_this_step = 0
-        self._closes_s: float | None = None
-        self._behind = False
         self._paces: deque[tuple[int, float]] = deque(maxlen=PACE_ROUNDS)
         """(tokens, seconds) of the inner steps before each of the last outer steps."""
         self._step_ends: list[float] = []
         """When the last inner steps ended; the first is when the first of them began."""
         self._evaluate = False
-        self._answers: queue.Queue[Line] = queue.Queue()
         self._bound = False
-        self._leaving = False
         self._descriptor = anonymous_memory()
-        self._start(manifest_path)
+        self._network = NetworkProcess(config, timeouts, role, manifest_path, self._descriptor)
 
     # -- life --------------------------------------------------------------------------------------------------------
 
@@ -135,7 +114,7 @@ class Swarm:
         ``manifest_path`` is for who brings the run along (a seed). Raises as ``join``."""
         swarm = cls(config, timeouts or Timeouts(), role, manifest_path)
         try:
-            found = swarm._wait("found")
+            found = swarm._network.wait("found")
             swarm.folder = Path(found["folder"])
             manifest = Path(found["manifest_path"])
             swarm.manifest = open_manifest(manifest.read_bytes(), str(manifest))
@@ -151,7 +130,7 @@ class Swarm:
 
     def wait_for_state(self) -> None:
         """Until theta is here. Raises as ``join``; the swarm is to be closed then."""
-        joined = self._wait("joined")
+        joined = self._network.wait("joined")
         self.step, self.head, self.peer_id = joined["step"], joined["head"], joined["peer_id"]
         self.maddrs = joined["maddrs"]
 
@@ -165,17 +144,7 @@ class Swarm:
 
     def close(self, reason: str) -> None:
         """Say goodbye and end the network process; within 10 s, whatever it does."""
-        self._leaving = True
-        if has_room(self._control):
-            self._say("leave", reason=reason)
-        try:
-            self._process.wait(LEAVE_S)
-        except subprocess.TimeoutExpired:
-            log.warning("the network process does not leave; ending it")
-            self._process.kill()
-            self._process.wait()
-        self._reader.join(1.0)
-        self._control.close()
+        self._network.close(reason)
         os.close(self._descriptor)
 
     # -- training ----------------------------------------------------------------------------------------------------
@@ -184,6 +153,11 @@ class Swarm:
     def done(self) -> bool:
         """Whether the run's last outer step has been made."""
         return self.step >= self.manifest.spec.outer.steps
+
+    @property
+    def rows(self) -> list[dict[str, Any]]:
+        """Everybody's record, mine first; renewed every second."""
+        return self._network.rows
 
     @property
     def evaluate_now(self) -> bool:
@@ -208,8 +182,8 @@ class Swarm:
         """Take theta as it is now into ``local``, and count as training from here on. ``load_into`` does this."""
         if not self.peer_id:
             raise RuntimeError("theta is not here yet: wait_for_state comes before it is taken")
-        self._say("begin", planned=self.planned)
-        begun = self._wait("begun")
+        self._network.say("begin", planned=self.planned)
+        begun = self._network.wait("begun")
         self.step, self.head, self._evaluate = begun["step"], begun["head"], begun["evaluate"]
         self.local[:] = self.theta
         self._begin_inner_steps()
@@ -261,7 +235,7 @@ class Swarm:
     def report(self, loss: float, tokens: int) -> None:
         """An inner step ended: its mean loss in nats per token, and the tokens it took. Raises what ended the network
         process, if it has ended."""
-        self._check()
+        self._network.check()
         self.inner_step += 1
         self.tokens += tokens
         self._tokens_since_theta += tokens
@@ -270,9 +244,9 @@ class Swarm:
         self._step_ends = [*self._step_ends[-SPEED_STEPS:], time.monotonic()]
         if self._step_s():
             self.tokens_per_s = tokens / self._step_s()
-        if not has_room(self._control):
+        if not self._network.has_room():
             return  # it is stopped; the next inner step says more than this one
-        self._say(
+        self._network.say(
             "progress",
             inner_step=self.inner_step,
             planned=self.planned,
@@ -292,13 +266,14 @@ class Swarm:
         return (ends[-1] - ends[0]) / (len(ends) - 1) if len(ends) > 1 else 0.0
 
     def outer_step_due(self) -> bool:
-        closes_in_s = None if self._closes_s is None else self._closes_s - time.monotonic()
+        closes_s = self._network.closes_s
+        closes_in_s = None if closes_s is None else closes_s - time.monotonic()
         return outer_step_due(
             inner_step=self.inner_step,
             planned=self.planned,
             step_s=self._step_s(),
             closes_in_s=closes_in_s,
-            behind=self._behind,
+            behind=self._network.behind,
         )
 
     def outer_step(self, model: torch.nn.Module, *, dropped: bool = False) -> dict[str, Any]:
@@ -311,13 +286,13 @@ class Swarm:
         self.read_local(model)
         self._paces.append((self.tokens - self._began_tokens, ended_s - self._began_s))
         tokens, seconds = (sum(column) for column in zip(*self._paces))
-        self._say(
+        self._network.say(
             "outer_step",
             tokens=max(self._tokens_since_theta, 1),
             dropped=dropped,
             pace=tokens / seconds if seconds else 0.0,
         )
-        result = self._wait("result")
+        result = self._network.wait("result")
         moved = result["moved"] = result["committed"] or result["adopted"]
         if moved and not result["kept"]:
             self.local[:] = self.theta
@@ -330,7 +305,7 @@ class Swarm:
         self.inner_step = 0
         self._evaluate = result["evaluate"]
         result["stall_s"] = time.monotonic() - ended_s
-        self._say("stall", step=self.step, seconds=result["stall_s"])
+        self._network.say("stall", step=self.step, seconds=result["stall_s"])
         self._begin_inner_steps()
         return result
 
@@ -339,98 +314,12 @@ class Swarm:
         self._evaluate = False
         self._begin_inner_steps()
         finite = held_out_loss if np.isfinite(held_out_loss) else None
-        self._say("evaluated", step=self.step, held_out_loss=finite, tokens=tokens, seconds=seconds)
+        self._network.say("evaluated", step=self.step, held_out_loss=finite, tokens=tokens, seconds=seconds)
 
     def serve(self) -> None:
         """For a seed: until a signal handler raises. Raises what ended the network process, if that ends first."""
-        self._wait("left")
-
-    # -- the network process -----------------------------------------------------------------------------------------
-
-    def _start(self, manifest_path: Path | None) -> None:
-        self._control, theirs = socket_pair()
-        with theirs:
-            self._process = subprocess.Popen(
-                [sys.executable, "-m", "p2p_diloco.network", str(theirs.fileno()), str(self._descriptor)],
-                pass_fds=(theirs.fileno(), self._descriptor),
-                stdin=subprocess.DEVNULL,
-                start_new_session=True,
-            )
-        self._reader = threading.Thread(target=self._read, name="network process", daemon=True)
-        self._reader.start()
-        self._say(
-            "start",
-            config=self.config.model_dump_json(),
-            timeouts=vars(self.timeouts),
-            role=self._role,
-            manifest_path=None if manifest_path is None else str(manifest_path),
-        )
-
-    def _say(self, kind: str, **fields: Any) -> None:
-        try:
-            self._control.sendall(pack_line(kind, **fields))
-        except OSError:
-            return  # The network process is gone: the reader thread has seen it, and ``_wait`` says it.
-
-    def _wait(self, kind: str) -> Line:
-        """The next answer of this kind. Signal handlers run meanwhile, and may raise."""
-        while True:
-            try:
-                line = self._answers.get(timeout=POLL_S)
-            except queue.Empty:
-                continue
-            if line["kind"] == "failed":
-                raise failure(line)
-            if line["kind"] == kind:
-                return line
-
-    def _check(self) -> None:
-        for line in list(self._answers.queue):
-            if line["kind"] == "failed":
-                raise failure(line)
-
-    def _read(self) -> None:
-        """Thread: sorts what the network process says, until it is gone. One that is killed may leave half a line, and
-        a reset instead of an end."""
-        with self._control.makefile("rb") as stream, contextlib.suppress(ConnectionError):
-            for data in stream:
-                if data.endswith(b"\n"):
-                    self._on_line(unpack_line(data))
-        self._answers.put({"kind": "failed", "message": "the network process died", "exit_code": 1})
-        if not self._leaving:
-            self._end_orphan()
-
-    def _on_line(self, line: Line) -> None:
-        if line["kind"] == "log":
-            logging.getLogger(line["name"]).log(line["level"], "%s", line["text"])
-        elif line["kind"] == "news":
-            closes_in_s = line["closes_in_s"]
-            self._closes_s = None if closes_in_s is None else time.monotonic() + closes_in_s
-            self._behind = line["behind"]
-        elif line["kind"] == "peers":
-            self.rows = line["rows"]
-        elif line["kind"] == "moved":
-            if self._role == "seed":
-                self.step, self.head = line["step"], line["head"]
-        else:
-            if line["kind"] == "result":  # what was news before this outer step is so no longer
-                self._closes_s, self._behind = None, False
-            self._answers.put(line)
-
-    def _end_orphan(self) -> None:
-        """The network process is gone, killed perhaps: this process must not go on for ever without it."""
-        deadline_s = time.monotonic() + ORPHAN_S
-        while time.monotonic() < deadline_s:
-            if self._leaving:
-                return
-            time.sleep(POLL_S)
-        print("error: the network process died; this peer ends", file=sys.stderr, flush=True)
-        os._exit(1)
-
-
-def failure(line: Line) -> NetworkError | UsageError:
-    """What ended the network process, as it told us."""
-    return (UsageError if line["exit_code"] == 2 else NetworkError)(line["message"])
+        while (line := self._network.wait("moved", "left"))["kind"] == "moved":
+            self.step, self.head = line["step"], line["head"]
 
 
 def anonymous_memory() -> int:
