@@ -16,7 +16,10 @@ from p2p_diloco.interruption import importing
 from p2p_diloco.options import OUTPUT, AtLeastOne, Flag, Output, Probability
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from p2p_diloco.simulate import Simulation
+    from p2p_diloco.simulation import SimulatedRun
     from p2p_diloco.study import Size
 
 
@@ -58,12 +61,13 @@ def simulate(
         from p2p_diloco.simulate import Simulation
         from p2p_diloco.simulation import SimulatedRun
 
-    what = SimulatedRun.load(run_file).with_flags(replicas=replicas, drop=drop)
-    past = None
+    what, past = SimulatedRun.load(run_file), None
     if recount is not None:
+        check_recount(what, run_file, given={"--replicas": replicas, "--drop": drop})
         manifest, past = past_of(recount)
         if manifest.spec != what.run:
             raise UsageError(f"--recount {recount}: a swarm of another run than {run_file}, or before that was changed")
+    what = what.with_flags(replicas=replicas, drop=drop)
     if folder is None:
         folder = Path("runs") / f"{what.run.name}-simulated-{time.strftime('%Y%m%d-%H%M%S')}"
     with alone_in(folder):
@@ -80,6 +84,17 @@ def simulate(
         return 0
     print(f"error: other heads than in {recount} from outer step {differing[0]} on", file=sys.stderr)
     return 1
+
+
+def check_recount(what: SimulatedRun, run_file: Path, given: Mapping[str, object]) -> None:
+    """UsageError where something is asked for that a swarm's peers cannot have done, or that they decided."""
+    flags = [flag for flag, value in given.items() if value is not None]
+    if flags:
+        raise UsageError(f"--recount does what the swarm's peers did: leave out {' and '.join(flags)}")
+    changed = what.simulate.model_fields_set - {"evaluate_every"}
+    if changed:
+        keys = ", ".join(sorted(changed))
+        raise UsageError(f"{run_file}: [simulate]: {keys}: not with --recount, for a swarm's peers have no such keys")
 
 
 def experiment(

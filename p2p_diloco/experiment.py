@@ -27,6 +27,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from p2p_diloco.data import locked
 from p2p_diloco.errors import DataError, LocalError, UsageError
 from p2p_diloco.guard import die_with_parent
+from p2p_diloco.model import pick_device
 from p2p_diloco.report import Summary, check_plots, final_loss, markdown, plot, raw, rows_of
 from p2p_diloco.simulate import SUMMARY_FILE
 from p2p_diloco.snapshot import disk_errors
@@ -84,7 +85,7 @@ def run_studies(
     made = works.keys() - {work.trial.key for work in missing}
     summaries = {key: read_summary(works[key].of_trial) for key in made}
     for summary in summaries.values():
-        check_torch(summary, folder)
+        check_origin(summary, folder, pick_device(device).type)
     with Progress(
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=console
     ) as progress:
@@ -119,13 +120,17 @@ def check_names(studies: Sequence[Study]) -> None:
             raise UsageError(f"two studies are named {name}: simulate one after the other, each with its own --folder")
 
 
-def check_torch(summary: Summary, folder: Path) -> None:
-    """UsageError when what is there was made with another torch, whose sources are the built-in text, too."""
-    made, here = summary["torch"], version("torch")
-    if made != here:
-        raise UsageError(
-            f"{folder}: has simulations made with torch {made}, and this is {here}; choose another --folder"
-        )
+def check_origin(summary: Summary, folder: Path, kind: str) -> None:
+    """UsageError when what is there was made with another torch, whose sources are the built-in text, too, or on
+    another kind of device, which computes in other numbers."""
+    for made, here in (
+        (f"with torch {summary['torch']}", f"with torch {version('torch')}"),
+        (f"on {summary['device'].partition(':')[0]}", f"on {kind}"),
+    ):
+        if made != here:
+            raise UsageError(
+                f"{folder}: has simulations made {made}, and these would be {here}; choose another --folder"
+            )
 
 
 def read_summary(folder: Path) -> Summary:

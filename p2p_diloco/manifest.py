@@ -226,6 +226,8 @@ class RunSpec(Section):
     def load(cls, path: Path) -> RunSpec:
         """Raises UsageError that names file and key."""
         table = read_toml(path, "run file")
+        if "simulate" in table:
+            raise UsageError(f"{path}: [simulate] is for p2p-diloco simulate alone; a run's file has no such table")
         try:
             return cls.model_validate(table)
         except ValidationError as error:

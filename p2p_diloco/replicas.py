@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import mmap
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from p2p_diloco.checkpoint import open_checkpoint, write_checkpoint
 from p2p_diloco.codec import Vector
 from p2p_diloco.data import Corpus, locked
 from p2p_diloco.inner import InnerOptimizer, place_in_run
@@ -20,8 +23,12 @@ from p2p_diloco.outer import OuterState, digest
 from p2p_diloco.simulation import SimulatedRun
 from p2p_diloco.snapshot import disk_errors, write_whole
 
+log = logging.getLogger(__name__)
+
 WARM_NAME = "warm-up"
 """Whose batches the one worker takes that makes the start."""
+WARM_KEPT_EVERY = 500
+"""Steps of it between two checkpoints."""
 
 
 @dataclass(kw_only=True)
@@ -96,7 +103,8 @@ def warm_start(
 ) -> Vector:
     """float32 [n]: theta after one worker's ``warm_steps``. After its warm-up the learning rate stays, for training
     goes on; gradients are not accumulated, so that what has larger batches afterwards starts where others do. Kept in
-    ``folder`` under a name that says what it depends on; of several processes, one makes it."""
+    ``folder`` under a name that says what it depends on. Of several processes, one makes it; where it is interrupted,
+    the next one goes on from its last checkpoint."""
     steps, spec = what.simulate.warm_steps, what.run
     constant = spec.inner.model_copy(update={"steps": steps, "min_lr_ratio": 1.0, "grad_accumulation": 1})
     outer = spec.outer.model_copy(update={"steps": 1})
@@ -107,11 +115,32 @@ def warm_start(
     with locked(path.with_suffix(".lock")):
         if not path.exists():
             warm = new_replica(manifest.model_copy(update={"spec": spec}), WARM_NAME, corpus, theta, device)
-            torch.manual_seed(spec.seed)
-            for step in range(steps):
-                warm.inner.step(corpus, peer_id=WARM_NAME, at=place_in_run(spec, 0, step, step))
-            warm.read_local()
+            make_warm(warm, steps, path.with_suffix(""))
             with disk_errors(path, 4 * len(theta)):
                 write_whole(path, [warm.local.data.cast("B")], 4 * len(theta))
-        kept: Vector = np.fromfile(path, np.float32)
+            shutil.rmtree(path.with_suffix(""), ignore_errors=True)
+    kept: Vector = np.fromfile(path, np.float32)
     return kept
+
+
+def make_warm(warm: Replica, steps: int, folder: Path) -> None:
+    """Have it learn alone; ``folder`` is for its checkpoints."""
+    inner, first = warm.inner, 0
+    with open_checkpoint(folder) as checkpoint:
+        if checkpoint is not None:
+            first = checkpoint.facts["step"]
+            warm.local[:] = checkpoint.file.get_tensor("local").numpy()
+            warm.write_local()
+            inner.restore(checkpoint.tensors("exp_avg"), checkpoint.facts["steps"])
+    for step in range(first, steps):
+        if step % WARM_KEPT_EVERY == 0 and step > first:
+            log.info("one worker's steps before: %d of %d", step, steps)
+            warm.read_local()
+            moments, counts = inner.moments()
+            tensors = {**moments, "local": torch.from_numpy(warm.local)}
+            with disk_errors(folder):
+                folder.mkdir(exist_ok=True)
+            write_checkpoint(folder, tensors, {"step": step, "steps": counts})
+        torch.manual_seed(inner.spec.seed + step)  # for models with dropout: the same draws after an interruption
+        inner.step(warm.corpus, peer_id=WARM_NAME, at=place_in_run(inner.spec, 0, step, step))
+    warm.read_local()

@@ -1,8 +1,8 @@
 """Text of one's own for every replica: what the paper calls non-i.i.d. data (arXiv 2311.08105, section 3).
 
 The built-in text is divided by its source, the package of torch that a file belongs to; other text by clustering what a
-model makes of its documents, as in the paper: k-means on the mean of the last hidden states. Of a hub data set every
-replica has documents of its own as it is, but they are no clusters.
+model makes of its documents, as in the paper: k-means on the mean of the last hidden states. Of a data set of the hub
+one reader's documents, ``max_documents`` in all, are divided so.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ import numpy.typing as npt
 import torch
 
 from p2p_diloco.data import Corpus
-from p2p_diloco.errors import DataError, UsageError
+from p2p_diloco.errors import DataError
+from p2p_diloco.hub import hub_documents
 from p2p_diloco.manifest import DataSpec
 from p2p_diloco.text import (
     Document,
@@ -34,18 +35,28 @@ KMEANS_STARTS = 10
 
 
 def shards_of(
-    corpus: Corpus, spec: DataSpec, count: int, *, base: Path, tokenizer: Tokenizer, model: torch.nn.Module, seed: int
+    corpus: Corpus,
+    spec: DataSpec,
+    count: int,
+    *,
+    reader: str,
+    base: Path,
+    tokenizer: Tokenizer,
+    model: torch.nn.Module,
+    seed: int,
 ) -> list[Corpus]:
-    """``count`` corpora that have no training document in common, and all ``corpus``'s held-out text. In memory: one
-    copy of all training tokens. ``model``: for text that has no sources. DataError when a shard is too small;
-    UsageError for a hub data set."""
+    """``count`` corpora that have no training document in common, and all held-out text of ``corpus``, which is that of
+    ``reader``. In memory: one copy of all training tokens; a data set of the hub is read a second time. ``model``: for
+    text that has no sources. DataError when a shard is too small."""
     if spec.source == "hub":
-        raise UsageError('simulate.shards: "non-iid" needs the built-in text or files; export some of the data set')
-    if spec.path is None:
+        documents = training_documents(hub_documents(spec, base=base, run_seed=seed, peer_id=reader), spec)
+    elif spec.path is None:
         documents = training_documents(builtin_documents(*builtin_files()), spec)
-        labels = by_source(documents, count)
     else:
         documents = training_documents(user_documents(user_files(base / spec.path)[1], spec.text_key), spec)
+    if spec.source == "builtin":
+        labels = by_source(documents, count)
+    else:
         labels = clusters(features(documents, tokenizer, model, spec.seq_len), count, seed)
     shards = []
     for label in range(count):
@@ -61,7 +72,12 @@ def shards_of(
 
 
 def training_documents(documents: Iterable[Document], spec: DataSpec) -> list[Document]:
-    return [document for document in documents if not is_held_out(document.name, spec.held_out)]
+    """Those that say whether they are held out know it better than a hash of their name."""
+    return [
+        document
+        for document in documents
+        if not (is_held_out(document.name, spec.held_out) if document.held_out is None else document.held_out)
+    ]
 
 
 def by_source(documents: Sequence[Document], count: int) -> list[int]:

@@ -134,7 +134,7 @@ class Simulation:
                 run_seed=spec.seed,
                 peer_id=name,
             )
-            for name in names
+            for name in (names[:1] if options.shards == "non-iid" else names)
         ]
         corpus = corpora[0]
         if options.warm_steps:
@@ -146,7 +146,14 @@ class Simulation:
         if options.shards == "non-iid":
             tokenizer = open_tokenizer(tokenizer_json)
             corpora = shards_of(
-                corpus, spec.data, len(names), base=base, tokenizer=tokenizer, model=model, seed=spec.seed
+                corpus,
+                spec.data,
+                len(names),
+                reader=names[0],
+                base=base,
+                tokenizer=tokenizer,
+                model=model,
+                seed=spec.seed,
             )
         simulation = cls(
             what=what,

@@ -1,6 +1,6 @@
 """A study: one question, as a TOML file of arms that differ in some keys, each with several seeds.
 
-    base = "base.toml"                       # a run file, perhaps with [simulate]; keys below change it
+    base = "base.toml"                       # a run file, perhaps with [simulate]; keys below change it, seeds its seed
     set = { "inner.steps" = 50 }             # in all arms
     [[arm]]
     name = "drop 50 %"
@@ -133,6 +133,7 @@ class Study:
             raise UsageError(f"{path}: has no table [{size}], so no {size} variant")
         run_file = path.parent / (variation.base or spec.base)
         base = read_toml(run_file, "run file")
+        SimulatedRun.parse(base, str(run_file))  # what is wrong there is no arm's fault
         trials = tuple(
             trial_of(base, arm, seed, [spec.set, variation.set, arm.set], run_file.parent, f"{path}: arm {arm.name!r}")
             for seed in variation.seeds or spec.seeds

@@ -17,7 +17,7 @@ from small_runs import small_run
 
 from p2p_diloco.child import children_of, read_proc
 from p2p_diloco.errors import UsageError
-from p2p_diloco.experiment import check_names, check_torch, find_study
+from p2p_diloco.experiment import check_names, check_origin, find_study
 from p2p_diloco.simulate import SUMMARY_FILE
 from p2p_diloco.study import Study
 
@@ -142,10 +142,13 @@ def test_names_with_dots_and_brackets(folder: Path) -> None:
         check_names([Study.load(folder / "drops.toml", "full")] * 2)
 
 
-def test_simulations_of_another_torch_are_not_mixed_with(folder: Path) -> None:
-    check_torch({"torch": version("torch")}, folder)
-    with pytest.raises(UsageError, match=r"has simulations made with torch 2\.11\.0, and this is .*; choose another"):
-        check_torch({"torch": "2.11.0"}, folder)
+def test_simulations_of_another_torch_or_device_are_not_mixed_with(folder: Path) -> None:
+    here = {"torch": version("torch"), "device": "cuda:1"}
+    check_origin(here, folder, "cuda")
+    with pytest.raises(UsageError, match=r"made with torch 2\.11\.0, and these would be with .*; choose another"):
+        check_origin({**here, "torch": "2.11.0"}, folder, "cuda")
+    with pytest.raises(UsageError, match="has simulations made on cuda, and these would be on cpu; choose another"):
+        check_origin(here, folder, "cpu")
 
 
 def test_two_at_a_time_share_the_work(folder: Path) -> None:

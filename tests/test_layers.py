@@ -24,7 +24,7 @@ ORDER = (
     *("seat", "company", "gathering", "matchmaking", "meeting", "butterfly"),
     *("settle", "download", "catchup", "uploads", "upkeep", "presence", "probes", "follower", "reception", "peer"),
     *("metrics", "control", "network"),
-    *("process", "swarm", "train", "simulation", "variants", "shards", "recount", "replicas", "checkpoint", "simulate"),
+    *("process", "swarm", "train", "simulation", "variants", "shards", "recount", "checkpoint", "replicas", "simulate"),
     *("study", "report", "experiment", "doctor", "fitness", "trial", "display", "status", "survey", "listener"),
     *("checkup", "summary", "overview", "history", "exposition", "monitor"),
     *("faults", "namespaces", "child", "children", "injector", "local"),

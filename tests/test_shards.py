@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
+import datasets
 import numpy as np
 import pytest
 from small_runs import small_run
@@ -45,17 +47,21 @@ def test_more_clusters_than_documents() -> None:
         clusters(np.zeros((3, 2)), 5, seed=0)
 
 
-def test_users_text_is_divided_by_what_a_model_makes_of_it(tmp_path: Path) -> None:
+@pytest.mark.parametrize("source", ["path", "hub"])
+def test_other_text_is_divided_by_what_a_model_makes_of_it(tmp_path: Path, source: Literal["path", "hub"]) -> None:
     """Documents of digits, and of letters: one kind each, together all that is trained on, and the same held out."""
-    (tmp_path / "text").mkdir()
-    for k in range(40):
-        text = ("0123456789" if k % 2 else "etaoin shr") * (30 + k)
-        (tmp_path / "text" / f"{k}.txt").write_text(text)
-    spec = DataSpec(source="path", path="text", seq_len=16, held_out=0.2)
-    corpus = open_corpus(spec, base=tmp_path, cache=tmp_path / "cache")
+    texts = [("0123456789" if k % 2 else "etaoin shr") * (30 + k) for k in range(40)]
+    if source == "hub":
+        datasets.Dataset.from_dict({"text": texts}).save_to_disk(tmp_path / "text")
+    else:
+        (tmp_path / "text").mkdir()
+        for k, text in enumerate(texts):
+            (tmp_path / "text" / f"{k}.txt").write_text(text)
+    spec = DataSpec(source=source, path="text", seq_len=16, held_out=0.2)
+    corpus = open_corpus(spec, base=tmp_path, cache=tmp_path / "cache", run_seed=0, peer_id="a")
     config = resolve_config(small_run(tmp_path / "other").run.model, base=tmp_path, vocab_size=256)
     model = build_model(config, seed=0)
-    divided = shards_of(corpus, spec, 2, base=tmp_path, tokenizer=ByteTokenizer(), model=model, seed=0)
+    divided = shards_of(corpus, spec, 2, reader="a", base=tmp_path, tokenizer=ByteTokenizer(), model=model, seed=0)
     kinds = [{chr(token) for token in set(shard.train.tolist()) - {0}} for shard in divided]
     assert sorted(map(sorted, kinds)) == sorted([sorted("0123456789"), sorted("etaoin shr")])
     assert sum(len(shard.train) for shard in divided) == len(corpus.train)
@@ -73,7 +79,7 @@ def test_built_in_text_is_divided_by_package(tmp_path: Path, monkeypatch: pytest
     )
     spec = DataSpec(seq_len=16, held_out=0.1)
     model = build_model({"model_type": "llama", "hidden_size": 16, "num_attention_heads": 2, "vocab_size": 256}, seed=0)
-    divided = shards_of(corpus, spec, 2, base=tmp_path, tokenizer=ByteTokenizer(), model=model, seed=0)
+    divided = shards_of(corpus, spec, 2, reader="a", base=tmp_path, tokenizer=ByteTokenizer(), model=model, seed=0)
     kept = [document for document in documents if not is_held_out(document.name, 0.1)]
     assert sum(len(shard.train) for shard in divided) == 101 * len(kept)
 
@@ -84,7 +90,9 @@ def test_a_shard_that_is_too_small_says_what_to_do(tmp_path: Path, monkeypatch: 
     corpus = open_corpus(what.run.data, base=tmp_path, cache=tmp_path / "cache")
     model = build_model({"model_type": "llama", "hidden_size": 16, "num_attention_heads": 2, "vocab_size": 256}, seed=0)
     with pytest.raises(DataError, match="shard 2 of 2 has 0 documents and 0 tokens, one sequence needs 17"):
-        shards_of(corpus, DataSpec(seq_len=16), 2, base=tmp_path, tokenizer=ByteTokenizer(), model=model, seed=0)
+        shards_of(
+            corpus, DataSpec(seq_len=16), 2, reader="a", base=tmp_path, tokenizer=ByteTokenizer(), model=model, seed=0
+        )
 
 
 def test_features_of_an_empty_document_are_finite(tmp_path: Path) -> None:

@@ -15,11 +15,12 @@ import torch
 from reference import diloco
 from small_runs import SMALL, small_run
 
-from p2p_diloco import simulate
+from p2p_diloco import replicas, simulate
 from p2p_diloco.checkpoint import CHECKPOINT_FILE
 from p2p_diloco.codec import CODECS, Vector
+from p2p_diloco.data import Corpus
 from p2p_diloco.errors import UsageError
-from p2p_diloco.inner import InnerOptimizer, draws_drop, place_in_run
+from p2p_diloco.inner import InnerOptimizer, Place, draws_drop, place_in_run
 from p2p_diloco.layout import read_parameters, write_parameters
 from p2p_diloco.model import build_model, evaluate, loss_of
 from p2p_diloco.outer import OuterState, Update
@@ -323,6 +324,34 @@ def test_a_warm_start_is_made_once_and_changes_the_genesis(tmp_path: Path) -> No
     again = open_small(tmp_path, {"simulate.warm_steps": 6}, name="warm")
     assert np.array_equal(again.state.theta, warm.state.theta)
     assert kept[0].stat().st_mtime_ns == written
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"], ids=["plain", "dropout"])
+def test_a_warm_start_goes_on_where_it_was_interrupted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str
+) -> None:
+    if family == "gpt2":
+        config = {"model_type": "gpt2", "n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 16}
+        monkeypatch.setitem(SMALL, "model", {"config": config})
+    monkeypatch.setattr(replicas, "WARM_KEPT_EVERY", 2)
+    changes, made = {"simulate.warm_steps": 7}, list[int]()
+    whole = open_small(tmp_path, changes, name="whole")
+    step = InnerOptimizer.step
+
+    def interrupted(self: InnerOptimizer, corpus: Corpus, *, peer_id: str, at: Place) -> float:
+        if len(made) == 5:
+            raise KeyboardInterrupt
+        made.append(at.batch_step)
+        return step(self, corpus, peer_id=peer_id, at=at)
+
+    monkeypatch.setattr(InnerOptimizer, "step", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        open_small(tmp_path, changes, name="parts")
+    made.clear()
+    parts = open_small(tmp_path, changes, name="parts")
+    assert made == [4, 5, 6]
+    assert parts.state.digest() == whole.state.digest()
+    assert {path.suffix for path in (tmp_path / "parts").glob("warm-*")} == {".float32", ".lock"}
 
 
 # -- interrupted -------------------------------------------------------------------------------------------------------

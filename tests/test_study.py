@@ -133,6 +133,13 @@ def test_a_base_that_is_not_there(tmp_path: Path) -> None:
         Study.load(path, "full")
 
 
+def test_what_is_wrong_in_the_base_is_no_arms_fault(tmp_path: Path) -> None:
+    path = write(tmp_path, HEAD + ARMS)
+    (tmp_path / "base.toml").write_text(BASE.replace("steps", "step"))
+    with pytest.raises(UsageError, match=r"/base\.toml: unknown key 'inner\.step'; did you mean 'steps'"):
+        Study.load(path, "full")
+
+
 def start_of(what: SimulatedRun) -> str:
     """All that ``warm_start`` depends on, beside the seed."""
     data = [what.run.model.model_dump(), what.run.data.model_dump(), what.simulate.warm_steps]
