@@ -1,9 +1,10 @@
 """Where a simulation stood when it was interrupted: all that is not computed anew from its run file, in one file, whole
 or not at all.
 
-Its tensors are theta and what the outer optimizer keeps, and each replica's parameters and moments; beside them, as
-JSON, what was simulated, what else its figures depend on (``ORIGIN``), the curve, and how far each replica was.
-``Simulation`` puts them in and takes them out. One process at a time writes it (``alone_in``).
+Of a simulation its tensors are theta and what the outer optimizer keeps, and each replica's parameters and moments;
+beside them, as JSON, what was simulated, what else its figures depend on (``ORIGIN``), the curve, and how far each
+replica was. ``Simulation`` puts them in and takes them out; one process at a time writes it (``alone_in``). What a warm
+start keeps (``replicas``) is less: one worker's.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ ORIGIN = {
     "genesis": "model, or other weights to start from",
     "text": "text",
     "names": "swarm to recount, or without one",
+    "shards": "division of the text",
     "device": "kind of device",
     "torch": "version of torch",
 }

@@ -17,9 +17,9 @@ from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 
+import torch
 from rich.console import Console
 from rich.markdown import Markdown
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -84,8 +84,9 @@ def run_studies(
     missing = [work for work in works.values() if not (work.of_trial / SUMMARY_FILE).exists()]
     made = works.keys() - {work.trial.key for work in missing}
     summaries = {key: read_summary(works[key].of_trial) for key in made}
-    for summary in summaries.values():
-        check_origin(summary, folder, pick_device(device).type)
+    if missing:
+        for summary in summaries.values():
+            check_origin(summary, folder, pick_device(device).type)
     with Progress(
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=console
     ) as progress:
@@ -122,9 +123,9 @@ def check_names(studies: Sequence[Study]) -> None:
 
 def check_origin(summary: Summary, folder: Path, kind: str) -> None:
     """UsageError when what is there was made with another torch, whose sources are the built-in text, too, or on
-    another kind of device, which computes in other numbers."""
+    another kind of device, which computes in other numbers: nothing is made to stand beside it."""
     for made, here in (
-        (f"with torch {summary['torch']}", f"with torch {version('torch')}"),
+        (f"with torch {summary['torch']}", f"with torch {torch.__version__}"),
         (f"on {summary['device'].partition(':')[0]}", f"on {kind}"),
     ):
         if made != here:

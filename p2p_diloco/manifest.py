@@ -227,7 +227,7 @@ class RunSpec(Section):
         """Raises UsageError that names file and key."""
         table = read_toml(path, "run file")
         if "simulate" in table:
-            raise UsageError(f"{path}: [simulate] is for p2p-diloco simulate alone; a run's file has no such table")
+            raise UsageError(f"{path}: [simulate] is for simulations alone; take it out for a run")
         try:
             return cls.model_validate(table)
         except ValidationError as error:

@@ -263,7 +263,8 @@ class NetworkProcess:
                 told = news
                 closes_in_s = None if seat.closes_s is None else seat.closes_s - asyncio.get_running_loop().time()
                 self._send("news", closes_in_s=closes_in_s, behind=peer.follower.behind)
-                self._send("moved", step=peer.step, head=seat.standing.head.hex())
+                if peer.role == "seed":
+                    self._send("moved", step=peer.step, head=seat.standing.head.hex())
             await heard(changed, PEERS_EVERY_S)
 
     async def _tell_peers(self, peer: Peer) -> None:

@@ -57,9 +57,7 @@ class Replica:
         """The inner steps before the outer step that follows ``state``; their losses, nats per token. They are counted
         anew (``inner.place_in_run``) after each offer of a peer that came to nothing."""
         spec, options = what.run, what.simulate
-        # For models with dropout: the same draws in whatever order, and after a restart. Peers do not share theirs.
-        seed = digest(b"dropout", spec.seed.to_bytes(8, "big"), self.name.encode(), state.step.to_bytes(8, "big"))
-        torch.manual_seed(int.from_bytes(seed[:8], "big") >> 1)
+        seed_dropout(spec.seed, self.name, state.step)
         losses = []
         total = sum(inner_steps)
         counted = (k for offered in inner_steps for k in range(offered))
@@ -75,6 +73,12 @@ class Replica:
             self.tokens += spec.tokens_per_inner_step
         self.read_local()
         return losses
+
+
+def seed_dropout(seed: int, name: str, step: int) -> None:
+    """For models with dropout: the same draws in whatever order, and after a restart. Peers do not share theirs."""
+    drawn = digest(b"dropout", seed.to_bytes(8, "big"), name.encode(), step.to_bytes(8, "big"))
+    torch.manual_seed(int.from_bytes(drawn[:8], "big") >> 1)
 
 
 def new_replica(manifest: RunManifest, name: str, corpus: Corpus, theta: Vector, device: torch.device) -> Replica:
@@ -111,14 +115,14 @@ def warm_start(
     spec = spec.model_copy(update={"inner": constant, "outer": outer})
     depends = [spec.seed, spec.inner.model_dump(), spec.data.model_dump(), corpus.identity]
     depends += [manifest.model_config_json, manifest.genesis, device.type, torch.__version__]
-    path = folder / f"warm-{digest(b'warm', canonical_json(depends))[:8].hex()}.float32"
+    path = folder / f"warm-{digest(b'warm start', canonical_json(depends))[:8].hex()}.float32"
     with locked(path.with_suffix(".lock")):
         if not path.exists():
             warm = new_replica(manifest.model_copy(update={"spec": spec}), WARM_NAME, corpus, theta, device)
             make_warm(warm, steps, path.with_suffix(""))
             with disk_errors(path, 4 * len(theta)):
                 write_whole(path, [warm.local.data.cast("B")], 4 * len(theta))
-            shutil.rmtree(path.with_suffix(""), ignore_errors=True)
+        shutil.rmtree(path.with_suffix(""), ignore_errors=True)
     kept: Vector = np.fromfile(path, np.float32)
     return kept
 
@@ -133,14 +137,16 @@ def make_warm(warm: Replica, steps: int, folder: Path) -> None:
             warm.write_local()
             inner.restore(checkpoint.tensors("exp_avg"), checkpoint.facts["steps"])
     for step in range(first, steps):
-        if step % WARM_KEPT_EVERY == 0 and step > first:
+        kept = step % WARM_KEPT_EVERY == 0
+        if kept or step == first:
             log.info("one worker's steps before: %d of %d", step, steps)
+        if kept and step > first:
             warm.read_local()
             moments, counts = inner.moments()
             tensors = {**moments, "local": torch.from_numpy(warm.local)}
             with disk_errors(folder):
                 folder.mkdir(exist_ok=True)
             write_checkpoint(folder, tensors, {"step": step, "steps": counts})
-        torch.manual_seed(inner.spec.seed + step)  # for models with dropout: the same draws after an interruption
+        seed_dropout(inner.spec.seed, WARM_NAME, step)
         inner.step(warm.corpus, peer_id=WARM_NAME, at=place_in_run(inner.spec, 0, step, step))
     warm.read_local()

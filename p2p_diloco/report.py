@@ -1,7 +1,8 @@
 """Results of a study -> a table in Markdown, a plot, and the raw figures. Pure, but for the plot's file.
 
-Losses are held-out, nats per token: per byte where tokens are bytes. An arm's figures are means over its seeds, with
-the smallest and the largest; differences are paired, seed by seed, which takes away what the seeds have in common.
+Losses are held-out, in nats per token, which is per byte where tokens are bytes. An arm's figures are means over its
+seeds, with the smallest and the largest; differences are paired, seed by seed, which takes away what the seeds have in
+common.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ class Row:
     tokens: float
     """Trained on by all replicas."""
     sent_mb: float
-    """By one replica."""
+    """By one replica that is always there (``Point.sent_bytes``)."""
 
 
 def final_loss(summary: Summary) -> float:
@@ -93,23 +94,30 @@ def markdown(study: Study, rows: Sequence[Row]) -> str:
     """An arm without all the seeds of the others says which it has: its mean does not compare with theirs, and its
     differences do."""
     seeds = sorted({seed for row in rows for seed in row.seeds})
+    ends = study.spec.gap if any(row.closed is not None for row in rows) else None
     heading = ["arm", "held-out loss", f"from {study.spec.reference}"]
-    heading += ["gap closed"] if study.spec.gap else []
+    heading += ["gap closed"] if ends else []
     heading += ["tokens", "sent MB"]
     table = [heading, ["---"] * len(heading)]
     for row in rows:
         partly = "" if sorted(row.seeds) == seeds else f" ({named(row.seeds)})"
         cells = [row.arm + partly, spread(row.losses, ".4f")]
         cells.append("" if row.arm == study.spec.reference else spread(row.differences, "+.4f"))
-        if study.spec.gap:
+        if ends:
             cells.append("" if row.closed is None else f"{100 * row.closed:.0f} %")
         table.append([*cells, f"{row.tokens / 1e6:.2f} M", f"{row.sent_mb:.2f}"])
     lines = [f"| {' | '.join(cells)} |" for cells in table]
     counted = named(seeds).capitalize() + ("; mean (smallest to largest)." if len(seeds) > 1 else ".")
-    gap = f" Gap: from {study.spec.gap[0]} to {study.spec.gap[1]}." if study.spec.gap else ""
+    gap = f" Gap: from {ends[0]} to {ends[1].removesuffix('.')}." if ends else ""
     return "\n".join(
-        [f"### {study.spec.title}", "", *lines, "", f"{counted} Held-out loss in nats per token.{gap}", ""]
+        [f"### {study.spec.title}", "", *lines, "", f"{counted} Held-out loss in {unit_of(study)}.{gap}", ""]
     )
+
+
+def unit_of(study: Study) -> str:
+    """Of its losses."""
+    bytewise = all(trial.what.run.data.tokenizer == "bytes" for trial in study.trials)
+    return "nats per byte" if bytewise else "nats per token"
 
 
 def named(seeds: Sequence[int]) -> str:
@@ -155,7 +163,7 @@ def plot(study: Study, summaries: Mapping[str, Summary], path: Path) -> None:
         margin = 0.05 * (max(highest) - min(lowest))
         axes.set_ylim(min(lowest) - margin, max(highest) + margin)  # the steep beginning would flatten the rest
     axes.set_xlabel("share of training, %")
-    axes.set_ylabel("held-out loss, nats per token")
+    axes.set_ylabel(f"held-out loss, {unit_of(study)}")
     axes.set_title(literal(study.spec.title))
     axes.grid(alpha=0.3)
     axes.legend()

@@ -20,6 +20,7 @@ from p2p_diloco.data import Corpus
 from p2p_diloco.errors import DataError
 from p2p_diloco.hub import hub_documents
 from p2p_diloco.manifest import DataSpec
+from p2p_diloco.outer import digest
 from p2p_diloco.text import (
     Document,
     builtin_documents,
@@ -28,8 +29,9 @@ from p2p_diloco.text import (
     user_documents,
     user_files,
 )
-from p2p_diloco.tokenizer import Tokenizer
+from p2p_diloco.tokenizer import Tokenizer, Tokens
 
+ENCODED_DOCUMENTS = 256
 KMEANS_STEPS = 100
 KMEANS_STARTS = 10
 
@@ -46,8 +48,8 @@ def shards_of(
     seed: int,
 ) -> list[Corpus]:
     """``count`` corpora that have no training document in common, and all held-out text of ``corpus``, which is that of
-    ``reader``. In memory: one copy of all training tokens; a data set of the hub is read a second time. ``model``: for
-    text that has no sources. DataError when a shard is too small."""
+    ``reader``. In memory: all training text, and its tokens. A data set of the hub is read anew each time. ``model``:
+    for text that has no sources. DataError when a shard is too small."""
     if spec.source == "hub":
         documents = training_documents(hub_documents(spec, base=base, run_seed=seed, peer_id=reader), spec)
     elif spec.path is None:
@@ -61,7 +63,7 @@ def shards_of(
     shards = []
     for label in range(count):
         mine = [document for document, theirs in zip(documents, labels) if theirs == label]
-        tokens = tokenizer.encode_documents(mine)
+        tokens = encoded(mine, tokenizer)
         if len(tokens) < spec.seq_len + 1:
             raise DataError(
                 f"shard {label + 1} of {count} has {len(mine)} documents and {len(tokens)} tokens, one sequence needs "
@@ -69,6 +71,19 @@ def shards_of(
             )
         shards.append(replace(corpus, train=tokens))
     return shards
+
+
+def encoded(documents: Sequence[Document], tokenizer: Tokenizer) -> Tokens:
+    """Some at a time: on its way to an array, a token takes many times as much memory."""
+    starts = range(0, max(len(documents), 1), ENCODED_DOCUMENTS)
+    return np.concatenate(
+        [tokenizer.encode_documents(documents[start : start + ENCODED_DOCUMENTS]) for start in starts]
+    )
+
+
+def tokens_digest(corpora: Sequence[Corpus]) -> bytes:
+    """Of what they train on."""
+    return digest(b"shards", *(corpus.train.tobytes() for corpus in corpora))
 
 
 def training_documents(documents: Iterable[Document], spec: DataSpec) -> list[Document]:

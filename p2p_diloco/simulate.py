@@ -42,7 +42,7 @@ from p2p_diloco.outer import (
 from p2p_diloco.recount import Past
 from p2p_diloco.replicas import Replica, new_replica, show_theta, warm_start
 from p2p_diloco.rounds import counted_weights, rank
-from p2p_diloco.shards import shards_of
+from p2p_diloco.shards import shards_of, tokens_digest
 from p2p_diloco.simulation import SimulatedRun, members_at, replica_names
 from p2p_diloco.snapshot import disk_errors, write_whole
 from p2p_diloco.stored import MANIFEST_FILE, open_ledger
@@ -70,7 +70,7 @@ class Point:
     tokens: int
     """Trained on by all, since S_0."""
     sent_bytes: int
-    """In all contributions of one replica, on average, since S_0."""
+    """A contribution per outer step since S_0, as long as its encoding makes it: pruned or dropped or not."""
 
     def line(self) -> str:
         """For a person."""
@@ -175,6 +175,7 @@ class Simulation:
                 "genesis": state.digest().hex(),
                 "text": corpus.identity,
                 "names": names,
+                "shards": tokens_digest(corpora).hex() if options.shards == "non-iid" else "",
                 "device": on.type,
                 "torch": torch.__version__,
             },

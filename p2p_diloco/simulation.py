@@ -29,7 +29,8 @@ class SimulationSpec(Section):
     replicas: Annotated[tuple[Replicas, ...], BeforeValidator(listed), Field(min_length=1)] = (4,)
     """How many train. A list divides the run into stages of equal length: [1, 2, 4] is a pool that grows."""
     shards: Literal["iid", "non-iid"] = "iid"
-    """``iid``: everybody draws from all text. ``non-iid``: everybody has text of its own (``shards``)."""
+    """``iid``: everybody draws from all text. ``non-iid``: everybody has text of its own (``shards``). Of a data set of
+    the hub, ``data.max_documents`` are everybody's own with ``iid``, and are divided among all with ``non-iid``."""
     speeds: Annotated[tuple[Speed, ...], BeforeValidator(listed)] = ()
     """Of the replicas, in turn, as a share of the fastest's; they make as many fewer inner steps. Empty: all alike."""
     drop: Fraction = 0.0

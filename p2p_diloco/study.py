@@ -133,13 +133,17 @@ class Study:
             raise UsageError(f"{path}: has no table [{size}], so no {size} variant")
         run_file = path.parent / (variation.base or spec.base)
         base = read_toml(run_file, "run file")
-        SimulatedRun.parse(base, str(run_file))  # what is wrong there is no arm's fault
-        trials = tuple(
-            trial_of(base, arm, seed, [spec.set, variation.set, arm.set], run_file.parent, f"{path}: arm {arm.name!r}")
-            for seed in variation.seeds or spec.seeds
-            for arm in spec.arm
-        )
-        return cls(name=path.stem, spec=spec, size=size, base=run_file.parent, trials=trials)
+        folder, shared = run_file.parent, [spec.set, variation.set]
+        try:
+            trials = tuple(
+                trial_of(base, arm, seed, [*shared, arm.set], folder, f"{path}: arm {arm.name!r}")
+                for seed in variation.seeds or spec.seeds
+                for arm in spec.arm
+            )
+        except UsageError:
+            SimulatedRun.parse(base, str(run_file))  # what is wrong there is no arm's fault
+            raise
+        return cls(name=path.stem, spec=spec, size=size, base=folder, trials=trials)
 
 
 def trial_of(base: Mapping[str, Any], arm: Arm, seed: int, changes: list[Keys], folder: Path, source: str) -> Trial:

@@ -56,7 +56,7 @@ class Swarm:
 
     def __init__(self, config: PeerConfig, timeouts: Timeouts, role: str, manifest_path: Path | None) -> None:
         self.step = 0
-        """Outer step at which this peer stands."""
+        """Outer step at which this peer stands; a seed follows the swarm inside ``serve``."""
         self.head = ""
         self.inner_step = 0
         """Inner steps since the last outer step."""

@@ -123,4 +123,4 @@ def test_which_studies_is_said_clearly(capsys: pytest.CaptureFixture[str], argum
 def test_a_run_has_no_table_of_simulations(folder: Path, capsys: pytest.CaptureFixture[str], command: str) -> None:
     path = run_file(folder, {"simulate.replicas": 2})
     assert main([command, str(path), *(["--peers", "2"] if command == "swarm" else [])]) == 2
-    assert "[simulate] is for p2p-diloco simulate alone" in capsys.readouterr().err
+    assert "[simulate] is for simulations alone; take it out" in capsys.readouterr().err

@@ -9,10 +9,10 @@ import signal
 import subprocess
 import sys
 import time
-from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+import torch
 from small_runs import small_run
 
 from p2p_diloco.child import children_of, read_proc
@@ -143,7 +143,7 @@ def test_names_with_dots_and_brackets(folder: Path) -> None:
 
 
 def test_simulations_of_another_torch_or_device_are_not_mixed_with(folder: Path) -> None:
-    here = {"torch": version("torch"), "device": "cuda:1"}
+    here = {"torch": torch.__version__, "device": "cuda:1"}
     check_origin(here, folder, "cuda")
     with pytest.raises(UsageError, match=r"made with torch 2\.11\.0, and these would be with .*; choose another"):
         check_origin({**here, "torch": "2.11.0"}, folder, "cuda")

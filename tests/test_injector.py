@@ -21,10 +21,11 @@ from p2p_diloco.injector import Injector
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="faults need Linux")
 LIMIT_S = 20.0
 PEER = """
-import sys, time
+import signal, sys, time
 from pathlib import Path
 from p2p_diloco.events import EventLog
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored by all that a shell starts in the background
 folder = Path(sys.argv[sys.argv.index("--folder") + 1])
 events = EventLog(folder / "run")
 events.write("started", maddrs=["/ip4/127.0.0.1/tcp/1"], pid=0)

@@ -68,6 +68,13 @@ def test_the_gap_is_that_of_the_seeds_an_arm_has(tmp_path: Path) -> None:
     assert rows[1].seeds == (1,)
     assert rows[1].closed == pytest.approx((2.0 - 1.7) / (2.0 - 1.4))
     assert "| half (seed 1) | 1.7000 | -0.3000 | 50 % | 2.00 M | 1.00 |" in markdown(study, rows)
+    for trial in study.trials:
+        if trial.arm == "best":
+            del summaries[trial.key]
+    table = markdown(study, rows_of(study, summaries))
+    assert "| half (seed 1) | 1.7000 | -0.3000 | 2.00 M | 1.00 |" in table, "without an end there is no gap"
+    assert "Gap" not in table
+    assert "gap" not in table
 
 
 def test_the_table(tmp_path: Path) -> None:
@@ -78,8 +85,14 @@ def test_the_table(tmp_path: Path) -> None:
     assert lines[5] == "| half | 1.9000 (1.7000 to 2.1000) | -0.2000 (-0.3000 to -0.1000) | 40 % | 2.00 M | 1.00 |"
     assert lines[4].startswith("| plain | 2.1000 (2.0000 to 2.2000) |  | 0 % |")
     assert lines[-1] == (
-        "Seeds 1, 2; mean (smallest to largest). Held-out loss in nats per token. Gap: from plain to best."
+        "Seeds 1, 2; mean (smallest to largest). Held-out loss in nats per byte. Gap: from plain to best."
     )
+
+
+def test_where_tokens_are_not_bytes_losses_are_per_token(tmp_path: Path) -> None:
+    text = HEAD + 'set = { "data.tokenizer" = "tokenizer.json" }\n' + ARMS
+    study = Study.load(write(tmp_path, text), "full")
+    assert markdown(study, []).splitlines()[-1].endswith("Held-out loss in nats per token.")
 
 
 def test_an_arm_that_diverged_is_infinitely_bad(tmp_path: Path) -> None:
@@ -97,7 +110,7 @@ def test_what_is_not_there_yet_is_left_out(tmp_path: Path) -> None:
     first = {study.trials[1].key: summaries[study.trials[1].key]}
     (row,) = rows_of(study, first)
     assert (row.arm, row.seeds, row.differences, row.closed) == ("half", (1,), (), None)
-    assert "| half | 1.7000 |  |  | 2.00 M | 1.00 |" in markdown(study, [row])
+    assert "| half | 1.7000 |  | 2.00 M | 1.00 |" in markdown(study, [row])
 
 
 @pytest.mark.parametrize("title", ["T", r"$\\foo$ and 5 $"])

@@ -15,7 +15,7 @@ import torch
 from reference import diloco
 from small_runs import SMALL, small_run
 
-from p2p_diloco import replicas, simulate
+from p2p_diloco import replicas, shards, simulate
 from p2p_diloco.checkpoint import CHECKPOINT_FILE
 from p2p_diloco.codec import CODECS, Vector
 from p2p_diloco.data import Corpus
@@ -425,6 +425,19 @@ def test_a_simulation_that_goes_on_with_other_text_is_refused(tmp_path: Path) ->
         file.write("and more of it")
     with pytest.raises(UsageError, match="out: was begun with another text; choose another"):
         open_small(tmp_path)
+
+
+def test_a_simulation_that_goes_on_with_other_shards_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changes = {"simulate.shards": "non-iid", "simulate.replicas": 2}
+    for _ in open_small(tmp_path, changes).run():
+        break
+    open_small(tmp_path, changes)
+    clusters = shards.clusters
+    monkeypatch.setattr(shards, "clusters", lambda *given: [1 - label for label in clusters(*given)])
+    with pytest.raises(UsageError, match="out: was begun with another division of the text; choose another"):
+        open_small(tmp_path, changes)
 
 
 def test_a_plain_simulation_is_not_taken_for_a_recounted_one(tmp_path: Path) -> None:

@@ -140,6 +140,12 @@ def test_what_is_wrong_in_the_base_is_no_arms_fault(tmp_path: Path) -> None:
         Study.load(path, "full")
 
 
+def test_a_study_may_set_what_its_base_lacks(tmp_path: Path) -> None:
+    path = write(tmp_path, HEAD + 'set = { "name" = "small" }\n' + ARMS)
+    (tmp_path / "base.toml").write_text(BASE.replace('name = "small"', ""))
+    assert {trial.what.run.name for trial in Study.load(path, "full").trials} == {"small"}
+
+
 def start_of(what: SimulatedRun) -> str:
     """All that ``warm_start`` depends on, beside the seed."""
     data = [what.run.model.model_dump(), what.run.data.model_dump(), what.simulate.warm_steps]
