@@ -28,7 +28,7 @@ from p2p_diloco.errors import DataError
 from p2p_diloco.manifest import DataSpec, canonical_json
 from p2p_diloco.outer import digest
 from p2p_diloco.source import document_digest, source_of
-from p2p_diloco.text import Document, is_held_out
+from p2p_diloco.text import Document, nobody_trains_on
 from p2p_diloco.tokenizer import Tokenizer, Tokens, open_tokenizer
 
 log = logging.getLogger(__name__)
@@ -181,8 +181,7 @@ def build(
             for document in documents:
                 if fingerprinted:
                     h.update(document_digest(document))
-                apart = is_held_out(document.name, held_out) if document.held_out is None else document.held_out
-                (other if apart else train).add(document)
+                (other if nobody_trains_on(document, held_out) else train).add(document)
             fingerprint = h.hexdigest() if fingerprinted else ""
             facts = {"train": train.finish(), "held_out": other.finish(), "fingerprint": fingerprint}
         (temporary / "corpus.json").write_bytes(canonical_json(facts))

@@ -85,8 +85,9 @@ def run_studies(
     made = works.keys() - {work.trial.key for work in missing}
     summaries = {key: read_summary(works[key].of_trial) for key in made}
     if missing:
+        kind = pick_device(device).type
         for summary in summaries.values():
-            check_origin(summary, folder, pick_device(device).type)
+            check_origin(summary, folder, kind)
     with Progress(
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=console
     ) as progress:

@@ -26,7 +26,7 @@ ORPHAN_S = 4.0
 """A trainer whose network process died ends itself after this long, even inside a long inner step."""
 
 
-class NetworkProcess:
+class NetworkHandle:
     """Used from one thread; another one, of its own, reads what the network process says."""
 
     closes_s: float | None = None

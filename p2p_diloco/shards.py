@@ -18,17 +18,10 @@ import torch
 
 from p2p_diloco.data import Corpus
 from p2p_diloco.errors import DataError
-from p2p_diloco.hub import hub_documents
 from p2p_diloco.manifest import DataSpec
 from p2p_diloco.outer import digest
-from p2p_diloco.text import (
-    Document,
-    builtin_documents,
-    builtin_files,
-    is_held_out,
-    user_documents,
-    user_files,
-)
+from p2p_diloco.source import source_of
+from p2p_diloco.text import Document, nobody_trains_on
 from p2p_diloco.tokenizer import Tokenizer, Tokens
 
 ENCODED_DOCUMENTS = 256
@@ -43,6 +36,7 @@ def shards_of(
     *,
     reader: str,
     base: Path,
+    cache: Path,
     tokenizer: Tokenizer,
     model: torch.nn.Module,
     seed: int,
@@ -50,12 +44,8 @@ def shards_of(
     """``count`` corpora that have no training document in common, and all held-out text of ``corpus``, which is that of
     ``reader``. In memory: all training text, and its tokens. A data set of the hub is read anew each time. ``model``:
     for text that has no sources. DataError when a shard is too small."""
-    if spec.source == "hub":
-        documents = training_documents(hub_documents(spec, base=base, run_seed=seed, peer_id=reader), spec)
-    elif spec.path is None:
-        documents = training_documents(builtin_documents(*builtin_files()), spec)
-    else:
-        documents = training_documents(user_documents(user_files(base / spec.path)[1], spec.text_key), spec)
+    text = source_of(spec, base=base, cache=cache, override_path=None, run_seed=seed, peer_id=reader)
+    documents = training_documents(text.documents(), spec)
     if spec.source == "builtin":
         labels = by_source(documents, count)
     else:
@@ -87,27 +77,22 @@ def tokens_digest(corpora: Sequence[Corpus]) -> bytes:
 
 
 def training_documents(documents: Iterable[Document], spec: DataSpec) -> list[Document]:
-    """Those that say whether they are held out know it better than a hash of their name."""
-    return [
-        document
-        for document in documents
-        if not (is_held_out(document.name, spec.held_out) if document.held_out is None else document.held_out)
-    ]
+    return [document for document in documents if not nobody_trains_on(document, spec.held_out)]
 
 
 def by_source(documents: Sequence[Document], count: int) -> list[int]:
     """A shard for every document: a whole package each, the largest first, always to the smallest shard."""
     chars: dict[str, int] = {}
     for document in documents:
-        chars[source_of(document)] = chars.get(source_of(document), 0) + len(document.text)
+        chars[package_of(document)] = chars.get(package_of(document), 0) + len(document.text)
     sizes, shard = [0] * count, dict[str, int]()
     for source in sorted(chars, key=lambda source: (-chars[source], source)):
         shard[source] = sizes.index(min(sizes))
         sizes[shard[source]] += chars[source]
-    return [shard[source_of(document)] for document in documents]
+    return [shard[package_of(document)] for document in documents]
 
 
-def source_of(document: Document) -> str:
+def package_of(document: Document) -> str:
     """The first folder of its name; files that are in none are one source."""
     folder, slash, _ = document.name.partition("/")
     return folder if slash else ""

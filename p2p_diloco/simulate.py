@@ -151,6 +151,7 @@ class Simulation:
                 len(names),
                 reader=names[0],
                 base=base,
+                cache=cache_folder(),
                 tokenizer=tokenizer,
                 model=model,
                 seed=spec.seed,

@@ -33,7 +33,7 @@ from p2p_diloco.codec import Vector
 from p2p_diloco.config import PeerConfig, Timeouts
 from p2p_diloco.errors import UsageError
 from p2p_diloco.manifest import RunManifest, open_manifest
-from p2p_diloco.process import NetworkProcess
+from p2p_diloco.process import NetworkHandle
 from p2p_diloco.rounds import outer_step_due
 
 if TYPE_CHECKING:
@@ -78,7 +78,7 @@ class Swarm:
         self._evaluate = False
         self._bound = False
         self._descriptor = anonymous_memory()
-        self._network = NetworkProcess(config, timeouts, role, manifest_path, self._descriptor)
+        self._network = NetworkHandle(config, timeouts, role, manifest_path, self._descriptor)
 
     # -- life --------------------------------------------------------------------------------------------------------
 

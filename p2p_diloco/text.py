@@ -173,5 +173,10 @@ def is_held_out(name: str, share: float) -> bool:
     return int.from_bytes(h.digest(), "big") < share * 2**64
 
 
+def nobody_trains_on(document: Document, share: float) -> bool:
+    """As the document says itself, else as a hash of its name does."""
+    return is_held_out(document.name, share) if document.held_out is None else document.held_out
+
+
 def first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

@@ -32,6 +32,7 @@ from p2p_diloco.stored import find_run, load_model, load_state
 PLAIN = {"inner.warmup_steps": 0, "inner.min_lr_ratio": 1.0, "inner.weight_decay": 0.0, "inner.clip": 1e9}
 """An inner optimizer that is torch's, as it is."""
 MEAN = {"outer.lr": 1.0, "outer.momentum": 0.0}
+WITH_DROPOUT = {"config": {"model_type": "gpt2", "n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 16}}
 
 
 @pytest.fixture(autouse=True)
@@ -331,8 +332,7 @@ def test_a_warm_start_goes_on_where_it_was_interrupted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str
 ) -> None:
     if family == "gpt2":
-        config = {"model_type": "gpt2", "n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 16}
-        monkeypatch.setitem(SMALL, "model", {"config": config})
+        monkeypatch.setitem(SMALL, "model", WITH_DROPOUT)
     monkeypatch.setattr(replicas, "WARM_KEPT_EVERY", 2)
     changes, made = {"simulate.warm_steps": 7}, list[int]()
     whole = open_small(tmp_path, changes, name="whole")
@@ -365,7 +365,7 @@ def test_a_warm_start_goes_on_where_it_was_interrupted(
         {"simulate.delay": 2},
         {"simulate.outer": "adam", "outer.lr": 0.3},
         {"simulate.replicas": [1, 3], "simulate.speeds": [1.0, 0.5]},
-        {"model": {"config": {"model_type": "gpt2", "n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 16}}},
+        {"model": WITH_DROPOUT},
     ],
     ids=["plain", "drops", "late", "adam", "pool", "dropout"],
 )
