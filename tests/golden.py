@@ -1,0 +1,183 @@
+"""What a run computes, written down once: heads, and digests of theta and momentum after every outer step.
+
+The contributions are given, as integers over a power of two, so that no platform's torch takes part and every machine
+gets the same bits. Heads may change with the PROTOCOL alone; the digests of theta and momentum never do.
+``python tests/golden.py CASE`` prints what a case comes to now.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+from dataclasses import dataclass, field
+from hashlib import blake2b
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import numpy as np
+import torch
+from builders import identity
+from chronicle import Chronicle
+from fakes import make_manifest
+from instruments import instrumented
+from schedules import Fault, PeerPlan, Schedule
+from simloop import run_simulated
+from small_runs import table_of
+from world import World
+
+from p2p_diloco.codec import Vector
+from p2p_diloco.data import Corpus
+from p2p_diloco.outer import PART_VALUES, OuterState, genesis_state
+from p2p_diloco.replicas import Replica
+from p2p_diloco.simulate import Simulation
+from p2p_diloco.simulation import SimulatedRun, replica_names
+from p2p_diloco.variants import OuterRule
+
+GOLDEN = Path(__file__).with_suffix(".json")
+N = 2 * PART_VALUES + 77
+"""Two whole parts and the rest of one."""
+
+SIMULATED: dict[str, dict[str, Any]] = {
+    "fp32": {"outer.codec": "fp32"},
+    "fp16": {"outer.codec": "fp16"},
+    "int8": {"outer.codec": "int8"},
+    "int4": {"outer.codec": "int4"},
+    "adopt, drops": {"outer.codec": "int8", "simulate.drop": 0.4},
+    "keep, drops": {"outer.codec": "int4", "simulate.drop": 0.4, "round.on_missed": "keep"},
+    "uneven speeds": {"outer.codec": "int8", "simulate.speeds": [1.0, 0.5, 0.25]},
+    "pool": {"outer.codec": "fp16", "simulate.replicas": [1, 2, 4]},
+}
+SIMULATED_STEPS = 6
+
+FAULTY: dict[str, Schedule] = {
+    "swarm in memory": Schedule(
+        seed=7,
+        peers=(PeerPlan(role="seed"), PeerPlan(), PeerPlan(step_s=2.0), PeerPlan(role="client"), PeerPlan()),
+        outer_steps=5,
+    ),
+    "swarm in memory, faults": Schedule(
+        seed=8,
+        peers=(PeerPlan(role="seed"), PeerPlan(), PeerPlan(step_s=1.1), PeerPlan(), PeerPlan(starts_s=1.0)),
+        faults=(
+            Fault(kind="kill", at_s=9.0, who=1, for_s=6.0, phase="reduce", after_s=0.03),
+            Fault(kind="cut", at_s=25.0, who=2, other=3, for_s=10.0, how="reset"),
+            Fault(kind="kill", at_s=45.0, who=4, for_s=5.0, phase="settle", how="silent"),
+        ),
+        codec="int8",
+        parts=9,
+    ),
+    "swarm in memory, keep": Schedule(
+        seed=9,
+        peers=(PeerPlan(), PeerPlan(), PeerPlan(), PeerPlan()),
+        faults=(Fault(kind="stop", at_s=12.0, who=2, for_s=12.0, how="whole"),),
+        codec="int4",
+        on_missed="keep",
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Step:
+    """After one outer step; digests in hex, of all bits."""
+
+    head: str
+    theta: str
+    momentum: str
+
+    @classmethod
+    def of(cls, state: OuterState) -> Step:
+        return cls(head=state.head.hex(), theta=bits(state.theta), momentum=bits(state.momentum))
+
+
+def bits(vector: Vector) -> str:
+    return blake2b(vector.astype("<f4").tobytes(), digest_size=16).hexdigest()
+
+
+def given(*names: object) -> Vector:
+    """float32 [N]: multiples of 2**-17 in (-2**-10, 2**-10), other ones for other names."""
+    block = b"".join(blake2b(f"{names} {i}".encode()).digest() for i in range(1024))
+    values = np.frombuffer(block, np.int8).astype(np.float32) / np.float32(2**17)  # [65536]
+    stretches = [values * np.float32(1 + i % 3) for i in range(-(-N // len(values)))]
+    return np.concatenate(stretches)[:N]
+
+
+class GivenReplica(Replica):
+    """One that trains without a model: where it gets to is given."""
+
+    def learn(self, what: SimulatedRun, state: OuterState, inner_steps: Any) -> list[float]:
+        self.local -= given(self.name, state.step) * np.float32(sum(inner_steps))
+        self.tokens += sum(inner_steps) * what.run.tokens_per_inner_step
+        return [1.0]
+
+
+def simulated(case: str) -> list[Step]:
+    """The outer steps of a simulation, whose contributions are given."""
+    changes = {"outer.steps": 2 * SIMULATED_STEPS, "simulate.evaluate_every": 2 * SIMULATED_STEPS, **SIMULATED[case]}
+    what = SimulatedRun.parse(table_of(changes), "golden")
+    theta, spec = given("theta") * np.float32(64), what.run
+    state = genesis_state(theta)
+    cpu = torch.device("cpu")
+    inner = cast(Any, SimpleNamespace(device=cpu))
+    replicas: list[Replica] = [
+        GivenReplica(name=name, corpus=cast(Corpus, None), inner=inner, local=theta.copy())
+        for name in replica_names(what.simulate.most_replicas)
+    ]
+    simulation = Simulation(
+        what=what,
+        manifest=make_manifest(N, theta, identity(0)),
+        folder=Path(),
+        device=cpu,
+        state=state,
+        replicas=replicas,
+        rule=OuterRule(
+            spec=what.simulate,
+            codec=spec.outer.codec,
+            lr=spec.outer.lr,
+            momentum=spec.outer.momentum,
+            second=np.zeros_like(theta),
+        ),
+        held_out=cast(Corpus, None),
+        model=cast(torch.nn.Module, None),
+        origin={},
+    )
+    steps = [Step.of(state)]
+    for _ in range(SIMULATED_STEPS):
+        simulation.outer_step()
+        steps.append(Step.of(state))
+    return steps
+
+
+@dataclass(eq=False)
+class NotedChronicle(Chronicle):
+    steps: dict[int, Step] = field(default_factory=dict)
+    """Outer step -> what the last peer to come there stood at."""
+
+    def stood(self, peer: int, state: OuterState) -> None:
+        super().stood(peer, state)
+        self.steps[state.step] = Step.of(state)
+
+
+def in_memory(case: str) -> list[Step]:
+    """The states that a swarm of real peers stood at, faults and all, on a clock and links that are simulated."""
+    with tempfile.TemporaryDirectory() as folder:
+        world = World(FAULTY[case], Path(folder))
+        chronicle = world.chronicle = NotedChronicle(**vars(world.chronicle))
+        with instrumented(world):
+            run_simulated(world.run())
+        assert world.violation is None, world.violation
+    return [chronicle.steps[step] for step in sorted(chronicle.steps)]
+
+
+def outcome(case: str) -> list[Step]:
+    return simulated(case) if case in SIMULATED else in_memory(case)
+
+
+def main() -> None:
+    cases = sys.argv[1:] or [*SIMULATED, *FAULTY]
+    print(json.dumps({case: [vars(step) for step in outcome(case)] for case in cases}, indent=1))
+
+
+if __name__ == "__main__":
+    main()
