@@ -132,16 +132,67 @@ def check_plots() -> None:
         raise UsageError("plots need matplotlib; install it with: pip install 'p2p-diloco[experiments]'") from None
 
 
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#56B4E9", "#E69F00")
+"""Okabe and Ito's palette, which those who see few colors can tell apart (jfly.uni-koeln.de/color), without its yellow,
+which is too pale for a line on white."""
+DASHES = ((), (5, 1.5), (1.2, 1.2), (6, 1.5, 1.2, 1.5), (10, 3))
+"""Points drawn and left out in turn; () is a line without gaps."""
+FIGURE_INCHES = (8.0, 5.0)
+LABEL_POINTS = 8
+"""Size of the type of a line's name."""
+LABEL_LINE_POINTS = 1.45 * LABEL_POINTS
+"""From one name to the next one, at least."""
+FRAME_POINTS = 90
+"""Of a figure's height: title, axis, margins."""
+
+
+def style_of(number: int) -> tuple[str, tuple[float, ...]]:
+    """(color, dashes) of an arm; different ones for as many arms as there are pairs, 35, colors first."""
+    return COLORS[number % len(COLORS)], DASHES[number // len(COLORS) % len(DASHES)]
+
+
+def apart(wanted: Sequence[float], gap: float, low: float, high: float) -> list[float]:
+    """Positions at least ``gap`` from each other and between ``low`` and ``high``, in the order of the wanted ones, and
+    as near to them as that allows (least squares). Where the room does not suffice, they go beyond ``high``."""
+    order = sorted(range(len(wanted)), key=lambda i: wanted[i])
+    # Less their gaps, the positions must not fall: neighbors that would are put where their mean is, as one.
+    blocks: list[tuple[float, int]] = []
+    for place, i in enumerate(order):
+        middle, count = wanted[i] - place * gap, 1
+        while blocks and blocks[-1][0] >= middle:
+            before, of_before = blocks.pop()
+            middle = (before * of_before + middle * count) / (of_before + count)
+            count += of_before
+        blocks.append((middle, count))
+    last = max(high - (len(wanted) - 1) * gap, low)
+    level = [min(max(middle, low), last) for middle, count in blocks for _ in range(count)]
+    positions = [0.0] * len(wanted)
+    for place, i in enumerate(order):
+        positions[i] = level[place] + place * gap
+    return positions
+
+
 def plot(study: Study, summaries: Mapping[str, Summary], path: Path) -> None:
-    """Held-out loss against the share of training, an arm a line: the mean over seeds, in a band of all of them."""
+    from matplotlib import pyplot
+
+    figure = figure_of(study, summaries)
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+
+
+def figure_of(study: Study, summaries: Mapping[str, Summary]) -> Any:
+    """A figure of matplotlib: held-out loss against the share of training, an arm a line, which is named at its end:
+    the mean over seeds, in a band of all of them. An arm keeps its color and dashes while others have no results."""
     import matplotlib as mpl
 
     mpl.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
-    lowest, highest = [], []
-    for arm in study.spec.arm:
+    width, height = FIGURE_INCHES
+    height = max(height, (FRAME_POINTS + LABEL_LINE_POINTS * len(study.spec.arm)) / 72)
+    figure, axes = pyplot.subplots(figsize=(width, height), layout="constrained")
+    lowest, highest, lines = [], [], []
+    for number, arm in enumerate(study.spec.arm):
         curves = [
             [(step / summary["curve"][-1]["step"], loss) for step, loss in summary["held_out"]]
             for trial in study.trials
@@ -151,24 +202,44 @@ def plot(study: Study, summaries: Mapping[str, Summary], path: Path) -> None:
             continue
         shares = [share for share, _ in min(curves, key=len)]
         columns = list(zip(*([loss for _, loss in curve[: len(shares)]] for curve in curves)))
-        (line,) = axes.plot(
-            [100 * share for share in shares], [mean(column) for column in columns], label=literal(arm.name)
-        )
+        color, dashes = style_of(number)
+        look: dict[str, Any] = {"color": color, "linestyle": (0, dashes) if dashes else "-", "linewidth": 1.4}
+        means = [mean(column) for column in columns]
+        axes.plot([100 * share for share in shares], means, **look)
+        lines.append((literal(arm.name), (100 * shares[-1], means[-1]), look))
         if len(curves) > 1:
             low, high = [min(column) for column in columns], [max(column) for column in columns]
-            axes.fill_between([100 * share for share in shares], low, high, color=line.get_color(), alpha=0.15)
+            axes.fill_between([100 * share for share in shares], low, high, color=color, alpha=0.12, linewidth=0)
         lowest.append(min(map(min, columns)))
         highest.append(max(columns[len(columns) // 4]))
     if lowest and math.isfinite(max(highest)):
         margin = 0.05 * (max(highest) - min(lowest))
         axes.set_ylim(min(lowest) - margin, max(highest) + margin)  # the steep beginning would flatten the rest
+    axes.set_xlim(0, 100)
     axes.set_xlabel("share of training, %")
     axes.set_ylabel(f"held-out loss, {unit_of(study)}")
     axes.set_title(literal(study.spec.title))
     axes.grid(alpha=0.3)
-    axes.legend()
-    figure.savefig(path, dpi=110)
-    pyplot.close(figure)
+    name_lines(figure, axes, lines)
+    return figure
+
+
+Line = tuple[str, tuple[float, float], Mapping[str, Any]]
+"""Its name; where it ends, in data; how matplotlib is to draw it."""
+
+
+def name_lines(figure: Any, axes: Any, lines: Sequence[Line]) -> None:
+    """Each right of the axes, where its name does not cover another one; a piece of the line leads there."""
+    low, high = axes.get_ylim()
+    place_of = {"xycoords": "axes fraction", "va": "center", "fontsize": LABEL_POINTS}
+    names = [axes.annotate(name, (1.1, 0.5), **place_of) for name, _, _ in lines]
+    figure.draw_without_rendering()  # how high the axes are is known once there is room for the names
+    gap = LABEL_LINE_POINTS / (72 * axes.get_window_extent().height / figure.dpi)
+    ends = [(x / 100, (min(max(loss, low), high) - low) / (high - low)) for _, (x, loss), _ in lines]
+    places = apart([y for _, y in ends], gap, 0.5 * gap, 1 - 0.5 * gap)
+    for (_, _, look), (x, y), name, place in zip(lines, ends, names, places):
+        name.set_y(place)
+        axes.plot([x, 1.03, 1.09], [y, place, place], transform=axes.transAxes, clip_on=False, **look)
 
 
 def literal(text: str) -> str:

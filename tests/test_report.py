@@ -4,14 +4,17 @@ import json
 import math
 import sys
 from dataclasses import replace
+from itertools import combinations, pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from test_study import ARMS, HEAD, write
 
 from p2p_diloco.errors import UsageError
-from p2p_diloco.report import check_plots, markdown, plot, raw, rows_of
+from p2p_diloco.report import COLORS, apart, check_plots, figure_of, markdown, plot, raw, rows_of, style_of
 from p2p_diloco.study import Study
 
 
@@ -144,3 +147,54 @@ def test_a_missing_library_is_told_before_anything_is_computed(monkeypatch: pyte
         UsageError, match=r"plots need matplotlib; install it with: pip install 'p2p-diloco\[experiments\]'"
     ):
         check_plots()
+
+
+def test_as_many_arms_as_a_study_may_have_look_different() -> None:
+    """For everybody: no two colors that those who see few take for one, and none too pale for white."""
+    assert len({style_of(number) for number in range(32)}) == 32
+    assert len({style_of(number)[0] for number in range(7)}) == 7
+    for color in COLORS:
+        red, green, blue = (int(color[i : i + 2], 16) / 255 for i in (1, 3, 5))
+        assert 0.2126 * red + 0.7152 * green + 0.0722 * blue < 0.75, color
+    assert style_of(0) != style_of(10), "as it was when one worker and non-i.i.d., drop 50 % had the same blue"
+
+
+def test_names_are_kept_apart_and_in_order() -> None:
+    assert apart([], 1.0, 0.0, 10.0) == []
+    assert apart([2.0, 5.0], 1.0, 0.0, 10.0) == [2.0, 5.0]
+    assert apart([5.0, 5.0], 1.0, 0.0, 10.0) == [4.5, 5.5]
+    assert apart([5.2, 5.0, 5.1], 1.0, 0.0, 10.0) == pytest.approx([6.1, 4.1, 5.1])
+    assert apart([0.0, 0.0], 1.0, 0.5, 10.0) == [0.5, 1.5]
+    assert apart([9.0, 10.0, 10.0], 1.0, 0.0, 10.0) == [8.0, 9.0, 10.0]
+    assert apart([1.0, 1.0, 1.0], 1.0, 0.0, 1.0) == [0.0, 1.0, 2.0]
+
+
+@given(st.lists(st.floats(0, 1), max_size=40), st.floats(0.001, 0.02))
+def test_names_fit_wherever_lines_end(wanted: list[float], gap: float) -> None:
+    places = apart(wanted, gap, 0.0, 1.0)
+    ordered = sorted(places)
+    assert all(later - earlier > 0.999 * gap for earlier, later in pairwise(ordered))
+    assert all(-1e-9 <= place <= 1 + 1e-9 for place in places)
+    for (one, of_one), (other, of_other) in combinations(zip(wanted, places), 2):
+        assert one == other or (one < other) == (of_one < of_other)
+
+
+@pytest.mark.parametrize("arms", [1, 12, 40])
+def test_every_line_is_named_and_no_name_covers_another_one(tmp_path: Path, arms: int) -> None:
+    pytest.importorskip("matplotlib")
+    from matplotlib import pyplot
+
+    more = "".join(f'[[arm]]\nname = "arm {i}"\nset = {{ "inner.steps" = {i + 1} }}\n' for i in range(arms))
+    study = Study.load(write(tmp_path, HEAD.replace('reference = "plain"', 'reference = "arm 0"') + more), "full")
+    summaries = {trial.key: summary_of([3.0, 2.5, 2.0 + 0.001 * i]) for i, trial in enumerate(study.trials)}
+    figure = figure_of(study, summaries)
+    (axes,) = figure.axes
+    figure.draw_without_rendering()
+    boxes = {text.get_text(): text.get_window_extent() for text in axes.texts}
+    assert set(boxes) == {f"arm {i}" for i in range(arms)}
+    assert not any(one.overlaps(other) for one, other in combinations(boxes.values(), 2))
+    assert all(figure.bbox.containsx(box.x1) and figure.bbox.containsy(box.y0) for box in boxes.values())
+    looks = [(line.get_color(), str(line._dash_pattern)) for line in axes.get_lines()]
+    assert looks[:arms] == looks[arms:], "what leads to a name looks as its line"
+    assert len(set(looks)) == min(arms, 35)
+    pyplot.close(figure)
