@@ -16,7 +16,8 @@ Both ends are ours, so nothing is checked beyond the name; the end of the stream
         joined      peer_id, maddrs, step, head
         begun       step, head, evaluate               theta moves at outer steps only from now on
         news        closes_in_s (null: no round is closing), behind
-        peers       rows: the fields of everybody's record, mine first
+        peers       rows: the fields of everybody's record, mine first; evaluation: the newest one that is believed, as
+                    [step, held-out loss], or null
         moved       step, head                         a seed followed the swarm
         result      the fields of peer.OuterResult
         left

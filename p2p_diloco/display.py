@@ -57,6 +57,8 @@ class View:
     tokens_per_s: float
     rows: Sequence[Row]
     """Mine first."""
+    evaluation: tuple[int, float] | None
+    """As ``Swarm.evaluation``."""
     join_line: str
     """Empty for a peer that nobody can dial."""
 
@@ -75,6 +77,7 @@ class View:
             loss=swarm.loss,
             tokens_per_s=swarm.tokens_per_s,
             rows=rows,
+            evaluation=swarm.evaluation,
             join_line=join_line(swarm.maddrs),
         )
 
@@ -104,9 +107,9 @@ def screen_of(view: View, *, width: int, height: int) -> RenderableType:
     lines: list[RenderableType] = [Text(facts, style="bold")]
     if view.role == "trainer":
         own = f"loss {decimal(view.loss)} · {count(view.tokens_per_s)} tokens/s"
-        lines += [Text(f"{own} · {held_out(view.rows)}"), Text(last_round(view.rows[0])), progress(view)]
+        lines += [Text(f"{own} · {held_out(view.evaluation)}"), Text(last_round(view.rows[0])), progress(view)]
     else:
-        lines.append(Text(held_out(view.rows)))
+        lines.append(Text(held_out(view.evaluation)))
     lines += [Text(), peers_table(view.rows, head=view.head, width=width, most=max(height - HEADER_LINES, 1), own=True)]
     if view.join_line:
         lines += [Text(), Text(view.join_line, style="dim", overflow="fold")]
@@ -248,13 +251,12 @@ def plain(text: str, keep: str = "") -> str:
 UNSEEN = {"Cc", "Cf", "Cn", "Co", "Cs", "Zl", "Zp"}
 
 
-def held_out(rows: Sequence[Row]) -> str:
-    """The newest evaluation that anybody reports."""
-    evaluated = [row for row in rows if row["held_out_loss"] is not None]
-    if not evaluated:
+def held_out(evaluation: tuple[int, float] | None) -> str:
+    """``evaluation``: the swarm's newest one, (outer step, held-out loss)."""
+    if evaluation is None:
         return "held-out loss: not evaluated yet"
-    newest = max(evaluated, key=lambda row: int(row["held_out_step"]))
-    return f"held-out loss {decimal(newest['held_out_loss'])} at outer step {count(newest['held_out_step'])}"
+    step, loss = evaluation
+    return f"held-out loss {decimal(loss)} at outer step {count(step)}"
 
 
 def count(number: float) -> str:

@@ -40,7 +40,7 @@ from p2p_diloco.metrics import PeerMetrics
 from p2p_diloco.node import Node
 from p2p_diloco.peer import Peer
 from p2p_diloco.replica import Replica
-from p2p_diloco.rounds import Progress
+from p2p_diloco.rounds import Progress, newest_evaluation
 from p2p_diloco.stored import MANIFEST_FILE, open_ledger, run_folder
 from p2p_diloco.waiting import deadline, heard
 
@@ -272,7 +272,8 @@ class NetworkProcess:
             records = [peer.presence.record(), *peer.directory.live(time.time())]
             hidden = {"head", "heads", "snapshot_digest"}
             if is_read(self.writer):
-                self._send("peers", rows=[r.model_dump(exclude=hidden) | {"head": r.head.hex()} for r in records])
+                rows = [r.model_dump(exclude=hidden) | {"head": r.head.hex()} for r in records]
+                self._send("peers", rows=rows, evaluation=newest_evaluation(records, peer.follower.target()))
             await asyncio.sleep(PEERS_EVERY_S)
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:

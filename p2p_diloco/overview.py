@@ -1,7 +1,7 @@
 """The records of a run's peers -> the swarm as a whole. Pure.
 
 Everything here is what peers say of themselves. What a liar can reach is bounded: where the swarm stands has a majority
-(``rounds.swarm_head``), nobody has evaluated a step that the swarm has not made, and what is not finite is left out.
+(``rounds.swarm_head``), who evaluates stands there (``rounds.newest_evaluation``), and what is not finite is left out.
 """
 
 from __future__ import annotations
@@ -11,14 +11,14 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from statistics import median, median_low
+from statistics import median
 from typing import Literal, get_args
 
 from p2p_diloco.addresses import dial_bytes, is_public, publicness
 from p2p_diloco.endpoint import METRICS_FLAG, Endpoint
 from p2p_diloco.errors import UsageError
 from p2p_diloco.records import Record
-from p2p_diloco.rounds import swarm_head
+from p2p_diloco.rounds import newest_evaluation, swarm_head
 
 State = Literal["training", "round", "joining", "seed"]
 STATES: tuple[State, ...] = get_args(State)
@@ -58,7 +58,7 @@ def overview_of(records: Sequence[Record], now_s: float) -> Overview:
     swarm = swarm_head(records, None)
     step = None if swarm is None else swarm[0]
     trainers = [record for record in records if record.role == "trainer"]
-    held_out_step, held_out_loss = newest_evaluation(records, step)
+    held_out_step, held_out_loss = newest_evaluation(records, swarm) or (0, None)
     states = Counter(map(state_of, records))
     rounds_s = [record.round_s for record in records if record.group_size]
     return Overview(
@@ -92,16 +92,6 @@ def mean_loss(trainers: Iterable[Record]) -> float | None:
     fastest = max(speed for _, speed in known)
     weights = [speed / fastest if fastest else 1.0 for _, speed in known]
     return finite(sum(loss * weight for (loss, _), weight in zip(known, weights)) / sum(weights))
-
-
-def newest_evaluation(records: Iterable[Record], step: int | None) -> tuple[int, float | None]:
-    """(outer step, loss). Where several have evaluated it, the lower one of those in the middle."""
-    known: dict[int, list[float]] = {}
-    for record in records:
-        if record.held_out_loss is not None and step is not None and record.held_out_step <= step:
-            known.setdefault(record.held_out_step, []).append(record.held_out_loss)
-    newest = max(known, default=0)
-    return newest, median_low(known[newest]) if known else None
 
 
 def finite(number: float) -> float | None:

@@ -40,6 +40,8 @@ class NetworkHandle:
         """``memory``: descriptor of what both processes share. It stays the caller's."""
         self.rows: list[dict[str, Any]] = []
         """Everybody's record, mine first; renewed every second."""
+        self.evaluation: tuple[int, float] | None = None
+        """(outer step, held-out loss) of the newest evaluation that is believed; renewed every second."""
         self._answers: queue.Queue[Line] = queue.Queue()
         self._leaving = False
         self._control, theirs = socket_pair()
@@ -123,6 +125,7 @@ class NetworkHandle:
             self.behind = line["behind"]
         elif line["kind"] == "peers":
             self.rows = line["rows"]
+            self.evaluation = None if line["evaluation"] is None else tuple(line["evaluation"])
         else:
             if line["kind"] == "result":  # what was news before this outer step is so no longer
                 self.closes_s, self.behind = None, False

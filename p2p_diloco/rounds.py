@@ -20,9 +20,10 @@ Rules of this file:
 
 from __future__ import annotations
 
+import math
 import os
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median_low
 from typing import Annotated, Literal
@@ -236,7 +237,7 @@ def announces_run(records: Iterable[Record], me: str) -> bool:
 
 
 def swarm_head(
-    records: Iterable[Record], mine: Standing | None, before: Mapping[bytes, bytes] | None = None
+    records: Iterable[Record | Standing], mine: Standing | None, before: Mapping[bytes, bytes] | None = None
 ) -> tuple[int, bytes] | None:
     """(outer step, head) of the swarm; None when nobody is there. ``before``: head -> the one that it is known to
     follow from, for a record has room for its peer's last ones only.
@@ -251,7 +252,7 @@ def swarm_head(
     voters = [voter for voter in everybody if voter.committed] or everybody
     if not voters:
         return None
-    paths = [[(voter.step - back, head) for back, head in enumerate(way_of(voter, before or {}))] for voter in voters]
+    paths = [path_of(voter, before or {}) for voter in voters]
     support = Counter(candidate for path in paths for candidate in path)
 
     def order(candidate: tuple[int, bytes]) -> tuple[int, int, bytes]:
@@ -271,6 +272,46 @@ def way_of(peer: Record | Standing, before: Mapping[bytes, bytes]) -> list[bytes
     while (older := before.get(way[-1])) is not None:
         way.append(older)
     return way
+
+
+def path_of(peer: Record | Standing, before: Mapping[bytes, bytes]) -> list[tuple[int, bytes]]:
+    """As ``way_of``, each head with its outer step."""
+    return [(peer.step - back, head) for back, head in enumerate(way_of(peer, before))]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """What somebody says that theta of an outer step makes of held-out text."""
+
+    step: int
+    loss: float
+    """Nats per token."""
+    path: Collection[tuple[int, bytes]]
+    """(outer step, head) of where who says so stands, and of where it is known to have stood before."""
+
+
+def believed_losses(evaluations: Iterable[Evaluation], swarm: tuple[int, bytes] | None) -> list[tuple[int, float]]:
+    """(outer step, held-out loss), one loss a step, rising. ``swarm``: as ``swarm_head`` has it.
+
+    Believed is who stands on the swarm's head, or has passed it, and of them nobody about a step that the swarm has not
+    made, nor a loss that no model has: not finite, or below 0. Where several have evaluated a step, the lower one of
+    the losses in the middle counts. Whoever stands on the head can still lie about a step that it alone evaluated.
+    """
+    losses: dict[int, list[float]] = {}
+    for said in evaluations:
+        if swarm is not None and swarm in said.path and said.step <= swarm[0] and 0 <= said.loss < math.inf:
+            losses.setdefault(said.step, []).append(said.loss)
+    return [(step, median_low(losses[step])) for step in sorted(losses)]
+
+
+def newest_evaluation(records: Iterable[Record], swarm: tuple[int, bytes] | None) -> tuple[int, float] | None:
+    """(outer step, held-out loss) of the newest step whose loss is believed; None where there is none."""
+    evaluations = (
+        Evaluation(step=record.held_out_step, loss=record.held_out_loss, path=path_of(record, {}))
+        for record in records
+        if record.held_out_loss is not None
+    )
+    return next(reversed(believed_losses(evaluations, swarm)), None)
 
 
 def from_nowhere(records: Iterable[Record], mine: Standing, before: Mapping[bytes, bytes]) -> list[Record]:

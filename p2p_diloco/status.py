@@ -26,7 +26,7 @@ from p2p_diloco.identity import Identity
 from p2p_diloco.manifest import RunManifest, open_manifest
 from p2p_diloco.node import Node
 from p2p_diloco.records import Directory, Record, peers_key
-from p2p_diloco.rounds import swarm_head
+from p2p_diloco.rounds import newest_evaluation, swarm_head
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,11 +118,11 @@ def as_json(status: Status) -> dict[str, Any]:
 def screen_of(status: Status, width: int) -> RenderableType:
     rows = [row_of(record) for record in status.records]
     trainers = [record for record in status.records if record.role == "trainer"]
-    manifest = status.manifest
+    manifest, evaluation = status.manifest, newest_evaluation(status.records, (status.step, status.head))
     lines = (
         f"run {manifest.spec.name} {manifest.run_id}",
         f"outer step {status.step} of {manifest.spec.outer.steps} · head {status.head.hex()[:16]}",
-        f"{len(trainers)} training, {count(sum(r.tokens_per_s for r in trainers))} tokens/s · {held_out(rows)}",
+        f"{len(trainers)} training, {count(sum(r.tokens_per_s for r in trainers))} tokens/s · {held_out(evaluation)}",
     )
     table = peers_table(rows, head=status.head.hex(), width=width, most=len(rows), own=False)
     return Group(*map(Text, lines), Text(), table)

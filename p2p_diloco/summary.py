@@ -6,9 +6,10 @@ the event.
 
 from __future__ import annotations
 
+import itertools
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,9 +18,12 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from p2p_diloco.rounds import Evaluation, Standing, believed_losses, swarm_head
+
 Event = Mapping[str, Any]
 Log = Sequence[Event]
 
+EVENTS_WITH_A_HEAD = ("joined", "round", "left")
 ROUND_PARTS = ("gather_s", "reduce_s", "settle_s", "apply_s")
 
 
@@ -80,17 +84,56 @@ def phase_of(log: Log) -> str:
 
 def heads(log: Log) -> dict[int, str]:
     """Outer step -> head. Of a step that was rolled back and made again, the later one."""
-    return {event["step"]: event["head"] for event in log if event["event"] in ("joined", "round", "left")}
+    return {event["step"]: event["head"] for event in log if event["event"] in EVENTS_WITH_A_HEAD}
 
 
 def held_out(logs: Mapping[str, Log]) -> list[tuple[int, float]]:
-    """(outer step, loss), rising; one loss a step, though several may have evaluated S_0."""
-    losses: dict[int, float] = {}
+    """(outer step, loss), rising, of the steps that led to the swarm's head: what was evaluated on a branch that was
+    given up is left out. One loss a step, though several may have evaluated S_0."""
+    histories = [history_of(log) for log in logs.values()]
+    swarm = swarm_head([standing_of(history) for history in histories if history], None)
+    led_there = {
+        (step, head.encode())
+        for history in histories
+        if swarm is not None and history.get(swarm[0], "").encode() == swarm[1]
+        for step, head in history.items()
+        if step <= swarm[0]
+    }
+    evaluations = []
     for log in logs.values():
-        for event in log:
-            if event["event"] == "evaluated" and event["held_out_loss"] is not None:
-                losses.setdefault(event["step"], event["held_out_loss"])
-    return sorted(losses.items())
+        for step, head, loss in evaluated(log):
+            place = (step, head.encode())
+            evaluations.append(Evaluation(step=step, loss=loss, path=led_there if place in led_there else {place}))
+    return believed_losses(evaluations, swarm)
+
+
+def history_of(log: Log) -> dict[int, str]:
+    """Outer step -> head of where the peer stands and of the way there, rising; without what it has given up."""
+    history: dict[int, str] = {}
+    for event in log:
+        if event["event"] in EVENTS_WITH_A_HEAD:
+            while history and next(reversed(history)) >= event["step"]:
+                history.popitem()
+            history[event["step"]] = event["head"]
+    return history
+
+
+def standing_of(history: Mapping[int, str]) -> Standing:
+    """Where a peer of this history stands; of its way there, what has no gap."""
+    newest = max(history)
+    way = itertools.takewhile(lambda step: step in history, range(newest - 1, -1, -1))
+    earlier = tuple(history[step].encode() for step in way)
+    return Standing(step=newest, head=history[newest].encode(), heads=earlier, committed=newest > 0)
+
+
+def evaluated(log: Log) -> Iterator[tuple[int, str, float]]:
+    """(outer step, head at that time, held-out loss) of every evaluation that is a number."""
+    known: dict[int, str] = {}
+    for event in log:
+        if event["event"] in EVENTS_WITH_A_HEAD:
+            known[event["step"]] = event["head"]
+        elif event["event"] == "evaluated" and event["held_out_loss"] is not None and event["step"] in known:
+            yield event["step"], known[event["step"]], event["held_out_loss"]
 
 
 def tokens_per_s(log: Log) -> float:

@@ -160,6 +160,11 @@ class Swarm:
         return self._network.rows
 
     @property
+    def evaluation(self) -> tuple[int, float] | None:
+        """(outer step, held-out loss) of the swarm's newest evaluation; None before there is one."""
+        return self._network.evaluation
+
+    @property
     def evaluate_now(self) -> bool:
         """Whether it is this peer's turn to evaluate theta."""
         return self._evaluate

@@ -58,6 +58,7 @@ def view(*rows: dict[str, Any], **changes: Any) -> View:
         "loss": 2.5,
         "tokens_per_s": 10_240.0,
         "rows": rows or (row(),),
+        "evaluation": None,
         "join_line": join_line([MADDR]),
     }
     return View(**fields | changes)
@@ -76,7 +77,7 @@ def line_with(text: str, screen: str) -> str:
 
 
 def test_a_peer_sees_where_it_stands() -> None:
-    screen = drawn(view(row(held_out_loss=2.75, held_out_step=2), row(name="b", held_out_loss=2.5, held_out_step=3)))
+    screen = drawn(view(row(), row(name="b"), evaluation=(3, 2.5)))
     for fact in (
         "run tiny 52972832a699",
         "outer step 3 of 14",
@@ -88,6 +89,13 @@ def test_a_peer_sees_where_it_stands() -> None:
     ):
         assert fact in screen
     assert MADDR in screen.replace("\n", "")
+
+
+def test_what_one_peer_says_of_an_evaluation_is_not_the_swarms() -> None:
+    screen = drawn(view(row(), row(name="liar", held_out_loss=0.1, held_out_step=10**6), evaluation=(2, 2.75)))
+    assert "held-out loss 2.7500 at outer step 2" in screen
+    assert "1M" not in screen
+    assert "not evaluated yet" in drawn(view(row(), row(name="liar", held_out_loss=0.1, held_out_step=10**6)))
 
 
 def test_my_row_and_those_on_another_head_are_marked() -> None:
@@ -155,7 +163,8 @@ def test_any_name_fits_and_is_never_empty(name: str) -> None:
 @pytest.mark.parametrize("width", [80, 100, 200])
 def test_the_largest_numbers_that_a_peer_can_claim_fit(width: int) -> None:
     rows = [row(phase="evaluate", name="n" * 32, **HUGE)] * 3
-    screen = drawn(view(*rows, step=3, inner_step=99_999, planned=99_999), width=width)
+    changes: dict[str, Any] = {"step": 3, "inner_step": 99_999, "planned": 99_999, "evaluation": (2**60, 1.7e308)}
+    screen = drawn(view(*rows, **changes), width=width)
     assert all(cell_len(line) <= width for line in screen.splitlines())
     assert "…" not in screen or width == 80
 
@@ -172,6 +181,7 @@ def test_only_a_terminal_gets_a_table() -> None:
     swarm: Any = SimpleNamespace(
         manifest=SimpleNamespace(run_id="5" * 40, spec=SimpleNamespace(name="tiny", outer=SimpleNamespace(steps=14))),
         rows=[row()],
+        evaluation=(2, 2.75),
         maddrs=[MADDR],
         head=HEAD,
         step=3,
@@ -188,6 +198,7 @@ def test_only_a_terminal_gets_a_table() -> None:
         text = console.file.getvalue()
         assert "a line of the log" in text
         assert ("outer step 3 of 14" in text) == is_terminal
+        assert ("held-out loss 2.7500 at outer step 2" in text) == is_terminal
         assert text.rfind("\x1b[?25h") >= text.rfind("\x1b[?25l"), "the cursor stays hidden"
 
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from itertools import permutations
 from typing import Any
 
@@ -24,10 +25,12 @@ from p2p_diloco.records import Record, seal, seal_record
 from p2p_diloco.rounds import (
     READINESS_CONTEXT,
     Dispute,
+    Evaluation,
     Group,
     Progress,
     Standing,
     announces_run,
+    believed_losses,
     check_roster,
     disputed,
     evaluator,
@@ -36,6 +39,7 @@ from p2p_diloco.rounds import (
     leader_order,
     must_catch_up,
     new_nonce,
+    newest_evaluation,
     on_head,
     open_readiness,
     outer_step_due,
@@ -642,3 +646,54 @@ def test_whoever_is_asked_the_same_digest_wins(peers: list[tuple[bytes, bool]]) 
             assert 2 * sum(other == dispute.majority for _, other in here) > len(here)
             assert dispute.majority != digest
     assert len(taken) <= 1
+
+
+# -- evaluations -------------------------------------------------------------------------------------------------------
+
+SWARM = (3, head("abc"))
+
+
+def says(index: int, history: str, of_step: int, loss: float, **changes: Any) -> Record:
+    return record_of(identity(index), history, held_out_step=of_step, held_out_loss=loss, **changes)
+
+
+def test_the_newest_evaluation_is_that_of_who_stands_on_the_swarms_head() -> None:
+    records = [says(1, "abc", 1, 3.0), says(2, "abc", 2, 2.5), record_of(identity(3), "abc")]
+    assert newest_evaluation(records, SWARM) == (2, 2.5)
+    assert newest_evaluation([*records, says(4, "abcd", 3, 2.0)], SWARM) == (3, 2.0), "it has passed the head"
+    assert newest_evaluation([record_of(identity(3), "abc")], SWARM) is None
+    assert newest_evaluation([], SWARM) is None
+    assert newest_evaluation(records, None) is None
+
+
+@pytest.mark.parametrize(
+    "liar",
+    [
+        says(9, "abc", 10**6, 0.1),
+        says(9, "abc", 3, 0.1, step=10**6, head=head("zz")),
+        says(9, "abx", 3, 0.1),
+        says(9, "abx", 3, 0.1, heads=[head("abc"), head("ab")]),
+        says(9, "abc", 3, 0.1, step=10**6),
+        says(9, "ab", 2, 0.1),
+        says(9, "abc", 3, -1e300),
+        says(9, "abc", 3, -0.001),
+    ],
+    ids=["far-ahead", "far-away", "other-head", "false-way", "other-step", "behind", "absurd", "below-0"],
+)
+def test_who_lies_about_an_evaluation_owns_no_line(liar: Record) -> None:
+    honest = [says(1, "abc", 2, 2.5), record_of(identity(2), "abc"), record_of(identity(3), "abc")]
+    assert newest_evaluation([*honest, liar], SWARM) == (2, 2.5)
+    assert newest_evaluation([liar], SWARM) is None
+
+
+def test_of_several_losses_of_a_step_the_middle_one_is_believed() -> None:
+    path = {SWARM, (2, head("ab"))}
+    said = [Evaluation(step=3, loss=loss, path=path) for loss in (2.2, 1e300, math.nan, math.inf, -math.inf, 2.1)]
+    assert believed_losses([*said, Evaluation(step=1, loss=4.0, path=path)], SWARM) == [(1, 4.0), (3, 2.2)]
+    assert believed_losses(said[2:5], SWARM) == []
+
+
+@given(st.lists(st.tuples(st.integers(0, 2**60 - 1), st.floats(allow_nan=False, allow_infinity=False)), max_size=5))
+def test_whatever_others_say_the_loss_is_one_that_a_model_can_have(said: list[tuple[int, float]]) -> None:
+    newest = newest_evaluation([says(i, "abc", step, loss) for i, (step, loss) in enumerate(said, 1)], SWARM)
+    assert newest is None or (newest[0] <= 3 and 0 <= newest[1] < math.inf)

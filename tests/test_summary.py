@@ -122,7 +122,40 @@ def test_findings(logs: dict[str, list[Event]]) -> None:
 
 
 def test_held_out_keeps_one_loss_a_step() -> None:
-    assert held_out({"a": [evaluated(1, 4.0), evaluated(0, 5.5)], "b": [evaluated(0, 5.5)]}) == [(0, 5.5), (1, 4.0)]
+    there = [joined(0, "h0"), made(1, "h1", BOTH)]
+    a, b = [*there, evaluated(1, 4.0), evaluated(0, 5.5)], [*there, evaluated(0, 5.5)]
+    assert held_out({"a": a, "b": b}) == [(0, 5.5), (1, 4.0)]
+
+
+def test_held_out_is_that_of_the_history_which_the_swarm_kept(logs: dict[str, list[Event]]) -> None:
+    """A was cut off and went on alone, further than the others; then it takes their history."""
+    branch = [made(step, f"x{step}", ["id-a"]) for step in (2, 3)]
+    logs["a"] += [branch[0], evaluated(2, 0.5), branch[1], evaluated(3, 0.25)]
+    logs["c"] = [
+        joined(0, "h0"),
+        made(1, "h1", BOTH),
+        made(2, "h2", BOTH),
+        {**evaluated(2, 2.0), "held_out_loss": None},
+    ]
+    kept = [(0, 5.5), (1, 4.0), (2, 3.0)]
+    assert held_out(logs) == kept
+    assert summarize(logs)["held_out"] == kept
+    logs["a"] += [made(2, "h2", BOTH), evaluated(2, 3.25)]
+    assert held_out(logs) == kept
+    logs["a"].append(made(3, "h3", ["id-a", "id-c"]))
+    logs["a"].append(evaluated(3, 2.5))
+    assert held_out(logs) == [*kept, (3, 2.5)]
+
+
+def test_held_out_knows_what_those_who_died_evaluated(logs: dict[str, list[Event]]) -> None:
+    logs["b"] += [made(step, f"h{step}", ["id-b"]) for step in range(3, 12)]
+    assert held_out(logs) == [(0, 5.5), (1, 4.0), (2, 3.0)]
+    del logs["b"][-4]  # it came to outer step 9 by a download, of which its log has no head
+    assert held_out(logs) == [(0, 5.5), (1, 4.0), (2, 3.0)]
+
+
+def test_held_out_of_who_has_not_come_anywhere_is_nothing() -> None:
+    assert held_out({}) == held_out({"a": []}) == held_out({"a": [started("a"), evaluated(0, 5.5)]}) == []
 
 
 def test_speed_does_not_count_the_time_between_two_starts() -> None:
