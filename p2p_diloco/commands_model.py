@@ -64,7 +64,7 @@ def sample(
     export: Path | None = None,
     folder: Path | None = None,
     run_id: str | None = None,
-    prompt: Annotated[str, Parameter(show_default=False)] = "",
+    prompt: str | None = None,
     max_tokens: AtLeastOne = 200,
     temperature: Annotated[float, Parameter(validator=not_negative)] = 0.8,
     top_k: AtLeastOne | None = None,
@@ -82,7 +82,8 @@ def sample(
     run_id
         Which run, where there are several.
     prompt
-        Text to go on from.
+        Text to go on from. Without it, held-out text of the run, where that is the built-in text, is shown and gone on
+        from; else the model begins a document.
     max_tokens
         Where to end, unless the model ends before.
     temperature
@@ -97,17 +98,28 @@ def sample(
         raise UsageError("give either --export or --folder")
 
     with importing("sample"):
-        from p2p_diloco.sample import generate, load_export
-        from p2p_diloco.stored import find_run, load_model
+        from p2p_diloco.prompt import builtin_prompt
+        from p2p_diloco.sample import generate, load_export, presented
+        from p2p_diloco.stored import find_run, load_model, read_manifest
 
+    held_out = ""
     if export is not None:
-        model, tokenizer, _ = load_export(export)
+        model, tokenizer, info = load_export(export)
+        held_out = info.prompt
     elif folder is not None:
-        model, tokenizer = load_model(find_run(folder, run_id))
-    for piece in generate(
-        model, tokenizer, prompt, max_tokens=max_tokens, temperature=temperature, top_k=top_k, seed=seed
-    ):
-        print(plain(piece, keep="\n\t"), end="", flush=True)
+        run = find_run(folder, run_id)
+        model, tokenizer = load_model(run)
+        held_out = builtin_prompt(read_manifest(run).spec.data) if prompt is None else ""
+    begin = held_out if prompt is None else prompt
+    pieces = generate(model, tokenizer, begin, max_tokens=max_tokens, temperature=temperature, top_k=top_k, seed=seed)
+    shown = (plain(piece, keep="\n\t") for piece in pieces)
+    if prompt is None and held_out:
+        n_params = sum(parameter.numel() for parameter in model.parameters())
+        for piece in presented(plain(held_out, keep="\n\t"), shown, n_params):
+            print(piece, end="", flush=True)
+        return
+    for piece in shown:
+        print(piece, end="", flush=True)
     print()
 
 

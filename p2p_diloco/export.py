@@ -23,6 +23,7 @@ from p2p_diloco.errors import UsageError
 from p2p_diloco.layout import write_parameters
 from p2p_diloco.manifest import RunManifest
 from p2p_diloco.model import model_of, no_progress_bars
+from p2p_diloco.prompt import builtin_prompt
 from p2p_diloco.tokenizer import LibraryTokenizer
 
 INFO_FILE = "p2p_diloco.json"
@@ -43,6 +44,8 @@ class ExportInfo(BaseModel):
     vocab_size: int
     seq_len: int
     """Tokens the model saw at once in training."""
+    prompt: str = ""
+    """Held-out text to go on from; empty where the run's text is not the built-in one."""
 
 
 def export_model(manifest: RunManifest, theta: Vector, folder: Path, *, step: int, head: bytes) -> None:
@@ -61,6 +64,7 @@ def export_model(manifest: RunManifest, theta: Vector, folder: Path, *, step: in
         tokenizer="tokenizer.json" if manifest.tokenizer_json else "bytes",
         vocab_size=manifest.vocab_size,
         seq_len=manifest.spec.data.seq_len,
+        prompt=builtin_prompt(manifest.spec.data),
     )
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     try:

@@ -22,7 +22,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.live import Live
@@ -32,12 +32,19 @@ from p2p_diloco.display import join_line, plain
 from p2p_diloco.errors import Stopped, UsageError
 from p2p_diloco.faults import Done, FaultPlan, plights
 from p2p_diloco.injector import Injector
-from p2p_diloco.manifest import RunSpec, open_manifest
+from p2p_diloco.manifest import RunManifest, RunSpec, open_manifest
 from p2p_diloco.namespaces import Network
 from p2p_diloco.summary import Log, Progress, findings, held_out, row_of, screen, step_line, summarize
 
+if TYPE_CHECKING:
+    from p2p_diloco.tokenizer import Tokenizer
+
 POLL_S = 0.25
-SAMPLE_TOKENS = 200
+SAMPLE_TOKENS = 300
+SAMPLE_TEMPERATURE = 0.8
+SAMPLE_TOP_K = 20
+"""Likely enough to make words, and not so sure of itself that a small model goes on indenting for ever: at 0.7 a seventh
+of what the demo's model writes are gaps of more than 16 spaces, here a ninth."""
 
 
 def run_local(
@@ -73,7 +80,7 @@ def run_local(
         children.close()
         summary = swarm.write_summary()
         if summary["outer_steps"] and not stop.requested:
-            export_and_sample(swarm)
+            export_and_sample(swarm, run_file.parent)
     failed = any(child.failed for child in children.trainers)
     return int(failed and not stop.requested)
 
@@ -206,10 +213,11 @@ def told(done: Done) -> str:
     return f"{done.at_s:.2f} s: {act.action} {act.peer}{process} ({pids or 'nothing there'}){where}"
 
 
-def export_and_sample(swarm: LocalSwarm) -> None:
-    """The newest theta on the disk, as a folder that transformers loads, and some text by it."""
+def export_and_sample(swarm: LocalSwarm, base: Path) -> None:
+    """The newest theta on the disk, as a folder that transformers loads, and some text by it. ``base``: folder of the
+    run file."""
     from p2p_diloco.export import export_model
-    from p2p_diloco.sample import generate, load_export
+    from p2p_diloco.sample import generate, load_export, presented
     from p2p_diloco.stored import find_run, load_state
 
     console, children, target = swarm.console, swarm.children, swarm.children.folder / "export"
@@ -217,12 +225,26 @@ def export_and_sample(swarm: LocalSwarm) -> None:
     manifest, state = load_state(find_run(newest.folder, children.manifest.run_id))
     export_model(manifest, state.theta, target, step=state.step, head=state.head)
     console.print(f"{'export':<14}  {target}, outer step {state.step}")
-    model, tokenizer, _ = load_export(target)
-    prompt = "def " if swarm.spec.data.source == "builtin" else "The "
+    model, tokenizer, info = load_export(target)
+    prompt = info.prompt or own_prompt(manifest, tokenizer, base, row_of(children.trainers[0].log).peer_id)
+    pieces = generate(
+        model, tokenizer, prompt, max_tokens=SAMPLE_TOKENS, temperature=SAMPLE_TEMPERATURE, top_k=SAMPLE_TOP_K, seed=0
+    )
+    shown = (plain(piece, keep="\n\t") for piece in pieces)
     console.rule("a sample")
-    console.print(prompt, end="")
-    for piece in generate(model, tokenizer, prompt, max_tokens=SAMPLE_TOKENS, temperature=0.7, top_k=None, seed=0):
+    for piece in presented(plain(prompt, keep="\n\t"), shown, manifest.n_params):
         if swarm.stop.requested:
             break
-        console.print(plain(piece, keep="\n\t"), end="", markup=False, soft_wrap=True)
-    console.print()
+        console.print(piece, end="", markup=False, soft_wrap=True)
+    again = shlex.join(["p2p-diloco", "sample", "--export", str(target), "--top-k", str(SAMPLE_TOP_K), "--seed", "1"])
+    console.print(f"\nanother one: {again}", soft_wrap=True)
+
+
+def own_prompt(manifest: RunManifest, tokenizer: Tokenizer, base: Path, peer_id: str) -> str:
+    """Held-out text of a run without the built-in one: of the tokens that the trainer ``peer_id`` has kept."""
+    from p2p_diloco.prompt import prompt_of_tokens
+    from p2p_diloco.train import open_run_corpus
+
+    data = manifest.spec.data
+    own = base / data.path if data.path is not None and (base / data.path).exists() else None
+    return prompt_of_tokens(data, open_run_corpus(manifest, own, peer_id).held_out, tokenizer) or "The "

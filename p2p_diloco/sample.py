@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import re
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,16 @@ from p2p_diloco.errors import UsageError
 from p2p_diloco.export import ExportInfo, read_info
 from p2p_diloco.model import context_tokens, load_pretrained
 from p2p_diloco.tokenizer import Tokenizer, open_tokenizer
+
+LONGEST_GAP = 24
+"""Spaces in a row that are shown as they are. A small model that has begun to indent often does not find its way back."""
+EXPECTATIONS = (
+    (5e6, "learns the look of its text, such as words, brackets and indentation, but no sense"),
+    (60e6, "learns sentences and simple stories, and soon loses the thread"),
+    (600e6, "learns to write fluent paragraphs, and makes up what they say"),
+    (float("inf"), "learns to write pages that hold together; what they claim is not to be relied on"),
+)
+"""Of models smaller than so many parameters."""
 
 
 def load_export(folder: Path) -> tuple[torch.nn.Module, Tokenizer, ExportInfo]:
@@ -87,3 +98,37 @@ def choose(logits: torch.Tensor, temperature: float, top_k: int | None, generato
     # In double precision, and with the largest at 0, the smallest temperature that there is divides all the same.
     scaled = (logits - highest).double() / temperature
     return int(torch.multinomial(torch.softmax(scaled, dim=0), 1, generator=generator))
+
+
+# -- for people --------------------------------------------------------------------------------------------------------
+
+
+def presented(prompt: str, continuation: Iterable[str], n_params: int) -> Iterator[str]:
+    """``prompt``, a piece of held-out text, and what the model makes of it, each marked in the margin, in pieces as they
+    come; and what is to be expected of a model of this size."""
+    yield "held-out text, which no peer has trained on:\n\n"
+    yield from in_margin([prompt], "  | ")
+    yield "\n\nhow the model goes on:\n\n"
+    yield from in_margin(continuation, "  > ")
+    yield f"\n\n{expectation(n_params)}\n"
+
+
+def in_margin(pieces: Iterable[str], margin: str) -> Iterator[str]:
+    """The text with ``margin`` before each line. White space that shows nothing is shortened: long gaps within a line
+    to a note, several empty lines to one, and what ends the text to nothing."""
+    yield margin
+    waiting = ""
+    for piece in pieces:
+        text = waiting + piece
+        ended = text.rstrip()
+        waiting = text[len(ended) :]
+        shown = re.sub(r"\n(?:[ \t]*\n)+", "\n\n", ended)
+        shown = re.sub(rf"[ \t]{{{LONGEST_GAP + 1},}}", lambda gap: f"[{len(gap[0])} spaces]", shown)
+        yield shown.replace("\n", f"\n{margin}")
+
+
+def expectation(n_params: int) -> str:
+    """A sentence."""
+    learns = next(learns for smaller_than, learns in EXPECTATIONS if n_params < smaller_than)
+    size = f"{n_params / 1e9:.3g} billion" if n_params >= 1e9 else f"{n_params / 1e6:.3g} million"
+    return f"What to expect: a model of {size} parameters {learns}. Early in a run it is worse."

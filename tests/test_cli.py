@@ -352,6 +352,17 @@ def test_a_run_on_disk_becomes_an_export_that_writes(
         assert cli.main(["sample", *source, "--prompt", "All", "--max-tokens", "9", "--seed", "1"]) == 0
         written.append(capsys.readouterr().out)
     assert written[0] == written[1] != "\n"
+    assert "held-out" not in written[0], "with a prompt, what is written goes on from it, and no more is"
+    for source in (["--export", "model"], ["--folder", str(run_folder)]):  # without, and with text of the owner's own
+        assert cli.main(["sample", *source, "--max-tokens", "9"]) == 0
+        assert "held-out" not in capsys.readouterr().out
+    info = Path("model/p2p_diloco.json")
+    info.write_text(json.dumps(json.loads(info.read_text()) | {"prompt": "def f():\n    return \x1b[2J1\n"}))
+    assert cli.main(["sample", "--export", "model", "--max-tokens", "9", "--seed", "1"]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("held-out text, which no peer has trained on:\n\n  | def f():\n  |     return [2J1\n\n")
+    assert "how the model goes on:\n\n  > " in out
+    assert "What to expect: a model of " in out
 
     assert "leads to outer steps 0 to 0" in refused(
         "export", "--folder", str(run_folder), "--to", "model", "--step", "1"

@@ -18,6 +18,7 @@ from p2p_diloco.export import INFO_FILE, export_model, read_info
 from p2p_diloco.layout import layout_of, read_parameters
 from p2p_diloco.manifest import ModelSpec, RunManifest, RunSpec, canonical_json
 from p2p_diloco.model import build_model, loss_of
+from p2p_diloco.prompt import builtin_prompt
 
 TINY = LLAMA | {"tie_word_embeddings": True}
 
@@ -67,6 +68,7 @@ def test_an_export_loads_in_transformers_with_the_same_loss(tmp_path: Path, mode
     info = read_info(tmp_path / "out/model")
     assert (info.run, info.run_id, info.step, info.head) == ("tiny", manifest.run_id, 12, "01" * 32)
     assert (info.tokenizer, info.vocab_size, info.seq_len) == ("bytes", 256, 256)
+    assert info.prompt == builtin_prompt(manifest.spec.data) != ""
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["model"]
 
 

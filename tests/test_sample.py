@@ -16,7 +16,7 @@ from p2p_diloco.export import INFO_FILE, export_model
 from p2p_diloco.layout import layout_of, read_parameters
 from p2p_diloco.manifest import ModelSpec
 from p2p_diloco.model import build_model
-from p2p_diloco.sample import choose, generate, load_export
+from p2p_diloco.sample import choose, expectation, generate, in_margin, load_export, presented
 from p2p_diloco.tokenizer import ByteTokenizer
 
 LLAMA = small_models.LLAMA | {"max_position_embeddings": 16}
@@ -150,3 +150,34 @@ def test_an_export_speaks_and_nothing_else_does(tmp_path: Path, capfd: pytest.Ca
     (tmp_path / "model" / INFO_FILE).unlink()
     with pytest.raises(UsageError, match="no exported model here"):
         load_export(tmp_path / "model")
+
+
+# -- for people --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [1, 3, 1000])
+def test_a_margin_marks_every_line_and_long_gaps_are_told(size: int) -> None:
+    """In whatever pieces the text comes."""
+    text = "  one\n    two\n\n \n\n    three" + 30 * " " + "four" + 24 * " " + "five\n" + 70 * " " + "six" + 50 * " " + "\n\n"
+    shown = "".join(in_margin([text[i : i + size] for i in range(0, len(text), size)], "> "))
+    assert shown.split("\n") == [
+        *(">   one", ">     two", "> ", ">     three[30 spaces]four" + 24 * " " + "five", "> [70 spaces]six"),
+    ]
+    assert "".join(in_margin([], "> ")) == "> "
+
+
+def test_a_prompt_and_what_follows_are_told_apart() -> None:
+    assert "".join(presented("def f():\n", ["    re", "turn 1\n"], 842_000)) == (
+        "held-out text, which no peer has trained on:\n\n  | def f():\n\nhow the model goes on:\n\n  >     return 1\n\n"
+        "What to expect: a model of 0.842 million parameters learns the look of its text, such as words, brackets and "
+        "indentation, but no sense. Early in a run it is worse.\n"
+    )
+
+
+def test_more_is_expected_of_a_larger_model() -> None:
+    said = [expectation(n) for n in (1_000_000, 30_000_000, 150_000_000, 1_100_000_000, 10**12)]
+    assert [line.split(" parameters ")[0].split("of ")[1] for line in said[:4]] == [
+        *("1 million", "30 million", "150 million", "1.1 billion"),
+    ]
+    assert "stories" in said[1]
+    assert len({line.split(" parameters ")[1] for line in said}) == 4
