@@ -31,7 +31,7 @@ from p2p_diloco.commands_look import doctor, manifest, monitor, status
 from p2p_diloco.commands_model import export, sample
 from p2p_diloco.commands_study import experiment, simulate
 from p2p_diloco.config import cache_folder
-from p2p_diloco.display import STDOUT, plain
+from p2p_diloco.display import STDOUT, is_live, plain
 from p2p_diloco.errors import LocalError, Stopped
 from p2p_diloco.interruption import interrupted, interruptible
 from p2p_diloco.options import OUTPUT, settings
@@ -112,7 +112,7 @@ class PlainFormatter(logging.Formatter):
 def set_up_logging(command: str, *, verbose: bool) -> None:
     """Ours from INFO on, everybody else's from WARNING on. To stderr, or above the live table."""
     handler: logging.Handler
-    if command in ("seed", "peer") and STDOUT.is_terminal:
+    if command in ("seed", "peer") and is_live(STDOUT):
         handler = RichHandler(console=STDOUT, show_path=False, highlighter=NullHighlighter(), log_time_format="%X")
         handler.setFormatter(PlainFormatter("%(message)s"))
     else:

@@ -2,7 +2,8 @@
 findings of ``doctor``.
 
 What others say about themselves (names above all) is shown as text and nothing else: no markup, no control characters,
-no marks that turn the direction of writing. Everything fits into 80 columns.
+no marks that turn the direction of writing. Everything fits into 80 columns. Bars are of characters that differ, and so
+tell how far something is where there are no colors, too.
 """
 
 from __future__ import annotations
@@ -14,9 +15,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console, Group, RenderableType
+from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
 from rich.live import Live
-from rich.progress_bar import ProgressBar
+from rich.segment import Segment
 from rich.status import Status
 from rich.table import Table
 from rich.text import Text
@@ -35,9 +36,40 @@ STDOUT = Console(highlight=False, soft_wrap=False)
 REFRESHES_PER_S = 4
 OTHER_COLUMNS = 68
 """Of the table of peers, beside the name."""
-HEADER_LINES = 12
+HEADER_LINES = 13
 """All but the rows of the table, and the prompt that comes back."""
 NOTHING = "–"
+DONE, TO_DO = "█", "░"
+OWN_BAR_COLUMNS = 40
+IN_ASCII = str.maketrans("█░▸≠·–…→✓✗", "#.>!|-~>+x")
+"""What is shown instead where the terminal's encoding is not UTF-8."""
+
+
+@dataclass(frozen=True)
+class Legible:
+    """What is shown, in characters that the console's encoding has: others would end the program."""
+
+    what: RenderableType
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        for segment in console.render(self.what, options):
+            if options.ascii_only and not segment.control:
+                text = segment.text.translate(IN_ASCII).encode("ascii", "replace").decode()
+                yield Segment(text, segment.style)
+            else:
+                yield segment
+
+
+def is_live(console: Console) -> bool:
+    """Whether a table can be kept up to date there: not in a file, and not on a terminal that cannot go back."""
+    return console.is_terminal and not console.is_dumb_terminal
+
+
+def bar(done: float, of: float, columns: int) -> str:
+    """Full only when all is done."""
+    share = min(max(done / of, 0.0), 1.0) if of else 0.0
+    full = int(share * columns)
+    return DONE * full + TO_DO * (columns - full)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,8 +116,8 @@ class View:
 
 @contextmanager
 def live_table(swarm: Swarm, console: Console) -> Iterator[None]:
-    """Keeps the screen below everything else that ``console`` prints; nothing where it is not a terminal."""
-    if not console.is_terminal:
+    """Keeps the screen below everything else that ``console`` prints; nothing where it cannot (``is_live``)."""
+    if not is_live(console):
         yield
         return
 
@@ -113,7 +145,7 @@ def screen_of(view: View, *, width: int, height: int) -> RenderableType:
     lines += [Text(), peers_table(view.rows, head=view.head, width=width, most=max(height - HEADER_LINES, 1), own=True)]
     if view.join_line:
         lines += [Text(), Text(view.join_line, style="dim", overflow="fold")]
-    return Group(*lines)
+    return Legible(Group(*lines))
 
 
 def last_round(me: Row) -> str:
@@ -124,12 +156,7 @@ def last_round(me: Row) -> str:
 
 
 def progress(view: View) -> RenderableType:
-    bar = Table.grid(padding=(0, 1))
-    done = min(view.inner_step, view.planned)
-    bar.add_row(
-        Text("inner steps"), ProgressBar(total=max(view.planned, 1), completed=done, width=40), Text(inner(view))
-    )
-    return bar
+    return Text(f"inner steps {bar(view.inner_step, view.planned, OWN_BAR_COLUMNS)} {inner(view)}")
 
 
 def inner(view: View) -> str:
@@ -137,13 +164,14 @@ def inner(view: View) -> str:
 
 
 def peers_table(rows: Sequence[Row], *, head: str, width: int, most: int, own: bool) -> RenderableType:
-    """``head``: rows of peers that stand on another one are marked. ``own``: the first row is this peer's."""
+    """``head``: rows of peers that stand on another one are marked. ``own``: the first row is this peer's. Headings
+    have the unit in their second line; losses are per token."""
     table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="dim")
     table.add_column("")
     table.add_column("peer")
     table.add_column("role")
     table.add_column("phase")
-    for column in ("outer", "inner", "loss", "tokens/s", "tokens", "group"):
+    for column in ("outer\nstep", "inner\nsteps", "loss\nnats", "tokens\n/s", "tokens\nso far", "group\npeers"):
         table.add_column(column, justify="right", no_wrap=True)
     name_columns = max(min(width - OTHER_COLUMNS, MAX_NAME_CHARS), 8)
     for number, row in enumerate(rows[:most]):

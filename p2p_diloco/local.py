@@ -28,7 +28,7 @@ from rich.console import Console
 from rich.live import Live
 
 from p2p_diloco.children import SEED, TRAINER, Children
-from p2p_diloco.display import join_line, plain
+from p2p_diloco.display import is_live, join_line, plain
 from p2p_diloco.errors import Stopped, UsageError
 from p2p_diloco.faults import Done, FaultPlan, plights
 from p2p_diloco.injector import Injector
@@ -43,8 +43,8 @@ POLL_S = 0.25
 SAMPLE_TOKENS = 300
 SAMPLE_TEMPERATURE = 0.8
 SAMPLE_TOP_K = 20
-"""Likely enough to make words, and not so sure of itself that a small model goes on indenting for ever: at 0.7 a seventh
-of what the demo's model writes are gaps of more than 16 spaces, here a ninth."""
+"""Words need likely tokens, but with the likeliest alone a small model that has begun to indent goes on for ever: at
+0.7 a seventh of what the demo's model writes are gaps of more than 16 spaces, here a ninth."""
 
 
 def run_local(
@@ -176,9 +176,10 @@ class LocalSwarm:
         down = plights(self.injector.done)
         rows = {child.name: row_of(child.log, down.get(child.name) or child.fate) for child in self.children.trainers}
         progress = Progress(self.spec.outer.steps, time.monotonic() - self.started_s)
-        if self.console.is_terminal:
+        if is_live(self.console):
             run = f"{self.spec.name} {self.children.manifest.run_id[:12]}"
-            live.update(screen(run, rows, self.logs, progress, self.join_line), refresh=True)
+            width = self.console.width
+            live.update(screen(run, rows, self.logs, progress, self.join_line, width=width), refresh=True)
             return
         made, losses = max(row.step for row in rows.values()), dict(held_out(self.logs))
         while self.told_step < made and (ended or self.told_step + 1 < made or made in losses):

@@ -15,7 +15,7 @@ from p2p_diloco.model import context_tokens, load_pretrained
 from p2p_diloco.tokenizer import Tokenizer, open_tokenizer
 
 LONGEST_GAP = 24
-"""Spaces in a row that are shown as they are. A small model that has begun to indent often does not find its way back."""
+"""Spaces in a row that are shown as they are. A small model that has begun to indent often does not find back."""
 EXPECTATIONS = (
     (5e6, "learns the look of its text, such as words, brackets and indentation, but no sense"),
     (60e6, "learns sentences and simple stories, and soon loses the thread"),
@@ -104,8 +104,8 @@ def choose(logits: torch.Tensor, temperature: float, top_k: int | None, generato
 
 
 def presented(prompt: str, continuation: Iterable[str], n_params: int) -> Iterator[str]:
-    """``prompt``, a piece of held-out text, and what the model makes of it, each marked in the margin, in pieces as they
-    come; and what is to be expected of a model of this size."""
+    """Yields ``prompt``, a piece of held-out text, and what the model makes of it, each marked in the margin, in pieces
+    as they come; then what is to be expected of a model of this size."""
     yield "held-out text, which no peer has trained on:\n\n"
     yield from in_margin([prompt], "  | ")
     yield "\n\nhow the model goes on:\n\n"

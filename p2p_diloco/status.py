@@ -20,7 +20,7 @@ from rich.text import Text
 from p2p_diloco.config import PeerConfig, Timeouts
 from p2p_diloco.daemon import private_socket_folder
 from p2p_diloco.discovery import find_manifest
-from p2p_diloco.display import Row, count, held_out, peers_table
+from p2p_diloco.display import Legible, Row, count, held_out, peers_table
 from p2p_diloco.errors import NetworkError
 from p2p_diloco.identity import Identity
 from p2p_diloco.manifest import RunManifest, open_manifest
@@ -125,4 +125,4 @@ def screen_of(status: Status, width: int) -> RenderableType:
         f"{len(trainers)} training, {count(sum(r.tokens_per_s for r in trainers))} tokens/s · {held_out(evaluation)}",
     )
     table = peers_table(rows, head=status.head.hex(), width=width, most=len(rows), own=False)
-    return Group(*map(Text, lines), Text(), table)
+    return Legible(Group(*map(Text, lines), Text(), table))

@@ -13,17 +13,20 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from rich.console import Group
-from rich.progress_bar import ProgressBar
+from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from p2p_diloco.display import Legible, bar, count, fraction
 from p2p_diloco.rounds import Evaluation, Standing, believed_losses, swarm_head
 
 Event = Mapping[str, Any]
 Log = Sequence[Event]
 
 EVENTS_WITH_A_HEAD = ("joined", "round", "left")
+RUN_BAR_COLUMNS, INNER_BAR_COLUMNS = 40, 5
+PEER_COLUMNS = 10
+"""Of a guest's label, and a space."""
 ROUND_PARTS = ("gather_s", "reduce_s", "settle_s", "apply_s")
 
 
@@ -212,34 +215,60 @@ class Progress:
     elapsed_s: float
 
 
-def screen(run: str, rows: Mapping[str, Row], logs: Mapping[str, Log], progress: Progress, join_line: str) -> Group:
-    """The table on the terminal. The bar counts the inner steps of the whole run."""
+def screen(
+    run: str, rows: Mapping[str, Row], logs: Mapping[str, Log], progress: Progress, join_line: str, *, width: int
+) -> RenderableType:
+    """The table on the terminal. The bar above it counts the inner steps of the whole run. Headings have the unit in
+    their second line; losses are per token."""
     made = sum(row.step + row.inner_step / max(row.planned, 1) for row in rows.values()) / max(len(rows), 1)
     newest = max((row.step for row in rows.values()), default=0)
     losses = [loss for _, loss in held_out(logs)]
-    header = Text.assemble(
-        (run, "bold"),
-        f"   outer step {newest} of {progress.outer_steps}   held-out loss "
-        + (f"{losses[0]:.4f} -> {losses[-1]:.4f}" if losses else "not yet known")
-        + f"   {sum(row.tokens_per_s for row in rows.values()):,.0f} tokens/s   {progress.elapsed_s:.0f} s\n"
-        f"join: {join_line}",
+    facts = (
+        run,
+        f"outer step {newest} of {progress.outer_steps}",
+        "held-out loss " + (f"{losses[0]:.4f} -> {losses[-1]:.4f}" if losses else "not yet known"),
+        f"{sum(row.tokens_per_s for row in rows.values()):,.0f} tokens/s",
+        f"{progress.elapsed_s:.0f} s",
     )
-    table = Table("peer", "", "outer step", "inner steps", "", "loss", "tokens/s", "group", "last round", box=None)
+    header = Text("\n".join([*packed(facts, width), f"join: {join_line}"]), overflow="fold")
+    header.stylize("bold", 0, len(run))
+    whole = f"the run {bar(made, progress.outer_steps, RUN_BAR_COLUMNS)} {100 * made / progress.outer_steps:.0f} %"
+    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="dim")
+    table.add_column("peer", no_wrap=True, min_width=PEER_COLUMNS)
+    table.add_column("phase", no_wrap=True)
+    for column in ("outer\nstep", "inner\nsteps"):
+        table.add_column(column, justify="right", no_wrap=True)
+    table.add_column("", no_wrap=True)
+    for column in ("loss\nnats", "tokens\n/s", "group\npeers"):
+        table.add_column(column, justify="right", no_wrap=True)
+    table.add_column("last round\ntime, traffic", no_wrap=True)
     for name, row in rows.items():
         table.add_row(
             name,
             row.phase,
-            str(row.step),
-            f"{row.inner_step} of {row.planned}" if row.planned else "",
-            ProgressBar(max(row.planned, 1), row.inner_step, width=16),
+            count(row.step),
+            fraction(row.inner_step, row.planned) if row.planned else "",
+            bar(row.inner_step, row.planned, INNER_BAR_COLUMNS) if row.planned else "",
             "" if row.loss is None else f"{row.loss:.3f}",
-            f"{row.tokens_per_s:,.0f}",
+            count(row.tokens_per_s),
             str(row.group or ""),
             f"{row.round_s:.2f} s, {row.round_bytes / 1e6:.2f} MB" if row.group else "",
         )
     for peer_id, step in guests(logs).items():
-        table.add_row(f"…{peer_id[-8:]}", "guest" if step == newest else "guest, absent", str(step))
-    return Group(header, ProgressBar(progress.outer_steps, made), table)
+        table.add_row(f"…{peer_id[-8:]}", "guest" if step == newest else "guest, absent", count(step))
+    return Legible(Group(header, Text(whole), Text(), table))
+
+
+def packed(facts: Sequence[str], width: int) -> list[str]:
+    """Lines of facts, none of which is cut in two."""
+    lines = [facts[0]]
+    for fact in facts[1:]:
+        longer = f"{lines[-1]}   {fact}"
+        if len(longer) <= width:
+            lines[-1] = longer
+        else:
+            lines.append(fact)
+    return lines
 
 
 def step_line(rows: Mapping[str, Row], step: int, loss: float | None, progress: Progress) -> str:

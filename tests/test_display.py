@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from rich.cells import cell_len
 from rich.console import Console
 
-from p2p_diloco.display import Checklist, View, count, decimal, join_line, label, live_table, plain, screen_of
+from p2p_diloco.display import Checklist, View, bar, count, decimal, join_line, label, live_table, plain, screen_of
 from p2p_diloco.doctor import Finding
 
 HEAD, OTHER = "a" * 64, "b" * 64
@@ -98,6 +98,39 @@ def test_what_one_peer_says_of_an_evaluation_is_not_the_swarms() -> None:
     assert "not evaluated yet" in drawn(view(row(), row(name="liar", held_out_loss=0.1, held_out_step=10**6)))
 
 
+def test_columns_have_headings_with_units() -> None:
+    lines = drawn(view()).splitlines()
+    first = next(i for i, line in enumerate(lines) if " peer " in line)
+    assert lines[first - 1].split() == ["outer", "inner", "loss", "tokens", "tokens", "group"]
+    assert lines[first].split() == ["peer", "role", "phase", "step", "steps", "nats", "/s", "so", "far", "peers"]
+
+
+def test_a_bar_tells_how_far_without_colors() -> None:
+    assert [bar(done, 10, 5) for done in (0, 1.9, 2, 9.99, 10, 11, -1)] == [
+        *("░░░░░", "░░░░░", "█░░░░", "████░", "█████", "█████", "░░░░░"),
+    ]
+    assert bar(0, 0, 3) == bar(1, 0, 3) == "░░░"
+    assert f"inner steps {'█' * 20}{'░' * 20} 50/100" in drawn(view(inner_step=50))
+    assert f"inner steps {'░' * 40} 0/100" in drawn(view(inner_step=0))
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp1252"])
+def test_what_an_encoding_lacks_is_shown_in_its_own_characters(encoding: str) -> None:
+    rows = [row(), row(name="Käthe", head=OTHER), row(name="漢字", role="seed", loss=None)]
+    file = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+    console = Console(file=file, width=80, height=40, color_system=None, force_terminal=True)
+    console.print(screen_of(view(*rows), width=80, height=40))
+    file.seek(0)
+    screen = file.read()
+    assert "run tiny 52972832a699 | outer step 3 of 14" in screen
+    assert f"inner steps {'#' * 22}{'.' * 18} 57/100" in screen
+    assert line_with("K?the", screen).startswith("!")
+    assert "! on another head" in screen
+    assert all(len(line) <= 80 for line in screen.splitlines())
+    plain_screen = drawn(view(*rows))
+    assert len(screen.splitlines()) == len(plain_screen.splitlines())
+
+
 def test_my_row_and_those_on_another_head_are_marked() -> None:
     screen = drawn(view(row(name="own"), row(name="with me"), row(name="elsewhere", head=OTHER)))
     assert line_with(" own ", screen).startswith("▸")
@@ -123,7 +156,7 @@ def test_of_many_peers_as_many_are_shown_as_fit() -> None:
     rows = [row(name=f"peer {i}") for i in range(50)]
     screen = drawn(view(*rows), height=24)
     assert len(screen.splitlines()) <= 24
-    assert "and 38 more" in screen
+    assert "and 39 more" in screen
 
 
 @pytest.mark.parametrize(
@@ -190,8 +223,10 @@ def test_only_a_terminal_gets_a_table() -> None:
         loss=2.5,
         tokens_per_s=1.0,
     )
-    for is_terminal in (False, True):
-        console = Console(file=io.StringIO(), width=80, height=40, force_terminal=is_terminal)
+    for is_terminal, term in ((False, "xterm"), (True, "xterm"), (True, "dumb")):
+        environ = {"TERM": term}
+        console = Console(file=io.StringIO(), width=80, height=40, force_terminal=is_terminal, _environ=environ)
+        is_terminal = is_terminal and term != "dumb"
         with live_table(swarm, console):
             console.print("a line of the log")
         assert isinstance(console.file, io.StringIO)

@@ -158,7 +158,17 @@ def test_an_export_speaks_and_nothing_else_does(tmp_path: Path, capfd: pytest.Ca
 @pytest.mark.parametrize("size", [1, 3, 1000])
 def test_a_margin_marks_every_line_and_long_gaps_are_told(size: int) -> None:
     """In whatever pieces the text comes."""
-    text = "  one\n    two\n\n \n\n    three" + 30 * " " + "four" + 24 * " " + "five\n" + 70 * " " + "six" + 50 * " " + "\n\n"
+    text = (
+        "  one\n    two\n\n \n\n    three"
+        + 30 * " "
+        + "four"
+        + 24 * " "
+        + "five\n"
+        + 70 * " "
+        + "six"
+        + 50 * " "
+        + "\n\n"
+    )
     shown = "".join(in_margin([text[i : i + size] for i in range(0, len(text), size)], "> "))
     assert shown.split("\n") == [
         *(">   one", ">     two", "> ", ">     three[30 spaces]four" + 24 * " " + "five", "> [70 spaces]six"),

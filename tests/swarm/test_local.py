@@ -77,7 +77,11 @@ def test_three_peers_end_with_one_model(make_place: MakePlace) -> None:
         assert f"outer step {step} of 3: held-out loss {summary['held_out'][step][1]:.4f}, group of 3, " in text
     assert f"{first:.4f} -> {last:.4f} nats per token" in text
     assert str(place.root / "export") in text
-    for said in ("held-out text, which no peer has trained on:", "how the model goes on:", "What to expect: a model of"):
+    for said in (
+        "held-out text, which no peer has trained on:",
+        "how the model goes on:",
+        "What to expect: a model of",
+    ):
         assert said in text
     assert "Traceback" not in text
 
