@@ -25,8 +25,9 @@ BYTES_PER_PARAMETER = 24
 """In training: theta, momentum, local, gradients, AdamW's two moments, 4 bytes each."""
 BYTES_ON_A_DEVICE = 16
 """Per parameter, where training is on an accelerator: local, gradients, moments; 12 stay in the system's memory."""
-BYTES_TO_SAVE = 16
-"""More, per parameter, while the inner state is being saved."""
+BYTES_TO_SAVE = 12
+"""More, per parameter and at most, while the inner state is being saved beside training: a copy of local, and of one
+tensor's two moments at a time, which in a model that is a single tensor are all of them."""
 
 
 @dataclass(frozen=True, kw_only=True)

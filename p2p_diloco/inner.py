@@ -12,23 +12,24 @@ import json
 import math
 import random
 import signal
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 
 from p2p_diloco.codec import Vector
 from p2p_diloco.data import Corpus
 from p2p_diloco.manifest import InnerSpec, RunSpec
 from p2p_diloco.model import loss_of
-from p2p_diloco.snapshot import disk_errors, write_whole
+from p2p_diloco.snapshot import whole_file
 
 INNER_FILE = "inner.safetensors"
+MOST_STEPS = 1e15
+"""No parameter has made more inner steps: the file's header has room for that number."""
 
 
 def learning_rate(spec: InnerSpec, step: int, total_steps: int) -> float:
@@ -63,6 +64,19 @@ def draws_drop(seed: int, peer_id: str, step: int, probability: float) -> bool:
     return random.Random(f"{seed} {peer_id} {step}").random() < probability
 
 
+def file_header(
+    shapes: Mapping[str, tuple[int, ...]], metadata: Mapping[str, str], steps: Mapping[str, float]
+) -> bytes:
+    """The header of a safetensors file of float32 tensors that lie there in this order. ``steps``: how many each
+    parameter has made, by its number."""
+    content: dict[str, object] = {"__metadata__": {**metadata, "steps": json.dumps(steps)}}
+    end = 0
+    for name, shape in shapes.items():
+        begin, end = end, end + 4 * math.prod(shape)
+        content[name] = {"dtype": "F32", "shape": shape, "data_offsets": (begin, end)}
+    return json.dumps(content).encode()
+
+
 @contextmanager
 def whole() -> Iterator[None]:
     """SIGALRM, with which Ctrl+C ends a long inner step, waits until parameters and moments fit together again."""
@@ -94,6 +108,8 @@ class InnerOptimizer:
         else:
             self.optimizer = torch.optim.SGD(groups, lr=inner.lr)
         self.autocast = device.type == "cuda" and torch.cuda.is_bf16_supported()
+        self.changing = threading.Lock()
+        """Held while parameters and moments change, and by another thread while it copies some of them."""
 
     def step(self, corpus: Corpus, *, peer_id: str, at: Place) -> float:
         """One inner step on this peer's batch of that place. Returns the mean loss, nats per token."""
@@ -116,7 +132,7 @@ class InnerOptimizer:
                 loss = loss_of(self.model, tokens) / inner.grad_accumulation
             loss.backward()  # type: ignore[no-untyped-call]
             total += loss.detach()
-        with whole():
+        with whole(), self.changing:
             norm = torch.nn.utils.clip_grad_norm_(self.parameters, inner.clip)
             if torch.isfinite(norm):  # one gradient that is not would stay in the moments for ever
                 self.optimizer.step()
@@ -125,16 +141,40 @@ class InnerOptimizer:
 
     def forget(self) -> None:
         """Begin with new moments: the old ones led to parameters that are not finite."""
-        self.optimizer.state.clear()
+        with self.changing:
+            self.optimizer.state.clear()
 
     def save(self, path: Path, local: Vector, *, head: str, inner_step: int, tokens: int) -> None:
-        """Moments, local parameters, and where they belong. Whole or not at all; LedgerError on a full disk."""
-        moments, steps = self.moments()
-        tensors = moments | {"local": torch.from_numpy(np.array(local))}
-        metadata = {"head": head, "inner_step": str(inner_step), "tokens": str(tokens), "steps": json.dumps(steps)}
-        data = save(tensors, metadata)
-        with disk_errors(path, len(data)):
-            write_whole(path, [data], len(data))
+        """Writes the moments, local parameters, and where they belong: whole or not at all. LedgerError on a full disk.
+
+        Another thread may make inner steps meanwhile, and waits at most for the moments of one parameter to be copied.
+        They are then not all of one inner step, but those of one parameter are, and so is the number of its steps,
+        which is known only at the end: the file's header is written last.
+        """
+        with self.changing:
+            states = {
+                str(i): state
+                for i, parameter in enumerate(self.parameters)
+                if "exp_avg" in (state := self.optimizer.state.get(parameter, {}))
+            }
+        shapes = {"local": local.shape}
+        for i, state in states.items():
+            shapes[f"exp_avg.{i}"] = shapes[f"exp_avg_sq.{i}"] = tuple(state["exp_avg"].shape)
+        metadata = {"head": head, "inner_step": str(inner_step), "tokens": str(tokens)}
+        room = len(file_header(shapes, metadata, dict.fromkeys(states, MOST_STEPS)))
+        room += -room % 8
+        steps: dict[str, float] = {}
+        with whole_file(path, 8 + room + sum(4 * math.prod(shape) for shape in shapes.values())) as file:
+            file.write(bytes(8 + room))
+            file.write(local.data)
+            for i, state in states.items():
+                with self.changing:
+                    moments = [state[name].to("cpu", copy=True) for name in ("exp_avg", "exp_avg_sq")]
+                    steps[i] = float(state["step"])
+                for moment in moments:
+                    file.write(moment.contiguous().numpy().data)
+            file.seek(0)
+            file.write(room.to_bytes(8, "little") + file_header(shapes, metadata, steps).ljust(room))
 
     def moments(self) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
         """AdamW's state: two moments a parameter, on the CPU, and how many steps each has made, by its number. Empty

@@ -27,6 +27,7 @@ from p2p_diloco.config import cache_folder
 from p2p_diloco.data import Corpus, open_corpus
 from p2p_diloco.errors import DataError, Stopped, UsageError
 from p2p_diloco.inner import INNER_FILE, InnerOptimizer, draws_drop, place_in_run
+from p2p_diloco.keeper import Keeper
 from p2p_diloco.manifest import RunManifest
 from p2p_diloco.model import evaluate, model_of, pick_device
 from p2p_diloco.source import source_of
@@ -62,6 +63,7 @@ def train(swarm: Swarm, choices: TrainConfig, stop: Stop) -> None:
     model = model_of(manifest).to(device)
     swarm.load_into(model)
     inner = InnerOptimizer(model, spec, device)
+    keeper = Keeper(inner, swarm.folder / INNER_FILE)
     resume(swarm, model, inner)
     log.info(
         "joined run %s at outer step %d of %d as %s; data: %s; device: %s",
@@ -71,6 +73,8 @@ def train(swarm: Swarm, choices: TrainConfig, stop: Stop) -> None:
 
     with suppress(Stopped), stop.after_inner_step():
         while not swarm.done and not stop.requested:
+            keeper.check()
+
             # Learn alone.
             batch_step = swarm.tokens_this_step // spec.tokens_per_inner_step
             loss = inner.step(
@@ -88,7 +92,8 @@ def train(swarm: Swarm, choices: TrainConfig, stop: Stop) -> None:
                     inner.forget()
                 evaluate_theta(swarm, model, corpus)
             if swarm.step % spec.round.snapshot_every == 0:
-                keep(swarm, inner)
+                keeper.begin(swarm.local, head=swarm.head, inner_step=swarm.inner_step, tokens=swarm.tokens_since_theta)
+    keeper.finish()
     keep(swarm, inner)
     if swarm.done:
         log.info("the run is over: %d outer steps, head %s", swarm.step, swarm.head[:16])

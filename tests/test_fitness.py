@@ -62,7 +62,7 @@ def test_device() -> None:
     ("trial", "kind", "measured", "remedy"),
     [
         (CPU, "ok", "16 GB of memory free, 3.2 GB needed", ""),
-        (replace(CPU, free_bytes=4 * GB), "warning", "4 GB of memory free", "1.6 GB more are used while"),
+        (replace(CPU, free_bytes=4 * GB), "warning", "4 GB of memory free", "1.2 GB more are used while"),
         (
             replace(CPU, free_bytes=3 * GB),
             "problem",
