@@ -11,7 +11,8 @@ import sys
 import threading
 import time
 from pathlib import Path
-from typing import Any
+from socket import socket
+from typing import Any, Protocol
 
 from p2p_diloco.config import PeerConfig, Timeouts
 from p2p_diloco.control import Line, has_room, pack_line, socket_pair, unpack_line
@@ -26,6 +27,14 @@ ORPHAN_S = 4.0
 """A trainer whose network process died ends itself after this long, even inside a long inner step."""
 
 
+class Process(Protocol):
+    """What is needed of the network process beyond its socket; ``subprocess.Popen`` has it."""
+
+    def wait(self, timeout: float | None = None) -> int: ...
+
+    def kill(self) -> None: ...
+
+
 class NetworkHandle:
     """Used from one thread; another one, of its own, reads what the network process says."""
 
@@ -34,33 +43,40 @@ class NetworkHandle:
     behind: bool = False
     """The swarm has moved on."""
 
-    def __init__(
-        self, config: PeerConfig, timeouts: Timeouts, role: str, manifest_path: Path | None, memory: int
-    ) -> None:
-        """``memory``: descriptor of what both processes share. It stays the caller's."""
+    def __init__(self, control: socket, process: Process) -> None:
+        """``control``: the trainer's end, ours from now on."""
         self.rows: list[dict[str, Any]] = []
         """Everybody's record, mine first; renewed every second."""
         self.evaluation: tuple[int, float] | None = None
         """(outer step, held-out loss) of the newest evaluation that is believed; renewed every second."""
         self._answers: queue.Queue[Line] = queue.Queue()
         self._leaving = False
-        self._control, theirs = socket_pair()
+        self._control, self._process = control, process
+        self._reader = threading.Thread(target=self._read, name="network process", daemon=True)
+        self._reader.start()
+
+    @classmethod
+    def start(
+        cls, config: PeerConfig, timeouts: Timeouts, role: str, manifest_path: Path | None, memory: int
+    ) -> NetworkHandle:
+        """Start the network process. ``memory``: descriptor of what both processes share; it stays the caller's."""
+        control, theirs = socket_pair()
         with theirs:
-            self._process = subprocess.Popen(
+            process = subprocess.Popen(
                 [sys.executable, "-m", "p2p_diloco.network", str(theirs.fileno()), str(memory)],
                 pass_fds=(theirs.fileno(), memory),
                 stdin=subprocess.DEVNULL,
                 start_new_session=True,
             )
-        self._reader = threading.Thread(target=self._read, name="network process", daemon=True)
-        self._reader.start()
-        self.say(
+        handle = cls(control, process)
+        handle.say(
             "start",
             config=config.model_dump_json(),
             timeouts=vars(timeouts),
             role=role,
             manifest_path=None if manifest_path is None else str(manifest_path),
         )
+        return handle
 
     def say(self, kind: str, **fields: Any) -> None:
         try:

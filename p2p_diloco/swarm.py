@@ -54,7 +54,8 @@ class Swarm:
     local: Vector
     """float32 [n], what this peer trains."""
 
-    def __init__(self, config: PeerConfig, timeouts: Timeouts, role: str, manifest_path: Path | None) -> None:
+    def __init__(self, network: NetworkHandle, memory: int) -> None:
+        """``memory``: descriptor of what this process shares with the network process, ours from now on."""
         self.step = 0
         """Outer step at which this peer stands; a seed follows the swarm inside ``serve``."""
         self.head = ""
@@ -77,8 +78,8 @@ class Swarm:
         """When the last inner steps ended; the first is when the first of them began."""
         self._evaluate = False
         self._bound = False
-        self._descriptor = anonymous_memory()
-        self._network = NetworkHandle(config, timeouts, role, manifest_path, self._descriptor)
+        self._descriptor = memory
+        self._network = network
 
     # -- life --------------------------------------------------------------------------------------------------------
 
@@ -112,21 +113,26 @@ class Swarm:
         """Start the network process and find the run. It returns when the manifest is here and the state is still on
         its way, so that whoever cannot take part leaves before the download; ``wait_for_state`` comes next.
         ``manifest_path`` is for who brings the run along (a seed). Raises as ``join``."""
-        swarm = cls(config, timeouts or Timeouts(), role, manifest_path)
+        memory = anonymous_memory()
+        swarm = cls(NetworkHandle.start(config, timeouts or Timeouts(), role, manifest_path, memory), memory)
         try:
-            found = swarm._network.wait("found")
-            swarm.folder = Path(found["folder"])
-            manifest = Path(found["manifest_path"])
-            swarm.manifest = open_manifest(manifest.read_bytes(), str(manifest))
-            n = swarm.manifest.n_params
-            shared = np.frombuffer(mmap.mmap(swarm._descriptor, 2 * 4 * n), np.float32)
-            swarm.theta, swarm.local = shared[:n], shared[n:]
-            swarm.theta.flags.writeable = False
-            swarm.planned = swarm.manifest.spec.inner.steps
+            swarm.wait_for_manifest()
         except BaseException:
             swarm.close("could not join")
             raise
         return swarm
+
+    def wait_for_manifest(self) -> None:
+        """Until the run is found; ``find`` does this. Raises as ``join``; the swarm is to be closed then."""
+        found = self._network.wait("found")
+        self.folder = Path(found["folder"])
+        manifest = Path(found["manifest_path"])
+        self.manifest = open_manifest(manifest.read_bytes(), str(manifest))
+        n = self.manifest.n_params
+        shared = np.frombuffer(mmap.mmap(self._descriptor, 2 * 4 * n), np.float32)
+        self.theta, self.local = shared[:n], shared[n:]
+        self.theta.flags.writeable = False
+        self.planned = self.manifest.spec.inner.steps
 
     def wait_for_state(self) -> None:
         """Until theta is here. Raises as ``join``; the swarm is to be closed then."""
