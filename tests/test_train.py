@@ -1,0 +1,195 @@
+"""One peer's training, against a network process that follows a script: what is kept, what is taken up again."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors import safe_open
+from scripted import TOKENS, ScriptedNetwork, head_at, joined, outcome, scripted_manifest
+from small_models import llama, vector_of
+
+from benchmarks.stage import write_texts
+from p2p_diloco.errors import LedgerError, NetworkError
+from p2p_diloco.inner import INNER_FILE, InnerOptimizer
+from p2p_diloco.manifest import RunManifest
+from p2p_diloco.peer import OuterResult
+from p2p_diloco.snapshot import TEMPORARY
+from p2p_diloco.swarm import Swarm
+from p2p_diloco.train import Stop, TrainConfig, resume, train
+
+STUCK_S = 20.0
+"""A test that waits for longer has failed."""
+FAILED = outcome(0, committed=False, reason="no leader")
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("train") / "text"
+    write_texts(folder)
+    return folder
+
+
+def script(manifest: RunManifest, *outcomes: OuterResult, step: int = 0, evaluate: bool = False) -> ScriptedNetwork:
+    network = ScriptedNetwork(manifest, step=step, evaluate=evaluate)
+    network.theta[:] = vector_of(llama(0))
+    network.outcomes.extend(outcomes)
+    return network
+
+
+def trained(
+    network: ScriptedNetwork, manifest: RunManifest, folder: Path, text: Path, *, stop_after: int | None = None
+) -> None:
+    """As ``p2p-diloco peer`` does it. ``stop_after``: inner steps, after which a signal comes."""
+    stop = Stop()
+    folder.mkdir(exist_ok=True)
+    with joined(network, manifest, folder) as swarm:
+        if stop_after is not None:
+            stop_in(swarm, stop, stop_after)
+        train(swarm, TrainConfig(device="cpu", threads=1, data=text), stop)
+
+
+def stop_in(swarm: Swarm, stop: Stop, inner_steps: int) -> None:
+    report = swarm.report
+
+    def report_and_stop(loss: float, tokens: int) -> None:
+        report(loss, tokens)
+        stop.requested = swarm.tokens == inner_steps * TOKENS
+
+    swarm.report = report_and_stop  # type: ignore[method-assign]
+
+
+def kept_in(folder: Path) -> dict[str, str]:
+    with safe_open(folder / INNER_FILE, "pt") as file:
+        return dict(file.metadata())
+
+
+# -- an interruption changes nothing -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stop_after", [1, 2, 3])
+def test_a_peer_that_was_stopped_and_comes_back_offers_what_it_would_have_offered(
+    tmp_path: Path, text: Path, stop_after: int
+) -> None:
+    manifest = scripted_manifest(outer_steps=1)
+    alone = script(manifest, outcome(1))
+    trained(alone, manifest, tmp_path / "alone", text)
+
+    trained(script(manifest), manifest, tmp_path / "stopped", text, stop_after=stop_after)
+    again = script(manifest, outcome(1))
+    trained(again, manifest, tmp_path / "stopped", text)
+    assert again.offered == alone.offered
+    assert [line["tokens"] for line in again.lines("outer_step")] == [4 * TOKENS]
+    assert [line["inner_step"] for line in again.lines("progress")] == list(range(stop_after + 1, 5))
+
+
+def test_also_after_a_round_that_failed(tmp_path: Path, text: Path) -> None:
+    """Its batches go on after the failure: eight of them are in the second offer, none twice."""
+    manifest = scripted_manifest(outer_steps=1)
+    alone = script(manifest, FAILED, outcome(1))
+    trained(alone, manifest, tmp_path / "alone", text)
+    assert [line["tokens"] for line in alone.lines("outer_step")] == [4 * TOKENS, 8 * TOKENS]
+
+    trained(script(manifest, FAILED), manifest, tmp_path / "stopped", text, stop_after=6)
+    assert (kept_in(tmp_path / "stopped")["inner_step"], kept_in(tmp_path / "stopped")["tokens"]) == ("2", "96")
+    again = script(manifest, outcome(1))
+    trained(again, manifest, tmp_path / "stopped", text)
+    assert again.offered == alone.offered[1:]
+    assert [line["tokens"] for line in again.lines("outer_step")] == [8 * TOKENS]
+
+
+@pytest.mark.parametrize(
+    ("spoil", "what"),
+    [
+        (lambda kept: {**kept, "head": head_at(1)}, "of another head"),
+        (lambda kept: {**kept, "local": kept["local"][1:]}, "of another model"),
+        (lambda kept: {**kept, "local": kept["local"][:0], "inner_step": 0, "tokens": 0}, "as after an outer step"),
+        (lambda kept: {**kept, "tokens": 0}, "without tokens"),
+    ],
+)
+def test_where_local_is_of_no_use_the_moments_are(
+    tmp_path: Path, spoil: Callable[[dict[str, object]], dict[str, object]], what: str
+) -> None:
+    manifest = scripted_manifest()
+    before = InnerOptimizer(llama(3), manifest.spec, torch.device("cpu"))
+    learn(before)
+    kept = spoil({"local": vector_of(before.model), "head": head_at(0), "inner_step": 2, "tokens": 2 * TOKENS})
+    local = kept.pop("local")
+    before.save(tmp_path / INNER_FILE, local, **kept)  # type: ignore[arg-type]
+    with joined(script(manifest), manifest, tmp_path) as swarm:
+        model = llama(1)
+        swarm.load_into(model)
+        inner = InnerOptimizer(model, manifest.spec, torch.device("cpu"))
+        resume(swarm, model, inner)
+        assert np.array_equal(vector_of(model), swarm.theta), what
+        assert (swarm.inner_step, swarm.tokens_since_theta, swarm.tokens_this_step) == (0, 0, 0)
+        moments, expected = inner.moments()[0], before.moments()[0]
+        assert len(expected) > 0
+        assert all(torch.equal(moments[name], moment) for name, moment in expected.items())
+
+
+def learn(inner: InnerOptimizer) -> None:
+    """One step of AdamW, on gradients of ones."""
+    for parameter in inner.parameters:
+        parameter.grad = torch.ones_like(parameter)
+    inner.optimizer.step()
+
+
+# -- what is kept, and when --------------------------------------------------------------------------------------------
+
+
+def test_the_state_is_kept_at_snapshot_steps_without_local(tmp_path: Path, text: Path) -> None:
+    manifest = scripted_manifest(snapshot_every=2)
+    network = script(manifest, outcome(1), outcome(2))
+    with pytest.raises(NetworkError, match="no more outer steps"):
+        trained(network, manifest, tmp_path, text)
+    until_s = time.monotonic() + STUCK_S
+    while not (tmp_path / INNER_FILE).exists() and time.monotonic() < until_s:
+        time.sleep(0.01)
+    kept = kept_in(tmp_path)
+    assert (kept["head"], kept["inner_step"], kept["tokens"]) == (head_at(2), "0", "0")
+
+
+def test_at_the_end_it_is_kept_as_it_is(tmp_path: Path, text: Path) -> None:
+    manifest = scripted_manifest(snapshot_every=1)
+    trained(script(manifest, outcome(1)), manifest, tmp_path, text, stop_after=7)
+    kept = kept_in(tmp_path)
+    assert (kept["head"], kept["inner_step"], kept["tokens"]) == (head_at(1), "3", str(3 * TOKENS))
+    assert set(json.loads(kept["steps"]).values()) == {7.0}
+
+
+def test_a_full_disk_ends_training(tmp_path: Path, text: Path) -> None:
+    """While it goes on: the script has outer steps for longer than a write takes to fail."""
+    full = Path("/dev/full")
+    if not full.exists():
+        pytest.skip("no /dev/full on this system")
+    (tmp_path / (INNER_FILE + TEMPORARY)).symlink_to(full)
+    manifest = scripted_manifest(inner_steps=1, outer_steps=1000, snapshot_every=1)
+    network = script(manifest, *(outcome(step, planned=1) for step in range(1, 200)))
+    with pytest.raises(LedgerError, match="disk full, free 1 MB or move the folder"):
+        trained(network, manifest, tmp_path, text)
+    assert network.lines("leave")[0]["reason"] == "LedgerError"
+    assert not (tmp_path / INNER_FILE).exists()
+
+
+def test_moments_that_led_astray_are_forgotten(tmp_path: Path, text: Path) -> None:
+    manifest = scripted_manifest()
+    diverged = outcome(1, committed=False, adopted=True, reason="diverged")
+    trained(script(manifest, diverged), manifest, tmp_path, text, stop_after=6)
+    assert set(json.loads(kept_in(tmp_path)["steps"]).values()) == {2.0}
+
+
+def test_theta_is_evaluated_by_whose_turn_it_is(tmp_path: Path, text: Path) -> None:
+    manifest = scripted_manifest(outer_steps=2)
+    network = script(manifest, outcome(1), outcome(2, evaluate=True), evaluate=True)
+    trained(network, manifest, tmp_path, text)
+    first, second = network.lines("evaluated")
+    assert (first["step"], second["step"]) == (0, 2)
+    assert (first["tokens"], second["tokens"]) == (64, 64)
+    assert first["held_out_loss"] == pytest.approx(np.log(256), abs=0.2)
+    assert second["held_out_loss"] < first["held_out_loss"]
