@@ -95,8 +95,8 @@ class Transport(FakeTransport):
 
 @dataclass(eq=False)
 class Round:
-    """``count`` members in the order of rank; the first that is no client leads and settles. Member i has pulled by
-    i + 1 and weighs 100 (i + 1). Those in ``by_hand`` do nothing of their own accord. To be made inside the loop, with
+    """``count`` members in the order of rank; the first that is no client leads and settles. Each has pulled its own way,
+    and member i weighs 100 (i + 1). Those in ``by_hand`` do nothing of their own accord. To be made inside the loop, with
     ``outer.PART_VALUES`` at SMALL_PART_VALUES."""
 
     count: int
@@ -129,7 +129,9 @@ class Round:
         self.round_id = self.groups[0].round_id
         self.slices = part_slices(self.n)
         self.theta = np.random.default_rng(0).standard_normal(self.n).astype(np.float32)
-        self.gradient = np.random.default_rng(1).standard_normal(self.n).astype(np.float32)
+        # No two are multiples of one vector: a codec's rounding would be the same for all of them.
+        pulls = np.random.default_rng(1).standard_normal((self.count, self.n)).astype(np.float32)
+        self.locals = [self.theta - pull for pull in pulls]
         self.transports = [
             Transport(self.network, peer_id, self.timeouts, trouble=self.trouble) for peer_id in self.ids
         ]
@@ -151,7 +153,7 @@ class Round:
             timeouts=self.timeouts,
             codec=self.codec,
             theta=self.theta,
-            local=self.theta - np.float32(i + 1) * self.gradient,
+            local=self.locals[i],
             min_group=self.min_group,
         )
 
@@ -225,8 +227,7 @@ class Round:
 
     def contribution(self, member: int, part: int) -> bytes:
         where = self.slices[part]
-        local = self.theta[where] - np.float32(member + 1) * self.gradient[where]
-        return encode(self.theta[where] - local, self.codec)
+        return encode(self.theta[where] - self.locals[member][where], self.codec)
 
     def mean(self, part: int, members: Sequence[int]) -> Part:
         """The part of the update to which ``members`` contributed."""

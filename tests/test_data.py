@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
+from builders import identity
 
 from p2p_diloco import data, source
 from p2p_diloco.data import Corpus, open_corpus
@@ -50,6 +51,16 @@ def test_a_batch_is_a_function_of_its_arguments() -> None:
     assert batch() == batch()
     others = [batch(run_seed=8), batch(peer_id="bert"), batch(step=4), batch(micro_step=1)]
     assert len({batch(), *others}) == 5
+
+
+def test_no_two_peers_draw_the_same_batches() -> None:
+    """Real ids begin with the same eight characters, and may differ in any one of the others."""
+    ids = [identity(i).peer_id for i in range(1, 41)]
+    one, alphabet = ids[0], "23456789ABCDEFGHJKLMNPQRSTUVWXYZabcdefghijkmnopqrstuvwxyz"
+    ids += [one[:i] + next(c for c in alphabet if c != one[i]) + one[i + 1 :] for i in range(8, len(one))]
+    corpus = corpus_of()
+    drawn = {corpus.batch(run_seed=7, peer_id=who, step=3, batch_size=8, seq_len=16).tobytes() for who in ids}
+    assert len(drawn) == len(ids) == 40 + 44
 
 
 def test_a_batch_holds_windows_of_the_training_text_up_to_both_ends() -> None:

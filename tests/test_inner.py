@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from builders import identity
 
 from p2p_diloco.codec import Vector
 from p2p_diloco.data import Corpus
@@ -87,6 +88,40 @@ def test_accumulated_gradients_are_those_of_one_large_batch() -> None:
     for one, other in zip(inner.parameters, accumulated.parameters):
         moment, expected = accumulated.optimizer.state[other]["exp_avg"], inner.optimizer.state[one]["exp_avg"]
         assert torch.allclose(moment, expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("grad_accumulation", [1, 2, 3])
+def test_the_optimizer_sees_the_rate_of_its_inner_step_however_many_batches_that_has(grad_accumulation: int) -> None:
+    inner, _ = trainer()
+    more = SPEC.inner.model_copy(update={"grad_accumulation": grad_accumulation})
+    inner.spec = SPEC.model_copy(update={"inner": more})
+    seen: list[tuple[float, ...]] = []
+
+    def look(optimizer: torch.optim.Optimizer, *_: object) -> None:
+        seen.append(tuple(group["lr"] for group in optimizer.param_groups))
+
+    inner.optimizer.register_step_pre_hook(look)
+    for step in (0, 1, 2, 3, 11, 19):  # of 20; 3 of them warm up
+        inner.step(corpus(), peer_id="me", at=Place(step, step))
+    middle = 1e-2 * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * 8 / 17)))
+    end = 1e-2 * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * 16 / 17)))
+    assert SPEC.inner.min_lr_ratio == 0.1
+    assert [rates[0] for rates in seen] == pytest.approx([1e-2 / 3, 2e-2 / 3, 1e-2, 1e-2, middle, end])
+    assert all(rates[0] == rates[1] for rates in seen)
+
+
+def test_the_rate_goes_by_the_schedule_and_the_batch_by_its_own_number() -> None:
+    """After a failed round they are different ones."""
+    inner, _ = trainer()
+    again, _ = trainer()
+    assert inner.step(corpus(), peer_id="me", at=Place(9, 4)) == again.step(corpus(), peer_id="me", at=Place(9, 5))
+    assert inner.optimizer.param_groups[0]["lr"] == learning_rate(SPEC.inner, 4, 20)
+    assert again.optimizer.param_groups[0]["lr"] == learning_rate(SPEC.inner, 5, 20)
+
+
+def test_peers_learn_from_batches_of_their_own() -> None:
+    losses = {trainer()[0].step(corpus(), peer_id=identity(i).peer_id, at=Place(0, 0)) for i in range(1, 6)}
+    assert len(losses) == 5
 
 
 def test_a_restart_goes_on_as_if_nothing_had_happened(tmp_path: Path) -> None:

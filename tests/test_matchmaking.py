@@ -19,6 +19,7 @@ from p2p_diloco.gathering import CLOSING_MARGIN_S
 from p2p_diloco.manifest import RunManifest
 from p2p_diloco.matchmaking import Matchmaker
 from p2p_diloco.messages import Behind, Closing, Eta, Message, No, Ready, Redirect, Roster, TooFew
+from p2p_diloco.outer import digest
 from p2p_diloco.records import Directory, seal_record
 from p2p_diloco.rounds import Group, Missed, Progress, Standing, seal_readiness
 from p2p_diloco.seat import Seat
@@ -788,6 +789,29 @@ def test_who_claims_the_lead_and_does_not_lead_has_two_chances(leads: Hand, cost
         assert costs_s <= now_s() - began_s < costs_s + TIMEOUTS.request_s
         assert max(asked.count(1), asked.count(2)) <= 3
         assert len(table.matchmakers[1].company.failures[AT, table.ids[0]]) == failures <= CHANCES
+
+    run_simulated(main())
+
+
+def test_failures_are_remembered_for_as_long_as_their_head_is_mine() -> None:
+    """A peer may train for months: what it knows of leaders on heads that have passed is of no use."""
+
+    async def main() -> None:
+        table = Table(1)
+        matchmaker, others = table.matchmakers[0], [identity(100 + i).peer_id for i in range(3)]
+        company = matchmaker.company
+        for step in range(1, 1001):
+            at = digest(step.to_bytes(4, "big"))
+            matchmaker.seat.standing = Standing(step=step, head=at, heads=(), committed=True)
+            for attempt in range(2):
+                found = await matchmaker.find_group(100)
+                assert isinstance(found, Missed)
+                assert found.reason == "alone"
+                assert len(company.failures) == attempt * len(others), "those of this head are there for the next try"
+                for leader in others:
+                    company.failed(at, leader)
+        assert {which[0] for which in company.failures} == {at}
+        assert [len(until_s) for until_s in company.failures.values()] == [2] * len(others)
 
     run_simulated(main())
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import msgpack
@@ -8,23 +9,27 @@ from builders import NOW_S, RUN_ID, damaged, identity, plain_values, readiness_o
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from p2p_diloco import records
+from p2p_diloco import manifest, records
+from p2p_diloco.probes import CONSENT_CONTEXT, DialConsent
 from p2p_diloco.records import (
     MAX_RECORD_BYTES,
     SIGNATURE_CONTEXT,
     Directory,
     Record,
+    Signed,
     Unsound,
     is_current,
     open_record,
     seal_record,
     unpack_plain,
+    unseal,
 )
-from p2p_diloco.rounds import seal_readiness
+from p2p_diloco.rounds import READINESS_CONTEXT, open_readiness, seal_readiness
 
 ME, OTHER = identity(1), identity(2)
 SOUND = record_of(OTHER, "abcde", loss=2.5, maddrs=["/ip4/192.0.2.1/tcp/4001/p2p/" + OTHER.peer_id] * 2, tokens=7)
 SEALED = seal_record(SOUND, OTHER)
+CONSENT = DialConsent(peer_id=OTHER.peer_id, asker=ME.peer_id, dialler=identity(3).peer_id, ports=[4001])
 FIELDS = list(Record.model_fields)
 
 
@@ -50,6 +55,36 @@ def test_a_record_comes_back_as_it_was_signed() -> None:
 def test_bytes_that_nobody_signed_are_no_record(data: bytes) -> None:
     with pytest.raises(ValueError, match=r"record|msgpack"):
         open_record(data)
+
+
+STATEMENTS: dict[bytes, tuple[Signed, Callable[[bytes], Signed]]] = {
+    SIGNATURE_CONTEXT: (SOUND, open_record),
+    READINESS_CONTEXT: (readiness_of(OTHER), open_readiness),
+    CONSENT_CONTEXT: (CONSENT, lambda sealed: unseal(sealed, DialConsent, CONSENT_CONTEXT)),
+}
+"""Every kind of statement that a peer signs, by what is signed before it, with what opens it."""
+CONTEXTS = [*STATEMENTS, manifest.SIGNATURE_CONTEXT]
+
+
+@pytest.mark.parametrize("kind", STATEMENTS, ids=lambda context: context.decode().strip("\0"))
+@pytest.mark.parametrize("signed_as", CONTEXTS, ids=lambda context: context.decode().strip("\0"))
+def test_a_signature_under_one_kind_of_statement_is_none_under_another(kind: bytes, signed_as: bytes) -> None:
+    """Whoever gets a peer to sign one thing has not got it to sign another, whatever stands in it."""
+    statement, opened = STATEMENTS[kind]
+    sealed = sealed_anyhow(values_of(statement), signed_as, OTHER)
+    if signed_as == kind:
+        assert opened(sealed) == statement
+    else:
+        with pytest.raises(Unsound, match="is not signed by its peer") as refused:
+            opened(sealed)
+        assert refused.value.fault == "signature"
+
+
+def test_what_is_signed_says_of_what_kind_it_is() -> None:
+    """No context is how another one begins: bytes that follow the shorter could make up the difference."""
+    assert len(set(CONTEXTS)) == 4
+    assert not any(one != other and one.startswith(other) for one in CONTEXTS for other in CONTEXTS)
+    assert all(context.count(b"\0") == 1 and context.endswith(b"\0") for context in CONTEXTS)
 
 
 @given(
