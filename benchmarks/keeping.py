@@ -155,7 +155,7 @@ def main() -> Table:
         columns=("write", "late s", "at most", "inner step s", "at most", "write s", "bytes a parameter"),
         rows=rows,
         notes=(
-            f"{REPEATS} writes each, by turns; medians. Inner steps of {TOKENS} tokens: all that were made beside a write,",
+            f"{REPEATS} writes each, by turns; medians. Inner steps of {TOKENS} tokens: all beside a write,",
             "which is seen to have ended when one of them ends. Bytes: the most memory, above that without a write.",
         ),
     )
