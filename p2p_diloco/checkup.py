@@ -49,7 +49,7 @@ from p2p_diloco.records import Record, peers_key
 from p2p_diloco.status import live_records, observer
 from p2p_diloco.stored import folder_bytes, run_folder
 from p2p_diloco.survey import Candidate, clock_offsets, measure_bandwidth, try_address
-from p2p_diloco.text import user_files
+from p2p_diloco.textfiles import text_files
 from p2p_diloco.trial import try_machine
 from p2p_diloco.waiting import deadline
 from p2p_diloco.wire import Transport, run_protocol
@@ -220,7 +220,7 @@ class Checkup:
             if data is None or (manifest.spec.data.source == "hub" and data.is_dir()):
                 own = str(data or "")
             else:
-                own = f"{data}, {len(user_files(data)[1])} files"
+                own = f"{data}, {len(text_files(data).files)} files"
         except (DataError, OSError) as error:
             problem = error if isinstance(error, DataError) else DataError(f"{data}: cannot be read ({error.strerror})")
             self.checklist.add(error_finding("text", problem))

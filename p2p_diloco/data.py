@@ -14,7 +14,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from hashlib import blake2b
@@ -27,16 +27,20 @@ from numpy.lib.stride_tricks import sliding_window_view
 from p2p_diloco.errors import DataError
 from p2p_diloco.manifest import DataSpec, canonical_json
 from p2p_diloco.outer import digest
-from p2p_diloco.source import document_digest, source_of
+from p2p_diloco.source import Source, document_digest, source_of
 from p2p_diloco.text import Document, nobody_trains_on
-from p2p_diloco.tokenizer import Tokenizer, Tokens, open_tokenizer
+from p2p_diloco.textreport import Skipped, Tally, TextReport, refuse_mostly_skipped
+from p2p_diloco.tokenizer import Tokenizer, Tokens, open_tokenizer, separator
 
 log = logging.getLogger(__name__)
 
-CACHE_FORMAT = 2
+CACHE_FORMAT = 3
 """Raised when documents, separators or the layout of cached files change."""
 ENCODE_CHARS = 1024 * 1024
 """Text that is held in memory and tokenized at once."""
+
+
+NOT_READ = TextReport()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +53,8 @@ class Corpus:
     """blake2b of the built-in text's names and contents, in hex; empty for a peer's own files."""
     cached_as: str = ""
     """Another name for other files, another tokenizer or another split."""
+    report: TextReport = NOT_READ
+    """What was read to make it, today or when its tokens were made."""
 
     @property
     def identity(self) -> str:
@@ -102,11 +108,11 @@ def open_corpus(
     identity = [CACHE_FORMAT, spec.text_key, spec.held_out, tokenizer_json, source.facts]
     folder = cache / digest(b"corpus", canonical_json(identity))[:16].hex()
     try:
-        corpus = cached(folder, tokenizer)
+        corpus = cached(folder, tokenizer, source.skipped)
         if corpus is None:
             cache.mkdir(parents=True, exist_ok=True)
             with locked(folder.with_suffix(".lock")) as alone:
-                corpus = cached(folder, tokenizer)
+                corpus = cached(folder, tokenizer, source.skipped)
                 if corpus is None:
                     if alone:
                         for stale in (folder, *cache.glob(f"{folder.name}.*.tmp")):
@@ -114,8 +120,8 @@ def open_corpus(
                     log.info("tokenizing %s", source.name)
                     # Without the lock another process may have been first, with the same tokens.
                     with nullcontext() if alone else suppress(OSError):
-                        build(folder, source.documents(), tokenizer, spec.held_out, fingerprinted=source.fingerprinted)
-                    corpus = cached(folder, tokenizer)
+                        build(folder, source, tokenizer, spec.held_out)
+                    corpus = cached(folder, tokenizer, source.skipped)
     except OSError as error:
         raise DataError(
             f"{cache}: cannot keep tokens here ({error.strerror}); they take about as much space as the text"
@@ -166,32 +172,40 @@ class TokenFile:
         self._waiting, self._waiting_chars = [], 0
 
 
-def build(
-    folder: Path, documents: Iterable[Document], tokenizer: Tokenizer, held_out: float, *, fingerprinted: bool
-) -> None:
-    """Writes ``folder`` whole or not at all: under a temporary name, synced, then renamed."""
+def build(folder: Path, source: Source, tokenizer: Tokenizer, held_out: float) -> None:
+    """Writes ``folder`` whole or not at all: under a temporary name, synced, then renamed. DataError where too little
+    of the source is text."""
     temporary = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
     temporary.mkdir()
-    h = blake2b(digest_size=32)
+    h, tally, complete = blake2b(digest_size=32), Tally(), 0
     try:
         with (
             closing(TokenFile(temporary / "train.bin", tokenizer)) as train,
             closing(TokenFile(temporary / "held_out.bin", tokenizer)) as other,
         ):
-            for document in documents:
-                if fingerprinted:
+            for document in source.documents(tally):
+                if source.fingerprinted:
                     h.update(document_digest(document))
                 (other if nobody_trains_on(document, held_out) else train).add(document)
-            fingerprint = h.hexdigest() if fingerprinted else ""
-            facts = {"train": train.finish(), "held_out": other.finish(), "fingerprint": fingerprint}
+                complete += document.complete
+            refuse_mostly_skipped(source.name, tally.n_bytes, [*source.skipped, *tally.skipped.values()])
+            facts = {
+                "train": train.finish(),
+                "held_out": other.finish(),
+                "fingerprint": h.hexdigest() if source.fingerprinted else "",
+                "files": tally.files,
+                "documents": complete,
+                "skipped": [kind.model_dump() for kind in tally.skipped.values()],
+            }
         (temporary / "corpus.json").write_bytes(canonical_json(facts))
         os.replace(temporary, folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def cached(folder: Path, tokenizer: Tokenizer) -> Corpus | None:
-    """None when there are no tokens, or their files do not have the recorded sizes."""
+def cached(folder: Path, tokenizer: Tokenizer, skipped: Sequence[Skipped]) -> Corpus | None:
+    """None when there are no tokens, or their files do not have the recorded sizes. ``skipped``: files that are not
+    read, which may be others today than when the tokens were made."""
     arrays: dict[str, Tokens] = {}
     try:
         facts = json.loads((folder / "corpus.json").read_bytes())
@@ -203,9 +217,19 @@ def cached(folder: Path, tokenizer: Tokenizer) -> Corpus | None:
             if facts[split]:  # numpy cannot map an empty file
                 arrays[split] = np.asarray(np.memmap(path, tokenizer.dtype, "r"))
         fingerprint = str(facts["fingerprint"])
+        report = TextReport(
+            files=facts["files"],
+            documents=facts["documents"],
+            train_tokens=facts["train"],
+            held_out_tokens=facts["held_out"],
+            separator=separator(tokenizer),
+            skipped=(*skipped, *map(Skipped.model_validate, facts["skipped"])),
+        )
     except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError):
         return None
-    return Corpus(**arrays, vocab_size=tokenizer.vocab_size, fingerprint=fingerprint, cached_as=folder.name)
+    return Corpus(
+        **arrays, vocab_size=tokenizer.vocab_size, fingerprint=fingerprint, cached_as=folder.name, report=report
+    )
 
 
 @contextmanager

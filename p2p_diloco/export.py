@@ -24,7 +24,7 @@ from p2p_diloco.layout import write_parameters
 from p2p_diloco.manifest import RunManifest
 from p2p_diloco.model import model_of, no_progress_bars
 from p2p_diloco.prompt import builtin_prompt
-from p2p_diloco.tokenizer import LibraryTokenizer
+from p2p_diloco.tokenizer import LibraryTokenizer, open_tokenizer
 
 INFO_FILE = "p2p_diloco.json"
 
@@ -71,6 +71,9 @@ def export_model(manifest: RunManifest, theta: Vector, folder: Path, *, step: in
         temporary.mkdir(parents=True)
         if manifest.tokenizer_json:
             write_tokenizer(manifest.tokenizer_json, temporary)
+        end = open_tokenizer(manifest.tokenizer_json).end
+        if end is not None:
+            set_end_token(model, end)
         with no_progress_bars():
             model.eval().save_pretrained(temporary)
         (temporary / INFO_FILE).write_text(info.model_dump_json(indent=2) + "\n")
@@ -108,12 +111,20 @@ def put_in_place(temporary: Path, folder: Path) -> None:
     shutil.rmtree(earlier, ignore_errors=True)
 
 
+def set_end_token(model: Any, end: int) -> None:
+    """What ``generate`` of transformers ends at, too: a model type's default is the id of some other token."""
+    for config in (model.config, model.generation_config):
+        known = getattr(config, "eos_token_id", None)
+        if config is not None and end not in (known if isinstance(known, list) else [known]):
+            config.eos_token_id = end
+
+
 def write_tokenizer(tokenizer_json: str, folder: Path) -> None:
     """Loads with AutoTokenizer; its end of text is the token that stood between the run's documents."""
     tokenizer = LibraryTokenizer(tokenizer_json)
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
-    end = {} if tokenizer.end is None else {"eos_token": tokenizer.token(tokenizer.end)}
-    (folder / "tokenizer.json").write_text(tokenizer_json, encoding="utf-8")
+    end = {} if tokenizer.end_token is None else {"eos_token": tokenizer.end_token}
+    (folder / "tokenizer.json").write_text(tokenizer.library_json, encoding="utf-8")
     (folder / "tokenizer_config.json").write_text(json.dumps(config | end, indent=2) + "\n", encoding="utf-8")
 
 

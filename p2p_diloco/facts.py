@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from p2p_diloco.errors import DataError, UsageError
+from p2p_diloco.config import cache_folder
+from p2p_diloco.data import open_corpus
+from p2p_diloco.errors import UsageError
 from p2p_diloco.hub import PREFIX, check_data_set
 from p2p_diloco.interruption import importing
-from p2p_diloco.manifest import RunManifest, RunSpec
-from p2p_diloco.text import user_documents, user_files
+from p2p_diloco.manifest import DataSpec, RunManifest, RunSpec
 from p2p_diloco.tokenizer import load_tokenizer_json, open_tokenizer
 
 
@@ -32,11 +33,10 @@ def facts_of(manifest: RunManifest) -> dict[str, str]:
 def check_run_file(path: Path) -> dict[str, str]:
     """What a run file would start, without starting it. Raises LocalError that names what is wrong."""
     spec, base = RunSpec.load(path), path.parent
-    if spec.data.source == "hub":
-        check_data_set(spec.data, base)
-    elif spec.data.path is not None:
-        check_text(base / spec.data.path, f"{path}: key 'data.path'", spec.data.text_key)
-    tokenizer = open_tokenizer(load_tokenizer_json(spec.data, base))
+    tokenizer_json = load_tokenizer_json(spec.data, base)
+    tokenizer = open_tokenizer(tokenizer_json)
+    if spec.data.source == "path" and not (base / str(spec.data.path)).exists():
+        raise UsageError(f"{path}: key 'data.path': no such file or folder: {base / str(spec.data.path)}")
 
     with importing("manifest"):
         import torch
@@ -56,16 +56,18 @@ def check_run_file(path: Path) -> dict[str, str]:
             f"{path}: key 'data.seq_len': {spec.data.seq_len}, but the model sees at most {longest} tokens"
         )
     facts = spec_facts(spec, layout_of(model).n, config["model_type"])
-    return {"run file": f"{path}: sound", "run": spec.name, **facts}
+    return {"run file": f"{path}: sound", "run": spec.name, **facts, **check_text(spec.data, base, tokenizer_json)}
 
 
-def check_text(text: Path, where: str, text_key: str) -> None:
-    """Reads the first document. ``where``: of the path, for messages."""
-    if not text.exists():
-        raise UsageError(f"{where}: no such file or folder: {text}")
-    _, files = user_files(text)
-    if next(user_documents(files, text_key), None) is None:
-        raise DataError(f"{where}: no text in {text}")
+def check_text(data: DataSpec, base: Path, tokenizer_json: str) -> dict[str, str]:
+    """Reads all of the text, and keeps its tokens where a seed then finds them; of a data set of the hub, the first
+    document of each split."""
+    if data.source == "hub":
+        check_data_set(data, base)
+        return {"text": f"a part of {data.path} for each peer, at most {data.max_documents} documents; not read here"}
+    report = open_corpus(data, base=base, cache=cache_folder(), tokenizer_json=tokenizer_json).report
+    skipped = "; ".join(kind.line for kind in report.skipped)
+    return {"text": report.read, "skipped": skipped} if skipped else {"text": report.read}
 
 
 def spec_facts(spec: RunSpec, n_params: int, model_type: str) -> dict[str, str]:

@@ -22,6 +22,7 @@ from p2p_diloco.model import build_model, check_causal, check_untrained, context
 from p2p_diloco.outer import genesis_state
 from p2p_diloco.snapshot import disk_errors, write_whole
 from p2p_diloco.stored import MANIFEST_FILE, open_ledger, run_folder
+from p2p_diloco.textreport import log_report
 from p2p_diloco.tokenizer import load_tokenizer_json, open_tokenizer
 
 
@@ -57,7 +58,9 @@ def make_manifest(
     if spec.data.source == "hub":
         check_data_set(spec.data, base)  # the owner may be a seed, which needs no text
     else:
-        fingerprint = open_corpus(spec.data, base=base, cache=cache_folder(), tokenizer_json=tokenizer_json).fingerprint
+        corpus = open_corpus(spec.data, base=base, cache=cache_folder(), tokenizer_json=tokenizer_json)
+        log_report(corpus.report)
+        fingerprint = corpus.fingerprint
     config = resolve_config(spec.model, base=base, vocab_size=tokenizer.vocab_size)
     if spec.model.path is None:
         model = build_model(config, seed=spec.seed)

@@ -40,7 +40,8 @@ from typing import Any
 from p2p_diloco.errors import DataError, LocalError, UsageError
 from p2p_diloco.manifest import DataSpec
 from p2p_diloco.outer import digest
-from p2p_diloco.text import Document, is_held_out, named_by_text
+from p2p_diloco.text import Document, is_held_out, kept, named_by_text
+from p2p_diloco.textreport import Tally
 
 log = logging.getLogger(__name__)
 
@@ -62,6 +63,9 @@ CHARS_PER_TOKEN = 8
 HELD_OUT_KEY = "data.held_out_split"
 LOG_DOCUMENTS = 10_000
 """Between two lines of the log."""
+END_FILES = ("tokenizer_config.json", "special_tokens_map.json", "generation_config.json", "config.json")
+"""What may say, beside a tokenizer.json, which of its tokens ends a document; the first one that does is believed."""
+TOKENIZER_FILES = ("tokenizer.json", *END_FILES)
 MODEL_FILES = ("config.json", "*.safetensors", "*.safetensors.index.json")
 
 
@@ -70,19 +74,22 @@ def library_is_missing() -> bool:
     return find_spec("datasets") is None
 
 
-def hub_documents(spec: DataSpec, *, base: Path | None, run_seed: int, peer_id: str) -> Iterator[Document]:
+def hub_documents(
+    spec: DataSpec, *, base: Path | None, run_seed: int, peer_id: str, tally: Tally
+) -> Iterator[Document]:
     """The held-out documents, the same ones for every peer, then those that this peer trains on: at most
     ``spec.max_documents`` are read for each.
 
     ``base``: what the path of a local folder is relative to; None where a stranger wrote the spec, who is to name what
-    is on the hub, and nothing on this disk. LocalError names the key and what to do.
+    is on the hub, and nothing on this disk. ``tally`` counts the rows without text among those that this peer trains
+    on. LocalError names the key and what to do.
     """
     stream = open_stream(spec, base, spec.split, "data.split")
     other = stream if spec.held_out_split is None else open_stream(spec, base, spec.held_out_split, HELD_OUT_KEY)
     yield from held_out_documents(spec, other)
 
     order, start = places(stream.num_shards, spec.max_documents, run_seed, peer_id)
-    everything = from_document(start, lambda: documents(spec, stream, order))
+    everything = from_document(start, lambda: documents(spec, stream, order, tally), tally)
     for number, document in enumerate(islice(everything, spec.max_documents), 1):
         if number % LOG_DOCUMENTS == 0:
             log.info("read %d documents of %s, at most %d", number, spec.path, spec.max_documents)
@@ -93,7 +100,7 @@ def hub_documents(spec: DataSpec, *, base: Path | None, run_seed: int, peer_id: 
 def held_out_documents(spec: DataSpec, stream: Any) -> Iterator[Document]:
     """From the start of ``stream``, about as many as evaluation needs."""
     chars, enough = 0, CHARS_PER_TOKEN * (spec.eval_tokens + spec.seq_len)
-    for document in islice(documents(spec, stream, range(stream.num_shards)), spec.max_documents):
+    for document in islice(documents(spec, stream, range(stream.num_shards), Tally()), spec.max_documents):
         if spec.held_out_split is not None or is_held_out(document.name, spec.held_out):
             yield replace(document, held_out=True)
             chars += len(document.text)
@@ -101,13 +108,16 @@ def held_out_documents(spec: DataSpec, stream: Any) -> Iterator[Document]:
                 return
 
 
-def from_document(start: int, read: Callable[[], Iterator[Document]]) -> Iterator[Document]:
-    """All that ``read`` gives, each once, from the one numbered ``start`` on; ``start`` is counted round and round."""
+def from_document(start: int, read: Callable[[], Iterator[Document]], tally: Tally) -> Iterator[Document]:
+    """All that ``read`` gives, each once, from the one numbered ``start`` on; ``start`` is counted round and round.
+    What ``tally`` has counted of those that are passed by before the start is forgotten."""
     stream = read()
     n_passed = sum(1 for _ in islice(stream, start))
     if 0 < n_passed < start:  # these are all that there are
         start %= n_passed
-        stream = islice(read(), start, None)
+        stream = read()
+        sum(1 for _ in islice(stream, start))
+    tally.skipped.clear()
     yield from stream
     yield from islice(read(), start)
 
@@ -126,7 +136,7 @@ def check_data_set(spec: DataSpec, base: Path) -> None:
     splits = [(spec.split, "data.split"), (spec.held_out_split, HELD_OUT_KEY)]
     for split, key in ((split, key) for split, key in splits if split is not None):
         stream = open_stream(spec, base, split, key)
-        if next(documents(spec, stream, range(stream.num_shards)), None) is None:
+        if next(documents(spec, stream, range(stream.num_shards), Tally()), None) is None:
             raise DataError(f"{spec.path}: no documents in split {split!r}; choose another under {key}")
 
 
@@ -183,15 +193,18 @@ def open_saved(datasets: Any, spec: DataSpec, folder: Path, split: str, key: str
         return rows.to_iterable_dataset(num_shards=min(max(len(rows), 1), SAVED_SHARDS))
 
 
-def documents(spec: DataSpec, stream: Any, shards: Iterable[int]) -> Iterator[Document]:
+def documents(spec: DataSpec, stream: Any, shards: Iterable[int], tally: Tally) -> Iterator[Document]:
     """Of these shards, in this order; rows without text are left out. A document's name is a hash of its text."""
+    return (named_by_text(text) for text in kept(texts(spec, stream, shards), tally))
+
+
+def texts(spec: DataSpec, stream: Any, shards: Iterable[int]) -> Iterator[str | None]:
     for row in rows_of(stream, shards, str(spec.path)):
         text = row.get(spec.text_key)
-        if isinstance(text, str):
-            yield named_by_text(text)
-        elif text is not None or spec.text_key not in row:
+        if not isinstance(text, (str, type(None))) or spec.text_key not in row:
             known = ", ".join(name for name, value in row.items() if isinstance(value, str))[:200]
             raise DataError(f"{spec.path}: no text under {spec.text_key!r}; data.text_key can be: {known or 'nothing'}")
+        yield text
 
 
 def rows_of(stream: Any, shards: Iterable[int], source: str) -> Iterator[dict[str, Any]]:
@@ -201,15 +214,19 @@ def rows_of(stream: Any, shards: Iterable[int], source: str) -> Iterator[dict[st
 
 
 def find_tokenizer(name: str, base: Path) -> Path:
-    """``name``: of a file, of a folder with a tokenizer.json, or, after ``hub:``, on the hub."""
+    """The path of the tokenizer.json; beside it lies what says which of its tokens ends a document. ``name``: of a
+    file, of a folder with a tokenizer.json, or, after ``hub:``, on the hub."""
     if not name.startswith(PREFIX):
         path = base / name
         return path / "tokenizer.json" if path.is_dir() else path
-    from huggingface_hub import hf_hub_download
+    from huggingface_hub import snapshot_download
 
     repository, revision = look_up(name.removeprefix(PREFIX), "model", "data.tokenizer")
     with asking(f"key 'data.tokenizer': no tokenizer.json can be had from {name}; name another, or a file"):
-        return Path(hf_hub_download(repository, "tokenizer.json", revision=revision))
+        path = Path(snapshot_download(repository, revision=revision, allow_patterns=list(TOKENIZER_FILES)))
+        if not (path / "tokenizer.json").is_file():
+            raise FileNotFoundError("there is none")
+        return path / "tokenizer.json"
 
 
 def find_model(name: str, base: Path, *, with_weights: bool) -> Path:

@@ -28,6 +28,8 @@ from rich.console import Console
 from rich.live import Live
 
 from p2p_diloco.children import SEED, TRAINER, Children
+from p2p_diloco.config import cache_folder
+from p2p_diloco.data import open_corpus
 from p2p_diloco.display import is_live, join_line, plain
 from p2p_diloco.errors import Stopped, UsageError
 from p2p_diloco.faults import Done, FaultPlan, plights
@@ -142,9 +144,18 @@ class LocalSwarm:
         self.join_line = join_line([address])
         if children.network is not None:
             self.join_line = f"{shlex.join(children.network.switch.enter)} {self.join_line}"
+        self.tell_text()
         self.console.print(f"to join from another terminal: {self.join_line}", soft_wrap=True)
         children.start_trainers(peers)
         self.injector.start()
+
+    def tell_text(self) -> None:
+        """What the seed has read, from its tokens; of a data set of the hub each trainer's log tells its part."""
+        if self.spec.data.source != "hub":
+            base, tokenizer_json = self.children.run_file.parent, self.children.manifest.tokenizer_json
+            corpus = open_corpus(self.spec.data, base=base, cache=cache_folder(), tokenizer_json=tokenizer_json)
+            for line in corpus.report.lines:
+                self.console.print(f"text: {plain(line)}", markup=False, soft_wrap=True)
 
     def watch(self) -> None:
         """Until all trainers have ended for good."""

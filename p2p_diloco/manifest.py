@@ -23,9 +23,11 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
+    SerializerFunctionWrapHandler,
     ValidationError,
     ValidationInfo,
     field_validator,
+    model_serializer,
     model_validator,
 )
 
@@ -88,8 +90,9 @@ class DataSpec(Section):
     """``[data]``"""
 
     source: Literal["builtin", "path", "hub"] = "builtin"
-    """``builtin``: the Python sources of torch, on every machine. ``path``: .txt, .jsonl or .parquet files. ``hub``: a
-    data set of the Hugging Face hub, or a local folder of the datasets library; every peer needs the extra ``hf``."""
+    """``builtin``: the Python sources of torch, on every machine. ``path``: files of text (``textfiles.py`` says
+    which). ``hub``: a data set of the Hugging Face hub, or a local folder of the datasets library; every peer needs the
+    extra ``hf``."""
     path: str | None = None
     """File or folder for ``source = "path"``, relative to the run file. A volunteer names their own with ``--data``.
     For ``source = "hub"``: a folder, or OWNER/NAME on the hub, with @REVISION after it where it shall never change."""
@@ -103,10 +106,14 @@ class DataSpec(Section):
     """Of a hub data set: how many documents a peer reads before it starts. Others than its neighbours read, if there
     are enough; ``hub.py`` says which, and what it costs."""
     text_key: Annotated[str, Field(min_length=1, max_length=64)] = "text"
-    """The field of .jsonl rows, and the column of .parquet files and hub data sets, that holds the text."""
+    """The field of rows in JSON, and the column of .parquet files and hub data sets, that holds the text."""
     tokenizer: Annotated[str, Field(min_length=1)] = "bytes"
     """``bytes``; or the path, relative to the run file, of a tokenizer.json or of a folder that has one; or
     ``hub:OWNER/NAME``. The owner alone looks for it: it travels in the manifest."""
+    end_token: Annotated[str, Field(min_length=1, max_length=256)] | None = None
+    """The tokenizer's token after each document. Without this key, what its folder says: ``eos_token`` of
+    tokenizer_config.json or special_tokens_map.json, or ``eos_token_id`` of generation_config.json or config.json; and
+    else a usual name. The owner alone looks for it, too."""
     seq_len: Annotated[int, Field(ge=8, le=1_048_576)] = 256
     """Tokens a model sees at once; a batch row has one more, the last target."""
     held_out: Annotated[float, Field(gt=0, le=0.5)] = 0.02
@@ -119,6 +126,20 @@ class DataSpec(Section):
         if (self.source == "builtin") != (self.path is None):
             raise ValueError('path goes with source = "path" or source = "hub", and these need a path')
         return self
+
+    @model_validator(mode="after")
+    def _end_token_of_a_tokenizer(self) -> DataSpec:
+        if self.end_token is not None and self.tokenizer == "bytes":
+            raise ValueError("end_token goes with a tokenizer; where bytes are tokens, a 0 byte ends a document")
+        return self
+
+    @model_serializer(mode="wrap")
+    def _without_absent_keys(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """A key that came later is left out where it is not given: a run keeps its id."""
+        table: dict[str, Any] = serialize(self)
+        if self.end_token is None:
+            table.pop("end_token", None)
+        return table
 
     @model_validator(mode="after")
     def _hub_keys_for_hub(self) -> DataSpec:
@@ -263,7 +284,8 @@ class RunManifest(Section):
     data_fingerprint: str
     """Of the built-in text; empty where every peer brings its own data."""
     tokenizer_json: str = ""
-    """The tokenizer itself, for a tokenizer of the tokenizers library; empty for raw bytes."""
+    """The tokenizer itself, for a tokenizer of the tokenizers library, with its end token where that has no usual name
+    (``tokenizer.with_end``); empty for raw bytes."""
     genesis: HexDigest
     """Digest of S_0."""
     owner: str

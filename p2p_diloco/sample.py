@@ -12,7 +12,7 @@ import torch
 from p2p_diloco.errors import UsageError
 from p2p_diloco.export import ExportInfo, read_info
 from p2p_diloco.model import context_tokens, load_pretrained
-from p2p_diloco.tokenizer import Tokenizer, open_tokenizer
+from p2p_diloco.tokenizer import LibraryTokenizer, Tokenizer, end_token_beside, open_tokenizer, with_end
 
 LONGEST_GAP = 24
 """Spaces in a row that are shown as they are. A small model that has begun to indent often does not find back."""
@@ -35,6 +35,9 @@ def load_export(folder: Path) -> tuple[torch.nn.Module, Tokenizer, ExportInfo]:
             tokenizer_json = path.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise UsageError(f"{path}: cannot be read; export the model again") from error
+        end_token = end_token_beside(path, LibraryTokenizer(tokenizer_json, str(path)))
+        if end_token is not None:
+            tokenizer_json = with_end(tokenizer_json, end_token)
     return load_pretrained(folder).eval(), open_tokenizer(tokenizer_json), info
 
 

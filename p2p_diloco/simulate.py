@@ -11,6 +11,7 @@ and names give the same heads, also after an interruption, and also as a swarm o
 from __future__ import annotations
 
 import json
+import logging
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -46,6 +47,7 @@ from p2p_diloco.shards import shards_of, tokens_digest
 from p2p_diloco.simulation import SimulatedRun, members_at, replica_names
 from p2p_diloco.snapshot import disk_errors, write_whole
 from p2p_diloco.stored import MANIFEST_FILE, open_ledger
+from p2p_diloco.textreport import log_report
 from p2p_diloco.tokenizer import open_tokenizer
 from p2p_diloco.train import good_threads
 from p2p_diloco.variants import BITS, OuterRule, prune, quantize, quantized_bytes
@@ -55,6 +57,9 @@ CHECKPOINT_SHARE = 0.05
 """Of the time, for checkpoints: a small simulation has one every second, a large one not all the time."""
 EVALUATED_ROWS = 32
 """In one forward pass: small batches would take longer to evaluate on than to learn from."""
+
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,6 +142,10 @@ class Simulation:
             for name in (names[:1] if options.shards == "non-iid" else names)
         ]
         corpus = corpora[0]
+        if spec.data.source == "hub":  # all else has told of its text in make_manifest
+            for name, theirs in zip(names, corpora):
+                log.info("what %s reads:", name)
+                log_report(theirs.report)
         if options.warm_steps:
             theta = warm_start(what, manifest, theta, corpus, on, warm_folder or folder)
             manifest = manifest.with_genesis(genesis_state(theta).digest())

@@ -17,7 +17,9 @@ from p2p_diloco.errors import DataError, UsageError
 from p2p_diloco.hub import DATA_SET_NAME, hub_documents
 from p2p_diloco.manifest import DataSpec
 from p2p_diloco.outer import digest
-from p2p_diloco.text import Document, builtin_documents, builtin_files, reading, user_documents, user_files, walk
+from p2p_diloco.text import Document, builtin_documents, builtin_files, reading, user_documents, walk
+from p2p_diloco.textfiles import text_files
+from p2p_diloco.textreport import Skipped, Tally
 
 KEPT_FREE_BYTES = 10**9
 """Of the disk, by the tokens of a data set: how long it is, is another's choice."""
@@ -34,7 +36,10 @@ class Source:
     """For messages."""
     facts: list[Any]
     """All that the documents depend on, beside the spec's ``text_key`` and ``held_out``."""
-    documents: Callable[[], Iterator[Document]]
+    documents: Callable[[Tally], Iterator[Document]]
+    """Counts what it reads."""
+    skipped: tuple[Skipped, ...] = ()
+    """Files that are not read at all."""
     fingerprinted: bool = False
 
 
@@ -57,12 +62,15 @@ def source_of(
     else:
         own = base / spec.path
     name = "the built-in text" if own is None else str(own)
-    with reading(name):
-        root, files = builtin_files() if own is None else user_files(own)
-        facts = [own is None, str(root.resolve()), listing(root, files)]
     if own is None:
-        return Source(name, facts, lambda: builtin_documents(root, files), fingerprinted=True)
-    return Source(name, facts, lambda: user_documents(files, spec.text_key))
+        with reading(name):
+            root, paths = builtin_files()
+            facts = [True, str(root.resolve()), listing(root, paths)]
+        return Source(name, facts, lambda tally: builtin_documents(root, paths, tally), fingerprinted=True)
+    with reading(name):
+        found = text_files(own)
+        facts = [False, str(found.root.resolve()), found.listing()]
+    return Source(name, facts, lambda tally: user_documents(found.files, spec.text_key, tally), skipped=found.skipped)
 
 
 def hub_source(spec: DataSpec, *, base: Path | None, cache: Path, run_seed: int, peer_id: str) -> Source:
@@ -76,7 +84,9 @@ def hub_source(spec: DataSpec, *, base: Path | None, cache: Path, run_seed: int,
     return Source(
         f"the data set {spec.path}",
         facts,
-        lambda: while_disk_lasts(hub_documents(spec, base=base, run_seed=run_seed, peer_id=peer_id), cache),
+        lambda tally: while_disk_lasts(
+            hub_documents(spec, base=base, run_seed=run_seed, peer_id=peer_id, tally=tally), cache
+        ),
     )
 
 
@@ -102,7 +112,7 @@ def listing(root: Path, files: Iterable[Path]) -> list[list[Any]]:
 def builtin_fingerprint() -> str:
     """As in a corpus of the built-in text, without tokenizing anything: reads 46 MB. Raises DataError."""
     h = blake2b(digest_size=32)
-    for document in builtin_documents(*builtin_files()):
+    for document in builtin_documents(*builtin_files(), Tally()):
         h.update(document_digest(document))
     return h.hexdigest()
 

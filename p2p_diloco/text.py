@@ -1,31 +1,43 @@
-"""Files of text -> documents: the built-in text, and a user's .txt, .jsonl and .parquet files.
+"""Files of text -> documents: the built-in text, and a user's files.
 
 A document is held out from training by a hash of its name. Of the built-in text that is the path of the file; of all
 other text it is a hash of the document itself. So peers that hold the same row, or the same .txt file, hold out the
 same of it, whatever their files are called and whatever else they hold; a character more makes another document.
 Everything streams: no more than one document, one row or one batch of rows is in memory.
+
+A user's text is in UTF-8, or it is refused: characters that are replaced without a word are trained on. A document has
+no NUL, which ends a document where bytes are tokens: a .txt file with one is in another encoding, or no text, and a row
+with one is left out and counted.
 """
 
 from __future__ import annotations
 
 import json
+import lzma
 import os
 import sysconfig
+import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from hashlib import blake2b
 from importlib.util import find_spec
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from p2p_diloco.errors import DataError
 from p2p_diloco.outer import digest
+from p2p_diloco.textfiles import TextFile, is_foreign, pyarrow_for
+from p2p_diloco.textreport import NO_TEXT, NULL, ZERO, Tally
 
-SUFFIXES = (".txt", ".jsonl", ".parquet")
 PIECE_CHARS = 4096
 """A .txt file is cut into documents of about this size, at a newline, so that some of a single one can be held out. Two
 files that begin alike are cut alike."""
+MAX_ROW_CHARS = 64 * 1024 * 1024
+"""Of a row of JSON, which is in memory as a whole."""
+CHUNK_CHARS = 64 * 1024
+SPACES = " \t\r\n"
+"""Of JSON."""
 
 
 @dataclass(frozen=True)
@@ -57,21 +69,6 @@ def builtin_files() -> tuple[Path, list[Path]]:
     return root, [path for path in files if not left_out & set(path.relative_to(root).parts)]
 
 
-def user_files(path: Path) -> tuple[Path, list[Path]]:
-    if not path.exists():
-        raise DataError(f"{path}: no such file or folder; data.path or --data names .txt, .jsonl or .parquet files")
-    if not path.is_dir():
-        if path.suffix not in SUFFIXES:
-            raise DataError(f"{path}: cannot read {path.suffix or 'this'} files; give .txt, .jsonl or .parquet")
-        if not path.is_file():
-            raise DataError(f"{path}: no regular file; its text is read more than once, so write it to one")
-        return path.parent, [path]
-    files = [file for file in walk(path) if file.suffix in SUFFIXES]
-    if not files:
-        raise DataError(f"{path}: no .txt, .jsonl or .parquet files in this folder")
-    return path, files
-
-
 def walk(root: Path) -> list[Path]:
     """All regular files below ``root``, by their relative path, without hidden ones. A pipe has no end."""
 
@@ -85,30 +82,49 @@ def walk(root: Path) -> list[Path]:
     return sorted(files, key=lambda path: path.relative_to(root).as_posix())
 
 
-def builtin_documents(root: Path, files: Iterable[Path]) -> Iterator[Document]:
+def builtin_documents(root: Path, files: Iterable[Path], tally: Tally) -> Iterator[Document]:
+    """Python's own rule is UTF-8, and what differs is replaced: the fingerprint of this text is that of earlier
+    versions."""
     for path in files:
         with reading(str(path)):
             text = path.read_bytes().decode("utf-8", "replace").replace("\r\n", "\n")
+        tally.files += 1
         yield Document(path.relative_to(root).as_posix(), text)
 
 
-def user_documents(files: Sequence[Path], text_key: str) -> Iterator[Document]:
-    """Streams: no more than one document, one row or one batch of rows is in memory."""
-    for path in files:
-        with reading(str(path)):
-            if path.suffix == ".txt":
-                yield from text_documents(path)
-            elif path.suffix == ".jsonl":
-                yield from json_documents(path, text_key)
+def user_documents(files: Sequence[TextFile], text_key: str, tally: Tally) -> Iterator[Document]:
+    """Raises DataError that names file and place: for bytes that are not UTF-8, damaged files, and rows without text.
+
+    A .json file among others may be anything; when its first row has no text, it is skipped.
+    """
+    for file in files:
+        with reading(str(file.path)), in_utf8(file):
+            documents = 0
+            if file.kind != ".json" or len(files) == 1 or begins_with_text(file, text_key):
+                for document in documents_of(file, text_key, tally):
+                    documents += 1
+                    yield document
+            if documents:
+                tally.files += 1
+                tally.n_bytes += file.n_bytes
             else:
-                yield from parquet_documents(path, text_key)
+                tally.skip(NO_TEXT, file.path.name, file.n_bytes)
 
 
-def text_documents(path: Path) -> Iterator[Document]:
-    with path.open(encoding="utf-8-sig", errors="replace") as file:
-        text = next_piece(file)
+def documents_of(file: TextFile, text_key: str, tally: Tally) -> Iterator[Document]:
+    if file.kind == ".txt":
+        return text_documents(file)
+    rows = parquet_rows if file.kind == ".parquet" else json_rows if file.kind == ".json" else json_lines
+    return (named_by_text(text) for text in kept(rows(file, text_key), tally))
+
+
+def text_documents(file: TextFile) -> Iterator[Document]:
+    with file.open() as stream:
+        text = next_piece(stream)
         while text:
-            following = next_piece(file)
+            if is_foreign(text):
+                file.refuse_encoding()
+            following = next_piece(stream)
             yield named_by_text(text, complete=not following)
             text = following
 
@@ -118,53 +134,175 @@ def next_piece(file: IO[str]) -> str:
     return file.read(PIECE_CHARS) + file.readline(PIECE_CHARS)
 
 
-def json_documents(path: Path, text_key: str) -> Iterator[Document]:
-    """Rows whose text is null are left out, as in other files."""
-    with path.open(encoding="utf-8-sig", errors="replace") as file:
-        for number, line in enumerate(file, 1):
-            if line.isspace():
-                continue
+def kept(texts: Iterable[str | None], tally: Tally) -> Iterator[str]:
+    """Without rows that have no text, or one with a NUL in it."""
+    for text in texts:
+        if text is None:
+            tally.skip(NULL)
+        elif "\0" in text:
+            tally.skip(ZERO)
+        else:
+            yield text
+
+
+def json_lines(file: TextFile, text_key: str) -> Iterator[str | None]:
+    """The text of each line, or None where it is null."""
+    with file.open() as stream:
+        number = 0
+        while line := stream.readline(MAX_ROW_CHARS):
+            number += 1
+            where = f"{file.path}, line {number}"
+            if is_foreign(line):
+                file.refuse_encoding()
+            if len(line) == MAX_ROW_CHARS and not line.endswith("\n"):
+                raise too_long(where)
+            if not line.isspace():
+                with parsing(where):
+                    row = json.loads(line)
+                yield text_in(row, text_key, where)
+
+
+def json_rows(file: TextFile, text_key: str) -> Iterator[str | None]:
+    """As ``json_lines``, of a file that is a list of rows, or one row after another, each on one line or several."""
+    with file.open() as stream:
+        for number, row in enumerate(json_values(stream, file), 1):
+            yield text_in(row, text_key, f"{file.path}, row {number}")
+
+
+def json_values(stream: IO[str], file: TextFile) -> Iterator[Any]:
+    """One at a time. A value that goes on behind what was read is tried again with twice as much."""
+    decoder, number, ahead, in_list = json.JSONDecoder(), 0, "", False
+
+    def more(n_chars: int = CHUNK_CHARS) -> str:
+        text = stream.read(n_chars)
+        if is_foreign(text):
+            file.refuse_encoding()
+        return text
+
+    def after_spaces(text: str) -> str:
+        while not (text := text.lstrip(SPACES)) and (text := more()):
+            pass
+        return text
+
+    ahead = after_spaces("")
+    if ahead.startswith("["):
+        in_list, ahead = True, after_spaces(ahead[1:])
+    while ahead and not (in_list and ahead[0] == "]"):
+        number += 1
+        where = f"{file.path}, row {number}"
+        while True:
             try:
-                row = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                raise DataError(f"{path}, line {number}: not JSON ({first_line(error)})") from error
-            if isinstance(row, dict) and row.get(text_key, "") is None:
-                continue
-            if not isinstance(row, dict) or not isinstance(row.get(text_key), str):
-                keys = [key for key, value in row.items() if isinstance(value, str)] if isinstance(row, dict) else []
-                known = f"; data.text_key can be: {', '.join(keys)[:200]}" if keys else ""
-                raise DataError(f"{path}, line {number}: no text under {text_key!r}{known}")
-            yield named_by_text(row[text_key])
+                value, end = decoder.raw_decode(ahead)
+                break
+            except RecursionError as error:
+                raise not_json(where, error) from error
+            except ValueError as error:
+                following = more(len(ahead))
+                if not following:
+                    raise not_json(where, error) from error
+                ahead += following
+                if len(ahead) > MAX_ROW_CHARS:
+                    raise too_long(where) from error
+        yield value
+        ahead = after_spaces(ahead[end:])
+        if in_list and ahead.startswith(","):
+            ahead = after_spaces(ahead[1:])
+        elif in_list and not ahead.startswith("]"):
+            raise not_json(where, ValueError("the list does not end"))
+    if in_list and not ahead:
+        raise not_json(f"{file.path}, after row {number}", ValueError("the list does not end"))
+    if in_list and after_spaces(ahead[1:]):
+        raise not_json(f"{file.path}, after row {number}", ValueError("the list has ended"))
 
 
-def parquet_documents(path: Path, text_key: str) -> Iterator[Document]:
+def begins_with_text(file: TextFile, text_key: str) -> bool:
+    """Whether the first row that is not null has text."""
+    with file.open() as stream:
+        for row in json_values(stream, file):
+            if not isinstance(row, dict) or row.get(text_key, "") is not None:
+                return isinstance(row, dict) and isinstance(row.get(text_key), str)
+    return False
+
+
+def text_in(row: Any, text_key: str, where: str) -> str | None:
+    """None where it is null. DataError, naming ``where``, for no text, or one that UTF-8 does not have."""
+    if not isinstance(row, dict) or not isinstance(row.get(text_key, 0), (str, type(None))):
+        keys = [key for key, value in row.items() if isinstance(value, str)] if isinstance(row, dict) else []
+        known = f"; data.text_key can be: {', '.join(keys)[:200]}" if keys else ""
+        raise DataError(f"{where}: no text under {text_key!r}{known}")
+    text: str | None = row[text_key]
+    if text is not None and not text.isascii():
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise DataError(
+                f"{where}: not UTF-8: half of a surrogate pair, {text[error.start]!r}, in the text at character "
+                f"{error.start}; mend or delete this row"
+            ) from error
+    return text
+
+
+def parquet_rows(file: TextFile, text_key: str) -> Iterator[str | None]:
+    pyarrow, path = pyarrow_for(file.path), file.path
+    from pyarrow import parquet
+
+    number = 0
     try:
-        import pyarrow
-        from pyarrow import parquet
-    except ImportError:
-        raise DataError(f"{path}: needs pyarrow; install it with: pip install 'p2p-diloco[parquet]'") from None
-    try:
-        with parquet.ParquetFile(path) as file:
-            if text_key not in file.schema_arrow.names:
-                columns = ", ".join(file.schema_arrow.names)
+        with parquet.ParquetFile(path) as table:
+            if text_key not in table.schema_arrow.names:
+                columns = ", ".join(table.schema_arrow.names)
                 raise DataError(f"{path}: no column {text_key!r}; data.text_key can be: {columns}")
-            for batch in file.iter_batches(batch_size=256, columns=[text_key]):
-                for text in batch.column(0).to_pylist():
-                    if isinstance(text, str):
-                        yield named_by_text(text)
-                    elif text is not None:
+            for batch in table.iter_batches(batch_size=256, columns=[text_key]):
+                for scalar in batch.column(0):
+                    number += 1
+                    text = scalar.as_py()
+                    if text is not None and not isinstance(text, str):
                         raise DataError(f"{path}: column {text_key!r} holds {type(text).__name__}, not text")
-    except (pyarrow.ArrowInvalid, UnicodeDecodeError) as error:
+                    yield text
+    except UnicodeDecodeError as error:
+        byte = error.object[error.start]
+        raise DataError(
+            f"{path}: not UTF-8: byte 0x{byte:02x} at offset {error.start} of column {text_key!r} in row {number}; "
+            f"write the file from text in UTF-8"
+        ) from error
+    except pyarrow.ArrowException as error:
         raise DataError(f"{path}: not a sound parquet file ({first_line(error)})") from error
 
 
 @contextmanager
+def parsing(where: str) -> Iterator[None]:
+    try:
+        yield
+    except (ValueError, RecursionError) as error:
+        raise not_json(where, error) from error
+
+
+def not_json(where: str, error: Exception) -> DataError:
+    return DataError(f"{where}: not JSON ({first_line(error)})")
+
+
+def too_long(where: str) -> DataError:
+    return DataError(f"{where}: longer than {MAX_ROW_CHARS} characters; a row holds one document")
+
+
+@contextmanager
+def in_utf8(file: TextFile) -> Iterator[None]:
+    try:
+        yield
+    except UnicodeDecodeError:
+        file.refuse_encoding()
+
+
+@contextmanager
 def reading(source: str) -> Iterator[None]:
+    """DataError for what cannot be read, or not be decompressed."""
     try:
         yield
     except OSError as error:
         reason = error.strerror or first_line(error)
         raise DataError(f"{error.filename or source}: cannot be read ({reason})") from error
+    except (EOFError, zlib.error, lzma.LZMAError) as error:
+        raise DataError(f"{source}: damaged, or cut off ({first_line(error)}); get it anew") from error
 
 
 def is_held_out(name: str, share: float) -> bool:

@@ -32,6 +32,7 @@ from p2p_diloco.manifest import RunManifest
 from p2p_diloco.model import evaluate, model_of, pick_device
 from p2p_diloco.source import source_of
 from p2p_diloco.swarm import Swarm
+from p2p_diloco.textreport import log_report
 
 log = logging.getLogger(__name__)
 
@@ -60,6 +61,7 @@ def train(swarm: Swarm, choices: TrainConfig, stop: Stop) -> None:
     torch.set_num_threads(choices.threads or good_threads(manifest.n_params))
     device = pick_device(choices.device)
     corpus = open_run_corpus(manifest, choices.data, swarm.peer_id)
+    log_report(corpus.report)
     model = model_of(manifest).to(device)
     swarm.load_into(model)
     inner = InnerOptimizer(model, spec, device)

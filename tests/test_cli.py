@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -257,9 +258,9 @@ def test_text_that_is_missing_or_too_short_is_named(refused: Refused, tmp_path: 
 def test_a_run_file_without_anything_to_read_is_not_sound(refused: Refused, tmp_path: Path) -> None:
     path = str(run_file(tmp_path))
     (tmp_path / "texts").mkdir()
-    assert "texts: no .txt, .jsonl or .parquet files in this folder" in refused("manifest", path, exit_code=1)
+    assert "or .parquet files in this folder" in refused("manifest", path, exit_code=1)
     (tmp_path / "texts" / "0.jsonl").write_text('{"text": null}\n')
-    assert "key 'data.path': no text in " in refused("manifest", path, exit_code=1)
+    assert "0 bytes read; files without text under data.text_key: 1, 15 bytes" in refused("manifest", path, exit_code=1)
     (tmp_path / "texts" / "0.jsonl").write_text('{"body": "x"}\n')
     assert "data.text_key can be: body" in refused("manifest", path, exit_code=1)
 
@@ -273,11 +274,20 @@ def test_a_model_folder_without_weights_is_not_sound(refused: Refused, tmp_path:
     assert "start: no weights here" in refused("manifest", str(run_file(tmp_path, text)))
 
 
-def test_a_sound_run_file_is_summed_up(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_sound_run_file_is_summed_up(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     texts(tmp_path)
+    (tmp_path / "texts" / "notes.md").write_text("a note")
     assert cli.main(["manifest", str(run_file(tmp_path))]) == 0
     out, err = capsys.readouterr()
-    assert err == ""
+    assert "INFO tokenizing" in err
+    assert len(err.splitlines()) == 1
+    assert re.search(r"^text +\d+ files, \d+ documents, each followed by a 0 byte; \d+ tokens, .* held out$", out, re.M)
+    assert re.search(r"^skipped +files with a suffix that is not read: 1, 6 bytes \(notes\.md\)$", out, re.M)
+    assert cli.main(["manifest", str(run_file(tmp_path))]) == 0
+    assert capsys.readouterr() == (out, ""), "the tokens are kept"
     assert "run.toml: sound" in out
     assert "llama, 10800 parameters" in out
     assert "5, learning rate 0.7, momentum 0.9, codec int8" in out

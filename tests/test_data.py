@@ -20,6 +20,7 @@ from p2p_diloco.errors import DataError, UsageError
 from p2p_diloco.manifest import DataSpec
 from p2p_diloco.outer import digest
 from p2p_diloco.text import PIECE_CHARS, builtin_files, is_held_out
+from p2p_diloco.textreport import HIDDEN, NO_TEXT, NULL, ZERO, Skipped, TextReport
 
 SPEC = DataSpec(source="path", path="texts", seq_len=16, held_out=0.3)
 TEXTS = {f"{i:02d}.txt": f"document {i:02d} says {'abc' * (i % 5)} and ends\n" for i in range(40)}
@@ -196,22 +197,74 @@ def test_one_long_text_is_cut_at_newlines_and_split(tmp_path: Path) -> None:
     assert 0.1 < len(split[1]) / len(lines) < 0.5
 
 
-def test_lone_surrogates_and_broken_utf8_are_replaced(tmp_path: Path) -> None:
+def test_the_report_of_a_text_is_kept_with_its_tokens(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    folder, cache = write_texts(tmp_path / "texts"), tmp_path / "cache"
+    rows = ('"a row"', "null", '"with a \\u0000"', "null")
+    (folder / "rows.jsonl").write_text("".join(f'{{"text": {row}}}\n' for row in rows))
+    first = open_corpus(SPEC, base=tmp_path, cache=cache)
+    n_bytes = sum(map(len, TEXTS.values())) + len(TEXTS) + len("a row") + 1
+    assert first.report == TextReport(
+        files=41,
+        documents=41,
+        train_tokens=len(first.train),
+        held_out_tokens=len(first.held_out),
+        separator="a 0 byte",
+        skipped=(Skipped(reason=NULL, count=2), Skipped(reason=ZERO, count=1)),
+    )
+    assert len(first.train) + len(first.held_out) == n_bytes
+    caplog.set_level("INFO")
+    assert open_corpus(SPEC, base=tmp_path, cache=cache).report == first.report
+    (folder / ".hidden").write_text("")
+    added = open_corpus(SPEC, base=tmp_path, cache=cache).report
+    assert added.skipped == (Skipped(reason=HIDDEN, count=1, examples=(".hidden",)), *first.report.skipped)
+    assert not caplog.records, "tokens are made once"
+    kept = next(cache.glob("*/corpus.json"))
+    kept.write_text(kept.read_text().replace('"documents":41', '"documents":null'))
+    assert open_corpus(SPEC, base=tmp_path, cache=cache).report == added
+    assert len(caplog.records) == 1
+
+
+def test_built_in_text_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for i in range(20):
+        (tmp_path / f"{i}.py").write_text(f"print('hello, {i}')\n" * 9)
+    monkeypatch.setattr(source, "builtin_files", lambda: (tmp_path, sorted(tmp_path.glob("*.py"))))
+    report = open_corpus(DataSpec(seq_len=16, held_out=0.3), base=None, cache=tmp_path / "cache").report
+    assert (report.files, report.documents, report.skipped) == (20, 20, ())
+
+
+def test_files_that_turn_out_to_hold_no_text_count_as_skipped(tmp_path: Path) -> None:
     folder = write_texts(tmp_path / "texts")
-    (folder / "bad.txt").write_bytes(b"caf\xe9 " * 20)
-    (folder / "rows.jsonl").write_text('{"text": "lone \\ud800 here"}\n' * 30)
-    corpus = open_corpus(SPEC, base=tmp_path, cache=tmp_path / "cache")
-    everything = documents(corpus.train) | documents(corpus.held_out)
-    assert {"caf\ufffd " * 20, "lone ? here"} <= everything
+    (folder / "settings.json").write_text('{"version": 1}')
+    (folder / "nulls.jsonl").write_text('{"text": null}\n' * 5)
+    report = open_corpus(SPEC, base=tmp_path, cache=tmp_path / "cache").report
+    assert {kind.reason: (kind.count, kind.examples) for kind in report.skipped} == {
+        NO_TEXT: (2, ("nulls.jsonl", "settings.json")),
+        NULL: (5, ()),
+    }
+    (folder / "nulls.jsonl").write_text('{"text": null}\n' * 5000)
+    with pytest.raises(DataError, match=r"texts: 75 kB would be left out and .* kB read; files without text"):
+        open_corpus(SPEC, base=tmp_path, cache=tmp_path / "cache")
+    assert len(list(tmp_path.glob("cache/*/"))) == 1
 
 
 @pytest.mark.parametrize(
     ("files", "message"),
     [
         (None, "texts: no such file or folder"),
-        ({}, "texts: no .txt, .jsonl or .parquet files"),
-        ({"a.csv": "x"}, "texts: no .txt, .jsonl or .parquet files"),
-        ({"a.txt": ""}, "texts: 0 tokens of training text, one sequence needs 17; add text"),
+        ({}, "texts: no .txt, .jsonl, .ndjson, .json (each also with .gz, .bz2, "),
+        (
+            {"a.csv": "x"},
+            "or .parquet files in this folder; skipped files with a suffix that is not read: 1, 1 byte (a.csv)",
+        ),
+        ({"a.txt": ""}, "files in this folder; skipped empty files: 1 (a.txt)"),
+        ({"a.txt": "short"}, "tokens of training text, one sequence needs 17; add text"),
+        (
+            {"a.txt": "short", "a.md": "# longer\n"},
+            "texts: 9 bytes would be left out and 5 bytes read; files with",
+        ),
+        ({"a.json": '{"n": 1}', "b.json": "[]"}, "texts: 10 bytes would be left out and 0 bytes read; files without"),
+        ({"a.json": '[{"text": "fine"}, {"text": fine}]'}, "a.json, row 2: not JSON"),
+        ({"a.json": '[{"body": "x", "n": 3}]'}, "a.json, row 1: no text under 'text'; data.text_key can be: body"),
         ({"a.jsonl": '{"text": "fine"}\n{"text": fine}\n'}, "a.jsonl, line 2: not JSON"),
         ({"a.jsonl": '{"body": "x", "n": 3}\n'}, "a.jsonl, line 1: no text under 'text'; data.text_key can be: body"),
         ({"a.jsonl": "[1]\n"}, "a.jsonl, line 1: no text under 'text'"),
@@ -243,9 +296,9 @@ def test_parquet_errors_name_the_mending(tmp_path: Path, monkeypatch: pytest.Mon
         spec = SPEC.model_copy(update={"path": "rows.parquet", "text_key": key})
         with pytest.raises(DataError, match=message):
             open_corpus(spec, base=tmp_path, cache=tmp_path / "cache")
-    latin = pyarrow.array([b"caf\xe9"]).view(pyarrow.string())
+    latin = pyarrow.array([b"tea", b"caf\xe9"]).view(pyarrow.string())
     pyarrow.parquet.write_table(pyarrow.table({"text": latin}), path)
-    with pytest.raises(DataError, match=r"rows\.parquet: not a sound parquet file \('utf-8' codec"):
+    with pytest.raises(DataError, match=r"rows\.parquet: not UTF-8: byte 0xe9 at offset 3 of column 'text' in row 2"):
         open_corpus(SPEC.model_copy(update={"path": path.name}), base=tmp_path, cache=tmp_path / "cache")
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     with pytest.raises(DataError, match=r"pip install 'p2p-diloco\[parquet\]'"):

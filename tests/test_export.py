@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,11 +15,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from p2p_diloco.architecture import resolve_config
 from p2p_diloco.errors import UsageError
-from p2p_diloco.export import INFO_FILE, export_model, read_info
+from p2p_diloco.export import INFO_FILE, export_model, read_info, set_end_token
 from p2p_diloco.layout import layout_of, read_parameters
 from p2p_diloco.manifest import ModelSpec, RunManifest, RunSpec, canonical_json
 from p2p_diloco.model import build_model, loss_of
 from p2p_diloco.prompt import builtin_prompt
+from p2p_diloco.sample import load_export
+from p2p_diloco.tokenizer import with_end
 
 TINY = LLAMA | {"tie_word_embeddings": True}
 
@@ -83,6 +86,35 @@ def test_the_tokenizer_goes_along(tmp_path: Path) -> None:
     assert loaded("world hello")["input_ids"] == [2, 1]
     assert loaded.eos_token_id == 3
     assert read_info(tmp_path / "model").tokenizer == "tokenizer.json"
+
+
+def test_the_end_of_text_goes_along_whatever_its_name(tmp_path: Path) -> None:
+    """To transformers, in all three places where it looks, and to ``sample``."""
+    words = {"[UNK]": 0, "hello": 1, "</s>": 2, "<|close|>": 3}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    tokenizer.add_special_tokens(["<|close|>"])
+    manifest = manifest_of(ModelSpec(config=TINY), with_end(tokenizer.to_str(), "<|close|>"), vocab_size=4)
+    export_model(manifest, np.zeros(manifest.n_params, np.float32), tmp_path / "model", step=0, head=b"")
+    loaded: Any = AutoTokenizer.from_pretrained(tmp_path / "model", local_files_only=True)
+    model: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "model", local_files_only=True)
+    assert (loaded.eos_token, loaded.eos_token_id) == ("<|close|>", 3)
+    assert (model.config.eos_token_id, model.generation_config.eos_token_id) == (3, 3)
+    assert load_export(tmp_path / "model")[1].end == 3
+    assert loaded.decode(loaded("hello hello")["input_ids"]) == "hello hello"
+
+
+def test_where_bytes_are_tokens_generation_ends_at_the_0_byte(tmp_path: Path) -> None:
+    export_model(MANIFEST, theta_of(), tmp_path / "model", step=0, head=b"")
+    model: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "model", local_files_only=True)
+    assert (model.config.eos_token_id, model.generation_config.eos_token_id) == (0, 0)
+
+
+def test_several_ends_are_kept_where_they_hold_the_runs() -> None:
+    for known, kept in (([2, 0], [2, 0]), ([2, 3], 0), (2, 0), (0, 0), (None, 0)):
+        config = SimpleNamespace(eos_token_id=known)
+        set_end_token(SimpleNamespace(config=config, generation_config=None), 0)
+        assert config.eos_token_id == kept
 
 
 def test_an_earlier_export_is_replaced_and_nothing_else_is(tmp_path: Path) -> None:

@@ -28,6 +28,7 @@ from p2p_diloco.hub import PIECES, check_data_set, find_model, find_tokenizer, h
 from p2p_diloco.manifest import DataSpec
 from p2p_diloco.outer import digest
 from p2p_diloco.text import Document, is_held_out
+from p2p_diloco.textreport import Tally
 from p2p_diloco.tokenizer import load_tokenizer_json
 
 TEXTS = [f"document {i:04d} says {'abc' * (i % 5)} and ends" for i in range(600)]
@@ -81,7 +82,7 @@ FORMS: dict[str, Callable[[Path], Path]] = {
 
 def read(base: Path, peer_id: str = "anna", run_seed: int = 1, spec: DataSpec = SPEC) -> tuple[list[str], list[str]]:
     """What it trains on, and what is held out, in order."""
-    found: list[Document] = list(hub_documents(spec, base=base, run_seed=run_seed, peer_id=peer_id))
+    found: list[Document] = list(hub_documents(spec, base=base, run_seed=run_seed, peer_id=peer_id, tally=Tally()))
     return tuple([d.text for d in found if d.held_out is apart] for apart in (False, True))  # type: ignore[return-value]
 
 
@@ -143,9 +144,9 @@ def test_places_are_a_function_of_seed_and_peer() -> None:
 @pytest.mark.parametrize(("start", "first"), [(0, 0), (4, 4), (9, 9), (10, 0), (13, 3), (1000, 0)])
 def test_reading_starts_anywhere_and_goes_round(start: int, first: int) -> None:
     numbered = [Document(str(i), "") for i in range(10)]
-    found = [int(document.name) for document in hub.from_document(start, lambda: iter(numbered))]
+    found = [int(document.name) for document in hub.from_document(start, lambda: iter(numbered), Tally())]
     assert found == [*range(first, 10), *range(first)]
-    assert list(hub.from_document(start, lambda: iter(()))) == []
+    assert list(hub.from_document(start, lambda: iter(()), Tally())) == []
 
 
 def test_tokens_are_kept_for_each_peer(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -264,8 +265,8 @@ def test_a_name_on_the_hub_is_no_folder_here(
     monkeypatch.setattr(hub, "look_up", lambda name, *_: (name, "0123456789" * 4))
     spec = SPEC.model_copy(update={"path": "some/set"})
     with pytest.raises(DataError, match=r"some/set, data\.config = None"):
-        list(hub_documents(spec, base=base, run_seed=1, peer_id="anna"))
-    assert list(hub_documents(spec, base=tmp_path, run_seed=1, peer_id="anna"))
+        list(hub_documents(spec, base=base, run_seed=1, peer_id="anna", tally=Tally()))
+    assert list(hub_documents(spec, base=tmp_path, run_seed=1, peer_id="anna", tally=Tally()))
 
 
 @pytest.mark.parametrize(
@@ -274,7 +275,9 @@ def test_a_name_on_the_hub_is_no_folder_here(
 def test_a_strangers_name_is_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UsageError, match="no name on the hub"):
-        list(hub_documents(SPEC.model_copy(update={"path": name}), base=None, run_seed=1, peer_id="anna"))
+        list(
+            hub_documents(SPEC.model_copy(update={"path": name}), base=None, run_seed=1, peer_id="anna", tally=Tally())
+        )
 
 
 def test_tokens_leave_room_on_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -349,7 +352,9 @@ def test_names_that_the_hub_cannot_have(tmp_path: Path) -> None:
 
 
 def word_tokenizer() -> str:
-    text: str = tokenizers.Tokenizer(tokenizers.models.WordLevel({"[UNK]": 0, "says": 1}, unk_token="[UNK]")).to_str()
+    text: str = tokenizers.Tokenizer(
+        tokenizers.models.WordLevel({"[UNK]": 0, "says": 1, "</s>": 2}, unk_token="[UNK]")
+    ).to_str()
     return text
 
 

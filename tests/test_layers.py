@@ -17,8 +17,8 @@ ROOT = PACKAGE.parent
 
 ORDER = (
     *("__init__", "errors", "identity", "codec", "outer", "alignment", "manifest", "config", "addresses", "endpoint"),
-    *("snapshot", "ledger", "replay", "records", "rounds", "replica", "text", "hub", "tokenizer", "source", "data"),
-    *("prompt",),
+    *("snapshot", "ledger", "replay", "records", "rounds", "replica"),
+    *("textreport", "textfiles", "text", "hub", "tokenizer", "source", "data", "prompt"),
     *("architecture", "layout", "model", "stored", "genesis", "export", "sample", "inner", "totals", "events"),
     *("waiting", "rate", "web", "traffic", "messages", "wire", "quota"),
     *("guard", "kademlia", "hardening", "daemon", "streams", "node", "discovery"),

@@ -142,6 +142,19 @@ def test_the_run_id_of_a_manifest_is_pinned() -> None:
     assert manifest().run_id == "91f7c57bcf95b8a5db0951c49b71e0702b8034c7"
 
 
+def test_an_end_token_that_is_not_given_leaves_no_trace() -> None:
+    """The key is younger than runs that must keep their ids."""
+    assert "end_token" not in RunSpec.model_validate(SPEC).model_dump()["data"]
+    data = {"tokenizer": "own", "end_token": "<|close|>"}
+    with_end = RunSpec.model_validate(SPEC | {"data": data})
+    assert with_end.model_dump()["data"]["end_token"] == "<|close|>"
+    assert (
+        manifest(spec=with_end).run_id
+        != manifest(spec=RunSpec.model_validate(SPEC | {"data": data | {"end_token": None}})).run_id
+    )
+    assert RunSpec.model_validate_json(with_end.model_dump_json()) == with_end
+
+
 def test_a_manifest_comes_back_from_its_bytes() -> None:
     original = manifest()
     opened = open_manifest(original.signed(OWNER), "here")

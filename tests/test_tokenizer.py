@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tokenizers
@@ -10,7 +11,15 @@ import tokenizers
 from p2p_diloco.data import open_corpus
 from p2p_diloco.errors import DataError, Stopped, UsageError
 from p2p_diloco.manifest import DataSpec
-from p2p_diloco.tokenizer import ByteTokenizer, LibraryTokenizer, load_tokenizer_json, open_tokenizer, tokenizing
+from p2p_diloco.text import Document
+from p2p_diloco.tokenizer import (
+    ByteTokenizer,
+    LibraryTokenizer,
+    load_tokenizer_json,
+    open_tokenizer,
+    separator,
+    tokenizing,
+)
 
 SPEC = DataSpec(source="path", path="texts", seq_len=16, held_out=0.3)
 N_TEXTS = 40
@@ -93,3 +102,188 @@ def test_a_bad_tokenizer_is_a_usage_error(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setitem(sys.modules, "tokenizers", None)
     with pytest.raises(UsageError, match=r"pip install 'p2p-diloco\[tokenizers\]'"):
         load_tokenizer_json(SPEC.model_copy(update={"tokenizer": "other.json"}), tmp_path)
+
+
+# -- the end of a document ---------------------------------------------------------------------------------------------
+
+SENTENCES = [f"The bridge keeps ferry number {i} and follows lantern {i % 7}." for i in range(60)]
+UNUSUAL = "<|close|>"
+
+
+def bpe_tokenizer(*special: str, vocab_size: int = 320) -> str:
+    """Of bytes, as GPT-2's."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size, special_tokens=list(special), initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator(SENTENCES, trainer)
+    text: str = tokenizer.to_str()
+    return text
+
+
+def write_tokenizer(folder: Path, tokenizer_json: str, **beside: Any) -> DataSpec:
+    """``beside``: what stands in the files next to it, by their names without .json."""
+    folder.mkdir(exist_ok=True)
+    (folder / "tokenizer.json").write_text(tokenizer_json)
+    for name, table in beside.items():
+        (folder / f"{name}.json").write_text(json.dumps(table))
+    return SPEC.model_copy(update={"tokenizer": folder.name})
+
+
+def end_of(folder: Path, tokenizer_json: str, end_token: str | None = None, **beside: Any) -> str | None:
+    """As a peer finds it, from what the manifest carries alone."""
+    spec = write_tokenizer(folder, tokenizer_json, **beside).model_copy(update={"end_token": end_token})
+    return LibraryTokenizer(load_tokenizer_json(spec, folder.parent)).end_token
+
+
+@pytest.mark.parametrize(
+    "beside",
+    [
+        {"tokenizer_config": {"eos_token": UNUSUAL}},
+        {"tokenizer_config": {"eos_token": {"content": UNUSUAL, "lstrip": False}}},
+        {"tokenizer_config": {"eos_token": None}, "special_tokens_map": {"eos_token": UNUSUAL}},
+        {"tokenizer_config": {"eos_token": "<of-another>"}, "special_tokens_map": {"eos_token": {"content": UNUSUAL}}},
+        {"generation_config": {"eos_token_id": 1}},
+        {"generation_config": {"eos_token_id": [1, 0]}},
+        {"generation_config": {"eos_token_id": [9999, 5, 1]}, "config": {"eos_token_id": 0}},
+        {"config": {"eos_token_id": 1}},
+        {"tokenizer_config": {"eos_token": UNUSUAL}, "config": {"eos_token_id": 0}},
+        {"tokenizer_config": ["no table"], "config": {"eos_token_id": 1}},
+    ],
+)
+def test_the_end_token_is_what_stands_beside_the_tokenizer(tmp_path: Path, beside: dict[str, Any]) -> None:
+    assert end_of(tmp_path / "own", bpe_tokenizer("<|pad|>", UNUSUAL), **beside) == UNUSUAL
+
+
+def test_the_run_file_names_the_end_token_before_all_else(tmp_path: Path) -> None:
+    tokenizer_json = bpe_tokenizer("</s>", UNUSUAL, "<|turn|>")
+    config = {"eos_token": UNUSUAL}
+    assert end_of(tmp_path / "own", tokenizer_json, "<|turn|>", tokenizer_config=config) == "<|turn|>"
+    assert end_of(tmp_path / "own", tokenizer_json, tokenizer_config=config) == UNUSUAL
+    assert end_of(tmp_path / "other", tokenizer_json) == "</s>"
+    with pytest.raises(UsageError, match=r"key 'data\.end_token': .*tokenizer\.json has no token '<\|none\|>'"):
+        end_of(tmp_path / "own", tokenizer_json, "<|none|>")
+
+
+@pytest.mark.parametrize("beside", [{}, {"config": {"eos_token_id": 7}}, {"tokenizer_config": {"eos_token": "</s>"}}])
+def test_a_tokenizer_without_an_end_token_is_refused(tmp_path: Path, beside: dict[str, Any]) -> None:
+    """Id 7 is a letter's: a default of the model's type, and no end."""
+    with pytest.raises(UsageError, match=r"key 'data\.end_token': nothing says which token of .* ends a document"):
+        end_of(tmp_path / "own", bpe_tokenizer("<|a|>", UNUSUAL), **beside)
+
+
+def test_a_broken_file_beside_the_tokenizer_is_a_usage_error(tmp_path: Path) -> None:
+    spec = write_tokenizer(tmp_path / "own", bpe_tokenizer(UNUSUAL))
+    (tmp_path / "own/tokenizer_config.json").write_text("{")
+    with pytest.raises(UsageError, match=r"tokenizer_config\.json: not JSON"):
+        load_tokenizer_json(spec, tmp_path)
+
+
+def test_only_an_unusual_end_token_changes_what_travels(tmp_path: Path) -> None:
+    """So that runs keep their ids."""
+    usual = bpe_tokenizer("</s>", "<|im_end|>")
+    compact = json.dumps(json.loads(usual), separators=(",", ":"), ensure_ascii=False)
+    for beside in ({}, {"tokenizer_config": {"eos_token": "</s>"}}, {"config": {"eos_token_id": 0}}):
+        folder = tmp_path / f"{len(list(tmp_path.iterdir()))}"
+        assert load_tokenizer_json(write_tokenizer(folder, usual, **beside), tmp_path) == compact
+    named = write_tokenizer(tmp_path / "last", usual, tokenizer_config={"eos_token": "<|im_end|>"})
+    travelling = load_tokenizer_json(named, tmp_path)
+    assert travelling == '{"end_token":"<|im_end|>",' + compact[1:]
+    opened = LibraryTokenizer(travelling)
+    assert (opened.end, opened.library_json) == (1, compact)
+    with pytest.raises(Exception, match="expected"):  # what a version that knows nothing of it does
+        tokenizers.Tokenizer.from_str(travelling)
+
+
+@pytest.mark.parametrize("front", ['"<|none|>",', "7,", '"open', '"</s>"]', '"</s>"'])
+def test_an_unsound_end_token_of_a_manifest_is_a_usage_error(front: str) -> None:
+    with pytest.raises(UsageError, match="the run's tokenizer: "):
+        LibraryTokenizer('{"end_token":' + front + bpe_tokenizer("</s>")[1:])
+
+
+def unigram_tokenizer() -> str:
+    """As those of SentencePiece: the end of text is a piece like any other, and the cheapest."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    letters = [(letter, -4.0) for letter in "▁</s>abc"]
+    tokenizer = Tokenizer(models.Unigram([("<unk>", 0.0), ("</s>", 0.0), *letters], 0, False))
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    tokenizer.add_special_tokens(["</s>"])
+    text: str = tokenizer.to_str()
+    return text
+
+
+def merging_tokenizer() -> str:
+    """Of a text with HTML in it: two merges make the end of text."""
+    from tokenizers import Tokenizer, decoders, models
+
+    words = {token: i for i, token in enumerate(["<", "/", "s", ">", "a", " ", "</", "s>", "</s>", "</s>a"])}
+    merges = [("<", "/"), ("s", ">"), ("</", "s>"), ("</s>", "a")]
+    tokenizer = Tokenizer(models.BPE(words, merges))
+    tokenizer.decoder = decoders.Fuse()
+    text: str = tokenizer.to_str()
+    return text
+
+
+def plain_tokenizer() -> str:
+    """Its end of text is an added token, and not marked as special."""
+    table = json.loads(bpe_tokenizer("</s>"))
+    table["added_tokens"][0]["special"] = False
+    return json.dumps(table)
+
+
+@pytest.mark.parametrize(
+    ("tokenizer_json", "text"),
+    [
+        (bpe_tokenizer("</s>"), "about </s> and what it means</s></s>"),
+        (plain_tokenizer(), "about </s> and what it means</s></s>"),
+        (merging_tokenizer(), "a </s>a </s></s>"),
+        (unigram_tokenizer(), "a </s> b c</s>a"),
+    ],
+)
+def test_an_end_token_in_a_text_is_text(tokenizer_json: str, text: str) -> None:
+    tokenizer = LibraryTokenizer(tokenizer_json)
+    before = tokenizers.Tokenizer.from_str(tokenizer_json)
+    assert tokenizer.end_token == "</s>"
+    assert tokenizer.end in before.encode(text).ids, "else there is nothing to see here"
+    assert tokenizer.end not in tokenizer.encode(text).tolist()
+    assert tokenizer.decode(tokenizer.encode(text).tolist()) == text
+    document = Document("name", text)
+    assert tokenizer.encode_documents([document, document]).tolist().count(tokenizer.end) == 2
+    ordinary = text.replace("</s>", " ")
+    assert tokenizer.encode(ordinary).tolist() == before.encode(ordinary).ids
+    assert tokenizer.vocab_size == before.get_vocab_size()
+    assert tokenizer.decode([*tokenizer.encode(ordinary).tolist(), tokenizer.end or 0]) == ordinary
+
+
+def test_a_word_that_is_the_end_token_is_no_end() -> None:
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"[UNK]": 0, "a": 1, "</s>": 2}, unk_token="[UNK]"))
+    words.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    assert words.encode("a </s> a").ids == [1, 2, 1]
+    assert LibraryTokenizer(words.to_str()).encode("a </s> a").tolist() == [1, 0, 1]
+
+
+def test_an_end_token_for_what_is_unknown_is_an_error() -> None:
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"</s>": 0, "a": 1}, unk_token="</s>"))
+    words.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    tokenizer = LibraryTokenizer(words.to_str())
+    assert tokenizer.encode("a a").tolist() == [1, 1]
+    with pytest.raises(DataError, match="the run's tokenizer "):
+        tokenizer.encode("a b")
+
+
+def test_other_special_tokens_in_a_text_are_text_too() -> None:
+    tokenizer = LibraryTokenizer(bpe_tokenizer("</s>", "<|start|>"))
+    assert 1 not in tokenizer.encode("say <|start|>").tolist()
+    assert tokenizer.decode(tokenizer.encode("say <|start|>").tolist()) == "say <|start|>"
+
+
+def test_the_separator_is_named_for_a_person() -> None:
+    assert separator(open_tokenizer("")) == "a 0 byte"
+    assert separator(LibraryTokenizer(bpe_tokenizer("<|a|>", "</s>"))) == "</s> (token 1)"
+    assert separator(LibraryTokenizer(bpe_tokenizer("<|a|>"))) == ""
