@@ -24,6 +24,11 @@ OWNER = Identity.from_seed(bytes(32))
 LLAMA = {"model_type": "llama", "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1}
 CONFIG = LLAMA | {"num_attention_heads": 2, "num_key_value_heads": 2, "vocab_size": 64, "eos_token_id": None}
 LLAMA_ALONE = '{"model_type":"llama"}'
+INLINE = (
+    "{ "
+    + ", ".join(f"{key} = {json.dumps(value)}" for key, value in (LLAMA | {"num_attention_heads": 2}).items())
+    + " }"
+)
 WORDS = [f"w{i}" for i in range(50)]
 RUN_FILE = """
 name = "test"
@@ -118,3 +123,20 @@ def test_weights_that_peers_cannot_get_start_no_run(tmp_path: Path, monkeypatch:
     monkeypatch.setattr(genesis, "check_untrained", refuse)
     with pytest.raises(UsageError, match="asked"):
         start_run(tmp_path / "run.toml", tmp_path / "owner", OWNER)
+
+
+def test_who_starts_a_run_is_told_of_its_text(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(genesis, "cache_folder", lambda: tmp_path / "cache")
+    caplog.set_level("INFO")
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set/rows.jsonl").write_text("".join(f'{{"body": "row says {word}"}}\n' for word in WORDS * 9))
+    (tmp_path / "set/notes.md").write_text("notes")
+    text = RUN_FILE.replace('"hub"', '"path"').replace('path = "start"', f"config = {INLINE}")
+    (tmp_path / "run.toml").write_text(text)
+    write_start(tmp_path / "start")
+    start_run(tmp_path / "run.toml", tmp_path / "owner", OWNER)
+    read, skipped = (record.getMessage() for record in caplog.records if record.getMessage().startswith("text: "))
+    assert read.startswith("text: 1 file, 450 documents, each followed by </s> (token 1); 1800 tokens, ")
+    assert skipped == "text: skipped files with a suffix that is not read: 1, 5 bytes (notes.md)"

@@ -28,8 +28,8 @@ from p2p_diloco.hub import PIECES, check_data_set, find_model, find_tokenizer, h
 from p2p_diloco.manifest import DataSpec
 from p2p_diloco.outer import digest
 from p2p_diloco.text import Document, is_held_out
-from p2p_diloco.textreport import Tally
-from p2p_diloco.tokenizer import load_tokenizer_json
+from p2p_diloco.textreport import NULL, ZERO, Tally
+from p2p_diloco.tokenizer import LibraryTokenizer, load_tokenizer_json
 
 TEXTS = [f"document {i:04d} says {'abc' * (i % 5)} and ends" for i in range(600)]
 SPEC = DataSpec(source="hub", path="set", seq_len=16, held_out=0.2, eval_tokens=64, max_documents=150)
@@ -299,6 +299,19 @@ def test_rows_without_text_are_left_out(tmp_path: Path) -> None:
     assert sorted(read(tmp_path, spec=spec)[0]) == ["one", "two"]
 
 
+def test_a_data_set_is_reported_as_this_peer_reads_it(tmp_path: Path) -> None:
+    """Rows that it only passes by, on its way to where it starts, are not counted."""
+    texts = [text for pair in zip(TEXTS, [None] * len(TEXTS)) for text in pair]
+    datasets.Dataset.from_dict({"text": [*texts, "with a \0"]}).to_parquet(tmp_path / "set/train.parquet")
+    tally, spec = Tally(), SPEC.model_copy(update={"max_documents": 10_000})
+    found = list(hub_documents(spec, base=tmp_path, run_seed=1, peer_id="anna", tally=tally))
+    assert len([document for document in found if not document.held_out]) > 400
+    assert {reason: kind.count for reason, kind in tally.skipped.items()} == {NULL: len(TEXTS), ZERO: 1}
+    corpus = open_corpus(spec, base=tmp_path, cache=tmp_path / "cache", run_seed=1, peer_id="anna")
+    assert (corpus.report.files, corpus.report.documents) == (0, len(found))
+    assert {kind.reason: kind.count for kind in corpus.report.skipped} == {NULL: len(TEXTS), ZERO: 1}
+
+
 def test_the_library_is_asked_for_by_its_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(DataError, match=r"set: needs the datasets library; .* pip install 'p2p-diloco\[hf\]'"):
@@ -371,7 +384,9 @@ def test_what_the_hubs_cache_holds_is_found_without_network(tmp_path: Path, monk
     for name in ("hub:some/one", f"hub:some/one@{commit}"):
         assert find_tokenizer(name, tmp_path) == snapshot / "tokenizer.json"
         assert find_model(name, tmp_path, with_weights=False) == snapshot
-    assert load_tokenizer_json(DataSpec(tokenizer="hub:some/one"), tmp_path)
+    assert "end_token" not in load_tokenizer_json(DataSpec(tokenizer="hub:some/one"), tmp_path)
+    (snapshot / "tokenizer_config.json").write_text('{"eos_token": "says"}')
+    assert LibraryTokenizer(load_tokenizer_json(DataSpec(tokenizer="hub:some/one"), tmp_path)).end_token == "says"
     for name in ("hub:some/other", "hub:some/one@main2"):
         with pytest.raises(DataError, match=r"key 'data\.tokenizer': no tokenizer\.json can be had from"):
             find_tokenizer(name, tmp_path)

@@ -72,6 +72,9 @@ def test_three_peers_end_with_one_model(make_place: MakePlace) -> None:
     assert evaluate(model, batches) == pytest.approx(last, abs=1e-4)
 
     text = swarm.text
+    for line in corpus.report.lines:
+        assert f"text: {line}" in text
+        assert all(f"text: {line}" in (place.root / name / "output.log").read_text() for name in ("seed", *names))
     assert "to join from another terminal: p2p-diloco peer --initial-peers /ip4/127.0.0.1/tcp/" in text
     for step in (1, 2, 3):
         assert f"outer step {step} of 3: held-out loss {summary['held_out'][step][1]:.4f}, group of 3, " in text
