@@ -92,7 +92,7 @@ class TextFile:
             found = first_foreign_byte(file)
         if found is None:
             raise DataError(f"{self.path}: changed while it was read; start again")
-        at, head, byte = found
+        (at, byte, cut_off), head = found
         mark = next((name for bom, name in BYTE_ORDER_MARKS if head.startswith(bom)), None)
         if mark is not None:
             hint = f"it begins as {mark} does: iconv -f {mark} -t UTF-8 OLD > NEW"
@@ -102,6 +102,7 @@ class TextFile:
             hint = "it begins a sequence of ISO-2022: for Japanese, iconv -f ISO-2022-JP -t UTF-8 OLD > NEW"
         else:
             hint = "convert it, for example from Latin-1: iconv -f ISO-8859-1 -t UTF-8 OLD > NEW"
+            hint = f"the last character is cut off; get the file anew, or {hint}" if cut_off else hint
         raise DataError(f"{self.path}: not UTF-8: byte 0x{byte:02x} at offset {at}{where}; {hint}")
 
 
@@ -115,24 +116,24 @@ def is_foreign(text: str) -> bool:
     return "\0" in text or ESCAPE.decode() in text
 
 
-def first_foreign_byte(file: IO[bytes]) -> tuple[int, bytes, int] | None:
-    """Its offset, the first bytes of the file, and the byte itself; None where all is text in UTF-8. Of a character
-    that the end of the file cuts off, the first byte counts."""
+def first_foreign_byte(file: IO[bytes]) -> tuple[tuple[int, int, bool], bytes] | None:
+    """Its offset, the byte itself, and whether it begins a character that the end of the file cuts off; and the first
+    bytes of the file. None where all is text in UTF-8."""
     decoder, head, offset, last = codecs.getincrementaldecoder("utf-8")(), b"", 0, b""
     while True:
         chunk = file.read(CHUNK_BYTES)
         head = head or chunk[:4]
         joined = last + chunk  # a sequence may lie across two chunks
         places = [place for sought in (b"\0", ESCAPE) if (place := joined.find(sought)) >= 0]
-        found = [(offset - len(last) + place, joined[place]) for place in places]
+        found = [(offset - len(last) + place, joined[place], False) for place in places]
         pending = decoder.getstate()[0]
         try:
             decoder.decode(chunk, final=not chunk)
         except UnicodeDecodeError as error:
-            found.append((offset - len(pending) + error.start, error.object[error.start]))
+            place = offset - len(pending) + error.start
+            found.append((place, error.object[error.start], not chunk))
         if found:
-            at, byte = min(found)
-            return at, head, byte
+            return min(found), head
         if not chunk:
             return None
         offset, last = offset + len(chunk), chunk[-1:]
