@@ -29,7 +29,7 @@ from p2p_diloco.manifest import DataSpec, canonical_json
 from p2p_diloco.outer import digest
 from p2p_diloco.source import Source, document_digest, source_of
 from p2p_diloco.text import Document, nobody_trains_on
-from p2p_diloco.textreport import Skipped, Tally, TextReport, refuse_mostly_skipped
+from p2p_diloco.textreport import Skipped, TextReport, TextTally, refuse_mostly_skipped
 from p2p_diloco.tokenizer import Tokenizer, Tokens, open_tokenizer, separator
 
 log = logging.getLogger(__name__)
@@ -177,7 +177,7 @@ def build(folder: Path, source: Source, tokenizer: Tokenizer, held_out: float) -
     of the source is text."""
     temporary = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
     temporary.mkdir()
-    h, tally, complete = blake2b(digest_size=32), Tally(), 0
+    h, tally, complete = blake2b(digest_size=32), TextTally(), 0
     try:
         with (
             closing(TokenFile(temporary / "train.bin", tokenizer)) as train,

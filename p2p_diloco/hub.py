@@ -41,7 +41,7 @@ from p2p_diloco.errors import DataError, LocalError, UsageError
 from p2p_diloco.manifest import DataSpec
 from p2p_diloco.outer import digest
 from p2p_diloco.text import Document, is_held_out, kept, named_by_text
-from p2p_diloco.textreport import Tally
+from p2p_diloco.textreport import TextTally
 
 log = logging.getLogger(__name__)
 
@@ -75,7 +75,7 @@ def library_is_missing() -> bool:
 
 
 def hub_documents(
-    spec: DataSpec, *, base: Path | None, run_seed: int, peer_id: str, tally: Tally
+    spec: DataSpec, *, base: Path | None, run_seed: int, peer_id: str, tally: TextTally
 ) -> Iterator[Document]:
     """The held-out documents, the same ones for every peer, then those that this peer trains on: at most
     ``spec.max_documents`` are read for each.
@@ -100,7 +100,7 @@ def hub_documents(
 def held_out_documents(spec: DataSpec, stream: Any) -> Iterator[Document]:
     """From the start of ``stream``, about as many as evaluation needs."""
     chars, enough = 0, CHARS_PER_TOKEN * (spec.eval_tokens + spec.seq_len)
-    for document in islice(documents(spec, stream, range(stream.num_shards), Tally()), spec.max_documents):
+    for document in islice(documents(spec, stream, range(stream.num_shards), TextTally()), spec.max_documents):
         if spec.held_out_split is not None or is_held_out(document.name, spec.held_out):
             yield replace(document, held_out=True)
             chars += len(document.text)
@@ -108,7 +108,7 @@ def held_out_documents(spec: DataSpec, stream: Any) -> Iterator[Document]:
                 return
 
 
-def from_document(start: int, read: Callable[[], Iterator[Document]], tally: Tally) -> Iterator[Document]:
+def from_document(start: int, read: Callable[[], Iterator[Document]], tally: TextTally) -> Iterator[Document]:
     """All that ``read`` gives, each once, from the one numbered ``start`` on; ``start`` is counted round and round.
     What ``tally`` has counted of those that are passed by before the start is forgotten."""
     stream = read()
@@ -136,7 +136,7 @@ def check_data_set(spec: DataSpec, base: Path) -> None:
     splits = [(spec.split, "data.split"), (spec.held_out_split, HELD_OUT_KEY)]
     for split, key in ((split, key) for split, key in splits if split is not None):
         stream = open_stream(spec, base, split, key)
-        if next(documents(spec, stream, range(stream.num_shards), Tally()), None) is None:
+        if next(documents(spec, stream, range(stream.num_shards), TextTally()), None) is None:
             raise DataError(f"{spec.path}: no documents in split {split!r}; choose another under {key}")
 
 
@@ -193,7 +193,7 @@ def open_saved(datasets: Any, spec: DataSpec, folder: Path, split: str, key: str
         return rows.to_iterable_dataset(num_shards=min(max(len(rows), 1), SAVED_SHARDS))
 
 
-def documents(spec: DataSpec, stream: Any, shards: Iterable[int], tally: Tally) -> Iterator[Document]:
+def documents(spec: DataSpec, stream: Any, shards: Iterable[int], tally: TextTally) -> Iterator[Document]:
     """Of these shards, in this order; rows without text are left out. A document's name is a hash of its text."""
     return (named_by_text(text) for text in kept(texts(spec, stream, shards), tally))
 

@@ -10,6 +10,7 @@ import numpy as np
 
 from p2p_diloco.manifest import DataSpec
 from p2p_diloco.text import builtin_documents, builtin_files, is_held_out
+from p2p_diloco.textreport import TextTally
 from p2p_diloco.tokenizer import Tokenizer, Tokens
 
 MOST_CHARS = 320
@@ -37,7 +38,9 @@ def builtin_prompt(spec: DataSpec) -> str:
         return ""
     root, files = builtin_files()
     held_out = [path for path in files if is_held_out(path.relative_to(root).as_posix(), spec.held_out)]
-    return choose_prompt((document.text for document in builtin_documents(root, held_out)), prompt_chars(spec))
+    return choose_prompt(
+        (document.text for document in builtin_documents(root, held_out, TextTally())), prompt_chars(spec)
+    )
 
 
 def prompt_of_tokens(spec: DataSpec, held_out: Tokens, tokenizer: Tokenizer) -> str:

@@ -22,7 +22,7 @@ from p2p_diloco.manifest import DataSpec
 from p2p_diloco.outer import digest
 from p2p_diloco.source import source_of
 from p2p_diloco.text import Document, nobody_trains_on
-from p2p_diloco.textreport import Tally
+from p2p_diloco.textreport import TextTally
 from p2p_diloco.tokenizer import Tokenizer, Tokens
 
 ENCODED_DOCUMENTS = 256
@@ -46,7 +46,7 @@ def shards_of(
     ``reader``. In memory: all training text, and its tokens. A data set of the hub is read anew each time. ``model``:
     for text that has no sources. DataError when a shard is too small."""
     text = source_of(spec, base=base, cache=cache, override_path=None, run_seed=seed, peer_id=reader)
-    documents = training_documents(text.documents(Tally()), spec)
+    documents = training_documents(text.documents(TextTally()), spec)
     if spec.source == "builtin":
         labels = by_source(documents, count)
     else:

@@ -19,7 +19,7 @@ from p2p_diloco.manifest import DataSpec
 from p2p_diloco.outer import digest
 from p2p_diloco.text import Document, builtin_documents, builtin_files, reading, user_documents, walk
 from p2p_diloco.textfiles import text_files
-from p2p_diloco.textreport import Skipped, Tally
+from p2p_diloco.textreport import Skipped, TextTally
 
 KEPT_FREE_BYTES = 10**9
 """Of the disk, by the tokens of a data set: how long it is, is another's choice."""
@@ -36,7 +36,7 @@ class Source:
     """For messages."""
     facts: list[Any]
     """All that the documents depend on, beside the spec's ``text_key`` and ``held_out``."""
-    documents: Callable[[Tally], Iterator[Document]]
+    documents: Callable[[TextTally], Iterator[Document]]
     """Counts what it reads."""
     skipped: tuple[Skipped, ...] = ()
     """Files that are not read at all."""
@@ -112,7 +112,7 @@ def listing(root: Path, files: Iterable[Path]) -> list[list[Any]]:
 def builtin_fingerprint() -> str:
     """As in a corpus of the built-in text, without tokenizing anything: reads 46 MB. Raises DataError."""
     h = blake2b(digest_size=32)
-    for document in builtin_documents(*builtin_files(), Tally()):
+    for document in builtin_documents(*builtin_files(), TextTally()):
         h.update(document_digest(document))
     return h.hexdigest()
 

@@ -28,7 +28,7 @@ from typing import IO, Any
 from p2p_diloco.errors import DataError
 from p2p_diloco.outer import digest
 from p2p_diloco.textfiles import TextFile, is_foreign, pyarrow_for
-from p2p_diloco.textreport import NO_TEXT, NULL, ZERO, Tally
+from p2p_diloco.textreport import NO_TEXT, NULL, ZERO, TextTally
 
 PIECE_CHARS = 4096
 """A .txt file is cut into documents of about this size, at a newline, so that some of a single one can be held out. Two
@@ -82,7 +82,7 @@ def walk(root: Path) -> list[Path]:
     return sorted(files, key=lambda path: path.relative_to(root).as_posix())
 
 
-def builtin_documents(root: Path, files: Iterable[Path], tally: Tally) -> Iterator[Document]:
+def builtin_documents(root: Path, files: Iterable[Path], tally: TextTally) -> Iterator[Document]:
     """Python's own rule is UTF-8, and what differs is replaced: the fingerprint of this text is that of earlier
     versions."""
     for path in files:
@@ -92,7 +92,7 @@ def builtin_documents(root: Path, files: Iterable[Path], tally: Tally) -> Iterat
         yield Document(path.relative_to(root).as_posix(), text)
 
 
-def user_documents(files: Sequence[TextFile], text_key: str, tally: Tally) -> Iterator[Document]:
+def user_documents(files: Sequence[TextFile], text_key: str, tally: TextTally) -> Iterator[Document]:
     """Raises DataError that names file and place: for bytes that are not UTF-8, damaged files, and rows without text.
 
     A .json file among others may be anything; when its first row has no text, it is skipped.
@@ -111,7 +111,7 @@ def user_documents(files: Sequence[TextFile], text_key: str, tally: Tally) -> It
                 tally.skip(NO_TEXT, file.path.name, file.n_bytes)
 
 
-def documents_of(file: TextFile, text_key: str, tally: Tally) -> Iterator[Document]:
+def documents_of(file: TextFile, text_key: str, tally: TextTally) -> Iterator[Document]:
     if file.kind == ".txt":
         return text_documents(file)
     rows = parquet_rows if file.kind == ".parquet" else json_rows if file.kind == ".json" else json_lines
@@ -134,7 +134,7 @@ def next_piece(file: IO[str]) -> str:
     return file.read(PIECE_CHARS) + file.readline(PIECE_CHARS)
 
 
-def kept(texts: Iterable[str | None], tally: Tally) -> Iterator[str]:
+def kept(texts: Iterable[str | None], tally: TextTally) -> Iterator[str]:
     """Without rows that have no text, or one with a NUL in it."""
     for text in texts:
         if text is None:

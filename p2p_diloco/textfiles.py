@@ -32,7 +32,7 @@ from p2p_diloco.textreport import (
     TWICE,
     UNKNOWN,
     Skipped,
-    Tally,
+    TextTally,
     refuse_mostly_skipped,
 )
 
@@ -164,7 +164,7 @@ def text_files(path: Path) -> TextFiles:
         if not path.is_file():
             raise DataError(f"{path}: no regular file; its text is read more than once, so write it to one")
         return TextFiles(root=path.parent, files=(text_file(path, how, path.stat()),))
-    found, tally = [], Tally()
+    found, tally = [], TextTally()
     for file in walk_links(path, tally):
         found.append(file)
         tally.n_bytes += file.n_bytes
@@ -177,7 +177,7 @@ def text_files(path: Path) -> TextFiles:
     return TextFiles(root=path, files=tuple(found), skipped=skipped)
 
 
-def walk_links(root: Path, tally: Tally) -> Iterator[TextFile]:
+def walk_links(root: Path, tally: TextTally) -> Iterator[TextFile]:
     """All files below ``root`` that can be read, in no order to count on, each once; counts what is skipped."""
     seen_files: set[str] = set()
     seen_folders: set[str] = set()
@@ -227,7 +227,7 @@ def status_of(path: Path) -> os.stat_result | None:
         raise
 
 
-def readable(path: Path, status: os.stat_result, name: str, tally: Tally) -> TextFile | None:
+def readable(path: Path, status: os.stat_result, name: str, tally: TextTally) -> TextFile | None:
     """None for a file that is skipped, which is counted. ``name``: for messages."""
     how = format_of(path)
     if not stat.S_ISREG(status.st_mode):

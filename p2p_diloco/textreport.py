@@ -1,6 +1,6 @@
 """What was read of a run's text, and what was skipped, with the reason: a few lines for whoever starts or joins a run.
 
-    Tally        counts while text is read
+    TextTally        counts while text is read
     TextReport   the figures of a text that was read, kept beside its tokens
 
 What is skipped is no error by itself. It is one where more bytes that may be text are skipped than read: a folder of
@@ -60,7 +60,7 @@ class Skipped(BaseModel):
 
 
 @dataclass
-class Tally:
+class TextTally:
     """What was read so far, and what was skipped."""
 
     files: int = 0

@@ -28,7 +28,7 @@ from p2p_diloco.hub import PIECES, check_data_set, find_model, find_tokenizer, h
 from p2p_diloco.manifest import DataSpec
 from p2p_diloco.outer import digest
 from p2p_diloco.text import Document, is_held_out
-from p2p_diloco.textreport import NULL, ZERO, Tally
+from p2p_diloco.textreport import NULL, ZERO, TextTally
 from p2p_diloco.tokenizer import LibraryTokenizer, load_tokenizer_json
 
 TEXTS = [f"document {i:04d} says {'abc' * (i % 5)} and ends" for i in range(600)]
@@ -82,7 +82,7 @@ FORMS: dict[str, Callable[[Path], Path]] = {
 
 def read(base: Path, peer_id: str = "anna", run_seed: int = 1, spec: DataSpec = SPEC) -> tuple[list[str], list[str]]:
     """What it trains on, and what is held out, in order."""
-    found: list[Document] = list(hub_documents(spec, base=base, run_seed=run_seed, peer_id=peer_id, tally=Tally()))
+    found: list[Document] = list(hub_documents(spec, base=base, run_seed=run_seed, peer_id=peer_id, tally=TextTally()))
     return tuple([d.text for d in found if d.held_out is apart] for apart in (False, True))  # type: ignore[return-value]
 
 
@@ -144,9 +144,9 @@ def test_places_are_a_function_of_seed_and_peer() -> None:
 @pytest.mark.parametrize(("start", "first"), [(0, 0), (4, 4), (9, 9), (10, 0), (13, 3), (1000, 0)])
 def test_reading_starts_anywhere_and_goes_round(start: int, first: int) -> None:
     numbered = [Document(str(i), "") for i in range(10)]
-    found = [int(document.name) for document in hub.from_document(start, lambda: iter(numbered), Tally())]
+    found = [int(document.name) for document in hub.from_document(start, lambda: iter(numbered), TextTally())]
     assert found == [*range(first, 10), *range(first)]
-    assert list(hub.from_document(start, lambda: iter(()), Tally())) == []
+    assert list(hub.from_document(start, lambda: iter(()), TextTally())) == []
 
 
 def test_tokens_are_kept_for_each_peer(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -265,8 +265,8 @@ def test_a_name_on_the_hub_is_no_folder_here(
     monkeypatch.setattr(hub, "look_up", lambda name, *_: (name, "0123456789" * 4))
     spec = SPEC.model_copy(update={"path": "some/set"})
     with pytest.raises(DataError, match=r"some/set, data\.config = None"):
-        list(hub_documents(spec, base=base, run_seed=1, peer_id="anna", tally=Tally()))
-    assert list(hub_documents(spec, base=tmp_path, run_seed=1, peer_id="anna", tally=Tally()))
+        list(hub_documents(spec, base=base, run_seed=1, peer_id="anna", tally=TextTally()))
+    assert list(hub_documents(spec, base=tmp_path, run_seed=1, peer_id="anna", tally=TextTally()))
 
 
 @pytest.mark.parametrize(
@@ -276,7 +276,9 @@ def test_a_strangers_name_is_of_the_hub(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UsageError, match="no name on the hub"):
         list(
-            hub_documents(SPEC.model_copy(update={"path": name}), base=None, run_seed=1, peer_id="anna", tally=Tally())
+            hub_documents(
+                SPEC.model_copy(update={"path": name}), base=None, run_seed=1, peer_id="anna", tally=TextTally()
+            )
         )
 
 
@@ -303,7 +305,7 @@ def test_a_data_set_is_reported_as_this_peer_reads_it(tmp_path: Path) -> None:
     """Rows that it only passes by, on its way to where it starts, are not counted."""
     texts = [text for pair in zip(TEXTS, [None] * len(TEXTS)) for text in pair]
     datasets.Dataset.from_dict({"text": [*texts, "with a \0"]}).to_parquet(tmp_path / "set/train.parquet")
-    tally, spec = Tally(), SPEC.model_copy(update={"max_documents": 10_000})
+    tally, spec = TextTally(), SPEC.model_copy(update={"max_documents": 10_000})
     found = list(hub_documents(spec, base=tmp_path, run_seed=1, peer_id="anna", tally=tally))
     assert len([document for document in found if not document.held_out]) > 400
     assert {reason: kind.count for reason, kind in tally.skipped.items()} == {NULL: len(TEXTS), ZERO: 1}

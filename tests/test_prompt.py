@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from p2p_diloco.manifest import DataSpec
 from p2p_diloco.prompt import builtin_prompt, choose_prompt, pieces, prompt_chars, prompt_of_tokens
 from p2p_diloco.text import builtin_documents, builtin_files, is_held_out
+from p2p_diloco.textreport import TextTally
 from p2p_diloco.tokenizer import ByteTokenizer
 
 HEADING = "# Copyright\n# All rights reserved\n\nimport one\nimport two\n\n"
@@ -48,7 +49,7 @@ def test_the_built_in_prompt_is_of_text_that_nobody_trains_on() -> None:
     assert prompt == builtin_prompt(spec)
     assert 44 <= len(prompt) <= 89
     root, files = builtin_files()
-    (first, *_) = (d for d in builtin_documents(root, files) if prompt in d.text)
+    (first, *_) = (d for d in builtin_documents(root, files, TextTally()) if prompt in d.text)
     assert is_held_out(first.name, spec.held_out)
     assert builtin_prompt(DataSpec(source="path", path="x")) == ""
 

@@ -21,7 +21,7 @@ from p2p_diloco import text
 from p2p_diloco.errors import DataError
 from p2p_diloco.text import json_values, next_piece, user_documents
 from p2p_diloco.textfiles import CHUNK_BYTES, TextFile, first_foreign_byte, text_files
-from p2p_diloco.textreport import NO_TEXT, NULL, ZERO, Tally
+from p2p_diloco.textreport import NO_TEXT, NULL, ZERO, TextTally
 
 UMLAUTS = [f"Die Brücke beim Café hat Fähre Nummer {i}\n" for i in range(200)]
 JAPANESE = "テキストは日本語です。\n" * 50
@@ -44,8 +44,8 @@ COMPRESS: dict[str, Callable[[bytes], bytes]] = {
 }
 
 
-def read(path: Path, text_key: str = "text") -> tuple[list[str], Tally]:
-    tally = Tally()
+def read(path: Path, text_key: str = "text") -> tuple[list[str], TextTally]:
+    tally = TextTally()
     return [document.text for document in user_documents(text_files(path).files, text_key, tally)], tally
 
 
@@ -270,10 +270,10 @@ import resource
 from pathlib import Path
 from p2p_diloco.text import user_documents
 from p2p_diloco.textfiles import text_files
-from p2p_diloco.textreport import Tally
+from p2p_diloco.textreport import TextTally
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 files = text_files(Path({str(tmp_path)!r})).files
-print(sum(len(document.text) for document in user_documents(files, "text", Tally())))
+print(sum(len(document.text) for document in user_documents(files, "text", TextTally())))
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 """
     output = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout

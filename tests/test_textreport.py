@@ -9,15 +9,15 @@ from p2p_diloco.textreport import (
     OTHER,
     UNKNOWN,
     Skipped,
-    Tally,
     TextReport,
+    TextTally,
     refuse_mostly_skipped,
     size_of,
 )
 
 
 def test_a_report_has_a_line_for_what_was_read_and_for_each_reason() -> None:
-    tally = Tally()
+    tally = TextTally()
     for i in range(5):
         tally.skip(UNKNOWN, f"{i}.md", 1000)
     for _ in range(3):
@@ -42,7 +42,7 @@ def test_a_report_has_a_line_for_what_was_read_and_for_each_reason() -> None:
 
 
 def test_a_name_that_is_no_utf8_can_be_kept_and_shown() -> None:
-    tally = Tally()
+    tally = TextTally()
     tally.skip(HIDDEN, ".caf\udce9")
     assert tally.skipped[HIDDEN] == Skipped(reason=HIDDEN, count=1, examples=(".caf\ufffd",))
 
