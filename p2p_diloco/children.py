@@ -20,6 +20,7 @@ from p2p_diloco.errors import NetworkError, UsageError
 from p2p_diloco.faults import Act, Action
 from p2p_diloco.manifest import RunManifest, RunSpec, open_manifest
 from p2p_diloco.namespaces import Network
+from p2p_diloco.paths import beside
 
 SEED = "seed"
 """Both the command and the name of its folder."""
@@ -63,8 +64,9 @@ class Children:
         if network is not None:
             self._options.append("--no-use-relay")
         self._trainer = [*trainer, "--device", "cpu"]
-        if spec.data.path is not None and (run_file.parent / spec.data.path).exists():
-            self._trainer += ["--data", str(run_file.parent / spec.data.path)]
+        if spec.data.path is not None:
+            text = beside(run_file.parent, spec.data.path, "data.path")
+            self._trainer += ["--data", str(text)] if text.exists() else []
         self._threads = 1
         self._seed_address: str | None = None
 

@@ -10,6 +10,7 @@ from p2p_diloco.errors import UsageError
 from p2p_diloco.hub import PREFIX, check_data_set
 from p2p_diloco.interruption import importing
 from p2p_diloco.manifest import DataSpec, RunManifest, RunSpec
+from p2p_diloco.paths import beside
 from p2p_diloco.tokenizer import load_tokenizer_json, open_tokenizer
 
 
@@ -35,8 +36,10 @@ def check_run_file(path: Path) -> dict[str, str]:
     spec, base = RunSpec.load(path), path.parent
     tokenizer_json = load_tokenizer_json(spec.data, base)
     tokenizer = open_tokenizer(tokenizer_json)
-    if spec.data.source == "path" and not (base / str(spec.data.path)).exists():
-        raise UsageError(f"{path}: key 'data.path': no such file or folder: {base / str(spec.data.path)}")
+    if spec.data.source == "path" and spec.data.path is not None:
+        text = beside(base, spec.data.path, "data.path")
+        if not text.exists():
+            raise UsageError(f"{path}: key 'data.path': no such file or folder: {text}")
 
     with importing("manifest"):
         import torch
@@ -46,7 +49,7 @@ def check_run_file(path: Path) -> dict[str, str]:
         from p2p_diloco.model import build_model, context_tokens, require_weights
 
     if spec.model.path is not None and not spec.model.path.startswith(PREFIX):
-        require_weights(base / spec.model.path)
+        require_weights(beside(base, spec.model.path, "model.path"))
     config = resolve_config(spec.model, base=base, vocab_size=tokenizer.vocab_size)
     with torch.device("meta"):
         model = build_model(config, seed=None)

@@ -27,7 +27,8 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
 from p2p_diloco.errors import UsageError
-from p2p_diloco.manifest import NotNegative, Positive, Section, explain, read_toml
+from p2p_diloco.manifest import NotNegative, Positive, Section, explain
+from p2p_diloco.toml import read_toml
 
 Action = Literal["kill", "stop", "cut", "restart", "resume", "restore"]
 Process = Literal["trainer", "network", "p2pd", "all"]

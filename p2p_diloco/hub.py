@@ -40,6 +40,7 @@ from typing import Any
 from p2p_diloco.errors import DataError, LocalError, UsageError
 from p2p_diloco.manifest import DataSpec
 from p2p_diloco.outer import digest
+from p2p_diloco.paths import beside
 from p2p_diloco.text import Document, is_held_out, kept, named_by_text
 from p2p_diloco.textreport import TextTally
 
@@ -143,7 +144,7 @@ def check_data_set(spec: DataSpec, base: Path) -> None:
 def open_stream(spec: DataSpec, base: Path | None, split: str, key: str) -> Any:
     """An IterableDataset, not read yet. ``key``: where the run file names the split."""
     datasets, name = load_library(spec), str(spec.path)
-    folder = None if base is None else base / name
+    folder = None if base is None else beside(base, name, "data.path")
     if folder is not None and any((folder / file).is_file() for file in ("state.json", "dataset_dict.json")):
         return open_saved(datasets, spec, folder, split, key)
     if folder is not None and folder.is_dir():
@@ -217,7 +218,7 @@ def find_tokenizer(name: str, base: Path) -> Path:
     """The path of the tokenizer.json; beside it lies what says which of its tokens ends a document. ``name``: of a
     file, of a folder with a tokenizer.json, or, after ``hub:``, on the hub."""
     if not name.startswith(PREFIX):
-        path = base / name
+        path = beside(base, name, "data.tokenizer")
         return path / "tokenizer.json" if path.is_dir() else path
     from huggingface_hub import snapshot_download
 
@@ -232,7 +233,7 @@ def find_tokenizer(name: str, base: Path) -> Path:
 def find_model(name: str, base: Path, *, with_weights: bool) -> Path:
     """``name``: of a folder, or, after ``hub:``, on the hub; safetensors alone are fetched from there."""
     if not name.startswith(PREFIX):
-        return base / name
+        return beside(base, name, "model.path")
     from huggingface_hub import snapshot_download
 
     repository, revision = look_up(name.removeprefix(PREFIX), "model", "model.path")

@@ -13,7 +13,6 @@ from __future__ import annotations
 import difflib
 import json
 import math
-import sys
 from collections.abc import Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
@@ -35,11 +34,7 @@ from p2p_diloco.codec import Codec
 from p2p_diloco.errors import UsageError
 from p2p_diloco.identity import Identity, verify
 from p2p_diloco.outer import digest
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
+from p2p_diloco.toml import read_toml
 
 PROTOCOL = 2
 """Raised with every change after which old and new peers cannot train together."""
@@ -253,22 +248,6 @@ class RunSpec(Section):
             return cls.model_validate(table)
         except ValidationError as error:
             raise UsageError(f"{path}: {explain(error, cls)}") from error
-
-
-def read_toml(path: Path, what: str) -> dict[str, Any]:
-    """Raises UsageError that names the file, and what it should be."""
-    try:
-        text = path.read_bytes().decode()
-    except FileNotFoundError:
-        raise UsageError(f"{path}: no such {what}") from None
-    except UnicodeDecodeError:
-        raise UsageError(f"{path}: not a text file in UTF-8") from None
-    except OSError as error:
-        raise UsageError(f"{path}: cannot be read ({error.strerror})") from error
-    try:
-        return tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        raise UsageError(f"{path}: not valid TOML: {error}") from error
 
 
 class RunManifest(Section):

@@ -6,23 +6,19 @@ from __future__ import annotations
 import difflib
 import math
 import os
-import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 from cyclopts import App, Parameter
-from cyclopts.argument import ArgumentCollection
+from cyclopts.argument import Argument, ArgumentCollection
 from cyclopts.config import Dict
 from cyclopts.validators import Number
 
 from p2p_diloco.errors import UsageError
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
+from p2p_diloco.paths import at_home
+from p2p_diloco.toml import read_toml
 
 ENVIRONMENT = "P2P_DILOCO_"
 
@@ -100,13 +96,18 @@ def settings(_app: App, commands: tuple[str, ...], arguments: ArgumentCollection
                     raise UsageError(f"unknown environment variable {variable}; {hint(name, options, environment)}")
     Dict(table, source="environment")(_app, (), arguments)
     if "config" in options and options["config"].tokens:
-        path = Path(options["config"].tokens[-1].value)
-        file = {option_name(key): (key, value) for key, value in read_toml(path).items()}
+        path = at_home(options["config"].tokens[-1].value, "--config")
+        try:
+            table = read_toml(path, "file")
+        except UsageError as error:
+            raise UsageError(f"--config {error}") from error
+        file = {option_name(key): (key, value) for key, value in table.items()}
         known = [name for name in options if name != "config"]
         for name, (key, _) in file.items():
             if name not in known:
                 raise UsageError(f"{path}: unknown key {key!r}; {hint(name, known, str)}")
         Dict({name: value for name, (_, value) in file.items()}, source=str(path))(_app, (), arguments)
+    expand_homes(arguments)
 
 
 def option_name(text: str) -> str:
@@ -122,14 +123,11 @@ def hint(name: str, known: Sequence[str] | Mapping[str, Any], spell: Callable[[s
     return f"did you mean {spell(nearest[0])}?" if nearest else f"known: {', '.join(map(spell, known))}"
 
 
-def read_toml(path: Path) -> dict[str, Any]:
-    try:
-        return tomllib.loads(path.read_bytes().decode())
-    except FileNotFoundError:
-        raise UsageError(f"--config {path}: no such file") from None
-    except OSError as error:
-        raise UsageError(f"--config {path}: cannot be read ({error.strerror})") from error
-    except UnicodeDecodeError:
-        raise UsageError(f"--config {path}: not a text file in UTF-8") from None
-    except tomllib.TOMLDecodeError as error:
-        raise UsageError(f"--config {path}: not valid TOML: {error}") from error
+def expand_homes(options: Iterable[Argument]) -> None:
+    """The one place for all options that are paths, wherever their values come from."""
+    for option in options:
+        if Path in (option.hint, *get_args(option.hint)):
+            option.tokens = [
+                token.evolve(value=str(at_home(token.value, option.name))) if token.value.startswith("~") else token
+                for token in option.tokens
+            ]

@@ -12,7 +12,8 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
 from p2p_diloco.errors import UsageError
-from p2p_diloco.manifest import Fraction, OnMissed, RunSpec, Section, explain, read_toml
+from p2p_diloco.manifest import Fraction, OnMissed, RunSpec, Section, explain
+from p2p_diloco.toml import read_toml
 
 Replicas = Annotated[int, Field(gt=0, le=100)]
 Speed = Annotated[float, Field(gt=0, le=1)]

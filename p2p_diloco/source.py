@@ -17,6 +17,7 @@ from p2p_diloco.errors import DataError, UsageError
 from p2p_diloco.hub import DATA_SET_NAME, hub_documents
 from p2p_diloco.manifest import DataSpec
 from p2p_diloco.outer import digest
+from p2p_diloco.paths import beside
 from p2p_diloco.text import Document, builtin_documents, builtin_files, reading, user_documents, walk
 from p2p_diloco.textfiles import text_files
 from p2p_diloco.textreport import Skipped, TextTally
@@ -60,7 +61,7 @@ def source_of(
     elif base is None:
         raise UsageError(NO_TEXT)
     else:
-        own = base / spec.path
+        own = beside(base, spec.path, "data.path")
     name = "the built-in text" if own is None else str(own)
     if own is None:
         with reading(name):
@@ -76,7 +77,7 @@ def source_of(
 def hub_source(spec: DataSpec, *, base: Path | None, cache: Path, run_seed: int, peer_id: str) -> Source:
     """Another one for every peer. What lies on the hub under a name is not looked up again once there are tokens."""
     local: list[Any] = []
-    if base is not None and (folder := base / str(spec.path)).is_dir():
+    if base is not None and (folder := beside(base, str(spec.path), "data.path")).is_dir():
         with reading(str(folder)):
             local = [str(folder.resolve()), listing(folder, walk(folder))]
     facts = ["hub", spec.path, local, spec.config, spec.split, spec.held_out_split, spec.max_documents]

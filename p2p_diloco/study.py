@@ -27,11 +27,13 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, model_validator
 
 from p2p_diloco.errors import UsageError
-from p2p_diloco.manifest import RunSpec, Section, canonical_json, explain, read_toml
+from p2p_diloco.manifest import RunSpec, Section, canonical_json, explain
 from p2p_diloco.outer import digest
+from p2p_diloco.paths import beside
 from p2p_diloco.simulation import SimulatedRun, listed
 from p2p_diloco.source import listing
 from p2p_diloco.text import reading, walk
+from p2p_diloco.toml import read_toml
 
 Size = Literal["full", "quick", "large"]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
@@ -131,7 +133,7 @@ class Study:
         variation = {"full": Variation(), "quick": spec.quick, "large": spec.large}[size]
         if variation is None:
             raise UsageError(f"{path}: has no table [{size}], so no {size} variant")
-        run_file = path.parent / (variation.base or spec.base)
+        run_file = beside(path.parent, variation.base or spec.base, "base")
         base = read_toml(run_file, "run file")
         folder, shared = run_file.parent, [spec.set, variation.set]
         try:
@@ -161,8 +163,9 @@ def files_of(spec: RunSpec, folder: Path) -> list[list[Any]]:
     """Where the files and folders are that the run file names, relative to ``folder``, and the size and time of all
     that is in them: with these, it is another simulation. Raises DataError."""
     data, found = spec.data, []
-    named = (data.path, spec.model.path, None if data.tokenizer == "bytes" else data.tokenizer)
-    for path in (folder / name for name in named if name is not None):
+    tokenizer = None if data.tokenizer == "bytes" else data.tokenizer
+    named = {"data.path": data.path, "model.path": spec.model.path, "data.tokenizer": tokenizer}
+    for path in (beside(folder, name, key) for key, name in named.items() if name is not None):
         with reading(str(path)):
             if path.is_dir():
                 found.append([str(path.resolve()), listing(path, walk(path))])
