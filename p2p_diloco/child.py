@@ -12,15 +12,17 @@ import contextlib
 import os
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from typing import IO
 
 from p2p_diloco.events import Event, EventTail
 from p2p_diloco.faults import Process
 from p2p_diloco.guard import die_with_parent
+from p2p_diloco.interpreter import python_command
+from p2p_diloco.snapshot import disk_errors
 
 
 class Child:
@@ -41,11 +43,10 @@ class Child:
 
     def start(self, *arguments: str) -> None:
         """``arguments``: of Python; the program is first. Started again, in its folder, it takes up where it ended."""
-        self.folder.mkdir(exist_ok=True)
-        command = [*self.enter, sys.executable, *arguments, "--folder", str(self.folder)]
+        command = [*self.enter, *python_command(*arguments), "--folder", str(self.folder)]
         command += ["--host-maddrs", self.maddr, "--name", self.name]
         self.felled, self.started_s = False, time.monotonic()
-        with (self.folder / "output.log").open("ab") as output:
+        with self._output() as output:
             self.process = subprocess.Popen(
                 command,
                 stdin=subprocess.DEVNULL,
@@ -54,6 +55,13 @@ class Child:
                 start_new_session=True,
                 preexec_fn=partial(die_with_parent, signal.SIGKILL),
             )
+
+    def _output(self) -> IO[bytes]:
+        """Of what it prints, at its end. LedgerError."""
+        path = self.folder / "output.log"
+        with disk_errors(path):
+            self.folder.mkdir(exist_ok=True)
+            return path.open("ab")
 
     def send(self, number: signal.Signals, to: Process) -> tuple[int, ...]:
         """Pids of the processes that got the signal."""
@@ -118,7 +126,7 @@ class Child:
     @property
     def output(self) -> str:
         """What it has printed, of all starts."""
-        return (self.folder / "output.log").read_text(errors="replace")
+        return (self.folder / "output.log").read_text(encoding="utf-8", errors="replace")
 
     def last_line(self) -> str:
         """Of its output: where it failed, the reason."""

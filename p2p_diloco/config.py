@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import logging
+import os
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
 import platformdirs
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+
+from p2p_diloco.errors import UsageError
+
+log = logging.getLogger(__name__)
 
 MIN_UPLOAD_BYTES_PER_S = 100_000.0
 """A donor that sent more slowly would be taken for gone before a chunk of 1 MiB is through."""
@@ -17,7 +24,9 @@ MAX_NAME_BYTES = 64
 
 
 def check_name(name: str) -> str:
-    """ValueError for one that does not fit into a record."""
+    """ValueError for one that does not fit into a record, or is no text: bytes of another encoding."""
+    if not name.isprintable() and any("\ud800" <= char <= "\udfff" for char in name):
+        raise ValueError("not text in UTF-8")
     if len(name) > MAX_NAME_CHARS:
         raise ValueError(f"longer than {MAX_NAME_CHARS} characters")
     if len(name.encode(errors="replace")) > MAX_NAME_BYTES:
@@ -110,9 +119,29 @@ class PeerConfig(BaseModel):
 
 
 def default_folder() -> Path:
-    return platformdirs.user_data_path("p2p-diloco")
+    """UsageError for a user without a home."""
+    folder = platformdirs.user_data_path("p2p-diloco")
+    if not folder.is_absolute():
+        raise UsageError("this user has no home folder; give --folder")
+    return folder
 
 
 def cache_folder() -> Path:
-    """Tokenized texts; shared by all peers of a user, safe to delete."""
-    return platformdirs.user_cache_path("p2p-diloco")
+    """Tokenized texts; shared by all peers of a user, safe to delete. For a user without a home, in the temporary
+    folder."""
+    folder = platformdirs.user_cache_path("p2p-diloco")
+    return folder if folder.is_absolute() else Path(tempfile.gettempdir()) / f"p2p-diloco-{os.getuid()}"
+
+
+def keep_cache_near(folder: Path) -> None:
+    """Where the user's cache cannot be written (a service without a home, a container that is read-only), all that
+    would be cached there lies in ``folder``, for this process and those that it starts; torch's and the hub's, too, if
+    they are not imported yet."""
+    try:
+        cache_folder().mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=cache_folder()).close()
+    except OSError as error:
+        near = folder.absolute() / "cache"
+        log.info("%s: cannot be written (%s); tokens are kept in %s", cache_folder(), error.strerror, near)
+        os.environ["XDG_CACHE_HOME"] = str(near)
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(cache_folder() / "torchinductor")

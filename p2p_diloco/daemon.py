@@ -244,10 +244,11 @@ def remove_folder(folder: Path) -> None:
 
 
 def private_socket_folder(folder: Path) -> Path:
-    """Where one node's sockets go: inside ``folder``, or, where that path is too long for a socket, in the temporary
-    folder."""
+    """Where one node's sockets go: inside ``folder``, or, where that path is too long for a socket, or no text in UTF-8
+    as p2pd has it, in the temporary folder."""
     inside = folder.absolute() / "s"
-    if len(os.fsencode(inside / LONGEST_SOCKET_NAME)) > MAX_SOCKET_PATH_BYTES:
+    path = os.fsencode(inside / LONGEST_SOCKET_NAME)
+    if len(path) > MAX_SOCKET_PATH_BYTES or path.decode("utf-8", "ignore").encode() != path:
         return Path(tempfile.mkdtemp(prefix="p2p-diloco-"))
     try:
         inside.mkdir(mode=0o700, parents=True, exist_ok=True)

@@ -9,6 +9,7 @@ tell how far something is where there are no colors, too.
 from __future__ import annotations
 
 import math
+import re
 import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -272,10 +273,14 @@ def label(row: Row) -> str:
 
 def plain(text: str, keep: str = "") -> str:
     """Without characters that do anything but show: control, format and direction marks, line separators, surrogates;
-    those in ``keep`` stay. What a stranger sent may not steer the terminal."""
+    those in ``keep`` stay. What a stranger sent may not steer the terminal. Bytes of a path that are no text are shown
+    as numbers."""
+    text = BYTE.sub(lambda byte: f"\\x{ord(byte[0]) - 0xDC00:02x}", text)
     return "".join(c for c in text if c in keep or unicodedata.category(c) not in UNSEEN)
 
 
+BYTE = re.compile("[\udc80-\udcff]")
+"""As Python has one that is no text, in a path."""
 UNSEEN = {"Cc", "Cf", "Cn", "Co", "Cs", "Zl", "Zp"}
 
 

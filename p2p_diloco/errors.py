@@ -18,6 +18,8 @@ Two roots, so that a reader of an ``except`` knows whose fault it is::
 
 from __future__ import annotations
 
+import errno
+
 
 class LocalError(Exception):
     """One line for the user: what is wrong and how to mend it."""
@@ -72,3 +74,20 @@ class Gone(RemoteError):
 
 class Refused(RemoteError):
     pass
+
+
+NO_TEMPORARY_FOLDER = "No usable temporary directory"
+"""How Python says that it cannot write to any."""
+
+
+def disk_failure(error: OSError, what: object, size_bytes: int = 0) -> LedgerError | None:
+    """The line for a disk that is full, with the remedy; None when ``error`` is another one. ``what`` could not be
+    written, of ``size_bytes``."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        need = max(1, -(-size_bytes // 10**6))
+        return LedgerError(f"{what}: disk full, free {need} MB or move the folder")
+    if error.errno == errno.EFBIG:
+        return LedgerError(f"{what}: larger than a file may be here; raise the limit (ulimit -f) or move the folder")
+    if NO_TEMPORARY_FOLDER in str(error):
+        return LedgerError("no temporary folder can be written: free space in /tmp, or set TMPDIR to another one")
+    return None

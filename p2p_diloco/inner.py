@@ -79,12 +79,25 @@ def file_header(
 
 @contextmanager
 def whole() -> Iterator[None]:
-    """SIGALRM, with which Ctrl+C ends a long inner step, waits until parameters and moments fit together again."""
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGALRM})
+    """SIGALRM, with which Ctrl+C ends a long inner step, waits until parameters and moments fit together again. It is
+    noted and not blocked: the system may give it to any thread, and its handler runs in the main thread even so."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # no handler runs in this thread
+        return
+    came: list[int] = []
+    before = signal.signal(signal.SIGALRM, lambda number, _frame: came.append(number))
     try:
         yield
     finally:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGALRM})
+        signal.signal(signal.SIGALRM, before)
+    if came:
+        signal.raise_signal(signal.SIGALRM)
+
+
+def computes_in_bf16(capability: tuple[int, int]) -> bool:
+    """Whether a GPU of this CUDA capability has units for bf16, which Ampere (8.0) was the first to have. Earlier ones
+    (V100, T4, RTX 20) imitate it, more slowly than float32."""
+    return capability >= (8, 0)
 
 
 class InnerOptimizer:
@@ -107,7 +120,7 @@ class InnerOptimizer:
             self.optimizer = torch.optim.AdamW(groups, lr=inner.lr, betas=(inner.beta1, inner.beta2))
         else:
             self.optimizer = torch.optim.SGD(groups, lr=inner.lr)
-        self.autocast = device.type == "cuda" and torch.cuda.is_bf16_supported()
+        self.autocast = device.type == "cuda" and computes_in_bf16(torch.cuda.get_device_capability(device))
         self.changing = threading.Lock()
         """Held while parameters and moments change, and by another thread while it copies some of them."""
 

@@ -1,11 +1,14 @@
-"""Ctrl+C and SIGTERM in a command: when they may interrupt it, and with what exit code it then ends."""
+"""Ctrl+C, SIGTERM and a closed terminal in a command: when they may interrupt it, and with what exit code it then ends.
+
+A closed terminal (SIGHUP) is told twice, by the shell and by the system: the second one is no wish to end at once.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import os
 import signal
-from collections.abc import Coroutine, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any, TypeVar
@@ -15,21 +18,36 @@ from p2p_diloco import SERVING
 Result = TypeVar("Result")
 
 
+def ending_signals() -> tuple[signal.Signals, ...]:
+    """Those that ask this process to end. A closed terminal does not where it is ignored from the start (nohup)."""
+    ignored = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    return (signal.SIGINT, signal.SIGTERM) if ignored else (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
 @contextmanager
-def interruptible() -> Iterator[list[int]]:
-    """SIGTERM as Ctrl+C: KeyboardInterrupt, wherever the command is. Yields the signals that came."""
-    received: list[int] = []
-
-    def on_signal(number: int, _frame: FrameType | None) -> None:
-        received.append(number)
-        raise KeyboardInterrupt
-
-    before = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+def handled_by(on_signal: Callable[[int, FrameType | None], None], *more: signal.Signals) -> Iterator[None]:
+    """For the block, ``on_signal`` gets the ending signals and ``more``. In the main thread only."""
+    before = {number: signal.signal(number, on_signal) for number in (*ending_signals(), *more)}
     try:
-        yield received
+        yield
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+@contextmanager
+def interruptible() -> Iterator[list[int]]:
+    """All of them as Ctrl+C: KeyboardInterrupt, wherever the command is. Yields the signals that came."""
+    received: list[int] = []
+
+    def on_signal(number: int, _frame: FrameType | None) -> None:
+        again = number == signal.SIGHUP and bool(received)
+        received.append(number)
+        if not again:
+            raise KeyboardInterrupt
+
+    with handled_by(on_signal):
+        yield received
 
 
 @contextmanager
@@ -41,27 +59,16 @@ def importing(command: str) -> Iterator[None]:
     def on_signal(number: int, _frame: FrameType | None) -> None:
         os._exit(interrupted(command, [number]))
 
-    before = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
+    with handled_by(on_signal):
         yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 @contextmanager
 def undisturbed() -> Iterator[list[int]]:
     """Signals wait until the end of the block. Yields those that wait."""
     waiting: list[int] = []
-    before = {
-        number: signal.signal(number, lambda received, _frame: waiting.append(received))
-        for number in (signal.SIGINT, signal.SIGTERM)
-    }
-    try:
+    with handled_by(lambda number, _frame: waiting.append(number)):
         yield waiting
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
     if waiting:
         signal.raise_signal(waiting[0])
 
@@ -79,7 +86,7 @@ def run_cancellable(work: Coroutine[Any, Any, Result]) -> Result:
             if not loop.is_closed():
                 loop.call_soon_threadsafe(task.cancel)
 
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in ending_signals():
             signal.signal(number, on_signal)
         if waiting:
             task.cancel()

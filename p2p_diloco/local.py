@@ -28,14 +28,16 @@ from rich.console import Console
 from rich.live import Live
 
 from p2p_diloco.children import SEED, TRAINER, Children
-from p2p_diloco.config import cache_folder
+from p2p_diloco.config import cache_folder, keep_cache_near
 from p2p_diloco.data import open_corpus
 from p2p_diloco.display import is_live, join_line, plain
-from p2p_diloco.errors import Stopped, UsageError
+from p2p_diloco.errors import Stopped, UsageError, disk_failure
 from p2p_diloco.faults import Done, FaultPlan, plights
 from p2p_diloco.injector import Injector
+from p2p_diloco.interruption import handled_by
 from p2p_diloco.manifest import RunManifest, RunSpec, open_manifest
 from p2p_diloco.namespaces import Network
+from p2p_diloco.snapshot import write_whole
 from p2p_diloco.summary import Log, Progress, findings, held_out, row_of, screen, step_line, summarize
 
 if TYPE_CHECKING:
@@ -65,10 +67,12 @@ def run_local(
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UsageError(f"{folder}: cannot be made ({error.strerror}); choose another --folder") from error
+        full = disk_failure(error, folder)
+        raise full or UsageError(f"{folder}: cannot be made ({error.strerror}); choose another --folder") from error
     for path in folder.glob(f"{SEED}/*/manifest.json"):
         if open_manifest(path.read_bytes(), str(path)).spec != spec:
             raise UsageError(f"{folder}: holds another run, or this one before its run file changed; choose another")
+    keep_cache_near(folder)
     with stop_signals() as stop, ExitStack() as stack:
         network = stack.enter_context(Network()) if plan.cuts else None
         trainer = (*TRAINER, "--drop", str(drop))
@@ -88,12 +92,14 @@ def run_local(
 
 
 class Stop:
-    """Ctrl+C and SIGTERM: the first one is looked for between polls, the second one ends this process at once, and with
-    it, on Linux, all others."""
+    """Ctrl+C, SIGTERM and a closed terminal: the first one is looked for between polls, the second one ends this
+    process at once, and with it, on Linux, all others; unless it is that of a closed terminal, which is told twice."""
 
     requested = False
 
     def on_signal(self, number: int, _frame: FrameType | None) -> None:
+        if self.requested and number == signal.SIGHUP:
+            return
         if self.requested:
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
@@ -107,12 +113,8 @@ class Stop:
 @contextmanager
 def stop_signals() -> Iterator[Stop]:
     stop = Stop()
-    before = {number: signal.signal(number, stop.on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
+    with handled_by(stop.on_signal):
         yield stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 class LocalSwarm:
@@ -210,7 +212,8 @@ class LocalSwarm:
             "faults": [done.as_json() for done in self.injector.done],
             **summarize(self.logs),
         }
-        (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+        data = (json.dumps(summary, indent=2) + "\n").encode()
+        write_whole(folder / "summary.json", [data], len(data))
         for what, figure in findings(summary, byte_level=self.spec.data.tokenizer == "bytes"):
             self.console.print(f"{what:<14}  {figure}")
         self.console.print(f"{'summary':<14}  {folder / 'summary.json'}")

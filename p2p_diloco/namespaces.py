@@ -16,6 +16,7 @@ import sys
 from dataclasses import dataclass
 
 from p2p_diloco.errors import NetworkError
+from p2p_diloco.interpreter import python_command
 
 SUBNET = "10.83.0"
 """Seen by nobody outside these namespaces."""
@@ -103,7 +104,7 @@ def hold(number: int) -> Namespace:
 
 
 def run(*command: str) -> None:
-    done = subprocess.run(command, capture_output=True, text=True, timeout=COMMAND_S, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=COMMAND_S, check=False)
     if done.returncode != 0:
         raise NetworkError(f"{' '.join(command)}: {done.stderr.strip()}")
 
@@ -124,4 +125,4 @@ def as_root(*arguments: str) -> None:
     """Start this program again as root of a user namespace of its own, with the same pid, unless it is root. The files
     that it writes belong to the user all the same."""
     if os.geteuid() != 0:
-        os.execvp(AS_ROOT[0], [*AS_ROOT, sys.executable, "-m", "p2p_diloco", *arguments])
+        os.execvp(AS_ROOT[0], [*AS_ROOT, *python_command("-m", "p2p_diloco", *arguments)])

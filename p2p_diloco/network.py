@@ -31,7 +31,7 @@ from p2p_diloco.control import Line, pack_line, unpack_line
 from p2p_diloco.daemon import private_socket_folder
 from p2p_diloco.discovery import find_manifest
 from p2p_diloco.endpoint import METRICS_FLAG, Endpoint
-from p2p_diloco.errors import LedgerError, LocalError
+from p2p_diloco.errors import LocalError, disk_failure
 from p2p_diloco.events import EventLog
 from p2p_diloco.guard import die_with_parent, limit_open_files
 from p2p_diloco.identity import Identity
@@ -41,6 +41,7 @@ from p2p_diloco.node import Node
 from p2p_diloco.peer import Peer
 from p2p_diloco.replica import Replica
 from p2p_diloco.rounds import Progress, newest_evaluation
+from p2p_diloco.snapshot import disk_errors, write_whole
 from p2p_diloco.stored import MANIFEST_FILE, open_ledger, run_folder
 from p2p_diloco.waiting import deadline, heard
 
@@ -98,7 +99,7 @@ class NetworkProcess:
                 self.failure.exception()  # raised above; asyncio shall not report it a second time
 
     async def _work(self, start: Line) -> None:
-        config = PeerConfig.model_validate_json(start["config"])
+        config = PeerConfig.model_validate(start["config"])
         timeouts = Timeouts(**start["timeouts"])
         identity = Identity.load_or_create(config.identity_path)
         node = await Node.start(config, identity, timeouts, private_socket_folder(config.folder))
@@ -112,21 +113,17 @@ class NetworkProcess:
         self, node: Node, config: PeerConfig, timeouts: Timeouts, manifest_path: str | None
     ) -> tuple[bytes, Path]:
         """The signed manifest, and the run's folder with the manifest in it."""
-        try:
-            if manifest_path is not None:
+        if manifest_path is not None:
+            with disk_errors(Path(manifest_path)):
                 signed = await asyncio.to_thread(Path(manifest_path).read_bytes)
-            else:
-                initial = [(maddr.rsplit("/p2p/", 1)[1], maddr) for maddr in config.initial_peers]
-                finding = find_manifest(
-                    node, run_id=config.run_id, initial_peers=initial, timeouts=timeouts, wall_s=time.time
-                )
-                signed = await finding
-            manifest = open_manifest(signed, manifest_path or "the run")
-            folder = run_folder(config.folder, manifest)
-            folder.mkdir(parents=True, exist_ok=True)
-            (folder / MANIFEST_FILE).write_bytes(signed)
-        except OSError as error:
-            raise LedgerError(f"{error.filename}: {error.strerror}; choose another --folder") from error
+        else:
+            initial = [(maddr.rsplit("/p2p/", 1)[1], maddr) for maddr in config.initial_peers]
+            signed = await find_manifest(
+                node, run_id=config.run_id, initial_peers=initial, timeouts=timeouts, wall_s=time.time
+            )
+        manifest = open_manifest(signed, manifest_path or "the run")
+        folder = run_folder(config.folder, manifest)
+        await asyncio.to_thread(keep_manifest, folder / MANIFEST_FILE, signed)
         return signed, folder
 
     async def _live(
@@ -298,6 +295,14 @@ class NetworkProcess:
         self.writer.write(pack_line(kind, **fields))
 
 
+def keep_manifest(path: Path, signed: bytes) -> None:
+    """A seed's is the run's only one, perhaps: a file that is there already is not written again. LedgerError."""
+    with disk_errors(path, len(signed)):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if not path.is_file() or path.read_bytes() != signed:
+            write_whole(path, [signed], len(signed))
+
+
 def is_read(writer: asyncio.StreamWriter) -> bool:
     """Whether the trainer reads what it is told: while it is stopped, it misses what tells of the moment only."""
     return writer.transport.get_write_buffer_size() < MAX_UNREAD_BYTES
@@ -330,6 +335,9 @@ async def serve(control: socket.socket, vectors: int) -> None:
     except LocalError as error:
         writer.write(pack_line("failed", message=str(error), exit_code=error.exit_code))
     except Exception as error:
+        if isinstance(error, OSError) and (full := disk_failure(error, error.filename or "a file")) is not None:
+            writer.write(pack_line("failed", message=str(full), exit_code=full.exit_code))
+            return
         log.exception("the network process fails")
         writer.write(pack_line("failed", message=f"the network process fails: {error!r}", exit_code=1))
     finally:
@@ -341,7 +349,8 @@ async def serve(control: socket.socket, vectors: int) -> None:
 
 def main() -> None:
     control, vectors = socket.socket(fileno=int(sys.argv[1])), int(sys.argv[2])
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # The trainer decides when to leave.
+    for number in (signal.SIGINT, signal.SIGHUP):  # The trainer decides when to leave.
+        signal.signal(number, signal.SIG_IGN)
     die_with_parent(signal.SIGKILL)
     limit_open_files()
     if sys.platform == "win32":

@@ -17,6 +17,7 @@ from typing import Any, Protocol
 from p2p_diloco.config import PeerConfig, Timeouts
 from p2p_diloco.control import Line, has_room, pack_line, socket_pair, unpack_line
 from p2p_diloco.errors import NetworkError, UsageError
+from p2p_diloco.interpreter import python_command
 
 log = logging.getLogger(__name__)
 
@@ -63,7 +64,7 @@ class NetworkHandle:
         control, theirs = socket_pair()
         with theirs:
             process = subprocess.Popen(
-                [sys.executable, "-m", "p2p_diloco.network", str(theirs.fileno()), str(memory)],
+                python_command("-m", "p2p_diloco.network", str(theirs.fileno()), str(memory)),
                 pass_fds=(theirs.fileno(), memory),
                 stdin=subprocess.DEVNULL,
                 start_new_session=True,
@@ -71,7 +72,8 @@ class NetworkHandle:
         handle = cls(control, process)
         handle.say(
             "start",
-            config=config.model_dump_json(),
+            # not pydantic's JSON, which has no way to say a path with bytes that are no text
+            config={key: str(value) if isinstance(value, Path) else value for key, value in config},
             timeouts=vars(timeouts),
             role=role,
             manifest_path=None if manifest_path is None else str(manifest_path),

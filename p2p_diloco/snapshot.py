@@ -7,7 +7,6 @@ is one part of theta or of momentum; it is verified by its hash, which the diges
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 from collections.abc import Iterable, Iterator
@@ -19,7 +18,7 @@ from typing import IO
 import blake3
 
 from p2p_diloco.codec import Vector
-from p2p_diloco.errors import LedgerError
+from p2p_diloco.errors import LedgerError, disk_failure
 from p2p_diloco.outer import HASH_BYTES, part_slices, state_digest
 
 START_BYTES = 512
@@ -225,7 +224,4 @@ def disk_errors(path: Path, size_bytes: int = 0) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            need = max(1, -(-size_bytes // 10**6))
-            raise LedgerError(f"{path}: disk full, free {need} MB or move the folder") from error
-        raise LedgerError(f"{path}: {error.strerror}") from error
+        raise disk_failure(error, path, size_bytes) or LedgerError(f"{path}: {error.strerror}") from error

@@ -27,6 +27,7 @@ from p2p_diloco.config import cache_folder
 from p2p_diloco.data import Corpus, open_corpus
 from p2p_diloco.errors import DataError, Stopped, UsageError
 from p2p_diloco.inner import INNER_FILE, InnerOptimizer, draws_drop, place_in_run
+from p2p_diloco.interruption import handled_by
 from p2p_diloco.keeper import Keeper
 from p2p_diloco.manifest import RunManifest
 from p2p_diloco.model import evaluate, model_of, pick_device
@@ -198,8 +199,9 @@ def resume(swarm: Swarm, model: torch.nn.Module, inner: InnerOptimizer) -> None:
 
 
 class Stop:
-    """Ctrl+C and SIGTERM. The first one raises Stopped, or, inside ``after_inner_step``, waits until the inner step
-    under way has ended, at most STEP_GRACE_S. The second one ends the process at once."""
+    """Ctrl+C, SIGTERM and a closed terminal. The first one raises Stopped, or, inside ``after_inner_step``, waits until
+    the inner step under way has ended, at most STEP_GRACE_S. The second one ends the process at once, unless it is that
+    of a closed terminal, which the shell and the system both tell."""
 
     def __init__(self) -> None:
         self.requested = False
@@ -208,6 +210,8 @@ class Stop:
     def on_signal(self, number: int, _frame: FrameType | None) -> None:
         if number == signal.SIGALRM:
             raise Stopped("stopped in the middle of an inner step")
+        if self.requested and number == signal.SIGHUP:
+            return
         if self.requested:
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
@@ -244,11 +248,8 @@ class Stop:
 def stop_signals() -> Iterator[Stop]:
     """Until the end of the block, and from the main thread only, signals ask for a polite end."""
     stop = Stop()
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGALRM)
-    before = {number: signal.signal(number, stop.on_signal) for number in numbers}
-    try:
-        yield stop
-    finally:
-        signal.alarm(0)
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    with handled_by(stop.on_signal, signal.SIGALRM):
+        try:
+            yield stop
+        finally:
+            signal.alarm(0)

@@ -21,6 +21,7 @@ from p2p_diloco.errors import LocalError
 from p2p_diloco.fitness import MachineTrial, memory_needs
 from p2p_diloco.guard import die_with_parent
 from p2p_diloco.hub import library_is_missing
+from p2p_diloco.interpreter import python_command
 from p2p_diloco.manifest import RunManifest, open_manifest
 from p2p_diloco.waiting import deadline
 
@@ -45,7 +46,7 @@ async def try_machine(device: str, threads: int | None, signed: bytes, *, limit_
             arguments.append(str(path))
         starting = asyncio.create_task(
             asyncio.create_subprocess_exec(
-                *(sys.executable, "-m", "p2p_diloco.trial", *arguments),
+                *python_command("-m", "p2p_diloco.trial", *arguments),
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=asyncio.subprocess.PIPE,
                 stderr=asyncio.subprocess.DEVNULL,
@@ -140,12 +141,12 @@ def matrix_flops(device: Any) -> float:
 def free_memory_bytes() -> int | None:
     """What programs can still take: of the machine, or of the container that this runs in."""
     try:
-        facts = dict(line.split(":", 1) for line in MEMINFO.read_text().splitlines())
+        facts = dict(line.split(":", 1) for line in MEMINFO.read_text(encoding="utf-8").splitlines())
         free = int(facts["MemAvailable"].split()[0]) * 1024
     except (OSError, KeyError, ValueError):
         return None
     try:
-        limit, used = ((CGROUP / name).read_text().strip() for name in ("memory.max", "memory.current"))
+        limit, used = ((CGROUP / name).read_text(encoding="utf-8").strip() for name in ("memory.max", "memory.current"))
         return free if limit == "max" else min(free, max(int(limit) - int(used), 0))
     except (OSError, ValueError):
         return free
@@ -179,7 +180,8 @@ def time_steps(manifest: RunManifest, device: Any) -> None:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # whoever started us ends us
+    for ending in (signal.SIGINT, signal.SIGHUP):  # whoever started us ends us
+        signal.signal(ending, signal.SIG_IGN)
     die_with_parent(signal.SIGKILL)
     try:
         read = open_manifest(Path(sys.argv[3]).read_bytes(), "the run") if len(sys.argv) > 3 else None

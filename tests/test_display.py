@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import io
+import os
 import re
 from dataclasses import replace
 from types import SimpleNamespace
@@ -284,3 +285,8 @@ def test_findings_for_a_program_are_kept_and_not_printed(capsys: pytest.CaptureF
     assert checklist.conclude() == 1
     assert checklist.findings == [BAD]
     assert capsys.readouterr() == ("", "")
+
+
+def test_a_path_with_bytes_that_are_no_text_is_shown() -> None:
+    assert plain(os.fsdecode(b"/data/bad\xff/M\xc3\xbcnchen")) == "/data/bad\\xff/M\xfcnchen"
+    assert plain("\ud800") == ""

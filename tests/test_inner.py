@@ -1,6 +1,9 @@
 from __future__ import annotations
 
 import math
+import signal
+import socket
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -10,10 +13,21 @@ from builders import identity
 
 from p2p_diloco.codec import Vector
 from p2p_diloco.data import Corpus
-from p2p_diloco.inner import INNER_FILE, InnerOptimizer, Place, draws_drop, learning_rate, place_in_run
+from p2p_diloco.errors import Stopped
+from p2p_diloco.inner import (
+    INNER_FILE,
+    InnerOptimizer,
+    Place,
+    computes_in_bf16,
+    draws_drop,
+    learning_rate,
+    place_in_run,
+    whole,
+)
 from p2p_diloco.layout import bind_parameters, layout_of, read_parameters
 from p2p_diloco.manifest import DataSpec, InnerSpec, ModelSpec, OuterSpec, RunSpec
 from p2p_diloco.model import build_model, loss_of
+from p2p_diloco.train import stop_signals
 
 CONFIG = {
     "model_type": "llama",
@@ -207,3 +221,76 @@ def test_sgd_inside_has_no_moments_and_takes_the_gradient_as_it_is() -> None:
     for parameter, old, other in zip(model.parameters(), before, again.parameters()):
         assert other.grad is not None
         torch.testing.assert_close(parameter.detach(), old - 0.1 * other.grad, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("capability", "has_units"),
+    [
+        ((7, 0), False),
+        ((7, 5), False),
+        ((6, 1), False),
+        ((8, 0), True),
+        ((8, 6), True),
+        ((9, 0), True),
+        ((12, 0), True),
+    ],
+    ids=["V100", "T4", "P40", "A100", "RTX 30", "H100", "RTX 50"],
+)
+def test_bf16_where_this_gpu_has_units_for_it(capability: tuple[int, int], has_units: bool) -> None:
+    assert computes_in_bf16(capability) is has_units
+
+
+def test_a_stop_waits_until_a_step_is_whole_though_another_thread_gets_the_signal() -> None:
+    """As the system may: pthread_kill gives it to that thread, and Python runs the handler in this one."""
+    done: list[str] = []
+    begun, end = threading.Event(), threading.Event()
+
+    def live_on() -> None:
+        begun.set()
+        end.wait()
+
+    other = threading.Thread(target=live_on)
+    other.start()
+    begun.wait()
+    delivered, wakeup = socket.socketpair()
+    wakeup.setblocking(False)
+    before = signal.set_wakeup_fd(wakeup.fileno(), warn_on_full_buffer=False)
+
+    def step() -> None:
+        with whole():
+            signal.pthread_kill(other.ident or 0, signal.SIGALRM)
+            assert delivered.recv(1) == bytes([signal.SIGALRM])
+            for _ in range(1000):
+                done.append("half a step")  # a thousand chances for a handler
+            done.append("whole")
+        done.append("went on")
+
+    try:
+        with stop_signals() as stop:
+            with pytest.raises(Stopped, match="in the middle of an inner step"):
+                step()
+            assert done[-1] == "whole"
+            with whole():
+                done.append("nothing came")
+            with pytest.raises(Stopped), stop.after_inner_step():
+                signal.raise_signal(signal.SIGALRM)
+    finally:
+        signal.set_wakeup_fd(before)
+        for one in (delivered, wakeup):
+            one.close()
+        end.set()
+        other.join()
+    assert done[-1] == "nothing came"
+
+
+def test_another_thread_than_the_main_one_gets_no_signals_to_wait_for() -> None:
+    done: list[str] = []
+
+    def step() -> None:
+        with whole():
+            done.append("whole")
+
+    thread = threading.Thread(target=step)
+    thread.start()
+    thread.join()
+    assert done == ["whole"]
