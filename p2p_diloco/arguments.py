@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from p2p_diloco.errors import UsageError
+from p2p_diloco.errors import UsageError, disk_failure
 from p2p_diloco.options import NodeOptions
 
 if TYPE_CHECKING:
@@ -92,13 +92,16 @@ def peer_config(
 
 
 def own_folder(folder: Path | None, kind: str) -> Path:
-    """``folder``, or the default one of this kind, made. Raises UsageError when it cannot be written."""
-    from p2p_diloco.config import default_folder
+    """``folder``, or the default one of this kind, made. Raises UsageError when it cannot be written, LedgerError when
+    the disk is full."""
+    from p2p_diloco.config import default_folder, keep_cache_near
 
     folder = default_folder() / kind if folder is None else folder
     try:
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
-        raise UsageError(f"--folder {folder}: cannot be written ({error.strerror}); choose another") from error
+        full = disk_failure(error, f"--folder {folder}")
+        raise full or UsageError(f"--folder {folder}: cannot be written ({error.strerror}); choose another") from error
+    keep_cache_near(folder)
     return folder

@@ -32,7 +32,7 @@ from p2p_diloco.commands_model import export, sample
 from p2p_diloco.commands_study import experiment, simulate
 from p2p_diloco.config import cache_folder
 from p2p_diloco.display import STDOUT, is_live, plain
-from p2p_diloco.errors import LocalError, Stopped
+from p2p_diloco.errors import LocalError, Stopped, disk_failure
 from p2p_diloco.interruption import interrupted, interruptible
 from p2p_diloco.options import OUTPUT, settings
 
@@ -61,12 +61,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The exit code."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")
-    # torch makes this folder when it is imported, by default in the temporary folder, and leaves it there.
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_folder() / "torchinductor"))
+            stream.reconfigure(errors="backslashreplace")
     command, output = "", OUTPUT
     received: list[int] = []
     try:
+        # torch makes this folder when it is imported, by default in the temporary folder, and leaves it there.
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_folder() / "torchinductor"))
         function, bound, _ = app.parse_args(
             sys.argv[1:] if argv is None else argv, exit_on_error=False, print_error=False, verbose=False
         )
@@ -86,11 +86,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except LocalError as error:
         return fail(str(error), error.exit_code, debug=output.debug)
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nobody reads on; so that exit is silent
-        return 1
+        return 1  # nobody reads on: ``interpreter.Outlet``
     except Exception as error:
         if received:  # some imports turn an interruption into an error of their own
             return interrupted(command, received)
+        if isinstance(error, OSError) and (full := disk_failure(error, error.filename or "a file")) is not None:
+            return fail(str(full), full.exit_code, debug=output.debug)
         what = f"internal error: {type(error).__name__}: {error}; run again with --debug and report it"
         return fail(what, 1, debug=output.debug)
 

@@ -57,6 +57,7 @@ def simulate(
     """
     with importing("simulate"):
         from p2p_diloco.checkpoint import alone_in
+        from p2p_diloco.config import keep_cache_near
         from p2p_diloco.recount import past_of
         from p2p_diloco.simulate import Simulation
         from p2p_diloco.simulation import SimulatedRun
@@ -71,6 +72,7 @@ def simulate(
     if folder is None:
         folder = Path("runs") / f"{what.run.name}-simulated-{time.strftime('%Y%m%d-%H%M%S')}"
     with alone_in(folder):
+        keep_cache_near(folder)
         simulation = Simulation.open(what, folder, base=run_file.parent, device=device, threads=threads, past=past)
         count, step = len(simulation.replicas), simulation.state.step
         STDOUT.print(f"{what.run.name}: {count} replicas in {folder}, outer step {step}", soft_wrap=True)
@@ -130,13 +132,18 @@ def experiment(
         raise UsageError("give either --quick or --large")
 
     with importing("experiment"):
+        from p2p_diloco.config import keep_cache_near
         from p2p_diloco.experiment import find_study, run_studies
+        from p2p_diloco.snapshot import disk_errors
         from p2p_diloco.study import Study
 
     if not names:
         raise UsageError("give the name of a study, like drop, or the path of one")
     size: Size = "quick" if quick else "large" if large else "full"
     studies = [Study.load(find_study(name), size) for name in names]
+    with disk_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    keep_cache_near(folder)
     run_studies(studies, folder, jobs=jobs or os.cpu_count() or 1, device=device, threads=threads, console=STDOUT)
 
 

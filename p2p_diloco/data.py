@@ -124,7 +124,8 @@ def open_corpus(
                     corpus = cached(folder, tokenizer, source.skipped)
     except OSError as error:
         raise DataError(
-            f"{cache}: cannot keep tokens here ({error.strerror}); they take about as much space as the text"
+            f"{cache}: cannot keep tokens here ({error.strerror}); they take about as much space as the text; "
+            f"set XDG_CACHE_HOME to another folder"
         ) from error
     if corpus is None:
         raise DataError(f"{folder}: the tokens kept here are damaged; delete this folder")

@@ -19,6 +19,7 @@ Every event has ``event``, ``wall_s`` (Unix time) and ``mono_s`` (seconds of a c
     disputed    step, others: peers that came the same way, but whose state has other bits there
     p2pd_restarted maddrs           p2pd was lost, and is there again
     evaluated   step, held_out_loss (null: not finite), tokens, seconds
+    unwritten   lines: so many before this one are lost, for the disk was full
     left        step, head, reason
 
 Heads are hex. Losses are nats per token.
@@ -27,45 +28,77 @@ Heads are hex. Losses are nats per token.
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
+import logging
 import os
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from p2p_diloco.errors import LedgerError
+from p2p_diloco.errors import LedgerError, disk_failure
 from p2p_diloco.totals import Totals
+
+log = logging.getLogger(__name__)
 
 EVENTS_FILE = "events.jsonl"
 Event = dict[str, Any]
 
 
 class EventLog:
-    """Appends; whole lines, flushed one by one. A full disk ends the peer, as it does for the ledger."""
+    """Appends; whole lines, each on its way to the disk at once. A line that cannot be written is lost and ends
+    nothing, since training needs none of them: it is told when the first one is, and when the log goes on."""
 
     def __init__(self, folder: Path) -> None:
         self.path = folder / EVENTS_FILE
         self.totals = Totals()
-        """Of what has been written since this log was opened."""
+        """Of all events since this log was opened."""
+        self.unwritten = 0
+        """Lines lost since the last one that was written."""
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            self._file: IO[str] = self.path.open("a", encoding="utf-8", buffering=1)
-            if _cut_short(self.path):
-                self._file.write("\n")
+            self._file: IO[bytes] = self.path.open("ab", buffering=0)
+            self._within_line = _cut_short(self.path)
         except OSError as error:
-            raise LedgerError(f"{self.path}: cannot be written ({error.strerror}); choose another --folder") from error
+            full = disk_failure(error, self.path)
+            raise full or LedgerError(
+                f"{self.path}: cannot be written ({error.strerror}); choose another --folder"
+            ) from error
 
     def write(self, event: str, **fields: Any) -> None:
         line = {"event": event, "wall_s": time.time(), "mono_s": time.monotonic(), **fields}
-        try:
-            self._file.write(json.dumps(line, allow_nan=False) + "\n")
-        except OSError as error:
-            raise LedgerError(f"{self.path}: cannot be written ({error.strerror})") from error
+        data = _packed(line)
         self.totals.add(line)
+        try:
+            if self.unwritten:
+                times = {key: line[key] for key in ("wall_s", "mono_s")}
+                self._append(_packed({"event": "unwritten", **times, "lines": self.unwritten}))
+                log.warning("%s: can be written again; %d events are lost", self.path, self.unwritten)
+                self.unwritten = 0
+            self._append(data)
+        except OSError as error:
+            self.unwritten += 1
+            if self.unwritten == 1:
+                why = disk_failure(error, self.path) or f"{self.path}: {error.strerror}"
+                log.warning("%s; training goes on, and events are lost until then", why)
 
     def close(self) -> None:
-        self._file.close()
+        """Nothing waits to be written."""
+        with contextlib.suppress(OSError):
+            self._file.close()
+
+    def _append(self, data: bytes) -> None:
+        data = b"\n" + data if self._within_line else data
+        written = self._file.write(data)
+        self._within_line = written < len(data)
+        if self._within_line:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def _packed(event: Event) -> bytes:
+    """ValueError for what JSON cannot say."""
+    return json.dumps(event, allow_nan=False).encode() + b"\n"
 
 
 def _cut_short(path: Path) -> bool:

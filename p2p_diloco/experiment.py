@@ -8,16 +8,17 @@ What is there is not made again, and what was interrupted goes on: the same comm
 
 from __future__ import annotations
 
+import io
 import json
-import multiprocessing
-import os
 import signal
+import subprocess
+import sys
 from collections.abc import Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
 from dataclasses import dataclass
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
+from typing import cast
 
 import torch
 from rich.console import Console
@@ -25,12 +26,14 @@ from rich.markdown import Markdown
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from p2p_diloco.data import locked
-from p2p_diloco.errors import DataError, LocalError, UsageError
+from p2p_diloco.errors import DataError, LocalError, UsageError, disk_failure
 from p2p_diloco.guard import die_with_parent
+from p2p_diloco.interpreter import python_command
 from p2p_diloco.model import pick_device
+from p2p_diloco.paths import at_home
 from p2p_diloco.report import Summary, check_plots, final_loss, markdown, plot, raw, rows_of
 from p2p_diloco.simulate import SUMMARY_FILE
-from p2p_diloco.snapshot import disk_errors
+from p2p_diloco.snapshot import disk_errors, write_whole
 from p2p_diloco.study import Study, Trial
 
 STUDIES = Path("peers/experiments")
@@ -43,7 +46,7 @@ POLL_S = 1.0
 
 def find_study(name: str) -> Path:
     """A path, or the name of one of the repository's studies. UsageError names those."""
-    path = Path(name)
+    path = at_home(name, "study")
     if path.suffix == ".toml":
         return path
     known = sorted(file.stem for file in STUDIES.glob("*.toml") if file.stem not in BASES)
@@ -106,10 +109,14 @@ def write_results(study: Study, summaries: dict[str, Summary], folder: Path, con
     stem = study.name if study.size == "full" else f"{study.name}-{study.size}"
     table, picture = folder / f"{stem}.md", folder / f"{stem}.png"
     text = markdown(study, rows_of(study, summaries))
-    with disk_errors(folder):
-        table.write_text(text)
-        (folder / f"{stem}.json").write_text(json.dumps(raw(study, summaries), indent=1) + "\n")
-        plot(study, summaries, picture)
+    figures, drawn = json.dumps(raw(study, summaries), indent=1) + "\n", io.BytesIO()
+    plot(study, summaries, drawn)
+    for path, data in (
+        (table, text.encode()),
+        (folder / f"{stem}.json", figures.encode()),
+        (picture, drawn.getvalue()),
+    ):
+        write_whole(path, [data], len(data))
     console.print(Markdown(text) if console.is_terminal else text, markup=False, soft_wrap=True)
     console.print(f"{table}\n{picture}\n", soft_wrap=True)
 
@@ -151,51 +158,96 @@ def read_summary(folder: Path) -> Summary:
 
 def simulate_all(works: Sequence[Work], jobs: int) -> Iterator[tuple[Work, float]]:
     """Each with its final loss, as they end. LocalError of the first one that fails, which ends the others."""
-    if not works:
-        return
-    context = multiprocessing.get_context("spawn")
-    with ended_with_us(ProcessPoolExecutor(min(jobs, len(works)), context, start_process, (os.getpid(),))) as pool:
-        futures = {pool.submit(simulate_one, work): work for work in works}
-        try:
-            running = set(futures)
-            while running:
-                done, running = wait(running, timeout=POLL_S, return_when=FIRST_COMPLETED)
-                for future in done:
-                    yield futures[future], future.result()
-        except BrokenProcessPool as error:
-            raise LocalError(f"a simulation was killed (memory?); the same command goes on: {error}") from error
-
-
-@contextmanager
-def ended_with_us(pool: ProcessPoolExecutor) -> Iterator[ProcessPoolExecutor]:
-    """Its processes are killed when the block is left early: they can go on from their checkpoints."""
+    waiting, busy = list(works), dict[Connection, tuple[Worker, Work]]()
+    workers = [Worker() for _ in range(min(jobs, len(works)))]
     try:
-        yield pool
-    except BaseException:
-        for process in list((pool._processes or {}).values()):
-            process.kill()
-        raise
+        for worker in workers:
+            work = waiting.pop(0)
+            worker.pipe.send(work)
+            busy[worker.pipe] = worker, work
+        while busy:
+            for pipe in wait(list(busy), timeout=POLL_S):
+                worker, work = busy.pop(cast("Connection", pipe))
+                yield work, worker.answer()
+                if waiting:
+                    work = waiting.pop(0)
+                    worker.pipe.send(work)
+                    busy[worker.pipe] = worker, work
     finally:
-        pool.shutdown(cancel_futures=True)
+        for worker in workers:
+            worker.kill()
 
 
-def start_process(parent: int) -> None:
-    """Ctrl+C in a terminal reaches all processes; who started these ends them."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+class Worker:
+    """A process that makes one simulation after the other. It can be killed at any time: what it was at goes on from
+    its checkpoint."""
+
+    def __init__(self) -> None:
+        self.pipe, theirs = Pipe()
+        with theirs:
+            self._process = subprocess.Popen(
+                python_command("-m", "p2p_diloco.experiment", str(theirs.fileno())),
+                pass_fds=(theirs.fileno(),),
+                stdin=subprocess.DEVNULL,
+                preexec_fn=leave_signals_to_parent,
+            )
+
+    def answer(self) -> float:
+        """To the work that it was sent last. Raises the LocalError that ended it."""
+        try:
+            answer = self.pipe.recv()
+        except (EOFError, ConnectionError) as error:
+            code = self._process.wait()
+            raise LocalError(
+                f"a simulation was killed (memory?); the same command goes on: exit code {code}"
+            ) from error
+        if isinstance(answer, LocalError):
+            raise answer
+        return float(answer)
+
+    def kill(self) -> None:
+        self._process.kill()
+        self._process.wait()
+        self.pipe.close()
+
+
+def leave_signals_to_parent() -> None:
+    """Ctrl+C, or the end of the terminal, reaches all processes; who started these ends them."""
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     die_with_parent(signal.SIGKILL)
-    if os.getppid() != parent:
-        os._exit(1)
+
+
+def work_for(pipe: Connection) -> None:
+    """A worker's life: until the other end is closed."""
+    while True:
+        try:
+            work = pipe.recv()
+        except EOFError:
+            return
+        try:
+            pipe.send(simulate_one(work))
+        except LocalError as error:
+            pipe.send(error)
+        except OSError as error:
+            full = disk_failure(error, error.filename or "a file")
+            if full is None:
+                raise
+            pipe.send(full)
 
 
 def simulate_one(work: Work) -> float:
     """The final held-out loss; infinite where theta is not finite. Another process may be at it, or have been."""
-    with locked(work.of_trial.with_suffix(".lock")):
-        if not (work.of_trial / SUMMARY_FILE).exists():
-            try:
+    lock = work.of_trial.with_suffix(".lock")
+    try:
+        with disk_errors(lock):
+            lock.touch()
+        with locked(lock):
+            if not (work.of_trial / SUMMARY_FILE).exists():
                 simulate(work)
-            except LocalError as error:
-                raise type(error)(f"{work.trial.name}: {error}") from error
+    except LocalError as error:
+        raise type(error)(f"{work.trial.name}: {error}") from error
     return final_loss(read_summary(work.of_trial))
 
 
@@ -212,3 +264,7 @@ def simulate(work: Work) -> None:
     )
     for _ in simulation.run():
         pass
+
+
+if __name__ == "__main__":
+    work_for(Connection(int(sys.argv[1])))

@@ -10,6 +10,7 @@ replaced; any other folder with something in it is left alone.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -19,7 +20,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from p2p_diloco.codec import Vector
-from p2p_diloco.errors import UsageError
+from p2p_diloco.errors import UsageError, disk_failure
 from p2p_diloco.layout import write_parameters
 from p2p_diloco.manifest import RunManifest
 from p2p_diloco.model import model_of, no_progress_bars
@@ -76,14 +77,17 @@ def export_model(manifest: RunManifest, theta: Vector, folder: Path, *, step: in
             set_end_token(model, end)
         with no_progress_bars():
             model.eval().save_pretrained(temporary)
-        (temporary / INFO_FILE).write_text(info.model_dump_json(indent=2) + "\n")
+        (temporary / INFO_FILE).write_text(info.model_dump_json(indent=2) + "\n", encoding="utf-8")
         for path in temporary.iterdir():
             with path.open("rb") as file:
                 os.fsync(file.fileno())
         put_in_place(temporary, folder)
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or str(error)
-        raise UsageError(f"{folder}: cannot be written ({reason})") from error
+        full = disk_failure(error, folder, 4 * len(theta)) if isinstance(error, OSError) else None
+        if full is None and "os error 28" in str(error):  # as Rust's safetensors says it
+            full = disk_failure(OSError(errno.ENOSPC, reason), folder, 4 * len(theta))
+        raise full or UsageError(f"{folder}: cannot be written ({reason})") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 

@@ -79,7 +79,7 @@ class History(BaseModel):
         """Whole or not at all. To lose it costs a curve, so a full disk is only told."""
         temporary = path.with_name(path.name + ".tmp")
         try:
-            temporary.write_text(self.model_dump_json())
+            temporary.write_text(self.model_dump_json(), encoding="utf-8")
             os.replace(temporary, path)
         except OSError as error:
             log.warning("%s: cannot be written (%s)", path, error.strerror)

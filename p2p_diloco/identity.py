@@ -8,6 +8,7 @@ Format: https://github.com/libp2p/specs/blob/master/peer-ids/peer-ids.md
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -16,7 +17,7 @@ import base58
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
-from p2p_diloco.errors import UsageError
+from p2p_diloco.errors import UsageError, disk_failure
 
 PRIVATE_KEY_PREFIX = b"\x08\x01\x12\x40"  # protobuf: field 1 = 1 (Ed25519), field 2 = 64 bytes (seed, public key)
 PEER_ID_PREFIX = b"\x00\x24\x08\x01\x12\x20"  # multihash identity, 36 bytes: field 1 = 1, field 2 = 32 bytes
@@ -46,7 +47,8 @@ class Identity:
 
     @classmethod
     def load_or_create(cls, path: Path) -> Identity:
-        """Raises UsageError when the file is there but is no Ed25519 identity, or cannot be written."""
+        """Raises UsageError when the file is there but is no Ed25519 identity, or cannot be written; LedgerError on a
+        full disk."""
         try:
             data = path.read_bytes()
         except FileNotFoundError:
@@ -72,7 +74,10 @@ class Identity:
                 os.fsync(file.fileno())
             os.replace(temporary, path)
         except OSError as error:
-            raise UsageError(f"identity {path}: cannot be written ({error.strerror})") from error
+            with suppress(OSError):
+                temporary.unlink(missing_ok=True)
+            full = disk_failure(error, f"identity {path}")
+            raise full or UsageError(f"identity {path}: cannot be written ({error.strerror})") from error
         return identity
 
     def to_bytes(self) -> bytes:

@@ -233,7 +233,7 @@ def histogram(name: str, text: str, label: str, values: Mapping[str, Durations])
 def resident_bytes(pid: int | None) -> int | None:
     """None where the system does not tell."""
     try:
-        pages = Path(f"/proc/{pid}/statm").read_text().split()[1]
+        pages = Path(f"/proc/{pid}/statm").read_text(encoding="utf-8").split()[1]
     except (OSError, IndexError):
         return None
     return int(pages) * resource.getpagesize()

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
-from typing import Any
+from typing import IO, Any
 
 from p2p_diloco.errors import UsageError
 from p2p_diloco.study import Study
@@ -172,11 +172,11 @@ def apart(wanted: Sequence[float], gap: float, low: float, high: float) -> list[
     return positions
 
 
-def plot(study: Study, summaries: Mapping[str, Summary], path: Path) -> None:
+def plot(study: Study, summaries: Mapping[str, Summary], path: Path | IO[bytes]) -> None:
     from matplotlib import pyplot
 
     figure = figure_of(study, summaries)
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=110, format="png")
     pyplot.close(figure)
 
 

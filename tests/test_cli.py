@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
@@ -423,6 +424,58 @@ def test_the_upload_rate_is_given_in_megabytes(tmp_path: Path) -> None:
             assert PeerConfig.model_validate_json(config.model_dump_json()) == config
 
 
+def test_a_config_file_with_a_byte_order_mark(tmp_path: Path) -> None:
+    (tmp_path / "peer.toml").write_bytes(b"\xef\xbb\xbfthreads = 3\r\n")
+    assert parsed("peer", "--config", "peer.toml")["threads"] == 3
+
+
+def test_a_tilde_is_the_home_folder_wherever_an_option_comes_from(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    (tmp_path / "home").mkdir()
+    home = tmp_path / "home"
+    assert parsed("seed", "~/run.toml")["run_file"] == home / "run.toml"
+    assert parsed("peer", "--data=~/text")["data"] == home / "text"
+    assert parsed("experiment", "drop", "--folder", "~")["folder"] == home
+    monkeypatch.setenv("P2P_DILOCO_SEED_FOLDER", "~/x")
+    monkeypatch.setenv("P2P_DILOCO_IDENTITY", "~/key")
+    (home / "seed.toml").write_text("config = 'no'".replace("config = 'no'", "name = '~/n'"))
+    node = parsed("seed", "run.toml", "--config", "~/seed.toml")["node"]
+    assert (node.folder, node.identity, node.name) == (home / "x", home / "key", "~/n")
+    (home / "peer.toml").write_text("data = '~/text'")
+    assert parsed("peer", "--config", "~/peer.toml")["data"] == home / "text"
+    assert parsed("peer", "--folder", "./~x")["node"].folder == Path("~x")
+
+
+def test_a_home_that_there_is_not_is_one_line(refused: Refused) -> None:
+    assert "--folder: ~no-such-user/x: no home folder of that name" in refused(
+        "seed", "run.toml", "--folder", "~no-such-user/x"
+    )
+
+
+@pytest.mark.parametrize(
+    ("number", "message"),
+    [
+        (errno.ENOSPC, "some/file: disk full, free 1 MB or move the folder"),
+        (errno.EDQUOT, "some/file: disk full, free 1 MB or move the folder"),
+        (errno.EFBIG, "some/file: larger than a file may be here; raise the limit (ulimit -f) or move the folder"),
+    ],
+)
+def test_a_full_disk_that_nobody_else_has_told_of(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], number: int, message: str
+) -> None:
+    failing(monkeypatch, OSError(number, os.strerror(number), "some/file"))
+    assert cli.main(EXPORT) == 1
+    assert capsys.readouterr().err == f"error: {message}\n"
+
+
+def test_a_full_temporary_folder(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    failing(monkeypatch, FileNotFoundError(errno.ENOENT, "No usable temporary directory found in ['/tmp']"))
+    assert cli.main(EXPORT) == 1
+    assert "error: no temporary folder can be written: free space in /tmp, or set TMPDIR" in capsys.readouterr().err
+
+
 def test_an_empty_variable_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("P2P_DILOCO_FOLDER", "")
     monkeypatch.setenv("P2P_DILOCO_PEER_INITIAL_PEERS", " ")
@@ -435,6 +488,7 @@ def test_an_empty_variable_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
         (None, "--config peer.toml: no such file"),
         ("threads =", "--config peer.toml: not valid TOML"),
         ("\udcff", "--config peer.toml: not a text file in UTF-8"),
+        ("name = '\udcff'", "--config peer.toml: not a text file in UTF-8 (at byte 8); save it as UTF-8"),
         ("thread = 1", "peer.toml: unknown key 'thread'; did you mean threads?"),
         ("[peer]\nthreads = 1", "peer.toml: unknown key 'peer'; "),
         ('config = "x"', "peer.toml: unknown key 'config'; "),

@@ -1,14 +1,20 @@
 from __future__ import annotations
 
+import errno
+import io
 import json
+import os
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from p2p_diloco.errors import LedgerError
 from p2p_diloco.events import EVENTS_FILE, EventLog, EventTail, read_events
+
+if TYPE_CHECKING:
+    from _typeshed import ReadableBuffer
 
 
 def write(folder: Path, *events: str) -> Path:
@@ -91,17 +97,69 @@ def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
         EventLog(tmp_path)
 
 
-def test_a_full_disk_is_an_error_of_ours() -> None:
-    full = Path("/dev/full")
-    if not full.exists():
+@pytest.fixture
+def full() -> Path:
+    path = Path("/dev/full")
+    if not path.exists():
         pytest.skip("no /dev/full on this system")
-    log = EventLog.__new__(EventLog)
-    log.path = full
-    log._file = full.open("a", encoding="utf-8", buffering=1)
-    with pytest.raises(LedgerError, match="No space left"):
-        log.write("round")
-    with pytest.raises(OSError, match="No space left"):
-        log._file.close()
+    return path
+
+
+def test_a_full_disk_costs_events_and_is_told_once(
+    tmp_path: Path, full: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    log = EventLog(tmp_path)
+    log.write("started", step=0)
+    kept, log._file = log._file, full.open("ab", buffering=0)
+    for step in range(3):
+        log.write("evaluated", step=step, held_out_loss=1.0)
+    log._file.close()
+    log._file = kept
+    assert [record.getMessage() for record in caplog.records] == [
+        f"{log.path}: disk full, free 1 MB or move the folder; training goes on, and events are lost until then"
+    ]
+    log.write("left", step=3)
+    log.close()
+    started, unwritten, left = read_events(log.path)
+    assert (started["event"], unwritten["event"], unwritten["lines"], left["event"]) == (
+        *("started", "unwritten", 3, "left"),
+    )
+    assert unwritten["wall_s"] == left["wall_s"]
+    assert caplog.messages[1:] == [f"{log.path}: can be written again; 3 events are lost"]
+
+
+def test_half_a_line_on_a_full_disk_costs_itself_alone(tmp_path: Path) -> None:
+    """The disk takes what it has room for."""
+    log = EventLog(tmp_path)
+    log.write("started")
+    whole = log._file
+
+    class Short(io.FileIO):
+        def write(self, data: ReadableBuffer, /) -> int:
+            return super().write(bytes(data)[:7])
+
+    log._file = Short(log.path, "ab")
+    log.write("round", step=0)
+    log._file.close()
+    log._file = whole
+    log.write("left")
+    log.close()
+    assert names(log.path) == ["started", "unwritten", "left"]
+
+
+def test_a_log_that_cannot_be_closed_ends_nothing(tmp_path: Path) -> None:
+    log = EventLog(tmp_path)
+    os.close(log._file.fileno())
+    log.close()
+
+
+def test_a_log_on_a_full_disk_is_not_begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def mkdir(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "mkdir", mkdir)
+    with pytest.raises(LedgerError, match=r"events\.jsonl: disk full, free 1 MB or move the folder"):
+        EventLog(tmp_path / "new")
 
 
 def test_event_log_is_read_as_it_grows(tmp_path: Path) -> None:

@@ -179,7 +179,7 @@ def test_a_process_that_is_killed_is_told(folder: Path) -> None:
             assert time.monotonic() < limit_s
             time.sleep(0.1)
             children = children_of(process.pid)
-            workers = [pid for pid in children if b"--multiprocessing-fork" in read_proc(pid, "cmdline").split(b"\0")]
+            workers = [pid for pid in children if b"p2p_diloco.experiment" in read_proc(pid, "cmdline").split(b"\0")]
         os.kill(workers[0], signal.SIGKILL)
         said, _ = process.communicate(timeout=60)
         assert (process.returncode, "Traceback" in said) == (1, False), said

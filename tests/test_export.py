@@ -14,7 +14,7 @@ from small_models import LLAMA
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from p2p_diloco.architecture import resolve_config
-from p2p_diloco.errors import UsageError
+from p2p_diloco.errors import LedgerError, LocalError, UsageError
 from p2p_diloco.export import INFO_FILE, export_model, read_info, set_end_token
 from p2p_diloco.layout import layout_of, read_parameters
 from p2p_diloco.manifest import ModelSpec, RunManifest, RunSpec, canonical_json
@@ -133,18 +133,27 @@ def test_an_earlier_export_is_replaced_and_nothing_else_is(tmp_path: Path) -> No
     assert (tmp_path / "notes/thesis.txt").read_text() == "ten years of work"
 
 
-def test_a_failed_export_leaves_the_earlier_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("error", "kind", "message"),
+    [
+        (OSError(28, "No space left on device"), LedgerError, "model: disk full, free 1 MB or move the folder"),
+        (OSError(5, "Input/output error"), UsageError, r"model: cannot be written \(Input/output error\)"),
+    ],
+)
+def test_a_failed_export_leaves_the_earlier_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: OSError, kind: type[LocalError], message: str
+) -> None:
     folder, theta = tmp_path / "model", theta_of()
     export_model(MANIFEST, theta, folder, step=1, head=b"")
     rename = Path.rename
 
     def failing(self: Path, target: Path) -> Path:
         if self.suffix == ".tmp":
-            raise OSError(28, "No space left on device")
+            raise error
         return rename(self, target)
 
     monkeypatch.setattr(Path, "rename", failing)
-    with pytest.raises(UsageError, match=r"model: cannot be written \(No space left on device\)"):
+    with pytest.raises(kind, match=message):
         export_model(MANIFEST, theta, folder, step=2, head=b"")
     assert read_info(folder).step == 1
     assert [path.name for path in tmp_path.iterdir()] == ["model"]

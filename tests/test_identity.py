@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import errno
+import os
 import stat
 from pathlib import Path
 
@@ -8,7 +10,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from p2p_diloco.errors import UsageError
+from p2p_diloco.errors import LedgerError, UsageError
 from p2p_diloco.identity import Identity, public_key_of, verify
 
 ALICE = Identity.from_seed(bytes(32))
@@ -81,3 +83,13 @@ def test_a_folder_in_the_place_of_a_key_file_is_the_users_to_mend(tmp_path: Path
     blocked.write_bytes(b"")
     with pytest.raises(UsageError, match="cannot be"):
         Identity.load_or_create(blocked / "identity.key")
+
+
+def test_a_full_disk_leaves_no_half_of_a_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(LedgerError, match=r"identity .*new\.key: disk full, free 1 MB or move the folder"):
+        Identity.load_or_create(tmp_path / "new.key")
+    assert list(tmp_path.iterdir()) == []

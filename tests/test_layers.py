@@ -16,7 +16,8 @@ PACKAGE = Path(p2p_diloco.__file__).parent
 ROOT = PACKAGE.parent
 
 ORDER = (
-    *("__init__", "errors", "identity", "codec", "outer", "alignment", "manifest", "config", "addresses", "endpoint"),
+    *("__init__", "interpreter", "errors", "toml", "paths", "interruption"),
+    *("identity", "codec", "outer", "alignment", "manifest", "config", "addresses", "endpoint"),
     *("snapshot", "ledger", "replay", "records", "rounds", "replica"),
     *("textreport", "textfiles", "text", "hub", "tokenizer", "source", "data", "prompt"),
     *("architecture", "layout", "model", "stored", "genesis", "export", "sample", "inner", "totals", "events"),
@@ -30,7 +31,7 @@ ORDER = (
     *("study", "report", "experiment", "doctor", "fitness", "trial", "display", "status", "survey", "listener"),
     *("checkup", "summary", "overview", "history", "exposition", "monitor"),
     *("faults", "namespaces", "child", "children", "injector", "local"),
-    *("interruption", "options", "arguments", "facts"),
+    *("options", "arguments", "facts"),
     *("commands_join", "commands_look", "commands_model", "commands_study", "cli", "__main__"),
 )
 """Lowest first. A module imports from those before it, and from no other."""
@@ -124,3 +125,19 @@ def test_readme_lists_every_file() -> None:
         lines = re.findall(rf"^.*(?<!\w){re.escape(path.name)}.*$", section[1], re.MULTILINE)
         assert len(lines) == 1, f"{path.name} is named in {len(lines)} lines"
         assert len(lines[0].partition(path.name)[2].strip(" `|-:")) > 10, f"{path.name}: its line says nothing"
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.glob("*.py")), ids=lambda path: path.stem)
+def test_text_is_utf8_whatever_the_locale(path: Path) -> None:
+    """Who opens a file as text says in what encoding."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if not isinstance(node, ast.Call):
+            continue
+        function = node.func
+        name = function.attr if isinstance(function, ast.Attribute) else getattr(function, "id", "")
+        if name in ("read_text", "write_text"):
+            assert any(keyword.arg == "encoding" for keyword in node.keywords), f"line {node.lineno}: no encoding"
+        elif name == "open" and ast.unparse(function) in ("open", "path.open", "self.path.open", "io.open"):
+            modes = [word.value for word in node.args if isinstance(word, ast.Constant)]
+            binary = any(isinstance(mode, str) and "b" in mode for mode in modes)
+            assert binary or any(word.arg == "encoding" for word in node.keywords), f"line {node.lineno}: no encoding"
