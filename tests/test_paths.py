@@ -8,6 +8,7 @@ from p2p_diloco.errors import UsageError
 from p2p_diloco.manifest import DataSpec
 from p2p_diloco.paths import at_home, beside
 from p2p_diloco.source import source_of
+from p2p_diloco.textreport import TextTally
 
 
 def test_a_tilde_is_a_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -30,4 +31,4 @@ def test_text_in_a_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     (tmp_path / "text" / "a.txt").write_text("All happy families are alike.")
     spec = DataSpec(source="path", path="~/text")
     source = source_of(spec, base=tmp_path / "runs", cache=tmp_path, override_path=None, run_seed=0, peer_id="")
-    assert [document.text for document in source.documents()] == ["All happy families are alike."]
+    assert [document.text for document in source.documents(TextTally())] == ["All happy families are alike."]
