@@ -19,6 +19,7 @@ from typing import Any
 from p2p_diloco.errors import UsageError
 from p2p_diloco.hub import find_model
 from p2p_diloco.manifest import ModelSpec
+from p2p_diloco.settings import refuse_unread
 
 NOT_OF_THE_RUN = (
     *("transformers_version", "name_or_path", "architectures", "auto_map", "dtype", "torch_dtype"),
@@ -27,8 +28,11 @@ NOT_OF_THE_RUN = (
 """Keys of a config that vary with the library or the machine, or name code; and all that start with an underscore."""
 NEEDS_DECODER = "this model would see the tokens that it is to predict; give a decoder (is_decoder = true)"
 SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
-ROPE_KEYS = ("rope_theta", "rope_scaling", "partial_rotary_factor")
-"""Older names, which the library moves into rope_parameters."""
+FIXED = {"rescale_every": 0}
+"""Keys with one value in every run, wherever a type has them, also in the configs of older runs and of folders. With
+any other, RWKV divides some of its weights in place when it is evaluated, for float16, and takes that back when it is
+trained: theta, which peers evaluate, would be changed. What the model computes is the same."""
+WHY_FIXED = "with others an evaluation changes weights; leave it out"
 COUNTS = ("layer", "layers", "labels", "_dense_replace", "attention_types")
 """How keys end for whose integers a config makes a list of as many names, as soon as it is made."""
 MAX_COUNT = 10_000
@@ -46,13 +50,10 @@ def resolve_config(spec: ModelSpec, *, base: Path, vocab_size: int) -> dict[str,
         source, given = "model.config", dict(spec.config)
         config_class = config_class_of(given, source)
         parameters = inspect.signature(config_class.__init__).parameters
-        known = {*parameters, *config_class.attribute_map, *NOT_OF_THE_RUN, "model_type"}
-        known |= set(ROPE_KEYS) if "rope_parameters" in known else set()
-        for key in given:
-            if key not in known:
-                nearest = difflib.get_close_matches(key, sorted(known.difference(NOT_OF_THE_RUN)), n=1)
-                hint = f"did you mean {nearest[0]!r}?" if nearest else f"{given['model_type']} has no such setting"
-                raise UsageError(f"unknown key '{source}.{key}'; {hint}")
+        refuse_unread(given, config_class, source, dropped=NOT_OF_THE_RUN, outer=frozenset())
+        for key, value in FIXED.items():
+            if given.get(key, value) != value:
+                raise UsageError(f"key '{source}.{key}': {given[key]}, and a run has {value} alone: {WHY_FIXED}")
         given.setdefault("vocab_size", vocab_size)
         # An encoder's type is a language model only as a decoder: it would see the tokens that it is to predict.
         # Of a folder ``check_causal`` tells: some types, as gpt_neox, do not look ahead whatever the key says.
@@ -72,6 +73,11 @@ def resolve_config(spec: ModelSpec, *, base: Path, vocab_size: int) -> dict[str,
             f"key '{source}.vocab_size': {getattr(resolved, 'vocab_size', 0)} is less than the tokenizer's {vocab_size}"
         )
     config: dict[str, Any] = portable(json.loads(resolved.to_json_string(use_diff=False)))
+    if spec.config is not None:
+        peers = instantiate(config_class, config, source)
+        for key in given:
+            if getattr(peers, key, None) != getattr(resolved, key, None):
+                raise UsageError(f"key '{source}.{key}': transformers writes it into no config, so peers do not get it")
     return config
 
 
@@ -115,7 +121,11 @@ def instantiate(config_class: Any, config: Mapping[str, Any], source: str) -> An
         values = json.loads(json.dumps(portable(config)), object_hook=plain)
         values.pop("model_type")
         check_counts("", values)
-        return config_class(**values)
+        made = config_class(**values)
+        for key, value in FIXED.items():
+            if hasattr(made, key):
+                setattr(made, key, value)
+        return made
     except (
         *(StrictDataclassError, ValueError, TypeError, AttributeError, KeyError),
         *(ArithmeticError, MemoryError),

@@ -90,7 +90,9 @@ def write_checkpoint(folder: Path, tensors: dict[str, torch.Tensor], facts: dict
 
 @contextmanager
 def alone_in(folder: Path) -> Iterator[None]:
-    """UsageError while another process simulates in ``folder``. A file system without locks lets both."""
+    """UsageError while another process simulates in ``folder``. A file system without locks lets both. A folder that is
+    made here, and into which nothing is written, is gone afterwards."""
+    fresh = not folder.exists()
     with disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
         file = (folder / LOCK_FILE).open("wb")
@@ -101,4 +103,9 @@ def alone_in(folder: Path) -> Iterator[None]:
             raise UsageError(f"{folder}: another process simulates here; wait for it, or choose another") from None
         except OSError as error:
             log.debug("%s: no locks here: %s", folder, error)
-        yield
+        try:
+            yield
+        finally:
+            if fresh and [path.name for path in folder.iterdir()] == [LOCK_FILE]:
+                (folder / LOCK_FILE).unlink()
+                folder.rmdir()

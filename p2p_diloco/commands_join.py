@@ -57,7 +57,8 @@ def seed(
         from p2p_diloco.swarm import Swarm
         from p2p_diloco.train import stop_signals
 
-    manifest_path = start_run(run_file, config.folder, Identity.load_or_create(config.identity_path))
+    owner = Identity.load(config.identity_path) or Identity.generate()
+    manifest_path = start_run(run_file, config.folder, owner, config.identity_path)
     timeouts = Timeouts().scaled(node.patience)
     with stop_signals(), Swarm.join(config, timeouts=timeouts, role="seed", manifest_path=manifest_path) as swarm:
         log.info("serving run %s from %s", swarm.manifest.run_id, swarm.folder)

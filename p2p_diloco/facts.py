@@ -42,24 +42,19 @@ def check_run_file(path: Path) -> dict[str, str]:
             raise UsageError(f"{path}: key 'data.path': no such file or folder: {text}")
 
     with importing("manifest"):
-        import torch
-
-        from p2p_diloco.architecture import resolve_config
-        from p2p_diloco.layout import layout_of
-        from p2p_diloco.model import build_model, context_tokens, require_weights
+        from p2p_diloco.genesis import make_start
+        from p2p_diloco.model import require_weights
 
     if spec.model.path is not None and not spec.model.path.startswith(PREFIX):
         require_weights(beside(base, spec.model.path, "model.path"))
-    config = resolve_config(spec.model, base=base, vocab_size=tokenizer.vocab_size)
-    with torch.device("meta"):
-        model = build_model(config, seed=None)
-    longest = context_tokens(model)
-    if longest is not None and spec.data.seq_len > longest:
-        raise UsageError(
-            f"{path}: key 'data.seq_len': {spec.data.seq_len}, but the model sees at most {longest} tokens"
-        )
-    facts = spec_facts(spec, layout_of(model).n, config["model_type"])
-    return {"run file": f"{path}: sound", "run": spec.name, **facts, **check_text(spec.data, base, tokenizer_json)}
+    start = make_start(spec, base, str(path), tokenizer.vocab_size)
+    return {
+        "run file": f"{path}: sound",
+        "run": spec.name,
+        **spec_facts(spec, start.layout.n, start.config["model_type"]),
+        "tried": start.rehearsal.line(),
+        **check_text(spec.data, base, tokenizer_json),
+    }
 
 
 def check_text(data: DataSpec, base: Path, tokenizer_json: str) -> dict[str, str]:

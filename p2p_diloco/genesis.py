@@ -6,35 +6,47 @@ whose random state becomes everybody's is a known way to ruin a run.
 
 from __future__ import annotations
 
+import logging
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import torch
 
 from p2p_diloco.architecture import resolve_config
+from p2p_diloco.codec import Vector
 from p2p_diloco.config import cache_folder
 from p2p_diloco.data import open_corpus
 from p2p_diloco.errors import LedgerError, UsageError
 from p2p_diloco.hub import check_data_set, find_model
 from p2p_diloco.identity import Identity
-from p2p_diloco.layout import layout_of, read_parameters
+from p2p_diloco.layout import Layout, layout_of, read_parameters
 from p2p_diloco.manifest import MAX_MANIFEST_BYTES, RunManifest, RunSpec, canonical_json, open_manifest
 from p2p_diloco.model import build_model, check_causal, check_untrained, context_tokens, load_pretrained
 from p2p_diloco.outer import genesis_state
+from p2p_diloco.rehearsal import Rehearsal, rehearse
 from p2p_diloco.snapshot import disk_errors, write_whole
 from p2p_diloco.stored import MANIFEST_FILE, open_ledger, run_folder
 from p2p_diloco.textreport import log_report
 from p2p_diloco.tokenizer import load_tokenizer_json, open_tokenizer
 
+log = logging.getLogger(__name__)
 
-def start_run(run_file: Path, folder: Path, owner: Identity) -> Path:
+
+def start_run(run_file: Path, folder: Path, owner: Identity, identity_path: Path | None = None) -> Path:
     """The path of the signed manifest in the run's folder below ``folder``. A run that the owner has already started
-    from the same run file is taken up again. Raises LocalError that names file and key."""
+    from the same run file is taken up again. Raises LocalError that names file and key, before anything is written.
+
+    ``identity_path``: where the owner's identity is kept once there is something to own."""
     spec, base = RunSpec.load(run_file), run_file.parent
     for path in sorted(folder.glob(f"{spec.name}-*/{MANIFEST_FILE}")):
         manifest = open_manifest(path.read_bytes(), str(path))
         if manifest.spec == spec and manifest.owner == owner.peer_id:
             return path
     manifest, theta = make_manifest(spec, base, owner, str(run_file))
+    if identity_path is not None and not identity_path.exists():
+        owner.save(identity_path)
     target = run_folder(folder, manifest)
     try:
         target.mkdir(parents=True, exist_ok=True)
@@ -48,9 +60,47 @@ def start_run(run_file: Path, folder: Path, owner: Identity) -> Path:
     return target / MANIFEST_FILE
 
 
-def make_manifest(
-    spec: RunSpec, base: Path, owner: Identity, source: str
-) -> tuple[RunManifest, np.ndarray[tuple[int], np.dtype[np.float32]]]:
+@dataclass(frozen=True, kw_only=True)
+class Start:
+    """A model that a run can start from."""
+
+    config: dict[str, Any]
+    """The full transformers config."""
+    layout: Layout
+    theta: Vector
+    """float32 [n], as built or loaded."""
+    rehearsal: Rehearsal
+
+
+def make_start(spec: RunSpec, base: Path, source: str, vocab_size: int) -> Start:
+    """Returns the model of a run, built or loaded and tried as a peer will use it. UsageError, which names ``source``
+    and the key or the tensor, for one that peers could not train. ``base``: what the paths in the spec are relative to.
+    ``vocab_size``: of the tokenizer."""
+    config = resolve_config(spec.model, base=base, vocab_size=vocab_size)
+    if spec.model.path is None:
+        model = build_model(config, seed=spec.seed)
+    else:
+        model = load_pretrained(find_model(spec.model.path, base, with_weights=True))
+        check_untrained(model, config)
+    layout = layout_of(model)
+    theta = np.empty(layout.n, np.float32)
+    read_parameters(model, theta)  # before anything is run: some types change their weights when they are
+    longest = context_tokens(model)
+    if longest is not None and spec.data.seq_len > longest:
+        raise UsageError(
+            f"{source}: key 'data.seq_len': {spec.data.seq_len}, but the model sees at most {longest} tokens"
+        )
+    log.info("trying the model as a peer will use it: %d parameters, %d tokens", layout.n, spec.data.seq_len)
+    try:
+        with torch.random.fork_rng(devices=[]):  # some types make layers anew for short sequences
+            check_causal(model, vocab_size=vocab_size, seq_len=spec.data.seq_len)
+            rehearsal = rehearse(model, theta, vocab_size=vocab_size, seq_len=spec.data.seq_len)
+    except UsageError as error:
+        raise UsageError(f"{source}: {error}") from error
+    return Start(config=config, layout=layout, theta=theta, rehearsal=rehearsal)
+
+
+def make_manifest(spec: RunSpec, base: Path, owner: Identity, source: str) -> tuple[RunManifest, Vector]:
     """The manifest and theta_0, float32 [n]. ``base``: what the paths in the spec are relative to."""
     tokenizer_json = load_tokenizer_json(spec.data, base)
     tokenizer = open_tokenizer(tokenizer_json)
@@ -61,32 +111,19 @@ def make_manifest(
         corpus = open_corpus(spec.data, base=base, cache=cache_folder(), tokenizer_json=tokenizer_json)
         log_report(corpus.report)
         fingerprint = corpus.fingerprint
-    config = resolve_config(spec.model, base=base, vocab_size=tokenizer.vocab_size)
-    if spec.model.path is None:
-        model = build_model(config, seed=spec.seed)
-    else:
-        model = load_pretrained(find_model(spec.model.path, base, with_weights=True))
-        check_untrained(model, config)
-    longest = context_tokens(model)
-    if longest is not None and spec.data.seq_len > longest:
-        raise UsageError(
-            f"{source}: key 'data.seq_len': {spec.data.seq_len}, but the model sees at most {longest} tokens"
-        )
-    check_causal(model, vocab_size=tokenizer.vocab_size, seq_len=spec.data.seq_len)
-    layout = layout_of(model)
-    theta = np.empty(layout.n, np.float32)
-    read_parameters(model, theta)
+    start = make_start(spec, base, source, tokenizer.vocab_size)
+    log.info("the model %s", start.rehearsal.line())
     manifest = RunManifest(
         spec=spec,
-        model_config_json=canonical_json(config).decode(),
-        n_params=layout.n,
-        layout_digest=layout.digest,
+        model_config_json=canonical_json(start.config).decode(),
+        n_params=start.layout.n,
+        layout_digest=start.layout.digest,
         vocab_size=tokenizer.vocab_size,
         data_fingerprint=fingerprint,
         tokenizer_json=tokenizer_json,
-        genesis=genesis_state(theta).digest().hex(),
+        genesis=genesis_state(start.theta).digest().hex(),
         owner=owner.peer_id,
     )
     if len(manifest.signed(owner)) > MAX_MANIFEST_BYTES:
         raise UsageError(f"{source}: the tokenizer is too large to travel in a manifest of {MAX_MANIFEST_BYTES} bytes")
-    return manifest, theta
+    return manifest, start.theta

@@ -49,10 +49,19 @@ class Identity:
     def load_or_create(cls, path: Path) -> Identity:
         """Raises UsageError when the file is there but is no Ed25519 identity, or cannot be written; LedgerError on a
         full disk."""
+        identity = cls.load(path)
+        if identity is None:
+            identity = cls.generate()
+            identity.save(path)
+        return identity
+
+    @classmethod
+    def load(cls, path: Path) -> Identity | None:
+        """None where there is no such file. Raises UsageError when it is no Ed25519 identity."""
         try:
             data = path.read_bytes()
         except FileNotFoundError:
-            return cls._create(path)
+            return None
         except OSError as error:
             raise UsageError(f"identity {path}: cannot be read ({error.strerror})") from error
         if len(data) != 68 or not data.startswith(PRIVATE_KEY_PREFIX):
@@ -62,14 +71,13 @@ class Identity:
             raise UsageError(f"identity {path}: damaged, its two halves do not match; restore it, or move it away")
         return identity
 
-    @classmethod
-    def _create(cls, path: Path) -> Identity:
-        identity = cls.generate()
+    def save(self, path: Path) -> None:
+        """Raises UsageError when it cannot be written."""
         temporary = path.with_name(path.name + ".tmp")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
-                file.write(identity.to_bytes())
+                file.write(self.to_bytes())
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(temporary, path)
@@ -78,7 +86,6 @@ class Identity:
                 temporary.unlink(missing_ok=True)
             full = disk_failure(error, f"identity {path}")
             raise full or UsageError(f"identity {path}: cannot be written ({error.strerror})") from error
-        return identity
 
     def to_bytes(self) -> bytes:
         return PRIVATE_KEY_PREFIX + self.key.private_bytes_raw() + self.key.public_key().public_bytes_raw()

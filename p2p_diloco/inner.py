@@ -24,7 +24,7 @@ from safetensors import SafetensorError, safe_open
 from p2p_diloco.codec import Vector
 from p2p_diloco.data import Corpus
 from p2p_diloco.manifest import InnerSpec, RunSpec
-from p2p_diloco.model import loss_of
+from p2p_diloco.model import losses_of
 from p2p_diloco.snapshot import whole_file
 
 INNER_FILE = "inner.safetensors"
@@ -125,7 +125,7 @@ class InnerOptimizer:
         """Held while parameters and moments change, and by another thread while it copies some of them."""
 
     def step(self, corpus: Corpus, *, peer_id: str, at: Place) -> float:
-        """One inner step on this peer's batch of that place. Returns the mean loss, nats per token."""
+        """One inner step on this peer's batch of that place. Returns the mean cross-entropy, nats per token."""
         inner, data = self.spec.inner, self.spec.data
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(inner, at.schedule_step, inner.steps * self.spec.outer.steps)
@@ -142,9 +142,10 @@ class InnerOptimizer:
             tokens = torch.from_numpy(batch).to(self.device, non_blocking=True)
             context = torch.autocast("cuda", torch.bfloat16) if self.autocast else contextlib.nullcontext()
             with context:
-                loss = loss_of(self.model, tokens) / inner.grad_accumulation
+                losses = losses_of(self.model, tokens)
+                loss = losses.trained / inner.grad_accumulation
             loss.backward()  # type: ignore[no-untyped-call]
-            total += loss.detach()
+            total += losses.cross_entropy.detach() / inner.grad_accumulation
         with whole(), self.changing:
             norm = torch.nn.utils.clip_grad_norm_(self.parameters, inner.clip)
             if torch.isfinite(norm):  # one gradient that is not would stay in the moments for ever

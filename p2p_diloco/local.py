@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import json
 import shlex
+import shutil
 import signal
 import sys
 import time
@@ -64,6 +65,7 @@ def run_local(
     it before threads are started."""
     spec, plan = RunSpec.load(run_file), plan or FaultPlan()
     folder = (folder or Path("runs") / f"{spec.name}-{time.strftime('%Y%m%d-%H%M%S')}").absolute()
+    fresh = not folder.exists()
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -83,6 +85,10 @@ def run_local(
             swarm.watch()
         except Stopped:
             pass
+        except UsageError:
+            if fresh:  # the seed has refused the run: nothing is here but its log, whose last line is in the error
+                shutil.rmtree(folder)
+            raise
         children.close()
         summary = swarm.write_summary()
         if summary["outer_steps"] and not stop.requested:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -193,10 +194,50 @@ def no_progress_bars() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
+@dataclass(frozen=True)
+class Losses:
+    """Two losses of one batch, float32 scalars."""
+
+    trained: torch.Tensor
+    """What training lowers: the cross-entropy, and what transformers adds to it for this type of models. It *is*
+    ``cross_entropy`` for all others."""
+    cross_entropy: torch.Tensor
+    """Nats per token: what is reported, and compared between runs."""
+
+
+def losses_of(model: torch.nn.Module, batch: torch.Tensor) -> Losses:
+    """Returns both losses of ``batch``, int64 [rows, seq_len + 1] on the model's device."""
+    outputs = model(input_ids=batch[:, :-1], use_cache=False)
+    cross_entropy = mean_cross_entropy(outputs.logits, batch[:, 1:])
+    added = added_loss(model, outputs)
+    return Losses(cross_entropy if added is None else cross_entropy + added, cross_entropy)
+
+
 def loss_of(model: torch.nn.Module, batch: torch.Tensor) -> torch.Tensor:
-    """``batch``: int64 [rows, seq_len + 1] on the model's device -> float32 scalar, nats per token."""
-    logits = model(input_ids=batch[:, :-1], use_cache=False).logits  # [rows, seq_len, vocab]
-    return torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), batch[:, 1:].flatten())
+    """``batch``: int64 [rows, seq_len + 1] on the model's device -> cross-entropy, float32 scalar, nats per token."""
+    return losses_of(model, batch).cross_entropy
+
+
+def mean_cross_entropy(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """``logits``: [rows, length, vocab]; ``targets``: int64 [rows, length] -> float32 scalar, nats per token."""
+    return torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
+
+
+def added_loss(model: torch.nn.Module, outputs: Any) -> torch.Tensor | None:
+    """Returns what transformers adds to the cross-entropy of ``outputs``; None where that is nothing.
+
+    Covered are the load-balancing loss of mixtures, which a model computes where its config has output_router_logits,
+    and Bamba's z-loss. ``rehearsal`` compares with what transformers computes, and refuses what has further terms.
+    """
+    terms: list[torch.Tensor] = []
+    balance = getattr(outputs, "aux_loss", None)
+    if isinstance(balance, torch.Tensor):
+        name = "router_aux_loss_coef" if hasattr(model, "router_aux_loss_coef") else "aux_loss_coef"  # JetMoe's
+        terms.append(vars(model)[name] * balance)
+    z_loss = vars(model).get("z_loss_coefficient")
+    if z_loss:
+        terms.append(z_loss * outputs.logits.float().logsumexp(-1).square().mean())
+    return sum(terms[1:], start=terms[0]) if terms else None
 
 
 def evaluate(model: torch.nn.Module, batches: Iterable[npt.NDArray[np.int64]]) -> float:

@@ -53,6 +53,7 @@ from p2p_diloco.train import good_threads
 from p2p_diloco.variants import BITS, OuterRule, prune, quantize, quantized_bytes
 
 SUMMARY_FILE = "summary.json"
+IDENTITY_FILE = "identity.key"
 CHECKPOINT_SHARE = 0.05
 """Of the time, for checkpoints: a small simulation has one every second, a large one not all the time."""
 EVALUATED_ROWS = 32
@@ -120,13 +121,15 @@ class Simulation:
         """``base``: what the paths of the run are relative to. ``warm_folder``: where starts are kept that others have,
         too. Raises LocalError; UsageError when the folder holds another simulation."""
         spec, options, on = what.run, what.simulate, pick_device(device)
-        with disk_errors(folder):
-            folder.mkdir(parents=True, exist_ok=True)
         with open_checkpoint(folder) as checkpoint:
             if checkpoint is not None:
                 checkpoint.check_what(what)
-        owner = Identity.load_or_create(folder / "identity.key")
+        owner = Identity.load(folder / IDENTITY_FILE) or Identity.generate()
         manifest, theta = make_manifest(spec, base, owner, "the run file")
+        if not (folder / IDENTITY_FILE).exists():  # only now: what is refused leaves nothing behind
+            with disk_errors(folder):
+                folder.mkdir(parents=True, exist_ok=True)
+            owner.save(folder / IDENTITY_FILE)
         torch.set_num_threads(threads or good_threads(manifest.n_params))
         tokenizer_json = manifest.tokenizer_json
         names = list(past.names) if past else replica_names(options.most_replicas)
@@ -381,7 +384,7 @@ class Simulation:
 
     def write_summary(self) -> dict[str, Any]:
         """What became of it; and theta as a run that ``export`` and ``sample`` read."""
-        signed = self.manifest.signed(Identity.load_or_create(self.folder / "identity.key"))
+        signed = self.manifest.signed(Identity.load_or_create(self.folder / IDENTITY_FILE))
         with disk_errors(self.folder, len(signed)):
             write_whole(self.folder / MANIFEST_FILE, [signed], len(signed))
         open_ledger(self.folder, self.manifest).write_snapshot(self.state)

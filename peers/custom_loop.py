@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from p2p_diloco.config import PeerConfig
-from p2p_diloco.model import loss_of, model_of
+from p2p_diloco.model import losses_of, model_of
 from p2p_diloco.swarm import Swarm
 from p2p_diloco.train import open_run_corpus
 
@@ -34,13 +34,13 @@ def main(initial_peers: list[str], folder: Path) -> None:
         while not swarm.done:
             starts = generator.integers(len(text) - seq_len, size=rows)
             batch = np.stack([text[start : start + seq_len + 1] for start in starts]).astype(np.int64)
-            loss = loss_of(model, torch.from_numpy(batch))  # batch: [rows, seq_len + 1]
-            loss.backward()  # type: ignore[no-untyped-call]
+            losses = losses_of(model, torch.from_numpy(batch))  # batch: [rows, seq_len + 1]
+            losses.trained.backward()  # type: ignore[no-untyped-call]
             torch.nn.utils.clip_grad_norm_(model.parameters(), spec.inner.clip)
             optimizer.step()
             optimizer.zero_grad()
 
-            swarm.report(loss.item(), tokens=rows * seq_len)
+            swarm.report(losses.cross_entropy.item(), tokens=rows * seq_len)
             if swarm.outer_step_due():
                 result = swarm.outer_step(model)
                 met = f"group of {result['group']}" if result["committed"] else result["reason"]
