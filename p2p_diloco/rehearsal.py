@@ -193,12 +193,12 @@ def bits(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.detach().cpu().reshape(-1).view(torch.uint8)
 
 
+@torch.no_grad()
 def require_whole_loss(model: torch.nn.Module, tokens: torch.Tensor) -> None:
     """UsageError when transformers trains this type with more terms than ``added_loss`` knows of. ``tokens``: int64
     [1, seq_len]. Types that compute no loss for text alone (GIT wants pictures) have none to compare with."""
     try:
-        with torch.no_grad():
-            outputs = model(input_ids=tokens, labels=tokens, use_cache=False)
+        outputs = model(input_ids=tokens, labels=tokens, use_cache=False)
     except Exception:
         return
     if outputs.loss is None:
