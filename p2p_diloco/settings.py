@@ -42,7 +42,7 @@ def refuse_unread(
             raise UsageError(f"unknown key '{source}.{key}'; {hint}")
         inner = inner_class(config_class, key, value) if isinstance(value, Mapping) else None
         if inner is not None:
-            around = frozenset(name for holder, name in reads_of_code(config_class) if holder == key)
+            around = outer.union(name for _, name in reads_of_code(config_class))  # it hands the table on
             refuse_unread(value, inner, f"{source}.{key}", dropped=dropped, outer=around)
 
 

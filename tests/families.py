@@ -42,6 +42,8 @@ SMALL: dict[str, Any] = {
 TEXT = {key: SMALL[key] for key in ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")}
 TEXT |= {key: SMALL[key] for key in ("intermediate_size", "max_position_embeddings", "head_dim")}
 TEXT |= {"vocab_size": VOCAB_SIZE}
+MIXTURE = {key: value for key, value in TEXT.items() if key != "intermediate_size"}
+MIXTURE |= {"num_experts": 4, "num_experts_per_tok": 2}
 LINEAR = {key: value for key, value in SMALL.items() if key.startswith("linear_")}
 MAMBA = {"mamba_n_heads": 4, "mamba_d_head": 16}
 VISION = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
@@ -63,7 +65,10 @@ OWN: dict[str, dict[str, Any]] = {
     "gemma4": {"text_config": TEXT | {"vocab_size_per_layer_input": VOCAB_SIZE}},
     "gemma4_unified": {"text_config": TEXT},
     "git": {"vision_config": VISION},
-    "got_ocr2": {"text_config": TEXT, "vision_config": VISION},
+    "got_ocr2": {
+        "text_config": TEXT,
+        "vision_config": {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "mlp_dim": 32},
+    },
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
     "granitemoehybrid": MAMBA,
     "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
@@ -74,7 +79,7 @@ OWN: dict[str, dict[str, Any]] = {
     "moss_transcribe_diarize": {"text_config": TEXT, "audio_config": AUDIO},
     "prophetnet": {"num_buckets": 8, "relative_max_distance": 16},
     "qwen3_5": {"text_config": TEXT | LINEAR, "vision_config": VISION},
-    "qwen3_5_moe": {"text_config": TEXT | LINEAR | {"num_experts": 4, "num_experts_per_tok": 2}},
+    "qwen3_5_moe": {"text_config": MIXTURE | LINEAR},
     "reformer": {"axial_pos_embds_dim": [16, 16], "axial_pos_shape": [4, 4], "attn_layers": ["local", "local"]},
     "roc_bert": {"enable_pronunciation": False, "enable_shape": False},
     "xlm": {"emb_dim": 32, "causal": True},

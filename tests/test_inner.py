@@ -5,6 +5,7 @@ import signal
 import socket
 import threading
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -136,6 +137,28 @@ def test_the_rate_goes_by_the_schedule_and_the_batch_by_its_own_number() -> None
 def test_peers_learn_from_batches_of_their_own() -> None:
     losses = {trainer()[0].step(corpus(), peer_id=identity(i).peer_id, at=Place(0, 0)) for i in range(1, 6)}
     assert len(losses) == 5
+
+
+def test_a_mixture_learns_its_routers_loss_and_reports_the_cross_entropy() -> None:
+    """Each of two micro-batches has its own router loss, as in transformers; the gradient is that of their mean."""
+    mixture = CONFIG | {"model_type": "mixtral", "num_local_experts": 4, "output_router_logits": True}
+    mixture |= {"router_aux_loss_coef": 3.0}
+    inner = SPEC.inner.model_copy(update={"grad_accumulation": 2, "clip": 1e9, "warmup_steps": 0})
+    trained = InnerOptimizer(build_model(mixture, seed=1), SPEC.model_copy(update={"inner": inner}), CPU)
+    loss = trained.step(corpus(), peer_id="me", at=Place(3, 3))
+
+    model: Any = build_model(mixture, seed=1)
+    plain = []
+    for micro in (0, 1):
+        rows = corpus().batch(run_seed=0, peer_id="me", step=3, batch_size=2, seq_len=8, micro_step=micro)
+        inputs, targets = torch.from_numpy(rows[:, :-1]), torch.from_numpy(np.ascontiguousarray(rows[:, 1:]))
+        outputs = model(input_ids=inputs, labels=targets, shift_labels=targets)
+        (outputs.loss / 2).backward()
+        plain.append(outputs.loss.item() - 3.0 * outputs.aux_loss.item())
+    assert loss == pytest.approx(np.mean(plain), rel=1e-5)
+    for parameter, other in zip(trained.parameters, model.parameters()):
+        moment = trained.optimizer.state[parameter]["exp_avg"]
+        torch.testing.assert_close(moment, (1 - inner.beta1) * other.grad, rtol=1e-4, atol=1e-7)
 
 
 def test_a_restart_goes_on_as_if_nothing_had_happened(tmp_path: Path) -> None:

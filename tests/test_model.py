@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from families import small
 from small_models import LLAMA, llama, manifest_of, random_batch, resolved, vector_of
 
 from p2p_diloco.architecture import resolve_config
@@ -22,6 +23,7 @@ from p2p_diloco.model import (
     evaluate,
     load_pretrained,
     loss_of,
+    losses_of,
     model_of,
     pick_device,
 )
@@ -153,6 +155,38 @@ def test_the_loss_is_nats_per_next_token() -> None:
     assert math.isclose(loss_of(model, batch).item(), expected.item(), rel_tol=1e-6)
     write_parameters(model, np.zeros(layout_of(model).n, np.float32))
     assert math.isclose(loss_of(model, batch).item(), math.log(256), rel_tol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "changed"),
+    [
+        ("mixtral", {"output_router_logits": True, "router_aux_loss_coef": 100.0}),
+        ("qwen3_moe", {"output_router_logits": True, "router_aux_loss_coef": 10.0}),
+        ("granitemoe", {"output_router_logits": True, "router_aux_loss_coef": 10.0}),
+        ("jetmoe", {"output_router_logits": True, "aux_loss_coef": 10.0}),
+        ("bamba", {"z_loss_coefficient": 0.5}),
+    ],
+)
+def test_the_trained_loss_has_what_transformers_adds_and_the_reported_one_has_not(
+    model_type: str, changed: dict[str, Any]
+) -> None:
+    config = resolve_config(ModelSpec(config=small(model_type) | changed), base=Path(), vocab_size=256)
+    model, batch = build_model(config, seed=0), torch.from_numpy(random_batch())
+    inputs, targets = batch[:, :-1], batch[:, 1:].contiguous()
+    theirs = model(input_ids=inputs, labels=targets, shift_labels=targets, use_cache=False)
+    found = losses_of(model, batch)
+    plain = torch.nn.functional.cross_entropy(theirs.logits.flatten(0, 1), targets.flatten())
+    torch.testing.assert_close(found.trained, theirs.loss, rtol=1e-6, atol=0)
+    torch.testing.assert_close(found.cross_entropy, plain, rtol=1e-6, atol=0)
+    assert found.trained - found.cross_entropy > 1
+    assert evaluate(model, [random_batch()]) == pytest.approx(plain.item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("model_type", ["llama", "mixtral", "bamba", "deepseek_v3"])
+def test_most_models_are_trained_with_the_cross_entropy_itself(model_type: str) -> None:
+    config = resolve_config(ModelSpec(config=small(model_type)), base=Path(), vocab_size=256)
+    found = losses_of(build_model(config, seed=0), torch.from_numpy(random_batch()))
+    assert found.trained is found.cross_entropy
 
 
 def test_evaluation_is_a_mean_over_tokens_without_dropout() -> None:
