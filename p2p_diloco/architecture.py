@@ -76,7 +76,7 @@ def resolve_config(spec: ModelSpec, *, base: Path, vocab_size: int) -> dict[str,
     if spec.config is not None:
         peers = instantiate(config_class, config, source)
         for key in given:
-            if vars(peers).get(key) != vars(resolved).get(key):
+            if key not in parameters and vars(peers).get(key) != vars(resolved).get(key):
                 raise UsageError(f"key '{source}.{key}': transformers writes it into no config, so peers do not get it")
     return config
 

@@ -248,6 +248,73 @@ def test_a_mistake_in_a_run_file_is_one_line(
     assert not list(tmp_path.glob("share/*/seed/*/manifest.json"))
 
 
+ENCODER = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+ENCODER |= {"max_position_embeddings": 16, "pad_token_id": 1}
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (ENCODER | {"model_type": "roberta"}, "key 'data.seq_len': 16, but the model fails in training on as many"),
+        (ENCODER | {"model_type": "xlm-roberta"}, "key 'data.seq_len': 16, but the model fails in training on as many"),
+        ({"model_type": "gpt2", "n_positions": 8}, "key 'data.seq_len': 16, but the model sees at most 8 tokens"),
+        (
+            {"model_type": "llama", "rms_norm_eps": 1e300, "hidden_size": 16, "num_attention_heads": 2},
+            "the loss of this model is nan",
+        ),
+        ({"model_type": "qwen3_moe", "head_dmi": 32}, "unknown key 'model.config.head_dmi'; did you mean 'head_dim'?"),
+        ({"model_type": "rwkv", "rescale_every": 6}, "key 'model.config.rescale_every': 6, and a run has 0 alone"),
+    ],
+)
+def test_a_model_that_peers_could_not_train_is_refused_and_nothing_is_left(
+    refused: Refused, tmp_path: Path, config: dict[str, Any], message: str
+) -> None:
+    texts(tmp_path, documents=1000)
+    model = "\n".join(f"{key} = {json.dumps(value)}" for key, value in config.items())
+    start, end = RUN_FILE.index("model_type"), RUN_FILE.index("[data]")
+    path = str(run_file(tmp_path, RUN_FILE[:start] + model + "\n" + RUN_FILE[end:]))
+    out = tmp_path / "out"
+    assert message in refused("manifest", path)
+    assert message in refused("seed", path, "--folder", str(out))
+    assert message in refused("simulate", path, "--replicas", "1", "--device", "cpu", "--folder", str(out))
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("model.layers.0.mlp.up_proj.weight", float("nan")), ("lm_head.weight", float("-inf"))],
+)
+def test_weights_that_are_not_finite_are_refused_and_nothing_is_left(
+    refused: Refused, tmp_path: Path, name: str, value: float
+) -> None:
+    import torch
+    from small_models import llama
+
+    texts(tmp_path, documents=1000)
+    model: Any = llama(tie_word_embeddings=False)
+    with torch.no_grad():
+        model.get_parameter(name)[0, 0] = value
+    model.save_pretrained(tmp_path / "start")
+    start, end = RUN_FILE.index("[model.config]"), RUN_FILE.index("[data]")
+    text = RUN_FILE[:start] + '[model]\npath = "start"\n' + RUN_FILE[end:]
+    path = str(run_file(tmp_path, text.replace("[data]", '[data]\ntokenizer = "bytes"')))
+    out, message = tmp_path / "out", f"{name}: 1 of "
+    assert message in refused("manifest", path)
+    assert message in refused("seed", path, "--folder", str(out))
+    assert message in refused("simulate", path, "--replicas", "1", "--device", "cpu", "--folder", str(out))
+    assert not out.exists()
+
+
+def test_a_sound_run_file_says_what_trying_the_model_took(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    texts(tmp_path, documents=1000)
+    assert cli.main(["manifest", str(run_file(tmp_path))]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "run.toml: sound" in lines[0]
+    assert re.match(
+        r"tried +learns from and is evaluated on a row of 16 tokens: \d+\.\d s, at most \d+\.\d GB", lines[-1]
+    )
+
+
 def test_text_that_is_missing_or_too_short_is_named(refused: Refused, tmp_path: Path) -> None:
     path = str(run_file(tmp_path))
     assert "key 'data.path': no such file or folder: " in refused("manifest", path)

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from reference import diloco
+from small_models import vector_of
 from small_runs import SMALL, small_run
 
 from p2p_diloco import replicas, shards, simulate
@@ -459,3 +460,17 @@ def test_a_damaged_checkpoint_is_named(tmp_path: Path) -> None:
         open_small(tmp_path)
     shutil.rmtree(tmp_path / "out")
     assert open_small(tmp_path).state.step == 0
+
+
+@pytest.mark.parametrize("layers", [8, 13])
+def test_evaluations_change_no_weights_of_a_type_that_rescales_them(tmp_path: Path, layers: int) -> None:
+    """RWKV halves weights of block 7 and on, when it is asked without learning, unless its config says otherwise."""
+    config = {"model_type": "rwkv", "hidden_size": 16, "intermediate_size": 32, "context_length": 16}
+    changes = {"model.config": config | {"num_hidden_layers": layers}, "inner.lr": 1e-9, "outer.steps": 8}
+    simulation = open_small(tmp_path, changes)
+    built = vector_of(build_model(simulation.manifest.transformers_config, seed=0))
+    assert np.array_equal(simulation.state.theta.view(np.uint32), built.view(np.uint32))
+    losses = [point.held_out_loss for point in (*simulation.curve, *simulation.run())]
+    assert len(losses) == 9
+    assert all(loss is not None and abs(loss - losses[0]) < 1e-4 for loss in losses)
+    assert np.abs(simulation.state.theta - built).max() < 1e-6
