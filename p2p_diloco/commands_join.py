@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import logging
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from p2p_diloco.arguments import check_run_id, peer_config, require
 from p2p_diloco.display import STDOUT, join_line, live_table
-from p2p_diloco.errors import UsageError
+from p2p_diloco.errors import LocalError, UsageError
 from p2p_diloco.interruption import importing
 from p2p_diloco.options import (
     NODE,
@@ -58,7 +59,12 @@ def seed(
         from p2p_diloco.train import stop_signals
 
     owner = Identity.load(config.identity_path) or Identity.generate()
-    manifest_path = start_run(run_file, config.folder, owner, config.identity_path)
+    try:
+        manifest_path = start_run(run_file, config.folder, owner, config.identity_path)
+    except LocalError:
+        with suppress(OSError):  # it is there since the options were read; what is refused leaves no empty folder
+            config.folder.rmdir()
+        raise
     timeouts = Timeouts().scaled(node.patience)
     with stop_signals(), Swarm.join(config, timeouts=timeouts, role="seed", manifest_path=manifest_path) as swarm:
         log.info("serving run %s from %s", swarm.manifest.run_id, swarm.folder)
