@@ -90,7 +90,6 @@ def make_start(spec: RunSpec, base: Path, source: str, vocab_size: int) -> Start
         raise UsageError(
             f"{source}: key 'data.seq_len': {spec.data.seq_len}, but the model sees at most {longest} tokens"
         )
-    log.info("trying the model as a peer will use it: %d parameters, %d tokens", layout.n, spec.data.seq_len)
     try:
         with torch.random.fork_rng(devices=[]):  # some types make layers anew for short sequences
             check_causal(model, vocab_size=vocab_size, seq_len=spec.data.seq_len)
@@ -111,6 +110,7 @@ def make_manifest(spec: RunSpec, base: Path, owner: Identity, source: str) -> tu
         corpus = open_corpus(spec.data, base=base, cache=cache_folder(), tokenizer_json=tokenizer_json)
         log_report(corpus.report)
         fingerprint = corpus.fingerprint
+    log.info("trying the model as a peer will use it, on %d tokens", spec.data.seq_len)
     start = make_start(spec, base, source, tokenizer.vocab_size)
     log.info("the model %s", start.rehearsal.line())
     manifest = RunManifest(

@@ -127,7 +127,12 @@ def is_given(thing: Any, config_class: Any) -> bool:
     configs = [found for found in classes if issubclass(found, PreTrainedConfig)]
     if not configs:
         return not config_class.sub_configs
-    return any(issubclass(config_class, one) or issubclass(one, config_class) for one in configs)
+    return any(
+        issubclass(config_class, one)
+        or issubclass(one, config_class)
+        or config_class in one.sub_configs.values()  # Emu3 says so of layers that get the text's config
+        for one in configs
+    )
 
 
 def taken_from(thing: Any, name: str) -> Any:

@@ -258,10 +258,6 @@ ENCODER |= {"max_position_embeddings": 16, "pad_token_id": 1}
         (ENCODER | {"model_type": "roberta"}, "key 'data.seq_len': 16, but the model fails in training on as many"),
         (ENCODER | {"model_type": "xlm-roberta"}, "key 'data.seq_len': 16, but the model fails in training on as many"),
         ({"model_type": "gpt2", "n_positions": 8}, "key 'data.seq_len': 16, but the model sees at most 8 tokens"),
-        (
-            {"model_type": "llama", "rms_norm_eps": 1e300, "hidden_size": 16, "num_attention_heads": 2},
-            "the loss of this model is nan",
-        ),
         ({"model_type": "qwen3_moe", "head_dmi": 32}, "unknown key 'model.config.head_dmi'; did you mean 'head_dim'?"),
         ({"model_type": "rwkv", "rescale_every": 6}, "key 'model.config.rescale_every': 6, and a run has 0 alone"),
     ],
@@ -290,11 +286,14 @@ def test_weights_that_are_not_finite_are_refused_and_nothing_is_left(
     import torch
     from small_models import llama
 
+    from p2p_diloco.model import no_progress_bars
+
     texts(tmp_path, documents=1000)
     model: Any = llama(tie_word_embeddings=False)
     with torch.no_grad():
         model.get_parameter(name)[0, 0] = value
-    model.save_pretrained(tmp_path / "start")
+    with no_progress_bars():
+        model.save_pretrained(tmp_path / "start")
     start, end = RUN_FILE.index("[model.config]"), RUN_FILE.index("[data]")
     text = RUN_FILE[:start] + '[model]\npath = "start"\n' + RUN_FILE[end:]
     path = str(run_file(tmp_path, text.replace("[data]", '[data]\ntokenizer = "bytes"')))
