@@ -124,7 +124,7 @@ def is_given(thing: Any, config_class: Any) -> bool:
     parameter = inspect.signature(taker).parameters.get("config")
     named = str(getattr(parameter, "annotation", ""))
     classes = [found for name in re.findall(r"\w+", named) if inspect.isclass(found := taken_from(thing, name))]
-    configs = [found for found in classes if issubclass(found, PreTrainedConfig)]
+    configs: list[Any] = [found for found in classes if issubclass(found, PreTrainedConfig)]
     if not configs:
         return not config_class.sub_configs
     return any(

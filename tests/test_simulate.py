@@ -466,11 +466,12 @@ def test_a_damaged_checkpoint_is_named(tmp_path: Path) -> None:
 def test_evaluations_change_no_weights_of_a_type_that_rescales_them(tmp_path: Path, layers: int) -> None:
     """RWKV halves weights of block 7 and on, when it is asked without learning, unless its config says otherwise."""
     config = {"model_type": "rwkv", "hidden_size": 16, "intermediate_size": 32, "context_length": 16}
-    changes = {"model.config": config | {"num_hidden_layers": layers}, "inner.lr": 1e-9, "outer.steps": 8}
-    simulation = open_small(tmp_path, changes)
+    changes = {"model.config": config | {"num_hidden_layers": layers}, "outer.steps": 8}
+    slow = {"inner.lr": 1e-9, "inner.warmup_steps": 1000}  # its embeddings are so small that 1e-9 alone moves the loss
+    simulation = open_small(tmp_path, changes | slow)
     built = vector_of(build_model(simulation.manifest.transformers_config, seed=0))
     assert np.array_equal(simulation.state.theta.view(np.uint32), built.view(np.uint32))
-    losses = [point.held_out_loss for point in (*simulation.curve, *simulation.run())]
-    assert len(losses) == 9
-    assert all(loss is not None and abs(loss - losses[0]) < 1e-4 for loss in losses)
+    losses = [point.held_out_loss or 0.0 for point in (*simulation.curve, *simulation.run())]
+    assert losses == pytest.approx([losses[0]] * 9, abs=1e-4)
+    assert losses[0] > 1
     assert np.abs(simulation.state.theta - built).max() < 1e-6
