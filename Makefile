@@ -3,13 +3,14 @@
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
+MUTANTS := .venv/.mutants
 PIP := $(BIN)/pip install -qq --disable-pip-version-check --constraint constraints.txt
 
 MONITORING := tests/swarm/test_monitoring.py
 # What takes minutes of real processes each: faults, monitors, doctors, simulations beside a swarm.
 LONG := $(addprefix tests/swarm/test_,reliability.py monitor_swarm.py diagnoses.py simulated.py)
 
-.PHONY: demo test swarm-test monitoring-test prometheus faults lint bench reliability clean
+.PHONY: demo test swarm-test monitoring-test prometheus faults mutants lint bench reliability clean
 
 demo: $(READY)
 	$(BIN)/p2p-diloco swarm peers/runs/tiny.toml --peers 4
@@ -33,6 +34,10 @@ faults: $(READY)
 	$(BIN)/python tests/explorer.py --seeds 0:5000
 	$(BIN)/python tests/explorer.py --broken
 
+# Small changes to what decides and computes, each against the tests of its file; about an hour on two cores the first time.
+mutants: $(MUTANTS)
+	$(BIN)/python tests/mutants.py
+
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -45,8 +50,12 @@ reliability: $(READY)
 	$(BIN)/python -m benchmarks --markdown matrix onslaught partition churn
 
 clean:
-	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist *.egg-info
+	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .hypothesis .mutants.jsonl build dist *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(MUTANTS): $(READY)
+	@$(PIP) --editable '.[dev,mutants]'
+	@touch $@
 
 # torch first and alone: its pin then stands before anything that depends on torch is resolved.
 $(READY): pyproject.toml constraints.txt

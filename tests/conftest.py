@@ -4,7 +4,7 @@ tests of rounds have in common."""
 from __future__ import annotations
 
 import pytest
-from hypothesis import settings
+from hypothesis import Phase, settings
 from meetings import SMALL_PART_VALUES, Losses
 
 from p2p_diloco import outer
@@ -12,6 +12,7 @@ from p2p_diloco.errors import RemoteError
 from p2p_diloco.meeting import Meeting
 
 settings.register_profile("steady", deadline=None, derandomize=True)
+settings.register_profile("brief", deadline=None, derandomize=True, phases=(Phase.explicit, Phase.generate))
 settings.load_profile("steady")
 
 
