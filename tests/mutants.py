@@ -5,9 +5,9 @@
     python tests/mutants.py --show 1f2e3d4c       what one of them changes
 
 The changes are cosmic-ray's, and two of our own: a statement that does nothing, a return of None. They are made in
-copies of the tree. Left alone is what no test should have to notice: annotations, decorators, docstrings, log lines, texts of
-messages. Which ones are tried depends on the lines themselves and on SEED, so an edit elsewhere in a file leaves the
-sample of its other lines as it was.
+copies of the tree. Left alone is what no test should have to notice: annotations, decorators, docstrings, assertions, log
+lines, texts of messages. Which changes are tried depends on the lines themselves and on SEED, so an edit elsewhere in a
+file leaves the sample of its other lines as it was.
 
 A killed one counts as killed until its file changes; those that survive are tried again when any test has changed.
 ``mutated`` says which tests are asked about which file; docs/testing.md names the survivors that change nothing.
@@ -209,6 +209,9 @@ class WhatRuns(ast.NodeTransformer):
     def visit_AnnAssign(self, node: ast.AnnAssign) -> ast.AST:
         node.annotation = ast.Constant(None)
         return self.generic_visit(node)
+
+    def visit_Assert(self, node: ast.Assert) -> ast.AST:
+        return ast.Pass()
 
     def visit_If(self, node: ast.If) -> ast.AST | None:
         return None if "TYPE_CHECKING" in ast.dump(node.test) else self.generic_visit(node)
