@@ -5,9 +5,9 @@
     python tests/mutants.py --show 1f2e3d4c       what one of them changes
 
 The changes are cosmic-ray's, and two of our own: a statement that does nothing, a return of None. They are made in
-copies of the tree. Left alone is what no test should have to notice: annotations, decorators, docstrings, assertions, log
-lines, texts of messages. Which changes are tried depends on the lines themselves and on SEED, so an edit elsewhere in a
-file leaves the sample of its other lines as it was.
+copies of the tree. Left alone is what no test should have to notice: annotations, decorators, docstrings, assertions,
+log lines, texts of messages. Which changes are tried depends on the lines themselves and on SEED, so an edit elsewhere
+in a file leaves the sample of its other lines as it was.
 
 A killed one counts as killed until its file changes; those that survive are tried again when any test has changed.
 ``mutated`` says which tests are asked about which file; docs/testing.md names the survivors that change nothing.
