@@ -196,6 +196,12 @@ def test_all_that_are_ready_meet_at_once(count: int) -> None:
     run_simulated(main())
 
 
+@pytest.mark.parametrize(("busy", "longest_s"), [(False, 10.0 + 30.0), (True, 10.0 + 30.0 + 60.0 + 8 * 1000 / 32768)])
+def test_no_gathering_takes_longer_than(busy: bool, longest_s: float) -> None:
+    table = Table(1, manifest=manifest_with(gather_s=10.0))
+    assert table.matchmakers[0].company.longest_s(busy=busy) == longest_s
+
+
 def test_a_lone_peer_meets_nobody() -> None:
     async def main() -> None:
         table = Table(1)

@@ -457,6 +457,7 @@ def test_whoever_is_not_beyond_the_swarms_head_catches_up(mine: str, target: str
         (9, 2.0, 7.0, 5.0, 4.0),  # a step that takes longer than usual ends any moment
         (9, 100.0, 30.0, 5.0, 70.0),
         (9, 0.0, 0.0, 5.0, 5.0),  # no step measured yet
+        (0, 0.0, 0.0, 5.0, 0.0),  # and none needed
     ],
 )
 def test_ready_in(remaining: int, step_s: float, since_s: float, gather_s: float, expected: float) -> None:
