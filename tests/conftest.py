@@ -12,7 +12,9 @@ from p2p_diloco.errors import RemoteError
 from p2p_diloco.meeting import Meeting
 
 settings.register_profile("steady", deadline=None, derandomize=True)
-settings.register_profile("brief", deadline=None, derandomize=True, phases=(Phase.explicit, Phase.generate))
+settings.register_profile(
+    "brief", settings.get_profile("steady"), max_examples=50, phases=(Phase.explicit, Phase.generate)
+)
 settings.load_profile("steady")
 
 

@@ -19,6 +19,7 @@ import argparse
 import ast
 import contextlib
 import difflib
+import importlib
 import json
 import multiprocessing
 import os
@@ -59,8 +60,11 @@ MOST_NAMED = 0.05
 PATIENCE = 5
 """Times as long as the tests of the file take without a change, and SPARE_S more: then the time is out."""
 SPARE_S = 30.0
+LONGEST_S = 600.0
+"""For the tests of a file without a change."""
 MEMORY_BYTES = 8 << 30
 
+IMPORTED_ONCE = ("torch", "transformers", "hivemind", "pydantic", "hypothesis.strategies", "cryptography")
 PYTEST = (
     *("-x", "-p", "no:cacheprovider", "-p", "no:xdist", "--basetemp", "tmp", "--hypothesis-profile", "brief"),
     *("-W", "ignore:Module already imported:pytest.PytestAssertRewriteWarning"),
@@ -245,9 +249,10 @@ def begin(folder: str) -> None:
     os.chdir(copy)
     os.environ["PYTHONPATH"] = str(copy)
     sys.path[:] = [str(copy), *(entry for entry in sys.path if Path(entry) not in (ROOT, ROOT / "tests"))]
-    import hivemind  # noqa: F401
-    import torch  # noqa: F401
-    import transformers  # noqa: F401
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+    sys.dont_write_bytecode = False
+    for name in IMPORTED_ONCE:
+        importlib.import_module(name)
 
 
 def copy_tree(target: Path) -> None:
@@ -260,32 +265,43 @@ def copy_tree(target: Path) -> None:
             shutil.copy(ROOT / name, target / name)
 
 
-def attempt(path: str, source: str | None, patience_s: float) -> tuple[str, float, str]:
-    """What becomes of a file with this ``source``: killed, survived or time-out; None: as it is. The seconds, and what
-    the tests said last."""
-    file, began_s = Path(path), time.monotonic()
+def attempt(path: str, source: str) -> str:
+    """What becomes of a file with this ``source``: "killed", "survived" or "time-out"."""
+    return outcome_of(path, source, patience_s(path))
+
+
+@cache
+def patience_s(path: str) -> float:
+    """How long the tests of a file may take. ValueError when they fail as it is."""
+    began_s = time.monotonic()
+    outcome = outcome_of(path, Path(path).read_text(), LONGEST_S)
+    if outcome != "survived":
+        raise ValueError(f"{path}: its tests fail as it is ({outcome})\n{Path('output').read_text()[-2000:]}")
+    return PATIENCE * (time.monotonic() - began_s) + SPARE_S
+
+
+def outcome_of(path: str, source: str, patience_s: float) -> str:
+    file, compiled = Path(path), Path(cache_from_source(path))
     original = file.read_text()
-    Path(cache_from_source(path)).unlink(missing_ok=True)  # its time stamp may be that of the next change
+    compiled.unlink(missing_ok=True)  # its time stamp may be that of the next change
+    file.write_text(source)
+    process = multiprocessing.get_context("fork").Process(target=run_tests, args=(TESTS[path],))
+    process.start()
+    assert process.pid is not None
     try:
-        if source is not None:
-            file.write_text(source)
-        process = multiprocessing.get_context("fork").Process(target=run_tests, args=(TESTS[path], source is not None))
-        process.start()
         process.join(patience_s)
-        outcome = {0: "survived", None: "time-out"}.get(process.exitcode, "killed")
-        with contextlib.suppress(ProcessLookupError):  # the tests' own processes, too
-            os.killpg(process.pid or 0, signal.SIGKILL)
-        process.join()
+        return {0: "survived", None: "time-out"}.get(process.exitcode, "killed")
     finally:
+        with contextlib.suppress(ProcessLookupError):  # the tests' own processes, too
+            os.killpg(process.pid, signal.SIGKILL)
+        process.join()
         file.write_text(original)
-    return outcome, time.monotonic() - began_s, Path("output").read_text()[-2000:]
+        compiled.unlink(missing_ok=True)
 
 
-def run_tests(tests: Sequence[str], mutated: bool) -> None:
+def run_tests(tests: Sequence[str]) -> None:
     os.setsid()
     resource.setrlimit(resource.RLIMIT_DATA, (MEMORY_BYTES, MEMORY_BYTES))
-    sys.dont_write_bytecode = mutated
-    os.environ["PYTHONDONTWRITEBYTECODE"] = "1" if mutated else ""
     with Path("output").open("w") as output:
         os.dup2(output.fileno(), 1)
         os.dup2(output.fileno(), 2)
@@ -306,24 +322,15 @@ def try_all(mutants: Sequence[Mutant], jobs: int, tests: str) -> None:
         RESULTS.open("a") as results,
     ):
         copy_tree(Path(folder) / "tree")
-        paths = list(dict.fromkeys(mutant.path for mutant in mutants))
-        for path in paths:
-            # Once in each worker would be better for the caches; which worker takes what is not ours to say.
-            outcome, took_s, output = pool.submit(attempt, path, None, 600.0).result()
-            if outcome != "survived":
-                sys.exit(f"{path}: its tests fail as it is ({outcome})\n{output}")
-            patience_s = PATIENCE * took_s + SPARE_S
-            chosen = [mutant for mutant in mutants if mutant.path == path]
-            running = {pool.submit(attempt, path, mutant.source, patience_s): mutant for mutant in chosen}
-            counts = Counter[str]()
-            for future in as_completed(running):
-                outcome, _, _ = future.result()
-                mutant = running[future]
-                counts[outcome] += 1
+        running = {pool.submit(attempt, mutant.path, mutant.source): mutant for mutant in mutants}
+        try:
+            for done, future in enumerate(as_completed(running), start=1):
+                mutant, outcome = running[future], future.result()
                 line = {"name": mutant.name, "digest": mutant.digest, "tests": tests, "outcome": outcome}
                 print(json.dumps(line), file=results, flush=True)
-            told = ", ".join(f"{count} {outcome}" for outcome, count in sorted(counts.items()))
-            print(f"{path}: {told}; its tests take {took_s:.0f} s", flush=True)
+                print(f"{done} of {len(mutants)}: {mutant.name} {mutant.path} {outcome}", flush=True)
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
 def known_outcomes(tests: str) -> dict[str, str]:
@@ -371,7 +378,11 @@ def main() -> int:
         return 0
     tests = digest(*(path.read_text() for path in sorted((ROOT / "tests").glob("*.py"))))
     known = known_outcomes(tests)
-    try_all([mutant for mutant in mutants if mutant.digest not in known], options.jobs, tests)
+    try:
+        try_all([mutant for mutant in mutants if mutant.digest not in known], options.jobs, tests)
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return 1
     return int(not report(mutants, known_outcomes(tests)))
 
 
