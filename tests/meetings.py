@@ -187,11 +187,14 @@ class Round:
         assert not self.failures, self.failures
 
     async def all_streams_end(self, within_s: float = 120.0) -> None:
-        """Nobody is served for ever."""
-        deadline_s = now_s() + within_s
+        """Nobody is served for ever, and whoever opens a stream closes it."""
+        deadline_s, honest = now_s() + within_s, {self.ids[i] for i in self.honest}
         while any(self.transports[i].tasks for i in self.honest):
             assert now_s() < deadline_s, "a stream is still served"
             await asyncio.sleep(1)
+        await asyncio.sleep(1)
+        left_open = [(pipe.source[-8:], pipe.target[-8:]) for pipe in self.network.pipes if pipe.source in honest]
+        assert not left_open
 
     # -- faults ----------------------------------------------------------------------------------------------------
 

@@ -606,6 +606,41 @@ def test_who_is_asked_for_a_commit_and_promises_for_ever() -> None:
     run_simulated(main())
 
 
+def test_who_reduces_and_then_only_promises_costs_half_of_the_time_that_is_left() -> None:
+    """The other half is enough to settle. The leader has reduced, and is gone; so nobody has failed its successor yet."""
+
+    async def main() -> None:
+        meeting = Round(5, by_hand=(0, 3))
+        asked_s: list[float] = []
+
+        def hand(me: int) -> Callable[[Channel, Message], Awaitable[None]]:
+            async def serve(channel: Channel, message: Message) -> None:
+                if isinstance(message, Contribute):
+                    for part in meeting.parts_of(me):
+                        await channel.send_frame(frame_of(meeting.mean(part, range(5))))
+                while isinstance(message, AskCommit) and me == 3:
+                    asked_s.append(now_s())
+                    await channel.send(Eta(eta_s=1.0))
+                    await asyncio.sleep(1.0)
+
+            return serve
+
+        async def contribute(me: int, to: int) -> None:
+            channel = await meeting.contribute(me, to)
+            for _ in meeting.parts_of(to):
+                await channel.receive_frame(1000, 10.0)
+
+        for me in (0, 3):
+            meeting.serve(me, hand(me))
+        await meeting.run(*(contribute(me, to) for me in (0, 3) for to in meeting.honest))
+        assert list(meeting.update([1, 2, 4]).parts) == meeting.means(range(5))
+        successor = meeting.settlements[1]
+        half_s = (successor.ends_s - asked_s[0]) / 2
+        assert meeting.took_s[1] == pytest.approx(asked_s[0] + half_s - successor.started_s, abs=0.1)
+
+    run_simulated(main())
+
+
 def test_the_streams_of_a_member_are_counted_and_not_kept() -> None:
     """However many it opens, each with something in it that nobody reads."""
 
