@@ -13,8 +13,9 @@ from builders import identity
 from fakes import run_simulated
 from meetings import N_PARTS, PROTOCOL, TIMEOUTS, Losses, Round, Transport, frame_of, now_s
 
+from p2p_diloco.butterfly import run_all
 from p2p_diloco.codec import Codec, encode
-from p2p_diloco.errors import RemoteError
+from p2p_diloco.errors import Gone, RemoteError
 from p2p_diloco.messages import AskCommit, AskPart, Contribute, Message, Receipt
 from p2p_diloco.outer import Part
 from p2p_diloco.wire import Channel
@@ -478,5 +479,27 @@ def test_a_reducer_that_takes_almost_every_time_out(losses: Losses) -> None:
         meeting.check_blamed(2)
         assert now_s() - began_s < TIMEOUTS.round_s
         await meeting.all_streams_end()
+
+    run_simulated(main())
+
+
+def test_a_failure_ends_what_runs_beside_it_before_it_is_raised() -> None:
+    """What was cancelled may have a stream to close first."""
+    ended: list[str] = []
+
+    async def fail() -> None:
+        raise Gone("somebody", "closed the stream")
+
+    async def close_slowly() -> None:
+        try:
+            await asyncio.sleep(100.0)
+        finally:
+            await asyncio.sleep(1.0)
+            ended.append("closed")
+
+    async def main() -> None:
+        with pytest.raises(Gone):
+            await run_all(fail(), close_slowly())
+        assert ended == ["closed"]
 
     run_simulated(main())

@@ -20,7 +20,7 @@ from p2p_diloco.manifest import RunManifest
 from p2p_diloco.matchmaking import Matchmaker
 from p2p_diloco.messages import Behind, Closing, Eta, Message, No, Ready, Redirect, Roster, TooFew
 from p2p_diloco.outer import digest
-from p2p_diloco.records import Directory, seal_record
+from p2p_diloco.records import Directory, open_record, seal_record
 from p2p_diloco.rounds import Group, Missed, Progress, Standing, seal_readiness
 from p2p_diloco.seat import Seat
 from p2p_diloco.wire import Channel, run_protocol
@@ -230,12 +230,13 @@ def test_a_weight_is_what_was_trained_and_at_most_the_runs_limit() -> None:
     run_simulated(main())
 
 
-def test_who_still_trains_is_told_and_waited_for() -> None:
-    """The leader's own trainer and another one need a few steps more: they say so, and nobody waits longer."""
+@pytest.mark.parametrize("training", [(0,), (2,), (0, 2)])
+def test_who_still_trains_is_told_and_waited_for(training: tuple[int, ...]) -> None:
+    """The leader's own trainer, or another one, needs a few steps more: it says so, and nobody waits longer."""
 
     async def main() -> None:
         table = Table(3)
-        for i in (0, 2):
+        for i in training:
             table.matchmakers[i].seat.phase = "inner"
             table.matchmakers[i].seat.progress = Progress(inner_step=7, planned=10, step_s=0.5, reported_s=now_s())
         began_s = now_s()
@@ -246,8 +247,9 @@ def test_who_still_trains_is_told_and_waited_for() -> None:
             await asyncio.sleep(1.5)
             return await table.matchmakers[i].find_group(100)
 
-        first, third, found = await asyncio.gather(late(0), late(2), table.meet(1))
-        table.groups({0: first, 2: third} | found, 0, 1, 2)
+        in_time = [i for i in range(3) if i not in training]
+        found, *came = await asyncio.gather(table.meet(*in_time), *(late(i) for i in training))
+        table.groups(dict(zip(training, came)) | found, 0, 1, 2)
         assert 1.5 <= now_s() - began_s < GATHER_S
 
     run_simulated(main())
@@ -415,6 +417,67 @@ def test_a_redirect_leads_to_who_ranks_better() -> None:
         group = table.groups(await table.meet(1, 2), 1, 2)
         assert table.members_of(group) == [1, 2]
         assert table.suspects(1) == {0}
+
+    run_simulated(main())
+
+
+def test_who_waits_for_a_roster_names_its_leader_at_once() -> None:
+    """2 takes 1 for the leader, which waits at 0 for 3, which still trains."""
+
+    async def main() -> None:
+        table = Table(4)
+        seat = table.matchmakers[3].seat
+        seat.phase, seat.progress = "inner", Progress(inner_step=1, planned=2, step_s=5.0, reported_s=now_s())
+        waiting = asyncio.ensure_future(table.meet(0, 1))
+        await asyncio.sleep(1.0)
+        channel = await table.say(2, 1, table.ready(2))
+        word: Message = await channel.receive(*ANSWERS, timeout_s=1.0)
+        assert isinstance(word, Redirect)
+        assert open_record(word.record).peer_id == table.ids[0]
+        table.groups(await waiting, 0, 1)
+
+    run_simulated(main())
+
+
+def test_who_waits_elsewhere_says_so_until_it_is_over_and_no_longer() -> None:
+    """2 calls 1, which waits at 0 for a roster; when 0 refuses, 1 leads, and says so."""
+
+    async def main() -> None:
+        table = Table(3, by_hand=(0, 2))
+        refused_s: list[float] = []
+
+        async def promises_and_refuses(table: Table, channel: Channel, message: Message) -> None:
+            await channel.send(Eta(eta_s=2.0))
+            await asyncio.sleep(2.0)
+            refused_s.append(now_s())
+            await channel.send(No(reason="leaving"))
+
+        table.serve(0, promises_and_refuses)
+        table.serve(2, stay_silent)
+        meeting = asyncio.ensure_future(table.meet(1))
+        await asyncio.sleep(0.5)
+        answer = await table.answer(2, 1, Closing(head=AT, gather_s=GATHER_S, record=table.record(2)))
+        assert isinstance(answer, Redirect)
+        assert open_record(answer.record).peer_id == table.ids[1]
+        assert now_s() - refused_s[0] < 0.5
+        await meeting
+
+    run_simulated(main())
+
+
+def test_a_gathering_is_left_to_nobody_who_does_not_come_to_this_head() -> None:
+    """0 calls 1, which gathers and waits for 3, and says in its record that it still joins."""
+
+    async def main() -> None:
+        table = Table(4, by_hand=(0,))
+        table.serve(0, refuse)
+        seat = table.matchmakers[3].seat
+        seat.phase, seat.progress = "inner", Progress(inner_step=1, planned=2, step_s=3.0, reported_s=now_s())
+        meeting = asyncio.ensure_future(table.meet(1, 2))
+        await asyncio.sleep(1.0)
+        joining = table.record(0, phase="joining", issued_s=NOW_S + 0.7)
+        assert await table.answer_eta(0, 1, Closing(head=AT, gather_s=GATHER_S, record=joining)) == 0.0
+        table.groups(await meeting, 1, 2)
 
     run_simulated(main())
 
@@ -860,9 +923,15 @@ def test_a_round_of_members_whom_the_leader_cannot_call_is_waited_for() -> None:
     run_simulated(main())
 
 
-def test_who_alone_says_that_it_is_busy_is_not_waited_for_as_long_as_a_round_may_take() -> None:
+@pytest.mark.parametrize("count", [3, 4])
+def test_who_alone_says_that_it_is_busy_is_not_waited_for_as_long_as_a_round_may_take(count: int) -> None:
+    """Nor where another one is in the middle of a long inner step: it has said that it meets nobody meanwhile."""
+
     async def main() -> None:
-        table = Table(3, by_hand=(2,))
+        table = Table(count, by_hand=(2,))
+        for i in range(3, count):
+            seat = table.matchmakers[i].seat
+            seat.phase, seat.progress = "inner", Progress(inner_step=0, planned=2, step_s=300.0, reported_s=now_s())
 
         async def busy(table: Table, channel: Channel, message: Message) -> None:
             while True:
@@ -871,7 +940,7 @@ def test_who_alone_says_that_it_is_busy_is_not_waited_for_as_long_as_a_round_may
 
         table.serve(2, busy)
         began_s = now_s()
-        assert table.members_of(table.groups(await table.meet(), 0, 1)) == [0, 1]
+        assert table.members_of(table.groups(await table.meet(0, 1), 0, 1)) == [0, 1]
         assert now_s() - began_s <= GATHER_S + MAX_GATHER_EXTENSION_S + 1
 
     run_simulated(main())

@@ -23,7 +23,7 @@ from p2p_diloco.config import Timeouts
 from p2p_diloco.errors import RemoteError
 from p2p_diloco.messages import Again, AskCommit, AskPart, Commit, Contribute, Eta, Message, No, Receipt, Size
 from p2p_diloco.outer import Update
-from p2p_diloco.settle import HEARTBEATS, LEADERS_SHARE, choose_parts
+from p2p_diloco.settle import HEARTBEATS, LEADERS_SHARE, RoundCost, choose_parts
 from p2p_diloco.wire import Channel
 
 pytestmark = pytest.mark.usefixtures("small_parts")
@@ -669,6 +669,10 @@ def test_the_streams_of_a_member_are_counted_and_not_kept() -> None:
         assert settlement.cost().bytes_received - before_bytes == 20 * len(framed_ask(meeting.round_id))
 
     run_simulated(main())
+
+
+def test_a_round_that_nobody_met_for_costs_nothing() -> None:
+    assert set(vars(RoundCost()).values()) == {0}
 
 
 def framed_ask(round_id: bytes) -> bytes:
