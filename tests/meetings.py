@@ -193,8 +193,9 @@ class Round:
             assert now_s() < deadline_s, "a stream is still served"
             await asyncio.sleep(1)
         await asyncio.sleep(1)
-        left_open = [(pipe.source[-8:], pipe.target[-8:]) for pipe in self.network.pipes if pipe.source in honest]
-        assert not left_open
+        for pipe in self.network.pipes:
+            deaf = pipe.target in self.trouble.deaf.get(pipe.source, ())  # what is written to it ends nowhere
+            assert pipe.source not in honest or deaf, f"{pipe.source} has not closed its stream to {pipe.target}"
 
     # -- faults ----------------------------------------------------------------------------------------------------
 

@@ -248,8 +248,9 @@ def test_who_still_trains_is_told_and_waited_for(training: tuple[int, ...]) -> N
             return await table.matchmakers[i].find_group(100)
 
         in_time = [i for i in range(3) if i not in training]
-        found, *came = await asyncio.gather(table.meet(*in_time), *(late(i) for i in training))
-        table.groups(dict(zip(training, came)) | found, 0, 1, 2)
+        meeting = asyncio.ensure_future(table.meet(*in_time))
+        came = dict(zip(training, await asyncio.gather(*(late(i) for i in training))))
+        table.groups(came | await meeting, 0, 1, 2)
         assert 1.5 <= now_s() - began_s < GATHER_S
 
     run_simulated(main())

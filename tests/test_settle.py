@@ -607,7 +607,7 @@ def test_who_is_asked_for_a_commit_and_promises_for_ever() -> None:
 
 
 def test_who_reduces_and_then_only_promises_costs_half_of_the_time_that_is_left() -> None:
-    """The other half is enough to settle. The leader has reduced, and is gone; so nobody has failed its successor yet."""
+    """The other half is enough to settle. The leader has reduced, and is gone; nobody has failed its successor yet."""
 
     async def main() -> None:
         meeting = Round(5, by_hand=(0, 3))
