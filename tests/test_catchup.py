@@ -90,6 +90,29 @@ def test_who_missed_rounds_gets_the_updates(tmp_path: Path, mine: int) -> None:
     run_simulated(main())
 
 
+def test_nothing_is_loaded_again_for_an_update_that_follows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Going back reads a snapshot, and every update since: only who stands elsewhere has to."""
+    rolled_back: list[int] = []
+
+    async def main(fork_at: int) -> None:
+        library = Library(tmp_path / str(fork_at), replica_at(tmp_path / str(fork_at) / "me", 7, fork_at=fork_at))
+        donor = library.add(replica_at(tmp_path / str(fork_at) / "donor", 10))
+        roll_back = library.replica.roll_back
+
+        def noted(step: int) -> None:
+            rolled_back.append(step)
+            roll_back(step)
+
+        monkeypatch.setattr(library.replica, "roll_back", noted)
+        assert await library.to(donor.replica) is not None
+        library.check_same(donor.replica)
+
+    run_simulated(main(8))
+    assert rolled_back == []
+    run_simulated(main(6))
+    assert rolled_back == [6]
+
+
 def test_several_donors_give_a_part_each(tmp_path: Path) -> None:
     """And the download is the faster for it."""
 
@@ -989,6 +1012,7 @@ def test_the_one_update_that_is_missing_is_there_before_it_is_asked_for(
         assert (caught_up.from_step, caught_up.to_step) == (mine, 8)
         assert ([len(each.asked) for each in (liar, donor)] == asked) == ahead
         assert (caught_up.bytes_received == 0) == ahead
+        assert caught_up.donors == 1
         library.check_same(donor.replica)
 
     run_simulated(main())

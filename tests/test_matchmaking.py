@@ -886,6 +886,20 @@ def test_failures_are_remembered_for_as_long_as_their_head_is_mine() -> None:
     run_simulated(main())
 
 
+def test_a_leader_that_fails_has_a_second_chance_and_one_that_lies_has_none() -> None:
+    async def main() -> None:
+        table = Table(3)
+        company = table.matchmakers[0].company
+        company.failed(AT, table.ids[1])
+        assert company.is_fit(AT, table.ids[1])
+        company.failed(AT, table.ids[1])
+        company.failed(AT, table.ids[2], lied=True)
+        assert not company.is_fit(AT, table.ids[1])
+        assert not company.is_fit(AT, table.ids[2])
+
+    run_simulated(main())
+
+
 def test_who_has_failed_as_a_leader_leads_again_later() -> None:
     """Two sides of a network that was cut have failed each other: they must not go without each other for ever."""
 
