@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -37,7 +38,7 @@ from library import (
 
 from p2p_diloco import catchup, download, uploads
 from p2p_diloco.errors import Gone, LedgerError
-from p2p_diloco.messages import AskChunk, AskHeads, AskIndex, AskUpdate, Heads, Message, No, Size
+from p2p_diloco.messages import AskChunk, AskHeads, AskIndex, AskUpdate, Heads, Message, No, Size, pack
 from p2p_diloco.outer import HASH_BYTES, max_update_bytes, next_head, update_to_bytes
 from p2p_diloco.replica import Replica
 from p2p_diloco.snapshot import chunk_slices, snapshot_bytes
@@ -48,6 +49,14 @@ from p2p_diloco.wire import Channel
 def small() -> Iterator[None]:
     with small_parts():
         yield
+
+
+def blob_bytes(replica: Replica, step: int) -> int:
+    """What an update takes on its stream: its size in a message, then frames."""
+    data = replica.ledger.update_bytes(step)
+    assert data is not None
+    frames = math.ceil(len(data) / FRAME_BYTES)
+    return 4 + len(pack(Size(size_bytes=len(data)))) + 4 * frames + len(data)
 
 
 # -- honest donors -------------------------------------------------------------------------------------------------
@@ -84,6 +93,8 @@ def test_who_missed_rounds_gets_the_updates(tmp_path: Path, mine: int) -> None:
         has_it = mine >= 5  # the donor keeps its updates from its second snapshot on
         assert (caught_up.from_step, caught_up.snapshot, caught_up.rolled_back) == (mine, not has_it, 0)
         assert donor.steps() == list(range(mine if has_it else 10, 13))
+        if has_it:
+            assert caught_up.bytes_received == sum(blob_bytes(donor.replica, step) for step in range(mine, 13))
         assert (library.phases() == []) == has_it
         library.check_same(donor.replica)
 

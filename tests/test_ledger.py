@@ -453,6 +453,29 @@ def test_what_is_lost_is_remembered_until_it_is_there_again_or_belongs_no_more(
     assert ledger.snapshots()[0].step == 6
 
 
+def test_an_update_that_has_been_replaced_is_not_lost(damaged: tuple[Path, list[OuterState]]) -> None:
+    """Who read it, and found it damaged, comes too late."""
+    folder, states = damaged
+    ledger = open_ledger(folder)
+    stale, fresh = ledger.header(7), update_after(states[7], seed=1)
+    assert stale is not None
+    ledger.append(fresh)
+    ledger.lose_update(stale, "test")
+    assert not ledger.put_aside(stale, "test")
+    assert (ledger.lost_updates, ledger.quarantined) == ({}, [])
+    assert ledger.update_bytes(7) == update_to_bytes(fresh)
+
+
+@pytest.mark.parametrize("taken", [SNAPSHOT(3), UPDATE(3)])
+def test_what_somebody_took_away_need_not_be_removed(damaged: tuple[Path, list[OuterState]], taken: str) -> None:
+    folder, states = damaged
+    ledger = open_ledger(folder)
+    (folder / taken).unlink()
+    states += advance(ledger, copy_of(states[8]), 1)[1:]
+    assert [snapshot.step for snapshot in ledger.snapshots()] == [6, 9]
+    same(load(open_ledger(folder)), states[9])
+
+
 def test_the_way_is_the_shortest_that_is_unbroken(damaged: tuple[Path, list[OuterState]]) -> None:
     folder, states = damaged
     ledger = open_ledger(folder)
