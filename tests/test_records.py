@@ -226,7 +226,13 @@ def test_a_record_has_at_most_one_kilobyte() -> None:
     with pytest.raises(ValueError, match="too large"):
         open_record(signed(values_of(long)))
     with pytest.raises(ValueError, match="too large"):
-        open_record(bytes(MAX_RECORD_BYTES + 1))
+        open_record(bytes(1025))
+
+
+def test_a_peer_that_has_done_nothing_yet_says_so() -> None:
+    said = {name: field.default for name, field in Record.model_fields.items() if not field.is_required()}
+    nothing_yet = {"loss": None, "held_out_loss": None, "name": "", "version": "", "metrics_addr": ""}
+    assert said == dict.fromkeys(said, 0) | nothing_yet
 
 
 @pytest.mark.parametrize(
