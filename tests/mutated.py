@@ -16,7 +16,7 @@ TESTS: dict[str, tuple[str, ...]] = {
     "p2p_diloco/download.py": ("tests/test_download.py", "tests/test_catchup.py"),
     "p2p_diloco/ledger.py": ("tests/test_ledger.py",),
     "p2p_diloco/snapshot.py": ("tests/test_snapshot.py", "tests/test_ledger.py"),
-    "p2p_diloco/replay.py": ("tests/test_replay.py",),
+    "p2p_diloco/replay.py": ("tests/test_ledger.py", "tests/test_replay.py"),
     "p2p_diloco/outer.py": ("tests/test_outer.py",),
     "p2p_diloco/codec.py": ("tests/test_codec.py",),
     "p2p_diloco/records.py": ("tests/test_records.py",),

@@ -12,6 +12,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from p2p_diloco.codec import CODECS, Codec, Vector, encode, encoded_bytes
+from p2p_diloco.identity import MAX_PEER_ID_CHARS
 from p2p_diloco.outer import (
     HASH_BYTES,
     MAX_CONTRIBUTORS,
@@ -31,6 +32,7 @@ from p2p_diloco.outer import (
     open_update,
     part_slices,
     parts_with,
+    reduce_part,
     state_digest,
     update_from_bytes,
     update_pieces,
@@ -350,13 +352,15 @@ def test_the_largest_update_is_within_its_bound() -> None:
     n = 2 * PART_VALUES
     data = bytes(encoded_bytes(PART_VALUES, "int4"))
     part = Part(mask=contributor_mask(range(MAX_CONTRIBUTORS)), data=data)
-    contributors = tuple((f"{i:04d}" + "\U0001f600" * 60, 2**60 - 1) for i in range(MAX_CONTRIBUTORS))
+    contributors = tuple((chr(0x10000 + i) * MAX_PEER_ID_CHARS, 2**60 - 1) for i in range(MAX_CONTRIBUTORS))
     header = UpdateHeader(
         step=2**40 - 1, parent=bytes(32), contributors=contributors, part_hashes=(part.hash, part.hash)
     )
     blob = update_to_bytes(Update(header=header, parts=(part, part)))
     assert update_from_bytes(blob, n=n, codec="int4").header == header
-    assert 0.99 * max_update_bytes(n, "int4") < len(blob) <= max_update_bytes(n, "int4")
+    larger_counts_bytes = 2 + 4  # of contributors and parts, in msgpack
+    assert len(blob) == max_update_bytes(n, "int4") - larger_counts_bytes
+    assert len(blob) - 2 * (MAX_CONTRIBUTORS // 8 + len(data)) == max_update_start_bytes(n) - larger_counts_bytes
     start = blob[: max_update_start_bytes(n)]
     assert open_update(start, len(blob), n=n, codec="int4") == header
 
@@ -396,6 +400,20 @@ def test_any_bytes_are_refused_before_memory_is_taken(data: bytes, kept: int) ->
 def test_an_update_of_another_model_or_codec_is_refused(n: int, codec: Codec) -> None:
     with pytest.raises(ValueError, match="an update of"):
         update_from_bytes(BLOB, n=n, codec=codec)
+
+
+@pytest.mark.parametrize("codec", CODECS)
+@pytest.mark.parametrize("total", [None, 1000])
+def test_a_reduced_part_is_the_encoded_mean_of_what_came_in_the_order_of_the_roster(
+    codec: Codec, total: int | None
+) -> None:
+    generator = np.random.default_rng(3)
+    first, third = (generator.standard_normal(99).astype(np.float32) for _ in range(2))
+    part = reduce_part({2: third, 0: first}, [100, 200, 300], 99, codec, total)
+    assert part.mask == b"\x05"
+    assert part.data == encode(weighted_mean([(100, first), (300, third)], total), codec)
+    nothing = reduce_part({}, [100, 200, 300], 99, codec, total)
+    assert (nothing.mask, nothing.data) == (b"", encode(np.zeros(99, np.float32), codec))
 
 
 def test_a_mean_of_the_largest_values_stays_finite_for_a_thousand_steps() -> None:
