@@ -132,3 +132,10 @@ def test_an_outlier_spoils_its_block_and_no_more() -> None:
     values[5] = 1e6
     back = decode(encode(values, "int8"), 1024, "int8")
     assert np.abs(back[256:] - values[256:]).max() < 0.02
+
+
+@codecs
+def test_no_values_are_no_bytes(codec: Codec) -> None:
+    nothing = np.zeros(0, np.float32)
+    assert encode(nothing, codec) == b""
+    assert decode(b"", 0, codec).tobytes() == b""
