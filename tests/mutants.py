@@ -9,7 +9,7 @@ copies of the tree. Left alone is what no test should have to notice: annotation
 log lines, texts of messages. Which changes are tried depends on the lines themselves and on SEED, so an edit elsewhere
 in a file leaves the sample of its other lines as it was.
 
-A killed one counts as killed until its file changes; those that survive are tried again when any test has changed.
+What is killed or runs out of time is not tried again until its file changes, what survives when any test has changed.
 ``mutated`` says which tests are asked about which file; docs/testing.md names the survivors that change nothing.
 """
 
@@ -337,7 +337,7 @@ def known_outcomes(tests: str) -> dict[str, str]:
     """Digest -> outcome, of those that need not be tried again."""
     lines = RESULTS.read_text().splitlines() if RESULTS.exists() else []
     results = [json.loads(line) for line in lines]
-    return {one["digest"]: one["outcome"] for one in results if one["outcome"] == "killed" or one["tests"] == tests}
+    return {one["digest"]: one["outcome"] for one in results if one["outcome"] != "survived" or one["tests"] == tests}
 
 
 def report(mutants: Sequence[Mutant], outcomes: dict[str, str]) -> bool:

@@ -20,7 +20,7 @@ TESTS: dict[str, tuple[str, ...]] = {
     "p2p_diloco/outer.py": ("tests/test_outer.py",),
     "p2p_diloco/codec.py": ("tests/test_codec.py",),
     "p2p_diloco/records.py": ("tests/test_records.py",),
-    "p2p_diloco/wire.py": ("tests/test_wire.py",),
+    "p2p_diloco/wire.py": ("tests/test_wire.py", "tests/test_traffic.py"),
     "p2p_diloco/inner.py": ("tests/test_inner.py",),
     "p2p_diloco/data.py": ("tests/test_data.py",),
     "p2p_diloco/swarm.py": ("tests/test_swarm.py",),

@@ -30,7 +30,7 @@ from p2p_diloco.messages import (
     pack,
 )
 from p2p_diloco.waiting import Bell, heard
-from p2p_diloco.wire import Channel
+from p2p_diloco.wire import Channel, Links
 
 HASH = bytes(range(32))
 
@@ -71,6 +71,10 @@ def framed(*frames: bytes) -> bytes:
 
 def now_s() -> float:
     return asyncio.get_running_loop().time()
+
+
+def test_who_has_no_links_has_none_of_any_kind() -> None:
+    assert set(vars(Links()).values()) == {0}
 
 
 # -- frames --------------------------------------------------------------------------------------------------------
@@ -234,6 +238,18 @@ def test_a_no_that_is_expected_is_an_answer() -> None:
         mine, theirs = pipe()
         await mine.send(No(reason="no"))
         assert await theirs.receive(Commit, No, timeout_s=1.0) == No(reason="no")
+
+    run_simulated(main())
+
+
+def test_a_no_where_bytes_are_due_is_a_refusal() -> None:
+    async def main() -> None:
+        fed = Fed()
+        refused = fed.channel.refusal(pack(No(reason="not held")))
+        assert isinstance(refused, Refused)
+        assert (refused.peer_id, refused.reason) == (fed.channel.peer_id, "not held")
+        assert fed.channel.refusal(pack(Size(size_bytes=1))) is None
+        assert fed.channel.refusal(b"\xc1") is None
 
     run_simulated(main())
 
