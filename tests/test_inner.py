@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from builders import identity
+from safetensors.numpy import load
 
 from p2p_diloco.codec import Vector
 from p2p_diloco.data import Corpus
@@ -210,6 +211,27 @@ def test_a_damaged_or_missing_file_costs_the_moments_and_nothing_else(tmp_path: 
     again, _ = trainer()
     assert again.load(path) is None
     assert not again.optimizer.state
+
+
+def test_what_is_forgotten_is_as_before_the_first_step() -> None:
+    inner, local = trainer()
+    run(inner, range(3))
+    inner.forget()
+    assert inner.moments() == ({}, {})
+    fresh, theta = trainer()
+    theta[:] = local
+    assert run(inner, range(3, 6)) == run(fresh, range(3, 6))
+    assert np.array_equal(local, theta)
+
+
+def test_tensors_lie_at_whole_words_in_the_file(tmp_path: Path) -> None:
+    """However long the header before them is; safetensors asks for it."""
+    inner, local = trainer()
+    for length in range(8):
+        inner.save(tmp_path / INNER_FILE, local, head="a" * length, inner_step=0, tokens=1)
+        data = (tmp_path / INNER_FILE).read_bytes()
+        assert int.from_bytes(data[:8], "little") % 8 == 0
+        assert np.array_equal(load(data)["local"], local)
 
 
 def test_drops_are_drawn_anew_for_every_peer_and_outer_step_and_always_the_same() -> None:
