@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -350,7 +351,20 @@ def test_a_file_system_without_locks_is_good_enough(tmp_path: Path, monkeypatch:
 
     monkeypatch.setattr(fcntl, "flock", no_locks)
     write_texts(tmp_path / "texts")
+    with data.locked(tmp_path / "lock") as alone:
+        assert not alone
     assert len(open_corpus(SPEC, base=tmp_path, cache=tmp_path / "cache").train)
+
+
+def test_tokens_may_be_kept_in_folders_that_are_not_there_yet(tmp_path: Path) -> None:
+    write_texts(tmp_path / "texts")
+    assert len(open_corpus(SPEC, base=tmp_path, cache=tmp_path / "not" / "there" / "yet").train)
+
+
+def test_a_text_is_known_by_its_fingerprint_or_by_what_it_is_kept_as() -> None:
+    theirs = corpus_of()
+    assert replace(theirs, cached_as="c").identity == "c"
+    assert replace(theirs, cached_as="c", fingerprint="f").identity == "f"
 
 
 def test_of_two_processes_one_tokenizes_and_the_other_waits(tmp_path: Path) -> None:

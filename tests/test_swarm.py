@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -87,7 +88,7 @@ def test_training_begins_from_theta_where_the_peer_stands(tmp_path: Path) -> Non
         assert np.array_equal(one.parameters, one.network.theta)
         assert np.array_equal(swarm.local, one.network.theta)
         assert (swarm.step, swarm.head, swarm.inner_step, swarm.planned) == (3, head_at(3), 0, 4)
-        assert (swarm.tokens_since_theta, swarm.tokens_this_step) == (0, 0)
+        assert (swarm.tokens, swarm.tokens_since_theta, swarm.tokens_this_step, swarm.tokens_per_s) == (0, 0, 0, 0.0)
         assert swarm.folder == tmp_path
         assert swarm.maddrs == ["/ip4/127.0.0.1/tcp/1"]
         assert one.network.lines("begin") == [{"kind": "begin", "planned": 4}]
@@ -359,6 +360,14 @@ def test_a_run_that_is_not_found(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="no run there"), joined(network, MANIFEST, tmp_path):
         pass
     assert network.lines("leave") == [{"kind": "leave", "reason": "UsageError"}]
+
+
+def test_nothing_of_the_shared_memory_is_left_open(tmp_path: Path) -> None:
+    network = ScriptedNetwork(MANIFEST)
+    with joined(network, MANIFEST, tmp_path):
+        os.fstat(network.memory)
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(network.memory)
 
 
 def test_a_trainer_that_leaves_says_why(tmp_path: Path) -> None:
