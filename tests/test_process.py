@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import logging
+import os
 import threading
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 from scripted import ScriptedNetwork, scripted_manifest
 
 from p2p_diloco import process
-from p2p_diloco.errors import NetworkError
+from p2p_diloco.config import PeerConfig, Timeouts
+from p2p_diloco.errors import NetworkError, UsageError
 from p2p_diloco.process import NetworkHandle
+from p2p_diloco.swarm import anonymous_memory
 
 MANIFEST = scripted_manifest()
 STUCK_S = 20.0
@@ -74,10 +78,42 @@ def test_one_that_is_killed_is_an_error_and_its_last_line_counts(pair: Pair, res
     handle.say("progress", inner_step=1)
 
 
+def test_an_answer_may_be_long_in_coming(pair: Pair) -> None:
+    network, handle = pair
+    later = threading.Timer(10 * process.POLL_S, network.say, ("joined",), {"step": 7})
+    later.start()
+    assert handle.wait("joined")["step"] == 7
+
+
+def test_what_ended_it_can_be_asked_for_and_answers_stay(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(process, "ORPHAN_S", 0.0)
+    network, handle = pair
+    handle.check()
+    network.say("begun", step=3)
+    network.die()
+    wait_for_the_reader(handle)
+    with pytest.raises(NetworkError, match="the network process died"):
+        handle.check()
+    assert handle.wait("begun")["step"] == 3
+
+
+def test_a_process_is_told_how_to_start_and_says_why_it_cannot(exits: list[int], tmp_path: Path) -> None:
+    damaged = tmp_path / "damaged.json"
+    damaged.write_text("{}")
+    memory = anonymous_memory()
+    handle = NetworkHandle.start(PeerConfig(folder=tmp_path / "me"), Timeouts(), "seed", damaged, memory)
+    try:
+        with pytest.raises(UsageError, match=r"damaged\.json"):
+            handle.wait("found")
+    finally:
+        handle.close("done")
+        os.close(memory)
+
+
 def test_a_trainer_whose_network_process_died_ends_even_inside_an_inner_step(
     pair: Pair, exits: list[int], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(process, "ORPHAN_S", 0.0)
+    monkeypatch.setattr(process, "ORPHAN_S", 0.05)
     network, handle = pair
     network.die()
     wait_for_the_reader(handle)
