@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,13 +17,24 @@ from scripted import TOKENS, ScriptedNetwork, head_at, joined, outcome, scripted
 from small_models import llama, vector_of
 
 from benchmarks.stage import write_texts
-from p2p_diloco.errors import LedgerError, NetworkError
+from p2p_diloco import train as training
+from p2p_diloco.errors import DataError, LedgerError, NetworkError, Stopped
 from p2p_diloco.inner import INNER_FILE, InnerOptimizer
 from p2p_diloco.manifest import RunManifest
 from p2p_diloco.peer import OuterResult
 from p2p_diloco.snapshot import TEMPORARY
 from p2p_diloco.swarm import Swarm
-from p2p_diloco.train import Stop, TrainConfig, resume, train
+from p2p_diloco.train import (
+    SMALL_MODEL,
+    STEP_GRACE_S,
+    Stop,
+    TrainConfig,
+    good_threads,
+    open_run_corpus,
+    resume,
+    stop_signals,
+    train,
+)
 
 STUCK_S = 20.0
 """A test that waits for longer has failed."""
@@ -33,6 +46,11 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("train") / "text"
     write_texts(folder)
     return folder
+
+
+@pytest.fixture(autouse=True)
+def cache(monkeypatch: pytest.MonkeyPatch, text: Path) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(text.with_name("cache")))
 
 
 def script(manifest: RunManifest, *outcomes: OuterResult, step: int = 0, evaluate: bool = False) -> ScriptedNetwork:
@@ -184,7 +202,9 @@ def test_moments_that_led_astray_are_forgotten(tmp_path: Path, text: Path) -> No
     assert set(json.loads(kept_in(tmp_path)["steps"]).values()) == {2.0}
 
 
-def test_theta_is_evaluated_by_whose_turn_it_is(tmp_path: Path, text: Path) -> None:
+def test_theta_is_evaluated_by_whose_turn_it_is(tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter([100.0, 103.5, 200.0, 202.0])
+    monkeypatch.setattr(training, "time", SimpleNamespace(monotonic=lambda: next(clock)))
     manifest = scripted_manifest(outer_steps=2)
     network = script(manifest, outcome(1), outcome(2, evaluate=True), evaluate=True)
     trained(network, manifest, tmp_path, text)
@@ -193,3 +213,57 @@ def test_theta_is_evaluated_by_whose_turn_it_is(tmp_path: Path, text: Path) -> N
     assert (first["tokens"], second["tokens"]) == (64, 64)
     assert first["held_out_loss"] == pytest.approx(np.log(256), abs=0.2)
     assert second["held_out_loss"] < first["held_out_loss"]
+    assert (first["seconds"], second["seconds"]) == (3.5, 2.0)
+
+
+# -- before it begins --------------------------------------------------------------------------------------------------
+
+
+def test_text_that_is_not_the_runs_is_refused(text: Path) -> None:
+    manifest = scripted_manifest()
+    assert open_run_corpus(manifest, text, "me").vocab_size == manifest.vocab_size
+    another = manifest.model_copy(update={"data_fingerprint": "f" * 64})
+    with pytest.raises(DataError, match="is not the one that this run uses"):
+        open_run_corpus(another, text, "me")
+
+
+def test_small_models_have_one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 7)
+    assert [good_threads(n) for n in (1, SMALL_MODEL - 1, SMALL_MODEL, 10 * SMALL_MODEL)] == [1, 1, 7, 7]
+
+
+# -- a wish to end -----------------------------------------------------------------------------------------------------
+
+
+def test_a_signal_stops_at_once_but_for_an_inner_step() -> None:
+    with stop_signals() as stop:
+        with stop.after_inner_step():
+            signal.raise_signal(signal.SIGTERM)
+            assert stop.requested, "and the inner step goes on"
+            with pytest.raises(Stopped), stop.at_once():
+                pytest.fail("nothing else begins")
+        assert signal.alarm(0) == 0, "nobody is interrupted later"
+    with stop_signals() as stop, pytest.raises(Stopped):
+        signal.raise_signal(signal.SIGTERM)
+
+
+def test_an_inner_step_has_some_seconds_to_end_in() -> None:
+    with stop_signals() as stop, stop.after_inner_step():
+        signal.raise_signal(signal.SIGTERM)
+        assert 0 < signal.alarm(0) <= STEP_GRACE_S
+        with pytest.raises(Stopped, match="in the middle of an inner step"):
+            signal.raise_signal(signal.SIGALRM)
+
+
+def test_the_second_signal_ends_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    raised: list[int] = []
+    before = signal.getsignal(signal.SIGTERM)
+    with stop_signals() as stop:
+        with pytest.raises(Stopped):
+            signal.raise_signal(signal.SIGTERM)
+        monkeypatch.setattr(signal, "raise_signal", raised.append)
+        with pytest.raises(Stopped):
+            stop.on_signal(signal.SIGTERM, None)
+        assert raised == [signal.SIGTERM]
+        assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    assert signal.getsignal(signal.SIGTERM) == before
