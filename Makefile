@@ -34,7 +34,7 @@ faults: $(READY)
 	$(BIN)/python tests/explorer.py --seeds 0:5000
 	$(BIN)/python tests/explorer.py --broken
 
-# Small changes to what decides and computes, each against the tests of its file; about an hour on two cores the first time.
+# Small changes to what decides and computes, each against the tests of its file; about half an hour on two cores.
 mutants: $(MUTANTS)
 	$(BIN)/python tests/mutants.py
 

@@ -63,6 +63,7 @@ SPARE_S = 30.0
 LONGEST_S = 600.0
 """For the tests of a file without a change."""
 MEMORY_BYTES = 8 << 30
+"""A loop that never ends may take no more."""
 
 IMPORTED_ONCE = ("torch", "transformers", "hivemind", "pydantic", "hypothesis.strategies", "cryptography")
 PYTEST = (
@@ -188,6 +189,7 @@ OPPOSITE: dict[type[ast.cmpop], type[ast.cmpop]] = {**dict(PAIRS), **{right: lef
 
 class WhatRuns(ast.NodeTransformer):
     def visit_JoinedStr(self, node: ast.JoinedStr) -> ast.AST:
+        """Nearly all are messages; the few that name files are left alone with them."""
         return ast.Constant("")
 
     def visit_UnaryOp(self, node: ast.UnaryOp) -> ast.AST:
