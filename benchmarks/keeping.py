@@ -61,7 +61,7 @@ class Found:
     beside_s: list[float] = field(default_factory=list)
     """Inner steps that were made while the write went on."""
     write_s: list[float] = field(default_factory=list)
-    """Until the first inner step that saw it ended."""
+    """Beside training: until the first inner step at whose end it had ended."""
     peak_bytes: int = 0
 
 
@@ -109,12 +109,13 @@ class Trainer:
         ended_s = time.monotonic()
         keep()
         found.late_s.append(time.monotonic() - ended_s)
+        beside = self.keeper.writing
         found.beside_s.append(self.step())
         self.keeper.check()
         while self.keeper.writing:
             found.beside_s.append(self.step())
             self.keeper.check()
-        found.write_s.append(time.monotonic() - ended_s)
+        found.write_s.append(time.monotonic() - ended_s if beside else found.late_s[-1])
         found.peak_bytes = max(found.peak_bytes, peak_bytes())
 
 
@@ -145,7 +146,7 @@ def main() -> Table:
             max(one.late_s),
             median(one.beside_s),
             max(one.beside_s),
-            median(one.write_s) - (median(one.beside_s) if way in ("no write", "in the way") else 0.0),
+            median(one.write_s),
             (one.peak_bytes - least) / n,
         )
         for way, one in found.items()
