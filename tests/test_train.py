@@ -19,8 +19,8 @@ from small_models import llama, vector_of
 from benchmarks.stage import write_texts
 from p2p_diloco import train as training
 from p2p_diloco.errors import DataError, LedgerError, NetworkError, Stopped
-from p2p_diloco.inner import INNER_FILE, InnerOptimizer
-from p2p_diloco.manifest import RunManifest
+from p2p_diloco.inner import INNER_FILE, InnerOptimizer, Place, place_in_run
+from p2p_diloco.manifest import RunManifest, RunSpec
 from p2p_diloco.peer import OuterResult
 from p2p_diloco.snapshot import TEMPORARY
 from p2p_diloco.swarm import Swarm
@@ -107,7 +107,6 @@ def test_a_peer_that_was_stopped_and_comes_back_offers_what_it_would_have_offere
 
 
 def test_also_after_a_round_that_failed(tmp_path: Path, text: Path) -> None:
-    """Its batches go on after the failure: eight of them are in the second offer, none twice."""
     manifest = scripted_manifest(outer_steps=1)
     alone = script(manifest, FAILED, outcome(1))
     trained(alone, manifest, tmp_path / "alone", text)
@@ -119,6 +118,23 @@ def test_also_after_a_round_that_failed(tmp_path: Path, text: Path) -> None:
     trained(again, manifest, tmp_path / "stopped", text)
     assert again.offered == alone.offered[1:]
     assert [line["tokens"] for line in again.lines("outer_step")] == [8 * TOKENS]
+
+
+def test_batches_go_on_after_a_failure_and_the_schedule_begins_again(
+    tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    places: list[Place] = []
+
+    def noted(spec: RunSpec, outer_step: int, batch_step: int, inner_step: int) -> Place:
+        places.append(place_in_run(spec, outer_step, batch_step, inner_step))
+        return places[-1]
+
+    monkeypatch.setattr("p2p_diloco.train.place_in_run", noted)
+    manifest = scripted_manifest(outer_steps=2)
+    kept = outcome(1, committed=False, adopted=True, kept=True, reason="behind")
+    trained(script(manifest, FAILED, kept, outcome(2)), manifest, tmp_path, text)
+    assert [place.batch_step for place in places] == [0, 1, 2, 3, 4, 5, 6, 7, 4, 5, 6, 7]
+    assert [place.schedule_step for place in places] == [0, 1, 2, 3, 0, 1, 2, 3, 4, 5, 6, 7]
 
 
 @pytest.mark.parametrize(
@@ -182,13 +198,14 @@ def test_at_the_end_it_is_kept_as_it_is(tmp_path: Path, text: Path) -> None:
 
 
 def test_a_full_disk_ends_training(tmp_path: Path, text: Path) -> None:
-    """While it goes on: the script has outer steps for longer than a write takes to fail."""
+    """While it goes on, and not only at the next snapshot step, which never comes. The script has outer steps for
+    longer than a write takes to fail."""
     full = Path("/dev/full")
     if not full.exists():
         pytest.skip("no /dev/full on this system")
     (tmp_path / (INNER_FILE + TEMPORARY)).symlink_to(full)
-    manifest = scripted_manifest(inner_steps=1, outer_steps=1000, snapshot_every=1)
-    network = script(manifest, *(outcome(step, planned=1) for step in range(1, 200)))
+    manifest = scripted_manifest(inner_steps=1, outer_steps=1000, snapshot_every=2)
+    network = script(manifest, *(outcome(step, planned=1) for step in (2, *range(3, 600, 2))))
     with pytest.raises(LedgerError, match="disk full, free 1 MB or move the folder"):
         trained(network, manifest, tmp_path, text)
     assert network.lines("leave")[0]["reason"] == "LedgerError"
