@@ -225,7 +225,11 @@ class Directory:
 
     def live(self, now_s: float) -> list[Record]:
         """Records of the peers that are there, in the order of their ids."""
-        return [r for r in self.current(now_s) if self._suspects.get(r.peer_id, -1.0) < r.issued_s]
+        return [record for record in self.current(now_s) if self._answers(record)]
+
+    def _answers(self, record: Record) -> bool:
+        """As far as I have seen since this record was signed."""
+        return self._suspects.get(record.peer_id, -1.0) < record.issued_s
 
     def current(self, now_s: float) -> list[Record]:
         """As ``live``, with those who did not answer."""
@@ -252,8 +256,14 @@ class Directory:
         return len(claim)
 
     def believed(self, now_s: float) -> list[Record]:
-        """As ``live``, without those in doubt: the voters."""
-        return [record for record in self.live(now_s) if self._doubts.get(record.peer_id, now_s) <= now_s]
+        """The voters: as ``live``, without those in doubt, and with all in client mode whose record is current. They
+        cannot be dialled, so it means little that one does not answer; and if its vote came and went with every try,
+        each half of a swarm that was cut in two could take itself for the larger one."""
+        return [
+            record
+            for record in self.current(now_s)
+            if (record.client_mode or self._answers(record)) and self._doubts.get(record.peer_id, now_s) <= now_s
+        ]
 
     def show(self, way: Sequence[bytes]) -> None:
         """Heads, newest first, of which each is known to follow from the next. The oldest that are known make room."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
@@ -15,13 +16,14 @@ import numpy as np
 from p2p_diloco import settle
 from p2p_diloco.codec import Vector
 from p2p_diloco.meeting import Meeting
-from p2p_diloco.messages import Commit
+from p2p_diloco.messages import Commit, No
 from p2p_diloco.outer import Part, Update, apply_checked, check_update, contributor_mask
 from p2p_diloco.peer import OuterResult, Peer
 from p2p_diloco.records import Directory, Record
 from p2p_diloco.replica import Replica
-from p2p_diloco.rounds import Standing
+from p2p_diloco.rounds import Standing, way_of
 from p2p_diloco.settle import Settlement
+from p2p_diloco.wire import Channel
 
 LOCAL_VALUES = bytes(32)
 """In place of the hash of a part that everybody fills with its own values."""
@@ -157,6 +159,56 @@ def endless_patience() -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def half_settles() -> Iterator[None]:
+    """Half of a group counts as most of it."""
+
+    def is_half(self: Settlement, members: int) -> bool:
+        return 2 * members >= len(self.group.members)
+
+    with mock.patch.object(Settlement, "_is_most", is_half):
+        yield
+
+
+@contextlib.contextmanager
+def half_of_the_voters() -> Iterator[None]:
+    """A head on or beyond which half of the voters stand counts as one that most agree on."""
+
+    def head_of_half(
+        records: Iterable[Record], mine: Standing | None, before: Mapping[bytes, bytes]
+    ) -> tuple[int, bytes] | None:
+        everybody: list[Record | Standing] = [*records, *([mine] if mine is not None else [])]
+        voters = [voter for voter in everybody if voter.committed] or everybody
+        paths = [[(voter.step - back, head) for back, head in enumerate(way_of(voter, before))] for voter in voters]
+        support = Counter(candidate for path in paths for candidate in path)
+
+        def order(candidate: tuple[int, bytes]) -> tuple[int, int, bytes]:
+            return (-support[candidate], -candidate[0], candidate[1])
+
+        agreed = [candidate for candidate, count in support.items() if 2 * count >= len(voters)]
+        if not agreed:
+            return min(support, key=order, default=None)
+        base = max(agreed)
+        return min({path[0] for path in paths if base in path[1:]}, key=order, default=base)
+
+    with (
+        mock.patch("p2p_diloco.follower.swarm_head", head_of_half),
+        mock.patch("p2p_diloco.company.swarm_head", head_of_half),
+    ):
+        yield
+
+
+@contextlib.contextmanager
+def denied_at_once() -> Iterator[None]:
+    """Who has not taken a commit yet says so, although it may still take one from a leader before the one that asks."""
+
+    async def deny(self: Settlement, channel: Channel, member: int) -> None:
+        await channel.send(self.taken or No(reason="no commit has come"))
+
+    with mock.patch.object(Settlement, "_on_ask_commit", deny):
+        yield
+
+
 VARIANTS: dict[str, Callable[[], AbstractContextManager[None]]] = {
     "settle skipped": settle_skipped,
     "loudest head": loudest_head,
@@ -165,4 +217,7 @@ VARIANTS: dict[str, Callable[[], AbstractContextManager[None]]] = {
     "sent again": sent_again,
     "kept although it arrived": kept_although_it_arrived,
     "endless patience": endless_patience,
+    "half settles": half_settles,
+    "half of the voters": half_of_the_voters,
+    "denied at once": denied_at_once,
 }

@@ -7,7 +7,8 @@ one that adds up their numbers. As a contribution is an unbroken run of steps, t
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import median_low
 
@@ -17,7 +18,8 @@ import numpy.typing as npt
 from p2p_diloco.codec import Vector, decode
 from p2p_diloco.manifest import OnMissed
 from p2p_diloco.outer import OuterState, Update, part_slices
-from p2p_diloco.rounds import LARGEST_WEIGHT_OVER_MEDIAN
+from p2p_diloco.records import Record
+from p2p_diloco.rounds import LARGEST_WEIGHT_OVER_MEDIAN, Standing, way_of
 
 MAX_PEERS = 12
 PART_VALUES = 32
@@ -47,6 +49,24 @@ class Steps:
         return self.first <= other.last and other.first <= self.last
 
 
+@dataclass(frozen=True, kw_only=True)
+class Settled:
+    """How a round ended at one of its members."""
+
+    peer: int
+    began_s: float
+    head: bytes | None
+    """None: without an update."""
+    heard: bool
+    """It knew a commit, whether it could use it or not."""
+    place: int
+    """Of the leader that it was with in the end, in the order of leaders."""
+    leads: bool
+    """It was that leader itself."""
+    decided: bool
+    """And most of the group took its commit."""
+
+
 @dataclass(eq=False)
 class Chronicle:
     names: dict[str, int]
@@ -66,6 +86,8 @@ class Chronicle:
     """Peer -> its inner steps, over all its lives."""
     durable: dict[int, bytes] = field(default_factory=dict)
     """Peer -> the head that its disk must lead to, or past."""
+    rounds: dict[bytes, list[Settled]] = field(default_factory=dict)
+    """Round id -> how it ended, in that order."""
 
     # -- what happens ------------------------------------------------------------------------------------------------
 
@@ -119,6 +141,61 @@ class Chronicle:
             local[where.start + 2 * peer + 1] += np.float32(number)
             rest = slice(where.start + 2 * MAX_PEERS, where.stop)
             local[rest] -= np.float32(0.1) * (local[rest] - target[rest])
+
+    def settles(self, round_id: bytes, now: Settled, well_since_s: Callable[[int, int], float]) -> None:
+        """A round ends at one of its members. ``well_since_s``: since when two peers have been able to talk."""
+        others = self.rounds.setdefault(round_id, [])
+        for one in others:
+            for leader, member in ((now, one), (one, now)):
+                if leader.peer != member.peer and leader.leads and member.head is not None:
+                    apart = well_since_s(leader.peer, member.peer) > min(leader.began_s, member.began_s)
+                    self._check_leader(leader, member, apart=apart, knew=leader is now)
+        others.append(now)
+
+    @staticmethod
+    def _check_leader(leader: Settled, member: Settled, *, apart: bool, knew: bool) -> None:
+        assert member.head is not None
+        names = (
+            f"peer {leader.peer}, leader {leader.place} of a round, and peer {member.peer}, with leader {member.place}"
+        )
+        if leader.decided and leader.head != member.head and (member.place >= leader.place or member.decided):
+            raise Violation("one-outcome", f"{names}: another update than most of the group have taken")
+        if apart or member.place >= leader.place:
+            return
+        if leader.decided and leader.head != member.head:
+            raise Violation("one-outcome", f"{names}: different updates, although they could talk")
+        if knew and not leader.heard:
+            raise Violation(
+                "one-outcome", f"{names}, who has an update that the first never heard of, although they could talk"
+            )
+
+    def follows(
+        self,
+        records: Sequence[Record],
+        mine: Standing | None,
+        before: Mapping[bytes, bytes],
+        target: tuple[int, bytes] | None,
+    ) -> None:
+        """A peer takes ``target`` for the swarm's head. Violation where it would give up what it has committed for
+        less: the others must have most of those whom it knows, or more than stand where it stands, or as many on a
+        newer head, or on one as new with the smaller digest. So two halves do not change places, whoever else each of
+        their members sees."""
+        if mine is None or not mine.committed or target is None:
+            return
+        here = way_of(mine, before)
+        ways = [way_of(record, before) for record in records if record.committed]
+        there = {head for way in ways if target[1] in way for head in way[way.index(target[1]) :]}
+        if target[1] in here or mine.head in there:
+            return
+        support = Counter(head for way in [here, *ways] for head in way)
+        if any(2 * support[head] > len(ways) + 1 for head in there.difference(here)):
+            return
+        if (-support[target[1]], -target[0], target[1]) > (-support[mine.head], -mine.step, mine.head):
+            raise Violation(
+                "head-choice",
+                f"outer step {mine.step}, with {support[mine.head]} of {len(ways) + 1} voters, yields to outer step "
+                f"{target[0]}, with {support[target[1]]}",
+            )
 
     # -- what must be true -------------------------------------------------------------------------------------------
 

@@ -6,20 +6,28 @@ import asyncio
 import contextlib
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from hashlib import blake2b
 from typing import Any
 from unittest import mock
 
-from chronicle import PART_VALUES, Chronicle, Violation
+from chronicle import PART_VALUES, Chronicle, Settled, Violation
+from schedules import WAITED_FOR
 from simloop import RUNNING
 from world import World
 
+from p2p_diloco import follower
 from p2p_diloco.identity import Identity
 from p2p_diloco.ledger import Ledger
+from p2p_diloco.messages import Message
 from p2p_diloco.outer import Update
+from p2p_diloco.records import Record
 from p2p_diloco.replica import Replica
+from p2p_diloco.rounds import Missed, Standing
+from p2p_diloco.settle import Settlement
+from p2p_diloco.wire import Channel
 
+TRAVELLING = frozenset(message for message, _ in WAITED_FOR)
 LINKS = 5
 """Of a history, in one message."""
 
@@ -39,7 +47,8 @@ def instrumented(world: World) -> Iterator[None]:
     """Small parts, signatures that cost nothing, events with the simulated time, and disks and replicas that tell the
     world what they do."""
     real_replace, real_commit, real_load = os.replace, Replica.commit, Replica.load
-    real_roll_back, real_truncate = Replica.roll_back, Ledger.truncate
+    real_roll_back, real_truncate, real_send = Replica.roll_back, Ledger.truncate, Channel.send
+    real_settle, real_swarm_head = Settlement.settle, follower.swarm_head
 
     def replace_file(source: Any, target: Any) -> None:
         world.on_disk()
@@ -70,6 +79,40 @@ def instrumented(world: World) -> Iterator[None]:
     def truncate(ledger: Ledger, step: int) -> None:
         tell(lambda chronicle, peer: chronicle.gives_up(peer))
         real_truncate(ledger, step)
+
+    async def send(channel: Channel, message: Message) -> None:
+        owner = RUNNING.get()
+        if owner is not None and owner.name and message.tag in TRAVELLING:
+            world.sends(int(owner.name), channel.peer_id, message.tag)
+        await real_send(channel, message)
+
+    async def settle(settlement: Settlement) -> Update | Missed:
+        outcome = await real_settle(settlement)
+        group, place = settlement.group, settlement.place
+        tell(
+            lambda chronicle, peer: chronicle.settles(
+                group.round_id,
+                Settled(
+                    peer=peer,
+                    began_s=settlement.started_s,
+                    head=outcome.header.head if isinstance(outcome, Update) else None,
+                    heard=settlement.taken is not None,
+                    place=place,
+                    leads=group.reducers[place] == group.me,
+                    decided=settlement.leads,
+                ),
+                world.well_since_s,
+            )
+        )
+        return outcome
+
+    def swarm_head(
+        records: Iterable[Record], mine: Standing | None, before: Mapping[bytes, bytes]
+    ) -> tuple[int, bytes] | None:
+        records = list(records)
+        target = real_swarm_head(records, mine, before)
+        tell(lambda chronicle, _: chronicle.follows(records, mine, before, target))
+        return target
 
     def tell(what: Callable[[Chronicle, int], None]) -> None:
         owner = RUNNING.get()
@@ -102,6 +145,9 @@ def instrumented(world: World) -> Iterator[None]:
         mock.patch.object(Replica, "load", load),
         mock.patch.object(Replica, "roll_back", roll_back),
         mock.patch.object(Ledger, "truncate", truncate),
+        mock.patch.object(Channel, "send", send),
+        mock.patch.object(Settlement, "settle", settle),
+        mock.patch("p2p_diloco.follower.swarm_head", swarm_head),
     ]
     disabled = logging.root.manager.disable
     with contextlib.ExitStack() as stack:

@@ -17,6 +17,7 @@ A peer in client mode can be reached by those that it has reached itself, as lon
 from __future__ import annotations
 
 import asyncio
+import math
 import random
 from collections import deque
 from collections.abc import Coroutine
@@ -182,6 +183,8 @@ class FakeNetwork:
         self._links: dict[tuple[str, str], Link] = {}
         self._older: dict[tuple[str, str], tuple[bytes, float]] = {}
         self._islands: dict[str, int] = {}
+        self._well_since_s: dict[frozenset[str], float] = {}
+        """Link, or peer alone -> when what was wrong with it was over; infinite while it is not."""
 
     # -- links -------------------------------------------------------------------------------------------------------
 
@@ -199,10 +202,20 @@ class FakeNetwork:
         """Whether ``a`` hears nothing at all from ``b``, not even that it is gone."""
         return b in self.mute or "silent" in (self.link(a, b).cut, self.link(b, a).cut)
 
+    def well_since_s(self, a: str, b: str) -> float:
+        """The loop time since when two peers have lived, run and heard each other without delay. -inf: always;
+        inf: they do not."""
+        return max(self._well_since_s.get(frozenset(ends), -math.inf) for ends in ((a,), (b,), (a, b)))
+
+    def _note(self, *ends: str, well: bool) -> None:
+        self._well_since_s[frozenset(ends)] = asyncio.get_running_loop().time() if well else math.inf
+
     def slow(self, source: str, target: str, slow_s: float) -> None:
+        self._note(source, target, well=not slow_s)
         self._links[source, target] = replace(self.link(source, target), slow_s=slow_s)
 
     def cut(self, a: str, b: str, how: Literal["reset", "silent"]) -> None:
+        self._note(a, b, well=False)
         for way in ((a, b), (b, a)):
             self._links[way] = replace(self.link(*way), cut=how)
         self._changed()
@@ -222,6 +235,7 @@ class FakeNetwork:
             pipe.end()
 
     def restore(self, a: str, b: str) -> None:
+        self._note(a, b, well=True)
         for way in ((a, b), (b, a)):
             self._links[way] = replace(self.link(*way), cut="")
         self._changed()
@@ -248,6 +262,7 @@ class FakeNetwork:
 
     def kill(self, peer_id: str, *, silent: bool = False) -> None:
         """As SIGKILL: nothing of the peer runs any more, its streams end, its record stays in the DHT."""
+        self._note(peer_id, well=False)
         self.nodes[peer_id].incarnation.die()
         self.dead.add(peer_id)
         if silent:
@@ -266,11 +281,13 @@ class FakeNetwork:
 
     def stop(self, peer_id: str, *, whole: bool = False) -> None:
         """As SIGSTOP, of p2pd, too, if ``whole``."""
+        self._note(peer_id, well=False)
         self.nodes[peer_id].incarnation.stop()
         if whole:
             self.mute.add(peer_id)
 
     def resume(self, peer_id: str) -> None:
+        self._note(peer_id, well=True)
         self.mute.discard(peer_id)
         self.nodes[peer_id].incarnation.resume()
         self._changed()
@@ -280,6 +297,8 @@ class FakeNetwork:
         self.nodes[node.peer_id] = node
         self.dead.discard(node.peer_id)
         self.mute.discard(node.peer_id)
+        if frozenset((node.peer_id,)) in self._well_since_s:
+            self._note(node.peer_id, well=True)
         self._changed()
 
     # -- the DHT -----------------------------------------------------------------------------------------------------

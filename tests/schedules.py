@@ -7,15 +7,18 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from p2p_diloco.codec import Codec
 from p2p_diloco.manifest import OnMissed
 
+T = TypeVar("T")
 Kind = Literal["kill", "blackout", "leave", "join", "stop", "cut", "partition", "slow", "disk", "echo", "dht", "liar"]
 Role = Literal["trainer", "client", "seed"]
+Travelling = Literal["", "contribute", "receipt", "again", "commit", "took", "ask-commit"]
+"""Tags of messages between the members of a round."""
 
 KINDS: tuple[tuple[Kind, int], ...] = (
     ("kill", 8),
@@ -36,6 +39,16 @@ ORDERLY: frozenset[Kind] = frozenset(("kill", "blackout", "leave", "join", "slow
 """Faults after which nobody takes a living peer for dead: who died did so for all."""
 EVERYBODYS: frozenset[Kind] = frozenset(("blackout", "partition", "echo", "dht", "liar"))
 """Faults that do not happen to one peer."""
+AMBUSHES: tuple[tuple[Kind, int], ...] = (("kill", 4), ("partition", 6), ("stop", 2), ("cut", 4), ("slow", 4))
+"""How often each kind of fault waits for a message, where one does."""
+WAITED_FOR: tuple[tuple[Travelling, int], ...] = (
+    ("contribute", 4),
+    ("receipt", 3),
+    ("commit", 5),
+    ("took", 3),
+    ("ask-commit", 1),
+    ("again", 1),
+)
 PHASES = ("inner", "gather", "gather", "reduce", "reduce", "settle", "settle", "apply", "apply", "joining")
 FIRST_FAULT_S = 8.0
 LAST_FAULT_S = 80.0
@@ -57,12 +70,16 @@ class Fault:
     """Until it is over: the link restored, the peer started again. 0: for good."""
     phase: str = ""
     """Waits, from ``at_s`` on, until ``who`` is in this phase."""
+    message: Travelling = ""
+    """Waits, from ``at_s`` on, until a message of this kind is sent in a round, and strikes just before: ``who`` is the
+    one that sends it, ``other`` the one that it is sent to."""
     after_s: float = 0.0
-    """Since the phase began."""
+    """Since the phase began, or the message was sent."""
     how: str = ""
     """kill: "silent", "wiped": comes back with an empty folder, or "disk": at the ``nth`` operation of its disk; stop:
-    "whole"; cut, partition: "silent" or "reset"."""
+    "whole"; cut, partition: "silent" or "reset"; slow: "uplink", all that ``who`` sends."""
     nth: int = 0
+    """Operation of a disk; message of its kind in a round, whoever sends it. From 1 on."""
     amount: float = 0.0
     """slow: seconds; echo and dht: how probable."""
 
@@ -70,7 +87,7 @@ class Fault:
         shown = {
             name: value for name, value in asdict(self).items() if value not in ("", 0, 0.0, ()) and name != "kind"
         }
-        who = "" if self.kind in ("blackout", "echo", "dht", "liar", "partition") else f" {self.who}"
+        who = "" if self.kind in EVERYBODYS or self.message else f" {self.who}"
         return f"{self.kind}{who} " + " ".join(f"{k}={v}" for k, v in shown.items() if k != "who")
 
 
@@ -174,7 +191,45 @@ def draw(seed: int) -> Schedule:
             second = _draw_fault(r, r.choice(("kill", "stop", "cut", kind)), fault.at_s, plain)
             if second.kind != "join":
                 faults.append(replace(second, at_s=round(second.at_s + r.choice((0.0, 0.0, 1.0, 5.0)) * r.random(), 2)))
+    if r.random() < 0.5:
+        # Others would mostly keep a round from coming as far as the messages that these wait for.
+        faults = [fault for fault in faults if fault.kind == "join"] + _draw_ambushes(r, plain)
     return replace(plain, faults=tuple(faults))
+
+
+def _draw_ambushes(r: random.Random, plain: Schedule) -> list[Fault]:
+    """Faults in the middle of rounds, often two in one."""
+    others = sum(plan.role != "seed" for plan in plain.peers) - 1
+    faults: list[Fault] = []
+    for at_s in sorted(r.uniform(FIRST_FAULT_S, LAST_FAULT_S) for _ in range(r.choice((1, 2, 3, 5)))):
+        message = _one_of(r, WAITED_FOR)
+        for _ in range(r.choice((1, 1, 2, 3))):
+            fault = _draw_fault(r, _one_of(r, AMBUSHES), round(at_s, 2), plain)
+            nth = r.randint(1, others * (others + 1) if message == "contribute" else others)
+            after_s = round(r.choice((0.0, 0.0, 12 * plain.latency_s)) * r.random(), 3)
+            ambush = replace(fault, who=0, other=0, phase="", message=message, nth=nth, after_s=after_s)
+            if fault.kind == "partition" and r.random() < 0.7:
+                ambush = replace(ambush, side=_half(r, plain))
+            elif fault.kind == "kill" and fault.how in ("disk", "wiped"):
+                ambush = replace(ambush, how="silent")
+            elif fault.kind == "slow":
+                ambush = replace(ambush, how=r.choice(("", "uplink")))
+            faults.append(ambush)
+            if r.random() < 0.5:
+                message = _one_of(r, WAITED_FOR)
+    return faults
+
+
+def _one_of(r: random.Random, choices: Sequence[tuple[T, int]]) -> T:
+    """Each as often as it says."""
+    return r.choices([choice for choice, _ in choices], [often for _, often in choices])[0]
+
+
+def _half(r: random.Random, plain: Schedule) -> tuple[int, ...]:
+    """Half of those who train, and perhaps the seed."""
+    trainers = [i for i, plan in enumerate(plain.peers) if plan.role != "seed"]
+    seeds = [i for i, plan in enumerate(plain.peers) if plan.role == "seed" and r.random() < 0.5]
+    return tuple(sorted(seeds + r.sample(trainers, len(trainers) // 2)))
 
 
 def _draw_peer(r: random.Random, role: Role, step_s: float) -> PeerPlan:
@@ -267,6 +322,8 @@ def smaller(schedule: Schedule) -> Iterator[Schedule]:
                 yield replace(schedule, peers=(*schedule.peers[:i], simpler, *schedule.peers[i + 1 :]))
     for i, fault in enumerate(faults):
         changes: tuple[dict[str, Any], ...] = ({"phase": "", "after_s": 0.0}, {"how": "reset"}, {"after_s": 0.0})
+        if fault.message and fault.nth > 1:
+            changes = ({"nth": 1}, *changes)
         for change in changes:
             simpler_fault = replace(fault, **change)
             if simpler_fault != fault and (fault.how or "how" not in change) and fault.how != "disk":
@@ -281,7 +338,8 @@ def without_peer(schedule: Schedule, index: int) -> Schedule | None:
     faults = []
     for fault in schedule.faults:
         ends = {"kill", "stop", "cut", "slow", "disk", "leave", "join"}
-        if (fault.kind in ends and fault.who == index) or (fault.kind in ("cut", "slow") and fault.other == index):
+        struck = (fault.kind in ends and fault.who == index) or (fault.kind in ("cut", "slow") and fault.other == index)
+        if struck and not fault.message:
             continue
         who, other = (i - (i > index) for i in (fault.who, fault.other))
         side = tuple(i - (i > index) for i in fault.side if i != index)

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import pytest
-from builders import identity
-from chronicle import MAX_PEERS, PART_VALUES, Chronicle, Steps, Violation
+from builders import identity, record_of
+from chronicle import MAX_PEERS, PART_VALUES, Chronicle, Settled, Steps, Violation
 
 from p2p_diloco import outer
 from p2p_diloco.codec import Vector, encode
 from p2p_diloco.outer import OuterState, Part, Update, UpdateHeader, apply, contributor_mask, genesis_state, part_slices
+from p2p_diloco.records import Record
+from p2p_diloco.rounds import Standing
 
 N = 3 * PART_VALUES - 5
 TARGET = np.zeros(N, np.float32)
@@ -147,3 +151,119 @@ def test_what_all_who_held_it_took_with_them_may_be_lost() -> None:
     assert story.chronicle.lost == {second}
     story.chronicle.dies([])
     assert story.chronicle.lost == {first, second}
+
+
+HEADS = [bytes([i]) * 32 for i in range(4)]
+TALKING, APART = -math.inf, math.inf
+
+
+def settled(peer: int, head: bytes | None, *, place: int = 0, leads: bool = False, decided: bool = False) -> Settled:
+    heard = head is not None
+    return Settled(peer=peer, began_s=10.0, head=head, heard=heard, place=place, leads=leads, decided=decided)
+
+
+def since(well_since_s: float) -> Callable[[int, int], float]:
+    return lambda a, b: well_since_s
+
+
+LEADER = settled(0, HEADS[0], leads=True, decided=True)
+"""Most of the group have taken its commit."""
+LATER = settled(1, HEADS[1], place=1, leads=True, decided=True)
+DEAF = settled(1, None, place=1, leads=True)
+
+
+@pytest.mark.parametrize("since_s", [TALKING, APART])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        (LEADER, LATER),
+        (LEADER, settled(2, HEADS[1], place=1)),
+        (
+            settled(0, HEADS[0], leads=True, decided=True),
+            settled(3, HEADS[0]),
+            settled(1, HEADS[1], place=1, leads=True),
+        ),
+    ],
+)
+def test_what_most_of_a_group_have_taken_is_the_only_outcome_of_a_round(
+    wrong: tuple[Settled, ...], since_s: float
+) -> None:
+    for *before, last in (wrong, wrong[::-1]):
+        story = Story()
+        for one in before:
+            story.chronicle.settles(b"round", one, since(since_s))
+        with pytest.raises(Violation, match="one-outcome"):
+            story.chronicle.settles(b"round", last, since(since_s))
+
+
+def test_rounds_that_end_in_one_way_or_in_several_rounds() -> None:
+    story = Story()
+    for one in (LEADER, settled(2, HEADS[0]), settled(3, None), dataclasses.replace(LATER, head=HEADS[0])):
+        story.chronicle.settles(b"round", one, since(TALKING))
+    story.chronicle.settles(b"another", LATER, since(TALKING))
+
+
+@pytest.mark.parametrize("leader", [LATER, DEAF])
+def test_who_leads_in_place_of_others_settles_the_round_as_those_did_whom_it_can_reach(leader: Settled) -> None:
+    member = settled(2, HEADS[0])
+    for well_since_s in (TALKING, 9.9):
+        story = Story()
+        story.chronicle.settles(b"round", member, since(well_since_s))
+        with pytest.raises(Violation, match="one-outcome"):
+            story.chronicle.settles(b"round", leader, since(well_since_s))
+    for well_since_s in (APART, 10.1):
+        story = Story()
+        for one in (member, leader):
+            story.chronicle.settles(b"round", one, since(well_since_s))
+    known = dataclasses.replace(DEAF, heard=True)  # but most did not take it, or a part of it was to be had nowhere
+    story = Story()
+    for one in (member, known):
+        story.chronicle.settles(b"round", one, since(TALKING))
+
+
+X, Y = sorted(HEADS[2:])
+"""Two heads of outer step 3, both from HEADS[1]."""
+
+
+def at(head: bytes, step: int = 3, *older: bytes) -> Standing:
+    return Standing(step=step, head=head, heads=(*older, HEADS[1], HEADS[0]), committed=True)
+
+
+def voters(*heads: bytes) -> list[Record]:
+    return [
+        record_of(identity(10 + i), step=3, head=head, heads=[HEADS[1], HEADS[0]], committed=True)
+        for i, head in enumerate(heads)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("mine", "others", "target"),
+    [
+        (at(Y), voters(Y, X, X), (3, X)),  # even, and the smaller digest
+        (at(X), voters(Y, Y), (3, Y)),
+        (at(X), voters(X, Y, Y), (3, X)),
+        (at(HEADS[1], 2), voters(Y, X, X), (3, Y)),  # nothing is given up
+        (dataclasses.replace(at(X), committed=False), voters(Y, X), (3, Y)),
+        (None, voters(Y), (3, Y)),
+        (at(X), [], None),
+    ],
+)
+def test_peers_follow_for_good_reasons(
+    mine: Standing | None, others: list[Record], target: tuple[int, bytes] | None
+) -> None:
+    Story().chronicle.follows(others, mine, {}, target)
+
+
+@pytest.mark.parametrize(
+    ("mine", "others", "target"),
+    [
+        (at(X), voters(X, Y, Y), (3, Y)),
+        (at(Y), voters(Y, X), (3, X)),
+        (at(bytes([9]) * 32, 4, X), voters(X, Y), (3, Y)),
+    ],
+)
+def test_nobody_gives_up_what_it_has_committed_for_less(
+    mine: Standing, others: list[Record], target: tuple[int, bytes]
+) -> None:
+    with pytest.raises(Violation, match="head-choice"):
+        Story().chronicle.follows(others, mine, {}, target)

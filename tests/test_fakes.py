@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import random
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -376,6 +378,32 @@ def test_one_direction_of_a_link_is_slow() -> None:
         assert now_s() - began_s == 3.5
 
     run_simulated(main())
+
+
+def test_the_network_knows_since_when_all_is_well_between_two_peers() -> None:
+    async def main() -> list[float]:
+        two = Two()
+        network, began_s = two.network, now_s()
+        seen = [network.well_since_s(A, B)]
+        story: list[tuple[Callable[[], object], Callable[[], object]]] = [
+            (lambda: network.slow(B, A, 0.5), lambda: network.slow(B, A, 0.0)),
+            (lambda: network.cut(A, B, "silent"), lambda: network.restore(B, A)),
+            (lambda: network.stop(B), lambda: network.resume(B)),
+            (lambda: network.kill(A), lambda: FakeTransport(network, A, TIMEOUTS)),
+        ]
+        for trouble, end in story:
+            await asyncio.sleep(1)
+            trouble()
+            seen.append(network.well_since_s(A, B))
+            await asyncio.sleep(1)
+            end()
+            seen.append(network.well_since_s(B, A) - began_s)
+        return seen
+
+    always, *later = run_simulated(main())
+    assert always < 0
+    assert later[::2] == [math.inf] * 4
+    assert later[1::2] == [2, 4, 6, 8]
 
 
 def test_who_cannot_be_dialled_can_be_called_back() -> None:

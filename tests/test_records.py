@@ -336,6 +336,20 @@ def test_a_suspect_comes_back_with_a_newer_record() -> None:
     assert len(known.ids) == 2
 
 
+def test_who_cannot_be_dialled_keeps_its_vote_when_it_does_not_answer() -> None:
+    """It is not counted on, as nobody is that does not answer, but it is there until its record is out of date."""
+    known = Known()
+    known.hear(2, client_mode=True)
+    known.hear(3)
+    known.suspect(OTHER.peer_id)
+    known.suspect(identity(3).peer_id)
+    assert known.ids == []
+    assert [record.peer_id for record in known.believed(known.now_s)] == [OTHER.peer_id]
+    assert known.believed(known.now_s + 30) == []
+    known.doubt(record_of(OTHER).head, known.now_s, 20.0)
+    assert known.believed(known.now_s) == []
+
+
 def test_who_is_in_doubt_is_there_but_is_not_believed_whatever_it_signs_meanwhile() -> None:
     known = Known()
     known.hear(2)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from schedules import MAX_PEERS, Fault, PeerPlan, Schedule, draw, shrink, smaller, without_peer
+from schedules import AMBUSHES, MAX_PEERS, WAITED_FOR, Fault, PeerPlan, Schedule, draw, shrink, smaller, without_peer
 
 SEEDS = range(300)
 
@@ -30,6 +30,7 @@ def test_what_is_drawn_makes_sense() -> None:
         gone_for_good = {f.who for f in schedule.faults if f.kind in ("kill", "leave") and f.for_s == 0}
         assert trainers - len(gone_for_good) >= schedule.min_group
         assert any(plan.role == "trainer" for plan in schedule.peers)
+        assert all(fault.nth > 0 and not fault.phase for fault in schedule.faults if fault.message)
         for fault in schedule.faults:
             assert max(fault.who, fault.other, *fault.side, 0) < len(schedule.peers)
 
@@ -40,6 +41,8 @@ def test_every_kind_of_fault_and_everything_else_is_drawn() -> None:
     assert len({fault.kind for fault in faults}) == 12
     assert {fault.how for fault in faults if fault.kind == "kill"} == {"", "silent", "disk", "wiped"}
     assert {plan.role for schedule in drawn for plan in schedule.peers} == {"trainer", "client", "seed"}
+    assert {fault.message for fault in faults} == {"", *(message for message, _ in WAITED_FOR)}
+    assert {fault.kind for fault in faults if fault.message} == {kind for kind, _ in AMBUSHES}
     assert {schedule.orderly for schedule in drawn} == {True, False}
 
 
@@ -84,6 +87,10 @@ def test_faults_follow_their_peers() -> None:
     fewer = without_peer(BIG, 1)
     assert fewer is not None
     assert [(f.kind, f.who) for f in fewer.faults] == [("kill", 1), ("stop", 3), ("echo", 0)]
+    ambush = fault("cut", 1, 0, other=0, message="commit", nth=1)  # who they are is seen when it strikes
+    fewer = without_peer(replace(BIG, faults=(ambush,)), 0)
+    assert fewer is not None
+    assert [f.message for f in fewer.faults] == ["commit"]
     parted = replace(BIG, faults=(fault("partition", 1, side=(0, 2, 5)),))
     fewer = without_peer(parted, 2)
     assert fewer is not None

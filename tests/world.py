@@ -7,8 +7,9 @@ import random
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import numpy as np
 from builders import identity, record_of
 from chronicle import MAX_PEERS, PART_VALUES, TOKENS, Chronicle, Violation
 from fakes import FakeNetwork, FakeTransport, SimPeer, make_manifest
-from schedules import Fault, Schedule
+from schedules import AMBUSHES, Fault, Schedule
 from simloop import NOBODY, RUNNING, START_S, Cut, Incarnation
 
 from p2p_diloco.codec import Vector
@@ -46,6 +47,10 @@ IDLE_TASKS = 6
 """Of a peer that does nothing: its life, and the loops that publish and look."""
 AIM_S = 20.0
 """A fault waits so long for the phase that it is aimed at."""
+AMBUSH_S = 30.0
+"""So long for the message that it waits for."""
+STEPWISE = frozenset(kind for kind, _ in AMBUSHES)
+"""Kinds of faults that can strike while a message is being sent."""
 POLL_S = 0.5
 WATCH_S = 2.0
 RESTART_S = 5.0
@@ -67,6 +72,16 @@ class Disk:
     """When the first write did."""
     operations_left: int = -1
     """Until the peer is killed in the middle of its work; -1: it is not."""
+
+
+@dataclass(eq=False)
+class Ambush:
+    """A fault that waits for a message."""
+
+    fault: Fault
+    sprung: asyncio.Event = field(default_factory=asyncio.Event)
+    steps: Iterator[float] = field(default_factory=lambda: iter(()))
+    """What is left of it, as soon as it is sprung."""
 
 
 class CountedPeer(SimPeer):
@@ -137,6 +152,9 @@ class World:
         self.healed = False
         self.over = False
         self.lies: asyncio.Task[None] | None = None
+        self.ambushes: list[Ambush] = []
+        self.sent: Counter[tuple[bytes, str]] = Counter()
+        """Round and kind of message -> how many of them were sent."""
         self.last_change_s = START_S
         self.slowest_step_s = self.longest_stall_s = self.agreed_s = 0.0
 
@@ -339,6 +357,10 @@ class World:
                 circles.append(frozenset(sim.index for sim in island))
         return circles
 
+    def well_since_s(self, a: int, b: int) -> float:
+        """As ``FakeNetwork``'s, of peers by index."""
+        return self.network.well_since_s(self.sims[a].transport.peer_id, self.sims[b].transport.peer_id)
+
     # -- peers -------------------------------------------------------------------------------------------------------
 
     async def _start_later(self, index: int, wait_s: float) -> None:
@@ -405,8 +427,41 @@ class World:
         await asyncio.sleep(fault.at_s)
         if fault.phase:
             await self._aim(fault)
-        act: Callable[[Fault], Any] = getattr(self, f"_{fault.kind}")
-        await act(fault)
+        if fault.kind in STEPWISE and fault.how != "disk":
+            for wait_s in await self._ambush(fault) if fault.message else self._strike(fault):
+                await asyncio.sleep(wait_s)
+        else:
+            act: Callable[[Fault], Any] = getattr(self, "_kill_at_disk" if fault.how == "disk" else f"_{fault.kind}")
+            await act(fault)
+
+    async def _ambush(self, fault: Fault) -> Iterator[float]:
+        """What is left to do of a fault that has struck when its message was sent."""
+        ambush = Ambush(fault)
+        self.ambushes.append(ambush)
+        await heard(ambush.sprung, AMBUSH_S)
+        if not ambush.sprung.is_set():
+            self.ambushes.remove(ambush)
+            self.note(f"{fault}: no such message was sent")
+        return ambush.steps
+
+    def sends(self, index: int, target: str, tag: str) -> None:
+        """A peer is about to send a message. Who waits for it strikes before anybody does anything else."""
+        rounds, other = self.sims[index].peer.reception.rounds, self.chronicle.names.get(target)
+        if not rounds or other is None:
+            return
+        which = rounds[-1].group.round_id, tag
+        self.sent[which] += 1
+        for ambush in [one for one in self.ambushes if (one.fault.message, one.fault.nth) == (tag, self.sent[which])]:
+            self.ambushes.remove(ambush)
+            self.note(f"peer {index} sends {tag} {ambush.fault.nth} of the round to {other}")
+            steps, after_s = self._strike(replace(ambush.fault, who=index, other=other)), ambush.fault.after_s
+            ambush.steps = chain([after_s if after_s else next(steps, 0.0)], steps)
+            ambush.sprung.set()
+
+    def _strike(self, fault: Fault) -> Iterator[float]:
+        """The steps of a fault; between them the seconds to wait."""
+        act: Callable[[Fault], Iterator[float]] = getattr(self, f"_{fault.kind}")
+        return act(fault)
 
     async def _aim(self, fault: Fault) -> None:
         """Wait until the peer is where the fault shall find it."""
@@ -428,21 +483,27 @@ class World:
             return None
         return sim
 
-    async def _kill(self, fault: Fault) -> None:
-        sim = self._victim(fault)
-        if sim is None:
+    def _kill(self, fault: Fault) -> Iterator[float]:
+        if self._victim(fault) is None:
             return
-        if fault.how == "disk":
-            disk = self.disks[fault.who]
-            disk.operations_left = fault.nth
-            await heard(sim.transport.incarnation.death, 2 * AIM_S)
-            disk.operations_left = -1
-        if sim.alive:
-            self.kill(fault.who, silent=fault.how == "silent")
+        self.kill(fault.who, silent=fault.how == "silent")
         if fault.how == "wiped":
             shutil.rmtree(self.disks[fault.who].folder / "snapshots")
             shutil.rmtree(self.disks[fault.who].folder / "updates")
             self.chronicle.gives_up(fault.who)
+        if fault.for_s:
+            yield fault.for_s
+            self._start(fault.who)
+
+    async def _kill_at_disk(self, fault: Fault) -> None:
+        sim, disk = self._victim(fault), self.disks[fault.who]
+        if sim is None:
+            return
+        disk.operations_left = fault.nth
+        await heard(sim.transport.incarnation.death, 2 * AIM_S)
+        disk.operations_left = -1
+        if sim.alive:
+            self.kill(fault.who)
         if fault.for_s:
             await self._start_later(fault.who, fault.for_s)
 
@@ -469,43 +530,46 @@ class World:
     async def _join(self, fault: Fault) -> None:
         self._start(fault.who)
 
-    async def _stop(self, fault: Fault) -> None:
+    def _stop(self, fault: Fault) -> Iterator[float]:
         sim = self._victim(fault)
         if sim is None or not sim.runs:
             return
         self.change(f"{fault}")
         peer_id, began_s = sim.transport.peer_id, self.now_s
         self.network.stop(peer_id, whole=fault.how == "whole")
-        await asyncio.sleep(fault.for_s)
+        yield fault.for_s
         sim.stopped_s += self.now_s - began_s
         if sim.alive:
             self.change(f"peer {fault.who} goes on")
             self.network.resume(peer_id)
 
-    async def _cut(self, fault: Fault) -> None:
-        await self._cut_all([(fault.who, fault.other)], fault)
+    def _cut(self, fault: Fault) -> Iterator[float]:
+        return self._cut_all([(fault.who, fault.other)], fault)
 
-    async def _partition(self, fault: Fault) -> None:
+    def _partition(self, fault: Fault) -> Iterator[float]:
         count = len(self.schedule.peers)
-        await self._cut_all([(a, b) for a in fault.side for b in range(count) if b not in fault.side], fault)
+        return self._cut_all([(a, b) for a in fault.side for b in range(count) if b not in fault.side], fault)
 
-    async def _cut_all(self, links: list[tuple[int, int]], fault: Fault) -> None:
+    def _cut_all(self, links: list[tuple[int, int]], fault: Fault) -> Iterator[float]:
         self.change(f"{fault}")
         ends = [(identity(a).peer_id, identity(b).peer_id) for a, b in links]
         for a, b in ends:
             self.network.cut(a, b, "silent" if fault.how == "silent" else "reset")
-        await asyncio.sleep(fault.for_s)
+        yield fault.for_s
         self.change(f"{fault.kind} is over")
         for a, b in ends:
             self.network.restore(a, b)
 
-    async def _slow(self, fault: Fault) -> None:
+    def _slow(self, fault: Fault) -> Iterator[float]:
         self.change(f"{fault}")
-        ends = identity(fault.who).peer_id, identity(fault.other).peer_id
-        self.network.slow(*ends, fault.amount)
-        await asyncio.sleep(fault.for_s)
+        others = range(len(self.schedule.peers)) if fault.how == "uplink" else (fault.other,)
+        ends = [(identity(fault.who).peer_id, identity(i).peer_id) for i in others if i != fault.who]
+        for source, target in ends:
+            self.network.slow(source, target, fault.amount)
+        yield fault.for_s
         self.change("slow is over")
-        self.network.slow(*ends, 0.0)
+        for source, target in ends:
+            self.network.slow(source, target, 0.0)
 
     async def _disk(self, fault: Fault) -> None:
         sim = self._victim(fault)
