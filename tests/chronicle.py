@@ -88,6 +88,8 @@ class Chronicle:
     """Peer -> the head that its disk must lead to, or past."""
     rounds: dict[bytes, list[Settled]] = field(default_factory=dict)
     """Round id -> how it ended, in that order."""
+    denied: dict[tuple[bytes, int], int] = field(default_factory=dict)
+    """Round id and peer -> the last one in the order of leaders to whom it has said that it has taken no commit."""
 
     # -- what happens ------------------------------------------------------------------------------------------------
 
@@ -142,8 +144,14 @@ class Chronicle:
             rest = slice(where.start + 2 * MAX_PEERS, where.stop)
             local[rest] -= np.float32(0.1) * (local[rest] - target[rest])
 
+    def denies(self, round_id: bytes, peer: int, place: int) -> None:
+        """A peer tells the leader at ``place`` that it has taken no commit."""
+        self.denied[round_id, peer] = max(self.denied.get((round_id, peer), -1), place)
+
     def settles(self, round_id: bytes, now: Settled, well_since_s: Callable[[int, int], float]) -> None:
         """A round ends at one of its members. ``well_since_s``: since when two peers have been able to talk."""
+        if now.heard and now.place < self.denied.get((round_id, now.peer), -1):
+            raise Violation("one-outcome", f"peer {now.peer} takes a commit after it has told a later leader of none")
         others = self.rounds.setdefault(round_id, [])
         for one in others:
             for leader, member in ((now, one), (one, now)):

@@ -10,6 +10,12 @@ Peers, ledgers and protocol are the real ones; clock, links and DHT are ``fakes`
     same-bytes      the same head means the same theta and momentum, at every state that any peer ever stood at
     agreement       peers that can talk reach one head within AGREE_STEPS outer steps after the last fault, or, where
                     those are over sooner, within AGREE_S: outer steps are short here, and a time-out is not
+    one-outcome     what most of a group have taken is the only outcome of its round, whoever can reach whom. Whoever
+                    leads a round in place of others settles it as a member did that applied their commit, where the
+                    two could talk all the time; where they could not, that member may have to give it up later.
+                    Who has told such a leader that it has taken no commit takes none from those before it
+    head-choice     nobody gives up what it has committed for less: the others must have most of the voters that it
+                    knows, or more than it has, or as many on a newer head, or on one as new with the smaller digest
     counted-once    no inner step of any peer counts twice in the history that remains. Seen with fp32 only: what other
                     codecs round away cannot be told from what is missing
     never-lost      a committed outer step stays in the history while one peer that holds it lives. Where peers may take

@@ -48,7 +48,7 @@ def instrumented(world: World) -> Iterator[None]:
     world what they do."""
     real_replace, real_commit, real_load = os.replace, Replica.commit, Replica.load
     real_roll_back, real_truncate, real_send = Replica.roll_back, Ledger.truncate, Channel.send
-    real_settle, real_swarm_head = Settlement.settle, follower.swarm_head
+    real_settle, real_answer, real_swarm_head = Settlement.settle, Settlement._on_ask_commit, follower.swarm_head
 
     def replace_file(source: Any, target: Any) -> None:
         world.on_disk()
@@ -106,6 +106,12 @@ def instrumented(world: World) -> Iterator[None]:
         )
         return outcome
 
+    async def answer(settlement: Settlement, channel: Channel, member: int) -> None:
+        await real_answer(settlement, channel, member)
+        if settlement.taken is None:
+            group = settlement.group
+            tell(lambda chronicle, peer: chronicle.denies(group.round_id, peer, group.reducers.index(member)))
+
     def swarm_head(
         records: Iterable[Record], mine: Standing | None, before: Mapping[bytes, bytes]
     ) -> tuple[int, bytes] | None:
@@ -147,6 +153,7 @@ def instrumented(world: World) -> Iterator[None]:
         mock.patch.object(Ledger, "truncate", truncate),
         mock.patch.object(Channel, "send", send),
         mock.patch.object(Settlement, "settle", settle),
+        mock.patch.object(Settlement, "_on_ask_commit", answer),
         mock.patch("p2p_diloco.follower.swarm_head", swarm_head),
     ]
     disabled = logging.root.manager.disable

@@ -39,7 +39,7 @@ ORDERLY: frozenset[Kind] = frozenset(("kill", "blackout", "leave", "join", "slow
 """Faults after which nobody takes a living peer for dead: who died did so for all."""
 EVERYBODYS: frozenset[Kind] = frozenset(("blackout", "partition", "echo", "dht", "liar"))
 """Faults that do not happen to one peer."""
-AMBUSHES: tuple[tuple[Kind, int], ...] = (("kill", 4), ("partition", 6), ("stop", 2), ("cut", 4), ("slow", 4))
+AMBUSHES: tuple[tuple[Kind, int], ...] = (("kill", 4), ("partition", 6), ("stop", 2), ("cut", 6), ("slow", 3))
 """How often each kind of fault waits for a message, where one does."""
 WAITED_FOR: tuple[tuple[Travelling, int], ...] = (
     ("contribute", 4),
@@ -201,6 +201,9 @@ def _draw_ambushes(r: random.Random, plain: Schedule) -> list[Fault]:
     """Faults in the middle of rounds, often two in one."""
     others = sum(plan.role != "seed" for plan in plain.peers) - 1
     faults: list[Fault] = []
+    if r.random() < 0.7:  # somebody's uplink is slow, as at home
+        slow = Fault(kind="slow", at_s=FIRST_FAULT_S, who=r.randrange(len(plain.peers)), how="uplink")
+        faults.append(replace(slow, for_s=round(r.uniform(20, 80), 2), amount=r.choice((0.2, 0.5, 1.0))))
     for at_s in sorted(r.uniform(FIRST_FAULT_S, LAST_FAULT_S) for _ in range(r.choice((1, 2, 3, 5)))):
         message = _one_of(r, WAITED_FOR)
         for _ in range(r.choice((1, 1, 2, 3))):

@@ -221,6 +221,18 @@ def test_who_leads_in_place_of_others_settles_the_round_as_those_did_whom_it_can
         story.chronicle.settles(b"round", one, since(TALKING))
 
 
+def test_who_tells_a_leader_of_no_commit_takes_none_from_a_leader_before_it() -> None:
+    story = Story()
+    story.chronicle.denies(b"round", 1, 2)
+    story.chronicle.denies(b"round", 1, 1)
+    story.chronicle.settles(b"another", settled(1, HEADS[0], place=1), since(APART))
+    story.chronicle.settles(b"round", settled(2, HEADS[0], place=1), since(APART))
+    story.chronicle.settles(b"round", settled(1, None, place=1), since(APART))
+    story.chronicle.settles(b"round", settled(1, HEADS[0], place=2), since(APART))
+    with pytest.raises(Violation, match="one-outcome"):
+        story.chronicle.settles(b"round", settled(1, HEADS[0], place=1), since(APART))
+
+
 X, Y = sorted(HEADS[2:])
 """Two heads of outer step 3, both from HEADS[1]."""
 

@@ -23,8 +23,8 @@ def test_invariants_hold_under_random_faults(batch: int) -> None:
 
 ONCE_FAILED = (Path(__file__).parent / "once_failed.jsonl").read_text().splitlines()
 """Peers that a cut network had made fail each other, and that then went without each other for ever; a head that the
-swarm had left; a slow peer that was one outer step behind again and again; a way that broke off after the roll-back; a half that took itself for the larger one
-whenever it could not dial a peer of the other half."""
+swarm had left; a slow peer that was one outer step behind again and again; a way that broke off after the roll-back;
+a half that took itself for the larger one whenever it tried to dial a peer of the other half that cannot be dialled."""
 
 
 @pytest.mark.parametrize("number", range(len(ONCE_FAILED)))
