@@ -125,14 +125,16 @@ class NetworkHandle:
 
     def _read(self) -> None:
         """Thread: sorts what the network process says, until it is gone. One that is killed may leave half a line, and
-        a reset instead of an end."""
-        with self._control.makefile("rb") as stream, contextlib.suppress(ConnectionError):
-            for data in stream:
-                if data.endswith(b"\n"):
-                    self._on_line(unpack_line(data))
-        self._answers.put({"kind": "failed", "message": "the network process died", "exit_code": 1})
-        if not self._leaving:
-            self._end_orphan()
+        a reset instead of an end. Whatever ends this thread, who waits for an answer hears that none will come."""
+        try:
+            with self._control.makefile("rb") as stream, contextlib.suppress(ConnectionError):
+                for data in stream:
+                    if data.endswith(b"\n"):
+                        self._on_line(unpack_line(data))
+        finally:
+            self._answers.put({"kind": "failed", "message": "the network process died", "exit_code": 1})
+            if not self._leaving:
+                self._end_orphan()
 
     def _on_line(self, line: Line) -> None:
         if line["kind"] == "log":

@@ -44,13 +44,14 @@ def test_what_comes_between_is_no_answer(pair: Pair, caplog: pytest.LogCaptureFi
     network, handle = pair
     with caplog.at_level(logging.INFO):
         network.say("log", level=logging.WARNING, name="p2p_diloco.peer", text="100 % of disk")
-        network.say("peers", rows=[{"name": "me"}])
+        network.say("peers", rows=[{"name": "me"}], evaluation=[3, 2.5])
         network.say("news", closes_in_s=None, behind=True)
         network.say("left")
         network.say("joined", step=7)
         assert handle.wait("joined", "begun") == {"kind": "joined", "step": 7}
     assert [(record.name, record.getMessage()) for record in caplog.records] == [("p2p_diloco.peer", "100 % of disk")]
     assert handle.rows == [{"name": "me"}]
+    assert handle.evaluation == (3, 2.5)
     assert handle.behind
 
 
@@ -76,6 +77,14 @@ def test_one_that_is_killed_is_an_error_and_its_last_line_counts(pair: Pair, res
     with pytest.raises(NetworkError, match="the network process died"):
         handle.wait("begun")
     handle.say("progress", inner_step=1)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_line_that_cannot_be_read_leaves_nobody_waiting(pair: Pair) -> None:
+    network, handle = pair
+    network.die(b'{"kind": \n')
+    with pytest.raises(NetworkError, match="the network process died"):
+        handle.wait("joined")
 
 
 def test_an_answer_may_be_long_in_coming(pair: Pair) -> None:
