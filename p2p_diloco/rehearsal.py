@@ -2,7 +2,7 @@
 
     learn       full seq_len, all layers, training mode, forward and backward: losses and gradients are finite
     evaluate    as peers do between outer steps
-    learn       again, with the loss that transformers computes beside ours
+    learn       again, forward alone, with the loss that transformers computes beside ours
 
 After each of these every parameter, and every buffer that belongs to the model's state, is what it was, bit for bit.
 What peers would stumble over is then said in one line, to the owner alone.
@@ -92,6 +92,12 @@ def rehearse(model: torch.nn.Module, theta: Vector, *, vocab_size: int, seq_len:
         require_finite_loss(evaluated, "in an evaluation")
         require_unchanged(model, theta, kept, "an evaluation")
 
+        try:
+            with torch.no_grad():
+                again = losses_of(model, tokens)
+        except Exception as error:
+            raise failure(model, tokens, "in training after an evaluation", error) from error
+        require_finite_loss(float(again.trained), "in training after an evaluation")
         require_whole_loss(model, tokens[:, :-1])
         require_unchanged(model, theta, kept, "training after an evaluation")
         require_held(model, held)

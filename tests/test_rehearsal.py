@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 from types import SimpleNamespace
 from typing import Any
 
@@ -33,7 +34,8 @@ def test_a_model_that_can_be_trained_is_left_as_it_was() -> None:
     assert 5.0 < first.loss < 6.1, "about that of guessing, log(256)"
     assert rehearsed(model).loss == first.loss, "dropout is drawn alike"
     assert first.peak_bytes > 10**7
-    assert first.line().startswith("learns from and is evaluated on a row of 16 tokens: 0.")
+    line = r"learns from and is evaluated on a row of 16 tokens: \d+\.\d s, at most \d+\.\d GB in this process"
+    assert re.fullmatch(line, first.line())
 
 
 def test_tensors_that_no_gradient_reaches_are_named() -> None:
@@ -136,6 +138,29 @@ class Replacing(Guesser):
             self.scores = torch.nn.Parameter(self.scores.detach().clone())
 
 
+class Spoiled(Guesser):
+    """An evaluation leaves it something that the next inner step computes with."""
+
+    length: torch.Tensor
+
+    def act(self) -> None:
+        if not self.training:
+            self.length.fill_(float("inf"))
+
+    def forward(self, input_ids: torch.Tensor, use_cache: bool, labels: torch.Tensor | None = None) -> Any:
+        outputs = super().forward(input_ids, use_cache, labels)
+        if self.training:
+            outputs.logits = outputs.logits + self.length
+        return outputs
+
+
+class Tired(Spoiled):
+    def act(self) -> None:
+        if self.training and self.length.isinf():
+            raise RuntimeError("had enough")
+        super().act()
+
+
 class Penalized(Guesser):
     def own_loss(self, loss: torch.Tensor) -> torch.Tensor:
         return loss + 0.01
@@ -169,6 +194,8 @@ class Untrainable(Guesser):
             "scores: a forward and backward pass in training mode changes it, so peers would not hold the same",
         ),
         (Replacing, "scores: this model replaces it when it is used, so it would not be trained"),
+        (Spoiled, "the loss of this model is nan in training after an evaluation"),
+        (Tired, "the model fails in training after an evaluation: had enough; give another type of models"),
         (Penalized, "transformers trains this type of models with a loss of further terms"),
         (Steep, "scale: its gradient is not finite"),
         (Untrainable, "the model fails in training: no kernel; give another type of models, or another"),
