@@ -18,7 +18,7 @@ from pathlib import Path
 from p2p_diloco.child import Child, send_signal
 from p2p_diloco.errors import NetworkError, UsageError
 from p2p_diloco.faults import Act, Action
-from p2p_diloco.manifest import RunManifest, RunSpec, open_manifest
+from p2p_diloco.manifest import DataSpec, RunManifest, RunSpec, open_manifest
 from p2p_diloco.namespaces import Network
 from p2p_diloco.paths import beside
 
@@ -38,6 +38,13 @@ SIGNALS: dict[Action, signal.Signals] = {
 def names_of(trainers: int) -> list[str]:
     """Of all, the seed first."""
     return [SEED, *(f"peer-{k}" for k in range(1, trainers + 1))]
+
+
+def text_on_disk(data: DataSpec, base: Path) -> Path | None:
+    """Returns the file or folder that ``data.path`` names, which trainers get as their own text; None where there is
+    none, as with a name on the hub. ``base``: the folder of the run file. UsageError for a home that does not exist."""
+    path = None if data.path is None else beside(base, data.path, "data.path")
+    return path if path is not None and path.exists() else None
 
 
 class Children:
@@ -64,9 +71,8 @@ class Children:
         if network is not None:
             self._options.append("--no-use-relay")
         self._trainer = [*trainer, "--device", "cpu"]
-        if spec.data.path is not None:
-            text = beside(run_file.parent, spec.data.path, "data.path")
-            self._trainer += ["--data", str(text)] if text.exists() else []
+        text = text_on_disk(spec.data, run_file.parent)
+        self._trainer += [] if text is None else ["--data", str(text)]
         self._threads = 1
         self._seed_address: str | None = None
 

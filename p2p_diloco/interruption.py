@@ -24,6 +24,11 @@ def ending_signals() -> tuple[signal.Signals, ...]:
     return (signal.SIGINT, signal.SIGTERM) if ignored else (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
+def is_echo(number: int, *, asked: bool) -> bool:
+    """Whether signal ``number`` only repeats that the terminal was closed, of a process that was ``asked`` to end."""
+    return asked and number == signal.SIGHUP
+
+
 @contextmanager
 def handled_by(on_signal: Callable[[int, FrameType | None], None], *more: signal.Signals) -> Iterator[None]:
     """For the block, ``on_signal`` gets the ending signals and ``more``. In the main thread only."""
@@ -41,9 +46,9 @@ def interruptible() -> Iterator[list[int]]:
     received: list[int] = []
 
     def on_signal(number: int, _frame: FrameType | None) -> None:
-        again = number == signal.SIGHUP and bool(received)
+        echo = is_echo(number, asked=bool(received))
         received.append(number)
-        if not again:
+        if not echo:
             raise KeyboardInterrupt
 
     with handled_by(on_signal):
@@ -82,8 +87,9 @@ def run_cancellable(work: Coroutine[Any, Any, Result]) -> Result:
         assert task is not None
 
         def on_signal(number: int, _frame: FrameType | None) -> None:
+            echo = is_echo(number, asked=bool(waiting))
             waiting.append(number)
-            if not loop.is_closed():
+            if not echo and not loop.is_closed():
                 loop.call_soon_threadsafe(task.cancel)
 
         for number in ending_signals():

@@ -28,14 +28,14 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.live import Live
 
-from p2p_diloco.children import SEED, TRAINER, Children
+from p2p_diloco.children import SEED, TRAINER, Children, text_on_disk
 from p2p_diloco.config import cache_folder, keep_cache_near
 from p2p_diloco.data import open_corpus
 from p2p_diloco.display import is_live, join_line, plain
 from p2p_diloco.errors import Stopped, UsageError, disk_failure
 from p2p_diloco.faults import Done, FaultPlan, plights
 from p2p_diloco.injector import Injector
-from p2p_diloco.interruption import handled_by
+from p2p_diloco.interruption import handled_by, is_echo
 from p2p_diloco.manifest import RunManifest, RunSpec, open_manifest
 from p2p_diloco.namespaces import Network
 from p2p_diloco.snapshot import write_whole
@@ -86,8 +86,9 @@ def run_local(
         except Stopped:
             pass
         except UsageError:
-            if fresh:  # the seed has refused the run: nothing is here but its log, whose last line is in the error
-                shutil.rmtree(folder)
+            if fresh and not children.trainers:  # the seed has refused the run: its last line is in the error
+                children.close()
+                shutil.rmtree(folder, ignore_errors=True)
             raise
         children.close()
         summary = swarm.write_summary()
@@ -104,7 +105,7 @@ class Stop:
     requested = False
 
     def on_signal(self, number: int, _frame: FrameType | None) -> None:
-        if self.requested and number == signal.SIGHUP:
+        if is_echo(number, asked=self.requested):
             return
         if self.requested:
             signal.signal(number, signal.SIG_DFL)
@@ -267,5 +268,5 @@ def own_prompt(manifest: RunManifest, tokenizer: Tokenizer, base: Path, peer_id:
     from p2p_diloco.train import open_run_corpus
 
     data = manifest.spec.data
-    own = base / data.path if data.path is not None and (base / data.path).exists() else None
-    return prompt_of_tokens(data, open_run_corpus(manifest, own, peer_id).held_out, tokenizer) or "The "
+    held_out = open_run_corpus(manifest, text_on_disk(data, base), peer_id).held_out
+    return prompt_of_tokens(data, held_out, tokenizer) or "The "

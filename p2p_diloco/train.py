@@ -27,7 +27,7 @@ from p2p_diloco.config import cache_folder
 from p2p_diloco.data import Corpus, open_corpus
 from p2p_diloco.errors import DataError, Stopped, UsageError
 from p2p_diloco.inner import INNER_FILE, InnerOptimizer, draws_drop, place_in_run
-from p2p_diloco.interruption import handled_by
+from p2p_diloco.interruption import handled_by, is_echo
 from p2p_diloco.keeper import Keeper
 from p2p_diloco.manifest import RunManifest
 from p2p_diloco.model import evaluate, model_of, pick_device
@@ -210,7 +210,7 @@ class Stop:
     def on_signal(self, number: int, _frame: FrameType | None) -> None:
         if number == signal.SIGALRM:
             raise Stopped("stopped in the middle of an inner step")
-        if self.requested and number == signal.SIGHUP:
+        if is_echo(number, asked=self.requested):
             return
         if self.requested:
             signal.signal(number, signal.SIG_DFL)

@@ -58,6 +58,25 @@ def test_a_signal_cancels_work_and_comes_through_when_that_has_tidied_up() -> No
         assert received == [signal.SIGTERM]
 
 
+def test_a_closed_terminal_that_is_told_twice_leaves_the_tidying_up_alone() -> None:
+    done: list[str] = []
+
+    async def work() -> None:
+        try:
+            signal.raise_signal(signal.SIGHUP)
+            await asyncio.sleep(60)
+        finally:
+            signal.raise_signal(signal.SIGHUP)
+            await asyncio.sleep(0)
+            done.append("tidied up")
+
+    with interruptible() as received:
+        with pytest.raises(KeyboardInterrupt):
+            run_cancellable(work())
+        assert done == ["tidied up"]
+        assert received == [signal.SIGHUP]
+
+
 def test_work_that_is_not_interrupted_has_a_result() -> None:
     async def work() -> int:
         await asyncio.sleep(0)
