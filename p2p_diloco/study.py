@@ -27,12 +27,14 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, model_validator
 
 from p2p_diloco.errors import UsageError
+from p2p_diloco.hub import END_FILES
 from p2p_diloco.manifest import RunSpec, Section, canonical_json, explain
 from p2p_diloco.outer import digest
 from p2p_diloco.paths import beside
 from p2p_diloco.simulation import SimulatedRun, listed
 from p2p_diloco.source import listing
 from p2p_diloco.text import reading, walk
+from p2p_diloco.textfiles import text_files
 from p2p_diloco.toml import read_toml
 
 Size = Literal["full", "quick", "large"]
@@ -165,12 +167,18 @@ def files_of(spec: RunSpec, folder: Path) -> list[list[Any]]:
     data, found = spec.data, []
     tokenizer = None if data.tokenizer == "bytes" else data.tokenizer
     named = {"data.path": data.path, "model.path": spec.model.path, "data.tokenizer": tokenizer}
-    for path in (beside(folder, name, key) for key, name in named.items() if name is not None):
+    for key, path in ((key, beside(folder, name, key)) for key, name in named.items() if name is not None):
         with reading(str(path)):
-            if path.is_dir():
-                found.append([str(path.resolve()), listing(path, walk(path))])
-            elif path.exists():
-                found.append([str(path.resolve()), listing(path.parent, [path])])
+            if not path.exists():
+                continue
+            if key == "data.path" and data.source == "path":
+                files = text_files(path).listing()  # follows links, as who reads the text does
+            elif path.is_dir():
+                files = listing(path, walk(path))
+            else:  # what names a tokenizer's end token lies beside it
+                more = [path.with_name(name) for name in END_FILES] if key == "data.tokenizer" else []
+                files = listing(path.parent, [path, *(file for file in more if file.is_file())])
+            found.append([str(path.resolve()), files])
     return found
 
 

@@ -98,6 +98,24 @@ def test_other_files_or_other_text_in_them_are_another_simulation(tmp_path: Path
     assert Study.load(path, "full").trials[0].key not in keys
 
 
+def test_what_a_link_leads_to_and_what_names_an_end_token_are_of_the_simulation(tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "a.txt").write_text("a")
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text" / "linked").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "tokenizer.json").write_text("{}")
+    path = write(tmp_path, HEAD + ARMS)
+    keys = '[data]\nsource = "path"\npath = "text"\ntokenizer = "tokenizer.json"'
+    path.with_name("base.toml").write_text(BASE.replace("[data]", keys))
+    seen = [Study.load(path, "full").trials[0].key]
+    (tmp_path / "elsewhere" / "a.txt").write_text("as long")
+    seen.append(Study.load(path, "full").trials[0].key)
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "</s>"}')
+    seen.append(Study.load(path, "full").trials[0].key)
+    assert len(set(seen)) == 3
+    assert Study.load(path, "full").trials[0].key == seen[-1]
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
