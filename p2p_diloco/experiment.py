@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection, wait
@@ -163,7 +164,7 @@ def simulate_all(works: Sequence[Work], jobs: int) -> Iterator[tuple[Work, float
     try:
         for worker in workers:
             work = waiting.pop(0)
-            worker.pipe.send(work)
+            worker.give(work)
             busy[worker.pipe] = worker, work
         while busy:
             for pipe in wait(list(busy), timeout=POLL_S):
@@ -171,7 +172,7 @@ def simulate_all(works: Sequence[Work], jobs: int) -> Iterator[tuple[Work, float
                 yield work, worker.answer()
                 if waiting:
                     work = waiting.pop(0)
-                    worker.pipe.send(work)
+                    worker.give(work)
                     busy[worker.pipe] = worker, work
     finally:
         for worker in workers:
@@ -192,8 +193,13 @@ class Worker:
                 preexec_fn=leave_signals_to_parent,
             )
 
+    def give(self, work: Work) -> None:
+        """Hands over the next work. That the process has died meanwhile is told by ``answer``."""
+        with suppress(ConnectionError):
+            self.pipe.send(work)
+
     def answer(self) -> float:
-        """To the work that it was sent last. Raises the LocalError that ended it."""
+        """Returns the final loss of the work that it was given last. Raises the LocalError that ended it."""
         try:
             answer = self.pipe.recv()
         except (EOFError, ConnectionError) as error:

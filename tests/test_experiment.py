@@ -16,8 +16,8 @@ import torch
 from small_runs import small_run
 
 from p2p_diloco.child import children_of, read_proc
-from p2p_diloco.errors import UsageError
-from p2p_diloco.experiment import check_names, check_origin, find_study
+from p2p_diloco.errors import LocalError, UsageError
+from p2p_diloco.experiment import Work, Worker, check_names, check_origin, find_study
 from p2p_diloco.simulate import SUMMARY_FILE
 from p2p_diloco.study import Study
 
@@ -168,6 +168,19 @@ def test_names_are_looked_up_where_the_studies_are(folder: Path, monkeypatch: py
     assert find_study("drop") == Path("peers/experiments/drop.toml")
     with pytest.raises(UsageError, match="no study 'dorp'; known here: codecs, drop, "):
         find_study("dorp")
+
+
+def test_a_process_that_dies_between_two_works_is_told(folder: Path) -> None:
+    worker = Worker()
+    try:
+        worker._process.kill()
+        worker._process.wait()
+        trial = Study.load(folder / "drops.toml", "full").trials[0]
+        worker.give(Work(trial=trial, base=folder, folder=folder / "out", device="cpu", threads=None))
+        with pytest.raises(LocalError, match="a simulation was killed"):
+            worker.answer()
+    finally:
+        worker.kill()
 
 
 def test_a_process_that_is_killed_is_told(folder: Path) -> None:
