@@ -48,7 +48,7 @@ IN_ASCII = str.maketrans("█░▸≠·–…→✓✗", "#.>!|-~>+x")
 
 @dataclass(frozen=True)
 class Legible:
-    """What is shown, in characters that the console's encoding has: others would end the program."""
+    """What is shown, in characters that the console's encoding has: others would be shown as numbers."""
 
     what: RenderableType
 
@@ -218,7 +218,8 @@ class Checklist:
 
     def __enter__(self) -> Checklist:
         if self._console is not None and self._console.is_terminal:
-            self._status = self._console.status("")
+            spinner = "line" if self._console.options.ascii_only else "dots"
+            self._status = self._console.status("", spinner=spinner)
             self._status.start()
         return self
 
@@ -247,7 +248,7 @@ class Checklist:
         row.add_row(Text(mark, style=style), Text(finding.what, style="bold"), Text(plain(finding.measured)))
         if finding.remedy:
             row.add_row("", "", Text(f"→ {plain(finding.remedy)}", style=style))
-        self._console.print(row)
+        self._console.print(Legible(row))
 
     def conclude(self) -> int:
         """Say it all in one line; the exit code."""

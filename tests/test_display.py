@@ -279,6 +279,19 @@ def test_findings_on_a_terminal_have_marks_and_the_remedy_on_a_line_of_its_own()
     assert (lines[-1], code) == ("1 problem to mend", 1)
 
 
+def test_findings_on_a_terminal_without_utf_8_have_marks_of_its_own() -> None:
+    file = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    with Checklist(Console(file=file, width=80, color_system=None, force_terminal=True, no_color=True)) as checklist:
+        checklist.measure("dialling")
+        checklist.add(GOOD)
+        checklist.add(BAD)
+    file.seek(0)
+    shown = re.sub(r"\x1b\[\??[0-9;]*[a-zA-Z]", "", file.read())
+    assert "+ clock        within 0.1 s of 2 peers" in shown
+    assert "x address " in shown
+    assert "               > ask again" in shown
+
+
 def test_findings_for_a_program_are_kept_and_not_printed(capsys: pytest.CaptureFixture[str]) -> None:
     with Checklist(None) as checklist:
         checklist.add(BAD)
