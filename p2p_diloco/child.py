@@ -57,7 +57,7 @@ class Child:
             )
 
     def _output(self) -> IO[bytes]:
-        """Of what it prints, at its end. LedgerError."""
+        """Returns the file that it prints to, open at its end. LedgerError when it cannot be made."""
         path = self.folder / "output.log"
         with disk_errors(path):
             self.folder.mkdir(exist_ok=True)

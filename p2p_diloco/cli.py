@@ -90,7 +90,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         if received:  # some imports turn an interruption into an error of their own
             return interrupted(command, received)
-        if isinstance(error, OSError) and (full := disk_failure(error, error.filename or "a file")) is not None:
+        if isinstance(error, OSError) and (full := disk_failure(error)) is not None:
             return fail(str(full), full.exit_code, debug=output.debug)
         what = f"internal error: {type(error).__name__}: {error}; run again with --debug and report it"
         return fail(what, 1, debug=output.debug)

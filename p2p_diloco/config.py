@@ -24,7 +24,8 @@ MAX_NAME_BYTES = 64
 
 
 def check_name(name: str) -> str:
-    """ValueError for one that does not fit into a record, or is no text: bytes of another encoding."""
+    """Returns ``name``. ValueError for one that does not fit into a record, or is no text: bytes of another
+    encoding."""
     if not name.isprintable() and any("\ud800" <= char <= "\udfff" for char in name):
         raise ValueError("not text in UTF-8")
     if len(name) > MAX_NAME_CHARS:
@@ -119,7 +120,7 @@ class PeerConfig(BaseModel):
 
 
 def default_folder() -> Path:
-    """UsageError for a user without a home."""
+    """Returns where a peer's folder lies by default. UsageError for a user without a home."""
     folder = platformdirs.user_data_path("p2p-diloco")
     if not folder.is_absolute():
         raise UsageError("this user has no home folder; give --folder")
@@ -127,16 +128,16 @@ def default_folder() -> Path:
 
 
 def cache_folder() -> Path:
-    """Tokenized texts; shared by all peers of a user, safe to delete. For a user without a home, in the temporary
-    folder."""
+    """Returns the folder of tokenized texts, which all peers of a user share and which is safe to delete: in the
+    temporary folder for a user without a home."""
     folder = platformdirs.user_cache_path("p2p-diloco")
     return folder if folder.is_absolute() else Path(tempfile.gettempdir()) / f"p2p-diloco-{os.getuid()}"
 
 
 def keep_cache_near(folder: Path) -> None:
-    """Where the user's cache cannot be written (a service without a home, a container that is read-only), all that
-    would be cached there lies in ``folder``, for this process and those that it starts; torch's and the hub's, too, if
-    they are not imported yet."""
+    """Moves the cache into ``folder`` where the user's own cannot be written (a service without a home, a container
+    that is read-only), for this process and those that it starts; torch's and the hub's, too, if they are not imported
+    yet."""
     try:
         cache_folder().mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=cache_folder()).close()

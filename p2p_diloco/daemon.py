@@ -244,8 +244,8 @@ def remove_folder(folder: Path) -> None:
 
 
 def private_socket_folder(folder: Path) -> Path:
-    """Where one node's sockets go: inside ``folder``, or, where that path is too long for a socket, or no text in UTF-8
-    as p2pd has it, in the temporary folder."""
+    """Returns the folder of one node's sockets: inside ``folder``, or, where that path is too long for a socket, or no
+    text in UTF-8 as p2pd has it, in the temporary folder."""
     inside = folder.absolute() / "s"
     path = os.fsencode(inside / LONGEST_SOCKET_NAME)
     if len(path) > MAX_SOCKET_PATH_BYTES or path.decode("utf-8", "ignore").encode() != path:

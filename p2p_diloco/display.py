@@ -67,7 +67,7 @@ def is_live(console: Console) -> bool:
 
 
 def bar(done: float, of: float, columns: int) -> str:
-    """Full only when all is done."""
+    """Returns a bar of ``columns`` characters, which is full only when all is done."""
     share = min(max(done / of, 0.0), 1.0) if of else 0.0
     full = int(share * columns)
     return DONE * full + TO_DO * (columns - full)
@@ -286,7 +286,7 @@ UNSEEN = {"Cc", "Cf", "Cn", "Co", "Cs", "Zl", "Zp"}
 
 
 def held_out(evaluation: tuple[int, float] | None) -> str:
-    """``evaluation``: the swarm's newest one, (outer step, held-out loss)."""
+    """Returns the words for ``evaluation``, the swarm's newest one: (outer step, held-out loss)."""
     if evaluation is None:
         return "held-out loss: not evaluated yet"
     step, loss = evaluation

@@ -80,9 +80,10 @@ NO_TEMPORARY_FOLDER = "No usable temporary directory"
 """How Python says that it cannot write to any."""
 
 
-def disk_failure(error: OSError, what: object, size_bytes: int = 0) -> LedgerError | None:
-    """The line for a disk that is full, with the remedy; None when ``error`` is another one. ``what`` could not be
-    written, of ``size_bytes``."""
+def disk_failure(error: OSError, what: object = "", size_bytes: int = 0) -> LedgerError | None:
+    """Returns the line for a disk that is full, with the remedy; None when ``error`` is another one. ``what`` could not
+    be written, of ``size_bytes``; without it, what the error names."""
+    what = what or error.filename or "a file"
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         need = max(1, -(-size_bytes // 10**6))
         return LedgerError(f"{what}: disk full, free {need} MB or move the folder")

@@ -47,7 +47,7 @@ Event = dict[str, Any]
 
 
 class EventLog:
-    """Appends; whole lines, each on its way to the disk at once. A line that cannot be written is lost and ends
+    """Appends whole lines, each on its way to the disk at once. A line that cannot be written is lost and ends
     nothing, since training needs none of them: it is told when the first one is, and when the log goes on."""
 
     def __init__(self, folder: Path) -> None:
@@ -84,7 +84,7 @@ class EventLog:
                 log.warning("%s; training goes on, and events are lost until then", why)
 
     def close(self) -> None:
-        """Nothing waits to be written."""
+        """Closes the file; nothing waits to be written."""
         with contextlib.suppress(OSError):
             self._file.close()
 
@@ -97,7 +97,7 @@ class EventLog:
 
 
 def _packed(event: Event) -> bytes:
-    """ValueError for what JSON cannot say."""
+    """Returns the line of an event. ValueError for what JSON cannot say."""
     return json.dumps(event, allow_nan=False).encode() + b"\n"
 
 

@@ -218,7 +218,7 @@ class Worker:
 
 
 def leave_signals_to_parent() -> None:
-    """Ctrl+C, or the end of the terminal, reaches all processes; who started these ends them."""
+    """Ignores Ctrl+C and the end of the terminal, which reach all processes: the parent ends this one."""
     for number in (signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -226,7 +226,7 @@ def leave_signals_to_parent() -> None:
 
 
 def work_for(pipe: Connection) -> None:
-    """A worker's life: until the other end is closed."""
+    """Makes one simulation after the other for the parent at the other end of ``pipe``, until that is closed."""
     while True:
         try:
             work = pipe.recv()
@@ -237,7 +237,7 @@ def work_for(pipe: Connection) -> None:
         except LocalError as error:
             pipe.send(error)
         except OSError as error:
-            full = disk_failure(error, error.filename or "a file")
+            full = disk_failure(error)
             if full is None:
                 raise
             pipe.send(full)

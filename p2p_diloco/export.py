@@ -116,7 +116,7 @@ def put_in_place(temporary: Path, folder: Path) -> None:
 
 
 def set_end_token(model: Any, end: int) -> None:
-    """What ``generate`` of transformers ends at, too: a model type's default is the id of some other token."""
+    """Makes ``generate`` of transformers end at ``end``, too: a model type's default is the id of some other token."""
     for config in (model.config, model.generation_config):
         known = getattr(config, "eos_token_id", None)
         if config is not None and end not in (known if isinstance(known, list) else [known]):

@@ -35,8 +35,9 @@ log = logging.getLogger(__name__)
 
 
 def start_run(run_file: Path, folder: Path, owner: Identity, identity_path: Path | None = None) -> Path:
-    """The path of the signed manifest in the run's folder below ``folder``. A run that the owner has already started
-    from the same run file is taken up again. Raises LocalError that names file and key, before anything is written.
+    """Returns the path of the signed manifest in the run's folder below ``folder``. A run that the owner has already
+    started from the same run file is taken up again. Raises LocalError that names file and key, before anything is
+    written.
 
     ``identity_path``: where the owner's identity is kept once there is something to own."""
     spec, base = RunSpec.load(run_file), run_file.parent
@@ -100,7 +101,7 @@ def make_start(spec: RunSpec, base: Path, source: str, vocab_size: int) -> Start
 
 
 def make_manifest(spec: RunSpec, base: Path, owner: Identity, source: str) -> tuple[RunManifest, Vector]:
-    """The manifest and theta_0, float32 [n]. ``base``: what the paths in the spec are relative to."""
+    """Returns the manifest and theta_0, float32 [n]. ``base``: what the paths in the spec are relative to."""
     tokenizer_json = load_tokenizer_json(spec.data, base)
     tokenizer = open_tokenizer(tokenizer_json)
     fingerprint = ""

@@ -78,7 +78,7 @@ def library_is_missing() -> bool:
 def hub_documents(
     spec: DataSpec, *, base: Path | None, run_seed: int, peer_id: str, tally: TextTally
 ) -> Iterator[Document]:
-    """The held-out documents, the same ones for every peer, then those that this peer trains on: at most
+    """Yields the held-out documents, the same ones for every peer, then those that this peer trains on: at most
     ``spec.max_documents`` are read for each.
 
     ``base``: what the path of a local folder is relative to; None where a stranger wrote the spec, who is to name what
@@ -110,8 +110,8 @@ def held_out_documents(spec: DataSpec, stream: Any) -> Iterator[Document]:
 
 
 def from_document(start: int, read: Callable[[], Iterator[Document]], tally: TextTally) -> Iterator[Document]:
-    """All that ``read`` gives, each once, from the one numbered ``start`` on; ``start`` is counted round and round.
-    What ``tally`` has counted of those that are passed by before the start is forgotten."""
+    """Yields all that ``read`` gives, each once, from the one numbered ``start`` on; ``start`` is counted round and
+    round. What ``tally`` has counted of those that are passed by before the start is forgotten."""
     stream = read()
     n_passed = sum(1 for _ in islice(stream, start))
     if 0 < n_passed < start:  # these are all that there are
@@ -215,8 +215,8 @@ def rows_of(stream: Any, shards: Iterable[int], source: str) -> Iterator[dict[st
 
 
 def find_tokenizer(name: str, base: Path) -> Path:
-    """The path of the tokenizer.json; beside it lies what says which of its tokens ends a document. ``name``: of a
-    file, of a folder with a tokenizer.json, or, after ``hub:``, on the hub."""
+    """Returns the path of the tokenizer.json; beside it lies what says which of its tokens ends a document. ``name``:
+    of a file, of a folder with a tokenizer.json, or, after ``hub:``, on the hub."""
     if not name.startswith(PREFIX):
         path = beside(base, name, "data.tokenizer")
         return path / "tokenizer.json" if path.is_dir() else path

@@ -57,7 +57,8 @@ class Identity:
 
     @classmethod
     def load(cls, path: Path) -> Identity | None:
-        """None where there is no such file. Raises UsageError when it is no Ed25519 identity."""
+        """Returns the identity in a file; None where there is none. Raises UsageError when it is no Ed25519
+        identity."""
         try:
             data = path.read_bytes()
         except FileNotFoundError:
@@ -72,7 +73,8 @@ class Identity:
         return identity
 
     def save(self, path: Path) -> None:
-        """Raises UsageError when it cannot be written."""
+        """Writes the file whole, for this user alone. Raises UsageError when it cannot be written, LedgerError when the
+        disk is full."""
         temporary = path.with_name(path.name + ".tmp")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)

@@ -67,8 +67,8 @@ def draws_drop(seed: int, peer_id: str, step: int, probability: float) -> bool:
 def file_header(
     shapes: Mapping[str, tuple[int, ...]], metadata: Mapping[str, str], steps: Mapping[str, float]
 ) -> bytes:
-    """The header of a safetensors file of float32 tensors that lie there in this order. ``steps``: how many each
-    parameter has made, by its number."""
+    """Returns the header of a safetensors file of float32 tensors that lie there in this order. ``steps``: how many
+    each parameter has made, by its number."""
     content: dict[str, object] = {"__metadata__": {**metadata, "steps": json.dumps(steps)}}
     end = 0
     for name, shape in shapes.items():
@@ -79,8 +79,9 @@ def file_header(
 
 @contextmanager
 def whole() -> Iterator[None]:
-    """SIGALRM, with which Ctrl+C ends a long inner step, waits until parameters and moments fit together again. It is
-    noted and not blocked: the system may give it to any thread, and its handler runs in the main thread even so."""
+    """Holds back SIGALRM, with which Ctrl+C ends a long inner step, until parameters and moments fit together again.
+    The signal is noted and not blocked: the system may give it to any thread, and its handler runs in the main thread
+    even so."""
     if threading.current_thread() is not threading.main_thread():
         yield  # no handler runs in this thread
         return

@@ -35,8 +35,8 @@ runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
 
 
 def python_command(*arguments: str) -> list[str]:
-    """``python ARGUMENTS``; with ``-m MODULE`` first, so that the module imports nothing of the current folder. What
-    PYTHONPATH names stays."""
+    """Returns the command ``python ARGUMENTS``, in which a module that ``-m`` names imports nothing of the current
+    folder. What PYTHONPATH names stays."""
     isolated = ["-c", RUN_MODULE] if arguments[0] == "-m" else []
     return [sys.executable, *isolated, *arguments]
 
@@ -64,7 +64,7 @@ class Outlet(io.FileIO):
 
 
 def begin(argv: list[str]) -> None:
-    """``argv``: of this process, as ``sys.argv``."""
+    """Makes this process ready, before anything else is imported. ``argv``: as ``sys.argv``."""
     open_standard_descriptors()
     use_utf8()
     leave_current_folder()
@@ -76,7 +76,7 @@ def begin(argv: list[str]) -> None:
 
 
 def end(exit_code: int) -> int:
-    """The exit code: 1 instead of 0 where standard output could not be kept, which is said."""
+    """Returns the exit code: 1 instead of 0, with a line that says why, where the disk of standard output is full."""
     for stream in (sys.stdout, sys.stderr):
         stream.flush()
     outlet = getattr(getattr(sys.stdout, "buffer", None), "raw", None)
@@ -87,8 +87,8 @@ def end(exit_code: int) -> int:
 
 
 def open_standard_descriptors() -> None:
-    """Those that are closed lead nowhere from now on: a socket or file that got one of their numbers would be read, or
-    printed to."""
+    """Opens those that are closed, so that they lead nowhere: a socket or file that got one of their numbers would be
+    read, or printed to."""
     for descriptor in (0, 1, 2):
         try:
             os.fstat(descriptor)
@@ -99,7 +99,7 @@ def open_standard_descriptors() -> None:
 
 
 def use_utf8() -> None:
-    """Where the locale's encoding is another one, begin anew in Python's UTF-8 mode: a path is bytes of the file system
+    """Begins anew in Python's UTF-8 mode where the locale's encoding is another one: a path is bytes of the file system
     whatever the locale. Child processes are in that mode, too."""
     if sys.getfilesystemencoding() == "utf-8" or sys.flags.utf8_mode:
         return
@@ -108,8 +108,8 @@ def use_utf8() -> None:
 
 
 def leave_current_folder() -> None:
-    """Imports look into the current folder only where PYTHONPATH names it, or the package lies in it. ``python -m``
-    puts it before everything else on the path, and so does an empty entry of PYTHONPATH, most often by accident."""
+    """Takes the current folder off the path of imports, unless PYTHONPATH names it or the package lies in it. ``python
+    -m`` puts it before everything else there, and so does an empty entry of PYTHONPATH, most often by accident."""
     named = os.environ.get("PYTHONPATH", "").split(os.pathsep)
     kept = [folder for folder in named if folder]
     if kept != named != [""]:
@@ -120,7 +120,8 @@ def leave_current_folder() -> None:
 
 
 def text_stream(outlet: Outlet, encoding: str) -> io.TextIOWrapper:
-    """What cannot be encoded, like the bytes of a path that are no text, is shown as numbers."""
+    """Returns a text stream to ``outlet`` that shows as numbers what cannot be encoded, like the bytes of a path that
+    are no text."""
     return io.TextIOWrapper(
         io.BufferedWriter(outlet),
         encoding=encoding,

@@ -19,7 +19,7 @@ Result = TypeVar("Result")
 
 
 def ending_signals() -> tuple[signal.Signals, ...]:
-    """Those that ask this process to end. A closed terminal does not where it is ignored from the start (nohup)."""
+    """Returns the signals that ask this process to end. SIGHUP is none where it was ignored from the start (nohup)."""
     ignored = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
     return (signal.SIGINT, signal.SIGTERM) if ignored else (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
@@ -31,7 +31,7 @@ def is_echo(number: int, *, asked: bool) -> bool:
 
 @contextmanager
 def handled_by(on_signal: Callable[[int, FrameType | None], None], *more: signal.Signals) -> Iterator[None]:
-    """For the block, ``on_signal`` gets the ending signals and ``more``. In the main thread only."""
+    """Calls ``on_signal`` for the ending signals and ``more`` until the end of the block. In the main thread only."""
     before = {number: signal.signal(number, on_signal) for number in (*ending_signals(), *more)}
     try:
         yield
@@ -42,7 +42,7 @@ def handled_by(on_signal: Callable[[int, FrameType | None], None], *more: signal
 
 @contextmanager
 def interruptible() -> Iterator[list[int]]:
-    """All of them as Ctrl+C: KeyboardInterrupt, wherever the command is. Yields the signals that came."""
+    """Treats every ending signal as Ctrl+C: KeyboardInterrupt, wherever the command is. Yields those that came."""
     received: list[int] = []
 
     def on_signal(number: int, _frame: FrameType | None) -> None:

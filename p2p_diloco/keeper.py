@@ -31,7 +31,7 @@ class Keeper:
         self._write: Future[None] | None = None
 
     def begin(self, local: Vector, *, head: str, inner_step: int, tokens: int) -> None:
-        """Begin to write the state as it is now, beside training. ``tokens``: those that ``local`` has seen since
+        """Begins to write the state as it is now, beside training. ``tokens``: those that ``local`` has seen since
         theta; it is left out where there are none, and else must stay as it is until the next inner step, as a step
         changes parameters only when they have been copied. Where an earlier write goes on still, that one is new
         enough. Raises as ``check``."""
@@ -47,7 +47,7 @@ class Keeper:
 
     @property
     def writing(self) -> bool:
-        """Whether a write is under way, or has ended and nobody has asked how."""
+        """Tells whether a write is under way, or has ended without ``check`` having been asked how."""
         return self._write is not None
 
     def check(self) -> None:
@@ -57,8 +57,8 @@ class Keeper:
             ended.result()
 
     def finish(self) -> None:
-        """Wait for the write that is under way, if any, so that a last one does not race it. Where the disk failed this
-        one, the last one says so, or makes good for it."""
+        """Waits for the write that is under way, if any, so that the final one does not race it. Where the disk failed
+        this one, the final one says so, or makes good for it."""
         if self._write is not None:
             with suppress(LedgerError):
                 self._write.result()

@@ -99,8 +99,8 @@ def run_local(
 
 
 class Stop:
-    """Ctrl+C, SIGTERM and a closed terminal: the first one is looked for between polls, the second one ends this
-    process at once, and with it, on Linux, all others; unless it is that of a closed terminal, which is told twice."""
+    """Listens to Ctrl+C, SIGTERM and a closed terminal: the first one is looked for between polls, the second one ends
+    this process at once, and with it, on Linux, all others; unless it only repeats that the terminal is closed."""
 
     requested = False
 
@@ -159,7 +159,7 @@ class LocalSwarm:
         self.injector.start()
 
     def tell_text(self) -> None:
-        """What the seed has read, from its tokens; of a data set of the hub each trainer's log tells its part."""
+        """Prints what the seed has read, from its tokens; of a hub data set, each trainer's log tells its part."""
         if self.spec.data.source != "hub":
             base, tokenizer_json = self.children.run_file.parent, self.children.manifest.tokenizer_json
             corpus = open_corpus(self.spec.data, base=base, cache=cache_folder(), tokenizer_json=tokenizer_json)
@@ -236,8 +236,8 @@ def told(done: Done) -> str:
 
 
 def export_and_sample(swarm: LocalSwarm, base: Path) -> None:
-    """The newest theta on the disk, as a folder that transformers loads, and some text by it. ``base``: folder of the
-    run file."""
+    """Writes the newest theta on the disk as a folder that transformers loads, and prints some text by it. ``base``:
+    folder of the run file."""
     from p2p_diloco.export import export_model
     from p2p_diloco.sample import generate, load_export, presented
     from p2p_diloco.stored import find_run, load_state
@@ -263,7 +263,8 @@ def export_and_sample(swarm: LocalSwarm, base: Path) -> None:
 
 
 def own_prompt(manifest: RunManifest, tokenizer: Tokenizer, base: Path, peer_id: str) -> str:
-    """Held-out text of a run without the built-in one: of the tokens that the trainer ``peer_id`` has kept."""
+    """Returns held-out text of a run without the built-in one, from the tokens that the trainer ``peer_id`` has
+    kept."""
     from p2p_diloco.prompt import prompt_of_tokens
     from p2p_diloco.train import open_run_corpus
 

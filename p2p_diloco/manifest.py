@@ -130,7 +130,7 @@ class DataSpec(Section):
 
     @model_serializer(mode="wrap")
     def _without_absent_keys(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """A key that came later is left out where it is not given: a run keeps its id."""
+        """Leaves out a key that came later where it is not given: a run keeps its id."""
         table: dict[str, Any] = serialize(self)
         if self.end_token is None:
             table.pop("end_token", None)

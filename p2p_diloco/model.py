@@ -214,12 +214,14 @@ def losses_of(model: torch.nn.Module, batch: torch.Tensor) -> Losses:
 
 
 def loss_of(model: torch.nn.Module, batch: torch.Tensor) -> torch.Tensor:
-    """``batch``: int64 [rows, seq_len + 1] on the model's device -> cross-entropy, float32 scalar, nats per token."""
+    """Returns the cross-entropy of ``batch``, int64 [rows, seq_len + 1] on the model's device: float32 scalar, nats per
+    token."""
     return losses_of(model, batch).cross_entropy
 
 
 def mean_cross_entropy(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """``logits``: [rows, length, vocab]; ``targets``: int64 [rows, length] -> float32 scalar, nats per token."""
+    """Returns the mean over all tokens, float32 scalar, nats per token. ``logits``: [rows, length, vocab]; ``targets``:
+    int64 [rows, length]."""
     return torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
 
 

@@ -296,7 +296,7 @@ class NetworkProcess:
 
 
 def keep_manifest(path: Path, signed: bytes) -> None:
-    """A seed's is the run's only one, perhaps: a file that is there already is not written again. LedgerError."""
+    """Writes the manifest, unless it is there already: a seed's is perhaps the only one. LedgerError when it fails."""
     with disk_errors(path, len(signed)):
         path.parent.mkdir(parents=True, exist_ok=True)
         if not path.is_file() or path.read_bytes() != signed:
@@ -335,7 +335,7 @@ async def serve(control: socket.socket, vectors: int) -> None:
     except LocalError as error:
         writer.write(pack_line("failed", message=str(error), exit_code=error.exit_code))
     except Exception as error:
-        if isinstance(error, OSError) and (full := disk_failure(error, error.filename or "a file")) is not None:
+        if isinstance(error, OSError) and (full := disk_failure(error)) is not None:
             writer.write(pack_line("failed", message=str(full), exit_code=full.exit_code))
             return
         log.exception("the network process fails")

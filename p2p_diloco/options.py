@@ -124,7 +124,7 @@ def hint(name: str, known: Sequence[str] | Mapping[str, Any], spell: Callable[[s
 
 
 def expand_homes(options: Iterable[Argument]) -> None:
-    """The one place for all options that are paths, wherever their values come from."""
+    """Replaces ``~`` in all options that are paths, wherever their values come from."""
     for option in options:
         if Path in (option.hint, *get_args(option.hint)):
             option.tokens = [

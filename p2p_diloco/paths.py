@@ -8,8 +8,8 @@ from p2p_diloco.errors import UsageError
 
 
 def at_home(path: str, where: str) -> Path:
-    """``path`` with a leading ``~`` or ``~user`` replaced by that home folder. UsageError that names ``where`` the path
-    was given when there is no such home; ``./~x`` is a file of that name."""
+    """Returns ``path`` with a leading ``~`` or ``~user`` replaced by that home folder; ``./~x`` is a file of that name.
+    UsageError, which names ``where`` the path was given, when there is no such home."""
     try:
         return Path(path).expanduser() if path.startswith("~") else Path(path)
     except RuntimeError:
@@ -17,6 +17,6 @@ def at_home(path: str, where: str) -> Path:
 
 
 def beside(base: Path, path: str, key: str) -> Path:
-    """``path`` as a file in ``base`` names it: absolute, in a home folder, or relative to ``base``. UsageError as
-    ``at_home``."""
+    """Returns ``path`` as a file in ``base`` names it: absolute, in a home folder, or relative to ``base``. UsageError
+    as ``at_home``."""
     return base / at_home(path, f"key '{key}'")

@@ -60,7 +60,7 @@ class NetworkHandle:
     def start(
         cls, config: PeerConfig, timeouts: Timeouts, role: str, manifest_path: Path | None, memory: int
     ) -> NetworkHandle:
-        """Start the network process. ``memory``: descriptor of what both processes share; it stays the caller's."""
+        """Starts the network process. ``memory``: descriptor of what both processes share; it stays the caller's."""
         control, theirs = socket_pair()
         with theirs:
             process = subprocess.Popen(

@@ -27,13 +27,14 @@ PARAGRAPH = re.compile(r"\n(?:[ \t]*\n)+")
 
 
 def prompt_chars(spec: DataSpec) -> int:
-    """Characters that a prompt may have."""
+    """Returns how many characters a prompt may have, to leave room for the model's own words."""
     chars_per_token = 1 if spec.tokenizer == "bytes" else CHARS_PER_TOKEN
     return min(int(SHARE_OF_CONTEXT * spec.seq_len * chars_per_token), MOST_CHARS)
 
 
 def builtin_prompt(spec: DataSpec) -> str:
-    """From the built-in text that no peer has trained on; "" where a run has other text. Raises DataError."""
+    """Returns a prompt from the built-in text that no peer has trained on; "" where a run has other text. Raises
+    DataError when that text cannot be read."""
     if spec.source != "builtin":
         return ""
     root, files = builtin_files()
@@ -44,7 +45,7 @@ def builtin_prompt(spec: DataSpec) -> str:
 
 
 def prompt_of_tokens(spec: DataSpec, held_out: Tokens, tokenizer: Tokenizer) -> str:
-    """From a corpus's held-out tokens, of any text; "" where nothing in the first of them suits."""
+    """Returns a prompt from a corpus's held-out tokens, of any text; "" where nothing in the first of them suits."""
     tokens = held_out[:TOKENS_LOOKED_THROUGH]
     ends = [] if tokenizer.end is None else np.flatnonzero(tokens == tokenizer.end).tolist()
     starts = [0, *(end + 1 for end in ends)]
@@ -53,8 +54,8 @@ def prompt_of_tokens(spec: DataSpec, held_out: Tokens, tokenizer: Tokenizer) -> 
 
 
 def choose_prompt(texts: Iterable[str], max_chars: int) -> str:
-    """The first piece that a model can show something with: long enough, with few spaces and many letters. "" where the
-    first thousand texts have none."""
+    """Returns the first piece that a model can show something with: long enough, with few spaces and many letters. ""
+    where the first thousand texts have none."""
     for text in islice(texts, TEXTS_LOOKED_THROUGH):
         for piece in pieces(text, max_chars):
             spaces, letters = sum(map(str.isspace, piece)), sum(map(str.isalpha, piece))

@@ -228,7 +228,7 @@ class Directory:
         return [record for record in self.current(now_s) if self._answers(record)]
 
     def _answers(self, record: Record) -> bool:
-        """As far as I have seen since this record was signed."""
+        """Tells whether this peer has not failed to answer me since it signed this record."""
         return self._suspects.get(record.peer_id, -1.0) < record.issued_s
 
     def current(self, now_s: float) -> list[Record]:

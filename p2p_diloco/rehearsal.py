@@ -47,7 +47,7 @@ class Rehearsal:
     """Trained tensors that no gradient reached; they stay what they are."""
 
     def line(self) -> str:
-        """For a person."""
+        """Returns all of this in a line, for a person."""
         took = f"{self.wall_s:.1f} s, at most {self.peak_bytes / 1e9:.1f} GB in this process"
         passed = f"learns from and is evaluated on a row of {self.tokens} tokens: {took}"
         if not self.without_gradient:
@@ -141,8 +141,8 @@ def row_of_tokens(model: torch.nn.Module, vocab_size: int, seq_len: int) -> np.n
 
 
 def untrained(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """Frozen parameters, and the buffers that are saved with a model. Others are computed anew when it is built, and
-    may grow with the sequence."""
+    """Yields frozen parameters, and the buffers that are saved with a model. Others are computed anew when it is built,
+    and may grow with the sequence."""
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             yield name, parameter
@@ -165,7 +165,7 @@ def require_finite_loss(loss: float, when: str) -> None:
 
 
 def missing_gradients(model: torch.nn.Module) -> Iterator[str]:
-    """Names of trained tensors without a gradient. UsageError where one is not finite."""
+    """Yields the names of trained tensors without a gradient. UsageError where one is not finite."""
     for name, parameter, _ in trainable(model):
         if parameter.grad is None:
             yield name
@@ -195,7 +195,7 @@ def require_held(model: torch.nn.Module, held: Mapping[str, torch.nn.Parameter])
 
 
 def bits(tensor: torch.Tensor) -> torch.Tensor:
-    """uint8 [bytes]: two tensors are the same where these are, whatever they hold."""
+    """Returns uint8 [bytes]: two tensors are the same where these are, whatever they hold."""
     return tensor.detach().cpu().reshape(-1).view(torch.uint8)
 
 

@@ -147,7 +147,7 @@ FRAME_POINTS = 90
 
 
 def style_of(number: int) -> tuple[str, tuple[float, ...]]:
-    """(color, dashes) of an arm; different ones for as many arms as there are pairs, 35, colors first."""
+    """Returns (color, dashes) of an arm; different ones for as many arms as there are pairs, 35, colors first."""
     return COLORS[number % len(COLORS)], DASHES[number // len(COLORS) % len(DASHES)]
 
 
@@ -229,7 +229,7 @@ Line = tuple[str, tuple[float, float], Mapping[str, Any]]
 
 
 def name_lines(figure: Any, axes: Any, lines: Sequence[Line]) -> None:
-    """Each right of the axes, where its name does not cover another one; a piece of the line leads there."""
+    """Writes each name right of the axes, where it does not cover another one; a piece of the line leads there."""
     low, high = axes.get_ylim()
     place_of = {"xycoords": "axes fraction", "va": "center", "fontsize": LABEL_POINTS}
     names = [axes.annotate(name, (1.1, 0.5), **place_of) for name, _, _ in lines]

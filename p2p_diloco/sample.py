@@ -131,7 +131,7 @@ def in_margin(pieces: Iterable[str], margin: str) -> Iterator[str]:
 
 
 def expectation(n_params: int) -> str:
-    """A sentence."""
+    """Returns a sentence on what a model of this size can learn to write."""
     learns = next(learns for smaller_than, learns in EXPECTATIONS if n_params < smaller_than)
     size = f"{n_params / 1e9:.3g} billion" if n_params >= 1e9 else f"{n_params / 1e6:.3g} million"
     return f"What to expect: a model of {size} parameters {learns}. Early in a run it is worse."

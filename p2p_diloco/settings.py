@@ -47,7 +47,7 @@ def refuse_unread(
 
 
 def inner_class(config_class: Any, key: str, value: Mapping[str, Any]) -> Any:
-    """The config class of a table inside a config; None where that is plain values, or not known."""
+    """Returns the config class of a table inside a config; None where that is plain values, or not known."""
     from transformers import CONFIG_MAPPING, PreTrainedConfig
 
     inner = config_class.sub_configs.get(key)
@@ -59,7 +59,7 @@ def inner_class(config_class: Any, key: str, value: Mapping[str, Any]) -> Any:
 
 
 def keys_read(config_class: Any) -> frozenset[str]:
-    """Every key that this class, or the code of its model, reads."""
+    """Returns every key that this class, or the code of its model, reads."""
     known = {*inspect.signature(config_class.__init__).parameters} - {"self", "args", "kwargs"}
     known |= {*config_class.attribute_map, *config_class.attribute_map.values()}
     known |= set(read_by_class(config_class))
@@ -68,7 +68,7 @@ def keys_read(config_class: Any) -> frozenset[str]:
 
 
 def read_by_class(config_class: Any) -> Iterator[str]:
-    """Keys that it takes from ``kwargs``, or looks for on itself; what every config does is left out."""
+    """Yields the keys that this class takes from ``kwargs``, or looks for on itself, beyond what every config does."""
     from transformers import PreTrainedConfig
 
     for base in config_class.__mro__:
@@ -158,14 +158,14 @@ def origin(module: ModuleType, name: str) -> tuple[ModuleType, str] | None:
 
 
 def walk(module: ModuleType, name: str) -> Iterator[ast.AST]:
-    """All of a class or function of a module."""
+    """Yields every node of the source of a class or function of a module; nothing where it has none of that name."""
     there = tree_of(module).get(name)
     return iter(()) if there is None else ast.walk(there)
 
 
 @lru_cache(maxsize=256)
 def tree_of(module: ModuleType) -> dict[str, ast.AST]:
-    """The classes and functions of a module, by name."""
+    """Returns the source of a module's classes and functions, by name."""
     nodes = ast.parse(inspect.getsource(module)).body
     return {node.name: node for node in nodes if isinstance(node, (ast.ClassDef, ast.FunctionDef))}
 

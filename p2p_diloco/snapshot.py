@@ -220,7 +220,7 @@ def sync(path: Path) -> None:
 
 @contextmanager
 def disk_errors(path: Path, size_bytes: int = 0) -> Iterator[None]:
-    """OSError as LedgerError. ``size_bytes``: what is being written."""
+    """Raises LedgerError in place of OSError. ``size_bytes``: what is being written."""
     try:
         yield
     except OSError as error:

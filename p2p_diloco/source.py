@@ -26,7 +26,7 @@ KEPT_FREE_BYTES = 10**9
 """Of the disk, by the tokens of a data set: how long it is, is another's choice."""
 LOOK_EVERY_CHARS = 1024 * 1024
 """At how much of the disk is free: so many characters of a data set are read in between."""
-NO_TEXT = "this run brings no text of its own; add --data FILE-OR-FOLDER"
+NO_OWN_TEXT = "this run brings no text of its own; add --data FILE-OR-FOLDER"
 
 
 @dataclass(frozen=True)
@@ -52,14 +52,14 @@ def source_of(
             base = override_path.absolute()
             spec = spec.model_copy(update={"path": str(base)})
         elif base is None and not DATA_SET_NAME.fullmatch(str(spec.path)):
-            raise UsageError(NO_TEXT)
+            raise UsageError(NO_OWN_TEXT)
         return hub_source(spec, base=base, cache=cache, run_seed=run_seed, peer_id=peer_id)
     if override_path is not None:
         own: Path | None = override_path
     elif spec.path is None:
         own = None
     elif base is None:
-        raise UsageError(NO_TEXT)
+        raise UsageError(NO_OWN_TEXT)
     else:
         own = beside(base, spec.path, "data.path")
     name = "the built-in text" if own is None else str(own)

@@ -260,7 +260,7 @@ def screen(
 
 
 def packed(facts: Sequence[str], width: int) -> list[str]:
-    """Lines of facts, none of which is cut in two."""
+    """Returns lines of at most ``width`` characters in which no fact is cut in two, where each is that short."""
     lines = [facts[0]]
     for fact in facts[1:]:
         longer = f"{lines[-1]}   {fact}"

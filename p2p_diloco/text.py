@@ -135,7 +135,7 @@ def next_piece(file: IO[str]) -> str:
 
 
 def kept(texts: Iterable[str | None], tally: TextTally) -> Iterator[str]:
-    """Without rows that have no text, or one with a NUL in it."""
+    """Yields the texts, without rows that have none, or one with a NUL in it, which are counted."""
     for text in texts:
         if text is None:
             tally.skip(NULL)
@@ -146,7 +146,7 @@ def kept(texts: Iterable[str | None], tally: TextTally) -> Iterator[str]:
 
 
 def json_lines(file: TextFile, text_key: str) -> Iterator[str | None]:
-    """The text of each line, or None where it is null."""
+    """Yields the text of each line, or None where it is null."""
     with file.open() as stream:
         number = 0
         while line := stream.readline(MAX_ROW_CHARS):
@@ -170,7 +170,7 @@ def json_rows(file: TextFile, text_key: str) -> Iterator[str | None]:
 
 
 def json_values(stream: IO[str], file: TextFile) -> Iterator[Any]:
-    """One at a time. A value that goes on behind what was read is tried again with twice as much."""
+    """Yields one value at a time. One that goes on behind what was read is tried again with twice as much."""
     decoder, number, ahead, in_list = json.JSONDecoder(), 0, "", False
 
     def more(n_chars: int = CHUNK_CHARS) -> str:
@@ -225,7 +225,8 @@ def begins_with_text(file: TextFile, text_key: str) -> bool:
 
 
 def text_in(row: Any, text_key: str, where: str) -> str | None:
-    """None where it is null. DataError, naming ``where``, for no text, or one that UTF-8 does not have."""
+    """Returns the text of a row; None where it is null. DataError, naming ``where``, for no text, or one that UTF-8
+    does not have."""
     if not isinstance(row, dict) or not isinstance(row.get(text_key, 0), (str, type(None))):
         keys = [key for key, value in row.items() if isinstance(value, str)] if isinstance(row, dict) else []
         known = f"; data.text_key can be: {', '.join(keys)[:200]}" if keys else ""
@@ -295,7 +296,7 @@ def in_utf8(file: TextFile) -> Iterator[None]:
 
 @contextmanager
 def reading(source: str) -> Iterator[None]:
-    """DataError for what cannot be read, or not be decompressed."""
+    """Raises DataError for what cannot be read in the block, or not be decompressed."""
     try:
         yield
     except OSError as error:

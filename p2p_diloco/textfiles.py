@@ -67,7 +67,8 @@ class TextFile:
     mtime_ns: int = 0
 
     def open_bytes(self) -> IO[bytes]:
-        """Decompressed. Whoever reads gets OSError, EOFError, zlib.error or LZMAError from a damaged file."""
+        """Opens the file, decompressed. Whoever reads gets OSError, EOFError, zlib.error or LZMAError from a damaged
+        file."""
         if self.compression == ".gz":
             return cast(IO[bytes], gzip.open(self.path))
         if self.compression == ".bz2":
@@ -81,12 +82,12 @@ class TextFile:
         return self.path.open("rb")
 
     def open(self) -> IO[str]:
-        """Text in UTF-8, without a byte order mark; what is no UTF-8 raises UnicodeDecodeError from what reads it."""
+        """Opens the file as text in UTF-8, without its byte order mark. To read what is no UTF-8 raises
+        UnicodeDecodeError."""
         return io.TextIOWrapper(self.open_bytes(), encoding="utf-8-sig", errors="strict")
 
     def refuse_encoding(self) -> NoReturn:
-        """Raises the DataError that says where the first byte is that text in UTF-8 does not have. Reads again up to
-        there."""
+        """Raises DataError with the place of the first byte that is no text in UTF-8: reads the file again up to it."""
         where = f" of what it decompresses to, with {self.compression}" if self.compression else ""
         with self.open_bytes() as file:
             found = first_foreign_byte(file)
@@ -149,12 +150,12 @@ class TextFiles:
     skipped: tuple[Skipped, ...] = ()
 
     def listing(self) -> list[list[Any]]:
-        """Name, size and time of each: what another listing says of the same files, unless one has changed."""
+        """Returns name, size and time of each: two listings of the same files are equal unless one has changed."""
         return [[file.path.relative_to(self.root).as_posix(), file.n_bytes, file.mtime_ns] for file in self.files]
 
 
 def text_files(path: Path) -> TextFiles:
-    """DataError where there is nothing to read, or less than may be text and would be skipped."""
+    """Finds what is to be read. DataError where that is nothing, or less than may be text and would be skipped."""
     if not path.exists():
         raise DataError(f"{path}: no such file or folder; data.path or --data names a folder, or {READ}")
     if not path.is_dir():
@@ -178,7 +179,7 @@ def text_files(path: Path) -> TextFiles:
 
 
 def walk_links(root: Path, tally: TextTally) -> Iterator[TextFile]:
-    """All files below ``root`` that can be read, in no order to count on, each once; counts what is skipped."""
+    """Yields all files below ``root`` that can be read, in no order to count on, each once; counts what is skipped."""
     seen_files: set[str] = set()
     seen_folders: set[str] = set()
     folders, linked_folders, linked_files = [root], list[Path](), list[Path]()
@@ -218,7 +219,7 @@ def shown(path: Path, root: Path) -> str:
 
 
 def status_of(path: Path) -> os.stat_result | None:
-    """Of what a link leads to; None where it leads nowhere, or in a circle."""
+    """Returns the status of what a link leads to; None where it leads nowhere, or in a circle."""
     try:
         return path.stat()
     except OSError as error:
@@ -228,7 +229,7 @@ def status_of(path: Path) -> os.stat_result | None:
 
 
 def readable(path: Path, status: os.stat_result, name: str, tally: TextTally) -> TextFile | None:
-    """None for a file that is skipped, which is counted. ``name``: for messages."""
+    """Returns the file if it is to be read; None for one that is skipped, which is counted. ``name``: for messages."""
     how = format_of(path)
     if not stat.S_ISREG(status.st_mode):
         tally.skip(IRREGULAR, name)
@@ -249,7 +250,8 @@ def text_file(path: Path, how: tuple[str, str], status: os.stat_result) -> TextF
 
 
 def format_of(path: Path) -> tuple[str, str] | None:
-    """Kind and compression by the name, or by that of the file that it is a link to; None for any other file."""
+    """Returns kind and compression by the name, or by that of the file that it is a link to; None for any other
+    file."""
     for name in (path.name, Path(os.path.realpath(path)).name):
         stem, last = os.path.splitext(name.lower())
         if last in KINDS:

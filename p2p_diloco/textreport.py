@@ -71,7 +71,8 @@ class TextTally:
     """By reason."""
 
     def skip(self, reason: str, name: str = "", n_bytes: int = 0) -> None:
-        """``name``: of a file, for messages; in it, bytes that are no UTF-8 are replaced."""
+        """Counts a file or row that is skipped. ``name``: of a file, for messages; bytes that are no UTF-8 are
+        replaced."""
         known = self.skipped.get(reason, Skipped(reason=reason, count=0))
         examples = known.examples
         if name and len(examples) < EXAMPLES:
@@ -96,7 +97,7 @@ class TextReport(BaseModel):
 
     @property
     def lines(self) -> list[str]:
-        """What was read, then what was skipped, a line for each reason."""
+        """A line on what was read, then one for each reason why something was skipped."""
         return [self.read, *(f"skipped {kind.line}" for kind in self.skipped)]
 
     @property

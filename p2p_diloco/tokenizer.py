@@ -107,7 +107,7 @@ class LibraryTokenizer:
         return self.end if token == self.end_token else found
 
     def special_token(self, token_id: int) -> str | None:
-        """None for the id of any other token, or of none."""
+        """Returns the name of a special token; None for the id of any other token, or of none."""
         added = self._tokenizer.get_added_tokens_decoder().get(token_id)
         special = added is not None and added.special
         return None if not special else self.end_token if token_id == self.end else str(added.content)
@@ -151,9 +151,9 @@ def library_tokenizer(library_json: str, source: str) -> Any:
 
 
 def without_text(library_json: str, token: str) -> str:
-    """The same tokenizer with another name for ``token``, one that no text holds: it has a NUL. For tokenizers that
-    find the old one in a text although they take special tokens for text: their model itself knows it as a word or a
-    piece, or it is not marked as special."""
+    """Returns the same tokenizer with another name for ``token``, one that no text holds: it has a NUL. For tokenizers
+    that find the old one in a text although they take special tokens for text: their model itself knows it as a word or
+    a piece, or it is not marked as special."""
     new, table = f"{token}\0", json.loads(library_json)
     for added in table.get("added_tokens") or ():
         if added["content"] == token:
@@ -220,9 +220,9 @@ def load_tokenizer_json(spec: DataSpec, base: Path) -> str:
 
 
 def end_token_beside(path: Path, tokenizer: LibraryTokenizer) -> str | None:
-    """What the first of END_FILES beside ``path`` says that names an end token of this tokenizer. An id must be that of
-    a special token: transformers writes default ids into the config of any model. Of several ids the first one counts;
-    what follows are ends of a turn in a conversation. UsageError for a file that is not JSON."""
+    """Returns what the first of END_FILES beside ``path`` says that names an end token of this tokenizer. An id must be
+    that of a special token: transformers writes default ids into the config of any model. Of several ids the first one
+    counts; what follows are ends of a turn in a conversation. UsageError for a file that is not JSON."""
     for file in (path.with_name(name) for name in END_FILES):
         try:
             table = json.loads(file.read_bytes())
@@ -248,13 +248,14 @@ END_BEGINS = '{"end_token":'
 
 
 def with_end(library_json: str, end_token: str) -> str:
-    """How a tokenizer travels whose end token has none of the usual names: in front of the keys that the library reads.
-    Versions that do not know it cannot read such a tokenizer, and say so."""
+    """Returns the tokenizer with its end token in front of the keys that the library reads: so it travels where that
+    token has none of the usual names. Versions that do not know this cannot read such a tokenizer, and say so."""
     return f"{END_BEGINS}{compact_json(end_token)},{library_json[1:]}"
 
 
 def split_end(tokenizer_json: str, source: str) -> tuple[str | None, str]:
-    """The end token, if ``with_end`` has put one in front, and what the library reads. UsageError."""
+    """Returns the end token, if ``with_end`` has put one in front, and what the library reads. UsageError for
+    neither."""
     if not tokenizer_json.startswith(END_BEGINS):
         return None, tokenizer_json
     try:
