@@ -30,7 +30,7 @@ from p2p_diloco.commands_join import peer, seed, swarm
 from p2p_diloco.commands_look import doctor, manifest, monitor, status
 from p2p_diloco.commands_model import export, sample
 from p2p_diloco.commands_study import experiment, simulate
-from p2p_diloco.config import cache_folder
+from p2p_diloco.config import compiled_folder
 from p2p_diloco.display import STDOUT, is_live, plain
 from p2p_diloco.errors import LocalError, Stopped, disk_failure
 from p2p_diloco.interruption import interrupted, interruptible
@@ -66,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     received: list[int] = []
     try:
         # torch makes this folder when it is imported, by default in the temporary folder, and leaves it there.
-        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_folder() / "torchinductor"))
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(compiled_folder()))
         function, bound, _ = app.parse_args(
             sys.argv[1:] if argv is None else argv, exit_on_error=False, print_error=False, verbose=False
         )

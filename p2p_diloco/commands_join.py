@@ -52,6 +52,7 @@ def seed(
         from p2p_diloco.manifest import RunSpec
 
         RunSpec.load(run_file)
+        fresh = node.folder is None or not node.folder.exists()
         config = peer_config(node, "seed", initial_peers)
         from p2p_diloco.config import Timeouts
         from p2p_diloco.genesis import start_run
@@ -62,8 +63,9 @@ def seed(
     try:
         manifest_path = start_run(run_file, config.folder, owner, config.identity_path)
     except LocalError:
-        with suppress(OSError):  # it is there since the options were read; what is refused leaves no empty folder
-            config.folder.rmdir()
+        if fresh:  # it is there since the options were read; what is refused leaves no empty folder
+            with suppress(OSError):
+                config.folder.rmdir()
         raise
     timeouts = Timeouts().scaled(node.patience)
     with stop_signals(), Swarm.join(config, timeouts=timeouts, role="seed", manifest_path=manifest_path) as swarm:

@@ -134,6 +134,16 @@ def cache_folder() -> Path:
     return folder if folder.is_absolute() else Path(tempfile.gettempdir()) / f"p2p-diloco-{os.getuid()}"
 
 
+def compiled_folder() -> Path:
+    """Returns where torch keeps what it compiles: beside the tokens, or in the temporary folder where that cannot be
+    made."""
+    try:
+        cache_folder().mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return Path(tempfile.gettempdir()) / f"p2p-diloco-{os.getuid()}" / "torchinductor"
+    return cache_folder() / "torchinductor"
+
+
 def keep_cache_near(folder: Path) -> None:
     """Moves the cache into ``folder`` where the user's own cannot be written (a service without a home, a container
     that is read-only), for this process and those that it starts; torch's and the hub's, too, if they are not imported
@@ -145,4 +155,4 @@ def keep_cache_near(folder: Path) -> None:
         near = folder.absolute() / "cache"
         log.info("%s: cannot be written (%s); tokens are kept in %s", cache_folder(), error.strerror, near)
         os.environ["XDG_CACHE_HOME"] = str(near)
-        os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(cache_folder() / "torchinductor")
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(compiled_folder())

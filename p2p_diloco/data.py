@@ -29,7 +29,7 @@ from p2p_diloco.manifest import DataSpec, canonical_json
 from p2p_diloco.outer import digest
 from p2p_diloco.source import Source, document_digest, source_of
 from p2p_diloco.text import Document, nobody_trains_on
-from p2p_diloco.textreport import Skipped, TextReport, TextTally, refuse_mostly_skipped
+from p2p_diloco.textreport import Skipped, TextReport, TextTally, refuse_mostly_empty_rows, refuse_mostly_skipped
 from p2p_diloco.tokenizer import Tokenizer, Tokens, open_tokenizer, separator
 
 log = logging.getLogger(__name__)
@@ -178,7 +178,7 @@ def build(folder: Path, source: Source, tokenizer: Tokenizer, held_out: float) -
     of the source is text."""
     temporary = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
     temporary.mkdir()
-    h, tally, complete = blake2b(digest_size=32), TextTally(), 0
+    h, tally = blake2b(digest_size=32), TextTally()
     try:
         with (
             closing(TokenFile(temporary / "train.bin", tokenizer)) as train,
@@ -188,14 +188,15 @@ def build(folder: Path, source: Source, tokenizer: Tokenizer, held_out: float) -
                 if source.fingerprinted:
                     h.update(document_digest(document))
                 (other if nobody_trains_on(document, held_out) else train).add(document)
-                complete += document.complete
+                tally.documents += document.complete
             refuse_mostly_skipped(source.name, tally.n_bytes, [*source.skipped, *tally.skipped.values()])
+            refuse_mostly_empty_rows(source.name, tally)
             facts = {
                 "train": train.finish(),
                 "held_out": other.finish(),
                 "fingerprint": h.hexdigest() if source.fingerprinted else "",
                 "files": tally.files,
-                "documents": complete,
+                "documents": tally.documents,
                 "skipped": [kind.model_dump() for kind in tally.skipped.values()],
             }
         (temporary / "corpus.json").write_bytes(canonical_json(facts))

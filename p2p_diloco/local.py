@@ -28,11 +28,12 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.live import Live
 
+from p2p_diloco.child import Child
 from p2p_diloco.children import SEED, TRAINER, Children, text_on_disk
 from p2p_diloco.config import cache_folder, keep_cache_near
 from p2p_diloco.data import open_corpus
 from p2p_diloco.display import is_live, join_line, plain
-from p2p_diloco.errors import Stopped, UsageError, disk_failure
+from p2p_diloco.errors import LocalError, Stopped, UsageError, disk_failure
 from p2p_diloco.faults import Done, FaultPlan, plights
 from p2p_diloco.injector import Injector
 from p2p_diloco.interruption import handled_by, is_echo
@@ -85,7 +86,7 @@ def run_local(
             swarm.watch()
         except Stopped:
             pass
-        except UsageError:
+        except LocalError:
             if fresh and not children.trainers:  # the seed has refused the run: its last line is in the error
                 children.close()
                 shutil.rmtree(folder, ignore_errors=True)
@@ -94,6 +95,12 @@ def run_local(
         summary = swarm.write_summary()
         if summary["outer_steps"] and not stop.requested:
             export_and_sample(swarm, run_file.parent)
+        elif summary["outer_steps"]:
+            folder = newest(children).folder
+            command = shlex.join(
+                ["p2p-diloco", "export", "--folder", str(folder), "--to", str(children.folder / "export")]
+            )
+            swarm.console.print(f"{'model':<14}  {command}", markup=False, soft_wrap=True)
     failed = any(child.failed for child in children.trainers)
     return int(failed and not stop.requested)
 
@@ -235,6 +242,11 @@ def told(done: Done) -> str:
     return f"{done.at_s:.2f} s: {act.action} {act.peer}{process} ({pids or 'nothing there'}){where}"
 
 
+def newest(children: Children) -> Child:
+    """Returns who has come furthest."""
+    return max(children.all, key=lambda child: row_of(child.log).step)
+
+
 def export_and_sample(swarm: LocalSwarm, base: Path) -> None:
     """Writes the newest theta on the disk as a folder that transformers loads, and prints some text by it. ``base``:
     folder of the run file."""
@@ -243,12 +255,18 @@ def export_and_sample(swarm: LocalSwarm, base: Path) -> None:
     from p2p_diloco.stored import find_run, load_state
 
     console, children, target = swarm.console, swarm.children, swarm.children.folder / "export"
-    newest = max(children.all, key=lambda child: row_of(child.log).step)
-    manifest, state = load_state(find_run(newest.folder, children.manifest.run_id))
+    manifest, state = load_state(find_run(newest(children).folder, children.manifest.run_id))
     export_model(manifest, state.theta, target, step=state.step, head=state.head)
     console.print(f"{'export':<14}  {target}, outer step {state.step}")
     model, tokenizer, info = load_export(target)
-    prompt = info.prompt or own_prompt(manifest, tokenizer, base, row_of(children.trainers[0].log).peer_id)
+    prompt = info.prompt
+    if not prompt:
+        there = [row.peer_id for row in map(row_of, (child.log for child in children.trainers)) if row.peer_id]
+        try:
+            prompt = own_prompt(manifest, tokenizer, base, there[0] if there else "")
+        except LocalError as error:  # the run is over and exported: text that is gone by now takes nothing from that
+            console.print(f"no sample: {error}", markup=False, soft_wrap=True)
+            return
     pieces = generate(
         model, tokenizer, prompt, max_tokens=SAMPLE_TOKENS, temperature=SAMPLE_TEMPERATURE, top_k=SAMPLE_TOP_K, seed=0
     )

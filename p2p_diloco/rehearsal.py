@@ -81,6 +81,7 @@ def rehearse(model: torch.nn.Module, theta: Vector, *, vocab_size: int, seq_len:
         loss = float(losses.cross_entropy.detach())
         require_finite_loss(float(losses.trained.detach()), "in training")
         without_gradient = tuple(missing_gradients(model))
+        require_some_gradient(model)
         model.zero_grad(set_to_none=True)
         del losses
         require_unchanged(model, theta, kept, "a forward and backward pass in training mode")
@@ -171,6 +172,14 @@ def missing_gradients(model: torch.nn.Module) -> Iterator[str]:
             yield name
         elif not torch.isfinite(parameter.grad).all():
             raise UsageError(f"{name}: its gradient is not finite; give another start, or another config")
+
+
+def require_some_gradient(model: torch.nn.Module) -> None:
+    """Raises UsageError where every gradient is zero. Some may be at the start, behind a layer of zeros, say."""
+    if not any(parameter.grad.any() for _, parameter, _ in trainable(model) if parameter.grad is not None):
+        raise UsageError(
+            "every gradient of this model is zero: it learns nothing; give another start, or another config"
+        )
 
 
 def require_unchanged(model: torch.nn.Module, theta: Vector, kept: Mapping[str, torch.Tensor], by: str) -> None:

@@ -252,8 +252,15 @@ def swarm_head(
     voters = [voter for voter in everybody if voter.committed] or everybody
     if not voters:
         return None
-    paths = [path_of(voter, before or {}) for voter in voters]
-    support = Counter(candidate for path in paths for candidate in path)
+    # Most say the same: a way, which is as long as the run's history, is walked once for all of them.
+    alike: dict[tuple[int, bytes, tuple[bytes, ...]], list[Record | Standing]] = {}
+    for voter in voters:
+        alike.setdefault((voter.step, voter.head, tuple(voter.heads)), []).append(voter)
+    paths = [path_of(same[0], before or {}) for same in alike.values()]
+    support: Counter[tuple[int, bytes]] = Counter()
+    for path, same in zip(paths, alike.values()):
+        for candidate in path:
+            support[candidate] += len(same)
 
     def order(candidate: tuple[int, bytes]) -> tuple[int, int, bytes]:
         return (-support[candidate], -candidate[0], candidate[1])

@@ -34,6 +34,8 @@ DANGLING = "links that lead nowhere"
 TWICE = "links to what is read under another name"
 OTHER = "pictures, sound, films, fonts or weights"
 
+ROWS = (NULL, ZERO)
+"""Of these reasons, skipped rows are weighed against the documents that were read."""
 MAY_BE_TEXT = (UNKNOWN, NO_TEXT)
 """Of these reasons, the skipped bytes are weighed against those that were read."""
 
@@ -67,6 +69,8 @@ class TextTally:
     """In which there was text."""
     n_bytes: int = 0
     """Of these files, on the disk."""
+    documents: int = 0
+    """Complete ones: a .txt file is one, however many pieces it is cut into; so is a row of any other file."""
     skipped: dict[str, Skipped] = field(default_factory=dict)
     """By reason."""
 
@@ -116,8 +120,19 @@ def log_report(report: TextReport) -> None:
         log.info("text: %s", line)
 
 
+def refuse_mostly_empty_rows(source: str, tally: TextTally) -> None:
+    """Raises DataError where more rows were skipped than documents were read."""
+    rows = [kind for kind in tally.skipped.values() if kind.reason in ROWS]
+    lost_rows = sum(kind.count for kind in rows)
+    if lost_rows > tally.documents:
+        raise DataError(
+            f"{source}: {counted(lost_rows, 'row')} would be left out and {counted(tally.documents, 'document')} read; "
+            f"{'; '.join(kind.line for kind in rows)}; remove these rows, or choose another data.text_key"
+        )
+
+
 def refuse_mostly_skipped(source: str, read_bytes: int, skipped: Iterable[Skipped]) -> None:
-    """DataError where what may be text and was skipped has more bytes on the disk than what was read."""
+    """Raises DataError where what may be text and was skipped has more bytes on the disk than what was read."""
     weighed = [kind for kind in skipped if kind.reason in MAY_BE_TEXT]
     lost_bytes = sum(kind.n_bytes for kind in weighed)
     if lost_bytes > read_bytes:

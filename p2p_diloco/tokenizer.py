@@ -235,7 +235,12 @@ def end_token_beside(path: Path, tokenizer: LibraryTokenizer) -> str | None:
         if isinstance(table, dict):
             token = table.get("eos_token")
             named = token.get("content") if isinstance(token, dict) else token
-            if isinstance(named, str) and tokenizer.id_of(named) is not None:
+            if isinstance(named, str):
+                if tokenizer.id_of(named) is None:
+                    raise UsageError(
+                        f"{file}: eos_token is {named!r}, which {path.name} does not have; correct it, or name another "
+                        f"token under data.end_token"
+                    )
                 return named
             numbers = table.get("eos_token_id")
             for number in numbers if isinstance(numbers, list) else [numbers]:

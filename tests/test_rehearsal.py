@@ -64,6 +64,15 @@ def test_a_loss_that_is_not_finite_is_refused() -> None:
         rehearsed(model)
 
 
+def test_a_model_that_learns_nothing_is_refused() -> None:
+    model = llama(tie_word_embeddings=False)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    with pytest.raises(UsageError, match=r"^every gradient of this model is zero: it learns nothing"):
+        rehearsed(model)
+
+
 @pytest.mark.parametrize("model_type", ["roberta", "xlm-roberta", "camembert", "roberta-prelayernorm"])
 def test_positions_that_begin_after_the_padding_token_are_counted(model_type: str) -> None:
     """They have two positions less than max_position_embeddings says; a token that is padding takes none."""

@@ -8,9 +8,11 @@ from p2p_diloco.textreport import (
     NULL,
     OTHER,
     UNKNOWN,
+    ZERO,
     Skipped,
     TextReport,
     TextTally,
+    refuse_mostly_empty_rows,
     refuse_mostly_skipped,
     size_of,
 )
@@ -68,6 +70,20 @@ def test_what_may_be_text_is_weighed_against_what_is_read(
     assert str(caught.value) == (
         "texts: 11 bytes would be left out and 10 bytes read; files with a suffix that is not read: 1, 11 bytes; "
         "convert these files, or move them elsewhere"
+    )
+
+
+def test_rows_without_text_are_weighed_against_documents() -> None:
+    tally = TextTally(documents=2)
+    for _ in range(2):
+        tally.skip(NULL)
+    refuse_mostly_empty_rows("texts", tally)
+    tally.skip(ZERO)
+    with pytest.raises(DataError) as caught:
+        refuse_mostly_empty_rows("texts", tally)
+    assert str(caught.value) == (
+        "texts: 3 rows would be left out and 2 documents read; rows whose text is null: 2; rows with a NUL character "
+        "in their text, which ends a document: 1; remove these rows, or choose another data.text_key"
     )
 
 

@@ -147,7 +147,7 @@ def end_of(folder: Path, tokenizer_json: str, end_token: str | None = None, **be
         {"tokenizer_config": {"eos_token": UNUSUAL}},
         {"tokenizer_config": {"eos_token": {"content": UNUSUAL, "lstrip": False}}},
         {"tokenizer_config": {"eos_token": None}, "special_tokens_map": {"eos_token": UNUSUAL}},
-        {"tokenizer_config": {"eos_token": "<of-another>"}, "special_tokens_map": {"eos_token": {"content": UNUSUAL}}},
+        {"tokenizer_config": {}, "special_tokens_map": {"eos_token": {"content": UNUSUAL}}},
         {"generation_config": {"eos_token_id": 1}},
         {"generation_config": {"eos_token_id": [1, 0]}},
         {"generation_config": {"eos_token_id": [9999, 5, 1]}, "config": {"eos_token_id": 0}},
@@ -170,7 +170,18 @@ def test_the_run_file_names_the_end_token_before_all_else(tmp_path: Path) -> Non
         end_of(tmp_path / "own", tokenizer_json, "<|none|>")
 
 
-@pytest.mark.parametrize("beside", [{}, {"config": {"eos_token_id": 7}}, {"tokenizer_config": {"eos_token": "</s>"}}])
+def test_an_end_token_that_the_tokenizer_does_not_have_is_refused(tmp_path: Path) -> None:
+    """Whatever another file says, or the usual names: somebody has mixed two tokenizers."""
+    beside = {"tokenizer_config": {"eos_token": "<of-another>"}, "special_tokens_map": {"eos_token": UNUSUAL}}
+    message = (
+        r"tokenizer_config\.json: eos_token is '<of-another>', which tokenizer\.json does not have; correct it, or"
+    )
+    with pytest.raises(UsageError, match=message):
+        end_of(tmp_path / "own", bpe_tokenizer("</s>", UNUSUAL), **beside)
+    assert end_of(tmp_path / "own", bpe_tokenizer("</s>", UNUSUAL), UNUSUAL, **beside) == UNUSUAL
+
+
+@pytest.mark.parametrize("beside", [{}, {"config": {"eos_token_id": 7}}, {"tokenizer_config": {"eos_token": None}}])
 def test_a_tokenizer_without_an_end_token_is_refused(tmp_path: Path, beside: dict[str, Any]) -> None:
     """Id 7 is a letter's: a default of the model's type, and no end."""
     with pytest.raises(UsageError, match=r"key 'data\.end_token': nothing says which token of .* ends a document"):
