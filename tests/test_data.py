@@ -14,6 +14,8 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 from builders import identity
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 
 from p2p_diloco import data, source
 from p2p_diloco.data import Corpus, open_corpus
@@ -248,6 +250,14 @@ def test_files_that_turn_out_to_hold_no_text_count_as_skipped(tmp_path: Path) ->
     assert len(list(tmp_path.glob("cache/*/"))) == 1
 
 
+def test_files_and_rows_that_are_left_out_are_weighed_together(tmp_path: Path) -> None:
+    """Neither is more than what is read."""
+    write_texts(tmp_path / "texts", {"a.jsonl": json.dumps({"text": "x" * 600}), "b.md": "y" * 400})
+    (tmp_path / "texts/c.jsonl").write_text('{"text": null}\n' * 20)
+    with pytest.raises(DataError, match=r"texts: 700 bytes would be left out and 612 bytes read; .*b\.md.*c\.jsonl"):
+        open_corpus(SPEC, base=tmp_path, cache=tmp_path / "cache")
+
+
 @pytest.mark.parametrize(
     ("files", "message"),
     [
@@ -328,6 +338,34 @@ def test_tokens_are_kept_checked_and_made_again(tmp_path: Path, caplog: pytest.L
     assert built == 1
     assert b"a new text" in changed
     assert len(list(cache.glob("*/"))) == 2
+
+
+def test_a_file_of_another_time_is_read_again_though_it_is_as_long(tmp_path: Path) -> None:
+    folder, cache = write_texts(tmp_path / "texts"), tmp_path / "cache"
+    path = folder / "rows.jsonl"
+    texts = [text for i in range(100, 200) if not kept_apart(text := f"row {i}")]
+    for row in texts[:2]:
+        path.write_text(json.dumps({"text": row}))
+        os.utime(path, ns=(0, texts.index(row)))
+        assert row in documents(open_corpus(SPEC, base=tmp_path, cache=cache).train)
+
+
+def test_tokens_of_another_key_or_another_tokenizer_are_not_taken(tmp_path: Path) -> None:
+    """Ids of one tokenizer are ids of others, too: a model would learn nonsense without a word."""
+    rows = [{"text": f"the text {i}", "body": f"a body {i}"} for i in range(100)]
+    write_texts(tmp_path / "texts", {"rows.jsonl": "".join(json.dumps(row) + "\n" for row in rows)})
+    one, other = (Tokenizer(WordLevel({"[UNK]": i, "</s>": i + 1}, unk_token="[UNK]")).to_str() for i in (0, 2))
+    found = [
+        open_corpus(spec, base=tmp_path, cache=tmp_path / "cache", tokenizer_json=tokenizer_json)
+        for spec, tokenizer_json in (
+            (SPEC, ""),
+            (SPEC.model_copy(update={"text_key": "body"}), ""),
+            (SPEC, one),
+            (SPEC, other),
+        )
+    ]
+    assert [documents(corpus.train).pop()[:3] for corpus in found[:2]] == ["the", "a b"]
+    assert [set(corpus.train.tolist()) for corpus in found[2:]] == [{0, 1}, {2, 3}]
 
 
 def test_full_disk_and_unwritable_cache_are_one_clear_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

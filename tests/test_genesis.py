@@ -13,10 +13,10 @@ import tokenizers
 
 from p2p_diloco import genesis, train
 from p2p_diloco.errors import DataError, UsageError
-from p2p_diloco.genesis import start_run
+from p2p_diloco.genesis import make_start, start_run
 from p2p_diloco.identity import Identity
 from p2p_diloco.layout import layout_of, read_parameters
-from p2p_diloco.manifest import open_manifest
+from p2p_diloco.manifest import DataSpec, ModelSpec, RunSpec, open_manifest
 from p2p_diloco.model import build_model
 from p2p_diloco.stored import load_state
 
@@ -123,6 +123,22 @@ def test_weights_that_peers_cannot_get_start_no_run(tmp_path: Path, monkeypatch:
     monkeypatch.setattr(genesis, "check_untrained", refuse)
     with pytest.raises(UsageError, match="asked"):
         start_run(tmp_path / "run.toml", tmp_path / "owner", OWNER)
+
+
+def test_what_the_first_use_of_a_model_changes_is_no_start_of_a_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Theta is what was built: a model that makes it another one when it is first used, and never again, is seen."""
+    model: Any = build_model(CONFIG, seed=5)
+
+    def normalize(used: Any, *_: object) -> None:
+        used.lm_head.weight.data.clamp_(-0.01, 0.01)
+
+    model.register_forward_pre_hook(normalize)
+    monkeypatch.setattr(genesis, "build_model", lambda *_, **__: model)
+    spec = RunSpec(name="test", model=ModelSpec(config=CONFIG), data=DataSpec(seq_len=8))
+    with pytest.raises(UsageError, match=r"^run\.toml: (lm_head|model\.embed_tokens)\.weight: .* changes it"):
+        make_start(spec, tmp_path, "run.toml", 64)
 
 
 def test_who_starts_a_run_is_told_of_its_text(

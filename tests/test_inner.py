@@ -328,6 +328,19 @@ def test_a_stop_waits_until_a_step_is_whole_though_another_thread_gets_the_signa
     assert done[-1] == "nothing came"
 
 
+def test_an_inner_step_that_is_stopped_is_whole() -> None:
+    """A signal before any parameter has changed is told when all have, and their moments with them."""
+    inner, local = trainer()
+    expected, theta = trainer()
+    run(expected, range(1))
+    inner.optimizer.register_step_pre_hook(lambda *_: signal.raise_signal(signal.SIGALRM))
+    with stop_signals() as stop, pytest.raises(Stopped), stop.after_inner_step():
+        run(inner, range(1))
+    assert np.array_equal(local, theta)
+    assert inner.moments()[1] == expected.moments()[1]
+    assert all(parameter.grad is None for parameter in inner.parameters)
+
+
 def test_another_thread_than_the_main_one_gets_no_signals_to_wait_for() -> None:
     done: list[str] = []
 

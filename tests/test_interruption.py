@@ -156,6 +156,21 @@ def test_a_closed_terminal_ends_training_once(first: signal.Signals) -> None:
         assert watched.requested
 
 
+def test_under_nohup_a_closed_terminal_cancels_no_work() -> None:
+    async def work() -> int:
+        signal.raise_signal(signal.SIGHUP)
+        await asyncio.sleep(0)
+        return 7
+
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        assert run_cancellable(work()) == 7
+    except KeyboardInterrupt:
+        pytest.fail("it was cancelled")
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
 def test_under_nohup_a_closed_terminal_is_nothing() -> None:
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:

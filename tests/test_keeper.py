@@ -131,6 +131,22 @@ def test_moments_of_one_parameter_are_of_one_inner_step(tmp_path: Path, monkeypa
             assert torch.equal(moments[name], seen[made][name])
 
 
+def test_no_inner_step_is_made_while_moments_are_being_copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half of a moment would be of another step than the other half."""
+    inner, local = trainer()
+    run(inner, range(2))
+    locked: list[bool] = []
+    to: Callable[..., torch.Tensor] = torch.Tensor.to
+
+    def watched_to(tensor: torch.Tensor, *how: object, **more: object) -> torch.Tensor:
+        locked.append(inner.changing.locked())
+        return to(tensor, *how, **more)
+
+    monkeypatch.setattr(torch.Tensor, "to", watched_to)
+    inner.save(tmp_path / INNER_FILE, local[:0], head="ab", inner_step=0, tokens=0)
+    assert locked == [True] * 2 * len(inner.parameters)
+
+
 def test_local_parameters_are_those_that_their_tokens_made(tmp_path: Path) -> None:
     """The next inner step is there while they are being copied, and changes nothing before the copy is whole."""
     inner, local = trainer()

@@ -345,9 +345,10 @@ def test_who_cannot_be_dialled_keeps_its_vote_when_it_does_not_answer() -> None:
     known.suspect(identity(3).peer_id)
     assert known.ids == []
     assert [record.peer_id for record in known.believed(known.now_s)] == [OTHER.peer_id]
-    assert known.believed(known.now_s + 30) == []
-    known.doubt(record_of(OTHER).head, known.now_s, 20.0)
+    assert known.doubt(record_of(OTHER).head, known.now_s, 20.0) == 2
     assert known.believed(known.now_s) == []
+    assert [record.peer_id for record in known.believed(known.now_s + 20)] == [OTHER.peer_id]
+    assert known.believed(known.now_s + 30) == []
 
 
 def test_who_is_in_doubt_is_there_but_is_not_believed_whatever_it_signs_meanwhile() -> None:

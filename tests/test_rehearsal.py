@@ -56,6 +56,14 @@ def test_a_value_that_is_not_finite_is_refused_with_its_tensor(name: str, value:
         rehearsed(model)
 
 
+def test_a_value_that_is_not_finite_is_refused_where_nobody_trains_it() -> None:
+    """And though no loss shows it."""
+    model = llama()
+    model.register_parameter("frozen", torch.nn.Parameter(torch.tensor([1.0, float("nan")]), requires_grad=False))
+    with pytest.raises(UsageError, match=r"^frozen: 1 of 2 values of this model are not finite; give another$"):
+        rehearsed(model)
+
+
 def test_a_loss_that_is_not_finite_is_refused() -> None:
     model = llama(tie_word_embeddings=False)
     with torch.no_grad():
@@ -128,6 +136,15 @@ class MovingMean(Guesser):
             self.mean += 0.1
 
 
+class MovingFrozen(Guesser):
+    def __init__(self) -> None:
+        super().__init__()
+        self.frozen = torch.nn.Parameter(torch.zeros(1), requires_grad=False)
+
+    def act(self) -> None:
+        self.frozen.data.add_(1)
+
+
 class Growing(Guesser):
     length: torch.Tensor
 
@@ -175,6 +192,11 @@ class Penalized(Guesser):
         return loss + 0.01
 
 
+class Discounted(Guesser):
+    def own_loss(self, loss: torch.Tensor) -> torch.Tensor:
+        return loss - 0.01
+
+
 class Steep(Guesser):
     """With a gradient that is not finite where its loss is: the root of 0."""
 
@@ -198,6 +220,7 @@ class Untrainable(Guesser):
     ("kind", "message"),
     [
         (MovingMean, "mean: a forward and backward pass in training mode changes it, and peers do not exchange it"),
+        (MovingFrozen, "frozen: a forward and backward pass in training mode changes it, and peers do not exchange it"),
         (
             Rescaling,
             "scores: a forward and backward pass in training mode changes it, so peers would not hold the same",
@@ -206,6 +229,7 @@ class Untrainable(Guesser):
         (Spoiled, "the loss of this model is nan in training after an evaluation"),
         (Tired, "the model fails in training after an evaluation: had enough; give another type of models"),
         (Penalized, "transformers trains this type of models with a loss of further terms"),
+        (Discounted, "transformers trains this type of models with a loss of further terms"),
         (Steep, "scale: its gradient is not finite"),
         (Untrainable, "the model fails in training: no kernel; give another type of models, or another"),
     ],

@@ -671,6 +671,7 @@ def test_the_newest_evaluation_is_that_of_who_stands_on_the_swarms_head() -> Non
     "liar",
     [
         says(9, "abc", 10**6, 0.1),
+        says(9, "abcd", 4, 0.1),
         says(9, "abc", 3, 0.1, step=10**6, head=head("zz")),
         says(9, "abx", 3, 0.1),
         says(9, "abx", 3, 0.1, heads=[head("abc"), head("ab")]),
@@ -679,7 +680,7 @@ def test_the_newest_evaluation_is_that_of_who_stands_on_the_swarms_head() -> Non
         says(9, "abc", 3, -1e300),
         says(9, "abc", 3, -0.001),
     ],
-    ids=["far-ahead", "far-away", "other-head", "false-way", "other-step", "behind", "absurd", "below-0"],
+    ids=["far-ahead", "ahead", "far-away", "other-head", "false-way", "other-step", "behind", "absurd", "below-0"],
 )
 def test_who_lies_about_an_evaluation_owns_no_line(liar: Record) -> None:
     honest = [says(1, "abc", 2, 2.5), record_of(identity(2), "abc"), record_of(identity(3), "abc")]

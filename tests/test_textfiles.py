@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from p2p_diloco.errors import DataError
-from p2p_diloco.textfiles import KINDS, TextFiles, format_of, text_files
+from p2p_diloco.textfiles import COMPRESSIONS, KINDS, TextFiles, format_of, text_files
 from p2p_diloco.textreport import DANGLING, EMPTY, HIDDEN, IRREGULAR, OTHER, TWICE, UNKNOWN
 
 
@@ -101,6 +101,25 @@ def test_links_are_followed_and_everything_is_read_once(tmp_path: Path) -> None:
     assert count == 6
     assert set(skipped(found)) == {TWICE}
     assert set(examples) <= {"0-first", "linked/more", "sub/up", "linked/back", "b.txt", "book"}
+
+
+def test_what_two_links_lead_to_is_read_once(tmp_path: Path) -> None:
+    """It lies elsewhere, so that neither of them is its own name."""
+    outside = write(tmp_path / "outside", "o.txt")
+    folder = write(tmp_path / "texts", "a.txt")
+    for name in ("b.txt", "c.txt"):
+        (folder / name).symlink_to(outside / "o.txt")
+    found = text_files(folder)
+    assert names(found) == ["a.txt", "b.txt"]
+    assert skipped(found) == {TWICE: (1, ("c.txt",))}
+
+
+def test_a_compressed_file_beside_one_of_its_name_is_another_file(tmp_path: Path) -> None:
+    """Only its text could tell whether it is a copy, and nothing is left out without a word."""
+    beside = [f"a.txt{compression}" for compression in COMPRESSIONS]
+    found = text_files(write(tmp_path, "a.txt", *beside))
+    assert names(found) == sorted(["a.txt", *beside])
+    assert found.skipped == ()
 
 
 def test_a_link_alone_is_what_it_leads_to(tmp_path: Path) -> None:

@@ -67,6 +67,18 @@ def test_a_library_tokenizer_is_read_checked_and_used(tmp_path: Path) -> None:
     assert LibraryTokenizer(word_tokenizer(end=None)).end is None
 
 
+def test_a_tokenizer_that_was_saved_to_cut_and_pad_does_neither() -> None:
+    """As many are: a text would lose all but its beginning without a word, or be trained on with what fills it up."""
+    words = tokenizers.Tokenizer.from_str(word_tokenizer())
+    words.enable_truncation(2)
+    words.enable_padding(pad_id=3, pad_token="and", length=5)
+    assert words.encode("document says ends").ids == [1, 2, 3, 3, 3], "else there is nothing to see here"
+    tokenizer = LibraryTokenizer(words.to_str())
+    assert tokenizer.encode("document says ends").tolist() == [1, 2, 4]
+    documents = [Document("long", "document says ends ends"), Document("short", "says")]
+    assert tokenizer.encode_documents(documents).tolist() == [1, 2, 4, 4, 5, 2, 5]
+
+
 def test_text_that_a_tokenizer_has_no_tokens_for_is_a_data_error(tmp_path: Path) -> None:
     words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"document": 0}, unk_token="[UNK]"))
     write_texts(tmp_path / "texts")
@@ -241,6 +253,17 @@ def merging_tokenizer() -> str:
     return text
 
 
+def inner_merging_tokenizer() -> str:
+    """It makes the end of text within a word, and not at the beginning of one."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    words = {token: i for i, token in enumerate(["▁", "<", "/", "s", ">", "a", "▁<", "</", "s>", "</s>"])}
+    tokenizer = Tokenizer(models.BPE(words, [("▁", "<"), ("<", "/"), ("s", ">"), ("</", "s>")]))
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    text: str = tokenizer.to_str()
+    return text
+
+
 def plain_tokenizer() -> str:
     """Its end of text is an added token, and not marked as special."""
     table = json.loads(bpe_tokenizer("</s>"))
@@ -254,6 +277,7 @@ def plain_tokenizer() -> str:
         (bpe_tokenizer("</s>"), "about </s> and what it means</s></s>"),
         (plain_tokenizer(), "about </s> and what it means</s></s>"),
         (merging_tokenizer(), "a </s>a </s></s>"),
+        (inner_merging_tokenizer(), "a</s> a</s>a"),
         (unigram_tokenizer(), "a </s> b c</s>a"),
     ],
 )
@@ -286,6 +310,17 @@ def test_an_end_token_for_what_is_unknown_is_an_error() -> None:
     assert tokenizer.encode("a a").tolist() == [1, 1]
     with pytest.raises(DataError, match="the run's tokenizer "):
         tokenizer.encode("a b")
+
+
+def test_a_piece_for_what_is_unknown_that_is_the_end_token_is_an_error() -> None:
+    """Whatever its name: it is known by its number."""
+    pieces = tokenizers.Tokenizer(tokenizers.models.Unigram([("</s>", 0.0), ("a", -1.0)], 0, False))
+    tokenizer = LibraryTokenizer(pieces.to_str())
+    assert tokenizer.encode_documents([Document("name", "aa")]).tolist() == [1, 1, 0]
+    with pytest.raises(DataError, match="makes '</s>', which ends a document, of what it does not know"):
+        tokenizer.encode("aba")
+    with pytest.raises(DataError, match="makes '</s>', which ends a document, of what it does not know"):
+        tokenizer.encode_documents([Document("first", "aa"), Document("second", "aba")])
 
 
 def test_other_special_tokens_in_a_text_are_text_too() -> None:

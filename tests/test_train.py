@@ -30,6 +30,7 @@ from p2p_diloco.train import (
     Stop,
     TrainConfig,
     good_threads,
+    keep,
     open_run_corpus,
     resume,
     stop_signals,
@@ -195,6 +196,18 @@ def test_at_the_end_it_is_kept_as_it_is(tmp_path: Path, text: Path) -> None:
     kept = kept_in(tmp_path)
     assert (kept["head"], kept["inner_step"], kept["tokens"]) == (head_at(1), "3", str(3 * TOKENS))
     assert set(json.loads(kept["steps"]).values()) == {7.0}
+
+
+def test_of_a_model_elsewhere_than_in_shared_memory_its_parameters_are_kept(tmp_path: Path) -> None:
+    """As of one on a GPU: local is what it was when the last outer step asked for it."""
+    manifest = scripted_manifest()
+    with joined(script(manifest), manifest, tmp_path) as swarm:
+        swarm.begin()  # and it is not bound to a model
+        inner = InnerOptimizer(llama(1), manifest.spec, torch.device("cpu"))
+        keep(swarm, inner)
+        kept = inner.load(tmp_path / INNER_FILE)
+    assert kept is not None
+    assert np.array_equal(kept[0], vector_of(inner.model))
 
 
 def test_a_full_disk_ends_training(tmp_path: Path, text: Path) -> None:
