@@ -184,7 +184,10 @@ def test_the_run_file_names_the_end_token_before_all_else(tmp_path: Path) -> Non
 
 def test_an_end_token_that_the_tokenizer_does_not_have_is_refused(tmp_path: Path) -> None:
     """Whatever another file says, or the usual names: somebody has mixed two tokenizers."""
-    beside = {"tokenizer_config": {"eos_token": "<of-another>"}, "special_tokens_map": {"eos_token": UNUSUAL}}
+    beside: dict[str, Any] = {
+        "tokenizer_config": {"eos_token": "<of-another>"},
+        "special_tokens_map": {"eos_token": UNUSUAL},
+    }
     message = (
         r"tokenizer_config\.json: eos_token is '<of-another>', which tokenizer\.json does not have; correct it, or"
     )
