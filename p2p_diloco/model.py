@@ -49,7 +49,10 @@ def build_model(config: dict[str, Any], *, seed: int | None) -> torch.nn.Module:
             model: torch.nn.Module = AutoModelForCausalLM.from_config(
                 config_object, dtype=torch.float32, trust_remote_code=False
             )
-    except (ValueError, TypeError, AttributeError, KeyError, AssertionError, RuntimeError, ImportError) as error:
+    except (
+        *(ValueError, TypeError, AttributeError, LookupError, AssertionError),
+        *(ArithmeticError, RuntimeError, ImportError),
+    ) as error:
         raise UsageError(f"transformers cannot build this {config.get('model_type')} model: {reason(error)}") from error
     return model.train()
 

@@ -16,6 +16,8 @@ from p2p_diloco.tokenizer import LibraryTokenizer, Tokenizer, end_token_beside, 
 
 LONGEST_GAP = 24
 """Spaces in a row that are shown as they are. A small model that has begun to indent often does not find back."""
+MEMORIES = ("past_key_values", "cache_params", "state")
+"""What models call what they keep of earlier tokens: keys and values, or a state of their own (Mamba, RWKV)."""
 EXPECTATIONS = (
     (5e6, "learns the look of its text, such as words, brackets and indentation, but no sense"),
     (60e6, "learns sentences and simple stories, and soon loses the thread"),
@@ -64,18 +66,19 @@ def generate(
         raise UsageError("give a prompt: this model's tokenizer has no token to begin a document with")
     new: list[int] = []
     shown = ""
-    kept: dict[str, Any]
-    cache, cached = None, 0  # keys and values of this many tokens up to the last but one
+    kept: dict[str, Any] = {}
+    cached = 0  # of so many tokens up to the last but one the model has a memory in ``kept``
     while len(new) < max_tokens:
-        if cache is None or cached == context:
+        if not kept or cached == context:
             # A full cache is rebuilt from half of it, so that this happens once in half a context.
             keep = len(tokens) if context is None or len(tokens) <= context else max(context // 2, 1)
             fed, kept, cached = tokens[-keep:], {}, 0
         else:
-            fed, kept = tokens[-1:], {"past_key_values": cache}
+            fed = tokens[-1:]
         with torch.inference_mode():
             output = model(input_ids=torch.tensor([fed], device=device), use_cache=True, **kept)
-        cache, cached = getattr(output, "past_key_values", None), cached + len(fed)
+        kept = {name: memory for name in MEMORIES if (memory := getattr(output, name, None)) is not None}
+        cached += len(fed)
         token = choose(output.logits[0, -1, : tokenizer.vocab_size].float().cpu(), temperature, top_k, generator)
         if token == tokenizer.end:
             break

@@ -6,7 +6,7 @@ from pathlib import Path
 import platformdirs
 import pytest
 
-from p2p_diloco.config import cache_folder, check_name, default_folder, keep_cache_near
+from p2p_diloco.config import cache_folder, check_name, compiled_folder, default_folder, keep_cache_near
 from p2p_diloco.errors import UsageError
 
 VARIABLES = ("XDG_CACHE_HOME", "XDG_DATA_HOME", "HOME", "TORCHINDUCTOR_CACHE_DIR")
@@ -23,6 +23,15 @@ def test_a_cache_that_can_be_written_stays_where_it_is(tmp_path: Path, monkeypat
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     keep_cache_near(tmp_path / "peer")
     assert cache_folder() == tmp_path / "cache" / "p2p-diloco"
+
+
+def test_what_torch_compiles_lies_where_it_can_be_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    assert compiled_folder() == tmp_path / "cache" / "p2p-diloco" / "torchinductor"
+    monkeypatch.setenv("XDG_CACHE_HOME", "/proc/none")
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr("tempfile.tempdir", None)
+    assert compiled_folder() == tmp_path / f"p2p-diloco-{os.getuid()}" / "torchinductor"
 
 
 @pytest.mark.parametrize("home", ["/proc/none", "/dev/null"])

@@ -137,6 +137,12 @@ def test_a_strangers_config_names_no_code_and_no_kernel() -> None:
         build_model({}, seed=0)
 
 
+def test_a_config_that_the_library_cannot_compute_with_is_a_usage_error() -> None:
+    config = {"model_type": "rwkv", "hidden_size": 8, "num_hidden_layers": 1, "vocab_size": 256, "context_length": 16}
+    with pytest.raises(UsageError, match=r"^transformers cannot build this rwkv model: .*division by zero"):
+        build_model(config, seed=0)
+
+
 def test_the_seed_makes_the_weights_and_leaves_the_global_generator_alone() -> None:
     torch.manual_seed(11)
     expected = torch.rand(3)

@@ -21,6 +21,8 @@ from p2p_diloco.tokenizer import ByteTokenizer
 
 LLAMA = small_models.LLAMA | {"max_position_embeddings": 16}
 GPT2 = {"model_type": "gpt2", "n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 16}
+RWKV = {"model_type": "rwkv", "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "context_length": 64}
+MAMBA = {"model_type": "mamba", "hidden_size": 16, "num_hidden_layers": 1, "state_size": 4}
 
 
 class Script(torch.nn.Module):
@@ -78,15 +80,21 @@ def test_the_seed_decides() -> None:
     assert pieces(model, temperature=0) == pieces(model, top_k=1, seed=1)
 
 
-@pytest.mark.parametrize("config", [LLAMA, GPT2])
-def test_the_cache_changes_nothing(config: dict[str, Any]) -> None:
+@pytest.mark.parametrize("config", [LLAMA, GPT2, RWKV, MAMBA], ids=lambda config: config["model_type"])
+def test_what_a_model_remembers_changes_nothing_and_saves_reading_it_again(config: dict[str, Any]) -> None:
     model = model_of(config)
+    lengths: list[int] = []
+    model.register_forward_pre_hook(
+        lambda _, args, kwargs: lengths.append(kwargs["input_ids"].shape[1]), with_kwargs=True
+    )
+    said = "".join(pieces(model, temperature=0))
+    assert lengths == [3, *(len(lengths) - 1) * [1]]
     tokens = list(b"abc")
     for _ in range(12):
         with torch.no_grad():
             tokens.append(int(model(input_ids=torch.tensor([tokens])).logits[0, -1].argmax()))
     assert 0 not in tokens
-    assert "".join(pieces(model, temperature=0)) == bytes(tokens[3:]).decode("utf-8", "replace")
+    assert said == bytes(tokens[3:]).decode("utf-8", "replace")
 
 
 @pytest.mark.parametrize("prompt", ["abc", "a prompt that is longer than the context of the model"])
