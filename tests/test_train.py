@@ -88,6 +88,14 @@ def kept_in(folder: Path) -> dict[str, str]:
         return dict(file.metadata())
 
 
+def kept_beside_training(folder: Path) -> dict[str, str]:
+    """As ``kept_in``, of what another thread is writing still, perhaps."""
+    until_s = time.monotonic() + STUCK_S
+    while not (folder / INNER_FILE).exists() and time.monotonic() < until_s:
+        time.sleep(0.01)
+    return kept_in(folder)
+
+
 # -- an interruption changes nothing -----------------------------------------------------------------------------------
 
 
@@ -183,11 +191,19 @@ def test_the_state_is_kept_at_snapshot_steps_without_local(tmp_path: Path, text:
     network = script(manifest, outcome(1), outcome(2))
     with pytest.raises(NetworkError, match="no more outer steps"):
         trained(network, manifest, tmp_path, text)
-    until_s = time.monotonic() + STUCK_S
-    while not (tmp_path / INNER_FILE).exists() and time.monotonic() < until_s:
-        time.sleep(0.01)
-    kept = kept_in(tmp_path)
+    kept = kept_beside_training(tmp_path)
     assert (kept["head"], kept["inner_step"], kept["tokens"]) == (head_at(2), "0", "0")
+
+
+def test_what_a_round_left_of_local_is_kept_with_all_tokens_that_it_has_seen(tmp_path: Path, text: Path) -> None:
+    manifest = scripted_manifest(snapshot_every=1)
+    network = script(manifest, outcome(1, committed=False, adopted=True, kept=True, reason="behind"))
+    with pytest.raises(NetworkError, match="no more outer steps"):
+        trained(network, manifest, tmp_path, text)
+    kept = kept_beside_training(tmp_path)
+    assert (kept["head"], kept["inner_step"], kept["tokens"]) == (head_at(1), "0", str(4 * TOKENS))
+    with safe_open(tmp_path / INNER_FILE, "np") as file:
+        assert file.get_tensor("local").tobytes() == network.offered[0]
 
 
 def test_at_the_end_it_is_kept_as_it_is(tmp_path: Path, text: Path) -> None:
