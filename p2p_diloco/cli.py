@@ -85,11 +85,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return error.exit_code
     except LocalError as error:
         return fail(str(error), error.exit_code, debug=output.debug)
-    except BrokenPipeError:
-        return 1  # nobody reads on: ``interpreter.Outlet``
     except Exception as error:
         if received:  # some imports turn an interruption into an error of their own
             return interrupted(command, received)
+        if isinstance(error, BrokenPipeError) and error.filename is not None:
+            return 1  # nobody reads on: ``interpreter.Outlet`` names itself; any other pipe is not meant to break
         if isinstance(error, OSError) and (full := disk_failure(error)) is not None:
             return fail(str(full), full.exit_code, debug=output.debug)
         what = f"internal error: {type(error).__name__}: {error}; run again with --debug and report it"
