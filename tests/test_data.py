@@ -235,6 +235,17 @@ def test_built_in_text_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert (report.files, report.documents, report.skipped) == (20, 20, ())
 
 
+def test_a_text_whose_rows_are_mostly_without_text_is_an_error(tmp_path: Path) -> None:
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    rows = [f'{{"text": "row {i}, of which a person has written every word"}}\n' for i in range(40)]
+    (folder / "a.jsonl").write_text("".join(rows) + '{"text": null}\n' * 41)
+    with pytest.raises(DataError, match=r"texts: 41 rows would be left out and 40 documents read; rows whose text is"):
+        open_corpus(SPEC, base=tmp_path, cache=tmp_path / "cache")
+    (folder / "a.jsonl").write_text("".join(rows) + '{"text": null}\n' * 40)
+    assert open_corpus(SPEC, base=tmp_path, cache=tmp_path / "cache").report.documents == 40
+
+
 def test_files_that_turn_out_to_hold_no_text_count_as_skipped(tmp_path: Path) -> None:
     folder = write_texts(tmp_path / "texts")
     (folder / "settings.json").write_text('{"version": 1}')
