@@ -4,6 +4,7 @@ kills and starts again."""
 from __future__ import annotations
 
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -84,7 +85,9 @@ def test_a_simulation_that_is_killed_again_and_again_ends_the_same() -> None:
         ):
             process = simulate(place, "--replicas", "2", "--folder", str(parts))
             assert process.stdout is not None
-            began.append(int(process.stdout.readline().rpartition("outer step ")[2]))
+            lines = iter(process.stdout.readline, "")  # first of all, what it has read and tried
+            begins = next(found for line in lines if (found := re.search(r"outer step (\d+)$", line.rstrip())))
+            began.append(int(begins[1]))
             for _ in range(4):
                 assert process.stdout.readline().startswith("outer step "), "it has begun"
             process.send_signal(number)
