@@ -145,6 +145,26 @@ class MovingFrozen(Guesser):
         self.frozen.data.add_(1)
 
 
+class Counting(Guesser):
+    """Its evaluations, in a buffer that is saved."""
+
+    mean: torch.Tensor
+
+    def act(self) -> None:
+        if not self.training:
+            self.mean += 1
+
+
+class Vague(Guesser):
+    """Its loss is finite in training alone."""
+
+    def forward(self, input_ids: torch.Tensor, use_cache: bool, labels: torch.Tensor | None = None) -> Any:
+        outputs = super().forward(input_ids, use_cache, labels)
+        if not self.training:
+            outputs.logits = outputs.logits * float("nan")
+        return outputs
+
+
 class Growing(Guesser):
     length: torch.Tensor
 
@@ -226,6 +246,8 @@ class Untrainable(Guesser):
             "scores: a forward and backward pass in training mode changes it, so peers would not hold the same",
         ),
         (Replacing, "scores: this model replaces it when it is used, so it would not be trained"),
+        (Counting, "mean: an evaluation changes it, and peers do not exchange it"),
+        (Vague, "the loss of this model is nan in an evaluation"),
         (Spoiled, "the loss of this model is nan in training after an evaluation"),
         (Tired, "the model fails in training after an evaluation: had enough; give another type of models"),
         (Penalized, "transformers trains this type of models with a loss of further terms"),
@@ -244,6 +266,11 @@ def test_what_peers_would_stumble_over_is_said_in_a_line(kind: type[Guesser], me
 @pytest.mark.parametrize("kind", [Guesser, Growing])
 def test_what_does_no_harm_is_taken(kind: type[Guesser]) -> None:
     assert rehearsed(kind()).without_gradient == ()
+
+
+def test_a_mixture_that_learns_its_routers_loss_is_taken() -> None:
+    config = resolved() | {"model_type": "mixtral", "num_local_experts": 4, "output_router_logits": True}
+    rehearsed(build_model(config | {"router_aux_loss_coef": 3.0}, seed=0))
 
 
 def test_a_vocabulary_of_one_token_is_enough() -> None:
