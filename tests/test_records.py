@@ -379,6 +379,19 @@ def test_one_of_a_few_is_in_doubt_for_twice_as_long_each_time_and_most_are_not()
         assert len(known.believed(NOW_S + 20)) == 4, "the one in doubt before"
 
 
+def test_who_was_gone_for_a_record_life_begins_without_doubts() -> None:
+    known, doubted = Known(), bytes([9]) * 32
+    for _ in range(2):
+        for i in (2, 3, 4, 5):
+            known.hear(i)
+        known.hear(6, head=doubted)
+        assert known.doubt(doubted, known.now_s, 5.0) == 1
+        assert len(known.believed(known.now_s + 4)) == 4
+        assert len(known.believed(known.now_s + 5)) == 5, "not twice as long: nothing is known of another time"
+        known.now_s += 1000
+        assert known.ids == []
+
+
 def test_another_peers_record_is_not_taken_from_a_stranger() -> None:
     known = Known()
     record = seal_record(record_of(OTHER), OTHER)
