@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 import time
 from collections.abc import Callable
@@ -263,6 +264,15 @@ def test_theta_is_evaluated_by_whose_turn_it_is(tmp_path: Path, text: Path, monk
 
 
 # -- before it begins --------------------------------------------------------------------------------------------------
+
+
+def test_a_peer_is_told_what_was_read_of_its_text(tmp_path: Path, text: Path, caplog: pytest.LogCaptureFixture) -> None:
+    manifest = scripted_manifest(outer_steps=1)
+    with caplog.at_level("INFO"):
+        trained(script(manifest, outcome(1)), manifest, tmp_path, text)
+    told = [record.getMessage() for record in caplog.records if record.getMessage().startswith("text: ")]
+    assert len(told) == 1
+    assert re.fullmatch(r"text: \d+ files, \d+ documents, each followed by .*; \d+ tokens, .* held out", told[0])
 
 
 def test_text_that_is_not_the_runs_is_refused(text: Path) -> None:
