@@ -131,7 +131,12 @@ def cache_folder() -> Path:
     """Returns the folder of tokenized texts, which all peers of a user share and which is safe to delete: in the
     temporary folder for a user without a home."""
     folder = platformdirs.user_cache_path("p2p-diloco")
-    return folder if folder.is_absolute() else Path(tempfile.gettempdir()) / f"p2p-diloco-{os.getuid()}"
+    return folder if folder.is_absolute() else temporary_cache()
+
+
+def temporary_cache() -> Path:
+    """Returns this user's own folder in the temporary folder."""
+    return Path(tempfile.gettempdir()) / f"p2p-diloco-{os.getuid()}"
 
 
 def compiled_folder() -> Path:
@@ -140,7 +145,7 @@ def compiled_folder() -> Path:
     try:
         cache_folder().mkdir(parents=True, exist_ok=True)
     except OSError:
-        return Path(tempfile.gettempdir()) / f"p2p-diloco-{os.getuid()}" / "torchinductor"
+        return temporary_cache() / "torchinductor"
     return cache_folder() / "torchinductor"
 
 

@@ -1,10 +1,10 @@
 """What was read of a run's text, and what was skipped, with the reason: a few lines for whoever starts or joins a run.
 
-    TextTally        counts while text is read
+    TextTally    counts while text is read
     TextReport   the figures of a text that was read, kept beside its tokens
 
-What is skipped is no error by itself. It is one where more bytes that may be text are skipped than read: a folder of
-which a tenth is trained on looks just like one that is trained on as a whole.
+What is skipped is no error by itself. It is one where more bytes that may be text are skipped than read, or more rows
+without text than documents: a folder of which a tenth is trained on looks just like one that is trained on as a whole.
 """
 
 from __future__ import annotations
