@@ -131,6 +131,16 @@ def test_a_link_alone_is_what_it_leads_to(tmp_path: Path) -> None:
     assert names(text_files(tmp_path / "folder")) == ["data.JSONL"]
 
 
+def test_text_behind_a_link_that_is_written_anew_is_other_text(tmp_path: Path) -> None:
+    """What is cached of it goes by the size and the time of what the link leads to, not by the link's own."""
+    data = write(tmp_path, "blobs/data.txt") / "blobs" / "data.txt"
+    (tmp_path / "named.txt").symlink_to(data)
+    before = text_files(tmp_path / "named.txt").listing()
+    assert before == [["named.txt", len("some text"), data.stat().st_mtime_ns]]
+    os.utime(data, ns=(1, 1))
+    assert text_files(tmp_path / "named.txt").listing() == [["named.txt", len("some text"), 1]]
+
+
 @pytest.mark.parametrize("name", ["a.md", "a.csv", "a.tar.gz", "a.zip", "noname"])
 def test_text_that_is_mostly_in_other_files_is_an_error(tmp_path: Path, name: str) -> None:
     write(tmp_path / "texts", "b.txt", text="a little")
