@@ -3,8 +3,7 @@
 import os
 import sys
 
-from p2p_diloco import SERVING
-from p2p_diloco.interpreter import begin, end
+from p2p_diloco.interpreter import SERVING, begin, end
 
 
 def end_quietly(number: int, _frame: object) -> None:

@@ -98,9 +98,10 @@ def sample(
         raise UsageError("give either --export or --folder")
 
     with importing("sample"):
+        from p2p_diloco.model import load_model
         from p2p_diloco.prompt import builtin_prompt
         from p2p_diloco.sample import generate, load_export, presented
-        from p2p_diloco.stored import find_run, load_model, read_manifest
+        from p2p_diloco.stored import find_run, read_manifest
 
     held_out = ""
     if export is not None:

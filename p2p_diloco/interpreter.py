@@ -14,12 +14,14 @@ import io
 import os
 import sys
 
-from p2p_diloco import LASTING
-
 TYPE_CHECKING = False  # as in typing, which is not imported yet
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer
 
+SERVING = ("seed", "peer", "swarm", "monitor")
+"""Commands that end when the user wants it: to be interrupted is no failure of theirs."""
+LASTING = (*SERVING, "simulate", "experiment")
+"""Commands that train or serve for hours: they go on when nobody reads any more what they print."""
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 """Where the package lies."""
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any, TypeVar
 
-from p2p_diloco import SERVING
+from p2p_diloco.interpreter import SERVING
 
 Result = TypeVar("Result")
 

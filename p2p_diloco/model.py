@@ -19,9 +19,11 @@ from torch.nn.modules.module import register_module_module_registration_hook
 
 from p2p_diloco.architecture import NEEDS_DECODER, config_class_of, instantiate, read_config, reason
 from p2p_diloco.errors import LocalError, UsageError
-from p2p_diloco.layout import layout_of
+from p2p_diloco.layout import layout_of, write_parameters
 from p2p_diloco.manifest import RunManifest
+from p2p_diloco.stored import load_state
 from p2p_diloco.text import first_line
+from p2p_diloco.tokenizer import Tokenizer, open_tokenizer
 
 PROBE_TOKENS = 8
 """Enough to see whether a model looks ahead."""
@@ -92,6 +94,14 @@ def model_of(manifest: RunManifest) -> torch.nn.Module:
     if values - layout.n > max(layout.n, UNTRAINED_VALUES):
         raise UsageError(f"this model has {layout.n} values that are trained and {values - layout.n} that are not")
     return build_model(config, seed=None)
+
+
+def load_model(run: Path) -> tuple[torch.nn.Module, Tokenizer]:
+    """Loads the newest theta of a run folder as a model on the CPU, in evaluation mode, and the run's tokenizer."""
+    manifest, state = load_state(run)
+    model = model_of(manifest)
+    write_parameters(model, state.theta)
+    return model.eval(), open_tokenizer(manifest.tokenizer_json)
 
 
 def require_weights(folder: Path) -> None:

@@ -9,7 +9,6 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -19,10 +18,6 @@ from p2p_diloco.manifest import RunManifest, open_manifest
 from p2p_diloco.outer import OuterState
 from p2p_diloco.replay import load
 from p2p_diloco.snapshot import disk_errors
-from p2p_diloco.tokenizer import Tokenizer, open_tokenizer
-
-if TYPE_CHECKING:
-    import torch
 
 MANIFEST_FILE = "manifest.json"
 
@@ -123,14 +118,3 @@ def link_or_copy(path: Path, target: Path) -> None:
         os.link(path, target)
     except OSError:
         shutil.copyfile(path, target)
-
-
-def load_model(run: Path) -> tuple[torch.nn.Module, Tokenizer]:
-    """The newest theta as a model on the CPU, in evaluation mode."""
-    from p2p_diloco.layout import write_parameters
-    from p2p_diloco.model import model_of
-
-    manifest, state = load_state(run)
-    model = model_of(manifest)
-    write_parameters(model, state.theta)
-    return model.eval(), open_tokenizer(manifest.tokenizer_json)

@@ -20,7 +20,7 @@ ORDER = (
     *("identity", "codec", "outer", "alignment", "manifest", "config", "addresses", "endpoint"),
     *("snapshot", "ledger", "replay", "records", "rounds", "replica"),
     *("textreport", "textfiles", "text", "hub", "tokenizer", "source", "data", "prompt"),
-    *("settings", "architecture", "layout", "model", "rehearsal", "stored", "genesis"),
+    *("settings", "architecture", "layout", "stored", "model", "rehearsal", "genesis"),
     *("export", "sample", "inner", "totals", "events"),
     *("waiting", "rate", "web", "traffic", "messages", "wire", "quota"),
     *("guard", "kademlia", "hardening", "daemon", "streams", "node", "discovery"),

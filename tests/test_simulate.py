@@ -23,12 +23,12 @@ from p2p_diloco.data import Corpus
 from p2p_diloco.errors import UsageError
 from p2p_diloco.inner import InnerOptimizer, Place, draws_drop, place_in_run
 from p2p_diloco.layout import read_parameters, write_parameters
-from p2p_diloco.model import build_model, evaluate, loss_of
+from p2p_diloco.model import build_model, evaluate, load_model, loss_of
 from p2p_diloco.outer import OuterState, Update
 from p2p_diloco.recount import Past
 from p2p_diloco.replicas import Replica
 from p2p_diloco.simulate import SUMMARY_FILE, Simulation
-from p2p_diloco.stored import find_run, load_model, load_state
+from p2p_diloco.stored import find_run, load_state
 
 PLAIN = {"inner.warmup_steps": 0, "inner.min_lr_ratio": 1.0, "inner.weight_decay": 0.0, "inner.clip": 1e9}
 """An inner optimizer that is torch's, as it is."""
