@@ -31,12 +31,12 @@ prometheus:
 
 # Thousands of random schedules of faults on swarms in memory; about half an hour on two cores.
 faults: $(READY)
-	$(BIN)/python tests/explorer.py --seeds 0:5000
-	$(BIN)/python tests/explorer.py --broken
+	$(BIN)/python -m tests.explorer --seeds 0:5000
+	$(BIN)/python -m tests.explorer --broken
 
 # Small changes to what decides and computes, each against the tests of its file; about half an hour on two cores.
 mutants: $(MUTANTS)
-	$(BIN)/python tests/mutants.py
+	$(BIN)/python -m tests.mutants
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -10,9 +10,10 @@ import time
 
 import numpy as np
 
-from p2p_diloco import cli, train
-from p2p_diloco.model import build_model
-from p2p_diloco.swarm import Swarm
+from p2p_diloco.cli import cli
+from p2p_diloco.learn import train
+from p2p_diloco.learn.model import build_model
+from p2p_diloco.learn.swarm import Swarm
 
 INNER_STEP_S = 0.05
 

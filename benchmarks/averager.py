@@ -16,18 +16,18 @@ from benchmarks import averager_hivemind
 from benchmarks.loopback import HOST_MADDRS
 from benchmarks.table import Cell, Table
 from benchmarks.workers import Workers
-from p2p_diloco.codec import CODECS, Codec, decode
-from p2p_diloco.config import PeerConfig, Timeouts
-from p2p_diloco.daemon import private_socket_folder
-from p2p_diloco.identity import Identity
-from p2p_diloco.meeting import Meeting
-from p2p_diloco.messages import AskCommit, AskPart, Contribute, Receipt
-from p2p_diloco.node import Node
-from p2p_diloco.outer import digest
-from p2p_diloco.records import MAX_RECORD_LIFE_S, Directory, Record, seal_record
-from p2p_diloco.rounds import Missed, Readiness, check_roster, form_roster, new_nonce, seal_readiness
-from p2p_diloco.settle import Settlement
-from p2p_diloco.wire import Channel, run_protocol
+from p2p_diloco.core.codec import CODECS, Codec, decode
+from p2p_diloco.core.config import PeerConfig, Timeouts
+from p2p_diloco.core.identity import Identity
+from p2p_diloco.core.outer import digest
+from p2p_diloco.core.records import MAX_RECORD_LIFE_S, Directory, Record, seal_record
+from p2p_diloco.core.rounds import Missed, Readiness, check_roster, form_roster, new_nonce, seal_readiness
+from p2p_diloco.round.meeting import Meeting
+from p2p_diloco.round.settle import Settlement
+from p2p_diloco.wire.channel import Channel, run_protocol
+from p2p_diloco.wire.daemon import private_socket_folder
+from p2p_diloco.wire.messages import AskCommit, AskPart, Contribute, Receipt
+from p2p_diloco.wire.node import Node
 
 PEERS = 4
 VALUES = (4_000_000, 25_000_000)

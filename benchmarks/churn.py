@@ -23,11 +23,11 @@ from benchmarks.histories import rounds
 from benchmarks.processes import Usage, usage_of
 from benchmarks.stage import GONE_S, SPEC, Stage
 from benchmarks.table import Table, markdown
-from p2p_diloco.faults import RANDOM, Fault
-from p2p_diloco.manifest import ModelSpec
-from p2p_diloco.outer import max_update_bytes
-from p2p_diloco.snapshot import snapshot_bytes
-from p2p_diloco.stored import folder_bytes
+from p2p_diloco.core.manifest import ModelSpec
+from p2p_diloco.core.outer import max_update_bytes
+from p2p_diloco.lab.faults import RANDOM, Fault
+from p2p_diloco.ledger.folder import folder_bytes
+from p2p_diloco.ledger.snapshot import snapshot_bytes
 
 TRAINERS = 16
 MINUTES = 10.0

@@ -11,10 +11,9 @@ from statistics import median
 import numpy as np
 
 from benchmarks.table import Cell, Table
-from p2p_diloco.alignment import align
-from p2p_diloco.codec import CODECS, Codec, Vector, decode, encode
-from p2p_diloco.ledger import Ledger
-from p2p_diloco.outer import (
+from p2p_diloco.core.alignment import align
+from p2p_diloco.core.codec import CODECS, Codec, Vector, decode, encode
+from p2p_diloco.core.outer import (
     OuterState,
     Part,
     Update,
@@ -25,7 +24,8 @@ from p2p_diloco.outer import (
     part_slices,
     weighted_mean,
 )
-from p2p_diloco.replay import Replay, load
+from p2p_diloco.ledger.ledger import Ledger
+from p2p_diloco.ledger.replay import Replay, load
 
 VALUES = 25_000_000
 REPEATS = 3

@@ -18,9 +18,9 @@ from typing import TypeAlias
 
 from benchmarks.loopback import write_run_file
 from benchmarks.table import Table
-from p2p_diloco.manifest import RunSpec
-from p2p_diloco.recount import Past, past_of
-from p2p_diloco.simulation import SimulatedRun
+from p2p_diloco.core.manifest import RunSpec
+from p2p_diloco.lab.recount import Past, past_of
+from p2p_diloco.lab.simulation import SimulatedRun
 
 Curve: TypeAlias = Mapping[int, float]
 """Outer step -> held-out loss, nats per token."""

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from statistics import median
 
 from benchmarks.loopback import Log
-from p2p_diloco.events import Event
+from p2p_diloco.core.events import Event
 
 
 def rounds(log: Log) -> list[Event]:

@@ -17,14 +17,14 @@ import numpy as np
 import torch
 
 from benchmarks.table import Cell, Table
-from p2p_diloco.architecture import resolve_config
-from p2p_diloco.codec import Vector
-from p2p_diloco.data import Corpus
-from p2p_diloco.inner import INNER_FILE, InnerOptimizer, Place
-from p2p_diloco.keeper import Keeper
-from p2p_diloco.layout import bind_parameters, layout_of, read_parameters
-from p2p_diloco.manifest import DataSpec, InnerSpec, ModelSpec, RunSpec
-from p2p_diloco.model import build_model
+from p2p_diloco.core.codec import Vector
+from p2p_diloco.core.manifest import DataSpec, InnerSpec, ModelSpec, RunSpec
+from p2p_diloco.learn.architecture import resolve_config
+from p2p_diloco.learn.data import Corpus
+from p2p_diloco.learn.inner import INNER_FILE, InnerOptimizer, Place
+from p2p_diloco.learn.keeper import Keeper
+from p2p_diloco.learn.layout import bind_parameters, layout_of, read_parameters
+from p2p_diloco.learn.model import build_model
 
 VOCABULARY = 32_000
 TOKENS = 32

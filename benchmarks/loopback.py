@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from benchmarks.workers import Workers
-from p2p_diloco.config import PeerConfig
-from p2p_diloco.events import EVENTS_FILE, read_events
-from p2p_diloco.identity import Identity
-from p2p_diloco.manifest import RunSpec
-from p2p_diloco.swarm import Swarm
+from p2p_diloco.core.config import PeerConfig
+from p2p_diloco.core.events import EVENTS_FILE, read_events
+from p2p_diloco.core.identity import Identity
+from p2p_diloco.core.manifest import RunSpec
+from p2p_diloco.learn.swarm import Swarm
 
 Log: TypeAlias = list[dict[str, Any]]
 """One peer's events, oldest first."""
@@ -51,7 +51,7 @@ def run_swarm(spec: RunSpec, loop: Callable[[Swarm], None], *, peers: int, limit
 
 
 def run_seed(pipe: Connection, run_file: Path, folder: Path) -> None:
-    from p2p_diloco.genesis import start_run
+    from p2p_diloco.learn.genesis import start_run
 
     config = PeerConfig(folder=folder, host_maddrs=HOST_MADDRS)
     manifest_path = start_run(run_file, folder, Identity.load_or_create(config.identity_path))

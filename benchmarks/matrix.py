@@ -25,8 +25,8 @@ from benchmarks.histories import began, first, first_commit, first_stall, missed
 from benchmarks.loopback import Log
 from benchmarks.stage import Stage
 from benchmarks.table import Cell, Table, markdown
-from p2p_diloco import namespaces
-from p2p_diloco.faults import RANDOM, Action, Done, Fault, FaultPhase, Process
+from p2p_diloco.lab import namespaces
+from p2p_diloco.lab.faults import RANDOM, Action, Done, Fault, FaultPhase, Process
 
 PHASES: tuple[FaultPhase, ...] = ("inner", "gather", "reduce", "settle", "apply", "snapshot", "download", "serve")
 PROCESSES: tuple[Process, ...] = ("trainer", "network", "p2pd")

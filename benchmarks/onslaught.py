@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from benchmarks.histories import rounds
 from benchmarks.stage import Stage
 from benchmarks.table import Table
-from p2p_diloco.children import names_of
-from p2p_diloco.faults import Fault
+from p2p_diloco.lab.children import names_of
+from p2p_diloco.lab.faults import Fault
 
 TRAINERS = 4
 MOMENTS = 20

@@ -13,7 +13,7 @@ from benchmarks.histories import newest, rounds
 from benchmarks.loopback import Log
 from benchmarks.stage import Stage
 from benchmarks.table import Table
-from p2p_diloco.faults import Fault
+from p2p_diloco.lab.faults import Fault
 
 TRAINERS = 4
 APART = 3

@@ -6,7 +6,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from p2p_diloco.child import read_proc
+from p2p_diloco.lab.child import read_proc
 
 
 @dataclass(frozen=True)

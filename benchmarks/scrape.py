@@ -14,20 +14,20 @@ import numpy as np
 
 from benchmarks.compute import next_update
 from benchmarks.table import Table
-from p2p_diloco.codec import encode
-from p2p_diloco.config import PeerConfig, Timeouts
-from p2p_diloco.daemon import private_socket_folder
-from p2p_diloco.endpoint import Endpoint
-from p2p_diloco.events import EventLog
-from p2p_diloco.identity import Identity
-from p2p_diloco.ledger import Ledger
-from p2p_diloco.manifest import DataSpec, InnerSpec, ModelSpec, OuterSpec, RoundSpec, RunManifest, RunSpec
-from p2p_diloco.metrics import RENDER_EVERY_S, PeerMetrics
-from p2p_diloco.node import Node
-from p2p_diloco.outer import Part, contributor_mask, genesis_state
-from p2p_diloco.peer import Peer
-from p2p_diloco.records import Record, seal_record
-from p2p_diloco.replica import Replica
+from p2p_diloco.core.codec import encode
+from p2p_diloco.core.config import PeerConfig, Timeouts
+from p2p_diloco.core.endpoint import Endpoint
+from p2p_diloco.core.events import EventLog
+from p2p_diloco.core.identity import Identity
+from p2p_diloco.core.manifest import DataSpec, InnerSpec, ModelSpec, OuterSpec, RoundSpec, RunManifest, RunSpec
+from p2p_diloco.core.outer import Part, contributor_mask, genesis_state
+from p2p_diloco.core.records import Record, seal_record
+from p2p_diloco.ledger.ledger import Ledger
+from p2p_diloco.ledger.replica import Replica
+from p2p_diloco.peer.metrics import RENDER_EVERY_S, PeerMetrics
+from p2p_diloco.peer.peer import Peer
+from p2p_diloco.wire.daemon import private_socket_folder
+from p2p_diloco.wire.node import Node
 
 VALUES = 1000
 OTHERS = 500

@@ -19,15 +19,15 @@ from benchmarks.loopback import Log
 from benchmarks.stage import Stage
 from benchmarks.table import Cell, Table
 from benchmarks.workers import Workers
-from p2p_diloco.config import PeerConfig, Timeouts
-from p2p_diloco.daemon import private_socket_folder
-from p2p_diloco.errors import RemoteError
-from p2p_diloco.identity import Identity
-from p2p_diloco.messages import AskChunk
-from p2p_diloco.node import Node
-from p2p_diloco.records import Record, open_record, peers_key
-from p2p_diloco.snapshot import chunk_slices
-from p2p_diloco.wire import Channel, run_protocol
+from p2p_diloco.core.config import PeerConfig, Timeouts
+from p2p_diloco.core.errors import RemoteError
+from p2p_diloco.core.identity import Identity
+from p2p_diloco.core.records import Record, open_record, peers_key
+from p2p_diloco.ledger.snapshot import chunk_slices
+from p2p_diloco.wire.channel import Channel, run_protocol
+from p2p_diloco.wire.daemon import private_socket_folder
+from p2p_diloco.wire.messages import AskChunk
+from p2p_diloco.wire.node import Node
 
 TRAINERS = 2
 STREAMS = 2

@@ -20,13 +20,13 @@ from typing import TypeVar
 from benchmarks.histories import calm_stall, newest, rounds
 from benchmarks.loopback import Log, write_run_file
 from benchmarks.processes import started_below
-from p2p_diloco.child import Child
-from p2p_diloco.children import Children
-from p2p_diloco.config import Timeouts
-from p2p_diloco.faults import Done, Fault, FaultPlan
-from p2p_diloco.injector import Injector
-from p2p_diloco.manifest import DataSpec, InnerSpec, ModelSpec, OuterSpec, RoundSpec, RunSpec
-from p2p_diloco.namespaces import Network
+from p2p_diloco.core.config import Timeouts
+from p2p_diloco.core.manifest import DataSpec, InnerSpec, ModelSpec, OuterSpec, RoundSpec, RunSpec
+from p2p_diloco.lab.child import Child
+from p2p_diloco.lab.children import Children
+from p2p_diloco.lab.faults import Done, Fault, FaultPlan
+from p2p_diloco.lab.injector import Injector
+from p2p_diloco.lab.namespaces import Network
 
 T = TypeVar("T")
 ASLEEP = ("-m", "benchmarks.asleep", "peer")

@@ -17,7 +17,7 @@ from multiprocessing.context import SpawnProcess
 from types import TracebackType
 from typing import Any
 
-from p2p_diloco.guard import die_with_parent
+from p2p_diloco.wire.guard import die_with_parent
 
 LEAVE_S = 12.0
 """For a process that has nothing more to do to end by itself; a peer says goodbye within 10 s."""

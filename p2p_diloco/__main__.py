@@ -3,7 +3,7 @@
 import os
 import sys
 
-from p2p_diloco.interpreter import SERVING, begin, end
+from p2p_diloco.core.interpreter import SERVING, begin, end
 
 
 def end_quietly(number: int, _frame: object) -> None:
@@ -19,7 +19,7 @@ def main() -> int:
         signal.signal(number, end_quietly)
     if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup
         signal.signal(signal.SIGHUP, end_quietly)
-    from p2p_diloco.cli import main as run_command
+    from p2p_diloco.cli.cli import main as run_command
 
     return end(run_command())
 

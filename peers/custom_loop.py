@@ -15,10 +15,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from p2p_diloco.config import PeerConfig
-from p2p_diloco.model import losses_of, model_of
-from p2p_diloco.swarm import Swarm
-from p2p_diloco.train import open_run_corpus
+from p2p_diloco.core.config import PeerConfig
+from p2p_diloco.learn.model import losses_of, model_of
+from p2p_diloco.learn.swarm import Swarm
+from p2p_diloco.learn.train import open_run_corpus
 
 
 def main(initial_peers: list[str], folder: Path) -> None:

@@ -5,11 +5,11 @@ from __future__ import annotations
 
 import pytest
 from hypothesis import Phase, settings
-from meetings import SMALL_PART_VALUES, Losses
 
-from p2p_diloco import outer
-from p2p_diloco.errors import RemoteError
-from p2p_diloco.meeting import Meeting
+from p2p_diloco.core import outer
+from p2p_diloco.core.errors import RemoteError
+from p2p_diloco.round.meeting import Meeting
+from tests.support.meetings import SMALL_PART_VALUES, Losses
 
 settings.register_profile("steady", deadline=None, derandomize=True)
 settings.register_profile(

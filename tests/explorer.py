@@ -1,9 +1,9 @@
 """A fault explorer: seeded random schedules of faults on whole swarms in memory, and what must be true after each.
 
-    python tests/explorer.py --seeds 0:5000 --jobs 2      which seeds fail; exit code 1 when any does
-    python tests/explorer.py --seed 123 --verbose         one of them, with what each peer did
-    python tests/explorer.py --seed 123 --shrink          the smallest schedule that fails in the same way
-    python tests/explorer.py --broken                     after how many schedules it finds protocols broken on purpose
+    python -m tests.explorer --seeds 0:5000 --jobs 2      which seeds fail; exit code 1 when any does
+    python -m tests.explorer --seed 123 --verbose         one of them, with what each peer did
+    python -m tests.explorer --seed 123 --shrink          the smallest schedule that fails in the same way
+    python -m tests.explorer --broken                     after how many schedules it finds protocols broken on purpose
 
 Peers, ledgers and protocol are the real ones; clock, links and DHT are ``fakes``. The invariants:
 
@@ -46,15 +46,14 @@ from multiprocessing.pool import Pool
 from pathlib import Path
 from typing import Any
 
-from broken import VARIANTS
-from builders import identity
-from chronicle import MAX_PEERS, Violation
-from instruments import instrumented
-from schedules import Schedule, draw, shrink
-from simloop import START_S, run_simulated
-from world import World
-
-from p2p_diloco.events import EVENTS_FILE, read_events
+from p2p_diloco.core.events import EVENTS_FILE, read_events
+from tests.support.broken import VARIANTS
+from tests.support.builders import identity
+from tests.support.chronicle import MAX_PEERS, Violation
+from tests.support.instruments import instrumented
+from tests.support.schedules import Schedule, draw, shrink
+from tests.support.simloop import START_S, run_simulated
+from tests.support.world import World
 
 PROGRESS_EVERY = 100
 BROKEN_WITHIN = 500

@@ -2,7 +2,7 @@
 
 The contributions are given, as integers over a power of two, so that no platform's torch takes part and every machine
 gets the same bits. Heads may change with the PROTOCOL alone; the digests of theta and momentum never do.
-``python tests/golden.py CASE`` prints what a case comes to now.
+``python -m tests.golden CASE`` prints what a case comes to now.
 """
 
 from __future__ import annotations
@@ -18,22 +18,22 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-from builders import identity
-from chronicle import Chronicle
-from fakes import make_manifest
-from instruments import instrumented
-from schedules import Fault, PeerPlan, Schedule
-from simloop import run_simulated
-from small_runs import table_of
-from world import World
 
-from p2p_diloco.codec import Vector
-from p2p_diloco.data import Corpus
-from p2p_diloco.outer import PART_VALUES, OuterState, genesis_state
-from p2p_diloco.replicas import Replica
-from p2p_diloco.simulate import Simulation
-from p2p_diloco.simulation import SimulatedRun, replica_names
-from p2p_diloco.variants import OuterRule
+from p2p_diloco.core.codec import Vector
+from p2p_diloco.core.outer import PART_VALUES, OuterState, genesis_state
+from p2p_diloco.lab.replicas import Replica
+from p2p_diloco.lab.simulate import Simulation
+from p2p_diloco.lab.simulation import SimulatedRun, replica_names
+from p2p_diloco.lab.variants import OuterRule
+from p2p_diloco.learn.data import Corpus
+from tests.support.builders import identity
+from tests.support.chronicle import Chronicle
+from tests.support.fakes import make_manifest
+from tests.support.instruments import instrumented
+from tests.support.schedules import Fault, PeerPlan, Schedule
+from tests.support.simloop import run_simulated
+from tests.support.small_runs import table_of
+from tests.support.world import World
 
 GOLDEN = Path(__file__).with_suffix(".json")
 N = 2 * PART_VALUES + 77

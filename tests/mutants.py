@@ -1,8 +1,8 @@
 """Whether the tests notice: small changes to what decides and computes, each against the tests of its file.
 
-    python tests/mutants.py                       the sample; goes on where an interrupted run stopped
-    python tests/mutants.py settle ledger         of these files alone
-    python tests/mutants.py --show 1f2e3d4c       what one of them changes
+    python -m tests.mutants                       the sample; goes on where an interrupted run stopped
+    python -m tests.mutants settle ledger         of these files alone
+    python -m tests.mutants --show 1f2e3d4c       what one of them changes
 
 The changes are cosmic-ray's, and two of our own: a statement that does nothing, a return of None. They are made in
 copies of the tree. Left alone is what no test should have to notice: annotations, decorators, docstrings, assertions,
@@ -44,9 +44,10 @@ import pytest
 from cosmic_ray.ast import ast_nodes, get_ast
 from cosmic_ray.mutating import mutate_code
 from cosmic_ray.plugins import get_operator
-from mutated import TESTS
 from parso.python.tree import ExprStmt, Name
 from parso.tree import search_ancestor
+
+from tests.mutated import TESTS
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / ".mutants.jsonl"
@@ -250,7 +251,7 @@ def begin(folder: str) -> None:
     shutil.copytree(Path(folder) / "tree", copy)
     os.chdir(copy)
     os.environ["PYTHONPATH"] = str(copy)
-    sys.path[:] = [str(copy), *(entry for entry in sys.path if Path(entry) not in (ROOT, ROOT / "tests"))]
+    sys.path[:] = [str(copy), *(entry for entry in sys.path if Path(entry) != ROOT)]
     os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
     sys.dont_write_bytecode = False
     for name in IMPORTED_ONCE:
@@ -378,7 +379,7 @@ def main() -> int:
     if options.show:
         print(*(f"{m.path}\n{m.diff()}" for m in mutants if m.name == options.show), sep="\n")
         return 0
-    tests = digest(*(path.read_text() for path in sorted((ROOT / "tests").glob("*.py"))))
+    tests = digest(*(path.read_text() for path in sorted((ROOT / "tests").rglob("*.py"))))
     known = known_outcomes(tests)
     try:
         try_all([mutant for mutant in mutants if mutant.digest not in known], options.jobs, tests)

@@ -2,29 +2,29 @@
 
 from __future__ import annotations
 
-SETTLE = ("tests/test_settle.py", "--deselect=tests/test_settle.py::test_two_of_five_fail")
+SETTLE = ("tests/round/test_settle.py", "--deselect=tests/round/test_settle.py::test_two_of_five_fail")
 """Without what takes as long as all others together."""
 
 TESTS: dict[str, tuple[str, ...]] = {
-    "p2p_diloco/rounds.py": ("tests/test_rounds.py",),
-    "p2p_diloco/settle.py": SETTLE,
-    "p2p_diloco/butterfly.py": ("tests/test_butterfly.py", *SETTLE),
-    "p2p_diloco/matchmaking.py": ("tests/test_matchmaking.py",),
-    "p2p_diloco/gathering.py": ("tests/test_matchmaking.py",),
-    "p2p_diloco/company.py": ("tests/test_matchmaking.py",),
-    "p2p_diloco/catchup.py": ("tests/test_catchup.py",),
-    "p2p_diloco/download.py": ("tests/test_download.py", "tests/test_catchup.py"),
-    "p2p_diloco/ledger.py": ("tests/test_ledger.py",),
-    "p2p_diloco/snapshot.py": ("tests/test_snapshot.py", "tests/test_ledger.py"),
-    "p2p_diloco/replay.py": ("tests/test_ledger.py", "tests/test_replay.py"),
-    "p2p_diloco/outer.py": ("tests/test_outer.py",),
-    "p2p_diloco/codec.py": ("tests/test_codec.py",),
-    "p2p_diloco/records.py": ("tests/test_records.py",),
-    "p2p_diloco/wire.py": ("tests/test_wire.py", "tests/test_traffic.py"),
-    "p2p_diloco/inner.py": ("tests/test_inner.py",),
-    "p2p_diloco/data.py": ("tests/test_data.py",),
-    "p2p_diloco/swarm.py": ("tests/test_swarm.py",),
-    "p2p_diloco/process.py": ("tests/test_process.py",),
-    "p2p_diloco/train.py": ("tests/test_train.py",),
+    "p2p_diloco/core/rounds.py": ("tests/core/test_rounds.py",),
+    "p2p_diloco/round/settle.py": SETTLE,
+    "p2p_diloco/round/butterfly.py": ("tests/round/test_butterfly.py", *SETTLE),
+    "p2p_diloco/round/matchmaking.py": ("tests/round/test_matchmaking.py",),
+    "p2p_diloco/round/gathering.py": ("tests/round/test_matchmaking.py",),
+    "p2p_diloco/round/company.py": ("tests/round/test_matchmaking.py",),
+    "p2p_diloco/peer/catchup.py": ("tests/peer/test_catchup.py",),
+    "p2p_diloco/peer/download.py": ("tests/peer/test_download.py", "tests/peer/test_catchup.py"),
+    "p2p_diloco/ledger/ledger.py": ("tests/ledger/test_ledger.py",),
+    "p2p_diloco/ledger/snapshot.py": ("tests/ledger/test_snapshot.py", "tests/ledger/test_ledger.py"),
+    "p2p_diloco/ledger/replay.py": ("tests/ledger/test_ledger.py", "tests/ledger/test_replay.py"),
+    "p2p_diloco/core/outer.py": ("tests/core/test_outer.py",),
+    "p2p_diloco/core/codec.py": ("tests/core/test_codec.py",),
+    "p2p_diloco/core/records.py": ("tests/core/test_records.py",),
+    "p2p_diloco/wire/channel.py": ("tests/wire/test_channel.py", "tests/wire/test_traffic.py"),
+    "p2p_diloco/learn/inner.py": ("tests/learn/test_inner.py",),
+    "p2p_diloco/learn/data.py": ("tests/learn/test_data.py",),
+    "p2p_diloco/learn/swarm.py": ("tests/learn/test_swarm.py",),
+    "p2p_diloco/learn/process.py": ("tests/learn/test_process.py",),
+    "p2p_diloco/learn/train.py": ("tests/learn/test_train.py",),
 }
 """File -> what pytest is asked about it, the quickest tests first."""

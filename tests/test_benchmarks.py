@@ -25,10 +25,10 @@ from benchmarks.processes import Usage
 from benchmarks.serving import inner_and_stall
 from benchmarks.stall import stalls_of
 from benchmarks.table import Table, layout, markdown
-from p2p_diloco.codec import encoded_bytes
-from p2p_diloco.faults import Act, Action, Done, Process
-from p2p_diloco.manifest import RunSpec
-from p2p_diloco.recount import Past
+from p2p_diloco.core.codec import encoded_bytes
+from p2p_diloco.core.manifest import RunSpec
+from p2p_diloco.lab.faults import Act, Action, Done, Process
+from p2p_diloco.lab.recount import Past
 
 
 def round_event(step: int, **fields: Any) -> dict[str, Any]:

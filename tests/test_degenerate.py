@@ -9,16 +9,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from small_runs import small_run, table_of
 
-from p2p_diloco.cli import main
-from p2p_diloco.codec import Vector
-from p2p_diloco.data import Corpus, open_corpus
-from p2p_diloco.inner import InnerOptimizer, place_in_run
-from p2p_diloco.layout import layout_of, read_parameters
-from p2p_diloco.manifest import RunManifest, RunSpec
-from p2p_diloco.model import build_model, loss_of
-from p2p_diloco.stored import find_run, load_state
+from p2p_diloco.cli.cli import main
+from p2p_diloco.core.codec import Vector
+from p2p_diloco.core.manifest import RunManifest, RunSpec
+from p2p_diloco.learn.data import Corpus, open_corpus
+from p2p_diloco.learn.inner import InnerOptimizer, place_in_run
+from p2p_diloco.learn.layout import layout_of, read_parameters
+from p2p_diloco.learn.model import build_model, loss_of
+from p2p_diloco.ledger.folder import find_run, load_state
+from tests.support.small_runs import small_run, table_of
 
 MEAN = {"outer.lr": 1.0, "outer.momentum": 0.0}
 CPU = torch.device("cpu")

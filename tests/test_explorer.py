@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from broken import VARIANTS
-from explorer import explain, explore, explore_seed, workers
-from schedules import Fault, PeerPlan, Schedule, draw, shrink
+
+from tests.explorer import explain, explore, explore_seed, workers
+from tests.support.broken import VARIANTS
+from tests.support.schedules import Fault, PeerPlan, Schedule, draw, shrink
 
 BATCH = 10
 BATCHES = 6
@@ -17,7 +18,7 @@ BATCHES = 6
 def test_invariants_hold_under_random_faults(batch: int) -> None:
     for seed in range(batch * BATCH, (batch + 1) * BATCH):
         verdict = explore(draw(seed))
-        assert verdict.ok, f"seed {seed}: {verdict.text}; python tests/explorer.py --seed {seed} --verbose tells how"
+        assert verdict.ok, f"seed {seed}: {verdict.text}; python -m tests.explorer --seed {seed} --verbose tells how"
         assert verdict.outer_steps > 1
 
 
@@ -128,7 +129,7 @@ def test_a_protocol_that_is_broken_on_purpose_is_found(name: str) -> None:
 
 def test_workers_leave_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also of schedules that are still being played."""
-    monkeypatch.setattr("explorer.SHARED_MEMORY", tmp_path)
+    monkeypatch.setattr("tests.explorer.SHARED_MEMORY", tmp_path)
     with workers(1) as pool:
         assert next(pool.imap(explore_seed, range(3))).ok
         assert list(tmp_path.iterdir())

@@ -10,7 +10,8 @@ from dataclasses import asdict
 from typing import Any
 
 import pytest
-from golden import FAULTY, GOLDEN, SIMULATED, in_memory, simulated
+
+from tests.golden import FAULTY, GOLDEN, SIMULATED, in_memory, simulated
 
 WRITTEN_DOWN: dict[str, Any] = json.loads(GOLDEN.read_text())
 

@@ -1,4 +1,4 @@
-"""The package's shape: imports point one way, and the network side starts without torch."""
+"""The package's shape: imports point one way, hivemind stays in one room, and the network side starts without torch."""
 
 from __future__ import annotations
 
@@ -13,50 +13,49 @@ import pytest
 import p2p_diloco
 
 PACKAGE = Path(p2p_diloco.__file__).parent
-ROOT = PACKAGE.parent
 
-ORDER = (
-    *("__init__", "interpreter", "errors", "toml", "paths", "interruption"),
-    *("identity", "codec", "outer", "alignment", "manifest", "config", "addresses", "endpoint"),
-    *("snapshot", "ledger", "replay", "records", "rounds", "replica"),
-    *("textreport", "textfiles", "text", "hub", "tokenizer", "source", "data", "prompt"),
-    *("settings", "architecture", "layout", "stored", "model", "rehearsal", "genesis"),
-    *("export", "sample", "inner", "totals", "events"),
-    *("waiting", "rate", "web", "traffic", "messages", "wire", "quota"),
-    *("guard", "kademlia", "hardening", "daemon", "streams", "node", "discovery"),
-    *("seat", "company", "gathering", "matchmaking", "meeting", "butterfly"),
-    *("settle", "download", "catchup", "uploads", "upkeep", "presence", "probes", "follower", "reception", "peer"),
-    *("metrics", "control", "network"),
-    *("process", "swarm", "keeper", "train"),
-    *("simulation", "variants", "shards", "recount", "checkpoint", "replicas", "simulate"),
-    *("study", "report", "experiment", "doctor", "fitness", "trial", "display", "status", "survey", "listener"),
-    *("checkup", "summary", "overview", "history", "exposition", "monitor"),
-    *("faults", "namespaces", "child", "children", "injector", "local"),
-    *("options", "arguments", "facts"),
-    *("commands_join", "commands_look", "commands_model", "commands_study", "cli", "__main__"),
-)
-"""Lowest first. A module imports from those before it, and from no other."""
+ROOMS = ("core", "ledger", "wire", "round", "peer", "learn", "look", "lab", "cli")
+"""A package imports from those before it, and from no other."""
+MODULES = sorted(path.relative_to(PACKAGE).with_suffix("").as_posix() for path in PACKAGE.glob("*/*.py"))
+"""``core/codec``, ``core/__init__``, ... Beside them there are the package's own ``__init__`` and ``__main__``."""
+FILES = [module for module in MODULES if not module.endswith("__init__")]
 
 HEAVY = {"torch", "transformers", "datasets", "huggingface_hub"}
 
 
+def room_of(module: str) -> str:
+    return module.partition("/")[0]
+
+
 @cache
 def tree_of(module: str) -> ast.Module:
-    return ast.parse((PACKAGE / f"{module}.py").read_text())
+    return ast.parse((PACKAGE / f"{module}.py").read_text(encoding="utf-8"))
 
 
 def imported(nodes: Iterable[ast.AST]) -> Iterator[tuple[str, int]]:
-    """What import statements among ``nodes`` name, with the line: ``hivemind.dht``, ``p2p_diloco.codec``."""
+    """What import statements among ``nodes`` name, with the line: ``hivemind.dht``, ``core/codec``."""
     for node in nodes:
         if isinstance(node, ast.Import):
-            yield from ((alias.name, node.lineno) for alias in node.names)
+            yield from ((own(alias.name) or alias.name, node.lineno) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"line {node.lineno}: imports are absolute"
             assert node.module is not None
-            if node.module == "p2p_diloco":
-                yield from ((f"p2p_diloco.{alias.name}", node.lineno) for alias in node.names)
+            if node.module == "p2p_diloco" or node.module in {f"p2p_diloco.{room}" for room in ROOMS}:
+                names = [f"{node.module}.{alias.name}" for alias in node.names]
             else:
-                yield node.module, node.lineno
+                names = [node.module]
+            yield from ((own(name) or name, node.lineno) for name in names)
+
+
+def own(name: str) -> str | None:
+    """The file of ours that a dotted name leads to, if any; what the package itself has is ``__init__``'s."""
+    package, *parts = name.split(".")
+    if package != "p2p_diloco":
+        return None
+    if len(parts) < 2 or parts[0] not in ROOMS:
+        return "__init__"
+    file = f"{parts[0]}/{parts[1]}"
+    return file if file in MODULES else f"{parts[0]}/__init__"
 
 
 def at_module_level(node: ast.AST) -> Iterator[ast.AST]:
@@ -71,37 +70,51 @@ def at_module_level(node: ast.AST) -> Iterator[ast.AST]:
         yield from at_module_level(child)
 
 
-def own(name: str) -> str | None:
-    """The module of ours that an import names, if any; a name taken from the package itself is ``__init__``'s."""
-    package, _, rest = name.partition(".")
-    if package != "p2p_diloco":
-        return None
-    module = rest.partition(".")[0]
-    return module if module in ORDER else "__init__"
+def test_every_file_is_in_a_room() -> None:
+    assert {path.stem for path in PACKAGE.glob("*.py")} == {"__init__", "__main__"}
+    assert {path.parent.name for path in PACKAGE.glob("*/*.py")} == set(ROOMS)
+    assert len(MODULES) == len(list(PACKAGE.rglob("*.py"))) - 2
 
 
-def test_every_module_has_its_place() -> None:
-    assert len(set(ORDER)) == len(ORDER)
-    assert set(ORDER) == {path.stem for path in PACKAGE.glob("*.py")}
-
-
-@pytest.mark.parametrize("module", ORDER)
-def test_imports_point_down(module: str) -> None:
+@pytest.mark.parametrize("module", FILES)
+def test_imports_point_to_rooms_below(module: str) -> None:
+    """Also those inside functions, and those for types alone."""
     for name, line in imported(ast.walk(tree_of(module))):
-        target = own(name)
-        if target is not None:
-            assert ORDER.index(target) < ORDER.index(module), f"{module}.py:{line} imports {target}, which is above it"
+        if name in MODULES:
+            here, there = room_of(module), room_of(name)
+            assert ROOMS.index(there) <= ROOMS.index(here), f"{module}.py:{line} imports {name}, which is above it"
 
 
-@pytest.mark.parametrize("module", ORDER[: ORDER.index("kademlia")])
-def test_hivemind_starts_at_kademlia(module: str) -> None:
+@pytest.mark.parametrize("room", ROOMS)
+def test_no_room_imports_in_a_circle(room: str) -> None:
+    inside = {module: set[str]() for module in FILES if room_of(module) == room}
+    for module, names in inside.items():
+        names |= {name for name, _ in imported(ast.walk(tree_of(module))) if name in inside}
+    while free := [module for module, names in inside.items() if not names]:
+        for module in free:
+            del inside[module]
+        for names in inside.values():
+            names -= set(free)
+    assert not inside, f"these import each other: {inside}"
+
+
+@pytest.mark.parametrize("module", FILES)
+def test_hivemind_stays_in_wire(module: str) -> None:
     for name, line in imported(ast.walk(tree_of(module))):
-        assert name.partition(".")[0] != "hivemind", f"{module}.py:{line} imports hivemind"
+        if room_of(module) != "wire":
+            assert name.partition(".")[0] != "hivemind", f"{module}.py:{line} imports hivemind"
+
+
+@pytest.mark.parametrize("module", FILES)
+def test_torch_begins_at_learn(module: str) -> None:
+    if ROOMS.index(room_of(module)) < ROOMS.index("learn"):
+        for name, line in imported(ast.walk(tree_of(module))):
+            assert name.partition(".")[0] not in HEAVY, f"{module}.py:{line} imports {name}"
 
 
 def test_network_side_starts_without_torch() -> None:
     """What the network process imports, which starts before torch is touched, and on a seed, which never needs it."""
-    seen, waiting = set(), [("network", "network")]
+    seen, waiting = set[str](), [("peer/network", "peer/network")]
     while waiting:
         current, path = waiting.pop()
         if current in seen:
@@ -109,26 +122,24 @@ def test_network_side_starts_without_torch() -> None:
         seen.add(current)
         for name, _ in imported(at_module_level(tree_of(current))):
             assert name.partition(".")[0] not in HEAVY, f"{path} -> {name}"
-            target = own(name)
-            if target is not None:
-                waiting.append((target, f"{path} -> {target}"))
-    assert {"peer", "node", "ledger", "metrics"} <= seen
-    assert not {"architecture", "layout", "model", "source", "data", "train"} & seen
+            if name in MODULES or name == "__init__":
+                waiting.append((name, f"{path} -> {name}"))
+    assert {"peer/peer", "wire/node", "ledger/ledger", "peer/metrics"} <= seen
+    assert not {module for module in seen if room_of(module) in ("learn", "look", "lab", "cli")}
 
 
-def test_readme_lists_every_file() -> None:
-    """One line for each file of the package, under the heading Files, lowest first."""
-    readme = (ROOT / "README.md").read_text()
-    section = re.search(r"^## Files\n(.*?)(?=^## |\Z)", readme, re.MULTILINE | re.DOTALL)
-    assert section is not None, "README.md has no section '## Files'"
-    assert tuple(re.findall(r"^\| `(\w+)\.py`", section[1], re.MULTILINE)) == ORDER
-    for path in sorted(PACKAGE.glob("*.py")):
-        lines = re.findall(rf"^.*(?<!\w){re.escape(path.name)}.*$", section[1], re.MULTILINE)
-        assert len(lines) == 1, f"{path.name} is named in {len(lines)} lines"
-        assert len(lines[0].partition(path.name)[2].strip(" `|-:")) > 10, f"{path.name}: its line says nothing"
+@pytest.mark.parametrize("room", ROOMS)
+def test_a_room_says_what_its_files_are(room: str) -> None:
+    """Its ``__init__`` is a docstring, with a line for each file."""
+    tree = tree_of(f"{room}/__init__")
+    docstring = ast.get_docstring(tree)
+    assert docstring is not None
+    assert len(tree.body) == 1, "nothing but the docstring"
+    listed = re.findall(r"^    (\w+)  +\S.{9,}$", docstring, re.MULTILINE)
+    assert sorted(listed) == sorted(module.partition("/")[2] for module in FILES if room_of(module) == room)
 
 
-@pytest.mark.parametrize("path", sorted(PACKAGE.glob("*.py")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: path.stem)
 def test_text_is_utf8_whatever_the_locale(path: Path) -> None:
     """Who opens a file as text says in what encoding."""
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):

@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from mutated import TESTS
+
+from tests.mutated import TESTS
 
 ROOT = Path(__file__).parents[1]
 

@@ -11,10 +11,9 @@ from statistics import mean
 from typing import Literal
 
 import numpy as np
-from builders import ranked, readiness_of
 
-from p2p_diloco.codec import Vector, decode, encode
-from p2p_diloco.outer import (
+from p2p_diloco.core.codec import Vector, decode, encode
+from p2p_diloco.core.outer import (
     Part,
     Update,
     apply,
@@ -23,7 +22,8 @@ from p2p_diloco.outer import (
     parts_with,
     weighted_mean,
 )
-from p2p_diloco.rounds import Group, check_roster, form_roster, seal_readiness
+from p2p_diloco.core.rounds import Group, check_roster, form_roster, seal_readiness
+from tests.support.builders import ranked, readiness_of
 
 Policy = Literal["no drops", "keep", "adopt", "keep, by those that arrived"]
 POLICIES: tuple[Policy, ...] = ("no drops", "keep", "adopt", "keep, by those that arrived")

@@ -1,4 +1,4 @@
-"""Our outer step, from contributions to theta, against plain torch and the textbook (tests/reference.py).
+"""Our outer step, from contributions to theta, against plain torch and the textbook (tests/support/reference.py).
 
 A two-layer network on synthetic data; contributions go through the real codec, mean, update and apply.
 """
@@ -13,10 +13,9 @@ from typing import TypeVar
 import numpy as np
 import pytest
 import torch
-from reference import Inner, Loss, diloco
 
-from p2p_diloco.codec import CODECS, Codec, Vector, decode, encode
-from p2p_diloco.outer import (
+from p2p_diloco.core.codec import CODECS, Codec, Vector, decode, encode
+from p2p_diloco.core.outer import (
     OuterState,
     Part,
     Update,
@@ -27,6 +26,7 @@ from p2p_diloco.outer import (
     part_slices,
     weighted_mean,
 )
+from tests.support.reference import Inner, Loss, diloco
 
 BATCH = 16
 ADAMW: Inner = functools.partial(torch.optim.AdamW, lr=1e-2, betas=(0.9, 0.95), weight_decay=0.1)

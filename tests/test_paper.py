@@ -10,8 +10,8 @@ from statistics import mean
 
 import pytest
 
-from p2p_diloco.report import Row, Summary, markdown, rows_of
-from p2p_diloco.study import Study
+from p2p_diloco.lab.report import Row, Summary, markdown, rows_of
+from p2p_diloco.lab.study import Study
 
 ROOT = Path(__file__).parent.parent
 FIGURES = sorted((ROOT / "docs/paper").glob("*.json"))

@@ -18,8 +18,8 @@ from typing import Any
 
 from benchmarks.processes import started_below
 from benchmarks.stage import write_texts
-from p2p_diloco.child import children_of, read_proc
-from p2p_diloco.events import EVENTS_FILE, Event, read_events
+from p2p_diloco.core.events import EVENTS_FILE, Event, read_events
+from p2p_diloco.lab.child import children_of, read_proc
 
 RUN = """
 name = "test"

@@ -16,18 +16,18 @@ from typing import Any
 
 import numpy as np
 import pytest
-from places import Place, Program, wait_until
 
-from p2p_diloco.config import PeerConfig, Timeouts
-from p2p_diloco.daemon import private_socket_folder
-from p2p_diloco.events import EventLog
-from p2p_diloco.genesis import start_run
-from p2p_diloco.identity import Identity
-from p2p_diloco.manifest import open_manifest
-from p2p_diloco.node import Node
-from p2p_diloco.peer import Peer
-from p2p_diloco.replica import Replica
-from p2p_diloco.stored import open_ledger
+from p2p_diloco.core.config import PeerConfig, Timeouts
+from p2p_diloco.core.events import EventLog
+from p2p_diloco.core.identity import Identity
+from p2p_diloco.core.manifest import open_manifest
+from p2p_diloco.learn.genesis import start_run
+from p2p_diloco.ledger.folder import open_ledger
+from p2p_diloco.ledger.replica import Replica
+from p2p_diloco.peer.peer import Peer
+from p2p_diloco.wire.daemon import private_socket_folder
+from p2p_diloco.wire.node import Node
+from tests.swarm.places import Place, Program, wait_until
 
 STRANGER = Identity.from_seed(b"s" * 32)
 HERE = "/ip4/127.0.0.1/tcp/0"

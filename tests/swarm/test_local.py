@@ -7,15 +7,15 @@ import sys
 from collections.abc import Callable, Iterator
 
 import pytest
-from places import START_S, Place, wait_until
 
-from p2p_diloco.data import open_corpus
-from p2p_diloco.errors import UsageError
-from p2p_diloco.local import run_local
-from p2p_diloco.manifest import RunSpec
-from p2p_diloco.model import evaluate
-from p2p_diloco.sample import load_export
-from p2p_diloco.stored import find_run, load_state
+from p2p_diloco.core.errors import UsageError
+from p2p_diloco.core.manifest import RunSpec
+from p2p_diloco.lab.local import run_local
+from p2p_diloco.learn.data import open_corpus
+from p2p_diloco.learn.model import evaluate
+from p2p_diloco.learn.sample import load_export
+from p2p_diloco.ledger.folder import find_run, load_state
+from tests.swarm.places import START_S, Place, wait_until
 
 MakePlace = Callable[..., Place]
 

@@ -9,10 +9,11 @@ import socket
 import urllib.request
 from collections.abc import Iterator
 
-import chromium
 import pytest
-from places import LEAVE_S, Place, Program, descendants, wait_until
 from prometheus_client.parser import text_string_to_metric_families
+
+from tests.support import chromium
+from tests.swarm.places import LEAVE_S, Place, Program, descendants, wait_until
 
 SEEN_S = 90.0
 """For a change to be seen: a record lives 30 s, is read every 2.5 s, and this machine does other things, too."""

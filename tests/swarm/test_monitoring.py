@@ -20,11 +20,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from places import Place, Program, wait_until
 
 import monitoring
-from p2p_diloco.events import EVENTS_FILE, Event, read_events
-from p2p_diloco.summary import summarize
+from p2p_diloco.core.events import EVENTS_FILE, Event, read_events
+from p2p_diloco.lab.summary import summarize
+from tests.swarm.places import Place, Program, wait_until
 
 FOLDER = Path(monitoring.__file__).parent
 PROMETHEUS, PROMTOOL = shutil.which("prometheus"), shutil.which("promtool")

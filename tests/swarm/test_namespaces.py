@@ -8,8 +8,8 @@ import time
 
 import pytest
 
-from p2p_diloco.child import is_alive
-from p2p_diloco.namespaces import Namespace, Network, why_not
+from p2p_diloco.lab.child import is_alive
+from p2p_diloco.lab.namespaces import Namespace, Network, why_not
 
 WHY_NOT = why_not()
 pytestmark = pytest.mark.skipif(WHY_NOT is not None, reason=f"no network namespaces: {WHY_NOT}")
@@ -69,7 +69,7 @@ def test_those_cut_off_together_reach_each_other_and_nobody_else() -> None:
 
 
 HELD = """
-from p2p_diloco.namespaces import Network
+from p2p_diloco.lab.namespaces import Network
 with Network() as network:
     print(network.add("a").holder.pid, network.switch.holder.pid, flush=True)
     input()

@@ -17,10 +17,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from places import LEAVE_S, START_S, Place, Program, as_flags, wait_until
 
-from p2p_diloco.events import Event
-from p2p_diloco.stored import find_run, load_state
+from p2p_diloco.core.events import Event
+from p2p_diloco.ledger.folder import find_run, load_state
+from tests.swarm.places import LEAVE_S, START_S, Place, Program, as_flags, wait_until
 
 EVERY = 4
 """Outer steps between two snapshots, where they matter."""
@@ -48,7 +48,7 @@ def flip_and_repair(place: Place) -> None:
     def repaired(what: str) -> list[Event]:
         return [event for event in place.events("a", "repaired") if event["what"] == what]
 
-    descriptors = Path(f"/proc/{programs[1].of_mine('p2p_diloco.network')}/fd").iterdir()
+    descriptors = Path(f"/proc/{programs[1].of_mine('p2p_diloco.peer.network')}/fd").iterdir()
     memory = next(path for path in descriptors if os.readlink(path).startswith("/memfd:p2p-diloco"))
     flip(memory, 4 * 7 + 2)  # no last bit, which the rounding of the next outer step might mend
     wait_until(lambda: repaired("state"), *programs)

@@ -8,7 +8,6 @@ import signal
 from collections.abc import Iterator
 
 import pytest
-from places import START_S, Place, wait_until
 
 from benchmarks.churn import SETTLING_S, SPARE_DESCRIPTORS, SPARE_MB, churn, figures
 from benchmarks.matrix import TRAINERS, Case, run_case
@@ -16,8 +15,9 @@ from benchmarks.onslaught import kill_all
 from benchmarks.partition import APART, part_and_heal
 from benchmarks.processes import Usage, usage_of
 from benchmarks.stage import SPEC, Stage
-from p2p_diloco.manifest import InnerSpec
-from p2p_diloco.namespaces import why_not
+from p2p_diloco.core.manifest import InnerSpec
+from p2p_diloco.lab.namespaces import why_not
+from tests.swarm.places import START_S, Place, wait_until
 
 FAULTS = """
 [[fault]]

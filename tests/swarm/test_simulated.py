@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from places import START_S, Place
+
+from tests.swarm.places import START_S, Place
 
 STEPS = 5
 

@@ -10,7 +10,8 @@ import subprocess
 import sys
 
 import pytest
-from places import LEAVE_S, Place, wait_until
+
+from tests.swarm.places import LEAVE_S, Place, wait_until
 
 
 def start_in_terminal(place: Place, *prefix: str) -> tuple[subprocess.Popen[bytes], int]:

@@ -1,0 +1,178 @@
+"""Commands that make a swarm: seed, peer, and several of them on this machine."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from p2p_diloco.cli.arguments import check_run_id, peer_config, require
+from p2p_diloco.cli.options import (
+    NODE,
+    OUTPUT,
+    Addresses,
+    AtLeastOne,
+    Flag,
+    NodeOptions,
+    Output,
+    Patience,
+    Probability,
+)
+from p2p_diloco.core.errors import LocalError, UsageError
+from p2p_diloco.core.interruption import importing
+from p2p_diloco.look.display import STDOUT, join_line, live_table
+
+if TYPE_CHECKING:
+    from p2p_diloco.learn.swarm import Swarm
+
+log = logging.getLogger(__name__)
+
+
+def seed(
+    run_file: Path,
+    /,
+    *,
+    initial_peers: Addresses = (),
+    node: NodeOptions = NODE,
+    output: Output = OUTPUT,
+) -> None:
+    """Publish a run, keep it findable, and print the line with which others join.
+
+    Parameters
+    ----------
+    run_file
+        RUN.toml: what to train, and how.
+    initial_peers
+        Peers of an existing network to be part of.
+    """
+    with importing("seed"):
+        from p2p_diloco.core.identity import Identity
+        from p2p_diloco.core.manifest import RunSpec
+
+        RunSpec.load(run_file)
+        fresh = node.folder is None or not node.folder.exists()
+        config = peer_config(node, "seed", initial_peers)
+        from p2p_diloco.core.config import Timeouts
+        from p2p_diloco.learn.genesis import start_run
+        from p2p_diloco.learn.swarm import Swarm
+        from p2p_diloco.learn.train import stop_signals
+
+    owner = Identity.load(config.identity_path) or Identity.generate()
+    try:
+        manifest_path = start_run(run_file, config.folder, owner, config.identity_path)
+    except LocalError:
+        if fresh:  # it is there since the options were read; what is refused leaves no empty folder
+            with suppress(OSError):
+                config.folder.rmdir()
+        raise
+    timeouts = Timeouts().scaled(node.patience)
+    with stop_signals(), Swarm.join(config, timeouts=timeouts, role="seed", manifest_path=manifest_path) as swarm:
+        log.info("serving run %s from %s", swarm.manifest.run_id, swarm.folder)
+        print_join_line(swarm)
+        with live_table(swarm, STDOUT):
+            swarm.serve()
+
+
+def peer(
+    *,
+    initial_peers: Addresses = (),
+    run_id: str | None = None,
+    client_mode: Flag = False,
+    device: str = "auto",
+    threads: AtLeastOne | None = None,
+    data: Path | None = None,
+    drop: Probability = 0.0,
+    node: NodeOptions = NODE,
+    output: Output = OUTPUT,
+) -> None:
+    """Join a run and train. The first Ctrl+C saves and leaves, the second one ends at once.
+
+    Parameters
+    ----------
+    initial_peers
+        Address of any peer that is in the run now; several are better.
+    run_id
+        Join this run and no other.
+    client_mode
+        Accept no connections: for a peer that nobody can reach.
+    device
+        auto, cpu, cuda, cuda:1 or mps.
+    threads
+        Of the CPU, for training.
+    data
+        Own text to train on, for runs without built-in text: a file or folder.
+    drop
+        Probability that a contribution is dropped: for experiments.
+    """
+    require(initial_peers)
+    check_run_id(run_id)
+    if data is not None and not data.exists():
+        raise UsageError(f"--data {data}: no such file or folder")
+    with importing("peer"):
+        config = peer_config(node, "peer", initial_peers, run_id=run_id, client_mode=client_mode)
+        from p2p_diloco.core.config import Timeouts
+        from p2p_diloco.learn.model import pick_device
+        from p2p_diloco.learn.swarm import Swarm
+        from p2p_diloco.learn.train import TrainConfig, require_text, stop_signals, train
+
+    pick_device(device)
+    log.info("looking for the run at %s", ", ".join(initial_peers))
+    with stop_signals() as stop, Swarm.find(config, timeouts=Timeouts().scaled(node.patience)) as swarm:
+        require_text(swarm.manifest, data)
+        swarm.wait_for_state()
+        print_join_line(swarm)
+        with live_table(swarm, STDOUT):
+            train(swarm, TrainConfig(device=device, threads=threads, data=data, drop=drop), stop)
+
+
+def swarm(
+    run_file: Path,
+    /,
+    *,
+    peers: AtLeastOne,
+    folder: Path | None = None,
+    drop: Probability = 0.0,
+    faults: Path | None = None,
+    patience: Patience = 1.0,
+    output: Output = OUTPUT,
+) -> int:
+    """Run a seed and several peers on this machine, to look and to test.
+
+    Parameters
+    ----------
+    run_file
+        RUN.toml: what to train, and how.
+    peers
+        How many of them train.
+    folder
+        Everything that they write, and the trained model; a new folder in runs/ by default.
+    drop
+        Probability that a peer's contribution to an outer step is dropped, as in the paper's ablation.
+    faults
+        FAULTS.toml: what shall happen to whom, and when; Linux only.
+    patience
+        Factor on every time-out, 0.1 to 10.
+    """
+    with importing("swarm"):
+        from p2p_diloco.lab import namespaces
+        from p2p_diloco.lab.children import names_of
+        from p2p_diloco.lab.faults import FaultPlan
+        from p2p_diloco.lab.local import run_local
+
+    plan = FaultPlan() if faults is None else FaultPlan.load(faults, names_of(peers))
+    if faults is not None and sys.platform != "linux":
+        raise UsageError("--faults needs Linux")
+    if plan.cuts:
+        if (why := namespaces.why_not()) is not None:
+            raise UsageError(f"{faults}: cut needs network namespaces: {why}")
+        namespaces.as_root(*sys.argv[1:])
+    return run_local(run_file, peers=peers, folder=folder, drop=drop, patience=patience, plan=plan)
+
+
+def print_join_line(swarm: Swarm) -> None:
+    """Before the table is shown: whole, however narrow the terminal, so that it can be copied."""
+    line = join_line(swarm.maddrs)
+    if line:
+        print(line, flush=True)

@@ -1,0 +1,81 @@
+"""What ``p2p-diloco manifest`` tells of a run, or of a run file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from p2p_diloco.core.config import cache_folder
+from p2p_diloco.core.errors import UsageError
+from p2p_diloco.core.interruption import importing
+from p2p_diloco.core.manifest import DataSpec, RunManifest, RunSpec
+from p2p_diloco.core.paths import beside
+from p2p_diloco.learn.data import open_corpus
+from p2p_diloco.learn.hub import PREFIX, check_data_set
+from p2p_diloco.learn.tokenizer import load_tokenizer_json, open_tokenizer
+
+
+def facts_of(manifest: RunManifest) -> dict[str, str]:
+    """What ``manifest`` shows of a manifest whose signature is valid."""
+    facts = spec_facts(manifest.spec, manifest.n_params, manifest.transformers_config["model_type"])
+    tokenizer = "of the run, in the manifest" if manifest.tokenizer_json else "bytes"
+    return {
+        "run": manifest.spec.name,
+        "run id": manifest.run_id,
+        "owner": manifest.owner,
+        "signature": "valid: the owner's",
+        "protocol": str(manifest.protocol),
+        **facts,
+        "tokenizer": f"{tokenizer}, {manifest.vocab_size} tokens",
+        "layout": manifest.layout_digest,
+        "genesis": manifest.genesis,
+    }
+
+
+def check_run_file(path: Path) -> dict[str, str]:
+    """What a run file would start, without starting it. Raises LocalError that names what is wrong."""
+    spec, base = RunSpec.load(path), path.parent
+    tokenizer_json = load_tokenizer_json(spec.data, base)
+    tokenizer = open_tokenizer(tokenizer_json)
+    if spec.data.source == "path" and spec.data.path is not None:
+        text = beside(base, spec.data.path, "data.path")
+        if not text.exists():
+            raise UsageError(f"{path}: key 'data.path': no such file or folder: {text}")
+
+    with importing("manifest"):
+        from p2p_diloco.learn.genesis import make_start
+        from p2p_diloco.learn.model import require_weights
+
+    if spec.model.path is not None and not spec.model.path.startswith(PREFIX):
+        require_weights(beside(base, spec.model.path, "model.path"))
+    start = make_start(spec, base, str(path), tokenizer.vocab_size)
+    return {
+        "run file": f"{path}: sound",
+        "run": spec.name,
+        **spec_facts(spec, start.layout.n, start.config["model_type"]),
+        "tried": start.rehearsal.line(),
+        **check_text(spec.data, base, tokenizer_json),
+    }
+
+
+def check_text(data: DataSpec, base: Path, tokenizer_json: str) -> dict[str, str]:
+    """Reads all of the text, and keeps its tokens where a seed then finds them; of a data set of the hub, the first
+    document of each split."""
+    if data.source == "hub":
+        check_data_set(data, base)
+        return {"text": f"a part of {data.path} for each peer, at most {data.max_documents} documents; not read here"}
+    report = open_corpus(data, base=base, cache=cache_folder(), tokenizer_json=tokenizer_json).report
+    skipped = "; ".join(kind.line for kind in report.skipped)
+    return {"text": report.read, "skipped": skipped} if skipped else {"text": report.read}
+
+
+def spec_facts(spec: RunSpec, n_params: int, model_type: str) -> dict[str, str]:
+    inner, outer, data = spec.inner, spec.outer, spec.data
+    tokens = outer.steps * inner.steps * spec.tokens_per_inner_step
+    return {
+        "model": f"{model_type}, {n_params} parameters" + (f", from {spec.model.path}" if spec.model.path else ""),
+        "data": f"{data.path or 'built-in text'}, {data.seq_len} tokens in a sequence",
+        "inner steps": f"{inner.steps} of {spec.tokens_per_inner_step} tokens, learning rate {inner.lr:g}",
+        "outer steps": f"{outer.steps}, learning rate {outer.lr:g}, momentum {outer.momentum:g}, codec {outer.codec}",
+        "group": f"{spec.round.min_group} to {spec.round.max_group} peers, gathered for {spec.round.gather_s:g} s",
+        "tokens": f"{tokens} for every peer that trains from start to end",
+    }

@@ -1,0 +1,111 @@
+"""Where a simulation stood when it was interrupted: all that is not computed anew from its run file, in one file, whole
+or not at all.
+
+Of a simulation its tensors are theta and what the outer optimizer keeps, and each replica's parameters and moments;
+beside them, as JSON, what was simulated, what else its figures depend on (``ORIGIN``), the curve, and how far each
+replica was. ``Simulation`` puts them in and takes them out; one process at a time writes it (``alone_in``). What a warm
+start keeps (``replicas``) is less: one worker's.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+
+from p2p_diloco.core.errors import UsageError
+from p2p_diloco.lab.simulation import SimulatedRun
+from p2p_diloco.ledger.snapshot import disk_errors, write_whole
+
+log = logging.getLogger(__name__)
+
+CHECKPOINT_FILE = "checkpoint.safetensors"
+LOCK_FILE = "lock"
+ORIGIN = {
+    "genesis": "model, or other weights to start from",
+    "text": "text",
+    "names": "swarm to recount, or without one",
+    "shards": "division of the text",
+    "device": "kind of device",
+    "torch": "version of torch",
+}
+"""Beside the run file, and what a person may have changed when one of these is another than before."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """An open one."""
+
+    folder: Path
+    file: Any
+    """As ``safe_open`` gives it: tensors are read when they are asked for."""
+    facts: dict[str, Any]
+
+    def tensors(self, prefix: str) -> dict[str, torch.Tensor]:
+        """Those whose names begin with ``prefix``."""
+        return {name: self.file.get_tensor(name) for name in self.file.keys() if name.startswith(prefix)}  # noqa: SIM118
+
+    def check_what(self, what: SimulatedRun) -> None:
+        """UsageError when it is of another simulation than ``what``."""
+        if SimulatedRun.model_validate_json(json.dumps(self.facts["what"])) != what:
+            raise UsageError(
+                f"{self.folder}: holds another simulation, or this one before its file changed; choose another"
+            )
+
+    def check_origin(self, origin: Mapping[str, Any]) -> None:
+        """UsageError when its figures depend on something else than ``origin``."""
+        for name, value in self.facts["origin"].items():
+            if value != origin[name]:
+                raise UsageError(f"{self.folder}: was begun with another {ORIGIN[name]}; choose another")
+
+
+@contextmanager
+def open_checkpoint(folder: Path) -> Iterator[Checkpoint | None]:
+    """None where there is none. UsageError when it is damaged: what cannot be read inside the block counts, too."""
+    path = folder / CHECKPOINT_FILE
+    if not path.exists():
+        yield None
+        return
+    try:
+        with safe_open(path, "pt") as file:
+            yield Checkpoint(folder, file, json.loads(file.metadata()["simulation"]))
+    except (SafetensorError, OSError, KeyError, ValueError, TypeError) as error:
+        raise UsageError(f"{path}: damaged ({type(error).__name__}); delete it to start anew") from error
+
+
+def write_checkpoint(folder: Path, tensors: dict[str, torch.Tensor], facts: dict[str, Any]) -> None:
+    """LedgerError on a full disk."""
+    data = save(tensors, {"simulation": json.dumps(facts)})
+    write_whole(folder / CHECKPOINT_FILE, [data], len(data))
+
+
+@contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """UsageError while another process simulates in ``folder``. A file system without locks lets both. A folder that is
+    made here, and into which nothing is written, is gone afterwards."""
+    fresh = not folder.exists()
+    with disk_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        file = (folder / LOCK_FILE).open("wb")
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UsageError(f"{folder}: another process simulates here; wait for it, or choose another") from None
+        except OSError as error:
+            log.debug("%s: no locks here: %s", folder, error)
+        try:
+            yield
+        finally:
+            if fresh and [path.name for path in folder.iterdir()] == [LOCK_FILE]:
+                (folder / LOCK_FILE).unlink()
+                folder.rmdir()

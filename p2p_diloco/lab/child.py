@@ -1,0 +1,158 @@
+"""One peer on this machine, as the system sees it: its processes, its output, its event log. Signals to other processes
+than the trainer need Linux's /proc.
+
+Its processes are the trainer (of a seed, the same without training), the network process below it, p2pd's guard below
+that, and p2pd. The trainer has a session of its own, so that Ctrl+C in a terminal reaches only who started it; if that
+is killed, Linux kills the trainer, and the others end with it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import IO
+
+from p2p_diloco.core.events import Event, EventTail
+from p2p_diloco.core.interpreter import python_command
+from p2p_diloco.lab.faults import Process
+from p2p_diloco.ledger.snapshot import disk_errors
+from p2p_diloco.wire.guard import die_with_parent
+
+
+class Child:
+    """``start`` and ``send`` act; the rest looks."""
+
+    process: subprocess.Popen[bytes]
+    """The trainer, from ``start`` on."""
+
+    def __init__(self, name: str, folder: Path, *, maddr: str, enter: Sequence[str] = ()) -> None:
+        """``enter``: what a command begins with to run in this peer's own network."""
+        self.name, self.folder, self.maddr, self.enter = name, folder, maddr, list(enter)
+        self.tail = EventTail(folder)
+        self.felled = False
+        """A fault has killed it: its end is no failure of its own."""
+        self.started_s = 0.0
+        self._hit: tuple[int, ...] = ()
+        """Processes that may outlive the trainer for a moment, since a fault has killed one of them."""
+
+    def start(self, *arguments: str) -> None:
+        """``arguments``: of Python; the program is first. Started again, in its folder, it takes up where it ended."""
+        command = [*self.enter, *python_command(*arguments), "--folder", str(self.folder)]
+        command += ["--host-maddrs", self.maddr, "--name", self.name]
+        self.felled, self.started_s = False, time.monotonic()
+        with self._output() as output:
+            self.process = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+                preexec_fn=partial(die_with_parent, signal.SIGKILL),
+            )
+
+    def _output(self) -> IO[bytes]:
+        """Returns the file that it prints to, open at its end. LedgerError when it cannot be made."""
+        path = self.folder / "output.log"
+        with disk_errors(path):
+            self.folder.mkdir(exist_ok=True)
+            return path.open("ab")
+
+    def send(self, number: signal.Signals, to: Process) -> tuple[int, ...]:
+        """Pids of the processes that got the signal."""
+        found = self.processes()
+        pids = tuple(pid for name, pid in found.items() if to in (name, "all"))
+        if number == signal.SIGKILL and pids:
+            self._hit = tuple(found.values())
+            self.felled = self.felled or to != "p2pd"
+        for pid in pids:
+            send_signal(pid, number)
+        return pids
+
+    def processes(self) -> dict[str, int]:
+        """Name -> pid of those that run now: trainer, network, guard, p2pd. Each is a child of the one before."""
+        if not is_alive(self.process.pid):
+            return {}
+        parent = self.process.pid
+        found = {"trainer": parent}
+        for name, mark in (("network", b"p2p_diloco.peer.network"), ("guard", b"guard.py"), ("p2pd", b"p2pd")):
+            below = [pid for pid in children_of(parent) if mark in read_proc(pid, "cmdline")]
+            if not below:
+                break
+            parent = found[name] = below[0]
+        return found
+
+    @property
+    def running(self) -> bool:
+        return self.process.poll() is None
+
+    @property
+    def living(self) -> bool:
+        """And not about to die: what is killed takes a while to end."""
+        return self.running and not self.felled
+
+    @property
+    def ended(self) -> bool:
+        """Nothing is left of it."""
+        return not self.running and not any(map(is_alive, self._hit))
+
+    @property
+    def address(self) -> str | None:
+        """Where others reach it, once it has started."""
+        started = next((event for event in reversed(self.tail.log) if event["event"] == "started"), None)
+        if started is None or started["mono_s"] < self.started_s or not self.living:
+            return None
+        return str(started["maddrs"][0])
+
+    @property
+    def log(self) -> Sequence[Event]:
+        return self.tail.log
+
+    @property
+    def failed(self) -> bool:
+        """By itself."""
+        return self.process.poll() not in (None, 0) and not self.felled
+
+    @property
+    def fate(self) -> str | None:
+        """None while it runs."""
+        return None if self.running else "failed" if self.failed else "killed" if self.felled else "done"
+
+    @property
+    def output(self) -> str:
+        """What it has printed, of all starts."""
+        return (self.folder / "output.log").read_text(encoding="utf-8", errors="replace")
+
+    def last_line(self) -> str:
+        """Of its output: where it failed, the reason."""
+        lines = self.output.split("\n")
+        return next((line.strip() for line in reversed(lines) if line.strip()), "no output")
+
+
+def send_signal(pid: int, number: signal.Signals) -> None:
+    """It may have ended meanwhile."""
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, number)
+
+
+def children_of(pid: int) -> list[int]:
+    return [int(child) for child in read_proc(pid, f"task/{pid}/children").split()]
+
+
+def is_alive(pid: int) -> bool:
+    """A zombie is not."""
+    state = read_proc(pid, "stat").rpartition(b")")[2].split()[:1]
+    return state not in ([], [b"Z"], [b"X"])
+
+
+def read_proc(pid: int, name: str) -> bytes:
+    """Empty when the process is gone, or somebody else's."""
+    try:
+        return Path(f"/proc/{pid}/{name}").read_bytes()
+    except OSError:
+        return b""

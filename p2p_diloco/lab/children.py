@@ -1,0 +1,185 @@
+"""The seed and the trainers of a swarm on this machine: start them, hit them, end them.
+
+    FOLDER/seed/, FOLDER/peer-1/ ...    identity, ledger, event log; what the process prints is in output.log
+
+They listen on loopback; or, given a ``Network``, each in a network namespace of its own. Nothing here waits, but
+``close``.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from p2p_diloco.core.errors import NetworkError, UsageError
+from p2p_diloco.core.manifest import DataSpec, RunManifest, RunSpec, open_manifest
+from p2p_diloco.core.paths import beside
+from p2p_diloco.lab.child import Child, send_signal
+from p2p_diloco.lab.faults import Act, Action
+from p2p_diloco.lab.namespaces import Network
+
+SEED = "seed"
+"""Both the command and the name of its folder."""
+SEED_START_S = 180.0
+"""Until the seed has made the run. The first time on a machine it tokenizes the text."""
+LEAVE_S = 10.0
+"""For all together; after that they are killed."""
+TRAINER = ("-m", "p2p_diloco", "peer")
+LOOPBACK = "/ip4/127.0.0.1/tcp/0"
+SIGNALS: dict[Action, signal.Signals] = {
+    "kill": signal.SIGKILL, "stop": signal.SIGSTOP, "resume": signal.SIGCONT
+}  # fmt: skip
+
+
+def names_of(trainers: int) -> list[str]:
+    """Of all, the seed first."""
+    return [SEED, *(f"peer-{k}" for k in range(1, trainers + 1))]
+
+
+def text_on_disk(data: DataSpec, base: Path) -> Path | None:
+    """Returns the file or folder that ``data.path`` names, which trainers get as their own text; None where there is
+    none, as with a name on the hub. ``base``: the folder of the run file. UsageError for a home that does not exist."""
+    path = None if data.path is None else beside(base, data.path, "data.path")
+    return path if path is not None and path.exists() else None
+
+
+class Children:
+    """A context manager: however it is left, no child is. ``run_file`` and ``folder`` are absolute paths."""
+
+    manifest: RunManifest
+    """Once the seed has started."""
+
+    def __init__(
+        self,
+        run_file: Path,
+        spec: RunSpec,
+        folder: Path,
+        *,
+        trainer: Sequence[str] = TRAINER,
+        patience: float = 1.0,
+        network: Network | None = None,
+    ) -> None:
+        """``trainer``: a program with the options of ``p2p-diloco peer``, and some of these."""
+        self.run_file, self.spec, self.folder, self.network = run_file, spec, folder, network
+        self.seed: Child | None = None
+        self.trainers: list[Child] = []
+        self._options = ["--patience", f"{patience:g}"]
+        if network is not None:
+            self._options.append("--no-use-relay")
+        self._trainer = [*trainer, "--device", "cpu"]
+        text = text_on_disk(spec.data, run_file.parent)
+        self._trainer += [] if text is None else ["--data", str(text)]
+        self._threads = 1
+        self._seed_address: str | None = None
+
+    def __enter__(self) -> Children:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @property
+    def all(self) -> list[Child]:
+        return [child for child in (self.seed, *self.trainers) if child is not None]
+
+    def named(self, name: str) -> Child:
+        return next(child for child in self.all if child.name == name)
+
+    # -- start -------------------------------------------------------------------------------------------------------
+
+    def start_seed(self) -> None:
+        self.seed = self._child(SEED)
+        self._start(self.seed)
+
+    def seed_address(self) -> str | None:
+        """None until it has one. NetworkError or UsageError when it ended instead, or takes too long."""
+        seed = self.named(SEED)
+        seed.tail.read()
+        if seed.address is not None:
+            path = next(seed.folder.glob("*/manifest.json"))
+            self.manifest = open_manifest(path.read_bytes(), str(path))
+            self._seed_address = seed.address
+            seed.maddr = seed.address.rpartition("/p2p/")[0]  # others will look for it there when it starts again
+        elif not seed.running:
+            error = UsageError if seed.process.returncode == UsageError.exit_code else NetworkError
+            raise error(f"the seed ended while starting: {seed.last_line().removeprefix('error: ')}")
+        elif time.monotonic() > seed.started_s + SEED_START_S:
+            raise NetworkError(f"the seed did not start within {SEED_START_S:.0f} s; its last line: {seed.last_line()}")
+        return seed.address
+
+    def start_trainers(self, count: int) -> None:
+        """They share the machine's cores."""
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        self._threads = max(1, cores // count)
+        for name in names_of(count)[1:]:
+            self.add_trainer(name)
+
+    def add_trainer(self, name: str) -> Child:
+        child = self._child(name)
+        self.trainers.append(child)
+        self._start(child)
+        return child
+
+    def _child(self, name: str) -> Child:
+        if self.network is None:
+            return Child(name, self.folder / name, maddr=LOOPBACK)
+        namespace = self.network.add(name)
+        return Child(name, self.folder / name, maddr=namespace.maddr, enter=namespace.enter)
+
+    def _start(self, child: Child) -> None:
+        known = dict.fromkeys(other.address for other in self.all if other is not child)
+        if child is self.seed:
+            kind = ["-m", "p2p_diloco", SEED, str(self.run_file)]
+        else:
+            kind = [*self._trainer, "--threads", str(self._threads)]
+            known[self._seed_address] = None
+        initial_peers = [address for address in known if address is not None]
+        if initial_peers:
+            kind += ["--initial-peers", *initial_peers]
+        child.start(*kind, *self._options)
+
+    # -- faults ------------------------------------------------------------------------------------------------------
+
+    def can_start(self, name: str) -> bool:
+        """Again: nothing is left of it, and somebody is there to be joined, or nobody is even starting."""
+        child, others = self.named(name), [child for child in self.all if child.name != name and child.living]
+        reachable = any(other.address for other in others) or not others
+        return child.ended and (reachable or child is self.seed)
+
+    def carry_out(self, act: Act) -> tuple[int, ...]:
+        """Pids of the processes that it met."""
+        child = self.named(act.peer)
+        if act.action == "restart":
+            self._start(child)
+            return (child.process.pid,)
+        if act.action in SIGNALS:
+            return child.send(SIGNALS[act.action], act.process)
+        if self.network is None:
+            raise UsageError(f"{act.action}: these peers have no networks of their own")
+        if act.action == "restore":
+            self.network.restore(act.peer)
+        elif act.island:
+            self.network.cut_together(act.peer, act.island)
+        else:
+            self.network.cut(act.peer)
+        return tuple(child.processes().values())
+
+    # -- the end -----------------------------------------------------------------------------------------------------
+
+    def close(self) -> None:
+        """Ask all who are left to leave, and kill those who do not."""
+        left = [child for child in self.all if child.running]
+        for child in left:
+            child.send(signal.SIGCONT, "all")
+            send_signal(child.process.pid, signal.SIGINT)
+        deadline_s = time.monotonic() + LEAVE_S
+        for child in left:
+            try:
+                child.process.wait(max(deadline_s - time.monotonic(), 0.0))
+            except subprocess.TimeoutExpired:
+                child.process.kill()
+                child.process.wait()

@@ -1,0 +1,344 @@
+"""The handle that a trainer holds on the swarm. ``train.py`` uses it, and so can any training loop of your own::
+
+    with Swarm.join(PeerConfig(folder=..., initial_peers=[...])) as swarm:
+        model = model_of(swarm.manifest)
+        swarm.load_into(model)                            # theta
+        for batch in batches:
+            loss = train_step(model, batch, inner_optimizer)
+            swarm.report(loss, tokens)                    # tell the swarm and the event log
+            if swarm.outer_step_due():
+                swarm.outer_step(model)                   # offer what I learned, take what the group learned
+
+Behind it is a network process of its own (``network``), started before anything else and without inheriting anything.
+Theta and local are shared memory that has no name, so nothing is left of it whatever happens. A model on the CPU has
+its parameters *in* local; one on an accelerator is copied there and back at outer steps.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import mmap
+import os
+import tempfile
+import time
+from collections import deque
+from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from p2p_diloco.core.codec import Vector
+from p2p_diloco.core.config import PeerConfig, Timeouts
+from p2p_diloco.core.errors import UsageError
+from p2p_diloco.core.manifest import RunManifest, open_manifest
+from p2p_diloco.core.rounds import outer_step_due
+from p2p_diloco.learn.process import NetworkHandle
+
+if TYPE_CHECKING:
+    import torch
+
+SPEED_STEPS = 20
+"""Inner steps over which the speed that is shown is averaged."""
+PACE_ROUNDS = 4
+"""Outer steps over which the speed is averaged by which peers plan their inner steps."""
+
+
+class Swarm:
+    """``join`` makes one, or ``find``. Use it as a context manager, from one thread."""
+
+    manifest: RunManifest
+    theta: Vector
+    """float32 [n], the outer state's; read-only here."""
+    local: Vector
+    """float32 [n], what this peer trains."""
+
+    def __init__(self, network: NetworkHandle, memory: int) -> None:
+        """``memory``: descriptor of what this process shares with the network process, ours from now on."""
+        self.step = 0
+        """Outer step at which this peer stands; a seed follows the swarm inside ``serve``."""
+        self.head = ""
+        self.inner_step = 0
+        """Inner steps since the last outer step."""
+        self.planned = 0
+        self.tokens = 0
+        """Trained on since joining."""
+        self.tokens_per_s = 0.0
+        self.loss: float | None = None
+        self.folder = Path()
+        """Of this run: ledger, event log, inner state."""
+        self.maddrs: list[str] = []
+        self.peer_id = ""
+        self._tokens_since_theta = 0
+        self._tokens_this_step = 0
+        self._paces: deque[tuple[int, float]] = deque(maxlen=PACE_ROUNDS)
+        """(tokens, seconds) of the inner steps before each of the last outer steps."""
+        self._step_ends: list[float] = []
+        """When the last inner steps ended; the first is when the first of them began."""
+        self._evaluate = False
+        self._bound = False
+        self._descriptor = memory
+        self._network = network
+
+    # -- life --------------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def join(
+        cls,
+        config: PeerConfig,
+        *,
+        timeouts: Timeouts | None = None,
+        role: str = "trainer",
+        manifest_path: Path | None = None,
+    ) -> Swarm:
+        """``find`` the run, and wait for its state. Raises UsageError or NetworkError, with nothing left behind."""
+        swarm = cls.find(config, timeouts=timeouts, role=role, manifest_path=manifest_path)
+        try:
+            swarm.wait_for_state()
+        except BaseException:
+            swarm.close("could not join")
+            raise
+        return swarm
+
+    @classmethod
+    def find(
+        cls,
+        config: PeerConfig,
+        *,
+        timeouts: Timeouts | None = None,
+        role: str = "trainer",
+        manifest_path: Path | None = None,
+    ) -> Swarm:
+        """Start the network process and find the run. It returns when the manifest is here and the state is still on
+        its way, so that whoever cannot take part leaves before the download; ``wait_for_state`` comes next.
+        ``manifest_path`` is for who brings the run along (a seed). Raises as ``join``."""
+        memory = anonymous_memory()
+        swarm = cls(NetworkHandle.start(config, timeouts or Timeouts(), role, manifest_path, memory), memory)
+        try:
+            swarm.wait_for_manifest()
+        except BaseException:
+            swarm.close("could not join")
+            raise
+        return swarm
+
+    def wait_for_manifest(self) -> None:
+        """Until the run is found; ``find`` does this. Raises as ``join``; the swarm is to be closed then."""
+        found = self._network.wait("found")
+        self.folder = Path(found["folder"])
+        manifest = Path(found["manifest_path"])
+        self.manifest = open_manifest(manifest.read_bytes(), str(manifest))
+        n = self.manifest.n_params
+        shared = np.frombuffer(mmap.mmap(self._descriptor, 2 * 4 * n), np.float32)
+        self.theta, self.local = shared[:n], shared[n:]
+        self.theta.flags.writeable = False
+        self.planned = self.manifest.spec.inner.steps
+
+    def wait_for_state(self) -> None:
+        """Until theta is here. Raises as ``join``; the swarm is to be closed then."""
+        joined = self._network.wait("joined")
+        self.step, self.head, self.peer_id = joined["step"], joined["head"], joined["peer_id"]
+        self.maddrs = joined["maddrs"]
+
+    def __enter__(self) -> Swarm:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close("done" if error is None else type(error).__name__)
+
+    def close(self, reason: str) -> None:
+        """Say goodbye and end the network process; within 10 s, whatever it does."""
+        self._network.close(reason)
+        os.close(self._descriptor)
+
+    # -- training ----------------------------------------------------------------------------------------------------
+
+    @property
+    def done(self) -> bool:
+        """Whether the run's last outer step has been made."""
+        return self.step >= self.manifest.spec.outer.steps
+
+    @property
+    def rows(self) -> list[dict[str, Any]]:
+        """Everybody's record, mine first; renewed every second."""
+        return self._network.rows
+
+    @property
+    def evaluation(self) -> tuple[int, float] | None:
+        """(outer step, held-out loss) of the swarm's newest evaluation; None before there is one."""
+        return self._network.evaluation
+
+    @property
+    def evaluate_now(self) -> bool:
+        """Whether it is this peer's turn to evaluate theta."""
+        return self._evaluate
+
+    def load_into(self, model: torch.nn.Module) -> None:
+        """Give the model theta. A model on the CPU keeps its parameters in shared memory from then on. UsageError when
+        it is not the run's model."""
+        from p2p_diloco.learn.layout import bind_parameters, layout_of, write_parameters
+
+        if layout_of(model).digest != self.manifest.layout_digest:
+            raise UsageError("this model is not the run's: its parameters have other names or shapes")
+        self.begin()
+        if next(model.parameters()).device.type == "cpu":
+            bind_parameters(model, self.local)
+            self._bound = True
+        else:
+            write_parameters(model, self.local)
+
+    def begin(self) -> None:
+        """Take theta as it is now into ``local``, and count as training from here on. ``load_into`` does this."""
+        if not self.peer_id:
+            raise RuntimeError("theta is not here yet: wait_for_state comes before it is taken")
+        self._network.say("begin", planned=self.planned)
+        begun = self._network.wait("begun")
+        self.step, self.head, self._evaluate = begun["step"], begun["head"], begun["evaluate"]
+        self.local[:] = self.theta
+        self._begin_inner_steps()
+
+    def restore_local(self, local: Vector, model: torch.nn.Module, *, inner_step: int, tokens: int) -> None:
+        """Go on from parameters that an earlier process of this peer saved, ``inner_step`` steps after theta."""
+        from p2p_diloco.learn.layout import write_parameters
+
+        self.local[:] = local
+        if not self._bound:
+            write_parameters(model, self.local)
+        self.inner_step, self._tokens_since_theta, self._tokens_this_step = inner_step, tokens, tokens
+
+    def read_local(self, model: torch.nn.Module) -> None:
+        """``local`` as the model is now."""
+        from p2p_diloco.learn.layout import read_parameters
+
+        if not self._bound:
+            read_parameters(model, self.local)
+
+    @property
+    def tokens_since_theta(self) -> int:
+        """What the next contribution stands for."""
+        return self._tokens_since_theta
+
+    @property
+    def tokens_this_step(self) -> int:
+        """Since the outer step at which this peer stands; fewer than since theta, where a lost
+        contribution is kept."""
+        return self._tokens_this_step
+
+    @contextlib.contextmanager
+    def theta_in(self, model: torch.nn.Module) -> Iterator[None]:
+        """The model is theta inside the block, and as before afterwards."""
+        from p2p_diloco.learn.layout import write_parameters
+
+        self.read_local(model)
+        local = self.local.copy()
+        self.local[:] = self.theta
+        if not self._bound:
+            write_parameters(model, self.local)
+        try:
+            yield
+        finally:
+            self.local[:] = local
+            if not self._bound:
+                write_parameters(model, self.local)
+
+    def report(self, loss: float, tokens: int) -> None:
+        """An inner step ended: its mean loss in nats per token, and the tokens it took. Raises what ended the network
+        process, if it has ended."""
+        self._network.check()
+        self.inner_step += 1
+        self.tokens += tokens
+        self._tokens_since_theta += tokens
+        self._tokens_this_step += tokens
+        self.loss = loss
+        self._step_ends = [*self._step_ends[-SPEED_STEPS:], time.monotonic()]
+        if self._step_s():
+            self.tokens_per_s = tokens / self._step_s()
+        if not self._network.has_room():
+            return  # it is stopped; the next inner step says more than this one
+        self._network.say(
+            "progress",
+            inner_step=self.inner_step,
+            planned=self.planned,
+            step_s=self._step_s(),
+            loss=loss if np.isfinite(loss) else None,
+            tokens=self.tokens,
+            tokens_per_s=self.tokens_per_s,
+        )
+
+    def _begin_inner_steps(self) -> None:
+        self._began_s, self._began_tokens = time.monotonic(), self.tokens
+        self._step_ends = [self._began_s]
+
+    def _step_s(self) -> float:
+        """Mean seconds of the last inner steps."""
+        ends = self._step_ends
+        return (ends[-1] - ends[0]) / (len(ends) - 1) if len(ends) > 1 else 0.0
+
+    def outer_step_due(self) -> bool:
+        closes_s = self._network.closes_s
+        closes_in_s = None if closes_s is None else closes_s - time.monotonic()
+        return outer_step_due(
+            inner_step=self.inner_step,
+            planned=self.planned,
+            step_s=self._step_s(),
+            closes_in_s=closes_in_s,
+            behind=self._network.behind,
+        )
+
+    def outer_step(self, model: torch.nn.Module, *, dropped: bool = False) -> dict[str, Any]:
+        """Offer what was learned since theta, take what the group learned. Never raises for what other peers do: the
+        result says whether theta is new (``moved``), and why not, and whether the model goes on from its own parameters
+        all the same (``kept``). ``dropped``: offer nothing, as if it had been lost on its way."""
+        from p2p_diloco.learn.layout import write_parameters
+
+        ended_s = self._step_ends[-1] if self._step_ends else time.monotonic()
+        self.read_local(model)
+        self._paces.append((self.tokens - self._began_tokens, ended_s - self._began_s))
+        tokens, seconds = (sum(column) for column in zip(*self._paces))
+        self._network.say(
+            "outer_step",
+            tokens=max(self._tokens_since_theta, 1),
+            dropped=dropped,
+            pace=tokens / seconds if seconds else 0.0,
+        )
+        result = self._network.wait("result")
+        moved = result["moved"] = result["committed"] or result["adopted"]
+        if moved and not result["kept"]:
+            self.local[:] = self.theta
+            self._tokens_since_theta = 0
+        if moved:
+            self._tokens_this_step = 0
+            if not self._bound:
+                write_parameters(model, self.local)
+        self.step, self.head, self.planned = result["step"], result["head"], result["planned"]
+        self.inner_step = 0
+        self._evaluate = result["evaluate"]
+        result["stall_s"] = time.monotonic() - ended_s
+        self._network.say("stall", step=self.step, seconds=result["stall_s"])
+        self._begin_inner_steps()
+        return result
+
+    def evaluated(self, held_out_loss: float, tokens: int, seconds: float) -> None:
+        """Theta of this outer step has this loss, nats per token, on held-out text."""
+        self._evaluate = False
+        self._begin_inner_steps()
+        finite = held_out_loss if np.isfinite(held_out_loss) else None
+        self._network.say("evaluated", step=self.step, held_out_loss=finite, tokens=tokens, seconds=seconds)
+
+    def serve(self) -> None:
+        """For a seed: until a signal handler raises. Raises what ended the network process, if that ends first."""
+        while (line := self._network.wait("moved", "left"))["kind"] == "moved":
+            self.step, self.head = line["step"], line["head"]
+
+
+def anonymous_memory() -> int:
+    """Descriptor of memory without a name, empty: gone with the last process that has it open."""
+    if hasattr(os, "memfd_create"):
+        descriptor = os.memfd_create("p2p-diloco")
+    else:
+        with tempfile.TemporaryFile() as file:
+            descriptor = os.dup(file.fileno())
+    os.set_inheritable(descriptor, False)
+    return descriptor

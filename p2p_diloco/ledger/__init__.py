@@ -1,0 +1,12 @@
+"""What a peer keeps on disk: snapshots of the outer state and the updates since, and its copy in memory.
+
+What it gives back it has verified. It never talks to anybody, and never decides which history is the swarm's.
+
+Its files, from the bottom up:
+
+    snapshot  one outer state as a file, whole or not at all
+    ledger    snapshots and updates on disk
+    replay    a later state from a snapshot and the updates since, part by part
+    replica   this peer's copy of the outer state, in memory and on disk
+    folder    a run as it lies in a peer's folder
+"""

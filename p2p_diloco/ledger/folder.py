@@ -1,0 +1,120 @@
+"""A run as it lies in a peer's folder, read without disturbing the peer, which may be running."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+
+from p2p_diloco.core.errors import UsageError
+from p2p_diloco.core.manifest import RunManifest, open_manifest
+from p2p_diloco.core.outer import OuterState
+from p2p_diloco.ledger.ledger import Ledger
+from p2p_diloco.ledger.replay import load
+from p2p_diloco.ledger.snapshot import disk_errors
+
+MANIFEST_FILE = "manifest.json"
+
+
+def run_folder(folder: Path, manifest: RunManifest) -> Path:
+    """Where a peer keeps what belongs to one run: manifest, ledger, inner state, event log."""
+    return folder / f"{manifest.spec.name}-{manifest.run_id[:12]}"
+
+
+def folder_bytes(folder: Path) -> int:
+    """Of all files below it. Whoever it belongs to may write at this moment: what vanishes meanwhile does not count."""
+    total = 0
+    for path in folder.rglob("*"):
+        with contextlib.suppress(FileNotFoundError):
+            total += path.stat().st_size if path.is_file() else 0
+    return total
+
+
+def open_ledger(folder: Path, manifest: RunManifest) -> Ledger:
+    """``folder``: the run folder."""
+    outer = manifest.spec.outer
+    return Ledger(
+        folder / "ledger",
+        n=manifest.n_params,
+        codec=outer.codec,
+        lr=outer.lr,
+        momentum=outer.momentum,
+        snapshot_every=manifest.spec.round.snapshot_every,
+        run_id=manifest.run_id,
+    )
+
+
+def find_run(folder: Path, run_id: str | None = None) -> Path:
+    """The folder of the run: ``folder`` itself, or the one in it. UsageError when there is none, or more than one."""
+    candidates = [folder] if (folder / MANIFEST_FILE).is_file() else sorted(folder.glob(f"*/{MANIFEST_FILE}"))
+    found = {path if path.is_dir() else path.parent: None for path in candidates}
+    runs = {run: read_manifest(run).run_id for run in found}
+    if run_id is not None:
+        runs = {run: found_id for run, found_id in runs.items() if found_id == run_id}
+    if not runs:
+        which = "run" if run_id is None else f"run {run_id}"
+        raise UsageError(
+            f"{folder}: no {which} here; name the --folder of a peer or seed, or the folder of a run in it"
+        )
+    if len(runs) > 1:
+        listed = "; ".join(f"--run-id {found_id} ({run.name})" for run, found_id in runs.items())
+        raise UsageError(f"{folder}: there are {len(runs)} runs here; choose one: {listed}")
+    return next(iter(runs))
+
+
+def read_manifest(run: Path) -> RunManifest:
+    """``run``: a run folder, or the file of a manifest. UsageError unless it is a sound one."""
+    path = run / MANIFEST_FILE if run.is_dir() else run
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError:
+        raise UsageError(f"{path}: no such file") from None
+    except OSError as error:
+        raise UsageError(f"{path}: cannot be read ({error.strerror})") from error
+    return open_manifest(data, str(path))
+
+
+def load_state(run: Path, step: int | None = None) -> tuple[RunManifest, OuterState]:
+    """The newest state that the run folder's ledger leads to, or that of outer step ``step``."""
+    manifest = read_manifest(run)
+    theta, momentum = np.empty(manifest.n_params, np.float32), np.empty(manifest.n_params, np.float32)
+    with same_files(run) as view:
+        ledger = open_ledger(view, manifest)
+        steps = sorted(ledger.heads())
+        state = load(ledger, theta, momentum, at_most=step)
+    if not steps or (state is None and step is None):
+        raise UsageError(f"{run}: its ledger holds no sound state yet")
+    if state is None or (step is not None and state.step != step):
+        raise UsageError(f"--step {step}: the ledger in {run} leads to outer steps {steps[0]} to {steps[-1]}")
+    return manifest, state
+
+
+@contextmanager
+def same_files(run: Path) -> Iterator[Path]:
+    """A folder with the same ledger: opening a ledger tidies it up, which its own peer alone may do. Hard links where
+    the file system has them, copies elsewhere."""
+    try:
+        temporary = tempfile.TemporaryDirectory(prefix=".view-", dir=run)
+    except OSError:
+        temporary = tempfile.TemporaryDirectory(prefix="p2p-diloco-")
+    with temporary as folder:
+        for pattern in ("snapshots/*.safetensors", "updates/*.update"):
+            for path in (run / "ledger").glob(pattern):
+                target = Path(folder) / path.relative_to(run)
+                with disk_errors(target), contextlib.suppress(FileNotFoundError):  # the peer removes old ones
+                    target.parent.mkdir(parents=True, exist_ok=True)
+                    link_or_copy(path, target)
+        yield Path(folder)
+
+
+def link_or_copy(path: Path, target: Path) -> None:
+    try:
+        os.link(path, target)
+    except OSError:
+        shutil.copyfile(path, target)

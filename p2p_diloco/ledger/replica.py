@@ -1,0 +1,231 @@
+"""One peer's copy of the outer state: in memory, and on disk as a ledger. The two move together or not at all.
+
+An update is on the disk before it is applied, so a crash at any instant leaves a state that the ledger leads to.
+Memory and disk are compared at every snapshot, which is made from the files alone: a bit that flips in memory gets
+neither onto the disk nor to other peers. Methods block (disk, hashing); the network side calls them in a thread, one at
+a time.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from p2p_diloco.core.codec import Vector
+from p2p_diloco.core.errors import Gap, LedgerError
+from p2p_diloco.core.manifest import RunManifest
+from p2p_diloco.core.outer import OuterState, Update, UpdateHeader, apply_checked, check_update
+from p2p_diloco.core.rounds import Standing
+from p2p_diloco.ledger.ledger import Ledger
+from p2p_diloco.ledger.replay import Replay, load
+from p2p_diloco.ledger.snapshot import SnapshotInfo
+
+log = logging.getLogger(__name__)
+
+What = Literal["state", "snapshot", "update"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Repair:
+    """Something of this peer's was not what it should be, and is again."""
+
+    what: What
+    step: int
+    """The state's or snapshot's outer step, or that which the update ends."""
+    how: Literal["replayed", "fetched", "rewritten"]
+    """From the other files here; from another peer; or a snapshot of the state in memory stands in for it."""
+
+
+class Replica:
+    """``theta`` and ``momentum``: float32 [n], written in place; theta may be shared with another process."""
+
+    def __init__(self, manifest: RunManifest, ledger: Ledger, theta: Vector, momentum: Vector) -> None:
+        self.manifest = manifest
+        self.ledger = ledger
+        self.theta = theta
+        self.momentum = momentum
+        self.state: OuterState | None = None
+        self.sound = True
+        """False: the state in memory is not what the files lead to. ``mend`` it before it is used."""
+        self.repairs: list[Repair] = []
+        """Made since somebody last looked, who takes them out."""
+        self._flipped = 0
+        """Values that a ``mend`` under way has found to be wrong."""
+        self._lock = threading.Lock()
+
+    def load(self, at_most: int | None = None) -> bool:
+        """Take the newest state that the ledger leads to, or that at outer step ``at_most``. False: there is none."""
+        with self._lock:
+            return self._load(at_most)
+
+    def _load(self, at_most: int | None) -> bool:
+        self.state = load(self.ledger, self.theta, self.momentum, at_most=at_most)
+        self.sound = True
+        return self.state is not None
+
+    def commit(self, update: Update) -> None:
+        """Write the update, then apply it. ValueError, with nothing changed, when it does not follow from the state."""
+        with self._lock:
+            state, outer = self.loaded, self.manifest.spec.outer
+            check_update(state, update, outer.codec)
+            self.ledger.append(update)
+            apply_checked(state, update, codec=outer.codec, lr=outer.lr, momentum=outer.momentum)
+
+    def roll_back(self, step: int) -> None:
+        """Go back to outer step ``step``, which the ledger leads to, and put aside what came after."""
+        with self._lock:
+            self.ledger.truncate(step)
+            self._load(step)
+            if self.state is None or self.state.step != step:
+                raise Gap(f"{self.ledger.folder}: no longer leads to outer step {step}; restart to download it")
+
+    # -- snapshots ---------------------------------------------------------------------------------------------------
+
+    def missing_snapshots(self) -> list[tuple[int, bytes]]:
+        """(outer step, head) of those that ought to be there and that updates lead to, newest first: the last one that
+        is due, and what was found damaged."""
+        state, ledger = self.loaded, self.ledger
+        wanted = {lost.step: lost.head for lost in ledger.lost_snapshots.values()}
+        due = ledger.newest_due(state.step)
+        wanted[due] = state.head if due == state.step else ledger.heads().get(due, b"")
+        for held in ledger.snapshots():
+            wanted.pop(held.step, None)
+        ordered = sorted(wanted.items(), reverse=True)
+        return [(step, head) for step, head in ordered if ledger.way_to(step, head) is not None]
+
+    def make_snapshots(self) -> None:
+        """Make what is missing from the snapshot before and the updates since, all of which are verified on the way;
+        and see whether memory, if it stands there, holds the same."""
+        with self._lock:
+            while missing := self.missing_snapshots():
+                self._make_snapshot(*missing[0])
+
+    def _make_snapshot(self, step: int, head: bytes) -> None:
+        """Unless a file on the way turns out to be damaged, and there is no other."""
+        lost = step in self.ledger.lost_snapshots
+        try:
+            replay = Replay(self.ledger, step, head)
+            parts = self._compared(replay) if step == self.loaded.step else replay.parts()
+            self.ledger.write_parts(parts, step=step, head=head)
+        except Gap as gap:
+            log.debug("no snapshot: %s", gap)
+            return
+        if lost:
+            self._note(Repair(what="snapshot", step=step, how="replayed"))
+
+    def _compared(self, replay: Replay) -> Iterator[tuple[Vector, Vector]]:
+        """The parts of the replay. On the way, memory is compared with them."""
+        for part, memory in enumerate(self.loaded.parts()):
+            pair = self._agreed(replay, part)
+            if differing(pair, memory):
+                self.sound = False
+            yield pair
+
+    def _agreed(self, replay: Replay, part: int) -> tuple[Vector, Vector]:
+        """A part as the files have it. It is computed again where memory differs, for the error may be here: two of the
+        three must agree."""
+        memory, first = self.loaded.parts()[part], replay.part(part)
+        if not differing(first, memory):
+            return first
+        second = replay.part(part)
+        if differing(second, first) and differing(second, memory):
+            raise LedgerError(
+                f"this machine computes part {part} of outer step {replay.step} differently each time; its memory or "
+                f"processor is faulty"
+            )
+        return second
+
+    def adopt_snapshot(self, path: Path, digest: bytes) -> None:
+        """As ``Ledger.adopt_snapshot``; the state in memory stays what it is."""
+        with self._lock:
+            self.ledger.adopt_snapshot(path, digest)
+
+    # -- repairs -----------------------------------------------------------------------------------------------------
+
+    def mend(self) -> bool:
+        """Give memory the bits that the files lead to. Whether any were others. Nobody may use theta meanwhile, and who
+        has, takes it anew. Gap, with some of it mended, when the files do not lead here."""
+        with self._lock:
+            state = self.loaded
+            replay = Replay(self.ledger, state.step, state.head)
+            for part, memory in enumerate(state.parts()):
+                pair = self._agreed(replay, part)
+                self._flipped += differing(pair, memory)
+                for mine, stored in zip(memory, pair):
+                    mine[:] = stored
+            flipped, self._flipped, self.sound = self._flipped, 0, True
+            if flipped:
+                log.error(
+                    "memory: %d values of the state were not what its updates lead to; bits have flipped", flipped
+                )
+                self._note(Repair(what="state", step=state.step, how="replayed"))
+            return flipped > 0
+
+    def lost_updates(self) -> list[UpdateHeader]:
+        """Those between the oldest snapshot and here whose files turned out damaged, or gone."""
+        return [header for step, header in sorted(self.ledger.lost_updates.items()) if step < self.loaded.step]
+
+    def fill(self, update: Update) -> None:
+        """Take in an update that is lost; one that is not, changes nothing."""
+        with self._lock:
+            if update.header in self.lost_updates():
+                self.ledger.append(update)
+                self._note(Repair(what="update", step=update.header.step, how="fetched"))
+
+    def do_without(self) -> None:
+        """Nobody has what is lost. If a restart would not find the state without it, a snapshot of the state in memory
+        stands in for it; unless that is known to be wrong."""
+        with self._lock:
+            state, ledger = self.loaded, self.ledger
+            lost = [Repair(what="snapshot", step=step, how="rewritten") for step in ledger.lost_snapshots]
+            lost += [Repair(what="update", step=header.step, how="rewritten") for header in self.lost_updates()]
+            if not lost or not self.sound:
+                return
+            if ledger.way_to(state.step, state.head) is None:
+                ledger.write_snapshot(state)
+                for repair in lost:
+                    self._note(repair)
+            ledger.lost_snapshots, ledger.lost_updates = {}, {}
+
+    def took_snapshot(self, step: int) -> None:
+        """Of outer step ``step``, from another peer, for mine was wrong, and so is what memory has made of it."""
+        self.sound = False
+        self._note(Repair(what="snapshot", step=step, how="fetched"))
+
+    def _note(self, repair: Repair) -> None:
+        log.warning("repaired: the %s of outer step %d (%s)", repair.what, repair.step, repair.how)
+        self.repairs.append(repair)
+
+    # -- where it stands ---------------------------------------------------------------------------------------------
+
+    @property
+    def loaded(self) -> OuterState:
+        if self.state is None:
+            raise LedgerError(f"{self.ledger.folder}: holds no state yet")
+        return self.state
+
+    def standing(self) -> Standing:
+        state, heads, way = self.loaded, self.ledger.heads(), [self.loaded.head]
+        for step in range(state.step - 1, -1, -1):
+            header = self.ledger.header(step)
+            if header is None or header.head != way[-1] or header.parent != heads.get(step):
+                break
+            way.append(header.parent)
+        return Standing(step=state.step, head=state.head, heads=tuple(way[1:]), committed=state.step > 0)
+
+    def newest_snapshot(self) -> SnapshotInfo:
+        snapshots = self.ledger.snapshots()
+        if not snapshots:
+            raise LedgerError(f"{self.ledger.folder}: holds no snapshot")
+        return snapshots[-1]
+
+
+def differing(one: tuple[Vector, Vector], other: tuple[Vector, Vector]) -> int:
+    """How many values of the two parts have other bits."""
+    return sum(int(np.count_nonzero(a.view(np.uint32) != b.view(np.uint32))) for a, b in zip(one, other))

@@ -1,0 +1,227 @@
+"""The snapshot: one outer state as a safetensors file, and how a file gets onto the disk whole or not at all.
+
+The tensors are ``theta`` and ``momentum``; the metadata names step, head, digest and run. The same state makes the same
+bytes, so a joiner can put a snapshot together from several donors, and its size follows from the model alone. A chunk
+is one part of theta or of momentum; it is verified by its hash, which the digest vouches for.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+import blake3
+
+from p2p_diloco.core.codec import Vector
+from p2p_diloco.core.errors import LedgerError, disk_failure
+from p2p_diloco.core.outer import HASH_BYTES, part_slices, state_digest
+
+START_BYTES = 512
+"""The safetensors header, padded; the values follow."""
+TEMPORARY = ".tmp"
+
+
+@dataclass(frozen=True, kw_only=True)
+class SnapshotInfo:
+    step: int
+    head: bytes
+    digest: bytes
+    """``OuterState.digest`` of the state in it."""
+    chunk_hashes: tuple[bytes, ...]
+    size_bytes: int
+    path: Path
+
+
+def snapshot_bytes(n: int) -> int:
+    """Size of a snapshot of ``n`` values."""
+    return START_BYTES + 2 * 4 * n
+
+
+def chunk_slices(n: int) -> list[slice]:
+    """Where the chunks lie in the file of a snapshot of ``n`` values, bytes; in the order of their hashes."""
+    starts = (START_BYTES, START_BYTES + 4 * n)
+    return [slice(start + 4 * where.start, start + 4 * where.stop) for start in starts for where in part_slices(n)]
+
+
+def save_snapshot(
+    parts: Iterable[tuple[Vector, Vector]], path: Path, *, step: int, head: bytes, n: int, run_id: str
+) -> SnapshotInfo:
+    """Durable on return. ``parts``: (theta, momentum) of every part of the state in order, which may be made as they
+    are taken: an exception that comes out of there leaves the disk as it was."""
+    slices = chunk_slices(n)
+    hashes = [b""] * len(slices)
+    with whole_file(path, snapshot_bytes(n)) as file:
+        for part, pair in enumerate(parts):
+            for chunk, values in zip((part, len(hashes) // 2 + part), pair):
+                hashes[chunk] = chunk_hash(values.data.cast("B"))
+                file.seek(slices[chunk].start)
+                file.write(values.data.cast("B"))
+        digest = state_digest(step, head, hashes)
+        file.seek(0)
+        file.write(_start(n, step, head, digest, run_id))
+    return SnapshotInfo(
+        step=step, head=head, digest=digest, chunk_hashes=tuple(hashes), size_bytes=snapshot_bytes(n), path=path
+    )
+
+
+def check_snapshot(path: Path, *, n: int, run_id: str) -> SnapshotInfo:
+    """Reads the file, all of it, a chunk at a time. ValueError unless it is a snapshot of ``n`` values, of this run,
+    whose content has the digest that it names."""
+    size = path.stat().st_size
+    if size != snapshot_bytes(n):
+        raise ValueError(f"a snapshot of {size} bytes, expected {snapshot_bytes(n)}")
+    with path.open("rb") as file:
+        start = file.read(START_BYTES)
+        try:
+            metadata = json.loads(start[8:])["__metadata__"]
+            step, run = int(metadata["step"]), metadata["run"]
+            head, digest = bytes.fromhex(metadata["head"]), bytes.fromhex(metadata["digest"])
+        except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
+            raise ValueError(f"not a snapshot ({type(error).__name__})") from error
+        if run != run_id:
+            raise ValueError(f"a snapshot of another run, {run!r}")
+        sound = 0 <= step < 2**40 and len(head) == len(digest) == HASH_BYTES
+        if not sound or start != _start(n, step, head, digest, run_id):
+            raise ValueError("the snapshot's header is damaged")
+        hashes = tuple(chunk_hash(file.read(where.stop - where.start)) for where in chunk_slices(n))
+    if state_digest(step, head, hashes) != digest:
+        raise ValueError("the snapshot's content does not have the digest that it names")
+    return SnapshotInfo(step=step, head=head, digest=digest, chunk_hashes=hashes, size_bytes=size, path=path)
+
+
+def starts_soundly(info: SnapshotInfo, *, n: int, run_id: str) -> bool:
+    """Whether the file still has the size and the header of that snapshot. Reads no values."""
+    return begins_with(info.path, _start(n, info.step, info.head, info.digest, run_id), info.size_bytes)
+
+
+def begins_with(path: Path, start: bytes, size_bytes: int) -> bool:
+    """Whether the file is there, has this size, and begins like this."""
+    with disk_errors(path):
+        try:
+            with path.open("rb") as file:
+                return file.read(len(start)) == start and file.seek(0, os.SEEK_END) == size_bytes
+        except FileNotFoundError:
+            return False
+
+
+def chunk_hash(chunk: bytes | memoryview) -> bytes:
+    """As in ``OuterState.chunk_hashes``."""
+    return blake3.blake3(chunk).digest()
+
+
+def read_chunk(path: Path, where: slice) -> bytes:
+    """Empty when the file is gone, short when it has been cut."""
+    with disk_errors(path):
+        try:
+            with path.open("rb") as file:
+                file.seek(where.start)
+                return file.read(where.stop - where.start)
+        except FileNotFoundError:
+            return b""
+
+
+class IncomingSnapshot:
+    """A snapshot that is being downloaded: its chunks come in any order, and what is in the file already, left by a
+    download that broke off, counts as far as it is sound. Methods block (disk, hashing)."""
+
+    def __init__(
+        self, folder: Path, *, step: int, head: bytes, chunk_hashes: tuple[bytes, ...], n: int, run_id: str
+    ) -> None:
+        self.step = step
+        self.head = head
+        self.digest = state_digest(step, head, chunk_hashes)
+        self.path = folder / f"incoming-{step}-{self.digest.hex()[:16]}.part"
+        self.slices = chunk_slices(n)
+        self._chunk_hashes = chunk_hashes
+        self._size_bytes = snapshot_bytes(n)
+        self._start = _start(n, step, head, self.digest, run_id)
+
+    def open(self) -> set[int]:
+        """The chunks that are there. What is left of other snapshots' downloads is removed: they are overtaken."""
+        held = set()
+        remove_incoming(self.path.parent, but=self.path)
+        with disk_errors(self.path, self._size_bytes):
+            self.path.touch()
+            with self.path.open("r+b") as file:
+                file.write(self._start)
+                for chunk, where in enumerate(self.slices):
+                    file.seek(where.start)
+                    if chunk_hash(file.read(where.stop - where.start)) == self._chunk_hashes[chunk]:
+                        held.add(chunk)
+        return held
+
+    def write(self, chunk: int, data: bytes) -> None:
+        """ValueError, with nothing written, when ``data`` is not that chunk."""
+        if chunk_hash(data) != self._chunk_hashes[chunk]:
+            raise ValueError(f"chunk {chunk} of the snapshot of outer step {self.step} with another hash than it has")
+        with disk_errors(self.path, self._size_bytes), self.path.open("r+b") as file:
+            file.seek(self.slices[chunk].start)
+            file.write(data)
+
+
+def remove_incoming(folder: Path, but: Path | None = None) -> None:
+    """What downloads that broke off have left."""
+    with disk_errors(folder):
+        for path in folder.glob("incoming-*.part"):
+            if path != but:
+                path.unlink(missing_ok=True)
+
+
+def _start(n: int, step: int, head: bytes, digest: bytes, run_id: str) -> bytes:
+    content: dict[str, object] = {
+        "__metadata__": {"digest": digest.hex(), "head": head.hex(), "run": run_id, "step": str(step)},
+        "theta": {"dtype": "F32", "shape": [n], "data_offsets": [0, 4 * n]},
+        "momentum": {"dtype": "F32", "shape": [n], "data_offsets": [4 * n, 8 * n]},
+    }
+    text = json.dumps(content, separators=(",", ":")).encode()
+    length = START_BYTES - 8
+    assert len(text) <= length, "a run id is 40 characters"
+    return length.to_bytes(8, "little") + text.ljust(length)
+
+
+def write_whole(path: Path, pieces: Iterable[bytes | memoryview], size_bytes: int) -> None:
+    """As ``whole_file``, one piece after the other."""
+    with whole_file(path, size_bytes) as file:
+        for piece in pieces:
+            file.write(piece)
+
+
+@contextmanager
+def whole_file(path: Path, size_bytes: int) -> Iterator[IO[bytes]]:
+    """A file under a temporary name, synced and renamed at the end of the block. LedgerError when the disk fails or is
+    full; whatever is raised, nothing is left behind."""
+    temporary = path.with_name(path.name + TEMPORARY)
+    with disk_errors(path, size_bytes):
+        try:
+            with temporary.open("wb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+        sync(path.parent)
+
+
+def sync(path: Path) -> None:
+    """A file's bytes, or a folder's names, down to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def disk_errors(path: Path, size_bytes: int = 0) -> Iterator[None]:
+    """Raises LedgerError in place of OSError. ``size_bytes``: what is being written."""
+    try:
+        yield
+    except OSError as error:
+        raise disk_failure(error, path, size_bytes) or LedgerError(f"{path}: {error.strerror}") from error

@@ -1,0 +1,281 @@
+"""What measurements mean for a volunteer: one finding each, with what was measured and the exact remedy. Pure.
+
+    ok        nothing to do
+    warning   training works, but something costs time, or may come to stop it
+    problem   ``p2p-diloco peer`` would not train, or would be in everybody's way
+
+Here: the network. ``fitness`` has the findings about the machine. ``checkup`` measures.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import statistics
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from p2p_diloco.core.addresses import without_peer
+from p2p_diloco.core.config import Timeouts
+from p2p_diloco.core.errors import LocalError
+from p2p_diloco.core.manifest import RunManifest
+from p2p_diloco.core.records import Record
+from p2p_diloco.core.rounds import swarm_head
+
+Kind = Literal["ok", "warning", "problem"]
+
+SET_CLOCK = "set it by NTP, on Linux: sudo timedatectl set-ntp true"
+OTHER_ADDRESS = "ask for the address of a peer that is in the run now"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finding:
+    kind: Kind
+    what: str
+    """One or two words: what was looked at."""
+    measured: str
+    remedy: str = ""
+
+    @property
+    def line(self) -> str:
+        return f"{self.measured}; {self.remedy}" if self.remedy else self.measured
+
+
+def exit_code(findings: Sequence[Finding]) -> int:
+    return int(any(finding.kind == "problem" for finding in findings))
+
+
+def as_json(run_id: str, findings: Sequence[Finding]) -> dict[str, Any]:
+    return {
+        "can_train": exit_code(findings) == 0,
+        "run_id": run_id,
+        "findings": [asdict(finding) for finding in findings],
+    }
+
+
+def error_finding(what: str, error: LocalError) -> Finding:
+    """Our errors say what is wrong, and after a semicolon how to mend it."""
+    measured, _, remedy = str(error).partition("; ")
+    return Finding(kind="problem", what=what, measured=measured, remedy=remedy)
+
+
+def late_finding(doing: str, limit_s: float) -> Finding:
+    measured = f"not over after {span(limit_s)}, stopped while {doing}"
+    remedy = "try again when this machine and its network are less busy"
+    return Finding(kind="problem", what="network", measured=measured, remedy=remedy)
+
+
+# -- the way to the run ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class AddressTrial:
+    """What came of one address of ``--initial-peers``."""
+
+    maddr: str
+    ips: tuple[str, ...] = ()
+    """What its host name stands for."""
+    connect_s: float = 0.0
+    """Until its port answered."""
+    trouble: str = ""
+    """Why there is no connection to the peer that it names, as ``addresses.DIAL_REASONS`` has it; else empty."""
+    signed: bytes = b""
+    """The manifest that the peer serves; empty where it serves none."""
+
+    @property
+    def peer_id(self) -> str:
+        return self.maddr.rpartition("/p2p/")[2]
+
+
+REACH_REMEDIES = {
+    "its host name is unknown": "check its spelling, and that this machine resolves names",
+    "connection refused": "nobody listens at that port now: see that the peer runs, and ask for its present address",
+    "no answer": "see that the peer runs, that its firewall and router let the port in, and that yours let you out",
+    "some other program answers at that address": "check host and port: a peer listens elsewhere",
+    "its port is open, but no peer answers": "see that the peer runs, and is not only starting or stuck",
+    "another peer answers at that address": "ask for the address again, and paste all of it: the peer's id is another",
+    "network is unreachable": "this machine has no way there: look at its network, or take an address it can reach",
+    "no route to host": "this machine has no way there: look at its network, or take an address it can reach",
+}
+
+
+def address_finding(trial: AddressTrial, *, others_answer: bool, records: Sequence[Record]) -> Finding:
+    """``records``: of the run, where another address led to it."""
+    shown = short_maddr(trial.maddr)
+    if not trial.trouble:
+        names = f" ({', '.join(trial.ips)})" if trial.ips else ""
+        way = "through a relay" if "/p2p-circuit" in trial.maddr else "directly"
+        measured = f"{shown}{names} answers in {span(trial.connect_s)}, {way}, with the right peer id"
+        return Finding(kind="ok", what="address", measured=measured)
+    kind: Kind = "warning" if others_answer else "problem"
+    if any(record.peer_id == trial.peer_id and record.client_mode for record in records):
+        measured = f"{shown}: this peer is in client mode, nobody can dial it"
+        dialled = [maddr for record in records if not record.client_mode for maddr in record.maddrs[:1]]
+        remedy = f"take another peer's address: {dialled[0]}" if dialled else OTHER_ADDRESS
+        return Finding(kind=kind, what="address", measured=measured, remedy=remedy)
+    return Finding(
+        kind=kind,
+        what="address",
+        measured=f"{shown}: {trial.trouble}",
+        remedy=REACH_REMEDIES.get(trial.trouble, OTHER_ADDRESS),
+    )
+
+
+def run_finding(manifest: RunManifest, records: Sequence[Record], *, client_mode: bool, trouble: str) -> Finding:
+    """``records``: of its live peers. ``trouble``: why the DHT could not be asked, if so."""
+    spec, name = manifest.spec, f"{manifest.spec.name} {manifest.run_id[:12]}"
+    swarm, trainers = swarm_head(records, None), [record for record in records if record.role == "trainer"]
+    if swarm is None:
+        why, _, remedy = (trouble or "no peer's record is found; try again in a minute").partition("; ")
+        measured = f"{name} is served there, but who is in it is not known: {why}"
+        return Finding(kind="warning", what="run", measured=measured, remedy=remedy)
+    step = swarm[0]
+    seeds = len(records) - len(trainers)
+    measured = f"{name}: outer step {step} of {spec.outer.steps}, {len(trainers)} training, {seeds} seeding"
+    kind: Kind = "ok"
+    remedy = ""
+    if step >= spec.outer.steps:
+        kind, remedy = "problem", "it is over: take its model with p2p-diloco export"
+    elif client_mode and trainers and all(record.client_mode for record in trainers):
+        measured += ", all in client mode, as this one"
+        kind, remedy = "problem", "a peer that others can dial has to train, too: nobody averages for these"
+    elif len(trainers) + 1 < spec.round.min_group:
+        missing = spec.round.min_group - len(trainers) - 1
+        kind, remedy = "warning", f"you will train alone until {missing} more come: outer steps need a group"
+    return Finding(kind=kind, what="run", measured=measured, remedy=remedy)
+
+
+def clock_finding(behind_s: Sequence[float], timeouts: Timeouts) -> Finding:
+    """``behind_s``: by how much this machine's clock is at least behind each peer's that told its time; negative where
+    it is ahead. The limits are those with which a peer starts."""
+    if not behind_s:
+        return Finding(
+            kind="warning",
+            what="clock",
+            measured="no peer told its time",
+            remedy="see yourself that this machine's clock is right",
+        )
+    offset_s = statistics.median(behind_s)
+    peers = f"{len(behind_s)} peer{'s' if len(behind_s) > 1 else ''}"
+    if abs(offset_s) <= timeouts.record_life_s / 10:
+        return Finding(kind="ok", what="clock", measured=f"within {max(abs(offset_s), 0.1):.1f} s of {peers}")
+    direction = "behind" if offset_s > 0 else "ahead of"
+    kind: Kind = "problem" if abs(offset_s) > timeouts.record_life_s / 2 else "warning"
+    measured = f"this machine's clock is {abs(offset_s):.1f} s {direction} that of {peers}"
+    return Finding(kind=kind, what="clock", measured=measured, remedy=SET_CLOCK)
+
+
+# -- the way to this machine -------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dialled:
+    """What a peer says that it found when it dialled us; ``reached`` is what we saw ourselves."""
+
+    by: str
+    ip: str
+    """Where it sees us."""
+    reached: bool
+    reason: str = ""
+
+
+CLIENT_MODE_MEANS = "you contribute and receive, others average"
+
+
+def reachable_finding(
+    dialled: Sequence[Dialled], ports: Sequence[int], *, relayed: bool, public_swarm: bool, fixed_port: int, reason: str
+) -> Finding:
+    """``relayed``: a peer would relay to us. ``public_swarm``: some peers announce public addresses. ``fixed_port``:
+    that the user has chosen, or could choose. ``reason``: why the last peer that did not try would not."""
+    where = f"port{'s' if len(ports) > 1 else ''} {', '.join(map(str, ports))}"
+    reached = [one for one in dialled if one.reached]
+    if reached:
+        best = max(reached, key=lambda one: is_public(one.ip))
+        measured = f"{best.by} reaches you directly at {best.ip}, {where}"
+        if public_swarm and not is_public(best.ip):
+            return Finding(
+                kind="warning",
+                what="reachable",
+                measured=f"{measured}, from within your network",
+                remedy=f"{forward(fixed_port, '')}, unless all peers are in it",
+            )
+        return Finding(kind="ok", what="reachable", measured=measured)
+    if not dialled:
+        return Finding(
+            kind="warning",
+            what="reachable",
+            measured=f"not known, no peer has tried ({reason or 'there is nobody to ask'})",
+            remedy="run doctor again in a minute",
+        )
+    last = dialled[-1]
+    measured = f"nobody reaches you directly: {last.by} sees you at {last.ip} and dials {where}: {last.reason}"
+    remedy = f"add --client-mode ({CLIENT_MODE_MEANS}), or {forward(fixed_port, last.ip)}"
+    if relayed:
+        return Finding(kind="warning", what="reachable", measured=f"{measured}; a relay could", remedy=remedy)
+    return Finding(kind="problem", what="reachable", measured=measured, remedy=remedy)
+
+
+def client_mode_finding() -> Finding:
+    measured = f"not needed in client mode: {CLIENT_MODE_MEANS}"
+    return Finding(kind="ok", what="reachable", measured=measured)
+
+
+def forward(port: int, ip: str) -> str:
+    """What to do so that peers outside can dial this machine."""
+    there = ip if is_public(ip) else "YOUR-PUBLIC-IP"
+    return (
+        f"open TCP port {port} in the firewall, forward it in the router, and start with --host-maddrs "
+        f"/ip4/0.0.0.0/tcp/{port} --announce-maddrs {'/ip6' if ':' in there else '/ip4'}/{there}/tcp/{port}"
+    )
+
+
+# -- the connection ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bandwidth:
+    """To and from one peer."""
+
+    peer: str
+    round_trip_s: float
+    up_bytes_per_s: float
+    down_bytes_per_s: float
+
+
+def bandwidth_finding(bandwidth: Bandwidth | None, reason: str) -> Finding:
+    """``reason``: why the last peer asked did not measure it with us."""
+    if bandwidth is None:
+        measured = f"not known, no peer has measured it ({reason})"
+        return Finding(kind="warning", what="bandwidth", measured=measured, remedy="run doctor again in a minute")
+    up, down = amount(bandwidth.up_bytes_per_s), amount(bandwidth.down_bytes_per_s)
+    measured = f"{up}/s up, {down}/s down, {span(bandwidth.round_trip_s)} there and back, with {bandwidth.peer}"
+    return Finding(kind="ok", what="bandwidth", measured=measured)
+
+
+# -- how it is said ----------------------------------------------------------------------------------------------------
+
+
+def span(seconds: float) -> str:
+    if seconds < 1:
+        return f"{max(seconds * 1000, 1):.0f} ms"
+    if seconds < 90:
+        return f"{seconds:.1f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def amount(number: float, unit: str = "B") -> str:
+    """3.4 MB: decimal, as disks and networks are sold."""
+    for prefix in ("", "k", "M", "G"):
+        if number < 999.5:
+            return f"{number:.3g} {prefix}{unit}"
+        number /= 1000
+    return f"{number:.3g} T{unit}"
+
+
+def short_maddr(maddr: str) -> str:
+    """With the end of the peer's id only, as the log has it."""
+    return f"{without_peer(maddr)}/p2p/…{maddr[-8:]}"
+
+
+def is_public(ip: str) -> bool:
+    return ipaddress.ip_address(ip).is_global if ip else False

@@ -1,0 +1,212 @@
+"""An overview of the swarm as others read it: metrics for Prometheus, targets for its service discovery, JSON for the
+page. Pure.
+
+Names and versions, which peers choose, are bounded and show nothing but text (``display``). A peer's series are those
+of its record, so they end with it. Metric names: what ``# HELP`` says is their documentation.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, get_args
+
+from prometheus_client import generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from p2p_diloco import __version__
+from p2p_diloco.core.manifest import RunManifest
+from p2p_diloco.core.records import Fault, Record
+from p2p_diloco.look.display import label, plain
+from p2p_diloco.look.history import History
+from p2p_diloco.look.overview import STATES, Overview, addresses_to_join, scrape_targets, state_of
+from p2p_diloco.peer.web import Response
+
+PREFIX = "p2p_diloco_swarm_"
+METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+JSON_TYPE = "application/json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sight:
+    """All that is known at one moment."""
+
+    manifest: RunManifest
+    overview: Overview
+    history: History
+    rejected: Mapping[Fault, int]
+    """Records that were refused, by fault, since the monitor started."""
+    initial_peers: tuple[str, ...]
+    private_targets: bool
+    """Whether peers are scraped inside private networks, too."""
+
+    @cached_property
+    def metrics(self) -> Response:
+        collected = _Collected((*swarm_metrics(self), *peer_metrics(self.overview)))
+        return Response(body=generate_latest(collected), content_type=METRICS_TYPE)
+
+    @cached_property
+    def targets(self) -> Response:
+        return json_response(targets_of(self))
+
+    @cached_property
+    def status(self) -> Response:
+        return json_response(status_of(self))
+
+
+def json_response(value: object) -> Response:
+    body = json.dumps(value, separators=(",", ":"), allow_nan=False).encode()
+    return Response(body=body, content_type=JSON_TYPE)
+
+
+@dataclass(frozen=True)
+class _Collected(Collector):
+    metrics: tuple[Metric, ...]
+
+    def collect(self) -> Iterable[Metric]:
+        return self.metrics
+
+
+# -- Prometheus --------------------------------------------------------------------------------------------------------
+
+
+def swarm_metrics(sight: Sight) -> Iterator[Metric]:
+    """What nobody reports has no sample."""
+    manifest, overview, history = sight.manifest, sight.overview, sight.history
+    run = {
+        "run_id": manifest.run_id,
+        "run_name": manifest.spec.name,
+        "n_params": str(manifest.n_params),
+        "codec": manifest.spec.outer.codec,
+    }
+    yield gauge("run_info", "The run that is followed.", (run, 1))
+    yield gauge("build_info", "The monitor's version.", ({"version": __version__}, 1))
+    yield gauge("model_parameters", "Parameters of the run's model.", ({}, manifest.n_params))
+    yield gauge("up", "1 while at least one peer's record is live.", ({}, overview.step is not None))
+    yield gauge("outer_step", "Outer step of the swarm's head, the last one seen.", ({}, history.step))
+    yield gauge("outer_steps_goal", "Outer steps of the whole run.", ({}, manifest.spec.outer.steps))
+    peers = [({"state": state}, overview.peers[state]) for state in STATES]
+    yield gauge("peers", "Live peers by state.", *peers)
+    yield gauge("tokens_per_second", "Of all trainers together.", ({}, overview.tokens_per_s))
+    yield gauge("tokens", "Trained on by the live peers, each since it joined.", ({}, overview.tokens))
+    yield gauge("loss_nats", "Training loss per token, mean weighted by tokens per second.", ({}, overview.loss))
+    yield gauge("held_out_loss_nats", "Of theta, per token, the newest evaluation.", ({}, overview.held_out_loss))
+    held_out_step = None if overview.held_out_loss is None else overview.held_out_step
+    yield gauge("held_out_step", "Outer step of the newest evaluation.", ({}, held_out_step))
+    yield gauge("heads", "Different heads among the peers at the swarm's outer step.", ({}, overview.heads))
+    when = "Unix time at which the outer step last changed, or at which the monitor first saw it."
+    yield gauge("last_step_timestamp_seconds", when, ({}, history.step_since_s))
+    yield gauge("round_seconds", "Median of the peers' last rounds.", ({}, overview.round_s))
+    rejected = CounterMetricFamily(
+        PREFIX + "records_rejected", "Records that do not hold what they claim.", labels=["reason"]
+    )
+    for fault in get_args(Fault):
+        rejected.add_metric([fault], sight.rejected.get(fault, 0))
+    yield rejected
+
+
+def peer_metrics(overview: Overview) -> Iterator[Metric]:
+    """One series a live peer each, labelled with its whole id."""
+    records = overview.records
+    ids = [{"peer": record.peer_id} for record in records]
+    yield gauge("peer_info", "A live peer.", *((info_of(record), 1) for record in records))
+    for name, text, values in (
+        ("peer_outer_step", "Outer step at which it stands.", [r.step for r in records]),
+        ("peer_inner_step", "Inner steps since its last outer step.", [r.inner_step for r in records]),
+        (
+            "peer_inner_steps_planned",
+            "Inner steps that it plans.",
+            [r.inner_steps_planned for r in records],
+        ),
+        ("peer_loss_nats", "Training loss per token.", [r.loss for r in records]),
+        ("peer_tokens", "Trained on since it joined.", [r.tokens for r in records]),
+        ("peer_tokens_per_second", "Its speed.", [r.tokens_per_s for r in records]),
+        ("peer_group_size", "Of its last round.", [r.group_size for r in records]),
+        ("peer_round_seconds", "That its last round took.", [r.round_s for r in records]),
+        ("peer_round_bytes", "Sent and received in its last round.", [r.round_bytes for r in records]),
+        ("peer_record_age_seconds", "Since it signed its record.", [overview.now_s - r.issued_s for r in records]),
+    ):
+        yield gauge(name, text, *zip(ids, values))
+
+
+def info_of(record: Record) -> dict[str, str]:
+    return {
+        "peer": record.peer_id,
+        "name": label_of(record),
+        "role": record.role,
+        "version": plain(record.version),
+        "state": state_of(record),
+        "client_mode": str(record.client_mode).lower(),
+    }
+
+
+def label_of(record: Record) -> str:
+    return label({"name": record.name, "peer_id": record.peer_id})
+
+
+def gauge(name: str, documentation: str, *samples: tuple[Mapping[str, str], float | None]) -> GaugeMetricFamily:
+    family = GaugeMetricFamily(PREFIX + name, documentation)
+    for labels, value in samples:
+        if value is not None:
+            family.add_sample(family.name, dict(labels), value)
+    return family
+
+
+def targets_of(sight: Sight) -> list[dict[str, Any]]:
+    """https://prometheus.io/docs/prometheus/latest/http_sd/"""
+    return [
+        {"targets": [address], "labels": {"peer": record.peer_id, "name": label_of(record)}}
+        for address, record in scrape_targets(sight.overview.records, private=sight.private_targets).items()
+    ]
+
+
+# -- the page ----------------------------------------------------------------------------------------------------------
+
+
+def status_of(sight: Sight) -> dict[str, Any]:
+    """What the page asks for every few seconds."""
+    manifest, overview, history = sight.manifest, sight.overview, sight.history
+    addresses = " ".join(addresses_to_join(overview.records, sight.initial_peers))
+    return {
+        "run": {
+            "name": manifest.spec.name,
+            "id": manifest.run_id,
+            "steps": manifest.spec.outer.steps,
+            "n_params": manifest.n_params,
+            "byte_level": not manifest.tokenizer_json,
+        },
+        "now_s": overview.now_s,
+        "up": overview.step is not None,
+        "step": history.step,
+        "step_since_s": history.step_since_s,
+        "heads": overview.heads,
+        "peers": overview.peers,
+        "tokens": overview.tokens,
+        "tokens_per_s": overview.tokens_per_s,
+        "loss": overview.loss,
+        "held_out_loss": overview.held_out_loss,
+        "held_out_step": overview.held_out_step,
+        "join_line": addresses and f"p2p-diloco peer --initial-peers {addresses} --run-id {manifest.run_id}",
+        "rows": [row_of(record) for record in sorted(overview.records, key=lambda r: (r.role == "seed", -r.tokens))],
+        "curve": history.curve_columns(),
+        "pace": history.pace_columns(),
+    }
+
+
+def row_of(record: Record) -> dict[str, Any]:
+    return {
+        "peer": record.peer_id,
+        "name": label_of(record),
+        "role": record.role,
+        "state": state_of(record),
+        "step": record.step,
+        "inner_step": record.inner_step,
+        "planned": record.inner_steps_planned,
+        "loss": record.loss,
+        "tokens": record.tokens,
+        "tokens_per_s": record.tokens_per_s,
+        "version": plain(record.version),
+    }

@@ -1,0 +1,146 @@
+"""The records of a run's peers -> the swarm as a whole. Pure.
+
+Everything here is what peers say of themselves. What a liar can reach is bounded: where the swarm stands has a majority
+(``rounds.swarm_head``), who evaluates stands there (``rounds.newest_evaluation``), and what is not finite is left out.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from statistics import median
+from typing import Literal, get_args
+
+from p2p_diloco.core.addresses import dial_bytes, is_public, publicness
+from p2p_diloco.core.endpoint import METRICS_FLAG, Endpoint
+from p2p_diloco.core.errors import UsageError
+from p2p_diloco.core.records import Record
+from p2p_diloco.core.rounds import newest_evaluation, swarm_head
+
+State = Literal["training", "round", "joining", "seed"]
+STATES: tuple[State, ...] = get_args(State)
+PHASES_OF_A_ROUND = ("gather", "reduce", "settle", "apply")
+MAX_JOIN_ADDRESSES = 3
+SAFE_TO_PASTE = re.compile(r"[A-Za-z0-9/.:_-]+")
+"""Of an address that somebody pastes into a shell."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Overview:
+    """The swarm at one moment; a figure that nobody reports is None."""
+
+    now_s: float
+    """Unix time."""
+    records: Sequence[Record]
+    """Of the live peers."""
+    step: int | None
+    """Outer step of the swarm's head; None when nobody is there."""
+    heads: int
+    """Different heads among the peers that stand at ``step``."""
+    peers: dict[State, int]
+    tokens: int
+    """Trained on by the live peers, each since it joined."""
+    tokens_per_s: float | None
+    loss: float | None
+    """Nats per token: the trainers' mean, weighted by their tokens per second."""
+    held_out_loss: float | None
+    """Nats per token, of theta at outer step ``held_out_step``, the newest one evaluated."""
+    held_out_step: int
+    round_s: float | None
+    """Median of the peers' last rounds."""
+
+
+def overview_of(records: Sequence[Record], now_s: float) -> Overview:
+    """``records``: of the live peers, verified."""
+    swarm = swarm_head(records, None)
+    step = None if swarm is None else swarm[0]
+    trainers = [record for record in records if record.role == "trainer"]
+    held_out_step, held_out_loss = newest_evaluation(records, swarm) or (0, None)
+    states = Counter(map(state_of, records))
+    rounds_s = [record.round_s for record in records if record.group_size]
+    return Overview(
+        now_s=now_s,
+        records=records,
+        step=step,
+        heads=len({record.head for record in records if record.step == step}),
+        peers={state: states[state] for state in STATES},
+        tokens=sum(record.tokens for record in records),
+        tokens_per_s=finite(sum((record.tokens_per_s for record in trainers), 0.0)),
+        loss=mean_loss(trainers),
+        held_out_loss=held_out_loss,
+        held_out_step=held_out_step,
+        round_s=finite(median(rounds_s)) if rounds_s else None,
+    )
+
+
+def state_of(record: Record) -> State:
+    if record.role == "seed":
+        return "seed"
+    if record.phase == "joining":
+        return "joining"
+    return "round" if record.phase in PHASES_OF_A_ROUND else "training"
+
+
+def mean_loss(trainers: Iterable[Record]) -> float | None:
+    """Where none of those that have a loss tells its speed, all of them count alike."""
+    known = [(record.loss, record.tokens_per_s) for record in trainers if record.loss is not None]
+    if not known:
+        return None
+    fastest = max(speed for _, speed in known)
+    weights = [speed / fastest if fastest else 1.0 for _, speed in known]
+    return finite(sum(loss * weight for (loss, _), weight in zip(known, weights)) / sum(weights))
+
+
+def finite(number: float) -> float | None:
+    return number if math.isfinite(number) else None
+
+
+# -- addresses ---------------------------------------------------------------------------------------------------------
+
+
+def addresses_to_join(records: Iterable[Record], initial_peers: Sequence[str]) -> list[str]:
+    """Addresses of live peers for a line that others paste, one a peer. ``initial_peers``, those that whoever runs the
+    monitor has named, come first; then seeds, then trainers, the most public ones first; none that is less public than
+    the initial peers."""
+    live = [record for record in records if not record.client_mode]
+    ids, least = {record.peer_id for record in live}, least_public(initial_peers)
+    chosen: dict[str, str] = {}
+    for maddr in initial_peers:
+        peer_id = maddr.rpartition("/p2p/")[2]
+        if peer_id in ids:
+            chosen.setdefault(peer_id, maddr)
+    offered = [
+        (record.role != "seed", publicness(maddr), maddr, record.peer_id)
+        for record in live
+        for maddr in record.maddrs
+        if publicness(maddr) <= least
+    ]
+    for _, _, maddr, peer_id in sorted(offered):
+        if len(chosen) >= MAX_JOIN_ADDRESSES:
+            break
+        if peer_id not in chosen and SAFE_TO_PASTE.fullmatch(maddr) and dial_bytes(peer_id, maddr) is not None:
+            chosen[peer_id] = maddr
+    return list(chosen.values())[:MAX_JOIN_ADDRESSES]
+
+
+def scrape_targets(records: Iterable[Record], *, private: bool) -> dict[str, Record]:
+    """HOST:PORT -> the peer that announces its metrics there. Whoever follows it connects to where strangers point, so:
+    public IP addresses only, and no names, which may stand for any address; ``private``: all of them. Of two peers that
+    announce the same one, the first has it."""
+    targets: dict[str, Record] = {}
+    for record in records:
+        try:
+            endpoint = Endpoint.parse(record.metrics_addr, METRICS_FLAG)
+        except UsageError:
+            continue
+        if private or (endpoint.ip is not None and is_public(endpoint.ip)):
+            targets.setdefault(str(endpoint), record)
+    return targets
+
+
+def least_public(maddrs: Iterable[str]) -> int:
+    """As ``publicness`` has it. A name counts as public."""
+    return max(map(publicness, maddrs), default=0)

@@ -1,0 +1,128 @@
+"""A look at a run from outside: join the DHT as a stranger that nobody sees, read the records, leave.
+
+The observer is a node in client mode with an identity of the moment. It serves nothing and announces nothing, so no
+peer ever counts on it.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Group, RenderableType
+from rich.text import Text
+
+from p2p_diloco.core.config import PeerConfig, Timeouts
+from p2p_diloco.core.errors import NetworkError
+from p2p_diloco.core.identity import Identity
+from p2p_diloco.core.manifest import RunManifest, open_manifest
+from p2p_diloco.core.records import Directory, Record, peers_key
+from p2p_diloco.core.rounds import newest_evaluation, swarm_head
+from p2p_diloco.look.display import Legible, Row, count, held_out, peers_table
+from p2p_diloco.wire.daemon import private_socket_folder
+from p2p_diloco.wire.discovery import find_manifest
+from p2p_diloco.wire.node import Node
+
+
+@dataclass(frozen=True, kw_only=True)
+class Status:
+    """One run at one moment."""
+
+    manifest: RunManifest
+    step: int
+    head: bytes
+    """The swarm's, as its peers' records tell."""
+    records: Sequence[Record]
+    """Of the live peers; who is furthest comes first."""
+
+
+@asynccontextmanager
+async def observer(initial_peers: Sequence[str], timeouts: Timeouts) -> AsyncIterator[Node]:
+    """Raises UsageError or NetworkError."""
+    with tempfile.TemporaryDirectory(prefix="p2p-diloco-") as folder:
+        config = PeerConfig(folder=Path(folder), initial_peers=tuple(initial_peers), client_mode=True)
+        identity = Identity.load_or_create(config.identity_path)
+        node = await Node.start(config, identity, timeouts, private_socket_folder(config.folder))
+        try:
+            yield node
+        finally:
+            await node.close()
+
+
+async def ask_for_manifest(node: Node, initial_peers: Sequence[str], run_id: str | None) -> bytes:
+    """The signed manifest, verified, of the only run there, or of ``run_id``."""
+    asked = [(maddr.rpartition("/p2p/")[2], maddr) for maddr in initial_peers]
+    return await find_manifest(node, run_id=run_id, initial_peers=asked, timeouts=node.timeouts, wall_s=time.time)
+
+
+async def fetch_manifest(initial_peers: Sequence[str], run_id: str | None, timeouts: Timeouts) -> bytes:
+    async with observer(initial_peers, timeouts) as node:
+        return await ask_for_manifest(node, initial_peers, run_id)
+
+
+async def gather_status(initial_peers: Sequence[str], run_id: str | None, timeouts: Timeouts) -> Status:
+    """Raises UsageError or NetworkError that say what to do."""
+    async with observer(initial_peers, timeouts) as node:
+        manifest = open_manifest(await ask_for_manifest(node, initial_peers, run_id), "the run")
+        sealed = await node.look_up(peers_key(manifest.run_id))
+        return status_of(manifest, sealed, node.peer_id, time.time())
+
+
+def status_of(manifest: RunManifest, sealed: Sequence[bytes], me: str, now_s: float) -> Status:
+    """``sealed``: what the DHT holds under the run's key, sound or not. NetworkError when no peer is alive."""
+    records = live_records(sealed, me, manifest.run_id, now_s)
+    swarm = swarm_head(records, None)
+    if swarm is None:
+        raise NetworkError(f"run {manifest.spec.name} {manifest.run_id}: no peer of it is up now")
+    step, head = swarm
+    ordered = sorted(records, key=lambda record: (-record.step, record.role, record.label))
+    return Status(manifest=manifest, step=step, head=head, records=ordered)
+
+
+def live_records(sealed: Sequence[bytes], me: str, run_id: str, now_s: float) -> list[Record]:
+    """Of the run's peers but ``me`` that are there, one each; what is not sound is left out."""
+    directory = Directory(me, run_id)
+    for one in sealed:
+        try:
+            directory.learn(one, now_s)
+        except ValueError:
+            continue
+    return directory.live(now_s)
+
+
+def row_of(record: Record) -> Row:
+    row = record.model_dump(exclude={"heads", "snapshot_digest"})
+    return row | {"head": record.head.hex()}
+
+
+def as_json(status: Status) -> dict[str, Any]:
+    return {
+        "run_id": status.manifest.run_id,
+        "name": status.manifest.spec.name,
+        "step": status.step,
+        "steps": status.manifest.spec.outer.steps,
+        "head": status.head.hex(),
+        "peers": [
+            {key: value for key, value in row_of(record).items() if key not in ("run_id", "run_name")}
+            | {"on_swarm_head": record.head == status.head}
+            for record in status.records
+        ],
+    }
+
+
+def screen_of(status: Status, width: int) -> RenderableType:
+    rows = [row_of(record) for record in status.records]
+    trainers = [record for record in status.records if record.role == "trainer"]
+    manifest, evaluation = status.manifest, newest_evaluation(status.records, (status.step, status.head))
+    lines = (
+        f"run {manifest.spec.name} {manifest.run_id}",
+        f"outer step {status.step} of {manifest.spec.outer.steps} · head {status.head.hex()[:16]}",
+        f"{len(trainers)} training, {count(sum(r.tokens_per_s for r in trainers))} tokens/s · {held_out(evaluation)}",
+    )
+    table = peers_table(rows, head=status.head.hex(), width=width, most=len(rows), own=False)
+    return Legible(Group(*map(Text, lines), Text(), table))

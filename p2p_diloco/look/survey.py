@@ -1,0 +1,189 @@
+"""What can be measured of a run from outside: its addresses, its peers' clocks, and the bandwidth to them.
+
+Results are the plain values of ``doctor``, which says what they mean. What a peer does wrong, or will not do, is one of
+them, never an exception.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import re
+import socket
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+from p2p_diloco.core.addresses import publicness
+from p2p_diloco.core.errors import RemoteError, Silent
+from p2p_diloco.core.waiting import deadline
+from p2p_diloco.look.doctor import AddressTrial, Bandwidth
+from p2p_diloco.wire.channel import Channel, Transport
+from p2p_diloco.wire.discovery import ask_manifest
+from p2p_diloco.wire.messages import MAX_TRANSFER_BYTES, AskTransfer, Transferred
+
+log = logging.getLogger(__name__)
+
+PINGS = 3
+FIRST_PIECE_BYTES = 16 * 1024
+TRANSFER_S = 3.0
+"""For one direction: no piece is begun that would go beyond."""
+PATIENCE_S = 8.0
+"""How long peers that are in a round are asked again, every RETRY_S."""
+RETRY_S = 3.0
+FAMILIES = {
+    "ip4": socket.AF_INET,
+    "ip6": socket.AF_INET6,
+    "dns": socket.AF_UNSPEC,
+    "dns4": socket.AF_INET,
+    "dns6": socket.AF_INET6,
+}
+HOST_AND_PORT = re.compile(rf"/({'|'.join(FAMILIES)})/([^/]+)/tcp/(\d+)(?:/|$)")
+NO_MANIFEST = "does not serve this protocol"
+UNREACHED = "cannot be reached: "
+
+
+@dataclass(frozen=True, kw_only=True)
+class Candidate:
+    """A peer of the run that can be asked."""
+
+    peer_id: str
+    maddrs: tuple[str, ...]
+
+    @property
+    def label(self) -> str:
+        return f"peer …{self.peer_id[-8:]}"
+
+    @property
+    def publicness(self) -> int:
+        return min(map(publicness, self.maddrs))
+
+
+# -- addresses ---------------------------------------------------------------------------------------------------------
+
+
+async def try_address(transport: Transport, maddr: str) -> AddressTrial:
+    """Resolve it, dial its port, then ask the peer that it names for a manifest."""
+    trial, loop, connect_s = AddressTrial(maddr=maddr), asyncio.get_running_loop(), transport.timeouts.connect_s
+    match = HOST_AND_PORT.match(maddr)
+    if match is None:
+        return replace(trial, trouble="it does not begin with a host and a TCP port")
+    try:
+        async with deadline(connect_s):
+            ips = await resolved(match[2], FAMILIES[match[1]])
+    except (OSError, UnicodeError, asyncio.TimeoutError):
+        return replace(trial, trouble="its host name is unknown")
+    if match[1].startswith("dns"):
+        trial = replace(trial, ips=tuple(ips))
+    started_s = loop.time()
+    try:
+        async with deadline(connect_s):
+            await dial_one_of(ips, int(match[3]))
+    except asyncio.TimeoutError:
+        return replace(trial, trouble="no answer")
+    except ConnectionRefusedError:
+        return replace(trial, trouble="connection refused")
+    except OSError as error:
+        return replace(trial, trouble=(error.strerror or "cannot be dialled").lower())
+    trial = replace(trial, connect_s=loop.time() - started_s)
+    try:
+        return replace(trial, signed=await ask_manifest(transport, trial.peer_id, [maddr]))
+    except Silent:
+        return replace(trial, trouble="its port is open, but no peer answers")
+    except RemoteError as error:
+        trouble = error.reason.removeprefix(UNREACHED)
+        return trial if trouble == NO_MANIFEST else replace(trial, trouble=trouble)
+
+
+async def resolved(host: str, family: socket.AddressFamily) -> list[str]:
+    """OSError for a name that nobody knows. Known weakness: the system's own look-up goes on in a thread when we stop
+    to wait for it, and may keep the process for some seconds at its end."""
+    found = await asyncio.get_running_loop().getaddrinfo(host, None, family=family, type=socket.SOCK_STREAM)
+    return list(dict.fromkeys(str(address[0]) for *_, address in found))
+
+
+async def dial_one_of(ips: Sequence[str], port: int) -> None:
+    """Until one answers. OSError of the last one."""
+    for number, ip in enumerate(ips, 1):
+        try:
+            _, writer = await asyncio.open_connection(ip, port)
+        except OSError:
+            if number == len(ips):
+                raise
+        else:
+            writer.close()
+            return
+
+
+# -- clocks and bandwidth ----------------------------------------------------------------------------------------------
+
+
+async def clock_offsets(
+    transport: Transport, candidates: Sequence[Candidate], protocol: str, wall_s: Callable[[], float]
+) -> list[float]:
+    """By how much our clock is at least behind that of each peer that answers; negative where it is ahead."""
+    offsets_s = []
+    for candidate in candidates:
+        try:
+            channel = await transport.open(candidate.peer_id, list(candidate.maddrs), protocol)
+            try:
+                offsets_s.append(min([await ping(channel, wall_s) for _ in range(PINGS)])[1])
+            finally:
+                channel.close()
+        except RemoteError as error:
+            log.debug("no time from %s: %s", candidate.label, error.reason)
+    return offsets_s
+
+
+async def ping(channel: Channel, wall_s: Callable[[], float]) -> tuple[float, float]:
+    """(seconds there and back, seconds that our clock is at least behind)"""
+    asked_s = wall_s()
+    seconds, theirs_s = await exchange(channel)
+    return seconds, max(0.0, theirs_s - wall_s()) or min(0.0, theirs_s - asked_s)
+
+
+async def exchange(channel: Channel, up_bytes: int = 0, down_bytes: int = 0) -> tuple[float, float]:
+    """(seconds, the peer's clock)"""
+    now, timeouts = asyncio.get_running_loop().time, channel.timeouts
+    started_s = now()
+    await channel.send(AskTransfer(up_bytes=up_bytes, down_bytes=down_bytes))
+    await channel.send_frame(bytes(up_bytes))
+    answer: Transferred = await channel.receive(Transferred, timeout_s=timeouts.part_s)
+    await channel.receive_frame(down_bytes, timeouts.part_s)
+    return now() - started_s, answer.wall_s
+
+
+async def measure_bandwidth(
+    transport: Transport, candidates: Sequence[Candidate], protocol: str
+) -> tuple[Bandwidth | None, str]:
+    """With the first peer that is willing; or why the last one was not."""
+    loop, reason = asyncio.get_running_loop(), "there is nobody to ask"
+    deadline_s = loop.time() + PATIENCE_S
+    while True:
+        for candidate in candidates:
+            try:
+                channel = await transport.open(candidate.peer_id, list(candidate.maddrs), protocol)
+                try:
+                    return await bandwidth_of(channel, candidate.label), ""
+                finally:
+                    channel.close()
+            except RemoteError as error:
+                reason = f"{candidate.label}: {error.reason}"
+        if not candidates or loop.time() + RETRY_S > deadline_s:
+            return None, reason
+        await asyncio.sleep(RETRY_S)
+
+
+async def bandwidth_of(channel: Channel, label: str) -> Bandwidth:
+    round_trip_s = min([(await exchange(channel))[0] for _ in range(PINGS)])
+    rates: list[float] = []
+    for up in (True, False):
+        size, spent_s = FIRST_PIECE_BYTES, 0.0
+        while True:
+            seconds, _ = await exchange(channel, size * up, size * (not up))
+            # What is left of a short exchange without the way there and back is mostly noise.
+            rate = size / max(seconds - round_trip_s, 0.1 * seconds, 1e-6)
+            size, spent_s = 2 * size, spent_s + seconds
+            if size > MAX_TRANSFER_BYTES or spent_s + 2 * seconds > TRANSFER_S:
+                break
+        rates.append(rate)
+    return Bandwidth(peer=label, round_trip_s=round_trip_s, up_bytes_per_s=rates[0], down_bytes_per_s=rates[1])

@@ -1,0 +1,20 @@
+"""The network side of one peer: its life, what it serves others, how it follows the swarm, its metrics.
+
+It runs in the network process, or in memory in tests. It never imports torch, and never trains.
+
+Its files, from the bottom up:
+
+    download   chunks or updates from several donors at a time
+    catchup    the way to the swarm's head: heads, updates and snapshots from donors
+    uploads    what a donor sends to those who catch up
+    upkeep     snapshots in time, damage found and mended, bits compared with the others'
+    presence   what a peer makes known about itself: records published and pushed
+    follower   the way to where the swarm is
+    probes     what others may measure with a peer: dial backs, transfers, its clock
+    reception  streams that others open, and who answers them
+    peer       the network side of one peer, on any transport: its life and its outer steps
+    web        a small HTTP server that strangers may reach
+    metrics    one peer's metrics for Prometheus
+    control    what trainer and network process say to each other
+    network    the network process
+"""

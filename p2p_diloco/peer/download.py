@@ -1,0 +1,287 @@
+"""One download: numbered items from several donors at a time, each item verified before it counts.
+
+    Wanted      what is fetched: how an item is asked for, and what becomes of the answer; Chunks, or Updates
+    Handout     which donor is asked for which item: no I/O, and the clock is an argument
+    Download    at most DONORS donors at a time, each with one stream, on which the next item is asked for before the
+                last one is there
+
+A donor that fails, lies or is busy is dropped, and what it owes is asked from the others. A slow one gives less than
+they do; and once there is nothing else to ask for, whoever is idle is asked for what it owes, so that it cannot hold up
+the end.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import heapq
+import logging
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from statistics import median
+from typing import Protocol
+
+from p2p_diloco.core.codec import Codec
+from p2p_diloco.core.config import Timeouts
+from p2p_diloco.core.errors import Misbehaved, Refused, RemoteError
+from p2p_diloco.core.outer import Update, max_update_bytes, update_from_bytes
+from p2p_diloco.core.records import Directory, Record
+from p2p_diloco.core.waiting import Bell, heard
+from p2p_diloco.ledger.snapshot import IncomingSnapshot
+from p2p_diloco.wire.channel import Channel, Transport
+from p2p_diloco.wire.messages import AskChunk, AskUpdate, Message
+from p2p_diloco.wire.traffic import Traffic
+
+log = logging.getLogger(__name__)
+
+DONORS = 4
+"""At a time."""
+AHEAD_BYTES = 1 << 30
+"""Memory for updates; two of them in any case, so that two donors can send at a time."""
+COPIES = 2
+"""So many donors may be sending the same item."""
+LATE = 3.0
+LEAST_LATE_S = 1.0
+RECENT = 16
+"""Items whose times count."""
+
+
+class Wanted(Protocol):
+    depth: int
+    """Items asked from one donor at a time."""
+    item_bytes: int
+    """Of the largest item."""
+
+    def request(self, item: int) -> Message: ...
+
+    async def receive(self, channel: Channel, item: int) -> None:
+        """The answer to ``request(item)``, verified, and kept on return. Raises RemoteError. It may come twice."""
+
+
+@dataclass(kw_only=True, eq=False)
+class Chunks:
+    """Of one snapshot; kept on disk."""
+
+    incoming: IncomingSnapshot
+    timeouts: Timeouts
+    depth: int = 2
+
+    def __post_init__(self) -> None:
+        first = self.incoming.slices[0]
+        self.item_bytes = first.stop - first.start
+
+    def request(self, item: int) -> Message:
+        return AskChunk(step=self.incoming.step, digest=self.incoming.digest, chunk=item)
+
+    async def receive(self, channel: Channel, item: int) -> None:
+        where = self.incoming.slices[item]
+        data = await channel.receive_blob(where.stop - where.start, self.timeouts.reduced_part_s)
+        try:
+            await asyncio.to_thread(self.incoming.write, item, data)
+        except ValueError as error:
+            raise Misbehaved(channel.peer_id, f"serves {error}") from error
+
+
+@dataclass(kw_only=True, eq=False)
+class Updates:
+    """``heads[step + 1]``: the head that update ``step`` must lead to. One at a time from a donor: they are large."""
+
+    n: int
+    codec: Codec
+    heads: dict[int, bytes]
+    timeouts: Timeouts
+    next_step: int
+    """Earlier ones are not kept."""
+    ready: dict[int, tuple[Update, str]] = field(default_factory=dict)
+    """With the id of the peer that sent it."""
+    depth: int = 1
+
+    def __post_init__(self) -> None:
+        self.item_bytes = max_update_bytes(self.n, self.codec)
+        self.ahead = max(2, min(2 * DONORS, AHEAD_BYTES // self.item_bytes))
+        """So many are on their way, or wait for the one before them."""
+
+    def request(self, item: int) -> Message:
+        return AskUpdate(step=item, head=self.heads[item + 1])
+
+    async def receive(self, channel: Channel, item: int) -> None:
+        data = await channel.receive_blob(self.item_bytes, self.timeouts.reduced_part_s)
+        try:
+            update = await asyncio.to_thread(update_from_bytes, data, n=self.n, codec=self.codec)
+            if (update.header.step, update.header.head) != (item, self.heads[item + 1]):
+                raise ValueError("an update that leads to another head")
+        except ValueError as error:
+            raise Misbehaved(channel.peer_id, f"serves {error}") from error
+        if item >= self.next_step:
+            self.ready[item] = (update, channel.peer_id)
+
+    def take(self) -> tuple[Update, str] | None:
+        """The next one, if it is there."""
+        found = self.ready.pop(self.next_step, None)
+        if found is not None:
+            self.next_step += 1
+        return found
+
+
+class Handout:
+    """Lowest items first. ``late_s``: what has not come in this time is asked from a second donor; once some items have
+    come, the time is LATE times what those took, in the middle."""
+
+    def __init__(self, items: Iterable[int], *, limit: int, late_s: float) -> None:
+        self.missing = set(items)
+        self.limit = limit
+        """Items from here on are not asked for yet."""
+        self._late_s = late_s
+        self._took_s: deque[float] = deque(maxlen=RECENT)
+        self._unasked = sorted(self.missing)
+        self._asked: dict[int, dict[str, float]] = {}
+        """Item -> who is asked for it, and since when; the item that was asked for first comes first."""
+
+    def take(self, donor: str, now_s: float) -> int | None:
+        """What ``donor`` shall be asked for now; None: nothing, for the time being."""
+        if self._unasked and self._unasked[0] < self.limit:
+            item = heapq.heappop(self._unasked)
+        else:
+            late = (i for i, due_s in self._due_s().items() if due_s <= now_s and donor not in self._asked[i])
+            first = next(late, None)
+            if first is None:
+                return None
+            item = first
+        self._asked.setdefault(item, {})[donor] = now_s
+        return item
+
+    def arrived(self, item: int, donor: str, now_s: float) -> bool:
+        """Whether it is the first time."""
+        if item not in self.missing:
+            return False
+        self.missing.remove(item)
+        self._took_s.append(now_s - self._asked.pop(item)[donor])
+        return True
+
+    def give_back(self, donor: str) -> None:
+        """``donor`` will send nothing more of what it was asked for."""
+        for item in [item for item, asked in self._asked.items() if donor in asked]:
+            del self._asked[item][donor]
+            if not self._asked[item]:
+                del self._asked[item]
+                heapq.heappush(self._unasked, item)
+
+    def wait_s(self, now_s: float) -> float:
+        """When to ask ``take`` again, unless something changes before."""
+        return max(min(self._due_s().values(), default=now_s + self._late_s) - now_s, 0.0)
+
+    def _due_s(self) -> dict[int, float]:
+        """Item -> when it is late, for those that may be asked from one more donor."""
+        late_s = max(LATE * median(self._took_s), LEAST_LATE_S) if self._took_s else self._late_s
+        return {item: max(asked.values()) + late_s for item, asked in self._asked.items() if len(asked) < COPIES}
+
+
+@dataclass(kw_only=True, eq=False)
+class Download:
+    """``donors``: who is asked, in this order. ``items``: those of ``wanted`` that are missing."""
+
+    transport: Transport
+    protocol: str
+    directory: Directory
+    timeouts: Timeouts
+    wanted: Wanted
+    items: Iterable[int]
+    limit: int
+    """Items from here on wait until ``allow``."""
+    donors: Iterable[Record]
+    changed: Bell = field(default_factory=Bell)
+    """Rings when an item has come, when a donor is dropped, and at the end."""
+    over: bool = False
+    refused: bool = False
+    """Whether a donor was busy, or had not what it was asked for."""
+    bytes_received: int = 0
+    gave: set[str] = field(default_factory=set)
+    """Peer ids of the donors that something came from."""
+
+    def __post_init__(self) -> None:
+        late_s = self.wanted.depth * self.wanted.item_bytes / self.timeouts.slow_rate_bytes_per_s
+        self.handout = Handout(self.items, limit=self.limit, late_s=late_s)
+        self._waiting = deque(self.donors)
+
+    async def run(self) -> bool:
+        """Whether everything came; False when no donor is left before. Raises LocalError for the own disk."""
+        workers = [asyncio.create_task(self._work()) for _ in range(min(DONORS, len(self._waiting)))]
+        running = set(workers)
+        try:
+            while running and self.handout.missing:
+                done, running = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
+                for worker in done:
+                    worker.result()
+        finally:
+            for worker in workers:
+                worker.cancel()
+            await asyncio.gather(*workers, return_exceptions=True)
+            self.over = True
+            self.changed.ring()
+        return not self.handout.missing
+
+    def allow(self, limit: int) -> None:
+        self.handout.limit = limit
+        self.changed.ring()
+
+    async def _work(self) -> None:
+        """One donor after the other."""
+        while self._waiting and self.handout.missing:
+            donor = self._waiting.popleft()
+            try:
+                await self._fetch_from(donor)
+            except RemoteError as error:
+                self.refused |= isinstance(error, Refused)
+                drop(error, self.directory, self.transport.traffic)
+            finally:
+                self.handout.give_back(donor.peer_id)
+                self.changed.ring()
+
+    async def _fetch_from(self, donor: Record) -> None:
+        """Until nothing is missing. A stream without work is closed: a donor has few to serve."""
+        channel: Channel | None = None
+        owed: deque[int] = deque()
+        try:
+            while self.handout.missing:
+                changed = self.changed.event
+                while len(owed) < self.wanted.depth:
+                    item = self.handout.take(donor.peer_id, _now_s())
+                    if item is None:
+                        break
+                    if channel is None:
+                        channel = await self.transport.open(donor.peer_id, donor.maddrs, self.protocol)
+                    await channel.send(self.wanted.request(item))
+                    owed.append(item)
+                if channel is not None and owed:
+                    await self.wanted.receive(channel, owed[0])
+                    if self.handout.arrived(owed.popleft(), donor.peer_id, _now_s()):
+                        self.gave.add(donor.peer_id)
+                        self.changed.ring()
+                    continue
+                if channel is not None:
+                    self._close(channel)
+                    channel = None
+                await heard(changed, self.handout.wait_s(_now_s()))
+        finally:
+            if channel is not None:
+                self._close(channel)
+
+    def _close(self, channel: Channel) -> None:
+        self.bytes_received += channel.meter.received
+        channel.close()
+
+
+def drop(error: RemoteError, directory: Directory, traffic: Traffic) -> None:
+    """Say why a donor is asked no more. Who refuses is an honest peer; the others are not counted on."""
+    traffic.reject(error)
+    donor = directory.get(error.peer_id)
+    label = donor.label if donor else error.peer_id[-8:]
+    if isinstance(error, Refused):
+        log.info("donor %s cannot serve now: %s", label, error.reason)
+    else:
+        log.info("donor %s dropped: %s", label, error.reason)
+        directory.suspect(error.peer_id)
+
+
+def _now_s() -> float:
+    return asyncio.get_running_loop().time()

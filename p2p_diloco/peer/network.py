@@ -1,0 +1,367 @@
+"""The network process of a peer: ``python -m p2p_diloco.peer.network CONTROL-FD VECTORS-FD``, which a trainer starts.
+
+One event loop (uvloop where there is one) holds everything that is not training. The process inherits nothing but two
+file descriptors: the control socket, and anonymous shared memory for theta and local. It ends when the trainer says so,
+when the trainer is gone (the control socket closes), or when something of ours fails; p2pd goes with it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import gc
+import logging
+import mmap
+import os
+import signal
+import socket
+import sys
+import time
+from collections.abc import Coroutine
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from p2p_diloco import __version__
+from p2p_diloco.core.codec import Vector
+from p2p_diloco.core.config import PeerConfig, Timeouts
+from p2p_diloco.core.endpoint import METRICS_FLAG, Endpoint
+from p2p_diloco.core.errors import LocalError, disk_failure
+from p2p_diloco.core.events import EventLog
+from p2p_diloco.core.identity import Identity
+from p2p_diloco.core.manifest import open_manifest
+from p2p_diloco.core.rounds import Progress, newest_evaluation
+from p2p_diloco.core.waiting import deadline, heard
+from p2p_diloco.ledger.folder import MANIFEST_FILE, open_ledger, run_folder
+from p2p_diloco.ledger.replica import Replica
+from p2p_diloco.ledger.snapshot import disk_errors, write_whole
+from p2p_diloco.peer.control import Line, pack_line, unpack_line
+from p2p_diloco.peer.metrics import PeerMetrics
+from p2p_diloco.peer.peer import Peer
+from p2p_diloco.wire.daemon import private_socket_folder
+from p2p_diloco.wire.discovery import find_manifest
+from p2p_diloco.wire.guard import die_with_parent, limit_open_files
+from p2p_diloco.wire.node import Node
+
+log = logging.getLogger(__name__)
+
+PEERS_EVERY_S = 1.0
+MAX_UNREAD_BYTES = 1 << 20
+INNER_EVENT_EVERY_S = 1.0
+
+
+class ToTrainer(logging.Handler):
+    """Log records go to the trainer, which alone writes to the terminal."""
+
+    def __init__(self, writer: asyncio.StreamWriter) -> None:
+        super().__init__()
+        self.writer = writer
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if not is_read(self.writer):
+            return
+        text = record.getMessage()
+        if record.exc_info:
+            text += "\n" + logging.Formatter().formatException(record.exc_info)
+        self.writer.write(pack_line("log", level=record.levelno, name=record.name, text=text))
+
+
+class NetworkProcess:
+    """``vectors``: descriptor of shared memory, still empty."""
+
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, vectors: int) -> None:
+        self.reader = reader
+        self.writer = writer
+        self.vectors = vectors
+        self.peer: Peer | None = None
+        self.tasks: set[asyncio.Task[Any]] = set()
+        self.failure: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self.inner_event_s = 0.0
+
+    async def run(self) -> None:
+        """Until the trainer leaves or is gone. Raises what went wrong here."""
+        try:
+            start = await self._receive()
+        except EOFError:
+            return
+        ends = [self._spawn(self._work(start)), self._spawn(self._commands())]
+        try:
+            done, _ = await asyncio.wait([*ends, self.failure], return_when=asyncio.FIRST_COMPLETED)
+            for end in done:
+                end.result()
+        finally:
+            for task in list(self.tasks):
+                task.cancel()
+            await asyncio.gather(*self.tasks, return_exceptions=True)
+            if self.failure.done():
+                self.failure.exception()  # raised above; asyncio shall not report it a second time
+
+    async def _work(self, start: Line) -> None:
+        config = PeerConfig.model_validate(start["config"])
+        timeouts = Timeouts(**start["timeouts"])
+        identity = Identity.load_or_create(config.identity_path)
+        node = await Node.start(config, identity, timeouts, private_socket_folder(config.folder))
+        try:
+            signed, folder = await self._find_run(node, config, timeouts, start["manifest_path"])
+            await self._live(node, config, identity, signed, folder, seed=start["role"] == "seed")
+        finally:
+            await node.close()
+
+    async def _find_run(
+        self, node: Node, config: PeerConfig, timeouts: Timeouts, manifest_path: str | None
+    ) -> tuple[bytes, Path]:
+        """The signed manifest, and the run's folder with the manifest in it."""
+        if manifest_path is not None:
+            with disk_errors(Path(manifest_path)):
+                signed = await asyncio.to_thread(Path(manifest_path).read_bytes)
+        else:
+            initial = [(maddr.rsplit("/p2p/", 1)[1], maddr) for maddr in config.initial_peers]
+            signed = await find_manifest(
+                node, run_id=config.run_id, initial_peers=initial, timeouts=timeouts, wall_s=time.time
+            )
+        manifest = open_manifest(signed, manifest_path or "the run")
+        folder = run_folder(config.folder, manifest)
+        await asyncio.to_thread(keep_manifest, folder / MANIFEST_FILE, signed)
+        return signed, folder
+
+    async def _live(
+        self, node: Node, config: PeerConfig, identity: Identity, signed: bytes, folder: Path, *, seed: bool
+    ) -> None:
+        manifest = open_manifest(signed, "the run")
+        ledger = await asyncio.to_thread(open_ledger, folder, manifest)
+        theta, local = map_vectors(self.vectors, manifest.n_params, resize=True)
+        replica = Replica(manifest, ledger, theta, np.zeros(manifest.n_params, np.float32))
+        events = EventLog(folder)
+        metrics = Endpoint.parse(config.metrics_addr, METRICS_FLAG) if config.metrics_addr else None
+        peer = Peer(
+            transport=node,
+            identity=identity,
+            replica=replica,
+            signed_manifest=signed,
+            local=None if seed else local,
+            events=events,
+            client_mode=config.client_mode,
+            name=config.name,
+            max_upload_bytes_per_s=config.max_upload_bytes_per_s,
+            metrics=metrics,
+        )
+        self._send("found", manifest_path=str(folder / MANIFEST_FILE), folder=str(folder))
+        try:
+            events.write(
+                "started",
+                peer_id=identity.peer_id,
+                pid=os.getpid(),
+                run_id=manifest.run_id,
+                run_name=manifest.spec.name,
+                role=peer.role,
+                version=__version__,
+                maddrs=await node.maddrs(),
+            )
+            self._spawn(node.watch())
+            self._spawn(log_restarts(node, events))
+            self.peer = peer
+            await self._join_and_run(node, peer)
+        finally:
+            self.peer = None
+            events.close()
+
+    async def _join_and_run(self, node: Node, peer: Peer) -> None:
+        await peer.join()
+        self._send(
+            "joined",
+            peer_id=peer.identity.peer_id,
+            maddrs=await node.maddrs(),
+            step=peer.step,
+            head=peer.seat.standing.head.hex(),
+        )
+        self._spawn(self._tell_news(peer))
+        self._spawn(self._tell_peers(peer))
+        if peer.presence.metrics is not None:
+            self._spawn(PeerMetrics(peer, trainer_pid=os.getppid()).serve(peer.presence.metrics))
+        await peer.run()
+
+    async def _commands(self) -> None:
+        """What the trainer says, until it leaves or is gone."""
+        outer_step: asyncio.Task[None] | None = None
+        while True:
+            try:
+                line = await self._receive()
+            except EOFError:
+                line = {"kind": "leave", "reason": "the trainer is gone"}
+            peer = self.peer
+            if line["kind"] == "leave":
+                if outer_step is not None:
+                    outer_step.cancel()
+                if peer is not None:
+                    await self._leave(peer, line["reason"])
+                self._send("left")
+                return
+            if peer is None:
+                continue
+            if line["kind"] == "progress":
+                self._on_progress(peer, line)
+            elif line["kind"] == "begin":
+                now_s = asyncio.get_running_loop().time()
+                peer.seat.progress = Progress(planned=line["planned"], reported_s=now_s)
+                self._spawn(self._begin(peer))
+            elif line["kind"] == "outer_step":
+                outer_step = self._spawn(self._outer_step(peer, line))
+            elif line["kind"] == "stall":
+                peer.events.write("stall", step=line["step"], seconds=line["seconds"])
+            elif line["kind"] == "evaluated":
+                self._on_evaluated(peer, line)
+
+    async def _leave(self, peer: Peer, reason: str) -> None:
+        try:
+            async with deadline(peer.timeouts.leave_s / 2):
+                await peer.leave(reason)
+        except asyncio.TimeoutError:
+            log.info("leaving without having told everybody")
+
+    async def _begin(self, peer: Peer) -> None:
+        await peer.begin()
+        standing = peer.seat.standing
+        self._send("begun", step=standing.step, head=standing.head.hex(), evaluate=peer.evaluates_genesis())
+
+    async def _outer_step(self, peer: Peer, line: Line) -> None:
+        result = await peer.outer_step(line["tokens"], dropped=line["dropped"], pace=line["pace"])
+        self._send("result", **asdict(result))
+
+    def _on_progress(self, peer: Peer, line: Line) -> None:
+        now_s = asyncio.get_running_loop().time()
+        inner_step, planned = line["inner_step"], line["planned"]
+        peer.seat.progress = Progress(inner_step=inner_step, planned=planned, step_s=line["step_s"], reported_s=now_s)
+        peer.presence.trained.loss, peer.presence.trained.tokens = line["loss"], line["tokens"]
+        peer.presence.trained.tokens_per_s = line["tokens_per_s"]
+        if peer.seat.phase == "evaluate":
+            peer.seat.phase = "inner"  # a trainer need not evaluate when it is its turn
+        if now_s - self.inner_event_s >= INNER_EVENT_EVERY_S or inner_step >= planned:
+            self.inner_event_s = now_s
+            fields = {key: line[key] for key in ("inner_step", "planned", "loss", "tokens", "tokens_per_s")}
+            peer.events.write("inner", step=peer.step, **fields)
+
+    def _on_evaluated(self, peer: Peer, line: Line) -> None:
+        peer.presence.trained.held_out_loss, peer.presence.trained.held_out_step = line["held_out_loss"], line["step"]
+        if peer.seat.phase == "evaluate":
+            peer.seat.phase = "inner"
+        peer.presence.publish_now.ring()
+        peer.events.write("evaluated", **{key: value for key, value in line.items() if key != "kind"})
+
+    async def _tell_news(self, peer: Peer) -> None:
+        """Tell the trainer when a round closes or the swarm has gone on; a seed's owner, when the seed has followed."""
+        seat = peer.seat
+        told: tuple[float | None, bool, int] = (None, False, peer.step)
+        while True:
+            changed = seat.changed.event
+            news = (seat.closes_s, peer.follower.behind, peer.step)
+            if news != told:
+                told = news
+                closes_in_s = None if seat.closes_s is None else seat.closes_s - asyncio.get_running_loop().time()
+                self._send("news", closes_in_s=closes_in_s, behind=peer.follower.behind)
+                if peer.role == "seed":
+                    self._send("moved", step=peer.step, head=seat.standing.head.hex())
+            await heard(changed, PEERS_EVERY_S)
+
+    async def _tell_peers(self, peer: Peer) -> None:
+        while True:
+            records = [peer.presence.record(), *peer.directory.live(time.time())]
+            hidden = {"head", "heads", "snapshot_digest"}
+            if is_read(self.writer):
+                rows = [r.model_dump(exclude=hidden) | {"head": r.head.hex()} for r in records]
+                self._send("peers", rows=rows, evaluation=newest_evaluation(records, peer.follower.target()))
+            await asyncio.sleep(PEERS_EVERY_S)
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        task = asyncio.ensure_future(work)
+        self.tasks.add(task)
+        task.add_done_callback(self._on_done)
+        return task
+
+    def _on_done(self, task: asyncio.Task[Any]) -> None:
+        """A failure of ours in any task ends the process: the trainer must not wait for an answer that never comes."""
+        self.tasks.discard(task)
+        if not task.cancelled() and task.exception() is not None and not self.failure.done():
+            self.failure.set_exception(task.exception() or RuntimeError())
+
+    async def _receive(self) -> Line:
+        data = await self.reader.readline()
+        if not data:
+            raise EOFError
+        return unpack_line(data)
+
+    def _send(self, kind: str, **fields: Any) -> None:
+        self.writer.write(pack_line(kind, **fields))
+
+
+def keep_manifest(path: Path, signed: bytes) -> None:
+    """Writes the manifest, unless it is there already: a seed's is perhaps the only one. LedgerError when it fails."""
+    with disk_errors(path, len(signed)):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if not path.is_file() or path.read_bytes() != signed:
+            write_whole(path, [signed], len(signed))
+
+
+def is_read(writer: asyncio.StreamWriter) -> bool:
+    """Whether the trainer reads what it is told: while it is stopped, it misses what tells of the moment only."""
+    return writer.transport.get_write_buffer_size() < MAX_UNREAD_BYTES
+
+
+async def log_restarts(node: Node, events: EventLog) -> None:
+    restarted = node.restarted.event
+    while True:
+        await restarted.wait()
+        restarted = node.restarted.event
+        events.write("p2pd_restarted", maddrs=await node.maddrs())
+
+
+def map_vectors(descriptor: int, n: int, *, resize: bool = False) -> tuple[Vector, Vector]:
+    """(theta, local), float32 [n] each, in the shared memory behind ``descriptor``."""
+    size = 2 * 4 * n
+    if resize:
+        os.ftruncate(descriptor, size)
+    shared = np.frombuffer(mmap.mmap(descriptor, size), np.float32)
+    return shared[:n], shared[n:]
+
+
+async def serve(control: socket.socket, vectors: int) -> None:
+    reader, writer = await asyncio.open_connection(sock=control, limit=64 * 1024 * 1024)
+    handler = ToTrainer(writer)
+    logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
+    process = NetworkProcess(reader, writer, vectors)
+    try:
+        await process.run()
+    except LocalError as error:
+        writer.write(pack_line("failed", message=str(error), exit_code=error.exit_code))
+    except Exception as error:
+        if isinstance(error, OSError) and (full := disk_failure(error)) is not None:
+            writer.write(pack_line("failed", message=str(full), exit_code=full.exit_code))
+            return
+        log.exception("the network process fails")
+        writer.write(pack_line("failed", message=f"the network process fails: {error!r}", exit_code=1))
+    finally:
+        with contextlib.suppress(OSError, asyncio.TimeoutError):
+            async with deadline(1.0):
+                await writer.drain()
+        writer.close()
+
+
+def main() -> None:
+    control, vectors = socket.socket(fileno=int(sys.argv[1])), int(sys.argv[2])
+    for number in (signal.SIGINT, signal.SIGHUP):  # The trainer decides when to leave.
+        signal.signal(number, signal.SIG_IGN)
+    die_with_parent(signal.SIGKILL)
+    limit_open_files()
+    if sys.platform == "win32":
+        raise SystemExit("p2p-diloco runs on Linux and macOS; on Windows, in WSL2")
+    import uvloop
+
+    # What has been imported is never garbage. A full collection would look through it in the middle of a round, for
+    # 0.1 s of a processor that every member of the group waits for.
+    gc.freeze()
+    uvloop.run(serve(control, vectors))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,198 @@
+"""What a peer makes known about itself, and how it hears of the others: records in the DHT, and pushed directly.
+
+The DHT is for who does not know us yet, and slow: a record is seconds old when it arrives. Whoever joins, catches up or
+leaves therefore pushes its record to all that it knows, and each answers with its own.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+from p2p_diloco import __version__
+from p2p_diloco.core.endpoint import Endpoint
+from p2p_diloco.core.errors import Misbehaved, RemoteError
+from p2p_diloco.core.identity import Identity
+from p2p_diloco.core.records import HEADS_SHOWN, RUNS_KEY, Directory, Record, Role, peers_key, seal_record
+from p2p_diloco.core.rounds import announces_run
+from p2p_diloco.core.waiting import Bell, heard
+from p2p_diloco.ledger.replica import Replica
+from p2p_diloco.round.seat import Seat
+from p2p_diloco.wire.channel import Channel, Transport, run_protocol
+from p2p_diloco.wire.messages import Push
+
+log = logging.getLogger(__name__)
+
+PUSHED_AT_ONCE = 32
+MADDRS_BYTES = 320
+"""Of all addresses in a record, that of the metrics included: the rest of it takes up to 690 of the 1024 bytes."""
+
+
+@dataclass(kw_only=True)
+class Trained:
+    """What the trainer has told us, for the record."""
+
+    loss: float | None = None
+    tokens: int = 0
+    tokens_per_s: float = 0.0
+    held_out_loss: float | None = None
+    held_out_step: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class LastRound:
+    group: int = 0
+    seconds: float = 0.0
+    bytes: int = 0
+    """Sent and received."""
+
+
+@dataclass(kw_only=True, eq=False)
+class Presence:
+    transport: Transport
+    identity: Identity
+    replica: Replica
+    directory: Directory
+    seat: Seat
+    role: Role
+    name: str
+    metrics: Endpoint | None
+    """Where metrics are served."""
+    wall_s: Callable[[], float]
+    trained: Trained = field(default_factory=Trained)
+    last_round: LastRound = field(default_factory=LastRound)
+    publish_now: Bell = field(default_factory=Bell)
+    heard: Bell = field(default_factory=Bell)
+    """Records have come."""
+
+    def __post_init__(self) -> None:
+        self._run_id = self.replica.manifest.run_id
+        self._maddrs: list[str] = []
+        self._last_issued_s = 0.0
+
+    async def publish_loop(self) -> None:
+        """Until cancelled: a new record every ``record_every_s``, and whenever ``publish_now`` rings."""
+        while True:
+            rung = self.publish_now.event
+            await self.publish()
+            await heard(rung, self.transport.timeouts.record_every_s)
+
+    async def publish(self) -> None:
+        self._maddrs = await self.transport.maddrs()
+        record = self.record()
+        sealed = self.seat.sealed_record = seal_record(record, self.identity)
+        await self.transport.publish(peers_key(self._run_id), sealed, record.expires_s)
+        if announces_run(self.directory.live(self.wall_s()), self.identity.peer_id):
+            await self.transport.publish(RUNS_KEY, sealed, record.expires_s)
+
+    async def refresh(self) -> None:
+        """Read everybody's record in the DHT."""
+        for sealed in await self.transport.look_up(peers_key(self._run_id)):
+            try:
+                self.directory.learn(sealed, self.wall_s())
+            except ValueError as error:
+                log.debug("a record in the DHT is not sound: %s", error)
+        self.heard.ring()
+
+    async def refresh_loop(self) -> None:
+        """Until cancelled: every ``refresh_s``."""
+        while True:
+            await asyncio.sleep(self.transport.timeouts.refresh_s)
+            await self.refresh()
+
+    async def push_to_all(self) -> None:
+        """Tell everybody at once: I have joined, caught up, or am leaving. They answer with where they stand."""
+        await self.push(self.directory.live(self.wall_s()))
+
+    async def push(self, to: Iterable[Record]) -> None:
+        some = asyncio.Semaphore(PUSHED_AT_ONCE)
+        await asyncio.gather(*(self._push(record, some) for record in to))
+
+    async def _push(self, record: Record, some: asyncio.Semaphore) -> None:
+        async with some:
+            await self._tell(record)
+
+    async def _tell(self, record: Record) -> None:
+        try:
+            channel = await self.transport.open(record.peer_id, record.maddrs, run_protocol(self._run_id))
+            try:
+                answer: Push = await channel.request(Push(record=self.seat.sealed_record), Push)
+                self._learn(record.peer_id, answer.record)
+            finally:
+                channel.close()
+        except RemoteError as error:
+            log.debug("%s does not take our record: %s", record.label, error.reason)
+            self.transport.traffic.reject(error)
+            self.directory.suspect(record.peer_id)
+
+    async def on_push(self, channel: Channel, message: Push) -> None:
+        self._learn(channel.peer_id, message.record)
+        await channel.send(Push(record=self.seat.sealed_record))
+        self.heard.ring()
+
+    def _learn(self, source: str, sealed: bytes) -> None:
+        try:
+            self.directory.learn_from(source, sealed, self.wall_s())
+        except ValueError as error:
+            raise Misbehaved(source, f"pushes {error}") from error
+
+    def take_standing(self) -> None:
+        """The state has moved: so have the seat and the record."""
+        standing = self.seat.standing = self.replica.standing()
+        self.directory.show((standing.head, *standing.heads))
+        self.seal()
+
+    def seal(self) -> None:
+        """Whoever asks from now on hears where I stand now."""
+        self.seat.sealed_record = seal_record(self.record(), self.identity)
+
+    def record(self) -> Record:
+        """What I say about myself now. Every one is newer than the last, even within one tick of the clock."""
+        standing, progress, trained = self.seat.standing, self.seat.progress, self.trained
+        snapshots = self.replica.ledger.snapshots()
+        metrics_addr = self.metrics.announced(self._maddrs) if self.metrics else ""
+        now_s = self.wall_s()
+        if self._last_issued_s > now_s + self.transport.timeouts.record_life_s:
+            self._last_issued_s = 0.0  # our clock was set back: nobody would believe a record from there
+        self._last_issued_s = max(now_s, self._last_issued_s + 1e-3)
+        return Record(
+            peer_id=self.identity.peer_id,
+            run_id=self._run_id,
+            run_name=self.replica.manifest.spec.name,
+            issued_s=self._last_issued_s,
+            life_s=self.transport.timeouts.record_life_s,
+            role=self.role,
+            phase=self.seat.phase,
+            step=standing.step,
+            head=standing.head,
+            committed=standing.committed,
+            heads=list(standing.heads[:HEADS_SHOWN]),
+            snapshot_step=snapshots[-1].step if snapshots else 0,
+            snapshot_digest=snapshots[-1].digest if snapshots else bytes(32),
+            maddrs=fitting(self._maddrs, MADDRS_BYTES - len(metrics_addr)),
+            client_mode=self.seat.client_mode,
+            name=self.name,
+            version=__version__,
+            inner_step=progress.inner_step,
+            inner_steps_planned=progress.planned,
+            loss=trained.loss,
+            held_out_loss=trained.held_out_loss,
+            held_out_step=trained.held_out_step,
+            tokens=trained.tokens,
+            tokens_per_s=trained.tokens_per_s,
+            group_size=self.last_round.group,
+            round_s=self.last_round.seconds,
+            round_bytes=self.last_round.bytes,
+            metrics_addr=metrics_addr,
+        )
+
+
+def fitting(maddrs: list[str], max_bytes: int) -> list[str]:
+    """The first three, as far as they fit; the most public ones come first."""
+    taken: list[str] = []
+    for maddr in maddrs[:3]:
+        if sum(map(len, (*taken, maddr))) <= max_bytes and len(maddr) <= 160:
+            taken.append(maddr)
+    return taken

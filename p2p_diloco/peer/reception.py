@@ -1,0 +1,116 @@
+"""Every stream that another peer opens to this one: its first message says what it is for, and who here answers it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from dataclasses import dataclass, field
+
+from p2p_diloco.core.config import Timeouts
+from p2p_diloco.core.outer import part_slices
+from p2p_diloco.core.waiting import Bell, heard
+from p2p_diloco.ledger.replica import Replica
+from p2p_diloco.peer.presence import Presence
+from p2p_diloco.peer.probes import Probes
+from p2p_diloco.peer.uploads import Uploads
+from p2p_diloco.round.matchmaking import Matchmaker
+from p2p_diloco.round.seat import Seat
+from p2p_diloco.round.settle import Settlement
+from p2p_diloco.wire.channel import Channel
+from p2p_diloco.wire.messages import (
+    AskChunk,
+    AskCommit,
+    AskDialBack,
+    AskHeads,
+    AskIndex,
+    AskManifest,
+    AskPart,
+    AskTransfer,
+    AskUpdate,
+    Closing,
+    Contribute,
+    Message,
+    No,
+    Push,
+    Ready,
+    Receipt,
+)
+
+ROUNDS_KEPT = 2
+"""Finished rounds whose parts are still served to members that are late."""
+OF_A_ROUND = (Contribute, Receipt, AskPart, AskCommit)
+OF_A_DONOR = (AskHeads, AskIndex, AskChunk, AskUpdate)
+REQUESTS = (Ready, Closing, *OF_A_ROUND, *OF_A_DONOR, AskDialBack, AskTransfer, Push)
+MAX_REQUEST_BYTES = 4096
+RECEIPT_BYTES = 34
+"""Of one part in a receipt: the only request that is larger in larger runs."""
+
+
+@dataclass(kw_only=True, eq=False)
+class Reception:
+    signed_manifest: bytes
+    seat: Seat
+    replica: Replica
+    matchmaker: Matchmaker
+    presence: Presence
+    uploads: Uploads
+    probes: Probes
+    timeouts: Timeouts
+    rounds: deque[Settlement] = field(default_factory=lambda: deque(maxlen=ROUNDS_KEPT))
+    _round_opened: Bell = field(default_factory=Bell)
+
+    def __post_init__(self) -> None:
+        n_parts = len(part_slices(self.replica.manifest.n_params))
+        self._max_request_bytes = MAX_REQUEST_BYTES + RECEIPT_BYTES * n_parts
+
+    def open_round(self, settlement: Settlement) -> None:
+        """Its members may come from now on."""
+        self.rounds.append(settlement)
+        self._round_opened.ring()
+
+    async def give_manifest(self, channel: Channel) -> None:
+        await channel.receive(AskManifest, timeout_s=self.timeouts.first_message_s)
+        await channel.send_blob(self.signed_manifest)
+
+    async def receive(self, channel: Channel) -> None:
+        message: Message = await channel.receive(
+            *REQUESTS, timeout_s=self.timeouts.first_message_s, max_bytes=self._max_request_bytes
+        )
+        if self.seat.phase == "left":
+            await channel.send(No(reason="leaving"))
+        elif isinstance(message, Push):
+            await self.presence.on_push(channel, message)
+        elif self.replica.state is None:
+            await channel.send(No(reason="joining"))
+        elif isinstance(message, Ready):
+            await self.matchmaker.on_ready(channel, message)
+        elif isinstance(message, Closing):
+            await self.matchmaker.on_closing(channel, message)
+        elif isinstance(message, OF_A_ROUND):
+            await self._serve_round(channel, message)
+        elif isinstance(message, OF_A_DONOR):
+            await self.uploads.serve(channel, message)
+        elif isinstance(message, AskDialBack):
+            await self.probes.on_ask_dial_back(channel, message)
+        elif isinstance(message, AskTransfer):
+            await self.probes.on_ask_transfer(channel, message)
+
+    async def _serve_round(self, channel: Channel, message: Contribute | Receipt | AskPart | AskCommit) -> None:
+        settlement = await self._find_round(message.round_id)
+        if settlement is not None:
+            await settlement.serve(channel, message)
+        elif not isinstance(message, Receipt):  # whose sender takes a closed stream for a leader that is gone
+            await channel.send(No(reason="no such round"))
+
+    async def _find_round(self, round_id: bytes) -> Settlement | None:
+        """A member may know the roster a moment before I do: wait for it, as long as I wait for anything small."""
+        loop = asyncio.get_running_loop()
+        deadline_s = loop.time() + self.timeouts.request_s
+        while True:
+            opened = self._round_opened.event
+            for settlement in self.rounds:
+                if settlement.group.round_id == round_id:
+                    return settlement
+            if loop.time() >= deadline_s:
+                return None
+            await heard(opened, deadline_s - loop.time())

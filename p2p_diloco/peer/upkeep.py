@@ -1,0 +1,147 @@
+"""Upkeep: what this peer holds stays what it should be, on disk and in memory, and the same as the others'.
+
+    snapshot   when one is due: the files since the last one are verified, and memory is compared with what they lead to
+    gaps       an update whose file was damaged is fetched again; if nobody has it, a fresh snapshot stands in for it
+    dispute    peers that came the same way name other digests of the same state: what most of them name is taken
+
+Files are read in threads, while training goes on; memory is mended only when its owner (``Peer``) says that nobody uses
+it. All bytes that a restart needs are read once between two snapshots: 8 a parameter for the older one, and what the
+updates since take.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from p2p_diloco.core.config import Timeouts
+from p2p_diloco.core.errors import Gap
+from p2p_diloco.core.events import EventLog
+from p2p_diloco.core.records import Directory
+from p2p_diloco.core.rounds import Dispute, disputed
+from p2p_diloco.core.waiting import Bell, heard
+from p2p_diloco.ledger.replica import Replica
+from p2p_diloco.peer.catchup import Catchup
+
+log = logging.getLogger(__name__)
+
+TRIES = 3
+"""How often an update that is lost is asked for before it is done without."""
+
+
+@dataclass(kw_only=True, eq=False)
+class Upkeep:
+    replica: Replica
+    catchup: Catchup
+    directory: Directory
+    events: EventLog
+    timeouts: Timeouts
+    wall_s: Callable[[], float]
+    mends: int = 0
+    """How often memory was not what it should be."""
+    _snapshot: asyncio.Task[None] | None = None
+    _due: Bell = field(default_factory=Bell)
+    """There is something to do now."""
+    _told: tuple[int, Dispute] | None = None
+    """The last dispute, and the outer step that it was about."""
+
+    async def run(self) -> None:
+        """Until cancelled: from time to time, after a snapshot and where something is lost, see what there is to do."""
+        while True:
+            due = self._due.event
+            await self.settled()
+            await self._replace_lost()
+            if self.replica.sound:
+                await self._compare()
+            self._report()
+            await heard(due, self.timeouts.record_every_s)
+
+    # -- snapshots ---------------------------------------------------------------------------------------------------
+
+    def moved(self) -> None:
+        """The state has moved: begin to write the snapshot that is due, if there is one, and see to an update that is
+        lost: the others delete theirs some outer steps later."""
+        self._begin_snapshot()
+        if self.replica.lost_updates():
+            self._due.ring()
+
+    def _begin_snapshot(self) -> None:
+        missing = self.replica.missing_snapshots()
+        if missing and (self._snapshot is None or self._snapshot.done()):
+            self.events.write("phase", phase="snapshot", step=missing[0][0])
+            self._snapshot = asyncio.create_task(self._write_snapshot())
+
+    async def settled(self) -> None:
+        """The state may move now: it must not while memory is compared with the files. Raises what the disk did."""
+        if self._snapshot is not None:
+            await asyncio.shield(self._snapshot)
+
+    async def _write_snapshot(self) -> None:
+        try:
+            await asyncio.to_thread(self.replica.make_snapshots)
+        finally:
+            self._due.ring()
+
+    # -- repairs -----------------------------------------------------------------------------------------------------
+
+    async def mend(self) -> None:
+        """Give memory the bits that the files lead to; nobody may use theta now. Raises Gap when the files do not lead
+        here."""
+        asked = Counter[bytes]()
+        while True:
+            await self.settled()
+            try:
+                self.mends += await asyncio.to_thread(self.replica.mend)
+            except Gap:
+                if not await self._fetch_lost(asked):
+                    raise
+            else:
+                self._report()
+                return
+
+    async def _replace_lost(self) -> None:
+        """What was damaged on the disk: from other peers, from the other files, or by what is in memory."""
+        asked = Counter[bytes]()
+        while True:
+            self._begin_snapshot()
+            await self.settled()
+            if not await self._fetch_lost(asked):
+                break
+        await asyncio.to_thread(self.replica.do_without)
+
+    async def _fetch_lost(self, asked: Counter[bytes]) -> bool:
+        """Ask for the updates that are lost, but those that have been ``asked`` for TRIES times. Whether there were
+        any. Who cannot serve now is given time until its next record."""
+        lost = [header for header in self.replica.lost_updates() if asked[header.head] < TRIES]
+        in_vain = False
+        for header in lost:
+            asked[header.head] += 1
+            update = await self.catchup.fetch_update(header.step, header.head)
+            if update is not None:
+                await asyncio.to_thread(self.replica.fill, update)
+            in_vain |= update is None and asked[header.head] < TRIES
+        if in_vain:
+            await asyncio.sleep(self.timeouts.record_every_s)
+        return bool(lost)
+
+    async def _compare(self) -> None:
+        """My newest snapshot with the others'. Everybody's follows from their own files, so one that differs has been
+        wrong since its peer joined, or is of a machine that computes otherwise."""
+        mine = self.replica.newest_snapshot()
+        records = self.directory.live(self.wall_s())
+        dispute = disputed(mine.step, mine.digest, self.replica.ledger.heads(), records)
+        if dispute is None:
+            return
+        if (mine.step, dispute) != self._told:
+            self._told = (mine.step, dispute)
+            self.events.write("disputed", step=mine.step, others=dispute.others)
+            log.warning("the state at outer step %d has other bits at %s", mine.step, ", ".join(dispute.others))
+        if dispute.majority is not None and await self.catchup.fetch_snapshot(mine.step, dispute.majority):
+            self.replica.took_snapshot(mine.step)
+
+    def _report(self) -> None:
+        while self.replica.repairs:
+            self.events.write("repaired", **vars(self.replica.repairs.pop(0)))

@@ -1,0 +1,140 @@
+"""What a donor sends from its ledger to those who catch up: heads, updates, and snapshots in chunks.
+
+One stream carries any number of requests, answered one by one. It takes one of a few slots with its first update or
+chunk, and keeps it to its end; who finds none is told so, and asks another donor. Training goes on meanwhile: files are
+read and hashed in threads, a snapshot takes no memory but for the chunk that is being sent, and the rate can be
+limited. Known weakness: a stream that asks for a chunk every few seconds keeps its slot as well as one in a hurry.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections import deque
+from itertools import islice
+from typing import TypeGuard
+
+from p2p_diloco.core.config import Timeouts
+from p2p_diloco.core.errors import Gone, Silent
+from p2p_diloco.core.events import EventLog
+from p2p_diloco.core.rate import Rate
+from p2p_diloco.ledger.ledger import Ledger
+from p2p_diloco.ledger.snapshot import SnapshotInfo, chunk_hash, chunk_slices, read_chunk
+from p2p_diloco.wire.channel import Channel
+from p2p_diloco.wire.messages import CHUNK_BYTES, MAX_LINKS, AskChunk, AskHeads, AskIndex, AskUpdate, Heads, No, Size
+
+log = logging.getLogger(__name__)
+
+UPLOADS = 4
+"""Streams with updates or chunks at a time; others are sent to other donors."""
+
+Request = AskHeads | AskIndex | AskChunk | AskUpdate
+
+
+class Uploads:
+    """``n``: values of the model. ``max_bytes_per_s``: for all streams together."""
+
+    def __init__(
+        self, *, ledger: Ledger, n: int, events: EventLog, timeouts: Timeouts, max_bytes_per_s: float | None
+    ) -> None:
+        self.ledger = ledger
+        self.events = events
+        self.timeouts = timeouts
+        self.rate = None if max_bytes_per_s is None else Rate(bytes_per_s=max_bytes_per_s)
+        self._slices = chunk_slices(n)
+        self._slots = asyncio.Semaphore(slots(max_bytes_per_s, timeouts))
+
+    async def serve(self, channel: Channel, request: Request) -> None:
+        """This request and those that follow it on the stream, until its other side closes it or asks no more."""
+        with contextlib.suppress(Gone):  # who has what it wants, perhaps from others, closes the stream
+            while not self._is_upload(request):
+                await self._answer(channel, request)
+                request = await self._next(channel)
+            if self._slots.locked():
+                await channel.send(No(reason="busy serving others"))
+                return
+            async with self._slots:
+                self.events.write("phase", phase="serve", step=request.step)
+                while True:
+                    await self._answer(channel, request)
+                    request = await self._next(channel)
+
+    async def _next(self, channel: Channel) -> Request:
+        try:
+            return await channel.receive(
+                AskHeads, AskIndex, AskChunk, AskUpdate, timeout_s=self.timeouts.first_message_s
+            )
+        except Silent as error:
+            raise Gone(channel.peer_id, "asks nothing more") from error
+
+    async def _answer(self, channel: Channel, request: Request) -> None:
+        if isinstance(request, AskHeads):
+            await channel.send(await asyncio.to_thread(self._heads, request.since))
+            return
+        data = await asyncio.to_thread(self._find, request)
+        if isinstance(data, No):
+            await channel.send(data)
+            return
+        await channel.send(Size(size_bytes=len(data)))
+        for start in range(0, len(data), CHUNK_BYTES):
+            frame = memoryview(data)[start : start + CHUNK_BYTES]
+            if self.rate is not None:
+                await asyncio.sleep(self.rate.wait_s(len(frame), asyncio.get_running_loop().time()))
+            await channel.send_frame(frame)
+
+    # -- what there is -----------------------------------------------------------------------------------------------
+
+    def _is_upload(self, request: Request) -> TypeGuard[AskChunk | AskUpdate]:
+        """Whether it is for something large that is there."""
+        if isinstance(request, AskUpdate):
+            return self._has_update(request)
+        return isinstance(request, AskChunk) and self._snapshot(request) is not None
+
+    def _has_update(self, request: AskUpdate) -> bool:
+        header = self.ledger.header(request.step)
+        return header is not None and header.head == request.head
+
+    def _snapshot(self, request: AskIndex | AskChunk) -> SnapshotInfo | None:
+        held = (s for s in self.ledger.snapshots() if (s.step, s.digest) == (request.step, request.digest))
+        return next(held, None)
+
+    def _find(self, request: AskIndex | AskChunk | AskUpdate) -> bytes | No:
+        """Verified again, whatever the disk has made of it: an honest donor sends no wrong chunk."""
+        if isinstance(request, AskUpdate):
+            if not self._has_update(request):
+                return No(reason="not in my ledger")
+            return self.ledger.update_bytes(request.step) or No(reason="gone or found damaged")
+        snapshot = self._snapshot(request)
+        if snapshot is None or (isinstance(request, AskChunk) and request.chunk >= len(self._slices)):
+            return No(reason="not in my ledger")
+        if isinstance(request, AskIndex):
+            return b"".join((snapshot.head, *snapshot.chunk_hashes))
+        chunk = read_chunk(snapshot.path, self._slices[request.chunk])
+        if chunk_hash(chunk) != snapshot.chunk_hashes[request.chunk]:
+            log.warning("%s: chunk %d is gone or damaged", snapshot.path, request.chunk)
+            return No(reason="gone or found damaged")
+        return chunk
+
+    def _heads(self, since: int) -> Heads | No:
+        """As far back from the newest one as one leads to the next: what is before a gap leads nowhere."""
+        mine = self.ledger.heads()
+        first = max((step for step in mine if step >= since), default=None)
+        if first is None:
+            return No(reason="not in my ledger")
+        links: deque[bytes] = deque()
+        while first > since:
+            before = self.ledger.header(first - 1)
+            if before is None or (before.parent, before.head) != (mine.get(first - 1), mine[first]):
+                break
+            links.appendleft(before.link)
+            first -= 1
+        return Heads(first=first, head=mine[first], links=list(islice(links, MAX_LINKS)))
+
+
+def slots(max_bytes_per_s: float | None, timeouts: Timeouts) -> int:
+    """As many as get a chunk through in half the time that the others wait for one."""
+    if max_bytes_per_s is None:
+        return UPLOADS
+    in_time = max_bytes_per_s * timeouts.reduced_part_s / 2 / CHUNK_BYTES
+    return min(max(int(in_time), 1), UPLOADS)

@@ -1,0 +1,15 @@
+"""One attempt at an outer step: who meets, the butterfly, and how all come to the same update.
+
+A failed round is a value. It never touches the disk and never changes the outer state: whoever asked for the round
+applies what comes of it.
+
+Its files, from the bottom up:
+
+    seat         this peer, as its own network side sees it
+    company      whom a peer may form a round with: who ranks first, who has failed it
+    gathering    the rounds that a peer leads while they are formed
+    matchmaking  the roster of a round: whom a peer asks to lead, what it answers who asks
+    meeting      one round at one member: who meets, what it holds, whom it lost
+    butterfly    one all-reduce: some parts, among some members of a round
+    settle       how the members of a round agree on its outcome, whoever dies
+"""

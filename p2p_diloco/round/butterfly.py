@@ -1,0 +1,192 @@
+"""One all-reduce: some parts of the vector, among some members of a round.
+
+Every part has one reducer. A sender streams its contributions to a reducer's parts over one stream and reads the means
+back on the same stream. The reducer decodes, checks, takes the weighted mean in the order of the roster, encodes it
+once and sends *these bytes* to everybody; it uses the decoded bytes itself.
+
+A contribution goes through the codec even where sender and reducer are the same peer, so that the result does not
+depend on who reduces what.
+
+A sender that fails is left out from that part on; a reducer that fails leaves holes. Nothing here raises for what
+another peer does: what is missing in the end is seen in settling (``settle``), which runs another butterfly for it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Coroutine, Sequence
+from typing import Any
+
+from p2p_diloco.core.codec import Vector, decode, encoded_bytes
+from p2p_diloco.core.errors import Gone, Misbehaved, RemoteError
+from p2p_diloco.core.outer import reduce_part
+from p2p_diloco.core.waiting import deadline
+from p2p_diloco.round.meeting import Meeting
+from p2p_diloco.wire.channel import Channel
+from p2p_diloco.wire.messages import Contribute
+
+QUEUED_PARTS = 2
+"""Contributions of one sender that a reducer holds decoded; the sender waits beyond. Those of one that is gone are
+read and thrown away: it still gets the means."""
+
+
+class Butterfly:
+    """``number``: 0 for the one that a round begins with, over all parts and members; rising for those that follow."""
+
+    def __init__(self, meeting: Meeting, number: int, members: Sequence[int], parts: Sequence[int]) -> None:
+        self.meeting = meeting
+        self.number = number
+        self.me = meeting.group.me
+        self.reducers = meeting.group.reducers_among(members)
+        self.parts = parts
+        others = [i for i in members if i != self.me]
+        self.waiting = set(others)
+        """Members whose stream has not come yet."""
+        self.queues: dict[int, asyncio.Queue[Vector | None]] = {
+            i: asyncio.Queue(QUEUED_PARTS) for i in others if not meeting.group.members[i].dropped
+        }
+        """Reducer only: sender -> its decoded contributions to my parts, in order; None when there will be no more."""
+        self.patience_s = dict.fromkeys(self.queues, meeting.timeouts.part_s)
+        """Reducer only: how long a sender is still waited for, in all."""
+        self.gone: set[int] = set()
+        """Reducer only: senders that failed."""
+
+    async def run(self) -> None:
+        others = [reducer for reducer in self.reducers if reducer != self.me and self._parts_of(reducer)]
+        await run_all(self._reduce(), *(self._contribute(reducer) for reducer in others))
+
+    def owing(self) -> list[int]:
+        """Reducers whose means have not all come."""
+        others = (reducer for reducer in self.reducers if reducer != self.me)
+        return [i for i in others if any(self.meeting.parts[part] is None for part in self._parts_of(i))]
+
+    def _parts_of(self, reducer: int) -> list[int]:
+        """Equal shares; never by claimed speed."""
+        if reducer not in self.reducers:
+            return []
+        return list(self.parts[self.reducers.index(reducer) :: len(self.reducers)])
+
+    # -- as a sender -------------------------------------------------------------------------------------------------
+
+    async def _contribute(self, reducer: int) -> None:
+        """Send my contributions to one reducer's parts, and take the means."""
+        parts, meeting = self._parts_of(reducer), self.meeting
+        try:
+            channel = await meeting.open(reducer)
+            try:
+                await channel.send(Contribute(round_id=meeting.group.round_id, number=self.number))
+                await run_all(self._send_contributions(channel, parts), self._receive_means(channel, parts))
+            finally:
+                channel.close()
+        except RemoteError as error:
+            meeting.lose(reducer, error)
+            if isinstance(error, Gone) and reducer in self.waiting and reducer in self.queues:
+                self._hear_no_more(reducer)  # who is dead does not come as a sender either
+
+    async def _send_contributions(self, channel: Channel, parts: list[int]) -> None:
+        if self.meeting.group.members[self.me].dropped:
+            return
+        for part in parts:
+            await channel.send_frame(self.meeting.contribution(part))
+
+    async def _receive_means(self, channel: Channel, parts: list[int]) -> None:
+        for part in parts:
+            self.meeting.hold(
+                part, await self.meeting.receive_part(channel, part, self.meeting.timeouts.reduced_part_s)
+            )
+
+    # -- as a reducer ------------------------------------------------------------------------------------------------
+
+    async def _reduce(self) -> None:
+        """Take the mean of my parts, one after another, with the contributions that come in time."""
+        meeting, group = self.meeting, self.meeting.group
+        for part in self._parts_of(self.me):
+            others = await asyncio.gather(*(self._next_contribution(sender, part) for sender in self.queues))
+            came = {sender: values for sender, values in zip(self.queues, others) if values is not None}
+            if not group.members[self.me].dropped:
+                came[self.me] = decode(meeting.contribution(part), meeting.values(part), meeting.codec)
+            reduced = reduce_part(came, group.weights, meeting.values(part), meeting.codec, group.divisor)
+            meeting.hold(part, reduced)
+
+    async def _next_contribution(self, sender: int, part: int) -> Vector | None:
+        """None from a sender that is gone. One may keep a reducer waiting ``part_s`` at a time, and in all not much
+        longer than its bytes take at the lowest rate: else its reducers, who wait, were slow in everybody's eyes."""
+        if sender in self.gone:
+            return None
+        timeouts, began_s = self.meeting.timeouts, self._now()
+        try:
+            async with deadline(min(self.patience_s[sender], timeouts.part_s)):
+                values = await self.queues[sender].get()
+            self.meeting.changed.ring()
+        except asyncio.TimeoutError:
+            values = None
+        sent_meanwhile_bytes = len(self.reducers) * encoded_bytes(self.meeting.values(part), self.meeting.codec)
+        self.patience_s[sender] += sent_meanwhile_bytes / timeouts.min_rate_bytes_per_s - (self._now() - began_s)
+        if values is None:
+            self.gone.add(sender)
+            self.meeting.lose(sender, None)
+            self.meeting.changed.ring()
+        return values
+
+    async def on_contribute(self, channel: Channel, sender: int) -> None:
+        """A member's stream to me as a reducer."""
+        if sender not in self.waiting:
+            raise Misbehaved(channel.peer_id, "opens a second stream in a round")
+        self.waiting.discard(sender)
+        mine = self._parts_of(self.me)
+        await run_all(self._take_contributions(channel, sender, mine), self._send_means(channel, mine))
+
+    async def _take_contributions(self, channel: Channel, sender: int, parts: list[int]) -> None:
+        queue, meeting = self.queues.get(sender), self.meeting
+        if queue is None:
+            return
+        try:
+            for part in parts:
+                size = encoded_bytes(meeting.values(part), meeting.codec)
+                data = await channel.receive_frame(size, meeting.timeouts.reduced_part_s)
+                try:
+                    values = decode(data, meeting.values(part), meeting.codec)
+                except ValueError as error:
+                    raise Misbehaved(channel.peer_id, f"sends a contribution that does not decode: {error}") from error
+                while queue.full() and sender not in self.gone and not meeting.over:
+                    await meeting.changed.event.wait()
+                if sender not in self.gone and not meeting.over:
+                    queue.put_nowait(values)
+        except RemoteError as error:
+            self.meeting.lose(sender, error)
+            self._hear_no_more(sender)
+
+    async def _send_means(self, channel: Channel, parts: list[int]) -> None:
+        for part in parts:
+            while True:
+                changed, reduced = self.meeting.changed.event, self.meeting.parts[part]
+                if reduced is not None:
+                    break
+                if self.meeting.over:
+                    return
+                await changed.wait()
+            await self.meeting.send_part(channel, reduced)
+
+    @staticmethod
+    def _now() -> float:
+        return asyncio.get_running_loop().time()
+
+    def _hear_no_more(self, sender: int) -> None:
+        """It is not waited for any more."""
+        queue = self.queues[sender]
+        if queue.full():
+            queue.get_nowait()
+        queue.put_nowait(None)
+        self.gone.add(sender)
+        self.meeting.changed.ring()
+
+
+async def run_all(*work: Coroutine[Any, Any, None]) -> None:
+    """Run all to their end. The first exception ends the others and is raised: none goes on unwatched."""
+    tasks = [asyncio.ensure_future(one) for one in work]
+    try:
+        await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)

@@ -1,0 +1,279 @@
+"""The roster of a round: who asks whom to lead, who waits for whom, and until when.
+
+A peer that is ready asks the best-ranked live peer on its head to lead. That peer tells the others that the round is
+closing, waits until all of them are ready or out of time, and sends everybody the same roster: the signed readiness of
+every member. Nobody is believed about anybody else.
+
+The leader need not be ready itself: its network process leads while its trainer finishes, and if the trainer does not
+make it in time, the roster goes out without it.
+
+Two leaders may gather on one head, when one of them has just come there. They hear of each other from those whom they
+call, and the better ranked one takes over what the other has gathered. Who is called while it waits elsewhere, or is in
+a round, is waited for: two groups on one head would make two histories.
+
+A leader that stops without closing its streams (SIGSTOP) costs the members one request time-out: it says from time to
+time that it is still there.
+
+What others say ends no gathering by itself. That the swarm is past a head has to follow from records, by the rule that
+catches up; who names another leader must rank after it; and who has failed twice as a leader on a head, or lied, leads
+nobody there for as long as a record lives. Not for ever: two sides of a network that was cut have failed each other.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+
+from p2p_diloco.core.config import Timeouts
+from p2p_diloco.core.errors import Misbehaved, Refused, RemoteError, Silent
+from p2p_diloco.core.identity import Identity
+from p2p_diloco.core.manifest import RunManifest
+from p2p_diloco.core.records import Directory, open_record
+from p2p_diloco.core.rounds import (
+    Group,
+    Missed,
+    Readiness,
+    check_roster,
+    new_nonce,
+    on_head,
+    open_readiness,
+    rank,
+    seal_readiness,
+)
+from p2p_diloco.core.waiting import heard
+from p2p_diloco.round.company import HEARTBEATS, Company
+from p2p_diloco.round.gathering import Answer, Gatherings
+from p2p_diloco.round.seat import Seat
+from p2p_diloco.wire.channel import Channel, Transport
+from p2p_diloco.wire.messages import Behind, Closing, Eta, No, Ready, Redirect, Roster, TooFew
+
+log = logging.getLogger(__name__)
+
+MAX_LEADERS_ASKED = 16
+
+
+class Matchmaker:
+    def __init__(
+        self,
+        *,
+        transport: Transport,
+        identity: Identity,
+        manifest: RunManifest,
+        directory: Directory,
+        seat: Seat,
+        timeouts: Timeouts,
+        wall_s: Callable[[], float],
+    ) -> None:
+        self.identity = identity
+        self.manifest = manifest
+        self.seat = seat
+        self.timeouts = timeouts
+        self.company = Company(
+            transport=transport,
+            manifest=manifest,
+            directory=directory,
+            seat=seat,
+            timeouts=timeouts,
+            wall_s=wall_s,
+        )
+        self.gatherings = Gatherings(self.company)
+        self.waiting_at: tuple[bytes, str] | None = None
+        """(head, peer id of the leader) while I wait for a roster."""
+
+    async def find_group(self, weight: int, *, dropped: bool = False, tokens_per_s: float = 0.0) -> Group | Missed:
+        """The group of the next round on my head, or why there is none. ``dropped``: I contribute nothing."""
+        seat, company, limits = self.seat, self.company, self.manifest.spec.round
+        mine = Readiness(
+            run_id=self.manifest.run_id,
+            step=seat.standing.step,
+            head=seat.standing.head,
+            peer_id=self.identity.peer_id,
+            weight=min(weight, self.manifest.spec.max_weight_tokens),
+            client_mode=seat.client_mode,
+            dropped=dropped,
+            tokens_per_s=tokens_per_s,
+            nonce=new_nonce(),
+        )
+        sealed = seal_readiness(mine, self.identity)
+        company.forget_failures(mine.head)
+        useless: set[str] = set()
+        claims: set[str] = set()
+        """Those to whom I have left the lead, because they said that they gather."""
+        for _ in range(MAX_LEADERS_ASKED):
+            if company.beyond(seat.standing.head) is not None:
+                return Missed(reason="behind", detail="the swarm went on meanwhile")
+            leader = next((peer_id for peer_id in company.leaders(mine.head) if peer_id not in useless), None)
+            if leader is None:
+                break
+            try:
+                if leader == mine.peer_id:
+                    answer = await self.gatherings.lead(sealed)
+                else:
+                    answer = await self._ask(leader, sealed)
+                if isinstance(answer, TooFew):
+                    return Missed(reason="alone", detail=f"{answer.ready} ready, {limits.min_group} needed")
+                if isinstance(answer, Behind):
+                    company.learn(leader, answer.record)
+                    if company.beyond(mine.head) is None:
+                        raise Refused(leader, "it says that the swarm is past this head, which no record shows")
+                    return Missed(reason="behind", detail=f"peer {leader[-8:]} is past this head")
+                if isinstance(answer, Redirect):
+                    company.learn(leader, answer.record)
+                    better = open_record(answer.record).peer_id
+                    if leader == mine.peer_id:
+                        useless.discard(better)
+                        claims.add(better)
+                        continue
+                    if rank(mine.head, better) >= rank(mine.head, leader):
+                        raise Misbehaved(leader, "names a leader that does not rank before it")
+                    raise Refused(leader, "it names another leader")
+                if len(answer.members) == limits.max_group and sealed not in answer.members:
+                    raise Refused(leader, "its group is full")
+                return self._check(leader, answer, mine)
+            except Refused as error:
+                log.debug("%s does not lead: %s", leader[-8:], error.reason)
+                useless.add(leader)
+                if leader in claims:
+                    company.failed(mine.head, leader)
+            except RemoteError as error:
+                log.info("cannot meet at %s: %s", leader[-8:], error.reason)
+                company.transport.traffic.reject(error)
+                company.directory.suspect(leader)
+                company.failed(mine.head, leader, lied=isinstance(error, Misbehaved))
+                useless.add(leader)
+        return Missed(reason="alone", detail="nobody to meet")
+
+    def _check(self, leader: str, roster: Roster, mine: Readiness) -> Group:
+        limits = self.manifest.spec.round
+        try:
+            return check_roster(
+                roster.members,
+                mine,
+                min_group=limits.min_group,
+                max_group=limits.max_group,
+                max_weight=self.manifest.spec.max_weight_tokens,
+                on_missed=limits.on_missed,
+                absent=roster.absent,
+            )
+        except ValueError as error:
+            raise Misbehaved(leader, f"sends {error}") from error
+
+    async def _ask(self, leader: str, sealed: bytes) -> Answer:
+        channel = await self.company.open(leader)
+        self.waiting_at = self.seat.standing.head, leader
+        try:
+            await channel.send(Ready(readiness=sealed, record=self.seat.sealed_record))
+            longest_s = self.company.longest_s(busy=True)
+            deadline_s = self.company.now_s() + longest_s
+            while self.company.now_s() < deadline_s:
+                answer: Eta | Answer = await channel.receive(
+                    Eta, Roster, TooFew, Redirect, Behind, timeout_s=self.timeouts.request_s
+                )
+                if not isinstance(answer, Eta):
+                    return answer
+            raise Silent(leader, f"gathers for more than {longest_s:.0f} s")
+        finally:
+            self.waiting_at = None
+            self.seat.changed.ring()
+            channel.close()
+
+    async def on_ready(self, channel: Channel, message: Ready) -> None:
+        """A peer asks me to lead."""
+        readiness = self._verified(channel.peer_id, message)
+        awaited = self._awaited(channel.peer_id)
+        if awaited is not None and readiness.head == self.seat.standing.head and not self.seat.in_round:
+            await channel.send(Redirect(record=awaited))
+            return
+        await self._round_over(channel, readiness.head)
+        standing = self.seat.standing
+        if readiness.head != standing.head:
+            await channel.send(self._elsewhere(readiness.head))
+            return
+        if readiness.step != standing.step:
+            raise Misbehaved(channel.peer_id, f"says that this head is outer step {readiness.step}")
+        if readiness.head not in self.gatherings.by_head:
+            looking = asyncio.create_task(self._better_leader(readiness.head))
+            try:
+                while not looking.done():
+                    await channel.send(Eta(eta_s=0.0))
+                    await asyncio.wait((looking,), timeout=self.timeouts.request_s / HEARTBEATS)
+                better = looking.result()
+            finally:
+                looking.cancel()
+            if better is not None:
+                await channel.send(Redirect(record=better))
+                return
+            if self.seat.client_mode or self.seat.standing.head != readiness.head:
+                await channel.send(No(reason="cannot lead"))
+                return
+        await self.gatherings.join(channel, readiness.head, message.readiness)
+
+    def _verified(self, source: str, message: Ready) -> Readiness:
+        try:
+            readiness = open_readiness(message.readiness)
+        except ValueError as error:
+            raise Misbehaved(source, f"sends {error}") from error
+        self.company.learn_own(source, message.record)
+        if readiness.peer_id != source or readiness.run_id != self.manifest.run_id:
+            raise Misbehaved(source, "sends somebody else's readiness")
+        if readiness.weight > self.manifest.spec.max_weight_tokens:
+            raise Misbehaved(source, f"claims a weight of {readiness.weight} tokens")
+        return readiness
+
+    async def _better_leader(self, head: bytes) -> bytes | None:
+        """The sealed record of a live peer that ranks before me on ``head``."""
+        for _ in range(MAX_LEADERS_ASKED):
+            leader = next(iter(self.company.leaders(head)), None)
+            if leader in (None, self.company.me):
+                return None
+            try:
+                channel = await self.company.open(leader)
+                channel.close()
+                return self.company.directory.sealed(leader)
+            except RemoteError:
+                self.company.directory.suspect(leader)
+        return None
+
+    async def on_closing(self, channel: Channel, message: Closing) -> None:
+        """The leader of a round that somebody else is ready for asks how long I need."""
+        leader = self.company.learn_own(channel.peer_id, message.record)
+        await self._round_over(channel, message.head)
+        gathering = self.gatherings.by_head.get(message.head)
+        if message.head != self.seat.standing.head:
+            await channel.send(self._elsewhere(message.head))
+        elif not self.seat.role_trainer or self.seat.phase == "joining":
+            await channel.send(No(reason="not training"))
+        elif gathering is not None and rank(message.head, self.company.me) < rank(message.head, channel.peer_id):
+            await channel.send(Redirect(record=self.seat.sealed_record))
+        else:
+            comes = leader is not None and on_head([leader], message.head)
+            if gathering is not None and comes and self.company.is_fit(message.head, channel.peer_id):
+                gathering.answer = gathering.answer or Redirect(record=message.record)
+                gathering.changed.ring()
+            gather_s = self.manifest.spec.round.gather_s
+            await channel.send(Eta(eta_s=self.seat.call_trainer(self.company.now_s(), gather_s)))
+
+    def _awaited(self, asker: str) -> bytes | None:
+        """The record of the leader for whose roster I wait, unless it is the one who asks."""
+        if self.waiting_at is None or self.waiting_at[1] == asker:
+            return None
+        return self.company.directory.sealed(self.waiting_at[1])
+
+    def _elsewhere(self, head: bytes) -> Behind | No:
+        if head in self.seat.standing.heads:
+            return Behind(record=self.seat.sealed_record)
+        return No(reason="on another head")
+
+    async def _round_over(self, channel: Channel, head: bytes) -> None:
+        """Return when I am in no round on ``head`` and wait for none elsewhere, at the latest when such a round must
+        have ended. Who asks is told to wait: it would else take me for dead, and meet others on a head that is about to
+        be history."""
+        seat = self.seat
+        deadline_s = self.company.now_s() + self.company.longest_s(busy=True)
+        while seat.standing.head == head and self.company.now_s() < deadline_s:
+            changed, awaited = seat.changed.event, self._awaited(channel.peer_id)
+            if not seat.in_round and awaited is None:
+                return
+            await channel.send(Eta(eta_s=self.timeouts.request_s, busy=True, leader=awaited or b""))
+            await heard(changed, self.timeouts.request_s / HEARTBEATS)

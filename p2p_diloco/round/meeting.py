@@ -1,0 +1,113 @@
+"""One round at one member, while it lasts: who meets, what I hold of the update so far, and whom I have lost."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from p2p_diloco.core.codec import Codec, Vector, decode, encode, encoded_bytes
+from p2p_diloco.core.config import Timeouts
+from p2p_diloco.core.errors import Misbehaved, RemoteError, Silent
+from p2p_diloco.core.outer import MAX_CONTRIBUTORS, Part, check_mask, part_slices
+from p2p_diloco.core.records import Directory
+from p2p_diloco.core.rounds import Group
+from p2p_diloco.core.waiting import Bell
+from p2p_diloco.wire.channel import Channel, Meter, Transport
+
+log = logging.getLogger(__name__)
+
+MAX_MASK_BYTES = MAX_CONTRIBUTORS // 8
+
+
+@dataclass(kw_only=True, eq=False)
+class Meeting:
+    """Theta and local are float32 [n] and do not change while it lasts: a contribution can be made again at any time,
+    part by part as theta - local, and no buffer of outer gradients exists."""
+
+    group: Group
+    transport: Transport
+    protocol: str
+    directory: Directory
+    timeouts: Timeouts
+    codec: Codec
+    theta: Vector
+    local: Vector
+    min_group: int
+    parts: list[Part | None] = field(init=False)
+    """What I hold of the update."""
+    lost: set[int] = field(default_factory=set)
+    """Members that failed me in this round."""
+    meter: Meter = field(default_factory=Meter)
+    """Of all streams of this round. The streams are not kept: a member may open any number of them."""
+    changed: Bell = field(default_factory=Bell)
+    over: bool = False
+    """Nothing more will be reduced or committed; what there is can still be served."""
+
+    def __post_init__(self) -> None:
+        self.slices = part_slices(len(self.theta))
+        self.parts = [None] * len(self.slices)
+
+    def values(self, part: int) -> int:
+        where = self.slices[part]
+        return len(self.theta[where])
+
+    def contribution(self, part: int) -> bytes:
+        """My outer gradient, encoded. ValueError when training has made it infinite or NaN."""
+        where = self.slices[part]
+        return encode(np.subtract(self.theta[where], self.local[where]), self.codec)
+
+    def hashes(self) -> list[bytes]:
+        """Of the parts I hold; empty where I hold none."""
+        return [part.hash if part else b"" for part in self.parts]
+
+    def hold(self, part: int, held: Part) -> None:
+        self.parts[part] = held
+        self.changed.ring()
+
+    def index_of(self, peer_id: str) -> int:
+        for i, member in enumerate(self.group.members):
+            if member.peer_id == peer_id:
+                return i
+        raise Misbehaved(peer_id, "meddles with a round that it is no member of")
+
+    async def open(self, member: int) -> Channel:
+        peer_id = self.group.members[member].peer_id
+        channel = await self.transport.open(peer_id, self.directory.maddrs(peer_id), self.protocol)
+        self.count(channel)
+        return channel
+
+    def count(self, channel: Channel) -> None:
+        """Its bytes are this round's."""
+        self.meter.sent += channel.meter.sent
+        self.meter.received += channel.meter.received
+        channel.meter = self.meter
+
+    async def send_part(self, channel: Channel, part: Part) -> None:
+        await channel.send_frame(bytes([len(part.mask)]), part.mask, part.data)
+
+    async def receive_part(self, channel: Channel, part: int, timeout_s: float) -> Part:
+        """Raises Misbehaved unless it is a sound part of this round; Refused for a No in its place."""
+        size = encoded_bytes(self.values(part), self.codec)
+        data = await channel.receive_frame(1 + MAX_MASK_BYTES + size, timeout_s)
+        if not data or len(data) != 1 + data[0] + size or data[0] > MAX_MASK_BYTES:
+            raise channel.refusal(data) or Misbehaved(channel.peer_id, f"sends part {part} with a wrong length")
+        received = Part(mask=data[1 : 1 + data[0]], data=data[1 + data[0] :])
+        try:
+            check_mask(received.mask, len(self.group.members))
+            decode(received.data, self.values(part), self.codec)
+        except ValueError as error:
+            raise Misbehaved(channel.peer_id, f"sends part {part} that does not decode: {error}") from error
+        return received
+
+    def lose(self, member: int, error: RemoteError | None) -> None:
+        """``error`` None: it was silent."""
+        if member in self.lost:
+            return
+        self.lost.add(member)
+        self.changed.ring()
+        peer_id = self.group.members[member].peer_id
+        self.transport.traffic.reject(error or Silent(peer_id, "silent"))
+        self.directory.suspect(peer_id)
+        log.info("outer step %d: without %s: %s", self.group.step, peer_id[-8:], error.reason if error else "silent")

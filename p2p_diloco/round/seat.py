@@ -1,0 +1,36 @@
+"""This peer, as its own network side sees it: where it stands, and what it is at."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from p2p_diloco.core.records import Phase
+from p2p_diloco.core.rounds import Progress, Standing
+from p2p_diloco.core.waiting import Bell
+
+MAX_READY_IN_S = 86400.0
+"""More than any round waits, so that it fits into a message, however slow the trainer is."""
+
+
+@dataclass(kw_only=True)
+class Seat:
+    """The parts of a ``Peer`` share it: each writes what it is the first to know, and reads the rest."""
+
+    standing: Standing
+    role_trainer: bool
+    client_mode: bool
+    phase: Phase = "joining"
+    progress: Progress = field(default_factory=Progress)
+    sealed_record: bytes = b""
+    """My newest record."""
+    closes_s: float | None = None
+    """Loop time at which the round that I have been told of closes."""
+    in_round: bool = False
+    changed: Bell = field(default_factory=Bell)
+
+    def call_trainer(self, now_s: float, gather_s: float) -> float:
+        """The round on my head closes: the trainer shall come to it. Seconds until it is ready."""
+        if self.closes_s is None:
+            self.closes_s = now_s + gather_s
+            self.changed.ring()
+        return min(self.progress.ready_in_s(now_s, gather_s), MAX_READY_IN_S)

@@ -1,0 +1,18 @@
+"""How peers reach each other: messages, streams, p2pd and the DHT. hivemind is imported in this package alone.
+
+Bytes from strangers are bounded and checked here before anybody else sees them. It never knows what a round or an
+update is for.
+
+Its files, from the bottom up:
+
+    traffic    bytes by purpose, and streams that others spoiled, counted
+    messages   every message of our streams, and the schema that checks it
+    channel    our streams: frames, time-outs, counted bytes
+    guard      parent of p2pd: nothing outlives the network process
+    kademlia   our node of the DHT: whose records it takes, what it answers strangers
+    hardening  limits put on hivemind
+    daemon     one life of p2pd: started, asked, shut
+    streams    a node's streams: limited, served, ended
+    node       one peer on the network: its p2pd, its place in the DHT, its streams
+    discovery  from one address to a run
+"""

@@ -1,0 +1,216 @@
+"""Frames of our own streams. No hivemind here: a channel is a reader, a writer and the peer beyond.
+
+    frame     4 bytes, big-endian length <= 4 MiB, then as many bytes
+    message   a frame with msgpack [tag, {field: value}], at most its class's size, parsed by its class's schema
+              (``messages``)
+
+Rules of this file: a length is checked before memory is taken; every read and every write has a time-out; whatever does
+not fit raises a RemoteError that names the peer; nothing is ever unpickled.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable
+from dataclasses import dataclass, field
+from typing import Protocol, TypeVar
+
+from p2p_diloco.core.config import Timeouts
+from p2p_diloco.core.errors import Gone, Misbehaved, Refused, Silent
+from p2p_diloco.core.waiting import deadline
+from p2p_diloco.wire.messages import CHUNK_BYTES, MAX_FRAME_BYTES, Message, No, Size, pack, parse
+from p2p_diloco.wire.traffic import Purpose, Traffic
+
+MANIFEST_PROTOCOL = "p2p-diloco/1/manifest"
+"""Who knows a peer's address, but no run id yet, can ask for the manifest."""
+DIAL_BACK_PROTOCOL = "p2p-diloco/1/dial-back"
+"""Served by who wants to know whether others can reach it."""
+
+
+def run_protocol(run_id: str) -> str:
+    """All other streams. Handler names are global to a libp2p host, so the run's id is in them."""
+    return f"p2p-diloco/2/{run_id}"
+
+
+M = TypeVar("M", bound=Message)
+T = TypeVar("T")
+
+
+class Writer(Protocol):
+    def write(self, data: bytes | memoryview, /) -> None: ...
+    async def drain(self) -> None: ...
+    def close(self) -> None: ...
+
+
+@dataclass(kw_only=True)
+class Meter:
+    """Bytes, frame headers included."""
+
+    sent: int = 0
+    received: int = 0
+
+
+@dataclass(kw_only=True)
+class Channel:
+    """One stream to one authenticated peer. Counts its bytes."""
+
+    peer_id: str
+    reader: asyncio.StreamReader
+    writer: Writer
+    timeouts: Timeouts
+    traffic: Traffic = field(default_factory=Traffic)
+    """Of all streams of this transport."""
+    purpose: Purpose = "other"
+    """Said by the message that the stream begins with."""
+    remote_ip: str = ""
+    """Of a stream that came in: the address that it came from. Empty where a relay is between."""
+    meter: Meter = field(default_factory=Meter)
+    """Of this stream, or of all that are counted together."""
+
+    async def send_frame(self, *pieces: bytes | memoryview) -> None:
+        """Raises Silent when the peer does not read, Gone when the stream is closed."""
+        size = sum(len(piece) for piece in pieces)
+        if size > MAX_FRAME_BYTES:
+            raise ValueError(f"a frame of {size} bytes")
+
+        async def write() -> None:
+            self.writer.write(size.to_bytes(4, "big"))
+            for piece in pieces:
+                self.writer.write(piece)
+            await self.writer.drain()
+
+        await self._bounded(write(), self.timeouts.write_s, "does not read what we send")
+        self.meter.sent += 4 + size
+        self.traffic.sent[self.purpose] += 4 + size
+
+    async def receive_frame(self, max_bytes: int, timeout_s: float) -> bytes:
+        """Raises Misbehaved for a longer frame, before its bytes are read; Silent after ``timeout_s``; Gone."""
+        data = await self._read_frame(max_bytes, timeout_s)
+        self._count_received(data)
+        return data
+
+    async def _read_frame(self, max_bytes: int, timeout_s: float) -> bytes:
+        async def read() -> bytes:
+            size = int.from_bytes(await self.reader.readexactly(4), "big")
+            if size > max_bytes:
+                raise Misbehaved(self.peer_id, f"announces a frame of {size} bytes where at most {max_bytes} are due")
+            return await self.reader.readexactly(size)
+
+        return await self._bounded(read(), timeout_s, f"has sent nothing for {timeout_s:g} s")
+
+    def _count_received(self, frame: bytes) -> None:
+        self.meter.received += 4 + len(frame)
+        self.traffic.received[self.purpose] += 4 + len(frame)
+
+    async def send(self, message: Message) -> None:
+        self.purpose = message.purpose or self.purpose
+        await self.send_frame(pack(message))
+
+    async def receive(self, *kinds: type[M], timeout_s: float, max_bytes: int = MAX_FRAME_BYTES) -> M:
+        """One message of one of ``kinds``. Raises Refused for a No that is not among them; else as receive_frame."""
+        data = await self._read_frame(min(max_bytes, max(kind.max_bytes for kind in kinds)), timeout_s)
+        try:
+            message = self._parse(data)
+            self.purpose = message.purpose or self.purpose
+        finally:
+            self._count_received(data)
+        if isinstance(message, kinds):
+            return message
+        if isinstance(message, No):
+            raise Refused(self.peer_id, message.reason)
+        raise Misbehaved(self.peer_id, f"sends {message.tag} out of turn")
+
+    async def request(self, message: Message, *kinds: type[M], timeout_s: float | None = None) -> M:
+        await self.send(message)
+        return await self.receive(*kinds, timeout_s=self.timeouts.request_s if timeout_s is None else timeout_s)
+
+    async def send_blob(self, data: bytes) -> None:
+        """Size, and then the bytes in frames of CHUNK_BYTES."""
+        await self.send(Size(size_bytes=len(data)))
+        for start in range(0, len(data), CHUNK_BYTES):
+            await self.send_frame(memoryview(data)[start : start + CHUNK_BYTES])
+
+    async def receive_blob(self, max_bytes: int, timeout_s: float) -> bytes:
+        """What ``send_blob`` sent. Raises Misbehaved, before anything is taken, when it is more than ``max_bytes``."""
+        announced = (await self.receive(Size, timeout_s=timeout_s)).size_bytes
+        if announced > max_bytes:
+            raise Misbehaved(self.peer_id, f"announces {announced} bytes where at most {max_bytes} are due")
+        data = bytearray()
+        while len(data) < announced:
+            data += await self.receive_chunk(announced - len(data), timeout_s)
+        return bytes(data)
+
+    async def receive_chunk(self, left_bytes: int, timeout_s: float) -> bytes:
+        """min(CHUNK_BYTES, ``left_bytes``) bytes: whole chunks, so that ``timeout_s`` is a lowest rate, too."""
+        due = min(CHUNK_BYTES, left_bytes)
+        chunk = await self.receive_frame(due, timeout_s)
+        if len(chunk) != due:
+            raise Misbehaved(self.peer_id, f"serves a chunk of {len(chunk)} bytes, another size than is due")
+        return chunk
+
+    def refusal(self, frame: bytes) -> Refused | None:
+        """Of who sent a No where other bytes are due."""
+        try:
+            message = self._parse(frame)
+        except Misbehaved:
+            return None
+        return Refused(self.peer_id, message.reason) if isinstance(message, No) else None
+
+    def close(self) -> None:
+        self.writer.close()
+
+    def _parse(self, data: bytes) -> Message:
+        try:
+            return parse(data)
+        except ValueError as error:
+            raise Misbehaved(self.peer_id, f"sends a malformed message ({error})") from error
+
+    async def _bounded(self, work: Awaitable[T], timeout_s: float, complaint: str) -> T:
+        try:
+            async with deadline(timeout_s):
+                return await work
+        except asyncio.TimeoutError:
+            raise Silent(self.peer_id, complaint) from None
+        except (asyncio.IncompleteReadError, OSError) as error:
+            raise Gone(self.peer_id, "closed the stream") from error
+
+
+class Handler(Protocol):
+    """Serves one incoming stream; the transport closes the channel afterwards."""
+
+    def __call__(self, channel: Channel, /) -> Awaitable[None]: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Links:
+    direct: int = 0
+    """Connections."""
+    relayed: int = 0
+    routing_table: int = 0
+    """Peers in our part of the DHT's routing table."""
+
+
+class Transport(Protocol):
+    """What a peer needs of a network. ``node.Node`` is the real one; the tests have one in memory."""
+
+    peer_id: str
+    timeouts: Timeouts
+    traffic: Traffic
+
+    async def serve(self, protocol: str, handler: Handler) -> None:
+        """From now on, every incoming stream of this protocol goes to ``handler``."""
+
+    async def open(self, peer_id: str, maddrs: list[str], protocol: str) -> Channel:
+        """Raises Gone when the peer cannot be reached, Silent when that takes longer than ``connect_s``."""
+
+    async def publish(self, key: str, record: bytes, expires_s: float) -> bool:
+        """Store our signed record under ``key`` in the DHT. False when nobody took it."""
+
+    async def look_up(self, key: str) -> list[bytes]:
+        """The signed records under ``key``; unverified, bounded in number and size. Empty when nothing is found."""
+
+    async def maddrs(self) -> list[str]:
+        """Where others can dial us, the most public address first, each ending in /p2p/PEER-ID."""
+
+    async def links(self) -> Links:
+        """To whom we are connected now."""

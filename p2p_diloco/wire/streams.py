@@ -1,0 +1,116 @@
+"""A node's streams: those that it opens, and those that strangers open to it, which are limited and served.
+
+A handler's failure is its stream's end and nothing else: a peer's fault is counted and told at debug level, ours is
+told with a traceback.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import weakref
+from collections import Counter
+from typing import Any
+
+from hivemind.p2p.p2p_daemon_bindings.datastructures import StreamInfo
+
+from p2p_diloco.core.addresses import direct_ip
+from p2p_diloco.core.config import Timeouts
+from p2p_diloco.core.errors import RemoteError
+from p2p_diloco.core.identity import public_key_of
+from p2p_diloco.core.waiting import cancel_and_wait
+from p2p_diloco.wire.channel import Channel, Handler
+from p2p_diloco.wire.traffic import Traffic
+
+logger = logging.getLogger(__name__)
+
+MAX_STREAMS = 128
+MAX_STREAMS_PER_PEER = 8
+"""That others open to us."""
+READ_BUFFER_BYTES = 512 * 1024
+"""Of one stream; asyncio's own 64 kB cost a pause and a resume per 128 kB."""
+
+
+class Streams:
+    def __init__(self, timeouts: Timeouts, traffic: Traffic) -> None:
+        self.handlers: dict[str, Handler] = {}
+        """By protocol."""
+        self.of_peers: Counter[str] = Counter()
+        """How many each peer has opened to us."""
+        self._timeouts = timeouts
+        self._traffic = traffic
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self._writers: weakref.WeakSet[asyncio.StreamWriter] = weakref.WeakSet()
+        self._closed = False
+
+    def channel(self, peer_id: str, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> Channel:
+        self._writers.add(writer)
+        reader._limit = READ_BUFFER_BYTES  # type: ignore[attr-defined]
+        return Channel(
+            peer_id=peer_id,
+            reader=reader,
+            writer=_Writer(writer, self._timeouts.write_s),
+            timeouts=self._timeouts,
+            traffic=self._traffic,
+        )
+
+    async def on_stream(
+        self, protocol: str, info: StreamInfo, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> None:
+        """Of another peer, in a task of its own: refuse it, or serve it to its end."""
+        peer_id = info.peer_id.to_base58()
+        full = len(self._tasks) >= MAX_STREAMS or self.of_peers[peer_id] >= MAX_STREAMS_PER_PEER
+        task = asyncio.current_task()
+        if full or self._closed or task is None or public_key_of(peer_id) is None:
+            logger.debug("peer %s: stream refused", peer_id[-8:])
+            writer.transport.abort()
+            return
+        channel = self.channel(peer_id, reader, writer)
+        channel.remote_ip = direct_ip(str(info.addr))
+        self._tasks.add(task)
+        self.of_peers[peer_id] += 1
+        try:
+            await self.handlers[protocol](channel)
+        except asyncio.CancelledError:
+            if not self._closed:  # else it is we who cancelled it, and asyncio's stream server would log a traceback
+                raise
+        except RemoteError as error:
+            self._traffic.reject(error)
+            logger.debug("%s", error)
+        except Exception:
+            logger.exception("a stream of peer %s could not be served", peer_id[-8:])
+        finally:
+            channel.close()
+            self._tasks.discard(task)
+            self.of_peers[peer_id] -= 1
+            if not self.of_peers[peer_id]:
+                del self.of_peers[peer_id]
+
+    def refuse(self) -> None:
+        """All that others open from now on."""
+        self._closed = True
+
+    async def end(self, within_s: float) -> None:
+        """All of them, in both directions."""
+        self.refuse()
+        await cancel_and_wait(self._tasks, within_s)
+        for writer in self._writers:
+            writer.transport.abort()
+
+
+class _Writer:
+    """A stream's writer: ``drain`` returns when all is handed over, so that buffers may be used again; ``close`` does
+    not wait for a reader for ever."""
+
+    def __init__(self, writer: asyncio.StreamWriter, close_s: float) -> None:
+        self._writer = writer
+        self._close_s = close_s
+        writer.transport.set_write_buffer_limits(high=0)
+        self.write = writer.write
+        self.drain = writer.drain
+
+    def close(self) -> None:
+        if not self._writer.is_closing():
+            self._writer.close()
+            if self._writer.transport.get_write_buffer_size():
+                asyncio.get_running_loop().call_later(self._close_s, self._writer.transport.abort)

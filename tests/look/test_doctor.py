@@ -1,0 +1,277 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+
+from p2p_diloco.core.config import Timeouts
+from p2p_diloco.core.errors import NetworkError
+from p2p_diloco.core.manifest import RunManifest, RunSpec
+from p2p_diloco.core.records import Record
+from p2p_diloco.look.doctor import (
+    AddressTrial,
+    Bandwidth,
+    Dialled,
+    Finding,
+    Kind,
+    address_finding,
+    amount,
+    as_json,
+    bandwidth_finding,
+    client_mode_finding,
+    clock_finding,
+    error_finding,
+    exit_code,
+    late_finding,
+    reachable_finding,
+    run_finding,
+    span,
+)
+from tests.support.builders import head, identity, record_of
+
+SEED = identity(1)
+MADDR = f"/ip4/203.0.113.7/tcp/4001/p2p/{SEED.peer_id}"
+SHOWN = f"/ip4/203.0.113.7/tcp/4001/p2p/…{SEED.peer_id[-8:]}"
+RUN_A = "a" * 40
+OK = Finding(kind="ok", what="x", measured="good")
+WARNING = Finding(kind="warning", what="y", measured="so so", remedy="wait")
+PROBLEM = Finding(kind="problem", what="z", measured="bad", remedy="mend it")
+
+
+def manifest_of(**changes: Any) -> RunManifest:
+    spec = {
+        "name": "tiny",
+        "model": {"config": {"model_type": "llama"}},
+        "outer": {"steps": 10},
+        "round": {"min_group": 2},
+    }
+    fields: dict[str, Any] = {
+        "spec": RunSpec.model_validate(spec),
+        "model_config_json": '{"model_type":"llama"}',
+        "n_params": 1000,
+        "layout_digest": "1" * 64,
+        "vocab_size": 256,
+        "data_fingerprint": "",
+        "genesis": "2" * 64,
+        "owner": SEED.peer_id,
+    }
+    return RunManifest(**fields | changes)
+
+
+def seed(**changes: Any) -> Record:
+    return record_of(SEED, "abc", role="seed", maddrs=[MADDR], **changes)
+
+
+def trainer(index: int, **changes: Any) -> Record:
+    return record_of(identity(index), "abc", **changes)
+
+
+def check(finding: Finding, kind: Kind, measured: str, remedy: str) -> None:
+    """``measured`` and ``remedy`` are in it; an empty remedy means that there is none."""
+    assert finding.kind == kind, finding
+    assert measured in finding.measured
+    assert remedy in finding.remedy
+    assert bool(remedy) == bool(finding.remedy)
+    assert bool(finding.remedy) == (finding.kind != "ok"), "whatever is not well has a remedy, and nothing else has"
+    assert "\n" not in finding.line
+
+
+# -- what findings come to ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("findings", "code"), [([], 0), ([OK, WARNING], 0), ([OK, PROBLEM, WARNING], 1)])
+def test_only_a_problem_stops_it(findings: Sequence[Finding], code: int) -> None:
+    assert exit_code(findings) == code
+    read = json.loads(json.dumps(as_json(RUN_A, findings), allow_nan=False))
+    assert (read["can_train"], read["run_id"]) == (code == 0, RUN_A)
+    assert [Finding(**finding) for finding in read["findings"]] == list(findings)
+
+
+def test_a_finding_is_one_line_that_ends_with_the_remedy() -> None:
+    assert (OK.line, PROBLEM.line) == ("good", "bad; mend it")
+
+
+def test_our_errors_bring_their_remedy() -> None:
+    check(error_finding("network", NetworkError("no way; take another")), "problem", "no way", "take another")
+    assert error_finding("network", NetworkError("no way")).line == "no way"
+    check(late_finding("dialling", 50.0), "problem", "not over after 50.0 s, stopped while dialling", "try again")
+
+
+# -- addresses ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("trial", "measured"),
+    [
+        (AddressTrial(maddr=MADDR, connect_s=0.023), f"{SHOWN} answers in 23 ms, directly, with the right peer id"),
+        (
+            AddressTrial(maddr=f"/dns/a.org/tcp/1/p2p/{SEED.peer_id}", ips=("192.0.2.1", "::1"), connect_s=1.5),
+            f"/dns/a.org/tcp/1/p2p/…{SEED.peer_id[-8:]} (192.0.2.1, ::1) answers in 1.5 s",
+        ),
+        (
+            AddressTrial(maddr=f"{MADDR}/p2p-circuit/p2p/{identity(2).peer_id}", connect_s=0.1),
+            "answers in 100 ms, through a relay, with the right peer id",
+        ),
+    ],
+)
+def test_an_address_that_answers(trial: AddressTrial, measured: str) -> None:
+    check(address_finding(trial, others_answer=True, records=()), "ok", measured, "")
+
+
+@pytest.mark.parametrize(
+    ("trouble", "remedy"),
+    [
+        ("its host name is unknown", "check its spelling"),
+        ("connection refused", "nobody listens at that port now"),
+        ("no answer", "its firewall and router let the port in"),
+        ("another peer answers at that address", "paste all of it"),
+        ("some other program answers at that address", "check host and port"),
+        ("its port is open, but no peer answers", "not only starting or stuck"),
+        ("no route to host", "this machine has no way there"),
+        ("has sent nothing for 10 s", "ask for the address of a peer that is in the run now"),
+    ],
+)
+def test_an_address_that_does_not_answer(trouble: str, remedy: str) -> None:
+    trial = AddressTrial(maddr=MADDR, trouble=trouble)
+    records = [seed(), trainer(2)]
+    check(address_finding(trial, others_answer=False, records=()), "problem", f"{SHOWN}: {trouble}", remedy)
+    check(address_finding(trial, others_answer=True, records=records), "warning", f"{SHOWN}: {trouble}", remedy)
+
+
+def test_a_peer_in_client_mode_is_told_from_one_that_is_away() -> None:
+    client = trainer(2, client_mode=True, maddrs=[])
+    trial = AddressTrial(maddr=f"/ip4/203.0.113.8/tcp/1/p2p/{client.peer_id}", trouble="connection refused")
+    finding = address_finding(trial, others_answer=True, records=[client, seed()])
+    check(
+        finding, "warning", "this peer is in client mode, nobody can dial it", f"take another peer's address: {MADDR}"
+    )
+    finding = address_finding(trial, others_answer=True, records=[client])
+    check(finding, "warning", "client mode", "ask for the address of a peer")
+
+
+# -- the run -----------------------------------------------------------------------------------------------------------
+
+
+def clients(count: int) -> list[Record]:
+    return [trainer(index + 2, client_mode=True, maddrs=[]) for index in range(count)]
+
+
+@pytest.mark.parametrize(
+    ("records", "client_mode", "kind", "measured", "remedy"),
+    [
+        ([seed(), trainer(2), trainer(3)], False, "ok", ": outer step 3 of 10, 2 training, 1 seeding", ""),
+        ([seed(), trainer(2)], True, "ok", "1 training", ""),
+        ([seed()], False, "warning", "0 training, 1 seeding", "alone until 1 more come"),
+        ([seed(), *clients(2)], False, "ok", "2 training", ""),
+        ([seed(), *clients(2)], True, "problem", "all in client mode, as this one", "a peer that others can dial"),
+        ([record_of(SEED, "abcdefghij")], False, "problem", "outer step 10 of 10", "it is over: take its model"),
+        ([], False, "warning", "who is in it is not known: no peer's record is found", "try again in a minute"),
+    ],
+)
+def test_a_run(records: list[Record], client_mode: bool, kind: Kind, measured: str, remedy: str) -> None:
+    finding = run_finding(manifest_of(), records, client_mode=client_mode, trouble="")
+    check(finding, kind, measured, remedy)
+    assert finding.measured.startswith(f"tiny {manifest_of().run_id[:12]}")
+
+
+def test_a_run_whose_dht_cannot_be_read() -> None:
+    finding = run_finding(manifest_of(), [], client_mode=False, trouble="nobody answers; look at it")
+    check(finding, "warning", "is served there, but who is in it is not known: nobody answers", "look at it")
+
+
+def test_the_swarms_head_counts_not_the_loudest_claim() -> None:
+    loud = record_of(identity(9), "x", step=10, head=head("lie"), heads=[])
+    finding = run_finding(manifest_of(), [seed(), trainer(2), loud], client_mode=False, trouble="")
+    check(finding, "ok", "outer step 3 of 10", "")
+
+
+# -- the clock ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("behind_s", "kind", "measured"),
+    [
+        ([0.0], "ok", "within 0.1 s of 1 peer"),
+        ([0.0, 2.9, 3.0], "ok", "within 2.9 s of 3 peers"),
+        ([4.2], "warning", "this machine's clock is 4.2 s behind that of 1 peer"),
+        ([-4.2, -4.2], "warning", "this machine's clock is 4.2 s ahead of that of 2 peers"),
+        ([15.1], "problem", "15.1 s behind"),
+        ([-3600.0], "problem", "3600.0 s ahead of"),
+        ([0.0, 0.1, 1e6], "ok", "within 0.1 s of 3 peers"),
+        ([], "warning", "no peer told its time"),
+    ],
+)
+def test_clocks(behind_s: list[float], kind: Kind, measured: str) -> None:
+    finding = clock_finding(behind_s, Timeouts())
+    remedy = "" if kind == "ok" else "timedatectl set-ntp true" if behind_s else "see yourself"
+    check(finding, kind, measured, remedy)
+
+
+# -- are we reachable? -------------------------------------------------------------------------------------------------
+
+OUTSIDE = Dialled(by="peer …X", ip="8.8.8.8", reached=True)
+INSIDE = Dialled(by="peer …Y", ip="192.168.1.7", reached=True)
+REFUSED = Dialled(by="peer …Z", ip="8.8.8.8", reached=False, reason="connection refused")
+FORWARD = "--host-maddrs /ip4/0.0.0.0/tcp/4001 --announce-maddrs /ip4/8.8.8.8/tcp/4001"
+
+
+@pytest.mark.parametrize(
+    ("dialled", "relayed", "public_swarm", "kind", "measured", "remedy"),
+    [
+        ([OUTSIDE], False, True, "ok", "peer …X reaches you directly at 8.8.8.8, port 7777", ""),
+        ([REFUSED, OUTSIDE], False, True, "ok", "peer …X reaches you", ""),
+        ([INSIDE, OUTSIDE], False, True, "ok", "peer …X reaches you", ""),
+        ([INSIDE], False, False, "ok", "peer …Y reaches you directly at 192.168.1.7", ""),
+        ([INSIDE], False, True, "warning", "from within your network", "YOUR-PUBLIC-IP/tcp/4001, unless all peers"),
+        (
+            [REFUSED],
+            False,
+            True,
+            "problem",
+            "nobody reaches you directly: peer …Z sees you at 8.8.8.8 and dials port 7777: connection refused",
+            f"add --client-mode (you contribute and receive, others average), or open TCP port 4001 in the firewall, "
+            f"forward it in the router, and start with {FORWARD}",
+        ),
+        ([REFUSED], True, True, "warning", "connection refused; a relay could", FORWARD),
+        ([], False, True, "warning", "no peer has tried (peer …Z: busy)", "run doctor again in a minute"),
+    ],
+)
+def test_reachable(
+    dialled: list[Dialled], relayed: bool, public_swarm: bool, kind: Kind, measured: str, remedy: str
+) -> None:
+    finding = reachable_finding(
+        dialled, [7777], relayed=relayed, public_swarm=public_swarm, fixed_port=4001, reason="peer …Z: busy"
+    )
+    check(finding, kind, measured, remedy)
+
+
+def test_in_client_mode_nobody_need_reach_us() -> None:
+    check(client_mode_finding(), "ok", "not needed in client mode", "")
+
+
+def test_bandwidth() -> None:
+    bandwidth = Bandwidth(peer="peer …X", round_trip_s=0.04, up_bytes_per_s=1.25e6, down_bytes_per_s=1e7)
+    check(bandwidth_finding(bandwidth, ""), "ok", "1.25 MB/s up, 10 MB/s down, 40 ms there and back, with peer …X", "")
+    finding = bandwidth_finding(None, "peer …X: in a round")
+    check(finding, "warning", "no peer has measured it (peer …X: in a round)", "run doctor again in a minute")
+
+
+# -- how it is said ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("number", "said"),
+    [(0, "0 B"), (999, "999 B"), (999.6, "1 kB"), (26_400_000_000, "26.4 GB"), (3.2e15, "3.2e+03 TB")],
+)
+def test_amounts(number: float, said: str) -> None:
+    assert amount(number) == said
+
+
+@pytest.mark.parametrize(
+    ("seconds", "said"),
+    [(0.0, "1 ms"), (0.0234, "23 ms"), (1.24, "1.2 s"), (89.9, "89.9 s"), (90, "2 min"), (86400, "24.0 h")],
+)
+def test_spans(seconds: float, said: str) -> None:
+    assert span(seconds) == said

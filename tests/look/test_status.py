@@ -1,0 +1,106 @@
+from __future__ import annotations
+
+import io
+import json
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from p2p_diloco.core.errors import NetworkError
+from p2p_diloco.core.identity import Identity
+from p2p_diloco.core.manifest import RunManifest, RunSpec
+from p2p_diloco.core.records import Record, seal_record
+from p2p_diloco.look.status import as_json, screen_of, status_of
+
+NOW_S = 1_000_000.0
+HEADS = [bytes([i]) * 32 for i in range(9)]
+OWNER, *PEERS = (Identity.from_seed(bytes([i]) * 32) for i in range(6))
+MANIFEST = RunManifest(
+    spec=RunSpec.model_validate({"name": "tiny", "model": {"config": {"model_type": "llama"}}}),
+    model_config_json='{"model_type":"llama"}',
+    n_params=1000,
+    layout_digest="1" * 64,
+    vocab_size=256,
+    data_fingerprint="",
+    genesis="2" * 64,
+    owner=OWNER.peer_id,
+)
+
+
+def sealed(peer: int, step: int, **changes: Any) -> bytes:
+    fields = {
+        "peer_id": PEERS[peer].peer_id,
+        "run_id": MANIFEST.run_id,
+        "run_name": "tiny",
+        "issued_s": NOW_S,
+        "life_s": 30.0,
+        "role": "trainer",
+        "phase": "inner",
+        "step": step,
+        "head": HEADS[step],
+        "committed": step > 0,
+        "heads": [HEADS[i] for i in range(step - 1, max(step - 5, -1), -1)],
+        "snapshot_step": 0,
+        "snapshot_digest": bytes(32),
+        "maddrs": [],
+        "client_mode": False,
+        "name": f"peer {peer}",
+    }
+    return seal_record(Record.model_validate(fields | changes), PEERS[peer])
+
+
+def look(*records: bytes) -> Any:
+    return status_of(MANIFEST, records, OWNER.peer_id, NOW_S)
+
+
+def test_the_swarm_is_where_most_of_its_peers_are_or_one_step_on() -> None:
+    status = look(sealed(0, 4), sealed(1, 5), sealed(2, 4), sealed(3, 2, role="seed"))
+    assert (status.step, status.head) == (5, HEADS[5])
+    assert [record.name for record in status.records] == ["peer 1", "peer 0", "peer 2", "peer 3"]
+
+
+def test_only_sound_records_of_live_peers_of_this_run_count() -> None:
+    status = look(
+        sealed(0, 4),
+        b"garbage",
+        sealed(1, 8)[:-1] + b"\x00",
+        sealed(2, 8, phase="left"),
+        sealed(3, 8, issued_s=NOW_S - 31),
+        sealed(4, 8, run_id="0" * 40),
+        sealed(0, 3, issued_s=NOW_S - 1),
+    )
+    assert [record.name for record in status.records] == ["peer 0"]
+    assert status.step == 4
+
+
+def test_a_run_that_nobody_is_in_is_said_to_be_so() -> None:
+    with pytest.raises(NetworkError, match=f"run tiny {MANIFEST.run_id}: no peer of it is up now"):
+        look(sealed(0, 1, phase="left"))
+
+
+def test_json_is_one_object_that_names_the_swarms_head() -> None:
+    status = look(sealed(0, 4, held_out_loss=2.5, held_out_step=4), sealed(1, 4), sealed(2, 3))
+    read = json.loads(json.dumps(as_json(status), allow_nan=False))
+    assert {key: value for key, value in read.items() if key != "peers"} == {
+        "run_id": MANIFEST.run_id,
+        "name": "tiny",
+        "step": 4,
+        "steps": 100,
+        "head": HEADS[4].hex(),
+    }
+    assert [peer["on_swarm_head"] for peer in read["peers"]] == [True, True, False]
+    assert read["peers"][0]["held_out_loss"] == 2.5
+    assert read["peers"][0]["peer_id"] == PEERS[0].peer_id
+
+
+def test_the_table_names_everybody_and_marks_who_is_elsewhere() -> None:
+    status = look(sealed(0, 4, tokens_per_s=1e308), sealed(1, 4, tokens_per_s=1e308), sealed(2, 3), sealed(3, 4))
+    console = Console(file=io.StringIO(), width=80)
+    console.print(screen_of(status, 80))
+    assert isinstance(console.file, io.StringIO)
+    text = console.file.getvalue()
+    assert "outer step 4 of 100" in text
+    assert "4 training" in text
+    marks = [line[0] for line in text.splitlines() if "peer " in line and "trainer" in line]
+    assert marks == [" ", " ", " ", "≠"]

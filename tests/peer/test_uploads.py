@@ -1,0 +1,230 @@
+"""What a donor sends, and what it does not."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from pathlib import Path
+
+import blake3
+import pytest
+
+from p2p_diloco.core.config import MIN_UPLOAD_BYTES_PER_S, Timeouts
+from p2p_diloco.core.errors import Gone, Refused
+from p2p_diloco.core.outer import next_head
+from p2p_diloco.core.rate import BURST_S
+from p2p_diloco.peer import uploads
+from p2p_diloco.peer.uploads import UPLOADS, slots
+from p2p_diloco.wire.channel import Channel
+from p2p_diloco.wire.messages import AskChunk, AskHeads, AskIndex, AskUpdate, Heads, Message, Push, Size
+from tests.support.fakes import run_simulated
+from tests.support.library import (
+    CHUNK_BYTES,
+    CHUNKS,
+    FRAME_BYTES,
+    TIMEOUTS,
+    Donor,
+    Library,
+    new_replica,
+    now_s,
+    replica_at,
+    small_parts,
+)
+
+
+@pytest.fixture(autouse=True)
+def small() -> Iterator[None]:
+    with small_parts():
+        yield
+
+
+def a_donor(folder: Path, step: int, *, max_bytes_per_s: float | None = None) -> tuple[Library, Donor]:
+    library = Library(folder, new_replica(folder / "me"))
+    return library, library.add(replica_at(folder / "donor", step), max_bytes_per_s=max_bytes_per_s)
+
+
+async def blob(channel: Channel, message: Message) -> bytes:
+    await channel.send(message)
+    return await channel.receive_blob(10**6, 100.0)
+
+
+def test_one_stream_carries_any_number_of_requests(tmp_path: Path) -> None:
+    async def main() -> None:
+        library, donor = a_donor(tmp_path, 13)
+        ledger, info = donor.replica.ledger, donor.replica.newest_snapshot()
+        channel = await library.open(donor)
+        heads: Heads = await channel.request(AskHeads(since=0), Heads)
+        assert (heads.first, heads.head) == (5, ledger.heads()[5])
+        head = heads.head
+        for step, link in enumerate(heads.links, 6):
+            head = next_head(head, link)
+            assert head == ledger.heads()[step]
+        assert len(heads.links) == 8
+        index = await blob(channel, AskIndex(step=10, digest=info.digest))
+        assert index == info.head + b"".join(info.chunk_hashes)
+        assert donor.phases() == []
+        data = info.path.read_bytes()
+        chunks = [await blob(channel, AskChunk(step=10, digest=info.digest, chunk=i)) for i in range(CHUNKS)]
+        assert data[: -len(b"".join(chunks))] + b"".join(chunks) == data
+        assert [blake3.blake3(chunk).digest() for chunk in chunks] == [
+            index[32 + i : 64 + i] for i in range(0, 384, 32)
+        ]
+        assert await blob(channel, AskUpdate(step=12, head=ledger.heads()[13])) == ledger.update_bytes(12)
+        assert await channel.request(AskHeads(since=13), Heads) == Heads(first=13, head=ledger.heads()[13], links=[])
+        assert donor.phases() == [("serve", 10)]
+        channel.close()
+
+    run_simulated(main())
+
+
+def test_a_donor_refuses_what_it_does_not_have(tmp_path: Path) -> None:
+    async def main() -> None:
+        library, donor = a_donor(tmp_path, 13)
+        info, heads = donor.replica.newest_snapshot(), donor.replica.ledger.heads()
+        channel = await library.open(donor)
+        for message in (
+            AskUpdate(step=11, head=bytes(32)),
+            AskUpdate(step=12, head=heads[12]),
+            AskUpdate(step=2, head=heads[12]),
+            AskUpdate(step=2**59, head=heads[12]),
+            AskIndex(step=10, digest=bytes(32)),
+            AskIndex(step=5, digest=info.digest),
+            AskChunk(step=10, digest=bytes(32), chunk=0),
+            AskChunk(step=5, digest=info.digest, chunk=0),
+            AskChunk(step=10, digest=info.digest, chunk=CHUNKS),
+            AskChunk(step=10, digest=info.digest, chunk=2**59),
+            AskHeads(since=14),
+            AskHeads(since=2**59),
+        ):
+            with pytest.raises(Refused, match="not in my ledger"):
+                await channel.request(message, Size, Heads)
+        assert len(await blob(channel, AskChunk(step=10, digest=info.digest, chunk=CHUNKS - 1))) == CHUNK_BYTES
+        assert donor.count(AskUpdate) == 4
+
+    run_simulated(main())
+
+
+def test_what_the_disk_has_damaged_is_not_sent(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    async def main() -> None:
+        library, donor = a_donor(tmp_path, 13)
+        info, heads = donor.replica.newest_snapshot(), donor.replica.ledger.heads()
+        for path in (info.path, tmp_path / "donor" / "updates" / "0000000011.update"):
+            path.write_bytes(path.read_bytes()[:-1] + b"x")
+        channel = await library.open(donor)
+        for message in (AskChunk(step=10, digest=info.digest, chunk=CHUNKS - 1), AskUpdate(step=11, head=heads[12])):
+            with pytest.raises(Refused, match="gone or found damaged"):
+                await channel.request(message, Size)
+        await blob(channel, AskChunk(step=10, digest=info.digest, chunk=0))
+        info.path.unlink()
+        with pytest.raises(Refused, match="gone or found damaged"):
+            await channel.request(AskChunk(step=10, digest=info.digest, chunk=0), Size)
+        assert f"{info.path}: chunk 11 is gone or damaged" in caplog.text
+
+    run_simulated(main())
+
+
+def test_a_few_uploads_at_a_time(tmp_path: Path) -> None:
+    """Who is served keeps its place to the end of its stream; the others are told at once."""
+
+    async def main() -> None:
+        library, donor = a_donor(tmp_path, 6)
+        info = donor.replica.newest_snapshot()
+        ask = AskChunk(step=5, digest=info.digest, chunk=0)
+        channels = [await library.open(donor) for _ in range(7)]
+        answers = await asyncio.gather(*(blob(channel, ask) for channel in channels), return_exceptions=True)
+        refused = [answer for answer in answers if isinstance(answer, Refused)]
+        assert [refusal.reason for refusal in refused] == ["busy serving others"] * (7 - UPLOADS)
+        served = [channel for channel, answer in zip(channels, answers) if isinstance(answer, bytes)]
+        for channel in served:
+            await blob(channel, ask)
+        assert donor.phases() == [("serve", 5)] * UPLOADS
+        small_one = await library.open(donor)
+        await small_one.request(AskHeads(since=0), Heads)
+        with pytest.raises(Refused, match="busy"):
+            await blob(small_one, ask)
+        served[0].close()
+        await asyncio.sleep(1)
+        await blob(await library.open(donor), ask)
+
+    run_simulated(main())
+
+
+def test_who_asks_nothing_more_loses_its_place(tmp_path: Path) -> None:
+    async def main() -> None:
+        library, donor = a_donor(tmp_path, 6)
+        info = donor.replica.newest_snapshot()
+        ask = AskChunk(step=5, digest=info.digest, chunk=0)
+        idle = [await library.open(donor) for _ in range(UPLOADS)]
+        for channel in idle:
+            await blob(channel, ask)
+        with pytest.raises(Refused, match="busy"):
+            await blob(await library.open(donor), ask)
+        await asyncio.sleep(TIMEOUTS.first_message_s + 1)
+        await blob(await library.open(donor), ask)
+        with pytest.raises(Gone):
+            await idle[0].receive_frame(100, 1.0)
+        for _ in range(UPLOADS - 1):
+            await blob(await library.open(donor), ask)
+
+    run_simulated(main())
+
+
+def test_other_messages_are_not_served(tmp_path: Path) -> None:
+    async def main() -> None:
+        library, donor = a_donor(tmp_path, 6)
+        info = donor.replica.newest_snapshot()
+        channel = await library.open(donor)
+        await blob(channel, AskChunk(step=5, digest=info.digest, chunk=0))
+        with pytest.raises(Gone):
+            await channel.request(Push(record=b""), Push)
+        transport = library.network.nodes[donor.who.peer_id]
+        assert [error.reason for error in transport.complaints] == ["sends push out of turn"]
+        for _ in range(UPLOADS):
+            await blob(await library.open(donor), AskChunk(step=5, digest=info.digest, chunk=0))
+
+    run_simulated(main())
+
+
+def test_the_rate_holds_for_all_streams_together(tmp_path: Path) -> None:
+    async def main() -> None:
+        library, donor = a_donor(tmp_path, 6, max_bytes_per_s=500.0)
+        info = donor.replica.newest_snapshot()
+        began_s, ends_s = now_s(), []
+
+        async def download() -> None:
+            channel = await library.open(donor)
+            for chunk in range(CHUNKS):
+                await blob(channel, AskChunk(step=5, digest=info.digest, chunk=chunk))
+            ends_s.append(now_s() - began_s)
+
+        await asyncio.gather(download(), download())
+        due_s = 2 * CHUNKS * CHUNK_BYTES / 500.0 - BURST_S
+        assert due_s <= ends_s[1] < due_s + 1
+        assert ends_s[0] > ends_s[1] - 1  # in turn
+
+    run_simulated(main())
+
+
+def test_an_update_goes_at_the_rate_frame_by_frame(tmp_path: Path) -> None:
+    async def main() -> None:
+        library, donor = a_donor(tmp_path, 6, max_bytes_per_s=100.0)
+        data = donor.replica.ledger.update_bytes(5)
+        assert data is not None
+        channel = await library.open(donor)
+        began_s = now_s()
+        await channel.request(AskUpdate(step=5, head=donor.replica.loaded.head), Size)
+        await channel.receive_frame(FRAME_BYTES, 10.0)
+        assert FRAME_BYTES / 100 - BURST_S <= now_s() - began_s < FRAME_BYTES / 100
+        for _ in range(len(data) // FRAME_BYTES):
+            await channel.receive_frame(FRAME_BYTES, 10.0)
+        assert len(data) / 100 - BURST_S <= now_s() - began_s < len(data) / 100
+
+    run_simulated(main())
+
+
+def test_with_a_low_rate_fewer_are_served_at_a_time() -> None:
+    timeouts = Timeouts()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(uploads, "CHUNK_BYTES", 1024 * 1024)
+        assert [slots(rate, timeouts) for rate in (None, 1e5, 1.7e5, 2.6e5, 1e9)] == [4, 1, 2, 3, 4]
+    assert timeouts.reduced_part_s / 2 > 1024 * 1024 / MIN_UPLOAD_BYTES_PER_S

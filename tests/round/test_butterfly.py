@@ -1,0 +1,505 @@
+"""One all-reduce, with senders and reducers written by hand that break one rule each: what that costs the round."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable, Sequence
+
+import msgpack
+import numpy as np
+import pytest
+
+from p2p_diloco.core.codec import Codec, encode
+from p2p_diloco.core.errors import Gone, RemoteError
+from p2p_diloco.core.outer import Part
+from p2p_diloco.round.butterfly import run_all
+from p2p_diloco.wire.channel import Channel
+from p2p_diloco.wire.messages import AskCommit, AskPart, Contribute, Message, Receipt
+from tests.support.builders import identity
+from tests.support.fakes import run_simulated
+from tests.support.meetings import N_PARTS, PROTOCOL, TIMEOUTS, Losses, Round, Transport, frame_of, now_s
+
+pytestmark = pytest.mark.usefixtures("small_parts")
+
+
+# -- everybody is honest -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 5])
+@pytest.mark.parametrize("codec", ["fp32", "int4"])
+def test_all_commit_the_weighted_mean(count: int, codec: Codec) -> None:
+    async def main() -> None:
+        meeting = Round(count, codec=codec, min_group=1)
+        await meeting.run()
+        update = meeting.update()
+        assert list(update.parts) == meeting.means(range(count))
+        assert update.header.contributors == tuple((peer_id, 100 * (i + 1)) for i, peer_id in enumerate(meeting.ids))
+        meeting.check_blamed()
+        await meeting.all_streams_end(1.0)
+        for i, settlement in meeting.settlements.items():
+            assert not meeting.complaints(i)
+            cost = settlement.cost()
+            assert min(cost.bytes_sent, cost.bytes_received) > 0 or count == 1
+
+    run_simulated(main())
+
+
+def test_client_mode_members_contribute_and_receive() -> None:
+    async def main() -> None:
+        meeting = Round(4, clients=(0, 2))
+        await meeting.run()
+        assert list(meeting.update().parts) == meeting.means(range(4))
+        assert [i for i in meeting.honest if meeting.settlements[i].leads] == [1]
+        reduced = {i: meeting.settlements[i].butterflies[0].waiting == set() for i in meeting.honest}
+        assert reduced == {0: False, 1: True, 2: False, 3: True}, "streams come to those who can be dialled"
+        meeting.check_blamed()
+
+    run_simulated(main())
+
+
+# -- senders: member 2 is a client, so the parts 0, 2, 4 are member 0's to reduce and 1, 3, 5 member 1's -----------
+
+
+async def nothing_more(channel: Channel) -> None:
+    """Keeps the stream open and reads."""
+
+
+async def close(channel: Channel) -> None:
+    channel.close()
+
+
+def changed(data: bytes) -> bytes:
+    """With a scale that is not a number."""
+    return np.float32(np.nan).tobytes() + data[4:]
+
+
+@pytest.mark.parametrize(
+    ("spoil", "why"),
+    [
+        (lambda data: data[:-1], "Misbehaved: sends a contribution that does not decode: 103 bytes for 100 values"),
+        (lambda data: b"", "Misbehaved: sends a contribution that does not decode: 0 bytes"),
+        (lambda data: data[:4], "Misbehaved: sends a contribution that does not decode: 4 bytes"),
+        (lambda data: data + b"x", "Misbehaved: announces a frame of 105 bytes where at most 104 are due"),
+        (lambda data: data * 4, "Misbehaved: announces a frame of 416 bytes where at most 104 are due"),
+        (changed, "Misbehaved: sends a contribution that does not decode: a scale is not finite"),
+        (lambda data: np.float32(1e30).tobytes() + data[4:], "or too large"),
+        (lambda data: np.float32(-1).tobytes() + data[4:], "negative"),
+    ],
+)
+@pytest.mark.parametrize("good_parts", [0, 2])
+def test_a_contribution_that_does_not_decode(
+    losses: Losses, good_parts: int, spoil: Callable[[bytes], bytes], why: str
+) -> None:
+    async def main() -> None:
+        meeting = Round(3, by_hand=(2,), clients=(2,), n=600)
+
+        async def send(to: int) -> None:
+            channel = await meeting.contribute(2, to, good_parts)
+            await asyncio.sleep(0.5)
+            await channel.send_frame(spoil(meeting.contribution(2, 0)))
+
+        began_s = now_s()
+        await meeting.run(send(0), send(1))
+        left_out_from = 2 * good_parts
+        expected = meeting.means(range(3))[:left_out_from] + meeting.means(range(2))[left_out_from:]
+        assert list(meeting.update().parts) == expected
+        meeting.check_blamed(2)
+        assert all(why in reason for i in (0, 1) for _, reason in losses.by(i)), losses
+        assert now_s() - began_s < 5, "nobody waits for one that was caught"
+        await meeting.all_streams_end()
+
+    run_simulated(main())
+
+
+@pytest.mark.parametrize(
+    ("then", "why", "costs_s"),
+    [(close, "Gone: closed the stream", 0.0), (nothing_more, "silent", TIMEOUTS.part_s)],
+)
+@pytest.mark.parametrize("k", [0, 1, 2])
+def test_a_sender_that_stops_after_part_k(
+    losses: Losses, k: int, then: Callable[[Channel], Awaitable[None]], why: str, costs_s: float
+) -> None:
+    async def main() -> None:
+        meeting = Round(3, by_hand=(2,), clients=(2,))
+
+        async def send(to: int) -> None:
+            channel = await meeting.contribute(2, to, k)
+            await asyncio.sleep(0.5)
+            await then(channel)
+
+        began_s = now_s()
+        await meeting.run(send(0), send(1))
+        assert list(meeting.update().parts) == meeting.means(range(3))[: 2 * k] + meeting.means(range(2))[2 * k :]
+        meeting.check_blamed(2)
+        assert losses.by(0) == losses.by(1) == [(2, why)]
+        assert costs_s <= now_s() - began_s < costs_s + 3
+        await meeting.all_streams_end()
+
+    run_simulated(main())
+
+
+def test_a_member_that_never_comes(losses: Losses) -> None:
+    async def main() -> None:
+        meeting = Round(3, by_hand=(2,), clients=(2,))
+        await meeting.run()
+        assert list(meeting.update().parts) == meeting.means(range(2))
+        meeting.check_blamed(2)
+        assert losses.by(0) == losses.by(1) == [(2, "silent")]
+
+    run_simulated(main())
+
+
+def test_a_sender_that_comes_too_late_is_served_but_not_for_ever(losses: Losses) -> None:
+    """It sends all it has after the reducers gave it up: nobody takes its contributions from the queues any more."""
+
+    async def main() -> None:
+        meeting = Round(3, by_hand=(2,), clients=(2,), n=907)
+        got: dict[int, list[Part]] = {}
+
+        async def send(to: int) -> None:
+            channel = await meeting.contribute(2, to, 0)
+            await asyncio.sleep(TIMEOUTS.part_s + 1)
+            for part in meeting.parts_of(to):
+                await channel.send_frame(meeting.contribution(2, part))
+            got[to] = []
+            for _ in meeting.parts_of(to):
+                data = await channel.receive_frame(1000, 10.0)
+                got[to].append(Part(mask=data[1 : 1 + data[0]], data=data[1 + data[0] :]))
+
+        await meeting.run(send(0), send(1))
+        update = meeting.update()
+        assert list(update.parts) == meeting.means(range(2))
+        assert sorted(losses) == [(0, 2, "silent"), (1, 2, "silent")]
+        assert (got[0], got[1]) == (list(update.parts[0::2]), list(update.parts[1::2]))
+        await meeting.all_streams_end()
+
+    run_simulated(main())
+
+
+def test_a_sender_that_is_lost_while_its_contributions_wait(losses: Losses) -> None:
+    """Member 1 sends nothing, so those of member 2 wait; then member 2 fails as a reducer."""
+
+    async def main() -> None:
+        meeting = Round(3, by_hand=(1, 2), n=1507)  # member 0 reduces 0, 3, 6, 9, 12
+        meeting.serve(2, lambda channel, message: asyncio.sleep(1.0))
+
+        async def send() -> None:
+            await meeting.contribute(2, 0)
+
+        await meeting.run(send())
+        assert (2, "Gone: closed the stream") in losses.by(0)
+        assert meeting.lost(0) == {1, 2}
+        await meeting.all_streams_end(10.0)
+
+    run_simulated(main())
+
+
+def test_a_second_stream_of_one_sender(losses: Losses) -> None:
+    async def main() -> None:
+        meeting = Round(3, by_hand=(2,), clients=(2,))
+
+        async def send(to: int) -> None:
+            await meeting.contribute(2, to)
+            await meeting.contribute(2, to)
+            if to == 0:
+                await meeting.receipt(2, 0, [b""] * N_PARTS)
+
+        await meeting.run(send(0), send(1))
+        assert list(meeting.update().parts) == meeting.means(range(3)), "counted, and counted once"
+        for i in (0, 1):
+            assert (2, "opens a second stream in a round") in meeting.complaints(i)
+        assert not losses
+
+    run_simulated(main())
+
+
+def test_a_sender_that_never_reads(losses: Losses) -> None:
+    async def main() -> None:
+        meeting = Round(3, by_hand=(2,), clients=(2,))
+        for i in (0, 1):
+            meeting.trouble.deaf[meeting.ids[i]] = {meeting.ids[2]}
+
+        async def send(to: int) -> None:
+            await meeting.contribute(2, to)
+
+        began_s = now_s()
+        await meeting.run(send(0), send(1))
+        update = meeting.update()
+        assert update.parts[0] == meeting.mean(0, range(3))
+        assert update.parts[4] in (meeting.mean(4, range(3)), meeting.mean(4, range(2)))
+        assert 2 in meeting.lost(0)
+        assert now_s() - began_s < TIMEOUTS.write_s + TIMEOUTS.part_s + TIMEOUTS.settle_s
+        await meeting.all_streams_end()
+        for i in (0, 1):
+            assert (2, "does not read what we send") in meeting.complaints(i)
+
+    run_simulated(main())
+
+
+def test_strangers_have_no_say_in_a_round(losses: Losses) -> None:
+    async def main() -> None:
+        meeting = Round(2)
+        stranger = Transport(meeting.network, identity(99).peer_id, TIMEOUTS)
+        gone = []
+
+        async def meddle(message: Message) -> None:
+            channel = await stranger.open(meeting.ids[0], [], PROTOCOL)
+            await channel.send(message)
+            try:
+                await channel.receive_frame(1000, 10.0)
+            except RemoteError as error:
+                gone.append(error.reason)
+
+        round_id = meeting.round_id
+        await meeting.run(
+            meddle(Contribute(round_id=round_id)),
+            meddle(Receipt(round_id=round_id, part_hashes=[bytes(32)] * N_PARTS)),
+            meddle(AskPart(round_id=round_id, part=0, hash=meeting.mean(0, range(2)).hash)),
+            meddle(AskCommit(round_id=round_id)),
+        )
+        assert list(meeting.update().parts) == meeting.means(range(2))
+        complaints = [(error.peer_id, error.reason) for error in meeting.transports[0].complaints]
+        assert complaints == [(stranger.peer_id, "meddles with a round that it is no member of")] * 4
+        assert gone == ["closed the stream"] * 4
+        assert not losses
+
+    run_simulated(main())
+
+
+def test_a_sender_that_takes_almost_every_time_out(losses: Losses) -> None:
+    """It makes no reducer late: waiting for one sender has a limit as a whole."""
+
+    async def main() -> None:
+        meeting = Round(4, by_hand=(3,), clients=(3,), n=(5 * N_PARTS - 1) * 100)
+        began_s = now_s()
+
+        async def send(to: int) -> None:
+            channel = await meeting.contribute(3, to, 0)
+            for part in meeting.parts_of(to):
+                await asyncio.sleep(TIMEOUTS.part_s - 1)
+                await channel.send_frame(meeting.contribution(3, part))
+
+        await meeting.run(*(send(i) for i in range(3)))
+        late = [part for i in range(3) for part in meeting.parts_of(i)[1:]]
+        assert list(meeting.update().parts) == meeting.means(range(4), but=late, of=(0, 1, 2))
+        meeting.check_blamed(3)
+        assert meeting.took_s[0] == pytest.approx(TIMEOUTS.part_s, abs=2)
+        assert now_s() - began_s < 100
+        await meeting.all_streams_end()
+
+    run_simulated(main())
+
+
+# -- reducers: member 2 of three has parts 2 and 5 ------------------------------------------------------------------
+
+
+Answers = Callable[[int, Part], bytes | None]
+"""(to whom, what an honest reducer would answer) -> the frame, or None to end the stream."""
+
+
+async def reduce_by_hand(
+    meeting: Round, answers: Answers, receipt: Sequence[bytes] | None, held: Part | None = None
+) -> None:
+    """Member 2 contributes as it should, answers as a reducer what ``answers`` says, and gives ``held`` afterwards."""
+
+    async def hand(channel: Channel, message: Message) -> None:
+        if isinstance(message, AskPart):
+            if held is not None:
+                await meeting.answer_part(channel, held)
+            return
+        for part in meeting.parts_of(2):
+            await channel.receive_frame(1000, 10.0)
+            frame = answers(meeting.ids.index(channel.peer_id), meeting.mean(part, range(meeting.count)))
+            if frame is None:
+                return
+            await channel.send_frame(frame)
+
+    meeting.serve(2, hand)
+    for i in meeting.honest:
+        await meeting.contribute(2, i)
+    if receipt is not None:
+        await meeting.receipt(2, 0, receipt)
+
+
+SPOILED: list[tuple[Callable[[Part], bytes | None], str]] = [
+    (lambda part: None, "Gone: closed the stream"),
+    (lambda part: b"", "Misbehaved: sends part 2 with a wrong length"),
+    (lambda part: msgpack.packb(["no", {"reason": "leaving"}]), "Refused: leaving"),
+    (lambda part: msgpack.packb(["closing", {}]), "Misbehaved: sends part 2 with a wrong length"),
+    (lambda part: frame_of(part)[:-1], "Misbehaved: sends part 2 with a wrong length"),
+    (lambda part: frame_of(part) + b"x", "Misbehaved: sends part 2 with a wrong length"),
+    (lambda part: frame_of(part) + bytes(200), "Misbehaved: announces a frame of 306 bytes where at most 137 are due"),
+    (lambda part: bytes([33]) + bytes(32) + part.data, "Misbehaved: sends part 2 with a wrong length"),
+    (
+        lambda part: frame_of(Part(mask=part.mask, data=changed(part.data))),
+        "Misbehaved: sends part 2 that does not decode: a scale",
+    ),
+    (
+        lambda part: frame_of(Part(mask=b"\x0f", data=part.data)),
+        "Misbehaved: sends part 2 that does not decode: a mask names others",
+    ),
+    (
+        lambda part: frame_of(Part(mask=b"\x07\x00", data=part.data)),
+        "Misbehaved: sends part 2 that does not decode: a mask names others",
+    ),
+]
+
+
+@pytest.mark.parametrize(("spoil", "why"), SPOILED, ids=[str(i) for i in range(len(SPOILED))])
+def test_a_reducer_whose_means_are_no_parts(losses: Losses, spoil: Callable[[Part], bytes | None], why: str) -> None:
+    """Its parts are reduced again, without it; its contributions to the others' parts count."""
+
+    async def main() -> None:
+        meeting = Round(3, by_hand=(2,))
+        began_s = now_s()
+        await meeting.run(reduce_by_hand(meeting, lambda _, part: spoil(part), receipt=None))
+        assert list(meeting.update().parts) == meeting.means(range(3), but=(2, 5), of=(0, 1))
+        assert now_s() - began_s < 3, "who is caught costs no time"
+        meeting.check_blamed(2)
+        assert [len(losses.by(i)) for i in (0, 1)] == [1, 1]
+        assert all(reason.startswith(why) for _, _, reason in losses), losses
+        await meeting.all_streams_end()
+
+    run_simulated(main())
+
+
+def test_a_reducer_that_claims_to_hold_what_it_gives_to_nobody(losses: Losses) -> None:
+    async def main() -> None:
+        meeting = Round(3, by_hand=(2,))
+        claimed = [part.hash for part in meeting.means(range(3))]
+        await meeting.run(reduce_by_hand(meeting, lambda *_: None, receipt=claimed))
+        assert list(meeting.update().parts) == meeting.means(range(3), but=(2, 5), of=(0, 1))
+        meeting.check_blamed(2)
+
+    run_simulated(main())
+
+
+def test_a_holder_that_gives_other_bytes(losses: Losses) -> None:
+    """A sound part, but not the one of the commit."""
+
+    async def main() -> None:
+        meeting = Round(3, by_hand=(2,))
+        await meeting.run(
+            reduce_by_hand(
+                meeting,
+                lambda *_: None,
+                receipt=[part.hash for part in meeting.means(range(3))],
+                held=meeting.mean(2, range(2)),
+            )
+        )
+        assert list(meeting.update().parts) == meeting.means(range(3), but=(2, 5), of=(0, 1))
+        assert meeting.complaints(2) == []
+        meeting.check_blamed(2)
+
+    run_simulated(main())
+
+
+def test_a_reducer_that_tells_everybody_something_else(losses: Losses, caplog: pytest.LogCaptureFixture) -> None:
+    """Settling shows it, and makes one set of bytes of it."""
+
+    async def main() -> None:
+        meeting = Round(4, by_hand=(2,))  # its parts: 2
+        mean = meeting.mean(2, range(4))
+        told = {0: mean, 1: mean, 3: Part(mask=mean.mask, data=encode(np.zeros(100, np.float32), "int8"))}
+        with caplog.at_level(logging.WARNING):
+            await meeting.run(
+                reduce_by_hand(
+                    meeting,
+                    lambda to, part: frame_of(told[to]),
+                    receipt=[part.hash for part in meeting.means(range(4))],
+                )
+            )
+        assert list(meeting.update().parts) == meeting.means(range(4))
+        assert "part 2: its reducer sent different bytes to different members" in caplog.text
+        assert not losses
+        await meeting.all_streams_end()
+
+    run_simulated(main())
+
+
+def test_a_reducer_that_dies_after_it_told_one(losses: Losses) -> None:
+    """Who has a part gives it to the others."""
+
+    async def main() -> None:
+        meeting = Round(3, by_hand=(2,))
+        await meeting.run(reduce_by_hand(meeting, lambda to, part: frame_of(part) if to == 1 else None, receipt=None))
+        assert list(meeting.update().parts) == meeting.means(range(3))
+        assert meeting.lost(0) == {2}
+        assert losses.by(0) == [(2, "Gone: closed the stream")]
+
+    run_simulated(main())
+
+
+def test_a_reducer_that_never_reads_or_answers(losses: Losses) -> None:
+    async def main() -> None:
+        meeting = Round(3, by_hand=(2,))
+        for i in meeting.honest:
+            meeting.trouble.deaf[meeting.ids[i]] = {meeting.ids[2]}
+
+        async def hand(channel: Channel, message: Message) -> None:
+            await asyncio.sleep(500)
+
+        meeting.serve(2, hand)
+        began_s = now_s()
+
+        async def send(to: int) -> None:
+            await meeting.contribute(2, to)
+
+        await meeting.run(send(0), send(1))
+        assert list(meeting.update().parts) == meeting.means(range(3), but=(2, 5), of=(0, 1))
+        meeting.check_blamed(2)
+        assert {reason for _, _, reason in losses} == {"Silent: does not read what we send"}
+        assert now_s() - began_s < TIMEOUTS.write_s + 3
+        await meeting.all_streams_end()
+
+    run_simulated(main())
+
+
+def test_a_reducer_that_takes_almost_every_time_out(losses: Losses) -> None:
+    """Reducing has a limit as a whole, too; there is time left then to do without the one that is slow."""
+
+    async def main() -> None:
+        meeting = Round(3, by_hand=(2,), n=(4 * N_PARTS - 1) * 100)
+
+        async def hand(channel: Channel, message: Message) -> None:
+            for part in meeting.parts_of(2):
+                await asyncio.sleep(TIMEOUTS.reduced_part_s - 1)
+                await channel.send_frame(frame_of(meeting.mean(part, range(3))))
+
+        async def send(to: int) -> None:
+            await meeting.contribute(2, to)
+
+        meeting.serve(2, hand)
+        began_s = now_s()
+        await meeting.run(send(0), send(1))
+        update = meeting.update()
+        late = meeting.parts_of(2)[1:]
+        assert list(update.parts) == meeting.means(range(3), but=late, of=(0, 1))
+        meeting.check_blamed(2)
+        assert now_s() - began_s < TIMEOUTS.round_s
+        await meeting.all_streams_end()
+
+    run_simulated(main())
+
+
+def test_a_failure_ends_what_runs_beside_it_before_it_is_raised() -> None:
+    """What was cancelled may have a stream to close first."""
+    ended: list[str] = []
+
+    async def fail() -> None:
+        raise Gone("somebody", "closed the stream")
+
+    async def close_slowly() -> None:
+        try:
+            await asyncio.sleep(100.0)
+        finally:
+            await asyncio.sleep(1.0)
+            ended.append("closed")
+
+    async def main() -> None:
+        with pytest.raises(Gone):
+            await run_all(fail(), close_slowly())
+        assert ended == ["closed"]
+
+    run_simulated(main())

@@ -1,0 +1,223 @@
+"""Protocols broken on purpose, by patching from here: the fault explorer must find each of them."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import math
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import replace
+from unittest import mock
+
+import numpy as np
+
+from p2p_diloco.core.codec import Vector
+from p2p_diloco.core.outer import Part, Update, apply_checked, check_update, contributor_mask
+from p2p_diloco.core.records import Directory, Record
+from p2p_diloco.core.rounds import Standing, way_of
+from p2p_diloco.ledger.replica import Replica
+from p2p_diloco.peer.peer import OuterResult, Peer
+from p2p_diloco.round import settle
+from p2p_diloco.round.meeting import Meeting
+from p2p_diloco.round.settle import Settlement
+from p2p_diloco.wire.channel import Channel
+from p2p_diloco.wire.messages import Commit, No
+
+LOCAL_VALUES = bytes(32)
+"""In place of the hash of a part that everybody fills with its own values."""
+
+
+def own_part(meeting: Meeting, part: int) -> Part:
+    return Part(mask=contributor_mask([meeting.group.me]), data=meeting.contribution(part))
+
+
+@contextlib.contextmanager
+def settle_skipped() -> Iterator[None]:
+    """Every member applies what it holds at the end of the butterfly, and its own values where it holds nothing."""
+
+    async def unsettled(self: Settlement) -> Update:
+        meeting = self.meeting
+        meeting.over = True
+        parts = tuple(part or own_part(meeting, i) for i, part in enumerate(meeting.parts))
+        return Update(header=self.group.header([part.hash for part in parts]), parts=parts)
+
+    with mock.patch.object(Settlement, "settle", unsettled):
+        yield
+
+
+@contextlib.contextmanager
+def loudest_head() -> Iterator[None]:
+    """The newest claim is the swarm's head, whoever makes it, and however often it led nowhere."""
+
+    def loudest(
+        records: Iterable[Record], mine: Standing | None, before: Mapping[bytes, bytes]
+    ) -> tuple[int, bytes] | None:
+        claims = [(record.step, record.head) for record in records]
+        return max([*claims, *([(mine.step, mine.head)] if mine else [])], default=None)
+
+    with (
+        mock.patch("p2p_diloco.peer.follower.swarm_head", loudest),
+        mock.patch("p2p_diloco.round.company.swarm_head", loudest),
+        mock.patch.object(Directory, "believed", Directory.live),
+    ):
+        yield
+
+
+@contextlib.contextmanager
+def local_values_where_a_reducer_died() -> Iterator[None]:
+    """As hivemind's averager does it: the survivors then differ, and do not know."""
+    choose_parts, fetch_missing = settle.choose_parts, Settlement._fetch_missing
+
+    def chosen(held: Mapping[int, Sequence[bytes]], n_parts: int) -> tuple[list[bytes], list[int]]:
+        hashes, holders = choose_parts(held, n_parts)
+        return [one or LOCAL_VALUES for one in hashes], holders
+
+    async def fetch(self: Settlement, commit: Commit, leader: int) -> None:
+        for i, wanted in enumerate(commit.part_hashes):
+            if wanted == LOCAL_VALUES:
+                part = own_part(self.meeting, i)
+                part.__dict__["hash"] = LOCAL_VALUES
+                self.meeting.parts[i] = part
+        await fetch_missing(self, commit, leader)
+
+    with mock.patch.object(settle, "choose_parts", chosen), mock.patch.object(Settlement, "_fetch_missing", fetch):
+        yield
+
+
+@contextlib.contextmanager
+def applied_before_written() -> Iterator[None]:
+    """The state moves, and is told to others, before the update is on the disk."""
+    commit = Peer._commit
+
+    def apply(self: Replica, update: Update) -> None:
+        outer = self.manifest.spec.outer
+        check_update(self.loaded, update, outer.codec)
+        self.ledger._headers[update.header.step] = update.header
+        apply_checked(self.loaded, update, codec=outer.codec, lr=outer.lr, momentum=outer.momentum)
+
+    async def commit_first(self: Peer, update: Update) -> None:
+        with mock.patch.object(self.replica, "commit", lambda update: apply(self.replica, update)):
+            await commit(self, update)
+        del self.replica.ledger._headers[update.header.step]
+        await asyncio.to_thread(self.replica.ledger.append, update)
+
+    with mock.patch.object(Peer, "_commit", commit_first):
+        yield
+
+
+@contextlib.contextmanager
+def sent_again() -> Iterator[None]:
+    """Who missed a round offers what it learned once more, also where it had arrived."""
+    outer_step = Peer.outer_step
+
+    async def offer_again(self: Peer, tokens: int, *, dropped: bool = False, pace: float = 0.0) -> OuterResult:
+        assert self.local is not None
+        learned = np.subtract(self.local, self.replica.theta)
+        result = await outer_step(self, tokens, dropped=dropped, pace=pace)
+        if not result.adopted:
+            return result
+        np.add(self.replica.theta, learned, out=self.local)
+        return replace(result, kept=True)
+
+    with mock.patch.object(Peer, "outer_step", offer_again):
+        yield
+
+
+@contextlib.contextmanager
+def kept_although_it_arrived() -> Iterator[None]:
+    """In a run that keeps missed rounds: also those parts are kept that are in the state already."""
+
+    def keep(self: Peer, before: Standing, local: Vector) -> bool:
+        return self.seat.standing.head != before.head
+
+    with mock.patch.object(Peer, "_keep", keep):
+        yield
+
+
+@contextlib.contextmanager
+def endless_patience() -> Iterator[None]:
+    """A leader waits for every receipt, however long."""
+
+    async def collect(self: Settlement, expected: set[int], number: int) -> None:
+        self.ends_s = math.inf
+        while self.taken is None:
+            changed = self.meeting.changed.event
+            came = {i for i, receipt in self.receipts.items() if receipt.number >= number}
+            if not expected - came - self.meeting.lost:
+                break
+            await changed.wait()
+
+    begin = Settlement.__init__
+
+    def unlimited(self: Settlement, meeting: Meeting) -> None:
+        begin(self, meeting)
+        self.ends_s = math.inf
+
+    with mock.patch.object(Settlement, "_collect", collect), mock.patch.object(Settlement, "__init__", unlimited):
+        yield
+
+
+@contextlib.contextmanager
+def half_settles() -> Iterator[None]:
+    """Half of a group counts as most of it."""
+
+    def is_half(self: Settlement, members: int) -> bool:
+        return 2 * members >= len(self.group.members)
+
+    with mock.patch.object(Settlement, "_is_most", is_half):
+        yield
+
+
+@contextlib.contextmanager
+def half_of_the_voters() -> Iterator[None]:
+    """A head on or beyond which half of the voters stand counts as one that most agree on."""
+
+    def head_of_half(
+        records: Iterable[Record], mine: Standing | None, before: Mapping[bytes, bytes]
+    ) -> tuple[int, bytes] | None:
+        everybody: list[Record | Standing] = [*records, *([mine] if mine is not None else [])]
+        voters = [voter for voter in everybody if voter.committed] or everybody
+        paths = [[(voter.step - back, head) for back, head in enumerate(way_of(voter, before))] for voter in voters]
+        support = Counter(candidate for path in paths for candidate in path)
+
+        def order(candidate: tuple[int, bytes]) -> tuple[int, int, bytes]:
+            return (-support[candidate], -candidate[0], candidate[1])
+
+        agreed = [candidate for candidate, count in support.items() if 2 * count >= len(voters)]
+        if not agreed:
+            return min(support, key=order, default=None)
+        base = max(agreed)
+        return min({path[0] for path in paths if base in path[1:]}, key=order, default=base)
+
+    with (
+        mock.patch("p2p_diloco.peer.follower.swarm_head", head_of_half),
+        mock.patch("p2p_diloco.round.company.swarm_head", head_of_half),
+    ):
+        yield
+
+
+@contextlib.contextmanager
+def denied_at_once() -> Iterator[None]:
+    """Who has not taken a commit yet says so, although it may still take one from a leader before the one that asks."""
+
+    async def deny(self: Settlement, channel: Channel, member: int) -> None:
+        await channel.send(self.taken or No(reason="no commit has come"))
+
+    with mock.patch.object(Settlement, "_on_ask_commit", deny):
+        yield
+
+
+VARIANTS: dict[str, Callable[[], AbstractContextManager[None]]] = {
+    "settle skipped": settle_skipped,
+    "loudest head": loudest_head,
+    "local values where a reducer died": local_values_where_a_reducer_died,
+    "applied before written": applied_before_written,
+    "sent again": sent_again,
+    "kept although it arrived": kept_although_it_arrived,
+    "endless patience": endless_patience,
+    "half settles": half_settles,
+    "half of the voters": half_of_the_voters,
+    "denied at once": denied_at_once,
+}

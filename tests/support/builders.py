@@ -1,0 +1,228 @@
+"""Small sound things for tests to spoil: identities, records, readiness, rosters, two ends of a stream."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any
+
+import msgpack
+from hypothesis import strategies as st
+
+from p2p_diloco.core.config import Timeouts
+from p2p_diloco.core.identity import Identity
+from p2p_diloco.core.outer import digest
+from p2p_diloco.core.records import Record, Signed
+from p2p_diloco.core.rounds import Group, Readiness, check_roster, rank, seal_readiness
+from p2p_diloco.wire.channel import Channel
+from p2p_diloco.wire.messages import (
+    Again,
+    AskChunk,
+    AskCommit,
+    AskDialBack,
+    AskHeads,
+    AskIndex,
+    AskManifest,
+    AskPart,
+    AskTransfer,
+    AskUpdate,
+    Behind,
+    Closing,
+    Commit,
+    Contribute,
+    DialBack,
+    DialedBack,
+    Eta,
+    Heads,
+    Message,
+    No,
+    Push,
+    Ready,
+    Receipt,
+    Redirect,
+    Roster,
+    Size,
+    TooFew,
+    Took,
+    Transferred,
+)
+
+RUN_ID = "ab" * 20
+NOW_S = 1_000_000.0
+
+
+@cache
+def identity(index: int) -> Identity:
+    return Identity.from_seed(index.to_bytes(32, "big"))
+
+
+def head(name: str) -> bytes:
+    """The head of a history: one letter an outer step."""
+    return digest(b"history", name.encode())
+
+
+def ranked(at: bytes, count: int) -> list[Identity]:
+    """In the order of rank on a head: the first one leads."""
+    return sorted((identity(i + 1) for i in range(count)), key=lambda who: rank(at, who.peer_id))
+
+
+def record_of(who: Identity, history: str = "", **changes: Any) -> Record:
+    """Of a trainer that stands where ``history`` leads to."""
+    fields: dict[str, Any] = {
+        "peer_id": who.peer_id,
+        "run_id": RUN_ID,
+        "run_name": "simulated",
+        "issued_s": NOW_S,
+        "life_s": 30.0,
+        "role": "trainer",
+        "phase": "inner",
+        "step": len(history),
+        "head": head(history),
+        "committed": bool(history),
+        "heads": [head(history[:back]) for back in range(len(history) - 1, max(len(history) - 5, -1), -1)],
+        "snapshot_step": 0,
+        "snapshot_digest": bytes(32),
+        "maddrs": [f"/memory/{who.peer_id[-8:]}/p2p/{who.peer_id}"],
+        "client_mode": False,
+    }
+    return Record(**fields | changes)
+
+
+def readiness_of(who: Identity, history: str = "", **changes: Any) -> Readiness:
+    fields: dict[str, Any] = {
+        "run_id": RUN_ID,
+        "step": len(history),
+        "head": head(history),
+        "peer_id": who.peer_id,
+        "weight": 100,
+        "client_mode": False,
+        "nonce": bytes(8),
+    }
+    return Readiness(**fields | changes)
+
+
+def groups_of(members: Sequence[Identity], history: str = "", **changes: Sequence[Any]) -> list[Group]:
+    """One group as each of its members sees it. ``members`` in the order of rank; ``changes``: a value for each."""
+    readiness = [
+        readiness_of(who, history, **{name: values[i] for name, values in changes.items()})
+        for i, who in enumerate(members)
+    ]
+    sealed = [seal_readiness(mine, who) for mine, who in zip(readiness, members)]
+    return [check_roster(sealed, mine, min_group=1, max_group=256, max_weight=2**60) for mine in readiness]
+
+
+def sealed_anyhow(values: object, context: bytes, who: Identity) -> bytes:
+    """As ``records.seal``, for a statement that no honest peer would make."""
+    body = msgpack.packb(values)
+    packed: bytes = msgpack.packb([body, who.sign(context + body)])
+    return packed
+
+
+def values_of(statement: Signed, **changes: object) -> list[object]:
+    return list((statement.model_dump() | changes).values())
+
+
+plain_values = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers(-(2**63), 2**64 - 1)
+    | st.floats(allow_nan=True)
+    | st.text(max_size=8)
+    | st.binary(max_size=40),
+    lambda inner: st.lists(inner, max_size=5) | st.dictionaries(st.text(max_size=8), inner, max_size=5),
+    max_leaves=10,
+)
+"""Whatever msgpack can say without extension types."""
+
+
+@st.composite
+def damaged(draw: st.DrawFn, sound: bytes) -> bytes:
+    """``sound`` cut short, with bytes behind it, or with one byte changed."""
+    kind = draw(st.sampled_from(["cut", "longer", "changed"]))
+    if kind == "cut":
+        return sound[: draw(st.integers(0, len(sound) - 1))]
+    if kind == "longer":
+        return sound + draw(st.binary(min_size=1, max_size=4))
+    at = draw(st.integers(0, len(sound) - 1))
+    return sound[:at] + bytes([sound[at] ^ draw(st.integers(1, 255))]) + sound[at + 1 :]
+
+
+@dataclass(eq=False)
+class PipeWriter:
+    """Its bytes are at the other end at once."""
+
+    reader: asyncio.StreamReader
+    written: bytearray = field(default_factory=bytearray)
+
+    def write(self, data: bytes | memoryview, /) -> None:
+        self.written += data
+        self.reader.feed_data(bytes(data))
+
+    async def drain(self) -> None:
+        await asyncio.sleep(0)
+
+    def close(self) -> None:
+        self.reader.feed_eof()
+
+
+@dataclass(eq=False)
+class DeafWriter:
+    """Takes what is written, and is never done with it."""
+
+    drains: int = 0
+    closed: bool = False
+
+    def write(self, data: bytes | memoryview, /) -> None:
+        pass
+
+    async def drain(self) -> None:
+        self.drains += 1
+        await asyncio.get_running_loop().create_future()
+
+    def close(self) -> None:
+        self.closed = True
+
+
+def pipe(timeouts: Timeouts | None = None) -> tuple[Channel, Channel]:
+    """Both ends of a stream."""
+    timeouts = timeouts or Timeouts()
+    a, b = asyncio.StreamReader(), asyncio.StreamReader()
+    mine = Channel(peer_id=identity(2).peer_id, reader=a, writer=PipeWriter(b), timeouts=timeouts)
+    theirs = Channel(peer_id=identity(1).peer_id, reader=b, writer=PipeWriter(a), timeouts=timeouts)
+    return mine, theirs
+
+
+HASH = bytes(range(32))
+MESSAGE_EXAMPLES: list[Message] = [
+    Ready(readiness=b"a" * 300, record=b"b" * 1024),
+    Roster(members=[b"a" * 300] * 128, absent=[b"b" * 1024] * 64),
+    TooFew(ready=1),
+    Redirect(record=b"b"),
+    Behind(record=b"b"),
+    No(reason="not in my ledger"),
+    Closing(head=HASH, gather_s=5.0, record=b"r" * 1024),
+    Eta(eta_s=0.25),
+    Contribute(round_id=HASH, number=255),
+    Receipt(round_id=HASH, number=255, part_hashes=[HASH, b"", HASH]),
+    Again(number=1, members=list(range(256)), parts=[0, 2**16 - 1]),
+    Commit(part_hashes=[HASH] * 3, holders=[0, 255, 3]),
+    Took(),
+    AskCommit(round_id=HASH),
+    AskPart(round_id=HASH, part=7, hash=HASH),
+    AskHeads(since=0),
+    Heads(first=5, head=HASH, links=[HASH] * 1024),
+    AskUpdate(step=2**59, head=HASH),
+    AskIndex(step=10, digest=HASH),
+    AskChunk(step=10, digest=HASH, chunk=2**40),
+    Size(size_bytes=0),
+    AskManifest(),
+    Push(record=b"b"),
+    AskDialBack(consent=b"c" * 400),
+    DialBack(),
+    DialedBack(reached=False, ip="2001:db8::7", reason="no answer"),
+    AskTransfer(up_bytes=2**21, down_bytes=0),
+    Transferred(wall_s=1.7e9),
+]
+"""One of every kind, many of them as large as they may be."""

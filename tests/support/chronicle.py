@@ -1,0 +1,282 @@
+"""What the peers of a simulated swarm did to their outer states, and what must be true of it.
+
+Every state that any peer stood at, in any of its lives, is noted by its head. The vectors are made so that an update
+tells whose inner steps are in it: for every part and peer there is one value that counts the peer's inner steps, and
+one that adds up their numbers. As a contribution is an unbroken run of steps, the two name its first and its last.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from statistics import median_low
+
+import numpy as np
+import numpy.typing as npt
+
+from p2p_diloco.core.codec import Vector, decode
+from p2p_diloco.core.manifest import OnMissed
+from p2p_diloco.core.outer import OuterState, Update, part_slices
+from p2p_diloco.core.records import Record
+from p2p_diloco.core.rounds import LARGEST_WEIGHT_OVER_MEDIAN, Standing, way_of
+
+MAX_PEERS = 12
+PART_VALUES = 32
+"""Two for each peer, and some that everybody trains."""
+LARGEST_ERROR = 0.2
+"""Of a count or sum read from an update: it is rounded to float32, and theta moves a little by itself."""
+TOKENS = 8
+"""Of an inner step."""
+
+
+class Violation(Exception):
+    """``invariant``: its name, one of those in ``explorer``."""
+
+    def __init__(self, invariant: str, text: str) -> None:
+        super().__init__(f"{invariant}: {text}")
+        self.invariant = invariant
+
+
+@dataclass(frozen=True)
+class Steps:
+    """Inner steps ``first``, ..., ``last`` of a peer, counted over all its lives."""
+
+    first: int
+    last: int
+
+    def overlaps(self, other: Steps) -> bool:
+        return self.first <= other.last and other.first <= self.last
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settled:
+    """How a round ended at one of its members."""
+
+    peer: int
+    began_s: float
+    head: bytes | None
+    """None: without an update."""
+    heard: bool
+    """It knew a commit, whether it could use it or not."""
+    place: int
+    """Of the leader that it was with in the end, in the order of leaders."""
+    leads: bool
+    """It was that leader itself."""
+    decided: bool
+    """And most of the group took its commit."""
+
+
+@dataclass(eq=False)
+class Chronicle:
+    names: dict[str, int]
+    """Peer id -> index."""
+    on_missed: OnMissed = "adopt"
+    largest_weight: int = 2**60
+    """What a contribution may weigh at most."""
+    digests: dict[bytes, tuple[bytes, int]] = field(default_factory=dict)
+    """Head -> the digest of the state there, and the peer that was first there."""
+    updates: dict[bytes, Update] = field(default_factory=dict)
+    """Head -> the update that leads there."""
+    committed: dict[int, list[bytes]] = field(default_factory=dict)
+    """Peer -> the heads that it came to by an update."""
+    lost: set[bytes] = field(default_factory=set)
+    """Heads that no living peer held at some time."""
+    trained: dict[int, int] = field(default_factory=dict)
+    """Peer -> its inner steps, over all its lives."""
+    durable: dict[int, bytes] = field(default_factory=dict)
+    """Peer -> the head that its disk must lead to, or past."""
+    rounds: dict[bytes, list[Settled]] = field(default_factory=dict)
+    """Round id -> how it ended, in that order."""
+    denied: dict[tuple[bytes, int], int] = field(default_factory=dict)
+    """Round id and peer -> the last one in the order of leaders to whom it has said that it has taken no commit."""
+
+    # -- what happens ------------------------------------------------------------------------------------------------
+
+    def stood(self, peer: int, state: OuterState) -> None:
+        """A peer stands at a state. Violation when that head meant other bytes before."""
+        now = state.digest()
+        first, by = self.digests.setdefault(state.head, (now, peer))
+        if now != first:
+            raise Violation(
+                "same-bytes", f"at outer step {state.step}, head {state.head.hex()[:8]}: peers {by} and {peer} differ"
+            )
+
+    def writes(self, update: Update) -> None:
+        """A peer may be killed before it can say more than its disk does."""
+        self.updates[update.header.head] = update
+
+    def commits(self, peer: int, state: OuterState, update: Update) -> None:
+        self.writes(update)
+        self.committed.setdefault(peer, []).append(state.head)
+        self.lost.discard(state.head)
+        self.stood(peer, state)
+        self.durable[peer] = state.head
+
+    def starts(self, peer: int, state: OuterState | None) -> None:
+        """What a peer finds on its disk when it is started again. Violation when that is not all it had."""
+        had = self.durable.get(peer)
+        if had is not None and (state is None or had not in self.history(state.head)):
+            raise Violation("durable", f"peer {peer} was at {had.hex()[:8]}, and its disk does not lead there any more")
+        self.moves(peer, state)
+
+    def moves(self, peer: int, state: OuterState | None) -> None:
+        """A peer has loaded another state from its disk."""
+        if state is not None:
+            self.stood(peer, state)
+            self.durable[peer] = state.head
+
+    def gives_up(self, peer: int) -> None:
+        """A peer begins to put aside a history of its own."""
+        self.durable.pop(peer, None)
+
+    def dies(self, held: Iterable[bytes]) -> None:
+        """``held``: the heads at which those stand that are still alive."""
+        alive = {past for head in held for past in self.history(head)}
+        self.lost |= {head for heads in self.committed.values() for head in heads if head not in alive}
+
+    def trains(self, peer: int, local: Vector, target: Vector) -> None:
+        """One inner step of a peer. ``local``, ``target``: float32 [n]."""
+        number = self.trained[peer] = self.trained.get(peer, 0) + 1
+        for where in part_slices(len(local)):
+            local[where.start + 2 * peer] += np.float32(1)
+            local[where.start + 2 * peer + 1] += np.float32(number)
+            rest = slice(where.start + 2 * MAX_PEERS, where.stop)
+            local[rest] -= np.float32(0.1) * (local[rest] - target[rest])
+
+    def denies(self, round_id: bytes, peer: int, place: int) -> None:
+        """A peer tells the leader at ``place`` that it has taken no commit."""
+        self.denied[round_id, peer] = max(self.denied.get((round_id, peer), -1), place)
+
+    def settles(self, round_id: bytes, now: Settled, well_since_s: Callable[[int, int], float]) -> None:
+        """A round ends at one of its members. ``well_since_s``: since when two peers have been able to talk."""
+        if now.heard and now.place < self.denied.get((round_id, now.peer), -1):
+            raise Violation("one-outcome", f"peer {now.peer} takes a commit after it has told a later leader of none")
+        others = self.rounds.setdefault(round_id, [])
+        for one in others:
+            for leader, member in ((now, one), (one, now)):
+                if leader.peer != member.peer and leader.leads and member.head is not None:
+                    apart = well_since_s(leader.peer, member.peer) > min(leader.began_s, member.began_s)
+                    self._check_leader(leader, member, apart=apart, knew=leader is now)
+        others.append(now)
+
+    @staticmethod
+    def _check_leader(leader: Settled, member: Settled, *, apart: bool, knew: bool) -> None:
+        assert member.head is not None
+        names = (
+            f"peer {leader.peer}, leader {leader.place} of a round, and peer {member.peer}, with leader {member.place}"
+        )
+        if leader.decided and leader.head != member.head and (member.place >= leader.place or member.decided):
+            raise Violation("one-outcome", f"{names}: another update than most of the group have taken")
+        if apart or member.place >= leader.place:
+            return
+        if leader.decided and leader.head != member.head:
+            raise Violation("one-outcome", f"{names}: different updates, although they could talk")
+        if knew and not leader.heard:
+            raise Violation(
+                "one-outcome", f"{names}, who has an update that the first never heard of, although they could talk"
+            )
+
+    def follows(
+        self,
+        records: Sequence[Record],
+        mine: Standing | None,
+        before: Mapping[bytes, bytes],
+        target: tuple[int, bytes] | None,
+    ) -> None:
+        """A peer takes ``target`` for the swarm's head. Violation where it would give up what it has committed for
+        less: the others must have most of those whom it knows, or more than stand where it stands, or as many on a
+        newer head, or on one as new with the smaller digest. So two halves do not change places, whoever else each of
+        their members sees."""
+        if mine is None or not mine.committed or target is None:
+            return
+        here = way_of(mine, before)
+        ways = [way_of(record, before) for record in records if record.committed]
+        there = {head for way in ways if target[1] in way for head in way[way.index(target[1]) :]}
+        if target[1] in here or mine.head in there:
+            return
+        support = Counter(head for way in [here, *ways] for head in way)
+        if any(2 * support[head] > len(ways) + 1 for head in there.difference(here)):
+            return
+        if (-support[target[1]], -target[0], target[1]) > (-support[mine.head], -mine.step, mine.head):
+            raise Violation(
+                "head-choice",
+                f"outer step {mine.step}, with {support[mine.head]} of {len(ways) + 1} voters, yields to outer step "
+                f"{target[0]}, with {support[target[1]]}",
+            )
+
+    # -- what must be true -------------------------------------------------------------------------------------------
+
+    def history(self, head: bytes) -> list[bytes]:
+        """The heads that lead to ``head``, newest first, as far as anybody has seen them."""
+        path = [head]
+        while (update := self.updates.get(path[-1])) is not None:
+            path.append(update.header.parent)
+        return path
+
+    def check_once(self, head: bytes, n: int) -> None:
+        """In the history that leads to ``head``, no inner step of any peer counts twice."""
+        for part in range(len(part_slices(n))):
+            seen: dict[int, list[tuple[int, Steps]]] = {}
+            for past in reversed(self.history(head)[:-1]):
+                update = self.updates[past]
+                step = update.header.step
+                for peer, steps in self.contributions(update, part, n):
+                    for before, others in seen.setdefault(peer, []):
+                        if steps.overlaps(others):
+                            raise Violation(
+                                "counted-once",
+                                f"part {part}: inner steps of peer {peer} are in updates {before} and {step}: {steps}",
+                            )
+                    if steps.last > self.trained.get(peer, 0):
+                        raise Violation("counted-once", f"part {part} of update {step}: {steps} never made by {peer}")
+                    seen[peer].append((step, steps))
+
+    def contributions(self, update: Update, index: int, n: int) -> Iterator[tuple[int, Steps]]:
+        """Whose inner steps are in a part of an update that was encoded without loss."""
+        name, named = f"part {index} of update {update.header.step}", self._named(update, index)
+        divisor = sum(named.values()) if self.on_missed == "adopt" else self._divisor(update, n)
+        values = self._values(update, index, n) * divisor
+        for peer in range(MAX_PEERS):
+            count, numbers = values[2 * peer : 2 * peer + 2] / named.get(peer, divisor)
+            if peer not in named:
+                if abs(count) > LARGEST_ERROR:
+                    raise Violation("counted-once", f"{name}: {peer} is in it, unnamed")
+                continue
+            steps = round(count)
+            before = (numbers - steps * (steps + 1) / 2) / max(steps, 1)
+            if abs(count - steps) > LARGEST_ERROR or steps < 1 or abs(before - round(before)) > LARGEST_ERROR:
+                raise Violation(
+                    "counted-once",
+                    f"{name}: {count:.2f} steps of peer {peer} that add up to {numbers:.2f}: no unbroken run",
+                )
+            yield peer, Steps(round(before) + 1, round(before) + steps)
+
+    def _named(self, update: Update, index: int) -> dict[int, int]:
+        """The peers whose contributions a part says that it holds, and their weights."""
+        mask = int.from_bytes(update.parts[index].mask, "little")
+        return {self.names[p]: weight for i, (p, weight) in enumerate(update.header.contributors) if mask >> i & 1}
+
+    @staticmethod
+    def _values(update: Update, index: int, n: int) -> npt.NDArray[np.float64]:
+        where = part_slices(n)[index]
+        return -decode(update.parts[index].data, where.stop - where.start, "fp32").astype(np.float64)
+
+    def _divisor(self, update: Update, n: int) -> int:
+        """Where missed rounds are kept, an update does not say how many were absent. It is so many that nobody's count
+        is larger than its weight says, and somebody's is as large."""
+        weights = [weight for _, weight in update.header.contributors]
+        usual = median_low(weights)
+        limit = min(LARGEST_WEIGHT_OVER_MEDIAN * usual, self.largest_weight)
+        counts = [
+            (self._values(update, index, n)[2 * peer] / weight, weight / TOKENS)
+            for index in range(len(update.parts))
+            for peer, weight in self._named(update, index).items()
+            if weight < limit
+        ]
+        for absent in range(MAX_PEERS):
+            divisor = sum(weights) + absent * usual
+            largest = max((count * divisor / said for count, said in counts), default=1.0)
+            if abs(largest - 1) < 1 / (4 * MAX_PEERS):
+                return divisor
+        raise Violation("counted-once", f"update {update.header.step}: no number of absent peers explains its values")

@@ -1,0 +1,169 @@
+"""The package as the fault explorer runs it: patched from outside, and put back."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from hashlib import blake2b
+from typing import Any
+from unittest import mock
+
+from p2p_diloco.core.identity import Identity
+from p2p_diloco.core.outer import Update
+from p2p_diloco.core.records import Record
+from p2p_diloco.core.rounds import Missed, Standing
+from p2p_diloco.ledger.ledger import Ledger
+from p2p_diloco.ledger.replica import Replica
+from p2p_diloco.peer import follower
+from p2p_diloco.round.settle import Settlement
+from p2p_diloco.wire.channel import Channel
+from p2p_diloco.wire.messages import Message
+from tests.support.chronicle import PART_VALUES, Chronicle, Settled, Violation
+from tests.support.schedules import WAITED_FOR
+from tests.support.simloop import RUNNING
+from tests.support.world import World
+
+TRAVELLING = frozenset(message for message, _ in WAITED_FOR)
+LINKS = 5
+"""Of a history, in one message."""
+
+
+class _SimClock:
+    """In place of the module ``time``."""
+
+    @staticmethod
+    def time() -> float:
+        return asyncio.get_running_loop().time()
+
+    monotonic = time
+
+
+@contextlib.contextmanager
+def instrumented(world: World) -> Iterator[None]:
+    """Small parts, signatures that cost nothing, events with the simulated time, and disks and replicas that tell the
+    world what they do."""
+    real_replace, real_commit, real_load = os.replace, Replica.commit, Replica.load
+    real_roll_back, real_truncate, real_send = Replica.roll_back, Ledger.truncate, Channel.send
+    real_settle, real_answer = Settlement.settle, Settlement._on_ask_commit
+    real_swarm_head = vars(follower)["swarm_head"]  # which may be that of a broken protocol
+
+    def replace_file(source: Any, target: Any) -> None:
+        world.on_disk()
+        real_replace(source, target)
+        world.on_disk()
+
+    def sync(descriptor: int) -> None:
+        world.on_disk()
+
+    def commit(replica: Replica, update: Update) -> None:
+        tell(lambda chronicle, _: chronicle.writes(update))
+        real_commit(replica, update)
+        tell(lambda chronicle, peer: chronicle.commits(peer, replica.loaded, update))
+
+    def load(replica: Replica, at_most: int | None = None) -> bool:
+        loaded, owner = real_load(replica, at_most), RUNNING.get()
+        if owner is not None and owner not in world.loaded:
+            world.loaded.add(owner)
+            tell(lambda chronicle, peer: chronicle.starts(peer, replica.state))
+        else:
+            tell(lambda chronicle, peer: chronicle.moves(peer, replica.state))
+        return loaded
+
+    def roll_back(replica: Replica, step: int) -> None:
+        real_roll_back(replica, step)
+        tell(lambda chronicle, peer: chronicle.moves(peer, replica.state))
+
+    def truncate(ledger: Ledger, step: int) -> None:
+        tell(lambda chronicle, peer: chronicle.gives_up(peer))
+        real_truncate(ledger, step)
+
+    async def send(channel: Channel, message: Message) -> None:
+        owner = RUNNING.get()
+        if owner is not None and owner.name and message.tag in TRAVELLING:
+            world.sends(int(owner.name), channel.peer_id, message.tag)
+        await real_send(channel, message)
+
+    async def settle(settlement: Settlement) -> Update | Missed:
+        outcome = await real_settle(settlement)
+        group, place = settlement.group, settlement.place
+        tell(
+            lambda chronicle, peer: chronicle.settles(
+                group.round_id,
+                Settled(
+                    peer=peer,
+                    began_s=settlement.started_s,
+                    head=outcome.header.head if isinstance(outcome, Update) else None,
+                    heard=settlement.taken is not None,
+                    place=place,
+                    leads=group.reducers[place] == group.me,
+                    decided=settlement.leads,
+                ),
+                world.well_since_s,
+            )
+        )
+        return outcome
+
+    async def answer(settlement: Settlement, channel: Channel, member: int) -> None:
+        await real_answer(settlement, channel, member)
+        if settlement.taken is None:
+            group = settlement.group
+            tell(lambda chronicle, peer: chronicle.denies(group.round_id, peer, group.reducers.index(member)))
+
+    def swarm_head(
+        records: Iterable[Record], mine: Standing | None, before: Mapping[bytes, bytes]
+    ) -> tuple[int, bytes] | None:
+        records = list(records)
+        target: tuple[int, bytes] | None = real_swarm_head(records, mine, before)
+        tell(lambda chronicle, _: chronicle.follows(records, mine, before, target))
+        return target
+
+    def tell(what: Callable[[Chronicle, int], None]) -> None:
+        owner = RUNNING.get()
+        if owner is not None:
+            try:
+                what(world.chronicle, int(owner.name))
+            except Violation as violation:
+                world.fail(violation)
+
+    def nonce() -> bytes:
+        return world.random.randbytes(8)
+
+    def sign(identity: Identity, message: bytes) -> bytes:
+        return _signature(identity.peer_id, message)
+
+    def verify(peer_id: str, message: bytes, signature: bytes) -> bool:
+        return signature == _signature(peer_id, message)
+
+    patches: list[Any] = [
+        mock.patch("p2p_diloco.core.outer.PART_VALUES", PART_VALUES),
+        mock.patch("p2p_diloco.peer.catchup.MAX_LINKS", LINKS),
+        mock.patch("p2p_diloco.peer.uploads.MAX_LINKS", LINKS),
+        mock.patch("p2p_diloco.core.events.time", _SimClock),
+        mock.patch("p2p_diloco.core.records.verify", verify),
+        mock.patch("p2p_diloco.round.matchmaking.new_nonce", nonce),
+        mock.patch("os.fsync", sync),
+        mock.patch("os.replace", replace_file),
+        mock.patch.object(Identity, "sign", sign),
+        mock.patch.object(Replica, "commit", commit),
+        mock.patch.object(Replica, "load", load),
+        mock.patch.object(Replica, "roll_back", roll_back),
+        mock.patch.object(Ledger, "truncate", truncate),
+        mock.patch.object(Channel, "send", send),
+        mock.patch.object(Settlement, "settle", settle),
+        mock.patch.object(Settlement, "_on_ask_commit", answer),
+        mock.patch("p2p_diloco.peer.follower.swarm_head", swarm_head),
+    ]
+    disabled = logging.root.manager.disable
+    with contextlib.ExitStack() as stack:
+        for patch in patches:
+            stack.enter_context(patch)
+        stack.callback(logging.disable, disabled)
+        logging.disable(logging.CRITICAL)
+        yield
+
+
+def _signature(peer_id: str, message: bytes) -> bytes:
+    return blake2b(message, key=peer_id.encode(), digest_size=64).digest()

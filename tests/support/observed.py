@@ -1,0 +1,60 @@
+"""A DHT of one run for a monitor to look at: a list of records, no network."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from p2p_diloco.core.config import Timeouts
+from p2p_diloco.core.records import Fault, peers_key, seal_record
+from p2p_diloco.look.monitor import Monitor
+from tests.support.builders import identity, record_of
+from tests.support.fakes import make_manifest
+
+MANIFEST = make_manifest(1000, np.zeros(1000, np.float32), identity(99))
+INITIAL = f"/ip4/127.0.0.1/tcp/4001/p2p/{identity(1).peer_id}"
+
+
+@dataclass
+class FakeDHT:
+    """A DHT of one key. Peers renew their records whenever somebody looks, until they are gone."""
+
+    peer_id: str = identity(0).peer_id
+    timeouts: Timeouts = field(default_factory=Timeouts)
+    rejected: Counter[Fault] = field(default_factory=Counter)
+    peers: dict[int, dict[str, Any]] = field(default_factory=dict)
+    garbage: list[bytes] = field(default_factory=list)
+    sought: list[dict[str, list[str]]] = field(default_factory=list)
+
+    async def look_up(self, key: str) -> list[bytes]:
+        assert key == peers_key(MANIFEST.run_id)
+        return [*self.garbage, *(self.sealed(index) for index in self.peers)]
+
+    async def meet(self, peers: dict[str, list[str]]) -> None:
+        self.sought.append(peers)
+
+    def sealed(self, index: int) -> bytes:
+        who = identity(index)
+        maddrs = [f"/ip4/127.0.0.1/tcp/{index}/p2p/{who.peer_id}"]
+        fields = {"run_id": MANIFEST.run_id, "issued_s": now_s(), "maddrs": maddrs, **self.peers[index]}
+        return seal_record(record_of(who, "ab", **fields), who)
+
+
+def now_s() -> float:
+    return asyncio.get_running_loop().time()
+
+
+def monitor_of(dht: FakeDHT, folder: Path, *, private_targets: bool = False) -> Monitor:
+    return Monitor(
+        transport=dht,
+        manifest=MANIFEST,
+        initial_peers=[INITIAL],
+        private_targets=private_targets,
+        folder=folder,
+        wall_s=now_s,
+    )
