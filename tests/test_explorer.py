@@ -25,12 +25,13 @@ def test_invariants_hold_under_random_faults(batch: int) -> None:
 ONCE_FAILED = (Path(__file__).parent / "once_failed.jsonl").read_text().splitlines()
 """Peers that a cut network had made fail each other, and that then went without each other for ever; a head that the
 swarm had left; a slow peer that was one outer step behind again and again; a way that broke off after the roll-back;
-a half that took itself for the larger one whenever it tried to dial a peer of the other half that cannot be dialled."""
+a half that took itself for the larger one whenever it tried to dial a peer of the other half that cannot be dialled; a
+group that came with the largest weights, and had its inner steps miscounted here, for one peer was absent."""
 
 
 @pytest.mark.parametrize("number", range(len(ONCE_FAILED)))
 def test_schedules_that_once_failed(number: int) -> None:
-    """They are kept as they were drawn, whatever a seed draws today."""
+    """They are kept as they were drawn, or made smaller since, whatever a seed draws today."""
     assert explore(Schedule.from_json(ONCE_FAILED[number])).ok
 
 

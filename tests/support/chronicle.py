@@ -65,6 +65,8 @@ class Settled:
     """It was that leader itself."""
     decided: bool
     """And most of the group took its commit."""
+    divisor: int | None = None
+    """As ``Group`` has it."""
 
 
 @dataclass(eq=False)
@@ -88,6 +90,9 @@ class Chronicle:
     """Peer -> the head that its disk must lead to, or past."""
     rounds: dict[bytes, list[Settled]] = field(default_factory=dict)
     """Round id -> how it ended, in that order."""
+    divisors: dict[bytes, int] = field(default_factory=dict)
+    """Head -> what the weighted sum of the update that leads there is divided by, in tokens, as its round agreed; where
+    missed rounds are kept."""
     denied: dict[tuple[bytes, int], int] = field(default_factory=dict)
     """Round id and peer -> the last one in the order of leaders to whom it has said that it has taken no commit."""
 
@@ -152,6 +157,8 @@ class Chronicle:
         """A round ends at one of its members. ``well_since_s``: since when two peers have been able to talk."""
         if now.heard and now.place < self.denied.get((round_id, now.peer), -1):
             raise Violation("one-outcome", f"peer {now.peer} takes a commit after it has told a later leader of none")
+        if now.head is not None and now.divisor is not None:
+            self.divisors[now.head] = now.divisor
         others = self.rounds.setdefault(round_id, [])
         for one in others:
             for leader, member in ((now, one), (one, now)):
@@ -263,20 +270,25 @@ class Chronicle:
         return -decode(update.parts[index].data, where.stop - where.start, "fp32").astype(np.float64)
 
     def _divisor(self, update: Update, n: int) -> int:
-        """Where missed rounds are kept, an update does not say how many were absent. It is so many that nobody's count
-        is larger than its weight says, and somebody's is as large."""
+        """Where missed rounds are kept, an update does not say how many were absent. Its round does, and the values
+        must bear it out: nobody's count is larger than its weight says, and somebody's is as large. They do not tell it
+        by themselves: a weight that is cut to the largest one does not say how large the count is, and after a long
+        time without a round all of them may be."""
         weights = [weight for _, weight in update.header.contributors]
         usual = median_low(weights)
         limit = min(LARGEST_WEIGHT_OVER_MEDIAN * usual, self.largest_weight)
-        counts = [
-            (self._values(update, index, n)[2 * peer] / weight, weight / TOKENS)
+        divisor = self.divisors.get(update.header.head, 0)  # of no round: 0, which nothing explains
+        steps_per_claimed = [
+            self._values(update, index, n)[2 * peer] * divisor / weight / (weight / TOKENS)
             for index in range(len(update.parts))
             for peer, weight in self._named(update, index).items()
             if weight < limit
         ]
-        for absent in range(MAX_PEERS):
-            divisor = sum(weights) + absent * usual
-            largest = max((count * divisor / said for count, said in counts), default=1.0)
-            if abs(largest - 1) < 1 / (4 * MAX_PEERS):
-                return divisor
-        raise Violation("counted-once", f"update {update.header.step}: no number of absent peers explains its values")
+        largest = max(steps_per_claimed, default=1.0)
+        absent, rest = divmod(divisor - sum(weights), usual)
+        if rest or not 0 <= absent < MAX_PEERS or abs(largest - 1) >= 1 / (4 * MAX_PEERS):
+            raise Violation(
+                "counted-once",
+                f"update {update.header.step}: no number of absent peers explains its values, divided by {divisor}",
+            )
+        return divisor

@@ -100,6 +100,7 @@ def instrumented(world: World) -> Iterator[None]:
                     place=place,
                     leads=group.reducers[place] == group.me,
                     decided=settlement.leads,
+                    divisor=group.divisor,
                 ),
                 world.well_since_s,
             )

@@ -11,6 +11,7 @@ import pytest
 
 from p2p_diloco.core import outer
 from p2p_diloco.core.codec import Vector, encode
+from p2p_diloco.core.manifest import OnMissed
 from p2p_diloco.core.outer import (
     OuterState,
     Part,
@@ -24,7 +25,7 @@ from p2p_diloco.core.outer import (
 from p2p_diloco.core.records import Record
 from p2p_diloco.core.rounds import Standing
 from tests.support.builders import identity, record_of
-from tests.support.chronicle import MAX_PEERS, PART_VALUES, Chronicle, Settled, Steps, Violation
+from tests.support.chronicle import MAX_PEERS, PART_VALUES, TOKENS, Chronicle, Settled, Steps, Violation
 
 N = 3 * PART_VALUES - 5
 TARGET = np.zeros(N, np.float32)
@@ -38,9 +39,11 @@ def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
 class Story:
     """Peers that train and meet, without any network."""
 
-    def __init__(self) -> None:
+    def __init__(self, on_missed: OnMissed = "adopt", largest_weight: int = 2**60) -> None:
         self.ids = [identity(i).peer_id for i in range(MAX_PEERS)]
-        self.chronicle = Chronicle(names={peer_id: i for i, peer_id in enumerate(self.ids)})
+        self.chronicle = Chronicle(
+            names={peer_id: i for i, peer_id in enumerate(self.ids)}, on_missed=on_missed, largest_weight=largest_weight
+        )
         self.state = genesis_state(np.random.default_rng(0).standard_normal(N).astype(np.float32))
         self.local = {i: self.state.theta.copy() for i in range(MAX_PEERS)}
 
@@ -48,12 +51,13 @@ class Story:
         for _ in range(steps):
             self.chronicle.trains(peer, self.local[peer], TARGET)
 
-    def meet(self, *peers: int, weights: Sequence[int]) -> Update:
-        """An outer step of these peers. Everybody goes on from theta."""
+    def meet(self, *peers: int, weights: Sequence[int], divisor: int | None = None) -> Update:
+        """An outer step of these peers. Everybody goes on from theta. ``divisor``: what they divide by, where that is
+        not the sum of their weights."""
         parts = []
         for where in part_slices(N):
             gradients = [self.state.theta[where] - self.local[peer][where] for peer in peers]
-            mean: Vector = outer.weighted_mean(list(zip(weights, gradients)))
+            mean: Vector = outer.weighted_mean(list(zip(weights, gradients)), total=divisor)
             parts.append(Part(mask=contributor_mask(range(len(peers))), data=encode(mean, "fp32")))
         update = self.update(peers, weights, parts)
         apply(self.state, update, codec="fp32", lr=0.01, momentum=0.9)
@@ -123,6 +127,56 @@ def test_steps_that_are_no_unbroken_run() -> None:
     story.local[0][: PART_VALUES * 3] *= np.float32(1.5)
     update = story.meet(0, weights=[50])
     with pytest.raises(Violation, match="no unbroken run"):
+        list(story.chronicle.contributions(update, 0, N))
+
+
+LARGEST = 20 * TOKENS
+"""What a contribution may weigh at most, in runs that keep missed rounds."""
+
+
+def met(steps: Sequence[int], *, divided: int, said: int | None) -> tuple[Story, Update]:
+    """An outer step of peers that have made so many ``steps`` since they took theta, in a run that keeps missed rounds.
+    ``divided``: what its reducers divide the sum by; ``said``: what the round agreed on; None: there was no round."""
+    story = Story("keep", LARGEST)
+    for peer, count in enumerate(steps):
+        story.train(peer, count)
+    update = story.meet(*range(len(steps)), weights=[min(count * TOKENS, LARGEST) for count in steps], divisor=divided)
+    if said is not None:
+        outcome = dataclasses.replace(settled(0, update.header.head), divisor=said)
+        story.chronicle.settles(b"round", outcome, since(TALKING))
+    return story, update
+
+
+@pytest.mark.parametrize("absent", [0, 1, 3])
+@pytest.mark.parametrize("steps", [(5, 5, 4), (5, 30, 5), (30, 30, 28)])
+def test_how_many_were_absent_is_what_the_round_says(steps: tuple[int, ...], absent: int) -> None:
+    """Also where everybody has been away for so long that no weight says how many steps there must be."""
+    usual = min(sorted(steps)[1] * TOKENS, LARGEST)
+    divisor = sum(min(count * TOKENS, LARGEST) for count in steps) + absent * usual
+    story, update = met(steps, divided=divisor, said=divisor)
+    for part in range(3):
+        expected = {peer: Steps(1, count) for peer, count in enumerate(steps)}
+        assert dict(story.chronicle.contributions(update, part, N)) == expected
+    story.chronicle.check_once(story.state.head, N)
+
+
+@pytest.mark.parametrize(
+    ("steps", "divided", "said", "why"),
+    [
+        ((5, 5, 4), 112, 152, "no number of absent peers"),  # one was absent, and the reducers did not know
+        ((5, 5, 4), 152, 112, "no number of absent peers"),
+        ((30, 30, 28), 480, 500, "no number of absent peers"),
+        ((30, 30, 28), 480, 320, "no number of absent peers"),
+        ((5, 5, 4), 112, None, "no number of absent peers"),
+        ((30, 30, 28), 480, 640, "no unbroken run"),
+        ((30, 30, 28), 640, 480, "no unbroken run"),
+    ],
+)
+def test_values_that_were_divided_by_something_else(
+    steps: tuple[int, ...], divided: int, said: int | None, why: str
+) -> None:
+    story, update = met(steps, divided=divided, said=said)
+    with pytest.raises(Violation, match=f"counted-once: .*{why}"):
         list(story.chronicle.contributions(update, 0, N))
 
 
