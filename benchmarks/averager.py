@@ -18,11 +18,13 @@ from benchmarks.table import Cell, Table
 from benchmarks.workers import Workers
 from p2p_diloco.core.codec import CODECS, Codec, decode
 from p2p_diloco.core.config import PeerConfig, Timeouts
+from p2p_diloco.core.digest import digest
+from p2p_diloco.core.directory import Directory
 from p2p_diloco.core.identity import Identity
-from p2p_diloco.core.outer import digest
-from p2p_diloco.core.records import MAX_RECORD_LIFE_S, Directory, Record, seal_record
-from p2p_diloco.core.rounds import Missed, Readiness, check_roster, form_roster, new_nonce, seal_readiness
+from p2p_diloco.core.records import MAX_RECORD_LIFE_S, Record, seal_record
+from p2p_diloco.core.roster import Readiness, check_roster, form_roster, new_nonce, seal_readiness
 from p2p_diloco.round.meeting import Meeting
+from p2p_diloco.round.missed import Missed
 from p2p_diloco.round.settle import Settlement
 from p2p_diloco.wire.channel import Channel, run_protocol
 from p2p_diloco.wire.daemon import private_socket_folder

@@ -23,8 +23,8 @@ from benchmarks.histories import rounds
 from benchmarks.processes import Usage, usage_of
 from benchmarks.stage import GONE_S, SPEC, Stage
 from benchmarks.table import Table, markdown
-from p2p_diloco.core.manifest import ModelSpec
-from p2p_diloco.core.outer import max_update_bytes
+from p2p_diloco.core.runfile import ModelSpec
+from p2p_diloco.core.update import max_update_bytes
 from p2p_diloco.lab.faults import RANDOM, Fault
 from p2p_diloco.ledger.folder import folder_bytes
 from p2p_diloco.ledger.snapshot import snapshot_bytes

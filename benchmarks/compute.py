@@ -11,19 +11,11 @@ from statistics import median
 import numpy as np
 
 from benchmarks.table import Cell, Table
-from p2p_diloco.core.alignment import align
+from p2p_diloco.core.aggregate import align, weighted_mean
 from p2p_diloco.core.codec import CODECS, Codec, Vector, decode, encode
-from p2p_diloco.core.outer import (
-    OuterState,
-    Part,
-    Update,
-    UpdateHeader,
-    apply,
-    contributor_mask,
-    genesis_state,
-    part_slices,
-    weighted_mean,
-)
+from p2p_diloco.core.grid import part_slices
+from p2p_diloco.core.outer import OuterState, apply, genesis_state
+from p2p_diloco.core.update import Part, Update, UpdateHeader, contributor_mask
 from p2p_diloco.ledger.ledger import Ledger
 from p2p_diloco.ledger.replay import Replay, load
 

@@ -18,7 +18,7 @@ from typing import TypeAlias
 
 from benchmarks.loopback import write_run_file
 from benchmarks.table import Table
-from p2p_diloco.core.manifest import RunSpec
+from p2p_diloco.core.runfile import RunSpec
 from p2p_diloco.lab.recount import Past, past_of
 from p2p_diloco.lab.simulation import SimulatedRun
 

@@ -20,10 +20,11 @@ from hivemind.dht.routing import DHTID
 from benchmarks.table import Cell, Table
 from benchmarks.workers import Workers
 from p2p_diloco.core.config import PeerConfig, Timeouts
+from p2p_diloco.core.digest import digest
 from p2p_diloco.core.identity import Identity
-from p2p_diloco.core.manifest import InnerSpec, ModelSpec, RunManifest, RunSpec
-from p2p_diloco.core.outer import digest
+from p2p_diloco.core.manifest import RunManifest
 from p2p_diloco.core.records import Record, peers_key, seal_record
+from p2p_diloco.core.runfile import InnerSpec, ModelSpec, RunSpec
 from p2p_diloco.look.monitor import Monitor, first_to_end
 from p2p_diloco.peer.web import serving
 from p2p_diloco.wire.daemon import private_socket_folder

@@ -18,7 +18,7 @@ import torch
 
 from benchmarks.table import Cell, Table
 from p2p_diloco.core.codec import Vector
-from p2p_diloco.core.manifest import DataSpec, InnerSpec, ModelSpec, RunSpec
+from p2p_diloco.core.runfile import DataSpec, InnerSpec, ModelSpec, RunSpec
 from p2p_diloco.learn.architecture import resolve_config
 from p2p_diloco.learn.data import Corpus
 from p2p_diloco.learn.inner import INNER_FILE, InnerOptimizer, Place

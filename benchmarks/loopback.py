@@ -14,7 +14,7 @@ from benchmarks.workers import Workers
 from p2p_diloco.core.config import PeerConfig
 from p2p_diloco.core.events import EVENTS_FILE, read_events
 from p2p_diloco.core.identity import Identity
-from p2p_diloco.core.manifest import RunSpec
+from p2p_diloco.core.runfile import RunSpec
 from p2p_diloco.learn.swarm import Swarm
 
 Log: TypeAlias = list[dict[str, Any]]

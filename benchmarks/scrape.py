@@ -14,14 +14,16 @@ import numpy as np
 
 from benchmarks.compute import next_update
 from benchmarks.table import Table
+from p2p_diloco.core.addresses import Endpoint
 from p2p_diloco.core.codec import encode
 from p2p_diloco.core.config import PeerConfig, Timeouts
-from p2p_diloco.core.endpoint import Endpoint
 from p2p_diloco.core.events import EventLog
 from p2p_diloco.core.identity import Identity
-from p2p_diloco.core.manifest import DataSpec, InnerSpec, ModelSpec, OuterSpec, RoundSpec, RunManifest, RunSpec
-from p2p_diloco.core.outer import Part, contributor_mask, genesis_state
+from p2p_diloco.core.manifest import RunManifest
+from p2p_diloco.core.outer import genesis_state
 from p2p_diloco.core.records import Record, seal_record
+from p2p_diloco.core.runfile import DataSpec, InnerSpec, ModelSpec, OuterSpec, RoundSpec, RunSpec
+from p2p_diloco.core.update import Part, contributor_mask
 from p2p_diloco.ledger.ledger import Ledger
 from p2p_diloco.ledger.replica import Replica
 from p2p_diloco.peer.metrics import RENDER_EVERY_S, PeerMetrics

@@ -8,7 +8,7 @@ from benchmarks.asleep import sleep_and_drift
 from benchmarks.loopback import Run, run_swarm
 from benchmarks.stall import COLUMNS, STALL_NOTES, stall_rows
 from benchmarks.table import Table
-from p2p_diloco.core.manifest import InnerSpec, ModelSpec, OuterSpec, RoundSpec, RunSpec
+from p2p_diloco.core.runfile import InnerSpec, ModelSpec, OuterSpec, RoundSpec, RunSpec
 
 PEERS = 4
 INNER_STEPS = 50

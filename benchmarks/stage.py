@@ -21,7 +21,7 @@ from benchmarks.histories import calm_stall, newest, rounds
 from benchmarks.loopback import Log, write_run_file
 from benchmarks.processes import started_below
 from p2p_diloco.core.config import Timeouts
-from p2p_diloco.core.manifest import DataSpec, InnerSpec, ModelSpec, OuterSpec, RoundSpec, RunSpec
+from p2p_diloco.core.runfile import DataSpec, InnerSpec, ModelSpec, OuterSpec, RoundSpec, RunSpec
 from p2p_diloco.lab.child import Child
 from p2p_diloco.lab.children import Children
 from p2p_diloco.lab.faults import Done, Fault, FaultPlan

@@ -12,7 +12,7 @@ import torch
 from benchmarks.loopback import Log, Run, run_swarm
 from benchmarks.workers import Workers
 from p2p_diloco.core.config import cache_folder
-from p2p_diloco.core.manifest import RunSpec
+from p2p_diloco.core.runfile import RunSpec
 from p2p_diloco.learn.architecture import resolve_config
 from p2p_diloco.learn.data import open_corpus
 from p2p_diloco.learn.inner import InnerOptimizer, Place

@@ -8,7 +8,7 @@ from benchmarks import sleepers, tiny
 from benchmarks.loopback import Run
 from benchmarks.table import Cell, Table
 from p2p_diloco.core.codec import encoded_bytes
-from p2p_diloco.core.outer import part_slices
+from p2p_diloco.core.grid import part_slices
 
 
 def main() -> Table:

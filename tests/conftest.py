@@ -6,7 +6,7 @@ from __future__ import annotations
 import pytest
 from hypothesis import Phase, settings
 
-from p2p_diloco.core import outer
+from p2p_diloco.core import grid
 from p2p_diloco.core.errors import RemoteError
 from p2p_diloco.round.meeting import Meeting
 from tests.support.meetings import SMALL_PART_VALUES, Losses
@@ -20,7 +20,7 @@ settings.load_profile("steady")
 
 @pytest.fixture
 def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(outer, "PART_VALUES", SMALL_PART_VALUES)
+    monkeypatch.setattr(grid, "PART_VALUES", SMALL_PART_VALUES)
 
 
 @pytest.fixture

@@ -20,7 +20,8 @@ import numpy as np
 import torch
 
 from p2p_diloco.core.codec import Vector
-from p2p_diloco.core.outer import PART_VALUES, OuterState, genesis_state
+from p2p_diloco.core.grid import PART_VALUES
+from p2p_diloco.core.outer import OuterState, genesis_state
 from p2p_diloco.lab.replicas import Replica
 from p2p_diloco.lab.simulate import Simulation
 from p2p_diloco.lab.simulation import SimulatedRun, replica_names

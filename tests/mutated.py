@@ -6,7 +6,10 @@ SETTLE = ("tests/round/test_settle.py", "--deselect=tests/round/test_settle.py::
 """Without what takes as long as all others together."""
 
 TESTS: dict[str, tuple[str, ...]] = {
-    "p2p_diloco/core/rounds.py": ("tests/core/test_rounds.py",),
+    "p2p_diloco/core/roster.py": ("tests/core/test_roster.py",),
+    "p2p_diloco/core/swarm_head.py": ("tests/core/test_swarm_head.py",),
+    "p2p_diloco/core/pace.py": ("tests/core/test_pace.py",),
+    "p2p_diloco/core/directory.py": ("tests/core/test_directory.py",),
     "p2p_diloco/round/settle.py": SETTLE,
     "p2p_diloco/round/butterfly.py": ("tests/round/test_butterfly.py", *SETTLE),
     "p2p_diloco/round/matchmaking.py": ("tests/round/test_matchmaking.py",),
@@ -18,6 +21,8 @@ TESTS: dict[str, tuple[str, ...]] = {
     "p2p_diloco/ledger/snapshot.py": ("tests/ledger/test_snapshot.py", "tests/ledger/test_ledger.py"),
     "p2p_diloco/ledger/replay.py": ("tests/ledger/test_ledger.py", "tests/ledger/test_replay.py"),
     "p2p_diloco/core/outer.py": ("tests/core/test_outer.py",),
+    "p2p_diloco/core/update.py": ("tests/core/test_update.py", "tests/core/test_outer.py"),
+    "p2p_diloco/core/aggregate.py": ("tests/core/test_aggregate.py",),
     "p2p_diloco/core/codec.py": ("tests/core/test_codec.py",),
     "p2p_diloco/core/records.py": ("tests/core/test_records.py",),
     "p2p_diloco/wire/channel.py": ("tests/wire/test_channel.py", "tests/wire/test_traffic.py"),

@@ -26,7 +26,7 @@ from benchmarks.serving import inner_and_stall
 from benchmarks.stall import stalls_of
 from benchmarks.table import Table, layout, markdown
 from p2p_diloco.core.codec import encoded_bytes
-from p2p_diloco.core.manifest import RunSpec
+from p2p_diloco.core.runfile import RunSpec
 from p2p_diloco.lab.faults import Act, Action, Done, Process
 from p2p_diloco.lab.recount import Past
 

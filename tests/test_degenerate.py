@@ -12,7 +12,8 @@ import torch
 
 from p2p_diloco.cli.cli import main
 from p2p_diloco.core.codec import Vector
-from p2p_diloco.core.manifest import RunManifest, RunSpec
+from p2p_diloco.core.manifest import RunManifest
+from p2p_diloco.core.runfile import RunSpec
 from p2p_diloco.learn.data import Corpus, open_corpus
 from p2p_diloco.learn.inner import InnerOptimizer, place_in_run
 from p2p_diloco.learn.layout import layout_of, read_parameters

@@ -12,17 +12,11 @@ from typing import Literal
 
 import numpy as np
 
+from p2p_diloco.core.aggregate import weighted_mean
 from p2p_diloco.core.codec import Vector, decode, encode
-from p2p_diloco.core.outer import (
-    Part,
-    Update,
-    apply,
-    contributor_mask,
-    genesis_state,
-    parts_with,
-    weighted_mean,
-)
-from p2p_diloco.core.rounds import Group, check_roster, form_roster, seal_readiness
+from p2p_diloco.core.outer import apply, genesis_state
+from p2p_diloco.core.roster import Group, check_roster, form_roster, seal_readiness
+from p2p_diloco.core.update import Part, Update, contributor_mask, parts_with
 from tests.support.builders import ranked, readiness_of
 
 Policy = Literal["no drops", "keep", "adopt", "keep, by those that arrived"]

@@ -14,18 +14,11 @@ import numpy as np
 import pytest
 import torch
 
+from p2p_diloco.core.aggregate import weighted_mean
 from p2p_diloco.core.codec import CODECS, Codec, Vector, decode, encode
-from p2p_diloco.core.outer import (
-    OuterState,
-    Part,
-    Update,
-    UpdateHeader,
-    apply,
-    contributor_mask,
-    genesis_state,
-    part_slices,
-    weighted_mean,
-)
+from p2p_diloco.core.grid import part_slices
+from p2p_diloco.core.outer import OuterState, apply, genesis_state
+from p2p_diloco.core.update import Part, Update, UpdateHeader, contributor_mask
 from tests.support.reference import Inner, Loss, diloco
 
 BATCH = 16

@@ -13,8 +13,9 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from p2p_diloco.core.codec import encoded_bytes
-from p2p_diloco.core.manifest import RunManifest, RunSpec
-from p2p_diloco.core.outer import max_update_bytes
+from p2p_diloco.core.manifest import RunManifest
+from p2p_diloco.core.runfile import RunSpec
+from p2p_diloco.core.update import max_update_bytes
 from p2p_diloco.learn.architecture import resolve_config
 from p2p_diloco.learn.data import open_corpus
 from p2p_diloco.learn.hub import DATA_SET_NAME, PREFIX, check_data_set

@@ -56,9 +56,8 @@ def peer_config(
     client_mode: bool = False,
 ) -> PeerConfig:
     """Raises UsageError for whatever can be seen to be wrong before anything is started."""
-    from p2p_diloco.core.addresses import check_host_maddrs, check_maddr
+    from p2p_diloco.core.addresses import METRICS_FLAG, Endpoint, check_host_maddrs, check_maddr
     from p2p_diloco.core.config import MIN_UPLOAD_BYTES_PER_S, PeerConfig, check_name
-    from p2p_diloco.core.endpoint import METRICS_FLAG, Endpoint
 
     for maddr in initial_peers:
         check_maddr(maddr)

@@ -49,7 +49,7 @@ def seed(
     """
     with importing("seed"):
         from p2p_diloco.core.identity import Identity
-        from p2p_diloco.core.manifest import RunSpec
+        from p2p_diloco.core.runfile import RunSpec
 
         RunSpec.load(run_file)
         fresh = node.folder is None or not node.folder.exists()

@@ -72,8 +72,8 @@ def monitor(
     require(initial_peers)
     check_run_id(run_id)
 
+    from p2p_diloco.core.addresses import Endpoint
     from p2p_diloco.core.config import PeerConfig
-    from p2p_diloco.core.endpoint import Endpoint
 
     endpoint = Endpoint.parse(listen, "--listen")
     endpoint.check_free("--listen")

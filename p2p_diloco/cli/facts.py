@@ -7,8 +7,9 @@ from pathlib import Path
 from p2p_diloco.core.config import cache_folder
 from p2p_diloco.core.errors import UsageError
 from p2p_diloco.core.interruption import importing
-from p2p_diloco.core.manifest import DataSpec, RunManifest, RunSpec
+from p2p_diloco.core.manifest import RunManifest
 from p2p_diloco.core.paths import beside
+from p2p_diloco.core.runfile import DataSpec, RunSpec
 from p2p_diloco.learn.data import open_corpus
 from p2p_diloco.learn.hub import PREFIX, check_data_set
 from p2p_diloco.learn.tokenizer import load_tokenizer_json, open_tokenizer

@@ -7,22 +7,26 @@ Its files, from the bottom up:
 
     errors        every exception: ours against the peer's
     interpreter   how a Python process of ours begins: its imports, its output, its encoding
-    toml          TOML files that a person writes
+    interruption  Ctrl+C, SIGTERM and a closed terminal: when they may interrupt a command, and its exit code
     paths         paths that a person writes: `~`
+    toml          TOML files that a person writes
+    digest        the one hash: blake2b over pieces
     identity      one Ed25519 key per peer; sign and verify
     codec         one part of an outer gradient as bytes: fp32, fp16, int8, int4
-    outer         the outer state, the update, and how one follows from the other
-    alignment     how one outer gradient lies to the mean of all
-    manifest      what all peers of a run must agree on; the run file
+    grid          which values of all parameters are which part
+    update        the update of an outer step: what names it, and its bytes
+    aggregate     contributions to their weighted mean; how one of them lies to it
+    outer         the outer state, and how an update leads to the next one
+    runfile       what a person writes about a run
+    manifest      what all peers of a run must agree on, signed by its owner
     config        what a peer chooses alone; all time-outs
-    addresses     multiaddrs: check, sort, encode
-    endpoint      HOST:PORT of what is served over HTTP
-    records       what a peer says about itself, signed; the directory of all
-    rounds        every decision of a round, as pure functions
+    addresses     multiaddrs and HOST:PORT: check, sort, encode
+    records       what a peer says about itself, signed
+    directory     the newest record of every other peer; whom to believe and wait for
+    roster        who meets in a round: readiness, rank, weights, group
+    swarm_head    which head is the swarm's; held-out losses; disputes about bits
+    pace          how many inner steps a peer plans, and when its outer step is due
     waiting       waits that end, and can be cancelled
-    rate          a rate that is kept: a token bucket
-    quota         how often a peer may ask: a token bucket each
-    totals        what the event log has said, added up
-    events        the event log
-    interruption  Ctrl+C, SIGTERM and a closed terminal: when they may interrupt a command, and what exit code they make
+    buckets       token buckets: a rate that is kept, and how often a peer may ask
+    events        the event log, and what it adds up to
 """

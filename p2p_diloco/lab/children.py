@@ -16,8 +16,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from p2p_diloco.core.errors import NetworkError, UsageError
-from p2p_diloco.core.manifest import DataSpec, RunManifest, RunSpec, open_manifest
+from p2p_diloco.core.manifest import RunManifest, open_manifest
 from p2p_diloco.core.paths import beside
+from p2p_diloco.core.runfile import DataSpec, RunSpec
 from p2p_diloco.lab.child import Child, send_signal
 from p2p_diloco.lab.faults import Act, Action
 from p2p_diloco.lab.namespaces import Network

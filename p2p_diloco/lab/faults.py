@@ -27,7 +27,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
 from p2p_diloco.core.errors import UsageError
-from p2p_diloco.core.manifest import NotNegative, Positive, Section, explain
+from p2p_diloco.core.runfile import NotNegative, Positive, Section, explain
 from p2p_diloco.core.toml import read_toml
 
 Action = Literal["kill", "stop", "cut", "restart", "resume", "restore"]

@@ -31,7 +31,8 @@ from rich.live import Live
 from p2p_diloco.core.config import cache_folder, keep_cache_near
 from p2p_diloco.core.errors import LocalError, Stopped, UsageError, disk_failure
 from p2p_diloco.core.interruption import handled_by, is_echo
-from p2p_diloco.core.manifest import RunManifest, RunSpec, open_manifest
+from p2p_diloco.core.manifest import RunManifest, open_manifest
+from p2p_diloco.core.runfile import RunSpec
 from p2p_diloco.lab.child import Child
 from p2p_diloco.lab.children import SEED, TRAINER, Children, text_on_disk
 from p2p_diloco.lab.faults import Done, FaultPlan, plights

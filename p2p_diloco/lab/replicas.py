@@ -13,8 +13,9 @@ import numpy as np
 import torch
 
 from p2p_diloco.core.codec import Vector
+from p2p_diloco.core.digest import digest
 from p2p_diloco.core.manifest import RunManifest, canonical_json
-from p2p_diloco.core.outer import OuterState, digest
+from p2p_diloco.core.outer import OuterState
 from p2p_diloco.lab.checkpoint import open_checkpoint, write_checkpoint
 from p2p_diloco.lab.simulation import SimulatedRun
 from p2p_diloco.learn.data import Corpus, locked

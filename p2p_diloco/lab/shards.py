@@ -16,9 +16,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from p2p_diloco.core.digest import digest
 from p2p_diloco.core.errors import DataError
-from p2p_diloco.core.manifest import DataSpec
-from p2p_diloco.core.outer import digest
+from p2p_diloco.core.runfile import DataSpec
 from p2p_diloco.learn.data import Corpus
 from p2p_diloco.learn.source import source_of
 from p2p_diloco.learn.text import Document, nobody_trains_on

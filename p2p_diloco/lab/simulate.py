@@ -21,20 +21,15 @@ from typing import Any
 import numpy as np
 import torch
 
+from p2p_diloco.core.aggregate import reduce_part
 from p2p_diloco.core.codec import Vector, decode, encode, encoded_bytes
 from p2p_diloco.core.config import cache_folder
+from p2p_diloco.core.grid import part_slices
 from p2p_diloco.core.identity import Identity
 from p2p_diloco.core.manifest import RunManifest
-from p2p_diloco.core.outer import (
-    OuterState,
-    Part,
-    Update,
-    UpdateHeader,
-    genesis_state,
-    part_slices,
-    reduce_part,
-)
-from p2p_diloco.core.rounds import counted_weights, rank
+from p2p_diloco.core.outer import OuterState, genesis_state
+from p2p_diloco.core.roster import counted_weights, rank
+from p2p_diloco.core.update import Part, Update, UpdateHeader
 from p2p_diloco.lab.checkpoint import open_checkpoint, write_checkpoint
 from p2p_diloco.lab.recount import Past
 from p2p_diloco.lab.replicas import Replica, new_replica, show_theta, warm_start

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
 from p2p_diloco.core.errors import UsageError
-from p2p_diloco.core.manifest import Fraction, OnMissed, RunSpec, Section, explain
+from p2p_diloco.core.runfile import Fraction, OnMissed, RunSpec, Section, explain
 from p2p_diloco.core.toml import read_toml
 
 Replicas = Annotated[int, Field(gt=0, le=100)]

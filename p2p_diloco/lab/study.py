@@ -26,10 +26,11 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, model_validator
 
+from p2p_diloco.core.digest import digest
 from p2p_diloco.core.errors import UsageError
-from p2p_diloco.core.manifest import RunSpec, Section, canonical_json, explain
-from p2p_diloco.core.outer import digest
+from p2p_diloco.core.manifest import canonical_json
 from p2p_diloco.core.paths import beside
+from p2p_diloco.core.runfile import RunSpec, Section, explain
 from p2p_diloco.core.toml import read_toml
 from p2p_diloco.lab.simulation import SimulatedRun, listed
 from p2p_diloco.learn.hub import END_FILES

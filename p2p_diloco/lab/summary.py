@@ -17,7 +17,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from p2p_diloco.core.rounds import Evaluation, Standing, believed_losses, swarm_head
+from p2p_diloco.core.swarm_head import Evaluation, Standing, believed_losses, swarm_head
 from p2p_diloco.look.display import Legible, bar, count, fraction
 
 Event = Mapping[str, Any]

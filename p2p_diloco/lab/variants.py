@@ -11,7 +11,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from p2p_diloco.core.codec import Codec, Vector, decode
-from p2p_diloco.core.outer import OuterState, Update, apply_checked, check_update, part_slices
+from p2p_diloco.core.grid import part_slices
+from p2p_diloco.core.outer import OuterState, apply_checked, check_update
+from p2p_diloco.core.update import Update
 from p2p_diloco.lab.simulation import SimulationSpec
 from p2p_diloco.learn.layout import Layout
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from p2p_diloco.core.errors import UsageError
-from p2p_diloco.core.manifest import ModelSpec
+from p2p_diloco.core.runfile import ModelSpec
 from p2p_diloco.learn.hub import find_model
 from p2p_diloco.learn.settings import refuse_unread
 

@@ -24,9 +24,10 @@ import numpy as np
 import numpy.typing as npt
 from numpy.lib.stride_tricks import sliding_window_view
 
+from p2p_diloco.core.digest import digest
 from p2p_diloco.core.errors import DataError
-from p2p_diloco.core.manifest import DataSpec, canonical_json
-from p2p_diloco.core.outer import digest
+from p2p_diloco.core.manifest import canonical_json
+from p2p_diloco.core.runfile import DataSpec
 from p2p_diloco.learn.source import Source, document_digest, source_of
 from p2p_diloco.learn.text import Document, nobody_trains_on
 from p2p_diloco.learn.textreport import Skipped, TextReport, TextTally, refuse_mostly_empty_rows, refuse_mostly_skipped

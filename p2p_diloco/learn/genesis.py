@@ -18,8 +18,9 @@ from p2p_diloco.core.codec import Vector
 from p2p_diloco.core.config import cache_folder
 from p2p_diloco.core.errors import LedgerError, UsageError
 from p2p_diloco.core.identity import Identity
-from p2p_diloco.core.manifest import MAX_MANIFEST_BYTES, RunManifest, RunSpec, canonical_json, open_manifest
+from p2p_diloco.core.manifest import MAX_MANIFEST_BYTES, RunManifest, canonical_json, open_manifest
 from p2p_diloco.core.outer import genesis_state
+from p2p_diloco.core.runfile import RunSpec
 from p2p_diloco.learn.architecture import resolve_config
 from p2p_diloco.learn.data import open_corpus
 from p2p_diloco.learn.hub import check_data_set, find_model

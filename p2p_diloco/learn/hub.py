@@ -37,10 +37,10 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from p2p_diloco.core.digest import digest
 from p2p_diloco.core.errors import DataError, LocalError, UsageError
-from p2p_diloco.core.manifest import DataSpec
-from p2p_diloco.core.outer import digest
 from p2p_diloco.core.paths import beside
+from p2p_diloco.core.runfile import DataSpec
 from p2p_diloco.learn.text import Document, is_held_out, kept, named_by_text
 from p2p_diloco.learn.textreport import TextTally
 

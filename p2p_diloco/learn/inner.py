@@ -22,7 +22,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from p2p_diloco.core.codec import Vector
-from p2p_diloco.core.manifest import InnerSpec, RunSpec
+from p2p_diloco.core.runfile import InnerSpec, RunSpec
 from p2p_diloco.learn.data import Corpus
 from p2p_diloco.learn.model import losses_of
 from p2p_diloco.ledger.snapshot import whole_file

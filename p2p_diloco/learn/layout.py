@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from p2p_diloco.core.codec import Vector
-from p2p_diloco.core.outer import digest
+from p2p_diloco.core.digest import digest
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from itertools import islice
 
 import numpy as np
 
-from p2p_diloco.core.manifest import DataSpec
+from p2p_diloco.core.runfile import DataSpec
 from p2p_diloco.learn.text import builtin_documents, builtin_files, is_held_out
 from p2p_diloco.learn.textreport import TextTally
 from p2p_diloco.learn.tokenizer import Tokenizer, Tokens

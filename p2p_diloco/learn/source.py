@@ -13,10 +13,10 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
+from p2p_diloco.core.digest import digest
 from p2p_diloco.core.errors import DataError, UsageError
-from p2p_diloco.core.manifest import DataSpec
-from p2p_diloco.core.outer import digest
 from p2p_diloco.core.paths import beside
+from p2p_diloco.core.runfile import DataSpec
 from p2p_diloco.learn.hub import DATA_SET_NAME, hub_documents
 from p2p_diloco.learn.text import Document, builtin_documents, builtin_files, reading, user_documents, walk
 from p2p_diloco.learn.textfiles import text_files

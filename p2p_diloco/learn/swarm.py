@@ -33,7 +33,7 @@ from p2p_diloco.core.codec import Vector
 from p2p_diloco.core.config import PeerConfig, Timeouts
 from p2p_diloco.core.errors import UsageError
 from p2p_diloco.core.manifest import RunManifest, open_manifest
-from p2p_diloco.core.rounds import outer_step_due
+from p2p_diloco.core.pace import outer_step_due
 from p2p_diloco.learn.process import NetworkHandle
 
 if TYPE_CHECKING:

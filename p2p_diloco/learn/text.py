@@ -25,8 +25,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import IO, Any
 
+from p2p_diloco.core.digest import digest
 from p2p_diloco.core.errors import DataError
-from p2p_diloco.core.outer import digest
 from p2p_diloco.learn.textfiles import TextFile, is_foreign, pyarrow_for
 from p2p_diloco.learn.textreport import NO_TEXT, NULL, ZERO, TextTally
 

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from p2p_diloco.core.errors import DataError, LocalError, UsageError
-from p2p_diloco.core.manifest import DataSpec
+from p2p_diloco.core.runfile import DataSpec
 from p2p_diloco.learn.hub import END_FILES, find_tokenizer
 from p2p_diloco.learn.text import Document, first_line
 

@@ -21,8 +21,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from p2p_diloco.core.codec import Codec, Vector
-from p2p_diloco.core.outer import (
-    OuterState,
+from p2p_diloco.core.outer import OuterState
+from p2p_diloco.core.update import (
     Update,
     UpdateHeader,
     max_update_start_bytes,

@@ -15,14 +15,8 @@ import numpy as np
 
 from p2p_diloco.core.codec import Vector, decode
 from p2p_diloco.core.errors import Gap
-from p2p_diloco.core.outer import (
-    OuterState,
-    UpdateHeader,
-    apply_part,
-    part_from_bytes,
-    part_places,
-    update_start,
-)
+from p2p_diloco.core.outer import OuterState, apply_part
+from p2p_diloco.core.update import UpdateHeader, part_from_bytes, part_places, update_start
 from p2p_diloco.ledger.ledger import Ledger
 from p2p_diloco.ledger.snapshot import begins_with, chunk_hash, chunk_slices, read_chunk, starts_soundly
 

@@ -20,8 +20,9 @@ import numpy as np
 from p2p_diloco.core.codec import Vector
 from p2p_diloco.core.errors import Gap, LedgerError
 from p2p_diloco.core.manifest import RunManifest
-from p2p_diloco.core.outer import OuterState, Update, UpdateHeader, apply_checked, check_update
-from p2p_diloco.core.rounds import Standing
+from p2p_diloco.core.outer import OuterState, apply_checked, check_update
+from p2p_diloco.core.swarm_head import Standing
+from p2p_diloco.core.update import Update, UpdateHeader
 from p2p_diloco.ledger.ledger import Ledger
 from p2p_diloco.ledger.replay import Replay, load
 from p2p_diloco.ledger.snapshot import SnapshotInfo

@@ -18,8 +18,10 @@ from typing import IO
 import blake3
 
 from p2p_diloco.core.codec import Vector
+from p2p_diloco.core.digest import HASH_BYTES
 from p2p_diloco.core.errors import LedgerError, disk_failure
-from p2p_diloco.core.outer import HASH_BYTES, part_slices, state_digest
+from p2p_diloco.core.grid import part_slices
+from p2p_diloco.core.outer import state_digest
 
 START_BYTES = 512
 """The safetensors header, padded; the values follow."""

@@ -20,7 +20,7 @@ from p2p_diloco.core.config import Timeouts
 from p2p_diloco.core.errors import LocalError
 from p2p_diloco.core.manifest import RunManifest
 from p2p_diloco.core.records import Record
-from p2p_diloco.core.rounds import swarm_head
+from p2p_diloco.core.swarm_head import swarm_head
 
 Kind = Literal["ok", "warning", "problem"]
 

@@ -12,9 +12,9 @@ from pathlib import Path
 from p2p_diloco.core.codec import encoded_bytes
 from p2p_diloco.core.config import Timeouts
 from p2p_diloco.core.manifest import RunManifest
-from p2p_diloco.core.outer import max_update_bytes
+from p2p_diloco.core.pace import planned_steps
 from p2p_diloco.core.records import Record
-from p2p_diloco.core.rounds import planned_steps
+from p2p_diloco.core.update import max_update_bytes
 from p2p_diloco.learn.hub import DATA_SET_NAME
 from p2p_diloco.ledger.snapshot import snapshot_bytes
 from p2p_diloco.look.doctor import Bandwidth, Finding, Kind, amount, span

@@ -25,11 +25,12 @@ from http import HTTPStatus
 from pathlib import Path
 from typing import Any, Protocol
 
+from p2p_diloco.core.addresses import Endpoint
 from p2p_diloco.core.config import PeerConfig, Timeouts
-from p2p_diloco.core.endpoint import Endpoint
+from p2p_diloco.core.directory import Directory
 from p2p_diloco.core.identity import Identity
 from p2p_diloco.core.manifest import RunManifest, open_manifest
-from p2p_diloco.core.records import Directory, Fault, Record, Unsound, peers_key
+from p2p_diloco.core.records import Fault, Record, Unsound, peers_key
 from p2p_diloco.look.exposition import Sight
 from p2p_diloco.look.history import History
 from p2p_diloco.look.overview import overview_of

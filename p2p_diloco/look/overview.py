@@ -14,11 +14,10 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Literal, get_args
 
-from p2p_diloco.core.addresses import dial_bytes, is_public, publicness
-from p2p_diloco.core.endpoint import METRICS_FLAG, Endpoint
+from p2p_diloco.core.addresses import METRICS_FLAG, Endpoint, dial_bytes, is_public, publicness
 from p2p_diloco.core.errors import UsageError
 from p2p_diloco.core.records import Record
-from p2p_diloco.core.rounds import newest_evaluation, swarm_head
+from p2p_diloco.core.swarm_head import newest_evaluation, swarm_head
 
 State = Literal["training", "round", "joining", "seed"]
 STATES: tuple[State, ...] = get_args(State)

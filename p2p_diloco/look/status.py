@@ -18,11 +18,12 @@ from rich.console import Group, RenderableType
 from rich.text import Text
 
 from p2p_diloco.core.config import PeerConfig, Timeouts
+from p2p_diloco.core.directory import Directory
 from p2p_diloco.core.errors import NetworkError
 from p2p_diloco.core.identity import Identity
 from p2p_diloco.core.manifest import RunManifest, open_manifest
-from p2p_diloco.core.records import Directory, Record, peers_key
-from p2p_diloco.core.rounds import newest_evaluation, swarm_head
+from p2p_diloco.core.records import Record, peers_key
+from p2p_diloco.core.swarm_head import newest_evaluation, swarm_head
 from p2p_diloco.look.display import Legible, Row, count, held_out, peers_table
 from p2p_diloco.wire.daemon import private_socket_folder
 from p2p_diloco.wire.discovery import find_manifest

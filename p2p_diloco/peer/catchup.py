@@ -22,12 +22,15 @@ from dataclasses import dataclass, field
 
 from p2p_diloco.core.codec import Codec
 from p2p_diloco.core.config import Timeouts
+from p2p_diloco.core.digest import HASH_BYTES
+from p2p_diloco.core.directory import Directory
 from p2p_diloco.core.errors import Misbehaved, Refused, RemoteError
 from p2p_diloco.core.events import EventLog
 from p2p_diloco.core.identity import Identity
-from p2p_diloco.core.outer import HASH_BYTES, Update, next_head, state_digest
-from p2p_diloco.core.records import Directory, Record
-from p2p_diloco.core.rounds import rank
+from p2p_diloco.core.outer import state_digest
+from p2p_diloco.core.records import Record
+from p2p_diloco.core.roster import rank
+from p2p_diloco.core.update import Update, next_head
 from p2p_diloco.core.waiting import deadline, heard
 from p2p_diloco.ledger.replica import Replica
 from p2p_diloco.ledger.snapshot import IncomingSnapshot, chunk_slices, remove_incoming, snapshot_bytes

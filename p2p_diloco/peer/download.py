@@ -23,9 +23,10 @@ from typing import Protocol
 
 from p2p_diloco.core.codec import Codec
 from p2p_diloco.core.config import Timeouts
+from p2p_diloco.core.directory import Directory
 from p2p_diloco.core.errors import Misbehaved, Refused, RemoteError
-from p2p_diloco.core.outer import Update, max_update_bytes, update_from_bytes
-from p2p_diloco.core.records import Directory, Record
+from p2p_diloco.core.records import Record
+from p2p_diloco.core.update import Update, max_update_bytes, update_from_bytes
 from p2p_diloco.core.waiting import Bell, heard
 from p2p_diloco.ledger.snapshot import IncomingSnapshot
 from p2p_diloco.wire.channel import Channel, Transport

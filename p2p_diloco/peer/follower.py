@@ -17,9 +17,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from p2p_diloco.core.config import Timeouts
+from p2p_diloco.core.directory import Directory
 from p2p_diloco.core.events import EventLog
-from p2p_diloco.core.records import Directory
-from p2p_diloco.core.rounds import from_nowhere, must_catch_up, swarm_head
+from p2p_diloco.core.swarm_head import from_nowhere, must_catch_up, swarm_head
 from p2p_diloco.ledger.replica import Replica
 from p2p_diloco.peer.catchup import Catchup
 from p2p_diloco.peer.presence import Presence

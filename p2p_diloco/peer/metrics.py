@@ -24,13 +24,13 @@ from prometheus_client import CollectorRegistry, ProcessCollector, generate_late
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 
 from p2p_diloco import __version__
-from p2p_diloco.core.endpoint import METRICS_FLAG, Endpoint
+from p2p_diloco.core.addresses import METRICS_FLAG, Endpoint
 from p2p_diloco.core.errors import UsageError
-from p2p_diloco.core.rounds import MissedReason
-from p2p_diloco.core.totals import LIMITS_S, Durations
+from p2p_diloco.core.events import LIMITS_S, Durations
 from p2p_diloco.ledger.folder import folder_bytes
 from p2p_diloco.peer.peer import Peer
 from p2p_diloco.peer.web import Response, serving
+from p2p_diloco.round.missed import MissedReason
 from p2p_diloco.wire.channel import Links
 from p2p_diloco.wire.traffic import Purpose
 

@@ -25,14 +25,15 @@ from typing import Any
 import numpy as np
 
 from p2p_diloco import __version__
+from p2p_diloco.core.addresses import METRICS_FLAG, Endpoint
 from p2p_diloco.core.codec import Vector
 from p2p_diloco.core.config import PeerConfig, Timeouts
-from p2p_diloco.core.endpoint import METRICS_FLAG, Endpoint
 from p2p_diloco.core.errors import LocalError, disk_failure
 from p2p_diloco.core.events import EventLog
 from p2p_diloco.core.identity import Identity
 from p2p_diloco.core.manifest import open_manifest
-from p2p_diloco.core.rounds import Progress, newest_evaluation
+from p2p_diloco.core.pace import Progress
+from p2p_diloco.core.swarm_head import newest_evaluation
 from p2p_diloco.core.waiting import deadline, heard
 from p2p_diloco.ledger.folder import MANIFEST_FILE, open_ledger, run_folder
 from p2p_diloco.ledger.replica import Replica

@@ -21,25 +21,20 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from p2p_diloco.core.alignment import Alignment, align
+from p2p_diloco.core.addresses import Endpoint
+from p2p_diloco.core.aggregate import Alignment, align
 from p2p_diloco.core.codec import Vector
 from p2p_diloco.core.config import Timeouts
-from p2p_diloco.core.endpoint import Endpoint
+from p2p_diloco.core.directory import Directory
 from p2p_diloco.core.errors import Gap, NetworkError
 from p2p_diloco.core.events import EventLog
+from p2p_diloco.core.grid import part_slices
 from p2p_diloco.core.identity import Identity
-from p2p_diloco.core.outer import Update, part_slices, parts_with
-from p2p_diloco.core.records import Directory, Phase, Record, Role
-from p2p_diloco.core.rounds import (
-    Group,
-    Missed,
-    Standing,
-    evaluator,
-    must_catch_up,
-    on_head,
-    planned_steps,
-    rank,
-)
+from p2p_diloco.core.pace import planned_steps
+from p2p_diloco.core.records import Phase, Record, Role
+from p2p_diloco.core.roster import Group, evaluator, on_head, rank
+from p2p_diloco.core.swarm_head import Standing, must_catch_up
+from p2p_diloco.core.update import Update, parts_with
 from p2p_diloco.core.waiting import deadline
 from p2p_diloco.ledger.replica import Replica
 from p2p_diloco.peer.catchup import Catchup
@@ -51,6 +46,7 @@ from p2p_diloco.peer.upkeep import Upkeep
 from p2p_diloco.peer.uploads import Uploads
 from p2p_diloco.round.matchmaking import Matchmaker
 from p2p_diloco.round.meeting import Meeting
+from p2p_diloco.round.missed import Missed
 from p2p_diloco.round.seat import Seat
 from p2p_diloco.round.settle import RoundCost, Settlement
 from p2p_diloco.wire.channel import MANIFEST_PROTOCOL, Transport, run_protocol

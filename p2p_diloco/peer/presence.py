@@ -12,11 +12,12 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 from p2p_diloco import __version__
-from p2p_diloco.core.endpoint import Endpoint
+from p2p_diloco.core.addresses import Endpoint
+from p2p_diloco.core.directory import Directory
 from p2p_diloco.core.errors import Misbehaved, RemoteError
 from p2p_diloco.core.identity import Identity
-from p2p_diloco.core.records import HEADS_SHOWN, RUNS_KEY, Directory, Record, Role, peers_key, seal_record
-from p2p_diloco.core.rounds import announces_run
+from p2p_diloco.core.records import HEADS_SHOWN, RUNS_KEY, Record, Role, peers_key, seal_record
+from p2p_diloco.core.roster import announces_run
 from p2p_diloco.core.waiting import Bell, heard
 from p2p_diloco.ledger.replica import Replica
 from p2p_diloco.round.seat import Seat

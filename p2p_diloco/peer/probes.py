@@ -20,10 +20,9 @@ from typing import Annotated
 from pydantic import Field
 
 from p2p_diloco.core.addresses import ip_maddr
+from p2p_diloco.core.buckets import Quota, Rate
 from p2p_diloco.core.errors import Gone, Misbehaved, RemoteError, Silent
 from p2p_diloco.core.identity import MAX_PEER_ID_CHARS, Identity
-from p2p_diloco.core.quota import Quota
-from p2p_diloco.core.rate import Rate
 from p2p_diloco.core.records import Signed, seal, unseal
 from p2p_diloco.core.waiting import deadline
 from p2p_diloco.round.seat import Seat

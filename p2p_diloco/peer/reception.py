@@ -7,7 +7,7 @@ from collections import deque
 from dataclasses import dataclass, field
 
 from p2p_diloco.core.config import Timeouts
-from p2p_diloco.core.outer import part_slices
+from p2p_diloco.core.grid import part_slices
 from p2p_diloco.core.waiting import Bell, heard
 from p2p_diloco.ledger.replica import Replica
 from p2p_diloco.peer.presence import Presence

@@ -18,10 +18,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from p2p_diloco.core.config import Timeouts
+from p2p_diloco.core.directory import Directory
 from p2p_diloco.core.errors import Gap
 from p2p_diloco.core.events import EventLog
-from p2p_diloco.core.records import Directory
-from p2p_diloco.core.rounds import Dispute, disputed
+from p2p_diloco.core.swarm_head import Dispute, disputed
 from p2p_diloco.core.waiting import Bell, heard
 from p2p_diloco.ledger.replica import Replica
 from p2p_diloco.peer.catchup import Catchup

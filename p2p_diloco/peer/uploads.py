@@ -15,10 +15,10 @@ from collections import deque
 from itertools import islice
 from typing import TypeGuard
 
+from p2p_diloco.core.buckets import Rate
 from p2p_diloco.core.config import Timeouts
 from p2p_diloco.core.errors import Gone, Silent
 from p2p_diloco.core.events import EventLog
-from p2p_diloco.core.rate import Rate
 from p2p_diloco.ledger.ledger import Ledger
 from p2p_diloco.ledger.snapshot import SnapshotInfo, chunk_hash, chunk_slices, read_chunk
 from p2p_diloco.wire.channel import Channel

@@ -5,6 +5,7 @@ applies what comes of it.
 
 Its files, from the bottom up:
 
+    missed       a round that did not commit, as a value
     seat         this peer, as its own network side sees it
     company      whom a peer may form a round with: who ranks first, who has failed it
     gathering    the rounds that a peer leads while they are formed

@@ -17,9 +17,9 @@ import asyncio
 from collections.abc import Coroutine, Sequence
 from typing import Any
 
+from p2p_diloco.core.aggregate import reduce_part
 from p2p_diloco.core.codec import Vector, decode, encoded_bytes
 from p2p_diloco.core.errors import Gone, Misbehaved, RemoteError
-from p2p_diloco.core.outer import reduce_part
 from p2p_diloco.core.waiting import deadline
 from p2p_diloco.round.meeting import Meeting
 from p2p_diloco.wire.channel import Channel

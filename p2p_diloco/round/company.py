@@ -7,10 +7,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from p2p_diloco.core.config import Timeouts
+from p2p_diloco.core.directory import Directory
 from p2p_diloco.core.errors import Misbehaved
 from p2p_diloco.core.manifest import RunManifest
-from p2p_diloco.core.records import Directory, Record
-from p2p_diloco.core.rounds import leader_order, must_catch_up, swarm_head, way_of
+from p2p_diloco.core.records import Record
+from p2p_diloco.core.roster import leader_order
+from p2p_diloco.core.swarm_head import must_catch_up, swarm_head, way_of
 from p2p_diloco.round.seat import Seat
 from p2p_diloco.wire.channel import Channel, Transport, run_protocol
 

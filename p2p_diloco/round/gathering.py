@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import TypeAlias
 
 from p2p_diloco.core.errors import Misbehaved, Refused, RemoteError
-from p2p_diloco.core.rounds import form_roster, on_head, open_readiness, rank
+from p2p_diloco.core.roster import form_roster, on_head, open_readiness, rank
 from p2p_diloco.core.waiting import Bell, heard
 from p2p_diloco.round.company import HEARTBEATS, Company
 from p2p_diloco.wire.channel import Channel

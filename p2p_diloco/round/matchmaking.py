@@ -26,13 +26,13 @@ import logging
 from collections.abc import Callable
 
 from p2p_diloco.core.config import Timeouts
+from p2p_diloco.core.directory import Directory
 from p2p_diloco.core.errors import Misbehaved, Refused, RemoteError, Silent
 from p2p_diloco.core.identity import Identity
 from p2p_diloco.core.manifest import RunManifest
-from p2p_diloco.core.records import Directory, open_record
-from p2p_diloco.core.rounds import (
+from p2p_diloco.core.records import open_record
+from p2p_diloco.core.roster import (
     Group,
-    Missed,
     Readiness,
     check_roster,
     new_nonce,
@@ -44,6 +44,7 @@ from p2p_diloco.core.rounds import (
 from p2p_diloco.core.waiting import heard
 from p2p_diloco.round.company import HEARTBEATS, Company
 from p2p_diloco.round.gathering import Answer, Gatherings
+from p2p_diloco.round.missed import Missed
 from p2p_diloco.round.seat import Seat
 from p2p_diloco.wire.channel import Channel, Transport
 from p2p_diloco.wire.messages import Behind, Closing, Eta, No, Ready, Redirect, Roster, TooFew

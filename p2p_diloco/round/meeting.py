@@ -9,10 +9,11 @@ import numpy as np
 
 from p2p_diloco.core.codec import Codec, Vector, decode, encode, encoded_bytes
 from p2p_diloco.core.config import Timeouts
+from p2p_diloco.core.directory import Directory
 from p2p_diloco.core.errors import Misbehaved, RemoteError, Silent
-from p2p_diloco.core.outer import MAX_CONTRIBUTORS, Part, check_mask, part_slices
-from p2p_diloco.core.records import Directory
-from p2p_diloco.core.rounds import Group
+from p2p_diloco.core.grid import part_slices
+from p2p_diloco.core.roster import Group
+from p2p_diloco.core.update import MAX_CONTRIBUTORS, Part, check_mask
 from p2p_diloco.core.waiting import Bell
 from p2p_diloco.wire.channel import Channel, Meter, Transport
 

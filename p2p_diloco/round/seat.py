@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from p2p_diloco.core.pace import Progress
 from p2p_diloco.core.records import Phase
-from p2p_diloco.core.rounds import Progress, Standing
+from p2p_diloco.core.swarm_head import Standing
 from p2p_diloco.core.waiting import Bell
 
 MAX_READY_IN_S = 86400.0

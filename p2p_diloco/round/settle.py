@@ -33,11 +33,11 @@ from dataclasses import dataclass
 
 from p2p_diloco.core.codec import encoded_bytes
 from p2p_diloco.core.errors import Misbehaved, RemoteError, Silent
-from p2p_diloco.core.outer import Update
-from p2p_diloco.core.rounds import Missed
+from p2p_diloco.core.update import Update
 from p2p_diloco.core.waiting import deadline, heard
 from p2p_diloco.round.butterfly import Butterfly, run_all
 from p2p_diloco.round.meeting import Meeting
+from p2p_diloco.round.missed import Missed
 from p2p_diloco.wire.channel import Channel
 from p2p_diloco.wire.messages import Again, AskCommit, AskPart, Commit, Contribute, Eta, No, Receipt, Size, Took
 

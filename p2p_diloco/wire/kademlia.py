@@ -25,7 +25,7 @@ from hivemind.p2p import P2PContext, PeerID
 from hivemind.proto import dht_pb2
 from hivemind.utils.timed_storage import ValueWithExpiration, get_dht_time
 
-from p2p_diloco.core.quota import Quota
+from p2p_diloco.core.buckets import Quota
 from p2p_diloco.core.records import MAX_RECORD_LIFE_S, Fault, Unsound, open_record, unpack_plain
 
 logger = logging.getLogger(__name__)

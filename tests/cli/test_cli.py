@@ -20,11 +20,12 @@ import pytest
 from p2p_diloco import __version__
 from p2p_diloco.cli import cli, options
 from p2p_diloco.cli.arguments import peer_config
+from p2p_diloco.core.addresses import Endpoint
 from p2p_diloco.core.config import PeerConfig
-from p2p_diloco.core.endpoint import Endpoint
 from p2p_diloco.core.errors import Stopped, UsageError
 from p2p_diloco.core.identity import Identity
-from p2p_diloco.core.manifest import RunManifest, RunSpec
+from p2p_diloco.core.manifest import RunManifest
+from p2p_diloco.core.runfile import RunSpec
 from p2p_diloco.look import monitor
 
 OWNER = Identity.from_seed(bytes(32))
@@ -613,7 +614,7 @@ def failing(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
         raise error
 
     monkeypatch.setattr("p2p_diloco.ledger.folder.find_run", fail)
-    monkeypatch.setattr("p2p_diloco.core.manifest.RunSpec.load", fail)
+    monkeypatch.setattr("p2p_diloco.core.runfile.RunSpec.load", fail)
 
 
 EXPORT = ("export", "--to", "x", "--folder", "y")
@@ -661,7 +662,7 @@ def load(path):
     os.kill(os.getpid(), signal.{signal})
     raise ImportError("an import that was interrupted")
 
-p2p_diloco.core.manifest.RunSpec.load = load
+p2p_diloco.core.runfile.RunSpec.load = load
 sys.exit(cli.main([{command!r}, "x.toml"]))
 """
 

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from p2p_diloco.core.errors import UsageError
-from p2p_diloco.core.manifest import DataSpec
 from p2p_diloco.core.paths import at_home, beside
+from p2p_diloco.core.runfile import DataSpec
 from p2p_diloco.learn.source import source_of
 from p2p_diloco.learn.textreport import TextTally
 

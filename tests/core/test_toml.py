@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from p2p_diloco.core.errors import UsageError
-from p2p_diloco.core.manifest import RunSpec
+from p2p_diloco.core.runfile import RunSpec
 from p2p_diloco.core.toml import read_toml
 from p2p_diloco.lab.faults import FaultPlan
 from p2p_diloco.lab.simulation import SimulatedRun

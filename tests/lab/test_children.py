@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from p2p_diloco.core.manifest import DataSpec
+from p2p_diloco.core.runfile import DataSpec
 from p2p_diloco.lab.children import text_on_disk
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from p2p_diloco.core.errors import DataError
-from p2p_diloco.core.manifest import DataSpec
+from p2p_diloco.core.runfile import DataSpec
 from p2p_diloco.lab.shards import by_source, clusters, features, package_of, shards_of
 from p2p_diloco.learn import source
 from p2p_diloco.learn.architecture import resolve_config

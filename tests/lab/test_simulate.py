@@ -15,7 +15,8 @@ import torch
 
 from p2p_diloco.core.codec import CODECS, Vector
 from p2p_diloco.core.errors import UsageError
-from p2p_diloco.core.outer import OuterState, Update
+from p2p_diloco.core.outer import OuterState
+from p2p_diloco.core.update import Update
 from p2p_diloco.lab import replicas, shards, simulate
 from p2p_diloco.lab.checkpoint import CHECKPOINT_FILE
 from p2p_diloco.lab.recount import Past

@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from p2p_diloco.core.codec import Vector, encode
-from p2p_diloco.core.outer import OuterState, Part, Update, UpdateHeader, contributor_mask, genesis_state
+from p2p_diloco.core.outer import OuterState, genesis_state
+from p2p_diloco.core.update import Part, Update, UpdateHeader, contributor_mask
 from p2p_diloco.lab.simulation import SimulationSpec
 from p2p_diloco.lab.variants import OuterRule, prune, quantize, quantized_bytes
 from p2p_diloco.learn.layout import Layout

@@ -10,7 +10,8 @@ import torch
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from p2p_diloco.core.errors import UsageError
-from p2p_diloco.core.manifest import ModelSpec, canonical_json
+from p2p_diloco.core.manifest import canonical_json
+from p2p_diloco.core.runfile import ModelSpec
 from p2p_diloco.learn.architecture import config_class_of, instantiate, portable, resolve_config
 from p2p_diloco.learn.layout import layout_of
 from p2p_diloco.learn.model import build_model, context_tokens

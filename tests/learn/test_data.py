@@ -16,9 +16,9 @@ import pytest
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 
+from p2p_diloco.core.digest import digest
 from p2p_diloco.core.errors import DataError, UsageError
-from p2p_diloco.core.manifest import DataSpec
-from p2p_diloco.core.outer import digest
+from p2p_diloco.core.runfile import DataSpec
 from p2p_diloco.learn import data, source
 from p2p_diloco.learn.data import Corpus, open_corpus
 from p2p_diloco.learn.text import PIECE_CHARS, builtin_files, is_held_out

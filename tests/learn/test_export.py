@@ -13,7 +13,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from p2p_diloco.core.errors import LedgerError, LocalError, UsageError
-from p2p_diloco.core.manifest import ModelSpec, RunManifest, RunSpec, canonical_json
+from p2p_diloco.core.manifest import RunManifest, canonical_json
+from p2p_diloco.core.runfile import ModelSpec, RunSpec
 from p2p_diloco.learn.architecture import resolve_config
 from p2p_diloco.learn.export import INFO_FILE, export_model, read_info, set_end_token
 from p2p_diloco.learn.layout import layout_of, read_parameters

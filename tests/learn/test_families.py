@@ -12,7 +12,7 @@ from transformers import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from p2p_diloco.core.errors import UsageError
-from p2p_diloco.core.manifest import DataSpec, ModelSpec, RunSpec
+from p2p_diloco.core.runfile import DataSpec, ModelSpec, RunSpec
 from p2p_diloco.learn.architecture import resolve_config
 from p2p_diloco.learn.genesis import Start, make_start
 from p2p_diloco.learn.model import build_model

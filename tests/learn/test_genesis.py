@@ -13,7 +13,8 @@ import tokenizers
 
 from p2p_diloco.core.errors import DataError, UsageError
 from p2p_diloco.core.identity import Identity
-from p2p_diloco.core.manifest import DataSpec, ModelSpec, RunSpec, open_manifest
+from p2p_diloco.core.manifest import open_manifest
+from p2p_diloco.core.runfile import DataSpec, ModelSpec, RunSpec
 from p2p_diloco.learn import genesis, train
 from p2p_diloco.learn.genesis import make_start, start_run
 from p2p_diloco.learn.layout import layout_of, read_parameters

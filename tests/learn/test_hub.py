@@ -21,9 +21,9 @@ import tokenizers
 from huggingface_hub import constants
 from huggingface_hub.errors import OfflineModeIsEnabled, RepositoryNotFoundError, RevisionNotFoundError
 
+from p2p_diloco.core.digest import digest
 from p2p_diloco.core.errors import DataError, LocalError, Stopped, UsageError
-from p2p_diloco.core.manifest import DataSpec
-from p2p_diloco.core.outer import digest
+from p2p_diloco.core.runfile import DataSpec
 from p2p_diloco.learn import hub, source
 from p2p_diloco.learn.data import open_corpus
 from p2p_diloco.learn.hub import PIECES, check_data_set, find_model, find_tokenizer, hub_documents, places

@@ -14,7 +14,7 @@ from safetensors.numpy import load
 
 from p2p_diloco.core.codec import Vector
 from p2p_diloco.core.errors import Stopped
-from p2p_diloco.core.manifest import DataSpec, InnerSpec, ModelSpec, OuterSpec, RunSpec
+from p2p_diloco.core.runfile import DataSpec, InnerSpec, ModelSpec, OuterSpec, RunSpec
 from p2p_diloco.learn.data import Corpus
 from p2p_diloco.learn.inner import (
     INNER_FILE,

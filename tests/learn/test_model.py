@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from p2p_diloco.core.errors import UsageError
-from p2p_diloco.core.manifest import ModelSpec
+from p2p_diloco.core.runfile import ModelSpec
 from p2p_diloco.learn.architecture import resolve_config
 from p2p_diloco.learn.layout import layout_of, write_parameters
 from p2p_diloco.learn.model import (

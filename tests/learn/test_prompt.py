@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from p2p_diloco.core.manifest import DataSpec
+from p2p_diloco.core.runfile import DataSpec
 from p2p_diloco.learn.prompt import builtin_prompt, choose_prompt, pieces, prompt_chars, prompt_of_tokens
 from p2p_diloco.learn.text import builtin_documents, builtin_files, is_held_out
 from p2p_diloco.learn.textreport import TextTally

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from p2p_diloco.core.errors import UsageError
-from p2p_diloco.core.manifest import ModelSpec
+from p2p_diloco.core.runfile import ModelSpec
 from p2p_diloco.learn.architecture import resolve_config
 from p2p_diloco.learn.export import INFO_FILE, export_model
 from p2p_diloco.learn.layout import layout_of, read_parameters

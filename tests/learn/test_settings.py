@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from p2p_diloco.core.errors import UsageError
-from p2p_diloco.core.manifest import ModelSpec
+from p2p_diloco.core.runfile import ModelSpec
 from p2p_diloco.learn.architecture import resolve_config
 from p2p_diloco.learn.model import build_model
 from tests.support.families import small

@@ -9,7 +9,7 @@ import pytest
 import tokenizers
 
 from p2p_diloco.core.errors import DataError, Stopped, UsageError
-from p2p_diloco.core.manifest import DataSpec
+from p2p_diloco.core.runfile import DataSpec
 from p2p_diloco.learn.data import open_corpus
 from p2p_diloco.learn.text import Document
 from p2p_diloco.learn.tokenizer import (

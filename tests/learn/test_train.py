@@ -17,7 +17,8 @@ from safetensors import safe_open
 
 from benchmarks.stage import write_texts
 from p2p_diloco.core.errors import DataError, LedgerError, NetworkError, Stopped
-from p2p_diloco.core.manifest import RunManifest, RunSpec
+from p2p_diloco.core.manifest import RunManifest
+from p2p_diloco.core.runfile import RunSpec
 from p2p_diloco.learn import train as training
 from p2p_diloco.learn.inner import INNER_FILE, InnerOptimizer, Place, place_in_run
 from p2p_diloco.learn.swarm import Swarm

@@ -10,8 +10,10 @@ import pytest
 from p2p_diloco.core.codec import encode
 from p2p_diloco.core.errors import UsageError
 from p2p_diloco.core.identity import Identity
-from p2p_diloco.core.manifest import RunManifest, RunSpec
-from p2p_diloco.core.outer import Part, Update, UpdateHeader, apply, genesis_state
+from p2p_diloco.core.manifest import RunManifest
+from p2p_diloco.core.outer import apply, genesis_state
+from p2p_diloco.core.runfile import RunSpec
+from p2p_diloco.core.update import Part, Update, UpdateHeader
 from p2p_diloco.ledger.folder import MANIFEST_FILE, find_run, folder_bytes, load_state, open_ledger, run_folder
 
 OWNER = Identity.from_seed(bytes(32))

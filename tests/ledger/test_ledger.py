@@ -18,16 +18,8 @@ from safetensors.numpy import load_file
 
 from p2p_diloco.core.codec import Vector, encode
 from p2p_diloco.core.errors import LedgerError
-from p2p_diloco.core.outer import (
-    OuterState,
-    Part,
-    Update,
-    UpdateHeader,
-    apply,
-    genesis_state,
-    max_update_bytes,
-    update_to_bytes,
-)
+from p2p_diloco.core.outer import OuterState, apply, genesis_state
+from p2p_diloco.core.update import Part, Update, UpdateHeader, max_update_bytes, update_to_bytes
 from p2p_diloco.ledger import replay
 from p2p_diloco.ledger.ledger import ABANDONED_KEPT, Ledger
 from p2p_diloco.ledger.snapshot import check_snapshot, snapshot_bytes

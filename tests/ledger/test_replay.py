@@ -13,17 +13,9 @@ from hypothesis import strategies as st
 
 from p2p_diloco.core.codec import CODECS, Codec, Vector, encode
 from p2p_diloco.core.errors import Gap
-from p2p_diloco.core.outer import (
-    PART_VALUES,
-    OuterState,
-    Part,
-    Update,
-    UpdateHeader,
-    apply,
-    genesis_state,
-    part_slices,
-    update_to_bytes,
-)
+from p2p_diloco.core.grid import PART_VALUES, part_slices
+from p2p_diloco.core.outer import OuterState, apply, genesis_state
+from p2p_diloco.core.update import Part, Update, UpdateHeader, update_to_bytes
 from p2p_diloco.ledger.ledger import Ledger
 from p2p_diloco.ledger.replay import Replay, load
 

@@ -9,7 +9,8 @@ import pytest
 
 from p2p_diloco.core.codec import Vector, encode
 from p2p_diloco.core.errors import Gap, LedgerError
-from p2p_diloco.core.outer import Part, Update, UpdateHeader, apply, genesis_state
+from p2p_diloco.core.outer import apply, genesis_state
+from p2p_diloco.core.update import Part, Update, UpdateHeader
 from p2p_diloco.ledger.ledger import Ledger
 from p2p_diloco.ledger.replay import Replay
 from p2p_diloco.ledger.replica import Replica, differing

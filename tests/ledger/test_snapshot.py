@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from p2p_diloco.core import outer
+from p2p_diloco.core import grid
 from p2p_diloco.core.errors import LedgerError
 from p2p_diloco.core.outer import OuterState
 from p2p_diloco.ledger.snapshot import (
@@ -35,7 +35,7 @@ CHUNKS = 6
 @pytest.fixture(autouse=True)
 def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of 100, 100 and 30 values."""
-    monkeypatch.setattr(outer, "PART_VALUES", 100)
+    monkeypatch.setattr(grid, "PART_VALUES", 100)
 
 
 @pytest.fixture
@@ -76,7 +76,7 @@ def test_a_file_that_is_gone_or_cut(info: SnapshotInfo, tmp_path: Path) -> None:
 def test_chunks_in_any_order_make_the_same_file(tmp_path_factory: pytest.TempPathFactory, order: list[int]) -> None:
     folder = tmp_path_factory.mktemp("any")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(outer, "PART_VALUES", 100)
+        patch.setattr(grid, "PART_VALUES", 100)
         state = OuterState(step=5, head=bytes(32), theta=np.ones(N, np.float32), momentum=np.zeros(N, np.float32))
         info = save_snapshot(state.parts(), folder / "snapshot", step=5, head=bytes(32), n=N, run_id="run")
         download = incoming(info, folder / "joiner")

@@ -8,8 +8,9 @@ import pytest
 
 from p2p_diloco.core.config import Timeouts
 from p2p_diloco.core.errors import NetworkError
-from p2p_diloco.core.manifest import RunManifest, RunSpec
+from p2p_diloco.core.manifest import RunManifest
 from p2p_diloco.core.records import Record
+from p2p_diloco.core.runfile import RunSpec
 from p2p_diloco.look.doctor import (
     AddressTrial,
     Bandwidth,

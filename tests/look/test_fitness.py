@@ -8,8 +8,9 @@ import pytest
 
 from p2p_diloco.core.codec import encoded_bytes
 from p2p_diloco.core.config import Timeouts
-from p2p_diloco.core.manifest import DataSpec, RunManifest, RunSpec
+from p2p_diloco.core.manifest import RunManifest
 from p2p_diloco.core.records import Record
+from p2p_diloco.core.runfile import DataSpec, RunSpec
 from p2p_diloco.look.doctor import Bandwidth, Kind
 from p2p_diloco.look.fitness import (
     MachineTrial,

@@ -9,8 +9,9 @@ from rich.console import Console
 
 from p2p_diloco.core.errors import NetworkError
 from p2p_diloco.core.identity import Identity
-from p2p_diloco.core.manifest import RunManifest, RunSpec
+from p2p_diloco.core.manifest import RunManifest
 from p2p_diloco.core.records import Record, seal_record
+from p2p_diloco.core.runfile import RunSpec
 from p2p_diloco.look.status import as_json, screen_of, status_of
 
 NOW_S = 1_000_000.0

@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from p2p_diloco.core.errors import UsageError
-from p2p_diloco.core.manifest import ModelSpec, RunManifest
+from p2p_diloco.core.manifest import RunManifest
+from p2p_diloco.core.runfile import ModelSpec
 from p2p_diloco.learn.architecture import resolve_config
 from p2p_diloco.learn.layout import layout_of
 from p2p_diloco.learn.model import build_model
@@ -101,7 +102,7 @@ def test_a_device_that_computes_wrongly(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_the_fingerprint_is_the_corpus_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from p2p_diloco.core.manifest import DataSpec
+    from p2p_diloco.core.runfile import DataSpec
     from p2p_diloco.learn import data, source
 
     (tmp_path / "text").mkdir()

@@ -13,8 +13,9 @@ from typing import Any
 import msgpack
 import pytest
 
+from p2p_diloco.core.digest import HASH_BYTES
 from p2p_diloco.core.errors import Gone, LedgerError
-from p2p_diloco.core.outer import HASH_BYTES, max_update_bytes, next_head, update_to_bytes
+from p2p_diloco.core.update import max_update_bytes, next_head, update_to_bytes
 from p2p_diloco.ledger.replica import Replica
 from p2p_diloco.ledger.snapshot import chunk_slices, snapshot_bytes
 from p2p_diloco.peer import catchup, download, uploads

@@ -8,7 +8,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from p2p_diloco.core.codec import encode
 from p2p_diloco.core.config import Timeouts
-from p2p_diloco.core.outer import Part, Update, UpdateHeader, genesis_state, update_to_bytes
+from p2p_diloco.core.outer import genesis_state
+from p2p_diloco.core.update import Part, Update, UpdateHeader, update_to_bytes
 from p2p_diloco.peer.download import COPIES, LATE, LEAST_LATE_S, Handout, Updates
 from p2p_diloco.wire.messages import AskUpdate
 from tests.support.builders import pipe

@@ -13,12 +13,13 @@ from typing import Any
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from p2p_diloco.core.addresses import MAX_CHARS, Endpoint
 from p2p_diloco.core.config import Timeouts
-from p2p_diloco.core.endpoint import MAX_CHARS, Endpoint
 from p2p_diloco.core.errors import Misbehaved, UsageError
 from p2p_diloco.core.events import read_events
+from p2p_diloco.core.pace import Progress
 from p2p_diloco.core.records import MAX_RECORD_BYTES, Record, open_record, seal_record
-from p2p_diloco.core.rounds import Progress, Standing
+from p2p_diloco.core.swarm_head import Standing
 from p2p_diloco.ledger.folder import folder_bytes
 from p2p_diloco.peer import metrics
 from p2p_diloco.peer.metrics import PREFIX, PeerMetrics

@@ -14,16 +14,18 @@ import numpy as np
 import pytest
 import torch
 
+from p2p_diloco.core.buckets import Rate
 from p2p_diloco.core.codec import Codec, Vector
 from p2p_diloco.core.config import Timeouts
 from p2p_diloco.core.errors import Gone, NetworkError, Refused, RemoteError
 from p2p_diloco.core.events import EVENTS_FILE, read_events
+from p2p_diloco.core.grid import PART_VALUES
 from p2p_diloco.core.identity import Identity
-from p2p_diloco.core.manifest import OnMissed, RunManifest
-from p2p_diloco.core.outer import PART_VALUES, UpdateHeader, parts_with
-from p2p_diloco.core.rate import Rate
+from p2p_diloco.core.manifest import RunManifest
 from p2p_diloco.core.records import HEADS_SHOWN, open_record, seal_record
-from p2p_diloco.core.rounds import Standing
+from p2p_diloco.core.runfile import OnMissed
+from p2p_diloco.core.swarm_head import Standing
+from p2p_diloco.core.update import UpdateHeader, parts_with
 from p2p_diloco.wire.channel import Channel
 from p2p_diloco.wire.messages import (
     MAX_TRANSFER_BYTES,

@@ -11,12 +11,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from p2p_diloco.core.buckets import Rate
 from p2p_diloco.core.config import Timeouts
 from p2p_diloco.core.errors import Gone, Misbehaved, Refused, Silent
 from p2p_diloco.core.identity import Identity
-from p2p_diloco.core.rate import Rate
 from p2p_diloco.core.records import MAX_RECORD_BYTES, seal
-from p2p_diloco.core.rounds import Standing
+from p2p_diloco.core.swarm_head import Standing
 from p2p_diloco.look.doctor import Bandwidth, Dialled
 from p2p_diloco.look.listener import Listener, dial_back, dial_backs, would_relay
 from p2p_diloco.look.survey import (

@@ -15,9 +15,10 @@ from p2p_diloco.core.codec import Vector
 from p2p_diloco.core.config import Timeouts
 from p2p_diloco.core.errors import Misbehaved
 from p2p_diloco.core.events import read_events
-from p2p_diloco.core.manifest import OnMissed
-from p2p_diloco.core.outer import Update, genesis_state
+from p2p_diloco.core.outer import genesis_state
 from p2p_diloco.core.records import Phase
+from p2p_diloco.core.runfile import OnMissed
+from p2p_diloco.core.update import Update
 from p2p_diloco.ledger.ledger import Ledger
 from p2p_diloco.ledger.replay import Replay, load
 from p2p_diloco.ledger.replica import Replica

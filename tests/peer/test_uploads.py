@@ -9,10 +9,10 @@ from pathlib import Path
 import blake3
 import pytest
 
+from p2p_diloco.core.buckets import BURST_S
 from p2p_diloco.core.config import MIN_UPLOAD_BYTES_PER_S, Timeouts
 from p2p_diloco.core.errors import Gone, Refused
-from p2p_diloco.core.outer import next_head
-from p2p_diloco.core.rate import BURST_S
+from p2p_diloco.core.update import next_head
 from p2p_diloco.peer import uploads
 from p2p_diloco.peer.uploads import UPLOADS, slots
 from p2p_diloco.wire.channel import Channel

@@ -12,7 +12,7 @@ import pytest
 
 from p2p_diloco.core.codec import Codec, encode
 from p2p_diloco.core.errors import Gone, RemoteError
-from p2p_diloco.core.outer import Part
+from p2p_diloco.core.update import Part
 from p2p_diloco.round.butterfly import run_all
 from p2p_diloco.wire.channel import Channel
 from p2p_diloco.wire.messages import AskCommit, AskPart, Contribute, Message, Receipt

@@ -11,14 +11,18 @@ import numpy as np
 import pytest
 
 from p2p_diloco.core.config import Timeouts
+from p2p_diloco.core.digest import digest
+from p2p_diloco.core.directory import Directory
 from p2p_diloco.core.errors import Silent
 from p2p_diloco.core.manifest import RunManifest
-from p2p_diloco.core.outer import digest
-from p2p_diloco.core.records import Directory, open_record, seal_record
-from p2p_diloco.core.rounds import Group, Missed, Progress, Standing, seal_readiness
+from p2p_diloco.core.pace import Progress
+from p2p_diloco.core.records import open_record, seal_record
+from p2p_diloco.core.roster import Group, seal_readiness
+from p2p_diloco.core.swarm_head import Standing
 from p2p_diloco.round.company import CHANCES, MAX_GATHER_EXTENSION_S
 from p2p_diloco.round.gathering import CLOSING_MARGIN_S
 from p2p_diloco.round.matchmaking import Matchmaker
+from p2p_diloco.round.missed import Missed
 from p2p_diloco.round.seat import Seat
 from p2p_diloco.wire.channel import Channel, run_protocol
 from p2p_diloco.wire.messages import Behind, Closing, Eta, Message, No, Ready, Redirect, Roster, TooFew

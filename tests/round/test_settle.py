@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from p2p_diloco.core.config import Timeouts
 from p2p_diloco.core.errors import RemoteError
-from p2p_diloco.core.outer import Update
+from p2p_diloco.core.update import Update
 from p2p_diloco.round.settle import HEARTBEATS, LEADERS_SHARE, RoundCost, choose_parts
 from p2p_diloco.wire.channel import Channel
 from p2p_diloco.wire.messages import Again, AskCommit, AskPart, Commit, Contribute, Eta, Message, No, Receipt, Size

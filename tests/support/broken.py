@@ -14,9 +14,11 @@ from unittest import mock
 import numpy as np
 
 from p2p_diloco.core.codec import Vector
-from p2p_diloco.core.outer import Part, Update, apply_checked, check_update, contributor_mask
-from p2p_diloco.core.records import Directory, Record
-from p2p_diloco.core.rounds import Standing, way_of
+from p2p_diloco.core.directory import Directory
+from p2p_diloco.core.outer import apply_checked, check_update
+from p2p_diloco.core.records import Record
+from p2p_diloco.core.swarm_head import Standing, way_of
+from p2p_diloco.core.update import Part, Update, contributor_mask
 from p2p_diloco.ledger.replica import Replica
 from p2p_diloco.peer.peer import OuterResult, Peer
 from p2p_diloco.round import settle

@@ -12,10 +12,10 @@ import msgpack
 from hypothesis import strategies as st
 
 from p2p_diloco.core.config import Timeouts
+from p2p_diloco.core.digest import digest
 from p2p_diloco.core.identity import Identity
-from p2p_diloco.core.outer import digest
 from p2p_diloco.core.records import Record, Signed
-from p2p_diloco.core.rounds import Group, Readiness, check_roster, rank, seal_readiness
+from p2p_diloco.core.roster import Group, Readiness, check_roster, rank, seal_readiness
 from p2p_diloco.wire.channel import Channel
 from p2p_diloco.wire.messages import (
     Again,

@@ -16,10 +16,13 @@ import numpy as np
 import numpy.typing as npt
 
 from p2p_diloco.core.codec import Vector, decode
-from p2p_diloco.core.manifest import OnMissed
-from p2p_diloco.core.outer import OuterState, Update, part_slices
+from p2p_diloco.core.grid import part_slices
+from p2p_diloco.core.outer import OuterState
 from p2p_diloco.core.records import Record
-from p2p_diloco.core.rounds import LARGEST_WEIGHT_OVER_MEDIAN, Standing, way_of
+from p2p_diloco.core.roster import LARGEST_WEIGHT_OVER_MEDIAN
+from p2p_diloco.core.runfile import OnMissed
+from p2p_diloco.core.swarm_head import Standing, way_of
+from p2p_diloco.core.update import Update
 
 MAX_PEERS = 12
 PART_VALUES = 32

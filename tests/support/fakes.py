@@ -16,18 +16,10 @@ from p2p_diloco.core.config import Timeouts
 from p2p_diloco.core.errors import LocalError
 from p2p_diloco.core.events import EventLog
 from p2p_diloco.core.identity import Identity
-from p2p_diloco.core.manifest import (
-    DataSpec,
-    InnerSpec,
-    ModelSpec,
-    OnMissed,
-    OuterSpec,
-    RoundSpec,
-    RunManifest,
-    RunSpec,
-)
+from p2p_diloco.core.manifest import RunManifest
 from p2p_diloco.core.outer import genesis_state
-from p2p_diloco.core.rounds import Progress, outer_step_due
+from p2p_diloco.core.pace import Progress, outer_step_due
+from p2p_diloco.core.runfile import DataSpec, InnerSpec, ModelSpec, OnMissed, OuterSpec, RoundSpec, RunSpec
 from p2p_diloco.core.waiting import deadline
 from p2p_diloco.ledger.ledger import Ledger
 from p2p_diloco.ledger.replica import Replica

@@ -12,12 +12,13 @@ from typing import Any
 from unittest import mock
 
 from p2p_diloco.core.identity import Identity
-from p2p_diloco.core.outer import Update
 from p2p_diloco.core.records import Record
-from p2p_diloco.core.rounds import Missed, Standing
+from p2p_diloco.core.swarm_head import Standing
+from p2p_diloco.core.update import Update
 from p2p_diloco.ledger.ledger import Ledger
 from p2p_diloco.ledger.replica import Replica
 from p2p_diloco.peer import follower
+from p2p_diloco.round.missed import Missed
 from p2p_diloco.round.settle import Settlement
 from p2p_diloco.wire.channel import Channel
 from p2p_diloco.wire.messages import Message
@@ -139,7 +140,7 @@ def instrumented(world: World) -> Iterator[None]:
         return signature == _signature(peer_id, message)
 
     patches: list[Any] = [
-        mock.patch("p2p_diloco.core.outer.PART_VALUES", PART_VALUES),
+        mock.patch("p2p_diloco.core.grid.PART_VALUES", PART_VALUES),
         mock.patch("p2p_diloco.peer.catchup.MAX_LINKS", LINKS),
         mock.patch("p2p_diloco.peer.uploads.MAX_LINKS", LINKS),
         mock.patch("p2p_diloco.core.events.time", _SimClock),

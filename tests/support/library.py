@@ -13,15 +13,18 @@ from typing import Any
 import numpy as np
 import pytest
 
-from p2p_diloco.core import outer
+from p2p_diloco.core import grid
 from p2p_diloco.core.codec import encode
 from p2p_diloco.core.config import Timeouts
+from p2p_diloco.core.directory import Directory
 from p2p_diloco.core.errors import Gone
 from p2p_diloco.core.events import EventLog, read_events
+from p2p_diloco.core.grid import part_slices
 from p2p_diloco.core.identity import Identity
-from p2p_diloco.core.outer import Part, Update, UpdateHeader, genesis_state, part_slices
-from p2p_diloco.core.records import HEADS_SHOWN, Directory, seal_record
-from p2p_diloco.core.rounds import rank
+from p2p_diloco.core.outer import genesis_state
+from p2p_diloco.core.records import HEADS_SHOWN, seal_record
+from p2p_diloco.core.roster import rank
+from p2p_diloco.core.update import Part, Update, UpdateHeader
 from p2p_diloco.ledger.ledger import Ledger
 from p2p_diloco.ledger.replica import Replica
 from p2p_diloco.peer import uploads
@@ -54,7 +57,7 @@ OPEN_LOGS: list[EventLog] = []
 def small_parts() -> Iterator[None]:
     """Every test takes place in here."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(outer, "PART_VALUES", PART)
+        patch.setattr(grid, "PART_VALUES", PART)
         patch.setattr(channel, "CHUNK_BYTES", FRAME_BYTES)
         patch.setattr(uploads, "CHUNK_BYTES", FRAME_BYTES)
         yield

@@ -12,13 +12,16 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from p2p_diloco.core.aggregate import weighted_mean
 from p2p_diloco.core.codec import Codec, decode, encode
 from p2p_diloco.core.config import Timeouts
-from p2p_diloco.core.outer import Part, Update, contributor_mask, part_slices, weighted_mean
-from p2p_diloco.core.records import Directory, seal_record
-from p2p_diloco.core.rounds import Missed
+from p2p_diloco.core.directory import Directory
+from p2p_diloco.core.grid import part_slices
+from p2p_diloco.core.records import seal_record
+from p2p_diloco.core.update import Part, Update, contributor_mask
 from p2p_diloco.core.waiting import Bell, heard
 from p2p_diloco.round.meeting import Meeting
+from p2p_diloco.round.missed import Missed
 from p2p_diloco.round.settle import Settlement
 from p2p_diloco.wire.channel import Channel, Writer, run_protocol
 from p2p_diloco.wire.messages import (

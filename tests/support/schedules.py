@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, TypeVar
 
 from p2p_diloco.core.codec import Codec
-from p2p_diloco.core.manifest import OnMissed
+from p2p_diloco.core.runfile import OnMissed
 
 T = TypeVar("T")
 Kind = Literal["kill", "blackout", "leave", "join", "stop", "cut", "partition", "slow", "disk", "echo", "dht", "liar"]

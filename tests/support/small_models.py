@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from p2p_diloco.core.manifest import ModelSpec, RunManifest, RunSpec, canonical_json
+from p2p_diloco.core.manifest import RunManifest, canonical_json
+from p2p_diloco.core.runfile import ModelSpec, RunSpec
 from p2p_diloco.learn.architecture import resolve_config
 from p2p_diloco.learn.layout import Layout, layout_of, read_parameters
 from p2p_diloco.learn.model import build_model

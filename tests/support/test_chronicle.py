@@ -9,21 +9,15 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import pytest
 
-from p2p_diloco.core import outer
+from p2p_diloco.core import grid
+from p2p_diloco.core.aggregate import weighted_mean
 from p2p_diloco.core.codec import Vector, encode
-from p2p_diloco.core.manifest import OnMissed
-from p2p_diloco.core.outer import (
-    OuterState,
-    Part,
-    Update,
-    UpdateHeader,
-    apply,
-    contributor_mask,
-    genesis_state,
-    part_slices,
-)
+from p2p_diloco.core.grid import part_slices
+from p2p_diloco.core.outer import OuterState, apply, genesis_state
 from p2p_diloco.core.records import Record
-from p2p_diloco.core.rounds import Standing
+from p2p_diloco.core.runfile import OnMissed
+from p2p_diloco.core.swarm_head import Standing
+from p2p_diloco.core.update import Part, Update, UpdateHeader, contributor_mask
 from tests.support.builders import identity, record_of
 from tests.support.chronicle import MAX_PEERS, PART_VALUES, TOKENS, Chronicle, Settled, Steps, Violation
 
@@ -33,7 +27,7 @@ TARGET = np.zeros(N, np.float32)
 
 @pytest.fixture(autouse=True)
 def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(outer, "PART_VALUES", PART_VALUES)
+    monkeypatch.setattr(grid, "PART_VALUES", PART_VALUES)
 
 
 class Story:
@@ -57,7 +51,7 @@ class Story:
         parts = []
         for where in part_slices(N):
             gradients = [self.state.theta[where] - self.local[peer][where] for peer in peers]
-            mean: Vector = outer.weighted_mean(list(zip(weights, gradients)), total=divisor)
+            mean: Vector = weighted_mean(list(zip(weights, gradients)), total=divisor)
             parts.append(Part(mask=contributor_mask(range(len(peers))), data=encode(mean, "fp32")))
         update = self.update(peers, weights, parts)
         apply(self.state, update, codec="fp32", lr=0.01, momentum=0.9)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from p2p_diloco.core.errors import UsageError
-from p2p_diloco.core.manifest import RunSpec
+from p2p_diloco.core.runfile import RunSpec
 from p2p_diloco.lab.local import run_local
 from p2p_diloco.learn.data import open_corpus
 from p2p_diloco.learn.model import evaluate

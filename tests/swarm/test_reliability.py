@@ -15,7 +15,7 @@ from benchmarks.onslaught import kill_all
 from benchmarks.partition import APART, part_and_heal
 from benchmarks.processes import Usage, usage_of
 from benchmarks.stage import SPEC, Stage
-from p2p_diloco.core.manifest import InnerSpec
+from p2p_diloco.core.runfile import InnerSpec
 from p2p_diloco.lab.namespaces import why_not
 from tests.swarm.places import START_S, Place, wait_until
 

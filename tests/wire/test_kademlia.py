@@ -21,8 +21,8 @@ from hivemind.proto import dht_pb2
 from hivemind.utils import MSGPackSerializer
 from hivemind.utils.timed_storage import ValueWithExpiration
 
+from p2p_diloco.core.buckets import Quota
 from p2p_diloco.core.identity import Identity
-from p2p_diloco.core.quota import Quota
 from p2p_diloco.core.records import MAX_RECORD_LIFE_S, Record, seal_record
 from p2p_diloco.wire import hardening, kademlia
 from p2p_diloco.wire.kademlia import HardenedDHTProtocol, RecordStorage, RecordValidator, node_id_of

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from p2p_diloco.core.totals import LIMITS_S, Durations, LastCommit, Totals
+from p2p_diloco.core.events import LIMITS_S, Durations, LastCommit, Totals
 
 
 def round_event(**changes: Any) -> dict[str, Any]:

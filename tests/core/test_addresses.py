@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from p2p_diloco.core.endpoint import Endpoint
+from p2p_diloco.core.addresses import Endpoint
 from p2p_diloco.core.errors import UsageError
 from tests.support.builders import identity, record_of
 

@@ -1,3 +1,5 @@
+"""What a reducer makes of contributions, and how one of them lies to it."""
+
 from __future__ import annotations
 
 from itertools import pairwise
@@ -7,9 +9,47 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from p2p_diloco.core.alignment import SAMPLED_PARTS, Alignment, align, sampled
+from p2p_diloco.core.aggregate import SAMPLED_PARTS, Alignment, align, reduce_part, sampled, weighted_mean
 from p2p_diloco.core.codec import CODECS, LARGEST_VALUE, Codec, Vector, encode
-from p2p_diloco.core.outer import PART_VALUES, Part, Update, UpdateHeader, part_slices
+from p2p_diloco.core.grid import PART_VALUES, part_slices
+from p2p_diloco.core.update import (
+    Part,
+    Update,
+    UpdateHeader,
+)
+from tests.core.test_outer import N
+
+
+def test_the_mean_weighs_by_tokens_in_the_given_order() -> None:
+    values = [np.random.default_rng(i).standard_normal(N).astype(np.float32) for i in range(3)]
+    weights = [100, 300, 7]
+    expected = np.average(np.array(values, np.float64), axis=0, weights=weights)
+    mean = weighted_mean(list(zip(weights, values)))
+    assert mean.dtype == np.float32
+    np.testing.assert_allclose(mean, expected, atol=1e-6)
+    np.testing.assert_array_equal(weighted_mean([(5, values[0])]), values[0])
+
+
+def test_a_mean_over_all_who_train_is_shorter_by_those_who_sent_nothing() -> None:
+    values = [np.array([1, -2, 4], np.float32), np.array([3, 2, 0], np.float32)]
+    np.testing.assert_array_equal(weighted_mean([(1, values[0]), (3, values[1])], total=8), [1.25, 0.5, 0.5])
+    np.testing.assert_array_equal(
+        weighted_mean([(1, values[0]), (3, values[1])], total=4), weighted_mean([(1, values[0]), (3, values[1])])
+    )
+
+
+@pytest.mark.parametrize("codec", CODECS)
+@pytest.mark.parametrize("total", [None, 1000])
+def test_a_reduced_part_is_the_encoded_mean_of_what_came_in_the_order_of_the_roster(
+    codec: Codec, total: int | None
+) -> None:
+    generator = np.random.default_rng(3)
+    first, third = (generator.standard_normal(99).astype(np.float32) for _ in range(2))
+    part = reduce_part({2: third, 0: first}, [100, 200, 300], 99, codec, total)
+    assert part.mask == b"\x05"
+    assert part.data == encode(weighted_mean([(100, first), (300, third)], total), codec)
+    nothing = reduce_part({}, [100, 200, 300], 99, codec, total)
+    assert (nothing.mask, nothing.data) == (b"", encode(np.zeros(99, np.float32), codec))
 
 
 def update_of(mean: Vector, codec: Codec) -> Update:

@@ -1,7 +1,8 @@
-"""A rate that is kept: a token bucket. Arithmetic alone; the clock is an argument."""
+"""Token buckets: a rate that is kept, and how often each peer may ask. Arithmetic alone; the clock is an argument."""
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from dataclasses import dataclass, field
 
 BURST_S = 1.0
@@ -27,3 +28,24 @@ class Rate:
         self._level_bytes = min(self._level_bytes + flowed_in, BURST_S * self.bytes_per_s) - size_bytes
         self._then_s = now_s
         return max(-self._level_bytes / self.bytes_per_s, 0.0)
+
+
+MAX_RATED_PEERS = 4096
+
+
+class Quota:
+    """A token bucket per peer; the peers that were quiet longest are forgotten."""
+
+    def __init__(self, per_s: float, burst: float) -> None:
+        self._per_s = per_s
+        self._burst = burst
+        self._buckets: OrderedDict[str, tuple[float, float]] = OrderedDict()
+
+    def take(self, peer_id: str, now_s: float) -> bool:
+        tokens, then_s = self._buckets.pop(peer_id, (self._burst, now_s))
+        tokens = min(self._burst, tokens + (now_s - then_s) * self._per_s)
+        allowed = tokens >= 1
+        self._buckets[peer_id] = (tokens - allowed, now_s)
+        if len(self._buckets) > MAX_RATED_PEERS:
+            self._buckets.popitem(last=False)
+        return allowed

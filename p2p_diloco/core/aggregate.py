@@ -1,19 +1,45 @@
-"""How one peer's outer gradient lies to what the group made of all: a peer that learns other things than the rest, and
-a run that no longer learns, are seen here first.
+"""What a reducer makes of contributions, and how one contribution lies to the mean of all.
 
-Not part of the outer state: reductions are fine here, and the last bits may differ between machines.
+The mean is part of what all replicas share: float32, each multiply and each add a ufunc of its own, in the order of the
+roster. The alignment is not: reductions are fine there, and the last bits may differ between machines.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from p2p_diloco.core.codec import Codec, Vector, decode
-from p2p_diloco.core.outer import Update, part_slices
+from p2p_diloco.core.codec import Codec, Vector, decode, encode
+from p2p_diloco.core.grid import part_slices
+from p2p_diloco.core.update import Part, Update, contributor_mask
+
+
+def weighted_mean(contributions: Sequence[tuple[int, Vector]], total: int | None = None) -> Vector:
+    """float32 [n], the mean of the outer gradients weighted by tokens: ``sum_i float32(w_i / W) * g_i``, where W is
+    ``total`` or, without it, the sum of the weights.
+
+    The order is the roster's, so that a simulation without a network gets the same bits.
+    """
+    if total is None:
+        total = sum(weight for weight, _ in contributions)
+    mean = np.zeros_like(contributions[0][1])
+    for weight, values in contributions:
+        np.add(mean, np.multiply(values, np.float32(weight / total)), out=mean)
+    return mean
+
+
+def reduce_part(
+    came: Mapping[int, Vector], weights: Sequence[int], n: int, codec: Codec, total: int | None = None
+) -> Part:
+    """What the reducer of a part of ``n`` values makes of the contributions that ``came``: index in the roster ->
+    decoded values. ``weights``: of the whole roster; ``total`` as in ``weighted_mean``. Zeros where nothing came."""
+    contributions = [(weights[i], values) for i, values in sorted(came.items())]
+    mean = weighted_mean(contributions, total) if came else np.zeros(n, np.float32)
+    return Part(mask=contributor_mask(came), data=encode(mean, codec))
+
 
 SAMPLED_PARTS = 4
 """Of a model of more parts, so many are looked at, evenly spread and always the same. To look at all 96 of 25 million

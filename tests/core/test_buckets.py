@@ -1,10 +1,12 @@
+"""Token buckets."""
+
 from __future__ import annotations
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from p2p_diloco.core.rate import BURST_S, Rate
+from p2p_diloco.core.buckets import BURST_S, MAX_RATED_PEERS, Quota, Rate
 
 
 def test_a_burst_goes_at_once_and_the_rest_at_the_rate() -> None:
@@ -50,3 +52,18 @@ def test_who_never_pauses_gets_the_whole_rate(sizes: list[int]) -> None:
     for size in sizes:
         now_s += rate.wait_s(size, now_s)
     assert now_s == pytest.approx(max(sum(sizes) / 100.0 - BURST_S, 0.0))
+
+
+def test_a_burst_and_then_so_many_a_second() -> None:
+    quota = Quota(per_s=2.0, burst=3.0)
+    assert [quota.take("a", 0.0) for _ in range(5)] == [True] * 3 + [False] * 2
+    assert quota.take("b", 0.0)
+    assert [quota.take("a", 1.0) for _ in range(3)] == [True, True, False]
+
+
+def test_the_peers_that_were_quiet_longest_are_forgotten() -> None:
+    quota = Quota(per_s=2.0, burst=3.0)
+    for index in range(MAX_RATED_PEERS + 10):
+        quota.take(str(index), 2.0)
+    assert len(quota._buckets) == MAX_RATED_PEERS
+    assert "9" not in quota._buckets

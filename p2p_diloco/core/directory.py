@@ -1,0 +1,137 @@
+"""The directory: the newest record of every other peer, and whom of them this peer believes and waits for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from itertools import islice, pairwise
+
+from p2p_diloco.core.records import Record, Unsound, is_current, open_record
+
+MAX_PEERS_KNOWN = 4096
+MAX_LINKS_KNOWN = 16384
+MAX_DOUBTS = 4
+"""Sixteen times as long."""
+
+
+class Directory:
+    """The newest record of every other peer, and who did not answer although its record says that it lives."""
+
+    def __init__(self, peer_id: str, run_id: str) -> None:
+        self.peer_id = peer_id
+        self.run_id = run_id
+        self._records: dict[str, Record] = {}
+        self._sealed: dict[str, bytes] = {}
+        self._verified: dict[bytes, str] = {}
+        """The same the other way round: records are read again and again, and a signature costs 0.1 ms to verify."""
+        self._suspects: dict[str, float] = {}
+        """Peer id -> ``issued_s`` of the record that turned out untrue."""
+        self._doubts: dict[str, float] = {}
+        """Peer id -> the time until which its claims have no weight."""
+        self._doubted: dict[str, int] = {}
+        """Peer id -> how often it was, as one of a few."""
+        self._met: tuple[frozenset[str], int, bytes] = (frozenset(), 0, b"")
+        self.before: dict[bytes, bytes] = {}
+        """Head -> the one that it follows from. Verified, not claimed."""
+
+    def learn(self, sealed: bytes, now_s: float) -> Record | None:
+        """Take in a record from anywhere; the newest one known of its peer. None when it is ours, out of date, or of
+        another run. Unsound when it is not sound."""
+        if sealed in self._verified:
+            known = self._records[self._verified[sealed]]
+            return known if is_current(known, now_s) else None
+        known = open_record(sealed)
+        if known.peer_id == self.peer_id or known.run_id != self.run_id or not is_current(known, now_s):
+            return None
+        newest = self._records.get(known.peer_id)
+        if newest is None and len(self._records) >= MAX_PEERS_KNOWN:
+            return None
+        if newest is None or newest.issued_s < known.issued_s:
+            if newest is not None:
+                del self._verified[self._sealed[known.peer_id]]
+            self._records[known.peer_id] = known
+            self._verified[sealed] = known.peer_id
+            self._sealed[known.peer_id] = sealed
+        return self._records[known.peer_id]
+
+    def learn_from(self, peer_id: str, sealed: bytes, now_s: float) -> Record | None:
+        """As ``learn``, from the peer that it is about. Unsound when that is another one: a stranger could fill the
+        directory with peers that it has invented, each of them dialled by all."""
+        if open_record(sealed).peer_id != peer_id:
+            raise Unsound("other", "somebody else's record")
+        return self.learn(sealed, now_s)
+
+    def suspect(self, peer_id: str) -> None:
+        """Do not count on this peer until it signs a newer record."""
+        if peer_id in self._records:
+            self._suspects[peer_id] = self._records[peer_id].issued_s
+
+    def live(self, now_s: float) -> list[Record]:
+        """Records of the peers that are there, in the order of their ids."""
+        return [record for record in self.current(now_s) if self._answers(record)]
+
+    def _answers(self, record: Record) -> bool:
+        """Tells whether this peer has not failed to answer me since it signed this record."""
+        return self._suspects.get(record.peer_id, -1.0) < record.issued_s
+
+    def current(self, now_s: float) -> list[Record]:
+        """As ``live``, with those who did not answer."""
+        for peer_id in [p for p, record in self._records.items() if not is_current(record, now_s)]:
+            del self._records[peer_id]
+            del self._verified[self._sealed.pop(peer_id)]
+            self._suspects.pop(peer_id, None)
+            self._doubts.pop(peer_id, None)
+            self._doubted.pop(peer_id, None)
+        return [record for _, record in sorted(self._records.items()) if record.phase != "left"]
+
+    def doubt(self, head: bytes, now_s: float, life_s: float) -> int:
+        """Who claims this head has no vote for ``life_s``, whatever newer records it signs; fewer than half of those
+        who are there have none for twice as long each time again, MAX_DOUBTS times: else one that lies could hold
+        up the others for most of their time. How many do."""
+        current = self.current(now_s)
+        claim = [record.peer_id for record in current if head in (record.head, *record.heads)]
+        few = 2 * len(claim) < len(current) + 1
+        for peer_id in claim:
+            again = self._doubted.get(peer_id, 0)
+            self._doubts[peer_id] = now_s + life_s * (1 << again if few else 1)
+            if few:
+                self._doubted[peer_id] = min(again + 1, MAX_DOUBTS)
+        return len(claim)
+
+    def believed(self, now_s: float) -> list[Record]:
+        """The voters: as ``live``, without those in doubt, and with all in client mode whose record is current. They
+        cannot be dialled, so it means little that one does not answer; and if its vote came and went with every try,
+        each half of a swarm that was cut in two could take itself for the larger one."""
+        return [
+            record
+            for record in self.current(now_s)
+            if (record.client_mode or self._answers(record)) and self._doubts.get(record.peer_id, now_s) <= now_s
+        ]
+
+    def show(self, way: Sequence[bytes]) -> None:
+        """Heads, newest first, of which each is known to follow from the next. The oldest that are known make room."""
+        self.before |= pairwise(way)
+        for head in list(islice(self.before, max(len(self.before) - MAX_LINKS_KNOWN, 0))):
+            del self.before[head]
+
+    def met(self, peer_ids: Iterable[str], step: int, head: bytes) -> None:
+        """A round with these peers has just led me to ``head``."""
+        self._met = frozenset(peer_ids), step, head
+
+    def expected(self, now_s: float) -> list[Record]:
+        """As ``live``, but those whom I met last stand where that round led, although their records, which take
+        seconds to get here, do not say so yet. For who to wait for; not for any vote."""
+        peer_ids, step, head = self._met
+        return [
+            r.model_copy(update={"step": step, "head": head}) if r.peer_id in peer_ids and r.step < step else r
+            for r in self.live(now_s)
+        ]
+
+    def get(self, peer_id: str) -> Record | None:
+        return self._records.get(peer_id)
+
+    def sealed(self, peer_id: str) -> bytes | None:
+        return self._sealed.get(peer_id)
+
+    def maddrs(self, peer_id: str) -> list[str]:
+        record = self._records.get(peer_id)
+        return record.maddrs if record else []
