@@ -16,10 +16,11 @@ from benchmarks import averager_hivemind
 from benchmarks.loopback import HOST_MADDRS
 from benchmarks.table import Cell, Table
 from benchmarks.workers import Workers
-from p2p_diloco.core.codec import CODECS, Codec, decode
+from p2p_diloco.core.codecs import CODECS, CodecName
 from p2p_diloco.core.config import PeerConfig, Timeouts
 from p2p_diloco.core.digest import digest
 from p2p_diloco.core.directory import Directory
+from p2p_diloco.core.grid import Grid
 from p2p_diloco.core.identity import Identity
 from p2p_diloco.core.records import MAX_RECORD_LIFE_S, Record, seal_record
 from p2p_diloco.core.roster import Readiness, check_roster, form_roster, new_nonce, seal_readiness
@@ -42,7 +43,7 @@ WEIGHT_TOKENS = 1000
 @dataclass(frozen=True, kw_only=True)
 class Task:
     values: int
-    codec: Codec
+    codec: CodecName
     attempt: int
 
     @property
@@ -74,9 +75,9 @@ def hivemind_seconds(values: int) -> float:
     return median(max(peer[i] for peer in timing.all_reduce_seconds) for i in range(ROUNDS))
 
 
-def butterfly_seconds() -> dict[tuple[int, Codec], float]:
+def butterfly_seconds() -> dict[tuple[int, CodecName], float]:
     """(values, codec) -> seconds. RuntimeError when a round fails or its members end with different bytes."""
-    seconds: dict[tuple[int, Codec], float] = {}
+    seconds: dict[tuple[int, CodecName], float] = {}
     with tempfile.TemporaryDirectory(prefix="p2p-diloco-bench-") as folder, Workers(LIMIT_S) as workers:
         for rank in range(PEERS):
             workers.start(run_member, Path(folder) / str(rank))
@@ -154,7 +155,7 @@ class Member:
                 protocol=self.protocol,
                 directory=self.directory,
                 timeouts=self.node.timeouts,
-                codec=task.codec,
+                grid=Grid(n=task.values, codec=task.codec),
                 theta=np.zeros(task.values, np.float32),
                 local=local,
                 min_group=PEERS,
@@ -167,8 +168,9 @@ class Member:
         update = await settlement.settle()
         if isinstance(update, Missed):
             raise RuntimeError(update.detail)
-        for part, where in zip(update.parts, settlement.meeting.slices):
-            local[where] = decode(part.data, len(local[where]), task.codec)
+        grid = settlement.meeting.grid
+        for i, (part, where) in enumerate(zip(update.parts, grid.slices)):
+            local[where] = grid.decode(i, part.data)
         pipe.send((time.perf_counter() - started_s, update.header.head))
 
     async def serve(self, channel: Channel) -> None:

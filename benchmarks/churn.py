@@ -151,7 +151,7 @@ def figures(stage: Stage, result: Churned) -> list[tuple[str, float, float]]:
     """(what, figure, the most that it may be)"""
     values = stage.children.manifest.n_params
     ledger_bytes = 3 * snapshot_bytes(values) + (2 * stage.spec.round.snapshot_every + 1) * max_update_bytes(
-        values, stage.spec.outer.codec
+        stage.children.manifest.grid
     )
     return [
         ("longest stall, s", result.longest_stall_s, stage.patience_s),

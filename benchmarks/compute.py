@@ -12,8 +12,9 @@ import numpy as np
 
 from benchmarks.table import Cell, Table
 from p2p_diloco.core.aggregate import align, weighted_mean
-from p2p_diloco.core.codec import CODECS, Codec, Vector, decode, encode
-from p2p_diloco.core.grid import part_slices
+from p2p_diloco.core.codec import Vector
+from p2p_diloco.core.codecs import CODECS, CodecName, decode, encode
+from p2p_diloco.core.grid import Grid, part_slices
 from p2p_diloco.core.outer import OuterState, apply, genesis_state
 from p2p_diloco.core.update import Part, Update, UpdateHeader, contributor_mask
 from p2p_diloco.ledger.ledger import Ledger
@@ -23,7 +24,7 @@ VALUES = 25_000_000
 REPEATS = 3
 PEERS = 4
 LR, MOMENTUM = 0.7, 0.9
-LEDGER_CODEC: Codec = "int8"
+LEDGER_CODEC: CodecName = "int8"
 
 
 def main() -> Table:
@@ -46,7 +47,7 @@ def main() -> Table:
 
 def ledger_rows(vector: Vector, folder: Path) -> list[tuple[Cell, ...]]:
     state = genesis_state(vector.copy())
-    ledger = Ledger(folder, n=VALUES, codec=LEDGER_CODEC, lr=LR, momentum=MOMENTUM, snapshot_every=1000)
+    ledger = Ledger(folder, grid=Grid(n=VALUES, codec=LEDGER_CODEC), lr=LR, momentum=MOMENTUM, snapshot_every=1000)
     ledger.write_snapshot(state)
     parts = tuple(
         Part(mask=contributor_mask(range(PEERS)), data=encode(vector[where], LEDGER_CODEC))
@@ -70,7 +71,7 @@ def ledger_rows(vector: Vector, folder: Path) -> list[tuple[Cell, ...]]:
 
 
 def apply_update(state: OuterState, update: Update) -> None:
-    apply(state, update, codec=LEDGER_CODEC, lr=LR, momentum=MOMENTUM)
+    apply(state, update, Grid(n=len(state.theta), codec=LEDGER_CODEC), lr=LR, momentum=MOMENTUM)
 
 
 def replay(ledger: Ledger, state: OuterState) -> None:
@@ -86,12 +87,12 @@ def next_update(state: OuterState, parts: tuple[Part, ...]) -> Update:
     return Update(header=header, parts=parts)
 
 
-def encode_all(vector: Vector, codec: Codec) -> None:
+def encode_all(vector: Vector, codec: CodecName) -> None:
     for where in part_slices(len(vector)):
         encode(vector[where], codec)
 
 
-def decode_all(parts: list[bytes], codec: Codec) -> None:
+def decode_all(parts: list[bytes], codec: CodecName) -> None:
     for part, where in zip(parts, part_slices(VALUES)):
         decode(part, where.stop - where.start, codec)
 

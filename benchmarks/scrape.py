@@ -15,9 +15,10 @@ import numpy as np
 from benchmarks.compute import next_update
 from benchmarks.table import Table
 from p2p_diloco.core.addresses import Endpoint
-from p2p_diloco.core.codec import encode
+from p2p_diloco.core.codecs import encode
 from p2p_diloco.core.config import PeerConfig, Timeouts
 from p2p_diloco.core.events import EventLog
+from p2p_diloco.core.grid import Grid
 from p2p_diloco.core.identity import Identity
 from p2p_diloco.core.manifest import RunManifest
 from p2p_diloco.core.outer import genesis_state
@@ -146,7 +147,11 @@ def make_peer(node: Node, identity: Identity, folder: Path) -> Peer:
     )
     outer = manifest.spec.outer
     ledger = Ledger(
-        folder / "ledger", n=VALUES, codec=outer.codec, lr=outer.lr, momentum=outer.momentum, snapshot_every=1000
+        folder / "ledger",
+        grid=Grid(n=VALUES, codec=outer.codec),
+        lr=outer.lr,
+        momentum=outer.momentum,
+        snapshot_every=1000,
     )
     ledger.write_snapshot(state)
     replica = Replica(manifest, ledger, theta, theta.copy())

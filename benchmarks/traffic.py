@@ -7,7 +7,7 @@ from statistics import mean
 from benchmarks import sleepers, tiny
 from benchmarks.loopback import Run
 from benchmarks.table import Cell, Table
-from p2p_diloco.core.codec import encoded_bytes
+from p2p_diloco.core.codecs import encoded_bytes
 from p2p_diloco.core.grid import part_slices
 
 

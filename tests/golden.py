@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from p2p_diloco.core.codec import Vector
-from p2p_diloco.core.grid import PART_VALUES
+from p2p_diloco.core.grid import PART_VALUES, Grid
 from p2p_diloco.core.outer import OuterState, genesis_state
 from p2p_diloco.lab.replicas import Replica
 from p2p_diloco.lab.simulate import Simulation
@@ -127,14 +127,14 @@ def simulated(case: str) -> list[Step]:
     ]
     simulation = Simulation(
         what=what,
-        manifest=make_manifest(N, theta, identity(0)),
+        manifest=make_manifest(N, theta, identity(0), codec=spec.outer.codec),
         folder=Path(),
         device=cpu,
         state=state,
         replicas=replicas,
         rule=OuterRule(
             spec=what.simulate,
-            codec=spec.outer.codec,
+            grid=Grid(n=N, codec=spec.outer.codec),
             lr=spec.outer.lr,
             momentum=spec.outer.momentum,
             second=np.zeros_like(theta),

@@ -25,7 +25,7 @@ from benchmarks.processes import Usage
 from benchmarks.serving import inner_and_stall
 from benchmarks.stall import stalls_of
 from benchmarks.table import Table, layout, markdown
-from p2p_diloco.core.codec import encoded_bytes
+from p2p_diloco.core.codecs import encoded_bytes
 from p2p_diloco.core.runfile import RunSpec
 from p2p_diloco.lab.faults import Act, Action, Done, Process
 from p2p_diloco.lab.recount import Past

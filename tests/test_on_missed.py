@@ -13,7 +13,9 @@ from typing import Literal
 import numpy as np
 
 from p2p_diloco.core.aggregate import weighted_mean
-from p2p_diloco.core.codec import Vector, decode, encode
+from p2p_diloco.core.codec import Vector
+from p2p_diloco.core.codecs import decode, encode
+from p2p_diloco.core.grid import Grid
 from p2p_diloco.core.outer import apply, genesis_state
 from p2p_diloco.core.roster import Group, check_roster, form_roster, seal_readiness
 from p2p_diloco.core.update import Part, Update, contributor_mask, parts_with
@@ -81,7 +83,7 @@ def final_loss(policy: Policy, seed: int) -> float:
             tokens[peer_id] += INNER_STEPS * TOKENS
         dropped = {peer_id for peer_id in ids if drops.random() < 0.5 and policy != "no drops"}
         update = update_of(group_of(state.head, step, tokens, dropped, policy), state.theta, local)
-        apply(state, update, codec="fp32", lr=0.7, momentum=0.5)
+        apply(state, update, Grid(n=len(state.theta), codec="fp32"), lr=0.7, momentum=0.5)
         for peer_id in ids:
             if not policy.startswith("keep") or parts_with(update, peer_id):
                 local[peer_id], tokens[peer_id] = state.theta.copy(), 0

@@ -15,8 +15,9 @@ import pytest
 import torch
 
 from p2p_diloco.core.aggregate import weighted_mean
-from p2p_diloco.core.codec import CODECS, Codec, Vector, decode, encode
-from p2p_diloco.core.grid import part_slices
+from p2p_diloco.core.codec import Vector
+from p2p_diloco.core.codecs import CODECS, CodecName, decode, encode
+from p2p_diloco.core.grid import Grid, part_slices
 from p2p_diloco.core.outer import OuterState, apply, genesis_state
 from p2p_diloco.core.update import Part, Update, UpdateHeader, contributor_mask
 from tests.support.reference import Inner, Loss, diloco
@@ -63,7 +64,7 @@ def set_vector(model: ModelT, vector: Vector) -> ModelT:
     return model
 
 
-def update_from(state: OuterState, locals_: Sequence[Vector], weights: Sequence[int], codec: Codec) -> Update:
+def update_from(state: OuterState, locals_: Sequence[Vector], weights: Sequence[int], codec: CodecName) -> Update:
     """What a group without faults agrees on: every contribution crosses the wire, and so does every mean."""
     parts = []
     for where in part_slices(len(state.theta)):
@@ -90,7 +91,7 @@ def ours(
     outer_steps: int,
     outer_lr: float,
     outer_momentum: float,
-    codec: Codec = "fp32",
+    codec: CodecName = "fp32",
 ) -> Vector:
     """The same run as ``reference.diloco``, and theta at its end. ``model`` stays as it is."""
     state = genesis_state(vector_of(model))
@@ -101,7 +102,7 @@ def ours(
             set_vector(replica, state.theta)
             train(replica, loss, optimizer, k, range(t * inner_steps, (t + 1) * inner_steps))
         update = update_from(state, [vector_of(replica) for replica in replicas], weights, codec)
-        apply(state, update, codec=codec, lr=outer_lr, momentum=outer_momentum)
+        apply(state, update, Grid(n=len(state.theta), codec=codec), lr=outer_lr, momentum=outer_momentum)
     return state.theta
 
 
@@ -158,7 +159,7 @@ def test_4_one_outer_step_in_all_is_souping() -> None:
 
 @pytest.mark.parametrize("codec", CODECS)
 @pytest.mark.parametrize(("lr", "momentum"), [(0.7, 0.9), (1.0, 0.5), (0.7, 0.0)])
-def test_5_apply_is_torchs_nesterov_step(codec: Codec, lr: float, momentum: float) -> None:
+def test_5_apply_is_torchs_nesterov_step(codec: CodecName, lr: float, momentum: float) -> None:
     n = 2**18 + 1000
     rng = np.random.default_rng(0)
     state = genesis_state(rng.standard_normal(n).astype(np.float32))
@@ -170,7 +171,7 @@ def test_5_apply_is_torchs_nesterov_step(codec: Codec, lr: float, momentum: floa
         gradient = [decode(part.data, i.stop - i.start, codec) for part, i in zip(update.parts, slices)]
         theta.grad = torch.from_numpy(np.concatenate(gradient))
         optimizer.step()
-        apply(state, update, codec=codec, lr=lr, momentum=momentum)
+        apply(state, update, Grid(n=len(state.theta), codec=codec), lr=lr, momentum=momentum)
         np.testing.assert_allclose(state.theta, theta.detach().numpy(), rtol=1e-6, atol=1e-6)
 
 
@@ -185,7 +186,7 @@ TEXTBOOK = {"inner_steps": 8, "outer_steps": 5}
     [("fp32", 1e-6), ("fp16", 4e-4), ("int8", 1e-2), ("int4", 1.5e-1)],
     ids=lambda value: str(value),
 )
-def test_6_replicas_follow_the_textbook(inner: Inner, codec: Codec, tolerance: float) -> None:
+def test_6_replicas_follow_the_textbook(inner: Inner, codec: CodecName, tolerance: float) -> None:
     weights = [300, 100, 200]
     theta = ours(network(), loss_of, inner, weights=weights, outer_lr=0.7, outer_momentum=0.9, codec=codec, **TEXTBOOK)
     textbook = network()

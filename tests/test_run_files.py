@@ -12,7 +12,8 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from p2p_diloco.core.codec import encoded_bytes
+from p2p_diloco.core.codecs import encoded_bytes
+from p2p_diloco.core.grid import Grid
 from p2p_diloco.core.manifest import RunManifest
 from p2p_diloco.core.runfile import RunSpec
 from p2p_diloco.core.update import max_update_bytes
@@ -93,7 +94,8 @@ def test_comment_says_what_the_run_for_homes_costs() -> None:
         r"Memory: ([\d.]+) GB to train on a CPU": memory_needs(n, on_cpu=True)[0] / 1e9,
         r"on a GPU ([\d.]+) GB of its own": memory_needs(n, on_cpu=False)[1] / 1e9,
         r"and ([\d.]+) GB of ordinary memory": memory_needs(n, on_cpu=False)[0] / 1e9,
-        rf"an update has at most ([\d.]+) MB in {spec.outer.codec}": max_update_bytes(n, spec.outer.codec) / 1e6,
+        rf"an update has at most ([\d.]+) MB in {spec.outer.codec}": max_update_bytes(Grid(n=n, codec=spec.outer.codec))
+        / 1e6,
         r"In a group of 8, an outer step sends ([\d.]+) MB": eight / 1e6,
         r"([\d.]+) s at 20 Mbit/s up": eight / (20e6 / 8),
         r"([\d.]+) s at 10 Mbit/s": eight / (10e6 / 8),

@@ -12,7 +12,10 @@ Its files, from the bottom up:
     toml          TOML files that a person writes
     digest        the one hash: blake2b over pieces
     identity      one Ed25519 key per peer; sign and verify
-    codec         one part of an outer gradient as bytes: fp32, fp16, int8, int4
+    codec         what a codec is: one part of an outer gradient as bytes
+    floats        codecs that keep floats: fp32, fp16
+    blocks        codecs of small integers with a scale a block: int8, int4
+    codecs        the codecs that a run may name
     grid          which values of all parameters are which part
     update        the update of an outer step: what names it, and its bytes
     aggregate     contributions to their weighted mean; how one of them lies to it

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from p2p_diloco.core.codec import Codec, Vector, decode, encode
-from p2p_diloco.core.grid import part_slices
+from p2p_diloco.core.codec import Vector
+from p2p_diloco.core.grid import Grid
 from p2p_diloco.core.update import Part, Update, contributor_mask
 
 
@@ -32,13 +32,13 @@ def weighted_mean(contributions: Sequence[tuple[int, Vector]], total: int | None
 
 
 def reduce_part(
-    came: Mapping[int, Vector], weights: Sequence[int], n: int, codec: Codec, total: int | None = None
+    came: Mapping[int, Vector], weights: Sequence[int], part: int, grid: Grid, total: int | None = None
 ) -> Part:
-    """What the reducer of a part of ``n`` values makes of the contributions that ``came``: index in the roster ->
-    decoded values. ``weights``: of the whole roster; ``total`` as in ``weighted_mean``. Zeros where nothing came."""
+    """Returns what the reducer of a part makes of the contributions that ``came``: index in the roster -> decoded
+    values. ``weights``: of the whole roster; ``total`` as in ``weighted_mean``. Zeros where nothing came."""
     contributions = [(weights[i], values) for i, values in sorted(came.items())]
-    mean = weighted_mean(contributions, total) if came else np.zeros(n, np.float32)
-    return Part(mask=contributor_mask(came), data=encode(mean, codec))
+    mean = weighted_mean(contributions, total) if came else np.zeros(grid.values(part), np.float32)
+    return Part(mask=contributor_mask(came), data=grid.encode(mean))
 
 
 SAMPLED_PARTS = 4
@@ -58,16 +58,15 @@ class Alignment:
     """Between the two; 0 where one of them is nothing but zeros."""
 
 
-def align(theta: Vector, local: Vector, update: Update, codec: Codec) -> Alignment | None:
+def align(theta: Vector, local: Vector, update: Update, grid: Grid) -> Alignment | None:
     """``theta``, ``local``: float32 [n], before ``update`` is applied. None where their difference is not finite: a bit
     has flipped since it was sent."""
-    slices = part_slices(len(theta))
     mine = group = both = 0.0
     seen = 0
-    for part in sampled(len(slices)):
-        where = slices[part]
+    for part in sampled(grid.n_parts):
+        where = grid.slices[part]
         contribution = np.subtract(theta[where], local[where])
-        mean = decode(update.parts[part].data, len(contribution), codec)
+        mean = grid.decode(part, update.parts[part].data)
         mine += dot(contribution, contribution)
         group += dot(mean, mean)
         both += dot(contribution, mean)

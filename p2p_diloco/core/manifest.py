@@ -21,6 +21,7 @@ from pydantic import (
 
 from p2p_diloco.core.digest import digest
 from p2p_diloco.core.errors import UsageError
+from p2p_diloco.core.grid import Grid
 from p2p_diloco.core.identity import Identity, verify
 from p2p_diloco.core.runfile import Count, RunSpec, Section, explain
 
@@ -60,6 +61,11 @@ class RunManifest(Section):
     @cached_property
     def run_id(self) -> str:
         return digest(b"run", self.canonical_bytes)[:20].hex()
+
+    @property
+    def grid(self) -> Grid:
+        """The parts of the model, and the codec that they go through."""
+        return Grid(n=self.n_params, codec=self.spec.outer.codec)
 
     @property
     def transformers_config(self) -> dict[str, Any]:

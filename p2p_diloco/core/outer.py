@@ -16,9 +16,9 @@ from dataclasses import dataclass
 import blake3
 import numpy as np
 
-from p2p_diloco.core.codec import Codec, Vector, decode
+from p2p_diloco.core.codec import Vector
 from p2p_diloco.core.digest import digest
-from p2p_diloco.core.grid import part_slices
+from p2p_diloco.core.grid import Grid, part_slices
 from p2p_diloco.core.update import Update, check_parts
 
 
@@ -62,7 +62,7 @@ def genesis_state(theta: Vector) -> OuterState:
     return OuterState(step=0, head=head, theta=theta, momentum=momentum)
 
 
-def apply(state: OuterState, update: Update, *, codec: Codec, lr: float, momentum: float) -> None:
+def apply(state: OuterState, update: Update, grid: Grid, *, lr: float, momentum: float) -> None:
     """One Nesterov step in place, as torch.optim.SGD(nesterov=True) does it (DiLoCo, arXiv 2311.08105, algorithm 1):
 
     ``m = mu * m + g``; ``theta = theta - lr * (g + mu * m)`` with ``g`` the decoded update.
@@ -70,23 +70,23 @@ def apply(state: OuterState, update: Update, *, codec: Codec, lr: float, momentu
     Everything is checked before the first value changes; ValueError when the update does not follow from ``state``,
     has the wrong number of parts, or a part does not decode.
     """
-    check_update(state, update, codec)
-    apply_checked(state, update, codec=codec, lr=lr, momentum=momentum)
+    check_update(state, update, grid)
+    apply_checked(state, update, grid, lr=lr, momentum=momentum)
 
 
-def check_update(state: OuterState, update: Update, codec: Codec) -> None:
+def check_update(state: OuterState, update: Update, grid: Grid) -> None:
     """ValueError unless ``update`` can be applied to ``state``. Decodes every part once."""
     header = update.header
     if (header.step, header.parent) != (state.step, state.head):
         raise ValueError(f"update {header.step} does not follow from the state at outer step {state.step}")
-    check_parts(update.parts, len(state.theta), codec)
+    check_parts(update.parts, grid)
 
 
-def apply_checked(state: OuterState, update: Update, *, codec: Codec, lr: float, momentum: float) -> None:
+def apply_checked(state: OuterState, update: Update, grid: Grid, *, lr: float, momentum: float) -> None:
     """The arithmetic of ``apply``, for an update that ``check_update`` has passed."""
     header = update.header
-    for part, (theta, m) in zip(update.parts, state.parts()):
-        apply_part(theta, m, decode(part.data, len(theta), codec), lr=lr, momentum=momentum)
+    for i, (part, (theta, m)) in enumerate(zip(update.parts, state.parts())):
+        apply_part(theta, m, grid.decode(i, part.data), lr=lr, momentum=momentum)
     state.step, state.head = header.step + 1, header.head
 
 

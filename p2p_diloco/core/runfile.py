@@ -24,7 +24,7 @@ from pydantic import (
     model_validator,
 )
 
-from p2p_diloco.core.codec import Codec
+from p2p_diloco.core.codecs import CodecName
 from p2p_diloco.core.errors import UsageError
 from p2p_diloco.core.toml import read_toml
 
@@ -162,7 +162,7 @@ class OuterSpec(Section):
     """Outer steps of the whole run."""
     lr: Positive = 0.7
     momentum: Fraction = 0.9
-    codec: Codec = "int8"
+    codec: CodecName = "int8"
     """How parts of outer gradients and updates go over the wire."""
 
 

@@ -12,9 +12,8 @@ from functools import cached_property
 
 import msgpack
 
-from p2p_diloco.core.codec import Codec, decode, encoded_bytes
 from p2p_diloco.core.digest import HASH_BYTES, digest
-from p2p_diloco.core.grid import part_slices
+from p2p_diloco.core.grid import Grid
 from p2p_diloco.core.identity import MAX_PEER_ID_CHARS
 
 MAX_CONTRIBUTORS = 256
@@ -110,16 +109,15 @@ class Update:
             check_mask(part.mask, len(self.header.contributors))
 
 
-def check_parts(parts: Sequence[Part], n: int, codec: Codec) -> None:
-    """ValueError unless ``parts`` are the encoded parts of a vector of ``n`` values. Decodes every part once."""
-    slices = part_slices(n)
-    if len(parts) != len(slices):
-        raise ValueError(f"{len(parts)} parts, expected {len(slices)}")
-    for i, (part, where) in enumerate(zip(parts, slices)):
-        if len(part.data) != encoded_bytes(where.stop - where.start, codec):
+def check_parts(parts: Sequence[Part], grid: Grid) -> None:
+    """Raises ValueError unless ``parts`` are all parts of ``grid``, encoded. Decodes every part once."""
+    if len(parts) != grid.n_parts:
+        raise ValueError(f"{len(parts)} parts, expected {grid.n_parts}")
+    for i, part in enumerate(parts):
+        if len(part.data) != grid.part_bytes(i):
             raise ValueError(f"part {i} has {len(part.data)} bytes")
-    for part, where in zip(parts, slices):
-        decode(part.data, where.stop - where.start, codec)
+    for i, part in enumerate(parts):
+        grid.decode(i, part.data)
 
 
 def parts_with(update: Update, peer_id: str) -> set[int]:
@@ -173,11 +171,11 @@ def update_start(header: UpdateHeader) -> bytes:
     return b"".join((UPDATE_MAGIC, len(packed).to_bytes(4, "big"), packed, header.head))
 
 
-def part_places(header: UpdateHeader, n: int, codec: Codec) -> list[slice]:
-    """Where the parts lie in the bytes of an update of ``n`` values."""
+def part_places(header: UpdateHeader, grid: Grid) -> list[slice]:
+    """Returns where the parts lie in the bytes of an update."""
     places, start = [], len(update_start(header))
-    for where in part_slices(n):
-        stop = start + _mask_bytes(header) + encoded_bytes(where.stop - where.start, codec)
+    for part in range(grid.n_parts):
+        stop = start + _mask_bytes(header) + grid.part_bytes(part)
         places.append(slice(start, stop))
         start = stop
     return places
@@ -189,46 +187,49 @@ def part_from_bytes(data: bytes | memoryview, header: UpdateHeader) -> Part:
     return Part(mask=bytes(data[:mask_bytes]).rstrip(b"\0"), data=bytes(data[mask_bytes:]))
 
 
-def update_from_bytes(data: bytes, *, n: int, codec: Codec) -> Update:
-    """ValueError unless ``update_to_bytes`` would give ``data`` for an update of ``n`` values; they are not decoded."""
-    header, view = open_update(data, len(data), n=n, codec=codec), memoryview(data)
+def update_from_bytes(data: bytes, grid: Grid) -> Update:
+    """Returns the update that ``data`` is; its values are not decoded. Raises ValueError unless ``update_to_bytes``
+    would give ``data`` for an update of this grid."""
+    header, view = open_update(data, len(data), grid), memoryview(data)
     return Update(
-        header=header, parts=tuple(part_from_bytes(view[place], header) for place in part_places(header, n, codec))
+        header=header, parts=tuple(part_from_bytes(view[place], header) for place in part_places(header, grid))
     )
 
 
-def open_update(start: bytes, size: int, *, n: int, codec: Codec) -> UpdateHeader:
-    """The header of an update of ``size`` bytes. ``start``: its first bytes, at least ``max_update_start_bytes(n)`` or
-    all. ValueError when the size is not what the header makes it."""
+def open_update(start: bytes, size: int, grid: Grid) -> UpdateHeader:
+    """Returns the header of an update of ``size`` bytes. ``start``: its first bytes, at least
+    ``max_update_start_bytes(grid)`` or all. Raises ValueError when the size is not what the header makes it."""
     header_bytes = int.from_bytes(start[8:12], "big")
-    if not start.startswith(UPDATE_MAGIC) or header_bytes > max_update_start_bytes(n):
+    if not start.startswith(UPDATE_MAGIC) or header_bytes > max_update_start_bytes(grid):
         raise ValueError("not an update")
     header = UpdateHeader.from_bytes(start[12 : 12 + header_bytes])
     offset = 12 + header_bytes + HASH_BYTES
     if start[12 + header_bytes : offset] != header.head:
         raise ValueError("the header of an update does not have the head beside it")
-    if len(header.part_hashes) != len(part_slices(n)):
-        raise ValueError(f"an update of {len(header.part_hashes)} parts, expected {len(part_slices(n))}")
-    expected = offset + _values_bytes(n, codec, _mask_bytes(header))
+    if len(header.part_hashes) != grid.n_parts:
+        raise ValueError(f"an update of {len(header.part_hashes)} parts, expected {grid.n_parts}")
+    expected = offset + _values_bytes(grid, _mask_bytes(header))
     if size != expected:
         raise ValueError(f"an update of {size} bytes, expected {expected}")
     return header
 
 
-def max_update_start_bytes(n: int) -> int:
-    """Upper bound of all that comes before the parts: a contributor is an array of a string and an integer."""
+def max_update_start_bytes(grid: Grid) -> int:
+    """Returns an upper bound of all that comes before the parts."""
+    # A contributor is an array of a string and an integer.
     contributor_bytes = 1 + 3 + 4 * MAX_PEER_ID_CHARS + 9  # 4: a character in UTF-8
     header_bytes = 1 + 9 + (2 + HASH_BYTES) + 5 + MAX_CONTRIBUTORS * contributor_bytes
-    return 12 + header_bytes + 5 + (2 + HASH_BYTES) * len(part_slices(n)) + HASH_BYTES
+    return 12 + header_bytes + 5 + (2 + HASH_BYTES) * grid.n_parts + HASH_BYTES
 
 
-def max_update_bytes(n: int, codec: Codec) -> int:
-    return max_update_start_bytes(n) + _values_bytes(n, codec, MAX_CONTRIBUTORS // 8)
+def max_update_bytes(grid: Grid) -> int:
+    """Returns an upper bound of a whole update."""
+    return max_update_start_bytes(grid) + _values_bytes(grid, MAX_CONTRIBUTORS // 8)
 
 
 def _mask_bytes(header: UpdateHeader) -> int:
     return -(-len(header.contributors) // 8)
 
 
-def _values_bytes(n: int, codec: Codec, mask_bytes: int) -> int:
-    return sum(mask_bytes + encoded_bytes(where.stop - where.start, codec) for where in part_slices(n))
+def _values_bytes(grid: Grid, mask_bytes: int) -> int:
+    return grid.n_parts * mask_bytes + grid.vector_bytes

@@ -22,9 +22,8 @@ import numpy as np
 import torch
 
 from p2p_diloco.core.aggregate import reduce_part
-from p2p_diloco.core.codec import Vector, decode, encode, encoded_bytes
+from p2p_diloco.core.codec import Vector
 from p2p_diloco.core.config import cache_folder
-from p2p_diloco.core.grid import part_slices
 from p2p_diloco.core.identity import Identity
 from p2p_diloco.core.manifest import RunManifest
 from p2p_diloco.core.outer import OuterState, genesis_state
@@ -172,7 +171,7 @@ class Simulation:
             replicas=[new_replica(manifest, name, corpora[k], theta, on) for k, name in enumerate(names)],
             rule=OuterRule(
                 spec=options,
-                codec=spec.outer.codec,
+                grid=manifest.grid,
                 lr=spec.outer.lr,
                 momentum=spec.outer.momentum,
                 second=np.zeros_like(theta),
@@ -275,18 +274,17 @@ class Simulation:
     def _reduce(self, members: Sequence[Replica], dropped: set[str]) -> tuple[Update, int]:
         """The update of a round of ``members``, in the order of rank; and the bytes of one contribution."""
         spec, options, state = self.what.run, self.what.simulate, self.state
-        codec, lossy = spec.outer.codec, options.quantize
+        grid, lossy = self.manifest.grid, options.quantize
         policy = options.divided_by(spec.round.on_missed)
         claimed = [min(replica.tokens, spec.max_weight_tokens) for replica in members]
         weights, divisor = counted_weights(claimed, policy, absent=0)
         offered = {i: self._outer_gradient(replica) for i, replica in enumerate(members) if replica.name not in dropped}
         parts = []
-        for where in part_slices(len(state.theta)):
-            n = where.stop - where.start
-            came = {i: decode(encode(gradient[where], codec), n, codec) for i, gradient in offered.items()}
-            part = reduce_part(came, weights, n, codec, divisor)
+        for i, where in enumerate(grid.slices):
+            came = {who: grid.decode(i, grid.encode(gradient[where])) for who, gradient in offered.items()}
+            part = reduce_part(came, weights, i, grid, divisor)
             if lossy != "none":
-                part = Part(mask=part.mask, data=encode(quantize(decode(part.data, n, codec), lossy), codec))
+                part = Part(mask=part.mask, data=grid.encode(quantize(grid.decode(i, part.data), lossy)))
             parts.append(part)
         contributors = tuple((replica.name, weight) for replica, weight in zip(members, weights))
         header = UpdateHeader(
@@ -306,10 +304,8 @@ class Simulation:
         return gradient if options.quantize == "none" else quantize(gradient, options.quantize)
 
     def _contribution_bytes(self) -> int:
-        n, codec, lossy = len(self.state.theta), self.what.run.outer.codec, self.what.simulate.quantize
-        if lossy in BITS:
-            return quantized_bytes(n, lossy)
-        return sum(encoded_bytes(where.stop - where.start, codec) for where in part_slices(n))
+        grid, lossy = self.manifest.grid, self.what.simulate.quantize
+        return quantized_bytes(grid.n, lossy) if lossy in BITS else grid.vector_bytes
 
     def _point(self, loss: float | None, tokens: int, sent_bytes: int) -> Point:
         """The next point of the curve; theta is evaluated if it is time to."""

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from p2p_diloco.core.codec import Codec, Vector, decode
-from p2p_diloco.core.grid import part_slices
+from p2p_diloco.core.codec import Vector
+from p2p_diloco.core.grid import Grid
 from p2p_diloco.core.outer import OuterState, apply_checked, check_update
 from p2p_diloco.core.update import Update
 from p2p_diloco.lab.simulation import SimulationSpec
@@ -72,19 +72,19 @@ class OuterRule:
     """How a simulation makes an outer step. ``nesterov`` is a peer's own; ``second`` is Adam's second moment."""
 
     spec: SimulationSpec
-    codec: Codec
+    grid: Grid
     lr: float
     momentum: float
     second: Vector
 
     def step(self, state: OuterState, update: Update) -> None:
         """``state`` becomes the next one, in place. ValueError when the update does not follow from it."""
-        check_update(state, update, self.codec)
+        check_update(state, update, self.grid)
         if self.spec.outer == "nesterov":
-            apply_checked(state, update, codec=self.codec, lr=self.lr, momentum=self.momentum)
+            apply_checked(state, update, self.grid, lr=self.lr, momentum=self.momentum)
             return
-        for part, where in zip(update.parts, part_slices(len(state.theta))):
-            g = decode(part.data, where.stop - where.start, self.codec)
+        for i, (part, where) in enumerate(zip(update.parts, self.grid.slices)):
+            g = self.grid.decode(i, part.data)
             theta, m, v = state.theta[where], state.momentum[where], self.second[where]
             if self.spec.outer == "momentum":
                 m[:] = np.float32(self.momentum) * m + g

@@ -41,8 +41,7 @@ def open_ledger(folder: Path, manifest: RunManifest) -> Ledger:
     outer = manifest.spec.outer
     return Ledger(
         folder / "ledger",
-        n=manifest.n_params,
-        codec=outer.codec,
+        grid=manifest.grid,
         lr=outer.lr,
         momentum=outer.momentum,
         snapshot_every=manifest.spec.round.snapshot_every,

@@ -20,7 +20,8 @@ from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
-from p2p_diloco.core.codec import Codec, Vector
+from p2p_diloco.core.codec import Vector
+from p2p_diloco.core.grid import Grid
 from p2p_diloco.core.outer import OuterState
 from p2p_diloco.core.update import (
     Update,
@@ -56,8 +57,7 @@ class Ledger:
         self,
         folder: Path,
         *,
-        n: int,
-        codec: Codec,
+        grid: Grid,
         lr: float,
         momentum: float,
         snapshot_every: int,
@@ -65,7 +65,7 @@ class Ledger:
         run_id: str = "",
     ) -> None:
         """``lr``, ``momentum``: the outer optimizer's. ``run_id`` goes into every snapshot; another one is foreign."""
-        self.folder, self.n, self.codec, self.lr, self.momentum, self.run_id = folder, n, codec, lr, momentum, run_id
+        self.folder, self.grid, self.lr, self.momentum, self.run_id = folder, grid, lr, momentum, run_id
         self.quarantined: list[Path] = []
         """Files found damaged or foreign since opening, where they are now."""
         self.lost_snapshots: dict[int, SnapshotInfo] = {}
@@ -140,7 +140,7 @@ class Ledger:
             return
         pieces = update_pieces(update)
         size = sum(len(piece) for piece in pieces)
-        open_update(pieces[0], size, n=self.n, codec=self.codec)  # refuse what opening would quarantine
+        open_update(pieces[0], size, self.grid)  # refuse what opening would quarantine
         snapshot = self._snapshots.get(step + 1)
         if (
             held is not None
@@ -161,13 +161,13 @@ class Ledger:
     def write_parts(self, parts: Iterable[tuple[Vector, Vector]], *, step: int, head: bytes) -> None:
         """As ``write_snapshot``, for a state that comes part by part; what they raise leaves everything as it was."""
         path = self._snapshot_path(step)
-        self._add_snapshot(save_snapshot(parts, path, step=step, head=head, n=self.n, run_id=self.run_id))
+        self._add_snapshot(save_snapshot(parts, path, step=step, head=head, n=self.grid.n, run_id=self.run_id))
 
     def adopt_snapshot(self, path: Path, digest: bytes | None = None) -> SnapshotInfo:
         """Verifies a downloaded file on the same disk and moves it into place. ValueError, the file untouched, when its
         values do not have the digest that it names, or not ``digest``, or it is of another model or run."""
-        with disk_errors(path, snapshot_bytes(self.n)):
-            info = check_snapshot(path, n=self.n, run_id=self.run_id)
+        with disk_errors(path, snapshot_bytes(self.grid.n)):
+            info = check_snapshot(path, n=self.grid.n, run_id=self.run_id)
             if digest not in (None, info.digest):
                 raise ValueError(f"another snapshot, of outer step {info.step}")
             if not self._leads_on(info.step, info.head):
@@ -241,9 +241,9 @@ class Ledger:
 
     def _open_update(self, path: Path) -> None:
         with path.open("rb") as file:
-            start = file.read(max_update_start_bytes(self.n))
+            start = file.read(max_update_start_bytes(self.grid))
         try:
-            header = open_update(start, path.stat().st_size, n=self.n, codec=self.codec)
+            header = open_update(start, path.stat().st_size, self.grid)
             if path != self.update_path(header.step):
                 raise ValueError(f"it is update {header.step}")
         except ValueError as error:
@@ -253,7 +253,7 @@ class Ledger:
 
     def _open_snapshot(self, path: Path) -> None:
         try:
-            info = check_snapshot(path, n=self.n, run_id=self.run_id)
+            info = check_snapshot(path, n=self.grid.n, run_id=self.run_id)
             if path != self._snapshot_path(info.step):
                 raise ValueError(f"it is the snapshot of outer step {info.step}")
         except ValueError as error:
@@ -269,7 +269,7 @@ class Ledger:
         with disk_errors(path):
             try:
                 data = path.read_bytes()
-                update = update_from_bytes(data, n=self.n, codec=self.codec)
+                update = update_from_bytes(data, self.grid)
                 if update.header != header:
                     raise ValueError("it is another one than it was")
             except FileNotFoundError:

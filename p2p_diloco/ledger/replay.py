@@ -13,7 +13,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from p2p_diloco.core.codec import Vector, decode
+from p2p_diloco.core.codec import Vector
 from p2p_diloco.core.errors import Gap
 from p2p_diloco.core.outer import OuterState, apply_part
 from p2p_diloco.core.update import UpdateHeader, part_from_bytes, part_places, update_start
@@ -29,7 +29,7 @@ class Replay:
         self.ledger = ledger
         self.step = step
         self.head = head
-        self._chunks = chunk_slices(ledger.n)
+        self._chunks = chunk_slices(ledger.grid.n)
         self._places: dict[int, list[slice]] = {}
         """Outer step -> where the parts of its update lie in the file."""
         self._take_a_way()
@@ -53,11 +53,11 @@ class Replay:
     def _starts_soundly(self) -> bool:
         """Look at all of the files but their parts."""
         ledger = self.ledger
-        if not starts_soundly(self._base, n=ledger.n, run_id=ledger.run_id):
+        if not starts_soundly(self._base, n=ledger.grid.n, run_id=ledger.run_id):
             ledger.lose_snapshot(self._base, "its header or its size is not what it was")
             return False
         for header in self._updates:
-            places, start = part_places(header, ledger.n, ledger.codec), update_start(header)
+            places, start = part_places(header, ledger.grid), update_start(header)
             if not begins_with(ledger.update_path(header.step), start, places[-1].stop):
                 ledger.lose_update(header, "its header or its size is not what it was")
                 return False
@@ -73,7 +73,7 @@ class Replay:
             return None
         for header in self._updates:
             try:
-                gradient = self._gradient(header, part, len(theta))
+                gradient = self._gradient(header, part)
             except ValueError as error:
                 self.ledger.lose_update(header, str(error))
                 return None
@@ -86,12 +86,12 @@ class Replay:
             raise ValueError(f"chunk {chunk} is not what it was")
         return np.frombuffer(data, np.float32).copy()
 
-    def _gradient(self, header: UpdateHeader, part: int, n: int) -> Vector:
+    def _gradient(self, header: UpdateHeader, part: int) -> Vector:
         data = read_chunk(self.ledger.update_path(header.step), self._places[header.step][part])
         stored = part_from_bytes(data, header)
         if stored.hash != header.part_hashes[part]:
             raise ValueError(f"part {part} is not what it was")
-        return decode(stored.data, n, self.ledger.codec)
+        return self.ledger.grid.decode(part, stored.data)
 
 
 def load(ledger: Ledger, theta_out: Vector, momentum_out: Vector, *, at_most: int | None = None) -> OuterState | None:

@@ -74,9 +74,9 @@ class Replica:
         """Write the update, then apply it. ValueError, with nothing changed, when it does not follow from the state."""
         with self._lock:
             state, outer = self.loaded, self.manifest.spec.outer
-            check_update(state, update, outer.codec)
+            check_update(state, update, self.manifest.grid)
             self.ledger.append(update)
-            apply_checked(state, update, codec=outer.codec, lr=outer.lr, momentum=outer.momentum)
+            apply_checked(state, update, self.manifest.grid, lr=outer.lr, momentum=outer.momentum)
 
     def roll_back(self, step: int) -> None:
         """Go back to outer step ``step``, which the ledger leads to, and put aside what came after."""

@@ -9,7 +9,6 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
-from p2p_diloco.core.codec import encoded_bytes
 from p2p_diloco.core.config import Timeouts
 from p2p_diloco.core.manifest import RunManifest
 from p2p_diloco.core.pace import planned_steps
@@ -122,7 +121,7 @@ def disk_needs(manifest: RunManifest) -> int:
     """Bytes that a peer's folder takes at most: the two snapshots kept and one being written, all updates since the
     older one, and AdamW's state twice, while a new one replaces it."""
     n, spec = manifest.n_params, manifest.spec
-    updates = 2 * min(spec.round.snapshot_every, spec.outer.steps) * max_update_bytes(n, spec.outer.codec)
+    updates = 2 * min(spec.round.snapshot_every, spec.outer.steps) * max_update_bytes(manifest.grid)
     return 3 * snapshot_bytes(n) + updates + 2 * 12 * n
 
 
@@ -172,7 +171,7 @@ def outer_step_finding(
     if bandwidth is None:
         measured = f"about {span(inner_s)}, and the exchange: {measured}"
         return Finding(kind="ok", what="outer step", measured=measured)
-    n_bytes = encoded_bytes(manifest.n_params, spec.outer.codec)
+    n_bytes = manifest.grid.vector_bytes
     group = min(max(len(speeds) + 1, spec.round.min_group, 2), spec.round.max_group)
     each_way = exchange_bytes(n_bytes, group, client_mode=client_mode)
     exchange_s = each_way / min(bandwidth.up_bytes_per_s, bandwidth.down_bytes_per_s)

@@ -20,7 +20,6 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from p2p_diloco.core.codec import Codec
 from p2p_diloco.core.config import Timeouts
 from p2p_diloco.core.digest import HASH_BYTES
 from p2p_diloco.core.directory import Directory
@@ -94,8 +93,7 @@ class Catchup:
         """Outer steps, since the last catch-up that succeeded."""
         self._ahead: tuple[Update, str] | None = None
         """The update that ``fetch_ahead`` got, and the id of the peer that sent it."""
-        self._n = len(replica.theta)
-        self._codec: Codec = replica.manifest.spec.outer.codec
+        self._grid = replica.manifest.grid
         self._downloading = asyncio.Lock()
         """One snapshot at a time: they share the folder."""
 
@@ -295,7 +293,7 @@ class Catchup:
             raise Misbehaved(donor, f"serves {error}") from error
 
     def _updates(self, heads: dict[int, bytes], next_step: int) -> Updates:
-        return Updates(n=self._n, codec=self._codec, heads=heads, timeouts=self.timeouts, next_step=next_step)
+        return Updates(grid=self._grid, heads=heads, timeouts=self.timeouts, next_step=next_step)
 
     # -- snapshots ---------------------------------------------------------------------------------------------------
 
@@ -328,7 +326,7 @@ class Catchup:
 
     async def _ask_index(self, step: int, digest: bytes, tally: Tally) -> IncomingSnapshot | None:
         """The snapshot with this digest, to be filled: head and chunk hashes are true, whoever sent them."""
-        size = HASH_BYTES * (1 + len(chunk_slices(self._n)))
+        size = HASH_BYTES * (1 + len(chunk_slices(self._grid.n)))
         for donor in self._holders(step, digest):
             try:
                 channel = await self._open(donor.peer_id)
@@ -345,8 +343,8 @@ class Catchup:
                 tally.refused |= isinstance(error, Refused)
                 drop(error, self.directory, self.transport.traffic)
                 continue
-            ledger, run_id = self.replica.ledger.folder, self.replica.manifest.run_id
-            return IncomingSnapshot(ledger, step=step, head=head, chunk_hashes=tuple(hashes), n=self._n, run_id=run_id)
+            folder, run_id, n = self.replica.ledger.folder, self.replica.manifest.run_id, self._grid.n
+            return IncomingSnapshot(folder, step=step, head=head, chunk_hashes=tuple(hashes), n=n, run_id=run_id)
         return None
 
     async def _download_snapshot(self, incoming: IncomingSnapshot, tally: Tally) -> bool:
@@ -355,7 +353,7 @@ class Catchup:
             held = await asyncio.to_thread(incoming.open)
             chunks = range(len(incoming.slices))
             missing = [chunk for chunk in chunks if chunk not in held]
-            size_mb, share = snapshot_bytes(self._n) / 1e6, len(missing) / len(chunks)
+            size_mb, share = snapshot_bytes(self._grid.n) / 1e6, len(missing) / len(chunks)
             log.info(
                 "downloading the snapshot of outer step %d, %.0f %% of %.1f MB", incoming.step, 100 * share, size_mb
             )

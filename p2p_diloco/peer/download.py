@@ -21,10 +21,10 @@ from dataclasses import dataclass, field
 from statistics import median
 from typing import Protocol
 
-from p2p_diloco.core.codec import Codec
 from p2p_diloco.core.config import Timeouts
 from p2p_diloco.core.directory import Directory
 from p2p_diloco.core.errors import Misbehaved, Refused, RemoteError
+from p2p_diloco.core.grid import Grid
 from p2p_diloco.core.records import Record
 from p2p_diloco.core.update import Update, max_update_bytes, update_from_bytes
 from p2p_diloco.core.waiting import Bell, heard
@@ -87,8 +87,7 @@ class Chunks:
 class Updates:
     """``heads[step + 1]``: the head that update ``step`` must lead to. One at a time from a donor: they are large."""
 
-    n: int
-    codec: Codec
+    grid: Grid
     heads: dict[int, bytes]
     timeouts: Timeouts
     next_step: int
@@ -98,7 +97,7 @@ class Updates:
     depth: int = 1
 
     def __post_init__(self) -> None:
-        self.item_bytes = max_update_bytes(self.n, self.codec)
+        self.item_bytes = max_update_bytes(self.grid)
         self.ahead = max(2, min(2 * DONORS, AHEAD_BYTES // self.item_bytes))
         """So many are on their way, or wait for the one before them."""
 
@@ -108,7 +107,7 @@ class Updates:
     async def receive(self, channel: Channel, item: int) -> None:
         data = await channel.receive_blob(self.item_bytes, self.timeouts.reduced_part_s)
         try:
-            update = await asyncio.to_thread(update_from_bytes, data, n=self.n, codec=self.codec)
+            update = await asyncio.to_thread(update_from_bytes, data, self.grid)
             if (update.header.step, update.header.head) != (item, self.heads[item + 1]):
                 raise ValueError("an update that leads to another head")
         except ValueError as error:

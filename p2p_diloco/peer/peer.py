@@ -375,7 +375,7 @@ class Peer:
             self._to_phase("apply")
             apply_started_s = self._now()
             meeting = settlement.meeting
-            alignment = await asyncio.to_thread(align, meeting.theta, meeting.local, outcome, meeting.codec)
+            alignment = await asyncio.to_thread(align, meeting.theta, meeting.local, outcome, meeting.grid)
             await self._commit(outcome)
             met = (member.peer_id for i, member in enumerate(group.members) if i not in settlement.meeting.lost)
             self.directory.met(met, self.step, self.seat.standing.head)
@@ -406,7 +406,7 @@ class Peer:
                 protocol=self.protocol,
                 directory=self.directory,
                 timeouts=self.timeouts,
-                codec=self.manifest.spec.outer.codec,
+                grid=self.manifest.grid,
                 theta=self.replica.theta,
                 local=self.local,
                 min_group=self.manifest.spec.round.min_group,

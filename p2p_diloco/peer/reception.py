@@ -7,7 +7,6 @@ from collections import deque
 from dataclasses import dataclass, field
 
 from p2p_diloco.core.config import Timeouts
-from p2p_diloco.core.grid import part_slices
 from p2p_diloco.core.waiting import Bell, heard
 from p2p_diloco.ledger.replica import Replica
 from p2p_diloco.peer.presence import Presence
@@ -60,7 +59,7 @@ class Reception:
     _round_opened: Bell = field(default_factory=Bell)
 
     def __post_init__(self) -> None:
-        n_parts = len(part_slices(self.replica.manifest.n_params))
+        n_parts = self.replica.manifest.grid.n_parts
         self._max_request_bytes = MAX_REQUEST_BYTES + RECEIPT_BYTES * n_parts
 
     def open_round(self, settlement: Settlement) -> None:

@@ -18,7 +18,7 @@ from collections.abc import Coroutine, Sequence
 from typing import Any
 
 from p2p_diloco.core.aggregate import reduce_part
-from p2p_diloco.core.codec import Vector, decode, encoded_bytes
+from p2p_diloco.core.codec import Vector
 from p2p_diloco.core.errors import Gone, Misbehaved, RemoteError
 from p2p_diloco.core.waiting import deadline
 from p2p_diloco.round.meeting import Meeting
@@ -104,8 +104,8 @@ class Butterfly:
             others = await asyncio.gather(*(self._next_contribution(sender, part) for sender in self.queues))
             came = {sender: values for sender, values in zip(self.queues, others) if values is not None}
             if not group.members[self.me].dropped:
-                came[self.me] = decode(meeting.contribution(part), meeting.values(part), meeting.codec)
-            reduced = reduce_part(came, group.weights, meeting.values(part), meeting.codec, group.divisor)
+                came[self.me] = meeting.grid.decode(part, meeting.contribution(part))
+            reduced = reduce_part(came, group.weights, part, meeting.grid, group.divisor)
             meeting.hold(part, reduced)
 
     async def _next_contribution(self, sender: int, part: int) -> Vector | None:
@@ -120,7 +120,7 @@ class Butterfly:
             self.meeting.changed.ring()
         except asyncio.TimeoutError:
             values = None
-        sent_meanwhile_bytes = len(self.reducers) * encoded_bytes(self.meeting.values(part), self.meeting.codec)
+        sent_meanwhile_bytes = len(self.reducers) * self.meeting.grid.part_bytes(part)
         self.patience_s[sender] += sent_meanwhile_bytes / timeouts.min_rate_bytes_per_s - (self._now() - began_s)
         if values is None:
             self.gone.add(sender)
@@ -142,10 +142,10 @@ class Butterfly:
             return
         try:
             for part in parts:
-                size = encoded_bytes(meeting.values(part), meeting.codec)
+                size = meeting.grid.part_bytes(part)
                 data = await channel.receive_frame(size, meeting.timeouts.reduced_part_s)
                 try:
-                    values = decode(data, meeting.values(part), meeting.codec)
+                    values = meeting.grid.decode(part, data)
                 except ValueError as error:
                     raise Misbehaved(channel.peer_id, f"sends a contribution that does not decode: {error}") from error
                 while queue.full() and sender not in self.gone and not meeting.over:

@@ -7,11 +7,11 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from p2p_diloco.core.codec import Codec, Vector, decode, encode, encoded_bytes
+from p2p_diloco.core.codec import Vector
 from p2p_diloco.core.config import Timeouts
 from p2p_diloco.core.directory import Directory
 from p2p_diloco.core.errors import Misbehaved, RemoteError, Silent
-from p2p_diloco.core.grid import part_slices
+from p2p_diloco.core.grid import Grid
 from p2p_diloco.core.roster import Group
 from p2p_diloco.core.update import MAX_CONTRIBUTORS, Part, check_mask
 from p2p_diloco.core.waiting import Bell
@@ -32,7 +32,7 @@ class Meeting:
     protocol: str
     directory: Directory
     timeouts: Timeouts
-    codec: Codec
+    grid: Grid
     theta: Vector
     local: Vector
     min_group: int
@@ -47,17 +47,12 @@ class Meeting:
     """Nothing more will be reduced or committed; what there is can still be served."""
 
     def __post_init__(self) -> None:
-        self.slices = part_slices(len(self.theta))
-        self.parts = [None] * len(self.slices)
-
-    def values(self, part: int) -> int:
-        where = self.slices[part]
-        return len(self.theta[where])
+        self.parts = [None] * self.grid.n_parts
 
     def contribution(self, part: int) -> bytes:
         """My outer gradient, encoded. ValueError when training has made it infinite or NaN."""
-        where = self.slices[part]
-        return encode(np.subtract(self.theta[where], self.local[where]), self.codec)
+        where = self.grid.slices[part]
+        return self.grid.encode(np.subtract(self.theta[where], self.local[where]))
 
     def hashes(self) -> list[bytes]:
         """Of the parts I hold; empty where I hold none."""
@@ -90,14 +85,14 @@ class Meeting:
 
     async def receive_part(self, channel: Channel, part: int, timeout_s: float) -> Part:
         """Raises Misbehaved unless it is a sound part of this round; Refused for a No in its place."""
-        size = encoded_bytes(self.values(part), self.codec)
+        size = self.grid.part_bytes(part)
         data = await channel.receive_frame(1 + MAX_MASK_BYTES + size, timeout_s)
         if not data or len(data) != 1 + data[0] + size or data[0] > MAX_MASK_BYTES:
             raise channel.refusal(data) or Misbehaved(channel.peer_id, f"sends part {part} with a wrong length")
         received = Part(mask=data[1 : 1 + data[0]], data=data[1 + data[0] :])
         try:
             check_mask(received.mask, len(self.group.members))
-            decode(received.data, self.values(part), self.codec)
+            self.grid.decode(part, received.data)
         except ValueError as error:
             raise Misbehaved(channel.peer_id, f"sends part {part} that does not decode: {error}") from error
         return received

@@ -31,7 +31,6 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from p2p_diloco.core.codec import encoded_bytes
 from p2p_diloco.core.errors import Misbehaved, RemoteError, Silent
 from p2p_diloco.core.update import Update
 from p2p_diloco.core.waiting import deadline, heard
@@ -79,7 +78,7 @@ class Settlement:
         """I am the one whose commit it was."""
         self.reduce_s = 0.0
         self.settle_s = 0.0
-        limit_s = meeting.timeouts.round_limit_s(2 * encoded_bytes(len(meeting.theta), meeting.codec))
+        limit_s = meeting.timeouts.round_limit_s(2 * meeting.grid.vector_bytes)
         self.started_s = self._now()
         self.ends_s = self.started_s + limit_s
 

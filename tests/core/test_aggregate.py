@@ -10,13 +10,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from p2p_diloco.core.aggregate import SAMPLED_PARTS, Alignment, align, reduce_part, sampled, weighted_mean
-from p2p_diloco.core.codec import CODECS, LARGEST_VALUE, Codec, Vector, encode
-from p2p_diloco.core.grid import PART_VALUES, part_slices
+from p2p_diloco.core.codec import Vector
+from p2p_diloco.core.codecs import CODECS, CodecName, encode
+from p2p_diloco.core.grid import PART_VALUES, Grid, part_slices
 from p2p_diloco.core.update import (
     Part,
     Update,
     UpdateHeader,
 )
+from tests.core.test_codecs import largest_of
 from tests.core.test_outer import N
 
 
@@ -41,18 +43,19 @@ def test_a_mean_over_all_who_train_is_shorter_by_those_who_sent_nothing() -> Non
 @pytest.mark.parametrize("codec", CODECS)
 @pytest.mark.parametrize("total", [None, 1000])
 def test_a_reduced_part_is_the_encoded_mean_of_what_came_in_the_order_of_the_roster(
-    codec: Codec, total: int | None
+    codec: CodecName, total: int | None
 ) -> None:
     generator = np.random.default_rng(3)
     first, third = (generator.standard_normal(99).astype(np.float32) for _ in range(2))
-    part = reduce_part({2: third, 0: first}, [100, 200, 300], 99, codec, total)
+    grid = Grid(n=99, codec=codec)
+    part = reduce_part({2: third, 0: first}, [100, 200, 300], 0, grid, total)
     assert part.mask == b"\x05"
     assert part.data == encode(weighted_mean([(100, first), (300, third)], total), codec)
-    nothing = reduce_part({}, [100, 200, 300], 99, codec, total)
+    nothing = reduce_part({}, [100, 200, 300], 0, grid, total)
     assert (nothing.mask, nothing.data) == (b"", encode(np.zeros(99, np.float32), codec))
 
 
-def update_of(mean: Vector, codec: Codec) -> Update:
+def update_of(mean: Vector, codec: CodecName) -> Update:
     parts = tuple(Part(mask=b"\x01", data=encode(mean[where], codec)) for where in part_slices(len(mean)))
     header = UpdateHeader(
         step=0, parent=bytes(32), contributors=(("a", 1),), part_hashes=tuple(part.hash for part in parts)
@@ -60,8 +63,8 @@ def update_of(mean: Vector, codec: Codec) -> Update:
     return Update(header=header, parts=parts)
 
 
-def aligned(theta: Vector, local: Vector, update: Update, codec: Codec) -> Alignment:
-    found = align(theta, local, update, codec)
+def aligned(theta: Vector, local: Vector, update: Update, codec: CodecName) -> Alignment:
+    found = align(theta, local, update, Grid(n=len(theta), codec=codec))
     assert found is not None
     return found
 
@@ -71,7 +74,7 @@ def normal(seed: int, n: int) -> Vector:
 
 
 @pytest.mark.parametrize("codec", CODECS)
-def test_norms_and_cosine(codec: Codec) -> None:
+def test_norms_and_cosine(codec: CodecName) -> None:
     """Of all values, where the model has few parts, whatever their lengths; within what the codec rounds."""
     n = PART_VALUES + 100
     theta, contribution, mean = normal(0, n), normal(1, n), normal(2, n) + normal(1, n)
@@ -112,9 +115,9 @@ def test_zeros_have_no_direction() -> None:
 
 
 @pytest.mark.parametrize("codec", CODECS)
-def test_the_largest_and_smallest_values_stay_finite(codec: Codec) -> None:
+def test_the_largest_and_smallest_values_stay_finite(codec: CodecName) -> None:
     """What another peer made of the mean must not give figures that the event log cannot write."""
-    largest = np.full(1000, LARGEST_VALUE[codec], np.float32)
+    largest = np.full(1000, largest_of(codec), np.float32)
     smallest, zeros = np.full(1000, 1e-45, np.float32), np.zeros(1000, np.float32)
     for mean in (largest, -largest, np.full(1000, 1e-38, np.float32)):
         for contribution in (largest, -largest, smallest):
@@ -122,7 +125,7 @@ def test_the_largest_and_smallest_values_stay_finite(codec: Codec) -> None:
             assert np.isfinite([found.contribution_norm, found.update_norm, found.cosine]).all()
             assert -1.001 <= found.cosine <= 1.001
     found = aligned(largest, zeros, update_of(-largest, codec), codec)
-    assert found.contribution_norm == pytest.approx(LARGEST_VALUE[codec] * 1000**0.5, rel=1e-5)
+    assert found.contribution_norm == pytest.approx(largest_of(codec) * 1000**0.5, rel=1e-5)
     assert found.cosine == pytest.approx(-1.0)
 
 
@@ -132,5 +135,5 @@ def test_a_bit_that_has_flipped_is_no_figure(value: float) -> None:
     ones = np.ones(10, np.float32)
     theta = ones.copy()
     theta[3] = value
-    assert align(theta, ones, update_of(ones, "fp32"), "fp32") is None
-    assert align(ones, theta, update_of(ones, "fp32"), "fp32") is None
+    assert align(theta, ones, update_of(ones, "fp32"), Grid(n=10, codec="fp32")) is None
+    assert align(ones, theta, update_of(ones, "fp32"), Grid(n=10, codec="fp32")) is None

@@ -11,8 +11,9 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from p2p_diloco.core.aggregate import weighted_mean
-from p2p_diloco.core.codec import Codec, Vector, encode, encoded_bytes
-from p2p_diloco.core.grid import PART_VALUES, part_slices
+from p2p_diloco.core.codec import Vector
+from p2p_diloco.core.codecs import CodecName, encode, encoded_bytes
+from p2p_diloco.core.grid import PART_VALUES, Grid, part_slices
 from p2p_diloco.core.outer import OuterState, apply, genesis_state, state_digest
 from p2p_diloco.core.update import (
     Part,
@@ -32,7 +33,7 @@ def genesis(n: int = N) -> OuterState:
     return genesis_state(np.random.default_rng(0).standard_normal(n).astype(np.float32))
 
 
-def update_of(state: OuterState, *, codec: Codec = "int8", seed: int = 1, mask: bytes = b"\x03") -> Update:
+def update_of(state: OuterState, *, codec: CodecName = "int8", seed: int = 1, mask: bytes = b"\x03") -> Update:
     values = np.random.default_rng(seed).standard_normal(len(state.theta)).astype(np.float32)
     parts = tuple(Part(mask=mask, data=encode(values[where], codec)) for where in part_slices(len(values)))
     header = UpdateHeader(
@@ -44,8 +45,8 @@ def update_of(state: OuterState, *, codec: Codec = "int8", seed: int = 1, mask: 
     return Update(header=header, parts=parts)
 
 
-def step(state: OuterState, update: Update, codec: Codec = "int8") -> None:
-    apply(state, update, codec=codec, lr=0.7, momentum=0.9)
+def step(state: OuterState, update: Update, codec: CodecName = "int8") -> None:
+    apply(state, update, Grid(n=len(state.theta), codec=codec), lr=0.7, momentum=0.9)
 
 
 # The state and its step
@@ -56,7 +57,7 @@ def test_the_same_updates_give_the_same_bits_and_the_head_names_them() -> None:
     for seed in range(3):
         update = update_of(one, seed=seed)
         step(one, update)
-        step(other, update_from_bytes(update_to_bytes(update), n=N, codec="int8"))
+        step(other, update_from_bytes(update_to_bytes(update), Grid(n=N, codec="int8")))
         assert one.digest() == other.digest()
     assert one.step == 3
     assert one.head == other.head == update.header.head
@@ -136,7 +137,7 @@ def test_the_digest_of_a_state_covers_where_it_stands_and_the_order_of_its_value
     assert len({state_digest(7, state.head, each) for each in lists}) == len(lists)
 
 
-def refused(state: OuterState, update: Update, codec: Codec = "int8") -> None:
+def refused(state: OuterState, update: Update, codec: CodecName = "int8") -> None:
     before = state.digest()
     with pytest.raises(ValueError, match=r"update|parts|part \d|scale|finite"):
         step(state, update, codec)

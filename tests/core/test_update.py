@@ -9,9 +9,9 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from p2p_diloco.core.codec import CODECS, Codec, encoded_bytes
+from p2p_diloco.core.codecs import CODECS, CodecName, encoded_bytes
 from p2p_diloco.core.digest import HASH_BYTES
-from p2p_diloco.core.grid import PART_VALUES
+from p2p_diloco.core.grid import PART_VALUES, Grid
 from p2p_diloco.core.identity import MAX_PEER_ID_CHARS
 from p2p_diloco.core.update import (
     MAX_CONTRIBUTORS,
@@ -147,12 +147,12 @@ def test_a_header_with_a_field_out_of_bounds_is_refused(field: int, value: objec
 
 @pytest.mark.parametrize("codec", CODECS)
 @pytest.mark.parametrize("n", [1, 999, PART_VALUES, PART_VALUES + 3])
-def test_an_update_comes_back_from_its_bytes(codec: Codec, n: int) -> None:
+def test_an_update_comes_back_from_its_bytes(codec: CodecName, n: int) -> None:
     update = update_of(genesis(n), codec=codec)
     data = update_to_bytes(update)
-    assert update_from_bytes(data, n=n, codec=codec) == update
+    assert update_from_bytes(data, Grid(n=n, codec=codec)) == update
     assert data == b"".join(update_pieces(update))
-    assert len(data) <= max_update_bytes(n, codec)
+    assert len(data) <= max_update_bytes(Grid(n=n, codec=codec))
 
 
 def test_the_largest_update_is_within_its_bound() -> None:
@@ -164,12 +164,15 @@ def test_the_largest_update_is_within_its_bound() -> None:
         step=2**40 - 1, parent=bytes(32), contributors=contributors, part_hashes=(part.hash, part.hash)
     )
     blob = update_to_bytes(Update(header=header, parts=(part, part)))
-    assert update_from_bytes(blob, n=n, codec="int4").header == header
+    assert update_from_bytes(blob, Grid(n=n, codec="int4")).header == header
     larger_counts_bytes = 2 + 4  # of contributors and parts, in msgpack
-    assert len(blob) == max_update_bytes(n, "int4") - larger_counts_bytes
-    assert len(blob) - 2 * (MAX_CONTRIBUTORS // 8 + len(data)) == max_update_start_bytes(n) - larger_counts_bytes
-    start = blob[: max_update_start_bytes(n)]
-    assert open_update(start, len(blob), n=n, codec="int4") == header
+    assert len(blob) == max_update_bytes(Grid(n=n, codec="int4")) - larger_counts_bytes
+    assert (
+        len(blob) - 2 * (MAX_CONTRIBUTORS // 8 + len(data))
+        == max_update_start_bytes(Grid(n=n, codec="int4")) - larger_counts_bytes
+    )
+    start = blob[: max_update_start_bytes(Grid(n=n, codec="int4"))]
+    assert open_update(start, len(blob), Grid(n=n, codec="int4")) == header
 
 
 BLOB = update_to_bytes(update_of(genesis()))
@@ -181,7 +184,7 @@ def test_a_flipped_bit_anywhere_is_found(bit: int) -> None:
     flipped = bytearray(BLOB)
     flipped[bit // 8] ^= 1 << bit % 8
     with pytest.raises(ValueError, match=r"update|mask"):
-        update_from_bytes(bytes(flipped), n=N, codec="int8")
+        update_from_bytes(bytes(flipped), Grid(n=N, codec="int8"))
 
 
 @given(st.integers(0, len(BLOB) - 1))
@@ -190,7 +193,7 @@ def test_a_flipped_bit_anywhere_is_found(bit: int) -> None:
 @example(len(BLOB) - 1)
 def test_a_truncated_update_is_refused(size: int) -> None:
     with pytest.raises(ValueError, match="update"):
-        update_from_bytes(BLOB[:size], n=N, codec="int8")
+        update_from_bytes(BLOB[:size], Grid(n=N, codec="int8"))
 
 
 @given(st.binary(max_size=300), st.integers(0, 80))
@@ -200,10 +203,10 @@ def test_any_bytes_are_refused_before_memory_is_taken(data: bytes, kept: int) ->
     blob = BLOB[:kept] + data
     if blob != BLOB:
         with pytest.raises(ValueError, match=r"update|mask"):
-            update_from_bytes(blob, n=N, codec="int8")
+            update_from_bytes(blob, Grid(n=N, codec="int8"))
 
 
 @pytest.mark.parametrize(("n", "codec"), [(N, "int4"), (N + 1, "int8"), (N + 2**20, "int8"), (1, "fp32")])
-def test_an_update_of_another_model_or_codec_is_refused(n: int, codec: Codec) -> None:
+def test_an_update_of_another_model_or_codec_is_refused(n: int, codec: CodecName) -> None:
     with pytest.raises(ValueError, match="an update of"):
-        update_from_bytes(BLOB, n=n, codec=codec)
+        update_from_bytes(BLOB, Grid(n=n, codec=codec))

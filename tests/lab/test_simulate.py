@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 import torch
 
-from p2p_diloco.core.codec import CODECS, Vector
+from p2p_diloco.core.codec import Vector
+from p2p_diloco.core.codecs import CODECS
 from p2p_diloco.core.errors import UsageError
 from p2p_diloco.core.outer import OuterState
 from p2p_diloco.core.update import Update

@@ -4,7 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from p2p_diloco.core.codec import Vector, encode
+from p2p_diloco.core.codec import Vector
+from p2p_diloco.core.codecs import encode
+from p2p_diloco.core.grid import Grid
 from p2p_diloco.core.outer import OuterState, genesis_state
 from p2p_diloco.core.update import Part, Update, UpdateHeader, contributor_mask
 from p2p_diloco.lab.simulation import SimulationSpec
@@ -95,7 +97,7 @@ def test_an_outer_rule_is_torchs_optimizer(outer: str, lr: float, momentum: floa
         nesterov = outer == "nesterov" and momentum > 0
         optimizer = torch.optim.SGD([parameter], lr=lr, momentum=momentum, nesterov=nesterov)
     state = genesis_state(values(0))
-    rule = OuterRule(spec=spec, codec="fp32", lr=lr, momentum=momentum, second=np.zeros(N, np.float32))
+    rule = OuterRule(spec=spec, grid=Grid(n=N, codec="fp32"), lr=lr, momentum=momentum, second=np.zeros(N, np.float32))
     for step in range(5):
         gradient = values(10 + step)
         update = update_of(state, gradient)
@@ -110,7 +112,7 @@ def test_an_update_that_does_not_follow_changes_nothing() -> None:
     spec = SimulationSpec(outer="adam")
     state = genesis_state(values(0))
     stale = update_of(state, values(1))
-    rule = OuterRule(spec=spec, codec="fp32", lr=0.3, momentum=0.9, second=np.zeros(N, np.float32))
+    rule = OuterRule(spec=spec, grid=Grid(n=N, codec="fp32"), lr=0.3, momentum=0.9, second=np.zeros(N, np.float32))
     rule.step(state, stale)
     before = state.theta.copy()
     with pytest.raises(ValueError, match="does not follow"):

@@ -7,8 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from p2p_diloco.core.codec import encode
+from p2p_diloco.core.codecs import encode
 from p2p_diloco.core.errors import UsageError
+from p2p_diloco.core.grid import Grid
 from p2p_diloco.core.identity import Identity
 from p2p_diloco.core.manifest import RunManifest
 from p2p_diloco.core.outer import apply, genesis_state
@@ -49,7 +50,7 @@ def run(tmp_path: Path) -> Path:
         header = UpdateHeader(step=step, parent=state.head, contributors=(("a", 5),), part_hashes=(part.hash,))
         update = Update(header=header, parts=(part,))
         ledger.append(update)
-        apply(state, update, codec=outer.codec, lr=outer.lr, momentum=outer.momentum)
+        apply(state, update, Grid(n=len(state.theta), codec=outer.codec), lr=outer.lr, momentum=outer.momentum)
         if ledger.newest_due(state.step) == state.step:
             ledger.write_snapshot(state)
     return folder

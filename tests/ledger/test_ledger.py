@@ -16,8 +16,10 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file
 
-from p2p_diloco.core.codec import Vector, encode
+from p2p_diloco.core.codec import Vector
+from p2p_diloco.core.codecs import CodecName, encode
 from p2p_diloco.core.errors import LedgerError
+from p2p_diloco.core.grid import Grid
 from p2p_diloco.core.outer import OuterState, apply, genesis_state
 from p2p_diloco.core.update import Part, Update, UpdateHeader, max_update_bytes, update_to_bytes
 from p2p_diloco.ledger import replay
@@ -28,9 +30,9 @@ N = 300
 EVERY = 3
 
 
-def open_ledger(folder: Path, n: int = N, **changes: Any) -> Ledger:
-    settings_: dict[str, Any] = {"codec": "int8", "lr": 0.7, "momentum": 0.9, "snapshot_every": EVERY, "run_id": "run"}
-    return Ledger(folder, n=n, **settings_ | changes)
+def open_ledger(folder: Path, n: int = N, codec: CodecName = "int8", **changes: Any) -> Ledger:
+    settings_: dict[str, Any] = {"lr": 0.7, "momentum": 0.9, "snapshot_every": EVERY, "run_id": "run"}
+    return Ledger(folder, grid=Grid(n=n, codec=codec), **settings_ | changes)
 
 
 def genesis(n: int = N) -> OuterState:
@@ -53,7 +55,7 @@ def advance(ledger: Ledger | None, state: OuterState, steps: int, seed: int = 0)
     states = [copy_of(state)]
     for _ in range(steps):
         update = update_after(state, seed)
-        apply(state, update, codec="int8", lr=0.7, momentum=0.9)
+        apply(state, update, Grid(n=len(state.theta), codec="int8"), lr=0.7, momentum=0.9)
         if ledger is not None:
             ledger.append(update)
             if ledger.newest_due(state.step) == state.step:
@@ -180,7 +182,7 @@ def test_an_update_of_another_model_is_not_appended(tmp_path: Path) -> None:
 def test_the_disk_in_use_stays_bounded(tmp_path: Path) -> None:
     ledger, state = open_ledger(tmp_path), genesis()
     ledger.write_snapshot(state)
-    bound = 2 * snapshot_bytes(N) + 2 * EVERY * max_update_bytes(N, "int8")
+    bound = 2 * snapshot_bytes(N) + 2 * EVERY * max_update_bytes(Grid(n=N, codec="int8"))
     for _ in range(20):
         advance(ledger, state, 1)
         assert sum((tmp_path / name).stat().st_size for name in names(tmp_path)) <= bound

@@ -11,9 +11,10 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from p2p_diloco.core.codec import CODECS, Codec, Vector, encode
+from p2p_diloco.core.codec import Vector
+from p2p_diloco.core.codecs import CODECS, CodecName, encode
 from p2p_diloco.core.errors import Gap
-from p2p_diloco.core.grid import PART_VALUES, part_slices
+from p2p_diloco.core.grid import PART_VALUES, Grid, part_slices
 from p2p_diloco.core.outer import OuterState, apply, genesis_state
 from p2p_diloco.core.update import Part, Update, UpdateHeader, update_to_bytes
 from p2p_diloco.ledger.ledger import Ledger
@@ -27,11 +28,11 @@ UPDATE = "updates/{:010d}.update".format
 SNAPSHOT = "snapshots/{:010d}.safetensors".format
 
 
-def open_ledger(folder: Path, n: int = N, codec: Codec = "int8") -> Ledger:
-    return Ledger(folder, n=n, codec=codec, lr=LR, momentum=MOMENTUM, snapshot_every=EVERY)
+def open_ledger(folder: Path, n: int = N, codec: CodecName = "int8") -> Ledger:
+    return Ledger(folder, grid=Grid(n=n, codec=codec), lr=LR, momentum=MOMENTUM, snapshot_every=EVERY)
 
 
-def history(folder: Path, n: int = N, codec: Codec = "int8", steps: int = STEPS) -> list[tuple[int, bytes, bytes]]:
+def history(folder: Path, n: int = N, codec: CodecName = "int8", steps: int = STEPS) -> list[tuple[int, bytes, bytes]]:
     """(step, head, digest) of every state from the genesis on; snapshots at 3 and 6 stay, and the updates since."""
     ledger, generator = open_ledger(folder, n, codec), np.random.default_rng(0)
     state = genesis_state(generator.standard_normal(n).astype(np.float32))
@@ -47,7 +48,7 @@ def history(folder: Path, n: int = N, codec: Codec = "int8", steps: int = STEPS)
             part_hashes=tuple(part.hash for part in parts),
         )
         update = Update(header=header, parts=parts)
-        apply(state, update, codec=codec, lr=LR, momentum=MOMENTUM)
+        apply(state, update, Grid(n=len(state.theta), codec=codec), lr=LR, momentum=MOMENTUM)
         ledger.append(update)
         if state.step % EVERY == 0:
             ledger.write_snapshot(state)
@@ -80,7 +81,7 @@ def flip(path: Path, at: int, bit: int = 0) -> None:
 
 @pytest.mark.parametrize("codec", CODECS)
 @pytest.mark.parametrize("n", [N, 2 * PART_VALUES + 77])
-def test_every_state_comes_out_as_it_was(tmp_path: Path, codec: Codec, n: int) -> None:
+def test_every_state_comes_out_as_it_was(tmp_path: Path, codec: CodecName, n: int) -> None:
     states = history(tmp_path, n, codec, steps=5)
     ledger = open_ledger(tmp_path, n, codec)
     for step, head, digest in states:

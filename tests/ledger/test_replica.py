@@ -7,8 +7,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from p2p_diloco.core.codec import Vector, encode
+from p2p_diloco.core.codec import Vector
+from p2p_diloco.core.codecs import encode
 from p2p_diloco.core.errors import Gap, LedgerError
+from p2p_diloco.core.grid import Grid
 from p2p_diloco.core.outer import apply, genesis_state
 from p2p_diloco.core.update import Part, Update, UpdateHeader
 from p2p_diloco.ledger.ledger import Ledger
@@ -24,7 +26,7 @@ MANIFEST = make_manifest(N, GENESIS, identity(1000), codec="int8")
 
 def new_replica(folder: Path) -> Replica:
     outer = MANIFEST.spec.outer
-    ledger = Ledger(folder, n=N, codec=outer.codec, lr=outer.lr, momentum=outer.momentum, snapshot_every=5)
+    ledger = Ledger(folder, grid=Grid(n=N, codec=outer.codec), lr=outer.lr, momentum=outer.momentum, snapshot_every=5)
     return Replica(MANIFEST, ledger, np.full(N, 7, np.float32), np.full(N, 7, np.float32))
 
 
@@ -70,7 +72,7 @@ def test_the_state_is_in_the_vectors_that_were_given(replica: Replica) -> None:
     np.testing.assert_array_equal(replica.theta, GENESIS)
     expected = genesis_state(GENESIS.copy())
     update = update_after(replica)
-    apply(expected, update, codec="int8", lr=0.7, momentum=0.9)
+    apply(expected, update, Grid(n=len(expected.theta), codec="int8"), lr=0.7, momentum=0.9)
     replica.commit(update)
     assert replica.loaded.digest() == expected.digest()
     assert replica.loaded.theta is replica.theta

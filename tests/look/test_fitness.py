@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from p2p_diloco.core.codec import encoded_bytes
+from p2p_diloco.core.codecs import encoded_bytes
 from p2p_diloco.core.config import Timeouts
 from p2p_diloco.core.manifest import RunManifest
 from p2p_diloco.core.records import Record

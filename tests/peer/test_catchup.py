@@ -15,6 +15,7 @@ import pytest
 
 from p2p_diloco.core.digest import HASH_BYTES
 from p2p_diloco.core.errors import Gone, LedgerError
+from p2p_diloco.core.grid import Grid
 from p2p_diloco.core.update import max_update_bytes, next_head, update_to_bytes
 from p2p_diloco.ledger.replica import Replica
 from p2p_diloco.ledger.snapshot import chunk_slices, snapshot_bytes
@@ -607,7 +608,7 @@ UPDATE_LIES: dict[str, Lie] = {
     "refuses": on(AskUpdate, says(No(reason="gone or found damaged"))),
     "silent": on(AskUpdate, silent),
     "endless": on(AskUpdate, frames(size(2**59), *[bytes(FRAME_BYTES)] * 9)),
-    "too large": on(AskUpdate, frames(size(max_update_bytes(N, "int8") + 1))),
+    "too large": on(AskUpdate, frames(size(max_update_bytes(Grid(n=N, codec="int8")) + 1))),
     "nothing": on(AskUpdate, frames(size(0))),
     "garbage": on(AskUpdate, frames(size(500), bytes(FRAME_BYTES), bytes(500 - FRAME_BYTES))),
     "another one": on(AskUpdate, other_update),
@@ -720,7 +721,7 @@ def test_a_slow_donor_does_not_hold_up_an_update(tmp_path: Path) -> None:
     """A donor that stalls in the middle of one: it is asked from another one, long before the time is up."""
 
     async def main() -> None:
-        late_s = max_update_bytes(N, "int8") / 20_000
+        late_s = max_update_bytes(Grid(n=N, codec="int8")) / 20_000
         library = Library(
             tmp_path, replica_at(tmp_path / "me", 8), timeouts=replace(TIMEOUTS, slow_rate_bytes_per_s=20_000)
         )

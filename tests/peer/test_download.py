@@ -6,8 +6,9 @@ import numpy as np
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from p2p_diloco.core.codec import encode
+from p2p_diloco.core.codecs import encode
 from p2p_diloco.core.config import Timeouts
+from p2p_diloco.core.grid import Grid
 from p2p_diloco.core.outer import genesis_state
 from p2p_diloco.core.update import Part, Update, UpdateHeader, update_to_bytes
 from p2p_diloco.peer.download import COPIES, LATE, LEAST_LATE_S, Handout, Updates
@@ -110,7 +111,7 @@ def test_an_update_that_comes_twice_is_kept_once() -> None:
     update = Update(header=header, parts=(part,))
 
     async def main() -> None:
-        updates = Updates(n=100, codec="int8", heads={1: header.head}, timeouts=Timeouts(), next_step=0)
+        updates = Updates(grid=Grid(n=100, codec="int8"), heads={1: header.head}, timeouts=Timeouts(), next_step=0)
         assert updates.request(0) == AskUpdate(step=0, head=header.head)
         assert updates.take() is None
         for _ in range(3):

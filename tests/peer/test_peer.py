@@ -15,7 +15,8 @@ import pytest
 import torch
 
 from p2p_diloco.core.buckets import Rate
-from p2p_diloco.core.codec import Codec, Vector
+from p2p_diloco.core.codec import Vector
+from p2p_diloco.core.codecs import CodecName
 from p2p_diloco.core.config import Timeouts
 from p2p_diloco.core.errors import Gone, NetworkError, Refused, RemoteError
 from p2p_diloco.core.events import EVENTS_FILE, read_events
@@ -71,7 +72,7 @@ class Simulated:
         k: int,
         *,
         n: int = N,
-        codec: Codec = "fp32",
+        codec: CodecName = "fp32",
         outer_steps: int = 5,
         inner_steps: int = 10,
         on_missed: OnMissed = "adopt",

@@ -498,8 +498,7 @@ def genesis_with_a_flip(swarm: Swarm, folder: Path) -> bytes:
     outer = swarm.manifest.spec.outer
     ledger = Ledger(
         folder,
-        n=N,
-        codec=outer.codec,
+        grid=swarm.manifest.grid,
         lr=outer.lr,
         momentum=outer.momentum,
         snapshot_every=EVERY,

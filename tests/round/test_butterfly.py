@@ -10,7 +10,7 @@ import msgpack
 import numpy as np
 import pytest
 
-from p2p_diloco.core.codec import Codec, encode
+from p2p_diloco.core.codecs import CodecName, encode
 from p2p_diloco.core.errors import Gone, RemoteError
 from p2p_diloco.core.update import Part
 from p2p_diloco.round.butterfly import run_all
@@ -28,7 +28,7 @@ pytestmark = pytest.mark.usefixtures("small_parts")
 
 @pytest.mark.parametrize("count", [1, 2, 3, 5])
 @pytest.mark.parametrize("codec", ["fp32", "int4"])
-def test_all_commit_the_weighted_mean(count: int, codec: Codec) -> None:
+def test_all_commit_the_weighted_mean(count: int, codec: CodecName) -> None:
     async def main() -> None:
         meeting = Round(count, codec=codec, min_group=1)
         await meeting.run()

@@ -15,7 +15,8 @@ from statistics import median_low
 import numpy as np
 import numpy.typing as npt
 
-from p2p_diloco.core.codec import Vector, decode
+from p2p_diloco.core.codec import Vector
+from p2p_diloco.core.codecs import decode
 from p2p_diloco.core.grid import part_slices
 from p2p_diloco.core.outer import OuterState
 from p2p_diloco.core.records import Record

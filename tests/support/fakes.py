@@ -11,7 +11,8 @@ from typing import TypeVar
 
 import numpy as np
 
-from p2p_diloco.core.codec import Codec, Vector
+from p2p_diloco.core.codec import Vector
+from p2p_diloco.core.codecs import CodecName
 from p2p_diloco.core.config import Timeouts
 from p2p_diloco.core.errors import LocalError
 from p2p_diloco.core.events import EventLog
@@ -36,7 +37,7 @@ def make_manifest(
     theta: Vector,
     owner: Identity,
     *,
-    codec: Codec = "fp32",
+    codec: CodecName = "fp32",
     outer_steps: int = 50,
     inner_steps: int = 10,
     min_group: int = 2,
@@ -117,8 +118,7 @@ class SimPeer:
         n, outer = manifest.n_params, manifest.spec.outer
         ledger = Ledger(
             folder / str(index),
-            n=n,
-            codec=outer.codec,
+            grid=manifest.grid,
             lr=outer.lr,
             momentum=outer.momentum,
             snapshot_every=manifest.spec.round.snapshot_every,

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from p2p_diloco.core import grid
-from p2p_diloco.core.codec import encode
+from p2p_diloco.core.codecs import encode
 from p2p_diloco.core.config import Timeouts
 from p2p_diloco.core.directory import Directory
 from p2p_diloco.core.errors import Gone
@@ -87,8 +87,7 @@ def new_replica(folder: Path) -> Replica:
     outer = MANIFEST.spec.outer
     ledger = Ledger(
         folder,
-        n=N,
-        codec=outer.codec,
+        grid=MANIFEST.grid,
         lr=outer.lr,
         momentum=outer.momentum,
         snapshot_every=EVERY,

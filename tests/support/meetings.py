@@ -13,10 +13,10 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from p2p_diloco.core.aggregate import weighted_mean
-from p2p_diloco.core.codec import Codec, decode, encode
+from p2p_diloco.core.codecs import CodecName, decode, encode
 from p2p_diloco.core.config import Timeouts
 from p2p_diloco.core.directory import Directory
-from p2p_diloco.core.grid import part_slices
+from p2p_diloco.core.grid import Grid, part_slices
 from p2p_diloco.core.records import seal_record
 from p2p_diloco.core.update import Part, Update, contributor_mask
 from p2p_diloco.core.waiting import Bell, heard
@@ -118,7 +118,7 @@ class Round:
     by_hand: tuple[int, ...] = ()
     clients: tuple[int, ...] = ()
     dropped: tuple[int, ...] = ()
-    codec: Codec = "int8"
+    codec: CodecName = "int8"
     n: int = (N_PARTS - 1) * SMALL_PART_VALUES + 7
     min_group: int = 2
     timeouts: Timeouts = TIMEOUTS
@@ -166,7 +166,7 @@ class Round:
             protocol=PROTOCOL,
             directory=directory,
             timeouts=self.timeouts,
-            codec=self.codec,
+            grid=Grid(n=self.n, codec=self.codec),
             theta=self.theta,
             local=self.locals[i],
             min_group=self.min_group,

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, TypeVar
 
-from p2p_diloco.core.codec import Codec
+from p2p_diloco.core.codecs import CodecName
 from p2p_diloco.core.runfile import OnMissed
 
 T = TypeVar("T")
@@ -108,7 +108,7 @@ class Schedule:
     peers: tuple[PeerPlan, ...]
     """The last ones, as many as there are faults of kind join, come with those."""
     faults: tuple[Fault, ...] = ()
-    codec: Codec = "fp32"
+    codec: CodecName = "fp32"
     on_missed: OnMissed = "adopt"
     min_group: int = 2
     max_group: int = 64

@@ -11,8 +11,9 @@ import pytest
 
 from p2p_diloco.core import grid
 from p2p_diloco.core.aggregate import weighted_mean
-from p2p_diloco.core.codec import Vector, encode
-from p2p_diloco.core.grid import part_slices
+from p2p_diloco.core.codec import Vector
+from p2p_diloco.core.codecs import encode
+from p2p_diloco.core.grid import Grid, part_slices
 from p2p_diloco.core.outer import OuterState, apply, genesis_state
 from p2p_diloco.core.records import Record
 from p2p_diloco.core.runfile import OnMissed
@@ -54,7 +55,7 @@ class Story:
             mean: Vector = weighted_mean(list(zip(weights, gradients)), total=divisor)
             parts.append(Part(mask=contributor_mask(range(len(peers))), data=encode(mean, "fp32")))
         update = self.update(peers, weights, parts)
-        apply(self.state, update, codec="fp32", lr=0.01, momentum=0.9)
+        apply(self.state, update, Grid(n=len(self.state.theta), codec="fp32"), lr=0.01, momentum=0.9)
         for peer in peers:
             self.chronicle.commits(peer, self.state, update)
         for local in self.local.values():
