@@ -85,6 +85,15 @@ def test_imports_point_to_rooms_below(module: str) -> None:
             assert ROOMS.index(there) <= ROOMS.index(here), f"{module}.py:{line} imports {name}, which is above it"
 
 
+@pytest.mark.parametrize("module", FILES)
+def test_the_librarys_names_are_for_others(module: str) -> None:
+    """The package itself takes them from their files: ``p2p_diloco`` has names of all rooms."""
+    for node in ast.walk(tree_of(module)):
+        if isinstance(node, ast.ImportFrom) and node.module == "p2p_diloco":
+            taken = [alias.name for alias in node.names]
+            assert taken == ["__version__"], f"{module}.py:{node.lineno} imports {taken}"
+
+
 @pytest.mark.parametrize("room", ROOMS)
 def test_no_room_imports_in_a_circle(room: str) -> None:
     inside = {module: set[str]() for module in FILES if room_of(module) == room}

@@ -46,6 +46,8 @@ NOT_READ = TextReport()
 
 @dataclass(frozen=True, kw_only=True)
 class Corpus:
+    """A run's text as this peer has it: tokens to train on, and tokens that nobody trains on."""
+
     train: Tokens
     """uint8, uint16 or uint32 [tokens], memory-mapped, read-only."""
     held_out: Tokens
@@ -65,7 +67,7 @@ class Corpus:
     def batch(
         self, *, run_seed: int, peer_id: str, step: int, batch_size: int, seq_len: int, micro_step: int = 0
     ) -> npt.NDArray[np.int64]:
-        """int64 [batch_size, seq_len + 1]: windows at random offsets, the same ones for the same arguments.
+        """Returns int64 [batch_size, seq_len + 1]: windows at random offsets, the same ones for the same arguments.
 
         Offsets are taken from the raw Philox stream: numpy guarantees it between versions, unlike ``integers``.
         """
@@ -77,7 +79,7 @@ class Corpus:
         return rows
 
     def held_out_batches(self, *, batch_size: int, seq_len: int, max_tokens: int) -> Iterator[npt.NDArray[np.int64]]:
-        """int64 [<= batch_size, seq_len + 1] each: consecutive windows from the start, every token a target once.
+        """Yields int64 [<= batch_size, seq_len + 1]: consecutive windows from the start, every token a target once.
 
         At most ``max_tokens`` targets, rounded down to whole windows, and at least one window.
         """

@@ -50,7 +50,8 @@ class ExportInfo(BaseModel):
 
 
 def export_model(manifest: RunManifest, theta: Vector, folder: Path, *, step: int, head: bytes) -> None:
-    """``theta``: float32 [n] of outer step ``step``. UsageError when ``folder`` is taken or cannot be written."""
+    """Writes ``theta``, float32 [n] of outer step ``step``, to a folder that transformers loads. UsageError when
+    ``folder`` is taken or cannot be written."""
     from safetensors import SafetensorError
 
     folder = Path(os.path.abspath(folder))

@@ -79,8 +79,8 @@ def few_modules() -> Iterator[None]:
 
 
 def model_of(manifest: RunManifest) -> torch.nn.Module:
-    """As ``build_model``, of a manifest that may be a stranger's: UsageError, before memory is taken, unless it has the
-    parameters that the manifest counts."""
+    """Returns the run's model in float32 on the CPU, in training mode, with values that mean nothing yet. The manifest
+    may be a stranger's: UsageError, before memory is taken, unless the model has the parameters that it counts."""
     config = manifest.transformers_config
     with torch.device("meta"):
         outline = build_model(config, seed=None)

@@ -1,4 +1,5 @@
-"""The handle that a trainer holds on the swarm. ``train.py`` uses it, and so can any training loop of your own::
+"""The handle that a trainer holds on the swarm. ``train.py`` uses it, and so can any training loop of your own
+(``docs/library.md``)::
 
     with Swarm.join(PeerConfig(folder=..., initial_peers=[...])) as swarm:
         model = model_of(swarm.manifest)
@@ -23,18 +24,21 @@ import tempfile
 import time
 from collections import deque
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from p2p_diloco.core.addresses import check_maddr
 from p2p_diloco.core.codec import Vector
 from p2p_diloco.core.config import PeerConfig, Timeouts
 from p2p_diloco.core.errors import UsageError
 from p2p_diloco.core.manifest import RunManifest, open_manifest
 from p2p_diloco.core.pace import outer_step_due
 from p2p_diloco.learn.process import NetworkHandle
+from p2p_diloco.peer.control import OuterResult
 
 if TYPE_CHECKING:
     import torch
@@ -92,7 +96,11 @@ class Swarm:
         role: str = "trainer",
         manifest_path: Path | None = None,
     ) -> Swarm:
-        """``find`` the run, and wait for its state. Raises UsageError or NetworkError, with nothing left behind."""
+        """Joins the run at the addresses of ``config``, and returns when its state is here: theta, newest step.
+
+        It is ``find``, then ``wait_for_state``. Raises UsageError for what you can mend, NetworkError for the rest,
+        with nothing left behind.
+        """
         swarm = cls.find(config, timeouts=timeouts, role=role, manifest_path=manifest_path)
         try:
             swarm.wait_for_state()
@@ -110,9 +118,13 @@ class Swarm:
         role: str = "trainer",
         manifest_path: Path | None = None,
     ) -> Swarm:
-        """Start the network process and find the run. It returns when the manifest is here and the state is still on
-        its way, so that whoever cannot take part leaves before the download; ``wait_for_state`` comes next.
-        ``manifest_path`` is for who brings the run along (a seed). Raises as ``join``."""
+        """Starts the network process, and returns when the run's manifest is here and its state is still on its way.
+
+        So a peer that cannot take part leaves before the download; else ``wait_for_state`` comes next. Raises as
+        ``join``. ``manifest_path``: of a seed, which brings the run along.
+        """
+        for maddr in config.initial_peers:
+            check_maddr(maddr)
         memory = anonymous_memory()
         swarm = cls(NetworkHandle.start(config, timeouts or Timeouts(), role, manifest_path, memory), memory)
         try:
@@ -135,7 +147,7 @@ class Swarm:
         self.planned = self.manifest.spec.inner.steps
 
     def wait_for_state(self) -> None:
-        """Until theta is here. Raises as ``join``; the swarm is to be closed then."""
+        """Returns when theta is here. Raises as ``join``; the swarm is to be closed then."""
         joined = self._network.wait("joined")
         self.step, self.head, self.peer_id = joined["step"], joined["head"], joined["peer_id"]
         self.maddrs = joined["maddrs"]
@@ -149,7 +161,7 @@ class Swarm:
         self.close("done" if error is None else type(error).__name__)
 
     def close(self, reason: str) -> None:
-        """Say goodbye and end the network process; within 10 s, whatever it does."""
+        """Says goodbye and ends the network process; within 10 s, whatever it does."""
         self._network.close(reason)
         os.close(self._descriptor)
 
@@ -176,8 +188,8 @@ class Swarm:
         return self._evaluate
 
     def load_into(self, model: torch.nn.Module) -> None:
-        """Give the model theta. A model on the CPU keeps its parameters in shared memory from then on. UsageError when
-        it is not the run's model."""
+        """Gives the model theta, and counts this peer as training from here on. A model on the CPU keeps its parameters
+        in shared memory from then on. UsageError when it is not the run's model."""
         from p2p_diloco.learn.layout import bind_parameters, layout_of, write_parameters
 
         if layout_of(model).digest != self.manifest.layout_digest:
@@ -200,7 +212,7 @@ class Swarm:
         self._begin_inner_steps()
 
     def restore_local(self, local: Vector, model: torch.nn.Module, *, inner_step: int, tokens: int) -> None:
-        """Go on from parameters that an earlier process of this peer saved, ``inner_step`` steps after theta."""
+        """Goes on from parameters that an earlier process of this peer saved, ``inner_step`` steps after theta."""
         from p2p_diloco.learn.layout import write_parameters
 
         self.local[:] = local
@@ -209,7 +221,7 @@ class Swarm:
         self.inner_step, self._tokens_since_theta, self._tokens_this_step = inner_step, tokens, tokens
 
     def read_local(self, model: torch.nn.Module) -> None:
-        """``local`` as the model is now."""
+        """Makes ``local`` what the model is now."""
         from p2p_diloco.learn.layout import read_parameters
 
         if not self._bound:
@@ -228,7 +240,7 @@ class Swarm:
 
     @contextlib.contextmanager
     def theta_in(self, model: torch.nn.Module) -> Iterator[None]:
-        """The model is theta inside the block, and as before afterwards."""
+        """Makes the model theta inside the block, and what it was before afterwards."""
         from p2p_diloco.learn.layout import write_parameters
 
         self.read_local(model)
@@ -244,8 +256,8 @@ class Swarm:
                 write_parameters(model, self.local)
 
     def report(self, loss: float, tokens: int) -> None:
-        """An inner step ended: its mean loss in nats per token, and the tokens it took. Raises what ended the network
-        process, if it has ended."""
+        """Tells that an inner step ended: its mean loss in nats per token, and the tokens it took. It never waits.
+        Raises what ended the network process, if it has ended."""
         self._network.check()
         self.inner_step += 1
         self.tokens += tokens
@@ -277,6 +289,8 @@ class Swarm:
         return (ends[-1] - ends[0]) / (len(ends) - 1) if len(ends) > 1 else 0.0
 
     def outer_step_due(self) -> bool:
+        """Whether the planned inner steps are done, or the round closes before another one would end, or the swarm has
+        gone on without this peer. It never waits."""
         closes_s = self._network.closes_s
         closes_in_s = None if closes_s is None else closes_s - time.monotonic()
         return outer_step_due(
@@ -287,10 +301,13 @@ class Swarm:
             behind=self._network.behind,
         )
 
-    def outer_step(self, model: torch.nn.Module, *, dropped: bool = False) -> dict[str, Any]:
-        """Offer what was learned since theta, take what the group learned. Never raises for what other peers do: the
-        result says whether theta is new (``moved``), and why not, and whether the model goes on from its own parameters
-        all the same (``kept``). ``dropped``: offer nothing, as if it had been lost on its way."""
+    def outer_step(self, model: torch.nn.Module, *, dropped: bool = False) -> OuterResult:
+        """Offers what was learned since theta, takes what the group learned, and returns what became of it.
+
+        It waits until the group is there or the round closes, and until the update is applied. It never raises for what
+        other peers do: the result says whether theta is new (``moved``), and why not, and whether the model goes on
+        from its own parameters all the same (``kept``). ``dropped``: offer nothing, as if it had been lost on its way.
+        """
         from p2p_diloco.learn.layout import write_parameters
 
         ended_s = self._step_ends[-1] if self._step_ends else time.monotonic()
@@ -303,25 +320,25 @@ class Swarm:
             dropped=dropped,
             pace=tokens / seconds if seconds else 0.0,
         )
-        result = self._network.wait("result")
-        moved = result["moved"] = result["committed"] or result["adopted"]
-        if moved and not result["kept"]:
+        line = self._network.wait("result")
+        result = OuterResult(**{key: value for key, value in line.items() if key != "kind"})
+        if result.moved and not result.kept:
             self.local[:] = self.theta
             self._tokens_since_theta = 0
-        if moved:
+        if result.moved:
             self._tokens_this_step = 0
             if not self._bound:
                 write_parameters(model, self.local)
-        self.step, self.head, self.planned = result["step"], result["head"], result["planned"]
+        self.step, self.head, self.planned = result.step, result.head, result.planned
         self.inner_step = 0
-        self._evaluate = result["evaluate"]
-        result["stall_s"] = time.monotonic() - ended_s
-        self._network.say("stall", step=self.step, seconds=result["stall_s"])
+        self._evaluate = result.evaluate
+        result = replace(result, stall_s=time.monotonic() - ended_s)
+        self._network.say("stall", step=self.step, seconds=result.stall_s)
         self._begin_inner_steps()
         return result
 
     def evaluated(self, held_out_loss: float, tokens: int, seconds: float) -> None:
-        """Theta of this outer step has this loss, nats per token, on held-out text."""
+        """Tells the swarm the loss of this outer step's theta on held-out text, in nats per token."""
         self._evaluate = False
         self._begin_inner_steps()
         finite = held_out_loss if np.isfinite(held_out_loss) else None

@@ -19,7 +19,6 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any
 
 import torch
 
@@ -34,6 +33,7 @@ from p2p_diloco.learn.model import evaluate, model_of, pick_device
 from p2p_diloco.learn.source import source_of
 from p2p_diloco.learn.swarm import Swarm
 from p2p_diloco.learn.textreport import log_report
+from p2p_diloco.peer.control import OuterResult
 
 log = logging.getLogger(__name__)
 
@@ -91,7 +91,7 @@ def train(swarm: Swarm, choices: TrainConfig, stop: Stop) -> None:
             with stop.at_once():
                 result = swarm.outer_step(model, dropped=draws_drop(spec.seed, swarm.peer_id, swarm.step, choices.drop))
                 log_result(swarm, result)
-                if result["reason"] == "diverged":
+                if result.reason == "diverged":
                     inner.forget()
                 evaluate_theta(swarm, model, corpus)
             if swarm.step % spec.round.snapshot_every == 0:
@@ -116,9 +116,9 @@ def require_text(manifest: RunManifest, own_data: Path | None) -> None:
 
 
 def open_run_corpus(manifest: RunManifest, own_data: Path | None, peer_id: str) -> Corpus:
-    """The run's text for this machine: built in, on the hub, or ``own_data``; a manifest is another's, and names no
-    file here. Raises DataError when the built-in text is not the one that the run uses; UsageError where own text is
-    needed, or the model does not know all tokens."""
+    """Returns the run's text for this machine, tokenized: built in, on the hub, or ``own_data``, a file or folder; a
+    manifest is another's, and names no file here. Raises DataError when the built-in text is not the one that the run
+    uses; UsageError where own text is needed, or the model does not know all tokens."""
     corpus = open_corpus(
         manifest.spec.data,
         base=None,
@@ -149,6 +149,8 @@ def corpus_name(manifest: RunManifest, own_data: Path | None) -> str:
 
 
 def evaluate_theta(swarm: Swarm, model: torch.nn.Module, corpus: Corpus) -> None:
+    """Evaluates theta on held-out text and tells the swarm its loss, if it is this peer's turn; else it does nothing.
+    The model has its own parameters again afterwards."""
     if not swarm.evaluate_now:
         return
     started_s, spec = time.monotonic(), swarm.manifest.spec
@@ -161,19 +163,19 @@ def evaluate_theta(swarm: Swarm, model: torch.nn.Module, corpus: Corpus) -> None
     log.info("outer step %d: held-out loss %.4f nats per token", swarm.step, loss)
 
 
-def log_result(swarm: Swarm, result: dict[str, Any]) -> None:
-    if result["committed"]:
+def log_result(swarm: Swarm, result: OuterResult) -> None:
+    if result.committed:
         log.info(
             "outer step %d: group of %d, loss %.4f, %.0f tokens/s, stalled %.2f s, sent %.2f MB, received %.2f MB",
-            swarm.step, result["group"], swarm.loss or float("nan"), swarm.tokens_per_s, result["stall_s"],
-            result["bytes_sent"] / 1e6, result["bytes_received"] / 1e6,
+            swarm.step, result.group, swarm.loss or float("nan"), swarm.tokens_per_s, result.stall_s,
+            result.bytes_sent / 1e6, result.bytes_received / 1e6,
         )  # fmt: skip
-    elif result["adopted"]:
-        log.info("outer step %d: taken over from the swarm (%s)", swarm.step, result["reason"])
-    elif result["reason"] == "alone":
+    elif result.adopted:
+        log.info("outer step %d: taken over from the swarm (%s)", swarm.step, result.reason)
+    elif result.reason == "alone":
         log.info("outer step %d: training alone, waiting for peers", swarm.step)
     else:
-        log.info("outer step %d: the round did not commit (%s); training on", swarm.step, result["reason"])
+        log.info("outer step %d: the round did not commit (%s); training on", swarm.step, result.reason)
 
 
 def keep(swarm: Swarm, inner: InnerOptimizer) -> None:

@@ -79,6 +79,16 @@ def read_manifest(run: Path) -> RunManifest:
     return open_manifest(data, str(path))
 
 
+def load_run(path: Path, run_id: str | None = None) -> RunManifest:
+    """Returns the manifest of a run that lies on this disk, its owner's signature checked.
+
+    ``path``: the folder of a seed or a peer, which may be running; the folder of one run in it; or a manifest file.
+    ``run_id`` chooses among several runs in a folder. UsageError when there is none, more than one, or no sound one.
+    A run file, which a person writes, is read by ``RunSpec.load``.
+    """
+    return read_manifest(find_run(path, run_id) if path.is_dir() else path)
+
+
 def load_state(run: Path, step: int | None = None) -> tuple[RunManifest, OuterState]:
     """The newest state that the run folder's ledger leads to, or that of outer step ``step``."""
     manifest = read_manifest(run)

@@ -4,6 +4,7 @@ It runs in the network process, or in memory in tests. It never imports torch, a
 
 Its files, from the bottom up:
 
+    control    what trainer and network process say to each other
     download   chunks or updates from several donors at a time
     catchup    the way to the swarm's head: heads, updates and snapshots from donors
     uploads    what a donor sends to those who catch up
@@ -15,6 +16,5 @@ Its files, from the bottom up:
     peer       the network side of one peer, on any transport: its life and its outer steps
     web        a small HTTP server that strangers may reach
     metrics    one peer's metrics for Prometheus
-    control    what trainer and network process say to each other
     network    the network process
 """

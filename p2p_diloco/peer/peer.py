@@ -17,7 +17,7 @@ import contextlib
 import logging
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 
@@ -38,6 +38,7 @@ from p2p_diloco.core.update import Update, parts_with
 from p2p_diloco.core.waiting import deadline
 from p2p_diloco.ledger.replica import Replica
 from p2p_diloco.peer.catchup import Catchup
+from p2p_diloco.peer.control import OuterResult
 from p2p_diloco.peer.follower import Follower
 from p2p_diloco.peer.presence import LastRound, Presence
 from p2p_diloco.peer.probes import Probes
@@ -56,39 +57,6 @@ log = logging.getLogger(__name__)
 ATTEMPTS = 3
 """Rounds tried on one head before the trainer goes on alone."""
 HAND_OVER_POLL_S = 0.2
-
-
-@dataclass(frozen=True, kw_only=True)
-class OuterResult:
-    """What became of one outer step. Sent to the trainer as JSON."""
-
-    committed: bool
-    """My contribution, or the group's without it, is in the outer state."""
-    adopted: bool
-    """The state moved on without me: the local steps since the last one are lost."""
-    reason: str
-    """Why not committed; empty otherwise."""
-    step: int
-    """The outer step that the peer stands at now."""
-    head: str
-    group: int = 0
-    gather_s: float = 0.0
-    reduce_s: float = 0.0
-    settle_s: float = 0.0
-    apply_s: float = 0.0
-    bytes_sent: int = 0
-    bytes_received: int = 0
-    evaluate: bool = False
-    """This peer is the one to evaluate theta now."""
-    kept: bool = False
-    """The trainer goes on from its own parameters, although theta is new: its contribution is not in it."""
-    planned: int = 0
-    """Inner steps until the next outer step."""
-
-    @property
-    def moved(self) -> bool:
-        """Theta is new: the trainer takes it."""
-        return self.committed or self.adopted
 
 
 class Peer:

@@ -18,7 +18,7 @@ from p2p_diloco.core.codec import Vector
 from p2p_diloco.core.errors import NetworkError, UsageError
 from p2p_diloco.learn.layout import write_parameters
 from p2p_diloco.learn.swarm import Swarm
-from p2p_diloco.peer.peer import OuterResult
+from p2p_diloco.peer.control import OuterResult
 from tests.support.scripted import TOKENS, ScriptedNetwork, head_at, joined, outcome, scripted_manifest
 from tests.support.small_models import llama, vector_of
 
@@ -43,7 +43,7 @@ class Trainer:
         for parameter in self.model.parameters():
             parameter.add_(0.25)
 
-    def outer_step(self, result: OuterResult, **choices: Any) -> dict[str, Any]:
+    def outer_step(self, result: OuterResult, **choices: Any) -> OuterResult:
         self.network.outcomes.append(result)
         return self.swarm.outer_step(self.model, **choices)
 
@@ -152,7 +152,7 @@ def test_what_a_contribution_stands_for(
     theta = np.full_like(learned, 7.0)
     trainer.network.becomes = theta
     found = trainer.outer_step(result)
-    assert found["moved"] == result.moved
+    assert found.moved == result.moved
     assert np.array_equal(trainer.parameters, learned if since_theta else theta)
     assert (swarm.step, swarm.head, swarm.inner_step) == (result.step, result.head, 0)
     assert (swarm.tokens_since_theta, swarm.tokens_this_step) == (since_theta, this_step)
@@ -240,7 +240,7 @@ def test_speeds_are_those_of_the_last_inner_steps_without_what_came_between(
     learn(1.0)
     assert swarm.tokens_per_s == TOKENS
     result = trainer.outer_step(outcome(3))
-    assert result["stall_s"] == 0.0
+    assert result.stall_s == 0.0
     assert [line["step_s"] for line in network.lines("progress")] == [1.0, 2.0, 1.0]
     assert [line["tokens_per_s"] for line in network.lines("progress")] == [TOKENS, TOKENS / 2, TOKENS]
     assert [line["pace"] for line in network.lines("outer_step")][1:] == [2 * TOKENS / 4, 3 * TOKENS / 5]

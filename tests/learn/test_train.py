@@ -35,7 +35,7 @@ from p2p_diloco.learn.train import (
     train,
 )
 from p2p_diloco.ledger.snapshot import TEMPORARY
-from p2p_diloco.peer.peer import OuterResult
+from p2p_diloco.peer.control import OuterResult
 from tests.support.scripted import TOKENS, ScriptedNetwork, head_at, joined, outcome, scripted_manifest
 from tests.support.small_models import llama, vector_of
 

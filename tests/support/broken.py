@@ -20,7 +20,8 @@ from p2p_diloco.core.records import Record
 from p2p_diloco.core.swarm_head import Standing, way_of
 from p2p_diloco.core.update import Part, Update, contributor_mask
 from p2p_diloco.ledger.replica import Replica
-from p2p_diloco.peer.peer import OuterResult, Peer
+from p2p_diloco.peer.control import OuterResult
+from p2p_diloco.peer.peer import Peer
 from p2p_diloco.round import settle
 from p2p_diloco.round.meeting import Meeting
 from p2p_diloco.round.settle import Settlement

@@ -24,7 +24,8 @@ from p2p_diloco.core.runfile import DataSpec, InnerSpec, ModelSpec, OnMissed, Ou
 from p2p_diloco.core.waiting import deadline
 from p2p_diloco.ledger.ledger import Ledger
 from p2p_diloco.ledger.replica import Replica
-from p2p_diloco.peer.peer import OuterResult, Peer
+from p2p_diloco.peer.control import OuterResult
+from p2p_diloco.peer.peer import Peer
 from tests.support.builders import identity
 from tests.support.links import FakeNetwork, FakeTransport
 from tests.support.simloop import Incarnation, run_simulated

@@ -18,9 +18,8 @@ from p2p_diloco.core.runfile import DataSpec, InnerSpec, OuterSpec, RoundSpec
 from p2p_diloco.learn.layout import layout_of
 from p2p_diloco.learn.process import NetworkHandle
 from p2p_diloco.learn.swarm import Swarm, anonymous_memory
-from p2p_diloco.peer.control import Line, pack_line, socket_pair, unpack_line
+from p2p_diloco.peer.control import Line, OuterResult, pack_line, socket_pair, unpack_line
 from p2p_diloco.peer.network import map_vectors
-from p2p_diloco.peer.peer import OuterResult
 from tests.support.builders import identity
 from tests.support.small_models import llama, manifest_of, resolved
 

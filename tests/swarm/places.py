@@ -88,6 +88,10 @@ class Place:
     # -- commands ----------------------------------------------------------------------------------------------------
 
     def start(self, name: str, *arguments: str) -> Program:
+        return self.run(name, "-m", "p2p_diloco", *arguments)
+
+    def run(self, name: str, *arguments: str) -> Program:
+        """``arguments``: Python's."""
         self.programs.append(Program(self, name, arguments))
         return self.programs[-1]
 
@@ -159,7 +163,7 @@ class Program:
         self.output = place.root / f"{name}.out"
         with self.output.open("ab") as output:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "p2p_diloco", *arguments],
+                [sys.executable, *arguments],
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
