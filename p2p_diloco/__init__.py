@@ -11,7 +11,8 @@ TYPE_CHECKING = False  # as in typing, which is not imported yet
 if TYPE_CHECKING:
     from p2p_diloco.core.config import PeerConfig, Timeouts
     from p2p_diloco.core.errors import LocalError, NetworkError, UsageError
-    from p2p_diloco.core.manifest import RunManifest, RunSpec
+    from p2p_diloco.core.manifest import RunManifest
+    from p2p_diloco.core.runfile import RunSpec
     from p2p_diloco.learn.data import Corpus
     from p2p_diloco.learn.export import export_model
     from p2p_diloco.learn.model import losses_of, model_of
@@ -48,7 +49,7 @@ _HOMES = {
     "OuterResult": "peer.control",
     "PeerConfig": "core.config",
     "RunManifest": "core.manifest",
-    "RunSpec": "core.manifest",
+    "RunSpec": "core.runfile",
     "Swarm": "learn.swarm",
     "Timeouts": "core.config",
     "UsageError": "core.errors",

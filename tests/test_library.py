@@ -24,7 +24,7 @@ LIGHT_NAMES = (
     *("LocalError", "NetworkError", "OuterResult", "PeerConfig", "RunManifest", "RunSpec"),
     *("Swarm", "Timeouts", "UsageError", "load_run"),
 )
-"""What a program may name that starts no training: of the others some need torch, and are loaded when they are named."""
+"""What a program may name that starts no training. The others need torch, or files that do."""
 
 
 def rows_of(first: str) -> list[str]:

@@ -37,7 +37,7 @@ def check_name(name: str) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class Timeouts:
-    """Every wait of the network side. Seconds. Tests on loopback scale all of them down with ``scaled``."""
+    """Every wait of the network side, in seconds. ``scaled`` makes all of them longer, for slow links, or shorter."""
 
     connect_s: float = 8.0
     """Until a stream to a peer is open."""
@@ -80,13 +80,14 @@ class Timeouts:
         return self.round_s + vector_bytes / self.min_rate_bytes_per_s
 
     def scaled(self, factor: float) -> Timeouts:
+        """Returns time-outs that are ``factor`` times as long, and rates as much lower."""
         waits = {name: wait_s * factor for name, wait_s in vars(self).items()}
         rates = {name: rate / factor for name, rate in vars(self).items() if name.endswith("_bytes_per_s")}
         return Timeouts(**waits | rates)
 
 
 class PeerConfig(BaseModel):
-    """Sent once, as JSON, from the trainer to its network process."""
+    """What a peer chooses alone: its folder, addresses, name and limits. It never leaves this machine as such."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 

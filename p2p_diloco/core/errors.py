@@ -22,12 +22,15 @@ import errno
 
 
 class LocalError(Exception):
-    """One line for the user: what is wrong and how to mend it."""
+    """Something went wrong on this machine. Its text is one line for the user: what is wrong and how to mend it."""
 
     exit_code = 1
+    """What a command ends with that this ends."""
 
 
 class UsageError(LocalError):
+    """The user gave something that cannot be used: a flag, a file, an address, a model."""
+
     exit_code = 2
 
 
@@ -44,7 +47,7 @@ class Gap(LedgerError):
 
 
 class NetworkError(LocalError):
-    pass
+    """This peer's network side cannot start, cannot reach anybody, or has ended."""
 
 
 class Stopped(LocalError):

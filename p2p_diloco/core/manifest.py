@@ -34,6 +34,8 @@ HexDigest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
 class RunManifest(Section):
+    """What all peers of a run agree on: what its run file says, and what follows from that and from the genesis."""
+
     protocol: int = PROTOCOL
     spec: RunSpec
     model_config_json: str

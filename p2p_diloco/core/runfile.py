@@ -193,7 +193,7 @@ class RoundSpec(Section):
 
 
 class RunSpec(Section):
-    """A run file."""
+    """What a run file says: model, data, inner and outer optimizer, round limits."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
@@ -226,7 +226,7 @@ class RunSpec(Section):
 
     @classmethod
     def load(cls, path: Path) -> RunSpec:
-        """Raises UsageError that names file and key."""
+        """Returns what the run file at ``path`` says. Raises UsageError that names file and key."""
         table = read_toml(path, "run file")
         if "simulate" in table:
             raise UsageError(f"{path}: [simulate] is for simulations alone; take it out for a run")

@@ -50,7 +50,7 @@ PACE_ROUNDS = 4
 
 
 class Swarm:
-    """``join`` makes one, or ``find``. Use it as a context manager, from one thread."""
+    """A trainer's hold on a swarm. ``join`` makes one, or ``find``. Use it as a context manager, from one thread."""
 
     manifest: RunManifest
     theta: Vector
