@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import p2p_diloco
-from p2p_diloco import Swarm
+from tests.support.scripted import ScriptedNetwork, joined, scripted_manifest
 
 PACKAGE = Path(p2p_diloco.__file__).parent
 ROOT = PACKAGE.parent
@@ -50,12 +50,11 @@ def test_the_page_has_every_name_of_the_library_and_no_other() -> None:
     assert len(CODE) == 1
 
 
-def test_what_the_page_says_of_a_swarm_is_there() -> None:
-    members = rows_of("member")
+def test_what_the_page_says_of_a_swarm_is_there(tmp_path: Path) -> None:
+    members, manifest = rows_of("member"), scripted_manifest()
     assert {"theta", "load_into", "report", "outer_step_due", "outer_step"} <= set(members)
-    source = (PACKAGE / "learn" / "swarm.py").read_text(encoding="utf-8")
-    for name in members:
-        assert hasattr(Swarm, name) or name in Swarm.__annotations__ or f"        self.{name} = " in source, name
+    with joined(ScriptedNetwork(manifest), manifest, tmp_path) as swarm:
+        assert [name for name in members if not hasattr(swarm, name)] == []
 
 
 @pytest.mark.parametrize("name", p2p_diloco.__all__)

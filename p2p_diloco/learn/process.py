@@ -12,14 +12,31 @@ import threading
 import time
 from pathlib import Path
 from socket import socket
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from p2p_diloco.core.config import PeerConfig, Timeouts
 from p2p_diloco.core.errors import NetworkError, UsageError
 from p2p_diloco.core.interpreter import python_command
-from p2p_diloco.peer.control import Line, has_room, pack_line, socket_pair, unpack_line
+from p2p_diloco.core.records import Role
+from p2p_diloco.peer.control import (
+    Failed,
+    FromNetwork,
+    FromTrainer,
+    Leave,
+    LogLine,
+    News,
+    OuterResult,
+    Peers,
+    Start,
+    has_room,
+    pack_line,
+    socket_pair,
+    unpack_line,
+)
 
 log = logging.getLogger(__name__)
+
+Answer = TypeVar("Answer")
 
 POLL_S = 0.2
 LEAVE_S = 5.5
@@ -50,7 +67,7 @@ class NetworkHandle:
         """Everybody's record, mine first; renewed every second."""
         self.evaluation: tuple[int, float] | None = None
         """(outer step, held-out loss) of the newest evaluation that is believed; renewed every second."""
-        self._answers: queue.Queue[Line] = queue.Queue()
+        self._answers: queue.Queue[FromNetwork | FromTrainer] = queue.Queue()
         self._leaving = False
         self._control, self._process = control, process
         self._reader = threading.Thread(target=self._read, name="network process", daemon=True)
@@ -58,7 +75,7 @@ class NetworkHandle:
 
     @classmethod
     def start(
-        cls, config: PeerConfig, timeouts: Timeouts, role: str, manifest_path: Path | None, memory: int
+        cls, config: PeerConfig, timeouts: Timeouts, role: Role, manifest_path: Path | None, memory: int
     ) -> NetworkHandle:
         """Starts the network process. ``memory``: descriptor of what both processes share; it stays the caller's."""
         control, theirs = socket_pair()
@@ -70,19 +87,12 @@ class NetworkHandle:
                 start_new_session=True,
             )
         handle = cls(control, process)
-        handle.say(
-            "start",
-            # not pydantic's JSON, which has no way to say a path with bytes that are no text
-            config={key: str(value) if isinstance(value, Path) else value for key, value in config},
-            timeouts=vars(timeouts),
-            role=role,
-            manifest_path=None if manifest_path is None else str(manifest_path),
-        )
+        handle.say(Start(config=config, timeouts=timeouts, role=role, manifest_path=manifest_path))
         return handle
 
-    def say(self, kind: str, **fields: Any) -> None:
+    def say(self, line: FromTrainer) -> None:
         try:
-            self._control.sendall(pack_line(kind, **fields))
+            self._control.sendall(pack_line(line))
         except OSError:
             return  # The network process is gone: the reader thread has seen it, and ``wait`` says it.
 
@@ -90,30 +100,30 @@ class NetworkHandle:
         """Whether it would hear me at once; not while it is stopped."""
         return has_room(self._control)
 
-    def wait(self, *kinds: str) -> Line:
-        """The next answer of one of these kinds. Raises what ended the network process, if it ends first. Signal
-        handlers run meanwhile, and may raise."""
+    def wait(self, *kinds: type[Answer]) -> Answer:
+        """Returns the next answer of one of these kinds. Raises what ended the network process, if it ends first.
+        Signal handlers run meanwhile, and may raise."""
         while True:
             try:
                 line = self._answers.get(timeout=POLL_S)
             except queue.Empty:
                 continue
-            if line["kind"] == "failed":
+            if isinstance(line, Failed):
                 raise failure(line)
-            if line["kind"] in kinds:
+            if isinstance(line, kinds):
                 return line
 
     def check(self) -> None:
         """Raises what ended the network process, if it has ended."""
         for line in list(self._answers.queue):
-            if line["kind"] == "failed":
+            if isinstance(line, Failed):
                 raise failure(line)
 
     def close(self, reason: str) -> None:
         """Have it say goodbye, and end it; within 10 s, whatever it does."""
         self._leaving = True
         if self.has_room():
-            self.say("leave", reason=reason)
+            self.say(Leave(reason=reason))
         try:
             self._process.wait(LEAVE_S)
         except subprocess.TimeoutExpired:
@@ -132,22 +142,20 @@ class NetworkHandle:
                     if data.endswith(b"\n"):
                         self._on_line(unpack_line(data))
         finally:
-            self._answers.put({"kind": "failed", "message": "the network process died", "exit_code": 1})
+            self._answers.put(Failed(message="the network process died", exit_code=1))
             if not self._leaving:
                 self._end_orphan()
 
-    def _on_line(self, line: Line) -> None:
-        if line["kind"] == "log":
-            logging.getLogger(line["name"]).log(line["level"], "%s", line["text"])
-        elif line["kind"] == "news":
-            closes_in_s = line["closes_in_s"]
-            self.closes_s = None if closes_in_s is None else time.monotonic() + closes_in_s
-            self.behind = line["behind"]
-        elif line["kind"] == "peers":
-            self.rows = line["rows"]
-            self.evaluation = None if line["evaluation"] is None else tuple(line["evaluation"])
+    def _on_line(self, line: FromNetwork | FromTrainer) -> None:
+        if isinstance(line, LogLine):
+            logging.getLogger(line.name).log(line.level, "%s", line.text)
+        elif isinstance(line, News):
+            self.closes_s = None if line.closes_in_s is None else time.monotonic() + line.closes_in_s
+            self.behind = line.behind
+        elif isinstance(line, Peers):
+            self.rows, self.evaluation = line.rows, line.evaluation
         else:
-            if line["kind"] == "result":  # what was news before this outer step is so no longer
+            if isinstance(line, OuterResult):  # what was news before this outer step is so no longer
                 self.closes_s, self.behind = None, False
             self._answers.put(line)
 
@@ -162,6 +170,6 @@ class NetworkHandle:
         os._exit(1)
 
 
-def failure(line: Line) -> NetworkError | UsageError:
-    """What ended the network process, as it told us."""
-    return (UsageError if line["exit_code"] == 2 else NetworkError)(line["message"])
+def failure(line: Failed) -> NetworkError | UsageError:
+    """Returns what ended the network process, as it told us."""
+    return (UsageError if line.exit_code == 2 else NetworkError)(line.message)

@@ -37,8 +37,21 @@ from p2p_diloco.core.config import PeerConfig, Timeouts
 from p2p_diloco.core.errors import UsageError
 from p2p_diloco.core.manifest import RunManifest, open_manifest
 from p2p_diloco.core.pace import outer_step_due
+from p2p_diloco.core.records import Role
 from p2p_diloco.learn.process import NetworkHandle
-from p2p_diloco.peer.control import OuterResult
+from p2p_diloco.peer.control import (
+    Begin,
+    Begun,
+    Evaluated,
+    Found,
+    InnerStep,
+    Joined,
+    Left,
+    Moved,
+    OuterResult,
+    OuterStep,
+    Stall,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -93,7 +106,7 @@ class Swarm:
         config: PeerConfig,
         *,
         timeouts: Timeouts | None = None,
-        role: str = "trainer",
+        role: Role = "trainer",
         manifest_path: Path | None = None,
     ) -> Swarm:
         """Joins the run at the addresses of ``config``, and returns when its state is here: theta, newest step.
@@ -115,7 +128,7 @@ class Swarm:
         config: PeerConfig,
         *,
         timeouts: Timeouts | None = None,
-        role: str = "trainer",
+        role: Role = "trainer",
         manifest_path: Path | None = None,
     ) -> Swarm:
         """Starts the network process, and returns when the run's manifest is here and its state is still on its way.
@@ -136,10 +149,9 @@ class Swarm:
 
     def wait_for_manifest(self) -> None:
         """Until the run is found; ``find`` does this. Raises as ``join``; the swarm is to be closed then."""
-        found = self._network.wait("found")
-        self.folder = Path(found["folder"])
-        manifest = Path(found["manifest_path"])
-        self.manifest = open_manifest(manifest.read_bytes(), str(manifest))
+        found = self._network.wait(Found)
+        self.folder = found.folder
+        self.manifest = open_manifest(found.manifest_path.read_bytes(), str(found.manifest_path))
         n = self.manifest.n_params
         shared = np.frombuffer(mmap.mmap(self._descriptor, 2 * 4 * n), np.float32)
         self.theta, self.local = shared[:n], shared[n:]
@@ -148,9 +160,8 @@ class Swarm:
 
     def wait_for_state(self) -> None:
         """Returns when theta is here. Raises as ``join``; the swarm is to be closed then."""
-        joined = self._network.wait("joined")
-        self.step, self.head, self.peer_id = joined["step"], joined["head"], joined["peer_id"]
-        self.maddrs = joined["maddrs"]
+        joined = self._network.wait(Joined)
+        self.step, self.head, self.peer_id, self.maddrs = joined.step, joined.head, joined.peer_id, joined.maddrs
 
     def __enter__(self) -> Swarm:
         return self
@@ -205,9 +216,9 @@ class Swarm:
         """Take theta as it is now into ``local``, and count as training from here on. ``load_into`` does this."""
         if not self.peer_id:
             raise RuntimeError("theta is not here yet: wait_for_state comes before it is taken")
-        self._network.say("begin", planned=self.planned)
-        begun = self._network.wait("begun")
-        self.step, self.head, self._evaluate = begun["step"], begun["head"], begun["evaluate"]
+        self._network.say(Begin(planned=self.planned))
+        begun = self._network.wait(Begun)
+        self.step, self.head, self._evaluate = begun.step, begun.head, begun.evaluate
         self.local[:] = self.theta
         self._begin_inner_steps()
 
@@ -270,13 +281,14 @@ class Swarm:
         if not self._network.has_room():
             return  # it is stopped; the next inner step says more than this one
         self._network.say(
-            "progress",
-            inner_step=self.inner_step,
-            planned=self.planned,
-            step_s=self._step_s(),
-            loss=loss if np.isfinite(loss) else None,
-            tokens=self.tokens,
-            tokens_per_s=self.tokens_per_s,
+            InnerStep(
+                inner_step=self.inner_step,
+                planned=self.planned,
+                step_s=self._step_s(),
+                loss=loss if np.isfinite(loss) else None,
+                tokens=self.tokens,
+                tokens_per_s=self.tokens_per_s,
+            )
         )
 
     def _begin_inner_steps(self) -> None:
@@ -314,14 +326,9 @@ class Swarm:
         self.read_local(model)
         self._paces.append((self.tokens - self._began_tokens, ended_s - self._began_s))
         tokens, seconds = (sum(column) for column in zip(*self._paces))
-        self._network.say(
-            "outer_step",
-            tokens=max(self._tokens_since_theta, 1),
-            dropped=dropped,
-            pace=tokens / seconds if seconds else 0.0,
-        )
-        line = self._network.wait("result")
-        result = OuterResult(**{key: value for key, value in line.items() if key != "kind"})
+        pace = tokens / seconds if seconds else 0.0
+        self._network.say(OuterStep(tokens=max(self._tokens_since_theta, 1), dropped=dropped, pace=pace))
+        result = self._network.wait(OuterResult)
         if result.moved and not result.kept:
             self.local[:] = self.theta
             self._tokens_since_theta = 0
@@ -333,7 +340,7 @@ class Swarm:
         self.inner_step = 0
         self._evaluate = result.evaluate
         result = replace(result, stall_s=time.monotonic() - ended_s)
-        self._network.say("stall", step=self.step, seconds=result.stall_s)
+        self._network.say(Stall(step=self.step, seconds=result.stall_s))
         self._begin_inner_steps()
         return result
 
@@ -342,12 +349,12 @@ class Swarm:
         self._evaluate = False
         self._begin_inner_steps()
         finite = held_out_loss if np.isfinite(held_out_loss) else None
-        self._network.say("evaluated", step=self.step, held_out_loss=finite, tokens=tokens, seconds=seconds)
+        self._network.say(Evaluated(step=self.step, held_out_loss=finite, tokens=tokens, seconds=seconds))
 
     def serve(self) -> None:
         """For a seed: until a signal handler raises. Raises what ended the network process, if that ends first."""
-        while (line := self._network.wait("moved", "left"))["kind"] == "moved":
-            self.step, self.head = line["step"], line["head"]
+        while isinstance(line := self._network.wait(Moved, Left), Moved):
+            self.step, self.head = line.step, line.head
 
 
 def anonymous_memory() -> int:

@@ -1,27 +1,11 @@
-"""What a trainer and its network process say to each other: JSON objects, one a line, over a pair of sockets.
+"""What a trainer and its network process say to each other: one class for each kind of line, and their sockets.
 
-Both ends are ours, so nothing is checked beyond the name; the end of the stream means that the other process is gone.
+A line is a JSON object with the ``kind``, as KINDS names it, and the fields of the class. ``pack_line`` writes it, and
+``unpack_line`` checks it, though both ends are ours. The end of the stream means that the other process is gone.
 
-    trainer -> network
-        start       config, timeouts, role, manifest_path (a seed's; else null)     once, first
-        begin       planned (inner steps)                                           answered by begun
-        progress    inner_step, planned, step_s, loss, tokens, tokens_per_s         after every inner step
-        outer_step  tokens, dropped (offer nothing), pace (tokens per second)      answered by result
-        stall       step, seconds
-        evaluated   step, held_out_loss, tokens, seconds
-        leave       reason                                                         answered by left
-    network -> trainer
-        log         level, name, text
-        found       manifest_path, folder              the manifest is known; the vectors have their size
-        joined      peer_id, maddrs, step, head
-        begun       step, head, evaluate               theta moves at outer steps only from now on
-        news        closes_in_s (null: no round is closing), behind
-        peers       rows: the fields of everybody's record, mine first; evaluation: the newest one that is believed, as
-                    [step, held-out loss], or null
-        moved       step, head                         a seed followed the swarm
-        result      the fields of OuterResult
-        left
-        failed      message, exit_code                 the network process ends
+    trainer -> network    Start (once, first), Begin (answered by Begun), InnerStep, Stall, Evaluated,
+                          OuterStep (answered by OuterResult), Leave (answered by Left)
+    network -> trainer    LogLine, Found, Joined, Begun, News, Peers, Moved, OuterResult, Left, Failed
 """
 
 from __future__ import annotations
@@ -29,10 +13,158 @@ from __future__ import annotations
 import json
 import select
 import socket
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass
+from functools import cache
+from pathlib import Path
 from typing import Any
 
-Line = dict[str, Any]
+from pydantic import BaseModel, TypeAdapter
+
+from p2p_diloco.core.config import PeerConfig, Timeouts
+from p2p_diloco.core.records import Role
+
+# -- trainer -> network ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Start:
+    """Find the run, and join it."""
+
+    config: PeerConfig
+    timeouts: Timeouts
+    role: Role
+    manifest_path: Path | None
+    """Of a seed, which brings the run along."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Begin:
+    """The trainer takes theta now."""
+
+    planned: int
+    """Inner steps until its first outer step."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class InnerStep:
+    """An inner step ended."""
+
+    inner_step: int
+    """Since the last outer step."""
+    planned: int
+    step_s: float
+    """Mean seconds of the last ones."""
+    loss: float | None
+    """Nats per token; None where it is not finite."""
+    tokens: int
+    """Trained on since joining."""
+    tokens_per_s: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class OuterStep:
+    """The inner steps are done, ``local`` holds what was learned: make the outer step."""
+
+    tokens: int
+    """That the contribution stands for."""
+    dropped: bool
+    """Contribute nothing."""
+    pace: float
+    """The trainer's speed in tokens per second; 0 where unknown."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stall:
+    """How long the outer step that led to ``step`` kept the trainer from learning."""
+
+    step: int
+    seconds: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluated:
+    """Theta of outer step ``step`` was evaluated on held-out text."""
+
+    step: int
+    held_out_loss: float | None
+    """Nats per token; None where it is not finite."""
+    tokens: int
+    seconds: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Leave:
+    """Say goodbye to the others, and end."""
+
+    reason: str
+
+
+# -- network -> trainer ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class LogLine:
+    """A record of ``logging``: the trainer alone writes to the terminal."""
+
+    level: int
+    name: str
+    text: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Found:
+    """The run is known, and the shared vectors have their size."""
+
+    manifest_path: Path
+    folder: Path
+
+
+@dataclass(frozen=True, kw_only=True)
+class Joined:
+    """The state is here."""
+
+    peer_id: str
+    maddrs: list[str]
+    step: int
+    head: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Begun:
+    """Theta moves at outer steps only from now on."""
+
+    step: int
+    head: str
+    evaluate: bool
+    """It is this peer's turn to evaluate theta."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class News:
+    """What may make an outer step due."""
+
+    closes_in_s: float | None
+    """Until the round closes; None where none is closing."""
+    behind: bool
+    """The swarm has gone on without this peer."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Peers:
+    """Who is there."""
+
+    rows: list[dict[str, Any]]
+    """The fields of everybody's record, mine first."""
+    evaluation: tuple[int, float] | None
+    """(outer step, held-out loss) of the newest evaluation that is believed."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Moved:
+    """A seed followed the swarm."""
+
+    step: int
+    head: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,13 +211,72 @@ class OuterResult:
         return self.committed or self.adopted
 
 
-def pack_line(kind: str, **fields: Any) -> bytes:
-    return json.dumps({"kind": kind, **fields}).encode() + b"\n"
+@dataclass(frozen=True, kw_only=True)
+class Left:
+    """The others have been told, as far as there was time."""
 
 
-def unpack_line(data: bytes) -> Line:
-    line: Line = json.loads(data)
-    return line
+@dataclass(frozen=True, kw_only=True)
+class Failed:
+    """The network process ends."""
+
+    message: str
+    exit_code: int
+
+
+# -- lines -------------------------------------------------------------------------------------------------------------
+
+FromTrainer = Start | Begin | InnerStep | OuterStep | Stall | Evaluated | Leave
+FromNetwork = LogLine | Found | Joined | Begun | News | Peers | Moved | OuterResult | Left | Failed
+KINDS: dict[str, type[FromTrainer] | type[FromNetwork]] = {
+    "start": Start,
+    "begin": Begin,
+    "progress": InnerStep,
+    "outer_step": OuterStep,
+    "stall": Stall,
+    "evaluated": Evaluated,
+    "leave": Leave,
+    "log": LogLine,
+    "found": Found,
+    "joined": Joined,
+    "begun": Begun,
+    "news": News,
+    "peers": Peers,
+    "moved": Moved,
+    "result": OuterResult,
+    "left": Left,
+    "failed": Failed,
+}
+NAMES = {line_type: kind for kind, line_type in KINDS.items()}
+
+
+def pack_line(line: FromTrainer | FromNetwork) -> bytes:
+    """Returns ``line`` as JSON, with the end of the line."""
+    return json.dumps({"kind": NAMES[type(line)], **shallow(line)}, default=shallow).encode() + b"\n"
+
+
+def unpack_line(data: bytes) -> FromTrainer | FromNetwork:
+    """Returns the line that ``data`` is. ValueError for anything that ``pack_line`` does not write."""
+    table = json.loads(data)
+    kind = table.pop("kind", None) if isinstance(table, dict) else None
+    if not isinstance(kind, str) or kind not in KINDS:
+        raise ValueError(f"a line of kind {kind!r}")
+    if unknown := table.keys() - {field.name for field in fields(KINDS[kind])}:
+        raise ValueError(f"a line of kind {kind!r} with {', '.join(sorted(unknown))}")
+    return reader_of(kind).validate_python(table)
+
+
+@cache
+def reader_of(kind: str) -> TypeAdapter[FromTrainer | FromNetwork]:
+    return TypeAdapter(KINDS[kind])
+
+
+def shallow(value: object) -> Any:
+    """Returns what JSON has for ``value``, with its own values as they are. Not pydantic's JSON, which has no way to
+    say a path with bytes that are no text."""
+    if is_dataclass(value):
+        return {field.name: getattr(value, field.name) for field in fields(value)}
+    return dict(value) if isinstance(value, BaseModel) else str(value)
 
 
 def socket_pair() -> tuple[socket.socket, socket.socket]:

@@ -18,7 +18,6 @@ import socket
 import sys
 import time
 from collections.abc import Coroutine
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +37,28 @@ from p2p_diloco.core.waiting import deadline, heard
 from p2p_diloco.ledger.folder import MANIFEST_FILE, open_ledger, run_folder
 from p2p_diloco.ledger.replica import Replica
 from p2p_diloco.ledger.snapshot import disk_errors, write_whole
-from p2p_diloco.peer.control import Line, pack_line, unpack_line
+from p2p_diloco.peer.control import (
+    Begin,
+    Begun,
+    Evaluated,
+    Failed,
+    Found,
+    FromNetwork,
+    FromTrainer,
+    InnerStep,
+    Joined,
+    Leave,
+    Left,
+    LogLine,
+    Moved,
+    News,
+    OuterStep,
+    Peers,
+    Stall,
+    Start,
+    pack_line,
+    unpack_line,
+)
 from p2p_diloco.peer.metrics import PeerMetrics
 from p2p_diloco.peer.peer import Peer
 from p2p_diloco.wire.daemon import private_socket_folder
@@ -66,7 +86,7 @@ class ToTrainer(logging.Handler):
         text = record.getMessage()
         if record.exc_info:
             text += "\n" + logging.Formatter().formatException(record.exc_info)
-        self.writer.write(pack_line("log", level=record.levelno, name=record.name, text=text))
+        self.writer.write(pack_line(LogLine(level=record.levelno, name=record.name, text=text)))
 
 
 class NetworkProcess:
@@ -87,6 +107,7 @@ class NetworkProcess:
             start = await self._receive()
         except EOFError:
             return
+        assert isinstance(start, Start)
         ends = [self._spawn(self._work(start)), self._spawn(self._commands())]
         try:
             done, _ = await asyncio.wait([*ends, self.failure], return_when=asyncio.FIRST_COMPLETED)
@@ -99,30 +120,29 @@ class NetworkProcess:
             if self.failure.done():
                 self.failure.exception()  # raised above; asyncio shall not report it a second time
 
-    async def _work(self, start: Line) -> None:
-        config = PeerConfig.model_validate(start["config"])
-        timeouts = Timeouts(**start["timeouts"])
+    async def _work(self, start: Start) -> None:
+        config, timeouts = start.config, start.timeouts
         identity = Identity.load_or_create(config.identity_path)
         node = await Node.start(config, identity, timeouts, private_socket_folder(config.folder))
         try:
-            signed, folder = await self._find_run(node, config, timeouts, start["manifest_path"])
-            await self._live(node, config, identity, signed, folder, seed=start["role"] == "seed")
+            signed, folder = await self._find_run(node, config, timeouts, start.manifest_path)
+            await self._live(node, config, identity, signed, folder, seed=start.role == "seed")
         finally:
             await node.close()
 
     async def _find_run(
-        self, node: Node, config: PeerConfig, timeouts: Timeouts, manifest_path: str | None
+        self, node: Node, config: PeerConfig, timeouts: Timeouts, manifest_path: Path | None
     ) -> tuple[bytes, Path]:
         """The signed manifest, and the run's folder with the manifest in it."""
         if manifest_path is not None:
-            with disk_errors(Path(manifest_path)):
-                signed = await asyncio.to_thread(Path(manifest_path).read_bytes)
+            with disk_errors(manifest_path):
+                signed = await asyncio.to_thread(manifest_path.read_bytes)
         else:
             initial = [(maddr.rsplit("/p2p/", 1)[1], maddr) for maddr in config.initial_peers]
             signed = await find_manifest(
                 node, run_id=config.run_id, initial_peers=initial, timeouts=timeouts, wall_s=time.time
             )
-        manifest = open_manifest(signed, manifest_path or "the run")
+        manifest = open_manifest(signed, str(manifest_path or "the run"))
         folder = run_folder(config.folder, manifest)
         await asyncio.to_thread(keep_manifest, folder / MANIFEST_FILE, signed)
         return signed, folder
@@ -148,7 +168,7 @@ class NetworkProcess:
             max_upload_bytes_per_s=config.max_upload_bytes_per_s,
             metrics=metrics,
         )
-        self._send("found", manifest_path=str(folder / MANIFEST_FILE), folder=str(folder))
+        self._send(Found(manifest_path=folder / MANIFEST_FILE, folder=folder))
         try:
             events.write(
                 "started",
@@ -171,11 +191,12 @@ class NetworkProcess:
     async def _join_and_run(self, node: Node, peer: Peer) -> None:
         await peer.join()
         self._send(
-            "joined",
-            peer_id=peer.identity.peer_id,
-            maddrs=await node.maddrs(),
-            step=peer.step,
-            head=peer.seat.standing.head.hex(),
+            Joined(
+                peer_id=peer.identity.peer_id,
+                maddrs=await node.maddrs(),
+                step=peer.step,
+                head=peer.seat.standing.head.hex(),
+            )
         )
         self._spawn(self._tell_news(peer))
         self._spawn(self._tell_peers(peer))
@@ -190,28 +211,28 @@ class NetworkProcess:
             try:
                 line = await self._receive()
             except EOFError:
-                line = {"kind": "leave", "reason": "the trainer is gone"}
+                line = Leave(reason="the trainer is gone")
             peer = self.peer
-            if line["kind"] == "leave":
+            if isinstance(line, Leave):
                 if outer_step is not None:
                     outer_step.cancel()
                 if peer is not None:
-                    await self._leave(peer, line["reason"])
-                self._send("left")
+                    await self._leave(peer, line.reason)
+                self._send(Left())
                 return
             if peer is None:
                 continue
-            if line["kind"] == "progress":
+            if isinstance(line, InnerStep):
                 self._on_progress(peer, line)
-            elif line["kind"] == "begin":
+            elif isinstance(line, Begin):
                 now_s = asyncio.get_running_loop().time()
-                peer.seat.progress = Progress(planned=line["planned"], reported_s=now_s)
+                peer.seat.progress = Progress(planned=line.planned, reported_s=now_s)
                 self._spawn(self._begin(peer))
-            elif line["kind"] == "outer_step":
+            elif isinstance(line, OuterStep):
                 outer_step = self._spawn(self._outer_step(peer, line))
-            elif line["kind"] == "stall":
-                peer.events.write("stall", step=line["step"], seconds=line["seconds"])
-            elif line["kind"] == "evaluated":
+            elif isinstance(line, Stall):
+                peer.events.write("stall", step=line.step, seconds=line.seconds)
+            elif isinstance(line, Evaluated):
                 self._on_evaluated(peer, line)
 
     async def _leave(self, peer: Peer, reason: str) -> None:
@@ -224,31 +245,37 @@ class NetworkProcess:
     async def _begin(self, peer: Peer) -> None:
         await peer.begin()
         standing = peer.seat.standing
-        self._send("begun", step=standing.step, head=standing.head.hex(), evaluate=peer.evaluates_genesis())
+        self._send(Begun(step=standing.step, head=standing.head.hex(), evaluate=peer.evaluates_genesis()))
 
-    async def _outer_step(self, peer: Peer, line: Line) -> None:
-        result = await peer.outer_step(line["tokens"], dropped=line["dropped"], pace=line["pace"])
-        self._send("result", **asdict(result))
+    async def _outer_step(self, peer: Peer, line: OuterStep) -> None:
+        self._send(await peer.outer_step(line.tokens, dropped=line.dropped, pace=line.pace))
 
-    def _on_progress(self, peer: Peer, line: Line) -> None:
+    def _on_progress(self, peer: Peer, line: InnerStep) -> None:
         now_s = asyncio.get_running_loop().time()
-        inner_step, planned = line["inner_step"], line["planned"]
-        peer.seat.progress = Progress(inner_step=inner_step, planned=planned, step_s=line["step_s"], reported_s=now_s)
-        peer.presence.trained.loss, peer.presence.trained.tokens = line["loss"], line["tokens"]
-        peer.presence.trained.tokens_per_s = line["tokens_per_s"]
+        inner_step, planned = line.inner_step, line.planned
+        peer.seat.progress = Progress(inner_step=inner_step, planned=planned, step_s=line.step_s, reported_s=now_s)
+        peer.presence.trained.loss, peer.presence.trained.tokens = line.loss, line.tokens
+        peer.presence.trained.tokens_per_s = line.tokens_per_s
         if peer.seat.phase == "evaluate":
             peer.seat.phase = "inner"  # a trainer need not evaluate when it is its turn
         if now_s - self.inner_event_s >= INNER_EVENT_EVERY_S or inner_step >= planned:
             self.inner_event_s = now_s
-            fields = {key: line[key] for key in ("inner_step", "planned", "loss", "tokens", "tokens_per_s")}
-            peer.events.write("inner", step=peer.step, **fields)
+            peer.events.write(
+                "inner",
+                step=peer.step,
+                inner_step=inner_step,
+                planned=planned,
+                loss=line.loss,
+                tokens=line.tokens,
+                tokens_per_s=line.tokens_per_s,
+            )
 
-    def _on_evaluated(self, peer: Peer, line: Line) -> None:
-        peer.presence.trained.held_out_loss, peer.presence.trained.held_out_step = line["held_out_loss"], line["step"]
+    def _on_evaluated(self, peer: Peer, line: Evaluated) -> None:
+        peer.presence.trained.held_out_loss, peer.presence.trained.held_out_step = line.held_out_loss, line.step
         if peer.seat.phase == "evaluate":
             peer.seat.phase = "inner"
         peer.presence.publish_now.ring()
-        peer.events.write("evaluated", **{key: value for key, value in line.items() if key != "kind"})
+        peer.events.write("evaluated", **vars(line))
 
     async def _tell_news(self, peer: Peer) -> None:
         """Tell the trainer when a round closes or the swarm has gone on; a seed's owner, when the seed has followed."""
@@ -260,9 +287,9 @@ class NetworkProcess:
             if news != told:
                 told = news
                 closes_in_s = None if seat.closes_s is None else seat.closes_s - asyncio.get_running_loop().time()
-                self._send("news", closes_in_s=closes_in_s, behind=peer.follower.behind)
+                self._send(News(closes_in_s=closes_in_s, behind=peer.follower.behind))
                 if peer.role == "seed":
-                    self._send("moved", step=peer.step, head=seat.standing.head.hex())
+                    self._send(Moved(step=peer.step, head=seat.standing.head.hex()))
             await heard(changed, PEERS_EVERY_S)
 
     async def _tell_peers(self, peer: Peer) -> None:
@@ -271,7 +298,7 @@ class NetworkProcess:
             hidden = {"head", "heads", "snapshot_digest"}
             if is_read(self.writer):
                 rows = [r.model_dump(exclude=hidden) | {"head": r.head.hex()} for r in records]
-                self._send("peers", rows=rows, evaluation=newest_evaluation(records, peer.follower.target()))
+                self._send(Peers(rows=rows, evaluation=newest_evaluation(records, peer.follower.target())))
             await asyncio.sleep(PEERS_EVERY_S)
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
@@ -286,14 +313,14 @@ class NetworkProcess:
         if not task.cancelled() and task.exception() is not None and not self.failure.done():
             self.failure.set_exception(task.exception() or RuntimeError())
 
-    async def _receive(self) -> Line:
+    async def _receive(self) -> FromTrainer | FromNetwork:
         data = await self.reader.readline()
         if not data:
             raise EOFError
         return unpack_line(data)
 
-    def _send(self, kind: str, **fields: Any) -> None:
-        self.writer.write(pack_line(kind, **fields))
+    def _send(self, line: FromNetwork) -> None:
+        self.writer.write(pack_line(line))
 
 
 def keep_manifest(path: Path, signed: bytes) -> None:
@@ -334,13 +361,13 @@ async def serve(control: socket.socket, vectors: int) -> None:
     try:
         await process.run()
     except LocalError as error:
-        writer.write(pack_line("failed", message=str(error), exit_code=error.exit_code))
+        writer.write(pack_line(Failed(message=str(error), exit_code=error.exit_code)))
     except Exception as error:
         if isinstance(error, OSError) and (full := disk_failure(error)) is not None:
-            writer.write(pack_line("failed", message=str(full), exit_code=full.exit_code))
+            writer.write(pack_line(Failed(message=str(full), exit_code=full.exit_code)))
             return
         log.exception("the network process fails")
-        writer.write(pack_line("failed", message=f"the network process fails: {error!r}", exit_code=1))
+        writer.write(pack_line(Failed(message=f"the network process fails: {error!r}", exit_code=1)))
     finally:
         with contextlib.suppress(OSError, asyncio.TimeoutError):
             async with deadline(1.0):

@@ -15,12 +15,17 @@ from p2p_diloco.core.errors import NetworkError, UsageError
 from p2p_diloco.learn import process
 from p2p_diloco.learn.process import NetworkHandle
 from p2p_diloco.learn.swarm import anonymous_memory
-from tests.support.scripted import ScriptedNetwork, scripted_manifest
+from p2p_diloco.peer.control import Begin, Begun, Found, Joined, Leave, Left, LogLine, News, OuterResult, Peers
+from tests.support.scripted import ScriptedNetwork, head_at, joined_at, outcome, scripted_manifest
 
 MANIFEST = scripted_manifest()
 STUCK_S = 20.0
 """A test that waits for longer has failed."""
 Pair = tuple[ScriptedNetwork, NetworkHandle]
+
+
+def begun_at(step: int) -> Begun:
+    return Begun(step=step, head=head_at(step), evaluate=False)
 
 
 @pytest.fixture
@@ -43,12 +48,12 @@ def pair(exits: list[int]) -> Iterator[Pair]:
 def test_what_comes_between_is_no_answer(pair: Pair, caplog: pytest.LogCaptureFixture) -> None:
     network, handle = pair
     with caplog.at_level(logging.INFO):
-        network.say("log", level=logging.WARNING, name="p2p_diloco.peer.peer", text="100 % of disk")
-        network.say("peers", rows=[{"name": "me"}], evaluation=[3, 2.5])
-        network.say("news", closes_in_s=None, behind=True)
-        network.say("left")
-        network.say("joined", step=7)
-        assert handle.wait("joined", "begun") == {"kind": "joined", "step": 7}
+        network.say(LogLine(level=logging.WARNING, name="p2p_diloco.peer.peer", text="100 % of disk"))
+        network.say(Peers(rows=[{"name": "me"}], evaluation=(3, 2.5)))
+        network.say(News(closes_in_s=None, behind=True))
+        network.say(Left())
+        network.say(joined_at(7))
+        assert handle.wait(Joined, Begun) == joined_at(7)
     assert [(record.name, record.getMessage()) for record in caplog.records] == [
         ("p2p_diloco.peer.peer", "100 % of disk")
     ]
@@ -59,13 +64,13 @@ def test_what_comes_between_is_no_answer(pair: Pair, caplog: pytest.LogCaptureFi
 
 def test_a_result_clears_news_and_no_other_answer_does(pair: Pair) -> None:
     network, handle = pair
-    network.say("news", closes_in_s=5.0, behind=True)
-    network.say("begun", step=0)
-    handle.wait("begun")
+    network.say(News(closes_in_s=5.0, behind=True))
+    network.say(begun_at(0))
+    handle.wait(Begun)
     assert handle.behind
     assert handle.closes_s is not None
-    network.say("result", step=1)
-    handle.wait("result")
+    network.say(outcome(1))
+    handle.wait(OuterResult)
     assert not handle.behind
     assert handle.closes_s is None
 
@@ -73,12 +78,12 @@ def test_a_result_clears_news_and_no_other_answer_does(pair: Pair) -> None:
 @pytest.mark.parametrize("rest", [b"", b'{"kind": "joi'], ids=["a whole line", "half a line"])
 def test_one_that_is_killed_is_an_error_and_its_last_line_counts(pair: Pair, rest: bytes) -> None:
     network, handle = pair
-    network.say("joined", step=7)
+    network.say(joined_at(7))
     network.die(rest)
-    assert handle.wait("joined")["step"] == 7
+    assert handle.wait(Joined).step == 7
     with pytest.raises(NetworkError, match="the network process died"):
-        handle.wait("begun")
-    handle.say("progress", inner_step=1)
+        handle.wait(Begun)
+    handle.say(Begin(planned=1))
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
@@ -86,26 +91,26 @@ def test_a_line_that_cannot_be_read_leaves_nobody_waiting(pair: Pair) -> None:
     network, handle = pair
     network.die(b'{"kind": \n')
     with pytest.raises(NetworkError, match="the network process died"):
-        handle.wait("joined")
+        handle.wait(Joined)
 
 
 def test_an_answer_may_be_long_in_coming(pair: Pair) -> None:
     network, handle = pair
-    later = threading.Timer(10 * process.POLL_S, network.say, ("joined",), {"step": 7})
+    later = threading.Timer(10 * process.POLL_S, network.say, (joined_at(7),))
     later.start()
-    assert handle.wait("joined")["step"] == 7
+    assert handle.wait(Joined).step == 7
 
 
 def test_what_ended_it_can_be_asked_for_and_answers_stay(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(process, "ORPHAN_S", 0.0)
     network, handle = pair
     handle.check()
-    network.say("begun", step=3)
+    network.say(begun_at(3))
     network.die()
     wait_for_the_reader(handle)
     with pytest.raises(NetworkError, match="the network process died"):
         handle.check()
-    assert handle.wait("begun")["step"] == 3
+    assert handle.wait(Begun).step == 3
 
 
 def test_a_process_is_told_how_to_start_and_says_why_it_cannot(exits: list[int], tmp_path: Path) -> None:
@@ -115,7 +120,7 @@ def test_a_process_is_told_how_to_start_and_says_why_it_cannot(exits: list[int],
     handle = NetworkHandle.start(PeerConfig(folder=tmp_path / "me"), Timeouts(), "seed", damaged, memory)
     try:
         with pytest.raises(UsageError, match=r"damaged\.json"):
-            handle.wait("found")
+            handle.wait(Found)
     finally:
         handle.close("done")
         os.close(memory)
@@ -153,7 +158,7 @@ def test_one_that_does_not_leave_is_killed(
     handle = NetworkHandle(network.control, network)
     handle.close("done")
     assert network.killed
-    assert network.lines("leave") == [{"kind": "leave", "reason": "done"}]
+    assert network.lines(Leave) == [Leave(reason="done")]
     assert "does not leave" in caplog.text
     assert exits == []
 

@@ -18,7 +18,18 @@ from p2p_diloco.core.codec import Vector
 from p2p_diloco.core.errors import NetworkError, UsageError
 from p2p_diloco.learn.layout import write_parameters
 from p2p_diloco.learn.swarm import Swarm
-from p2p_diloco.peer.control import OuterResult
+from p2p_diloco.peer.control import (
+    Begin,
+    Evaluated,
+    Failed,
+    InnerStep,
+    Leave,
+    Moved,
+    News,
+    OuterResult,
+    OuterStep,
+    Stall,
+)
 from tests.support.scripted import TOKENS, ScriptedNetwork, head_at, joined, outcome, scripted_manifest
 from tests.support.small_models import llama, vector_of
 
@@ -53,9 +64,9 @@ class Trainer:
 
     def hear_news(self, **news: Any) -> None:
         """Returns when the trainer knows them."""
-        self.network.say("news", **{"closes_in_s": None, "behind": False, **news})
-        self.network.say("moved", step=0, head="")
-        self.swarm._network.wait("moved")
+        self.network.say(News(**{"closes_in_s": None, "behind": False, **news}))
+        self.network.say(Moved(step=0, head=""))
+        self.swarm._network.wait(Moved)
 
 
 @contextmanager
@@ -91,14 +102,14 @@ def test_training_begins_from_theta_where_the_peer_stands(tmp_path: Path) -> Non
         assert (swarm.tokens, swarm.tokens_since_theta, swarm.tokens_this_step, swarm.tokens_per_s) == (0, 0, 0, 0.0)
         assert swarm.folder == tmp_path
         assert swarm.maddrs == ["/ip4/127.0.0.1/tcp/1"]
-        assert one.network.lines("begin") == [{"kind": "begin", "planned": 4}]
+        assert one.network.lines(Begin) == [Begin(planned=4)]
         assert swarm.evaluate_now
         swarm.evaluated(2.25, 640, 1.5)
         assert not swarm.evaluate_now
         swarm.evaluated(float("inf"), 640, 1.5)
         one.outer_step(outcome(4))
-        told = {"kind": "evaluated", "step": 3, "held_out_loss": 2.25, "tokens": 640, "seconds": 1.5}
-        assert one.network.lines("evaluated") == [told, told | {"held_out_loss": None}]
+        told = Evaluated(step=3, held_out_loss=2.25, tokens=640, seconds=1.5)
+        assert one.network.lines(Evaluated) == [told, replace(told, held_out_loss=None)]
 
 
 def test_a_model_on_the_cpu_learns_in_shared_memory(tmp_path: Path) -> None:
@@ -161,8 +172,8 @@ def test_what_a_contribution_stands_for(
     assert (swarm.inner_step, swarm.tokens_this_step) == (2, this_step + 2 * TOKENS)
     offered = trainer.parameters
     trainer.outer_step(outcome(swarm.step + 1))
-    first, second = trainer.network.lines("outer_step")
-    assert (first["tokens"], second["tokens"]) == (3 * TOKENS, since_theta + 2 * TOKENS)
+    first, second = trainer.network.lines(OuterStep)
+    assert (first.tokens, second.tokens) == (3 * TOKENS, since_theta + 2 * TOKENS)
     assert trainer.network.offered == [learned.tobytes(), offered.tobytes()]
     assert swarm.tokens_since_theta == 0
     assert swarm.tokens == 5 * TOKENS
@@ -172,7 +183,7 @@ def test_a_contribution_may_be_dropped_and_one_without_tokens_weighs_something(t
     trainer.outer_step(outcome(1), dropped=True)
     trainer.learn()
     trainer.outer_step(outcome(2))
-    assert [(line["tokens"], line["dropped"]) for line in trainer.network.lines("outer_step")] == [
+    assert [(line.tokens, line.dropped) for line in trainer.network.lines(OuterStep)] == [
         (1, True),
         (TOKENS, False),
     ]
@@ -190,7 +201,7 @@ def test_as_many_inner_steps_as_the_last_outer_step_planned(trainer: Trainer) ->
     trainer.learn()
     assert trainer.swarm.outer_step_due()
     trainer.outer_step(outcome(2, evaluate=True))
-    said = [(line["inner_step"], line["planned"]) for line in trainer.network.lines("progress")]
+    said = [(line.inner_step, line.planned) for line in trainer.network.lines(InnerStep)]
     assert said == [(1, 4), (2, 4), (3, 4), (4, 4), (1, 2), (2, 2)]
     assert trainer.swarm.evaluate_now
 
@@ -241,18 +252,18 @@ def test_speeds_are_those_of_the_last_inner_steps_without_what_came_between(
     assert swarm.tokens_per_s == TOKENS
     result = trainer.outer_step(outcome(3))
     assert result.stall_s == 0.0
-    assert [line["step_s"] for line in network.lines("progress")] == [1.0, 2.0, 1.0]
-    assert [line["tokens_per_s"] for line in network.lines("progress")] == [TOKENS, TOKENS / 2, TOKENS]
-    assert [line["pace"] for line in network.lines("outer_step")][1:] == [2 * TOKENS / 4, 3 * TOKENS / 5]
+    assert [line.step_s for line in network.lines(InnerStep)] == [1.0, 2.0, 1.0]
+    assert [line.tokens_per_s for line in network.lines(InnerStep)] == [TOKENS, TOKENS / 2, TOKENS]
+    assert [line.pace for line in network.lines(OuterStep)][1:] == [2 * TOKENS / 4, 3 * TOKENS / 5]
     trainer.outer_step(outcome(4))
-    assert [(line["step"], line["seconds"]) for line in network.lines("stall")][1:3] == [(2, 50.0), (3, 0.0)]
+    assert [(line.step, line.seconds) for line in network.lines(Stall)][1:3] == [(2, 50.0), (3, 0.0)]
 
 
 def test_a_loss_that_is_not_finite_is_told_as_none(trainer: Trainer) -> None:
     trainer.swarm.report(float("nan"), TOKENS)
     trainer.learn()
     trainer.outer_step(outcome(1))
-    assert [(line["loss"], line["tokens"]) for line in trainer.network.lines("progress")] == [
+    assert [(line.loss, line.tokens) for line in trainer.network.lines(InnerStep)] == [
         (None, TOKENS),
         (2.5, 2 * TOKENS),
     ]
@@ -279,8 +290,8 @@ def test_what_an_earlier_start_has_learned_is_offered_with_what_this_one_learns(
     trainer.learn()
     assert trainer.swarm.outer_step_due()
     trainer.outer_step(outcome(1))
-    assert [line["inner_step"] for line in trainer.network.lines("progress")] == [3, 4]
-    assert [line["tokens"] for line in trainer.network.lines("outer_step")] == [4 * TOKENS]
+    assert [line.inner_step for line in trainer.network.lines(InnerStep)] == [3, 4]
+    assert [line.tokens for line in trainer.network.lines(OuterStep)] == [4 * TOKENS]
     assert np.array_equal(np.frombuffer(trainer.network.offered[0], np.float32), saved + np.float32(0.25) * 2)
 
 
@@ -324,7 +335,7 @@ def test_theta_is_not_the_trainers_to_write(trainer: Trainer) -> None:
 @pytest.mark.parametrize(("exit_code", "kind"), [(1, NetworkError), (2, UsageError)])
 def test_what_ended_the_network_process_ends_the_trainer(tmp_path: Path, exit_code: int, kind: type[Exception]) -> None:
     with training(tmp_path) as one:
-        one.network.last_words = {"message": "port 7 is taken", "exit_code": exit_code}
+        one.network.last_words = Failed(message="port 7 is taken", exit_code=exit_code)
         one.learn()
         with pytest.raises(kind, match="port 7 is taken"):
             one.swarm.outer_step(one.model)
@@ -333,8 +344,8 @@ def test_what_ended_the_network_process_ends_the_trainer(tmp_path: Path, exit_co
 def test_it_is_told_at_the_next_inner_step_at_the_latest(tmp_path: Path) -> None:
     with training(tmp_path) as one:
         one.hear_news()
-        one.network.say("failed", message="disk full", exit_code=1)
-        one.network.say("news", closes_in_s=1.0, behind=False)
+        one.network.say(Failed(message="disk full", exit_code=1))
+        one.network.say(News(closes_in_s=1.0, behind=False))
         while one.swarm._network.closes_s is None:
             pass
         with pytest.raises(NetworkError, match="disk full"):
@@ -347,8 +358,8 @@ def test_a_seed_follows_until_its_network_process_fails(tmp_path: Path) -> None:
     network = ScriptedNetwork(MANIFEST)
     with joined(network, MANIFEST, tmp_path) as swarm:
         for step in (5, 6):
-            network.say("moved", step=step, head=head_at(step))
-        network.say("failed", message="disk full", exit_code=1)
+            network.say(Moved(step=step, head=head_at(step)))
+        network.say(Failed(message="disk full", exit_code=1))
         with pytest.raises(NetworkError, match="disk full"):
             swarm.serve()
         assert (swarm.step, swarm.head) == (6, head_at(6))
@@ -356,10 +367,10 @@ def test_a_seed_follows_until_its_network_process_fails(tmp_path: Path) -> None:
 
 def test_a_run_that_is_not_found(tmp_path: Path) -> None:
     network = ScriptedNetwork(MANIFEST)
-    network.say("failed", message="no run there", exit_code=2)
+    network.say(Failed(message="no run there", exit_code=2))
     with pytest.raises(UsageError, match="no run there"), joined(network, MANIFEST, tmp_path):
         pass
-    assert network.lines("leave") == [{"kind": "leave", "reason": "UsageError"}]
+    assert network.lines(Leave) == [Leave(reason="UsageError")]
 
 
 def test_nothing_of_the_shared_memory_is_left_open(tmp_path: Path) -> None:
@@ -373,5 +384,5 @@ def test_nothing_of_the_shared_memory_is_left_open(tmp_path: Path) -> None:
 def test_a_trainer_that_leaves_says_why(tmp_path: Path) -> None:
     with training(tmp_path) as one:
         network = one.network
-    assert network.lines("leave") == [{"kind": "leave", "reason": "done"}]
+    assert network.lines(Leave) == [Leave(reason="done")]
     assert not network.killed

@@ -35,7 +35,7 @@ from p2p_diloco.learn.train import (
     train,
 )
 from p2p_diloco.ledger.snapshot import TEMPORARY
-from p2p_diloco.peer.control import OuterResult
+from p2p_diloco.peer.control import Evaluated, InnerStep, Leave, OuterResult, OuterStep
 from tests.support.scripted import TOKENS, ScriptedNetwork, head_at, joined, outcome, scripted_manifest
 from tests.support.small_models import llama, vector_of
 
@@ -113,22 +113,22 @@ def test_a_peer_that_was_stopped_and_comes_back_offers_what_it_would_have_offere
     again = script(manifest, outcome(1))
     trained(again, manifest, tmp_path / "stopped", text)
     assert again.offered == alone.offered
-    assert [line["tokens"] for line in again.lines("outer_step")] == [4 * TOKENS]
-    assert [line["inner_step"] for line in again.lines("progress")] == list(range(stop_after + 1, 5))
+    assert [line.tokens for line in again.lines(OuterStep)] == [4 * TOKENS]
+    assert [line.inner_step for line in again.lines(InnerStep)] == list(range(stop_after + 1, 5))
 
 
 def test_also_after_a_round_that_failed(tmp_path: Path, text: Path) -> None:
     manifest = scripted_manifest(outer_steps=1)
     alone = script(manifest, FAILED, outcome(1))
     trained(alone, manifest, tmp_path / "alone", text)
-    assert [line["tokens"] for line in alone.lines("outer_step")] == [4 * TOKENS, 8 * TOKENS]
+    assert [line.tokens for line in alone.lines(OuterStep)] == [4 * TOKENS, 8 * TOKENS]
 
     trained(script(manifest, FAILED), manifest, tmp_path / "stopped", text, stop_after=6)
     assert (kept_in(tmp_path / "stopped")["inner_step"], kept_in(tmp_path / "stopped")["tokens"]) == ("2", "96")
     again = script(manifest, outcome(1))
     trained(again, manifest, tmp_path / "stopped", text)
     assert again.offered == alone.offered[1:]
-    assert [line["tokens"] for line in again.lines("outer_step")] == [8 * TOKENS]
+    assert [line.tokens for line in again.lines(OuterStep)] == [8 * TOKENS]
 
 
 def test_batches_go_on_after_a_failure_and_the_schedule_begins_again(
@@ -239,7 +239,7 @@ def test_a_full_disk_ends_training(tmp_path: Path, text: Path) -> None:
     network = script(manifest, *(outcome(step, planned=1) for step in (2, *range(3, 600, 2))))
     with pytest.raises(LedgerError, match="disk full, free 1 MB or move the folder"):
         trained(network, manifest, tmp_path, text)
-    assert network.lines("leave")[0]["reason"] == "LedgerError"
+    assert network.lines(Leave)[0].reason == "LedgerError"
     assert not (tmp_path / INNER_FILE).exists()
 
 
@@ -256,12 +256,14 @@ def test_theta_is_evaluated_by_whose_turn_it_is(tmp_path: Path, text: Path, monk
     manifest = scripted_manifest(outer_steps=2)
     network = script(manifest, outcome(1), outcome(2, evaluate=True), evaluate=True)
     trained(network, manifest, tmp_path, text)
-    first, second = network.lines("evaluated")
-    assert (first["step"], second["step"]) == (0, 2)
-    assert (first["tokens"], second["tokens"]) == (64, 64)
-    assert first["held_out_loss"] == pytest.approx(np.log(256), abs=0.2)
-    assert second["held_out_loss"] < first["held_out_loss"]
-    assert (first["seconds"], second["seconds"]) == (3.5, 2.0)
+    first, second = network.lines(Evaluated)
+    assert (first.step, second.step) == (0, 2)
+    assert (first.tokens, second.tokens) == (64, 64)
+    assert first.held_out_loss == pytest.approx(np.log(256), abs=0.2)
+    assert second.held_out_loss is not None
+    assert first.held_out_loss is not None
+    assert second.held_out_loss < first.held_out_loss
+    assert (first.seconds, second.seconds) == (3.5, 2.0)
 
 
 # -- before it begins --------------------------------------------------------------------------------------------------

@@ -4,22 +4,101 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
+from pathlib import Path
 
-from p2p_diloco.peer.control import has_room, pack_line, socket_pair, unpack_line
+import pytest
+
+from p2p_diloco.core.config import PeerConfig, Timeouts
+from p2p_diloco.peer.control import (
+    KINDS,
+    Begin,
+    Begun,
+    Evaluated,
+    Failed,
+    Found,
+    FromNetwork,
+    FromTrainer,
+    InnerStep,
+    Joined,
+    Leave,
+    Left,
+    LogLine,
+    Moved,
+    News,
+    OuterResult,
+    OuterStep,
+    Peers,
+    Stall,
+    Start,
+    has_room,
+    pack_line,
+    socket_pair,
+    unpack_line,
+)
 from p2p_diloco.peer.network import MAX_UNREAD_BYTES, ToTrainer, is_read
 
+NO_TEXT = Path(os.fsdecode(b"J\xfcrgen"))
+CONFIG = PeerConfig(
+    folder=NO_TEXT / "peer", initial_peers=("/ip4/127.0.0.1/tcp/1",), name="J\xfcrgen", max_upload_bytes_per_s=1e6
+)
+LINES: list[FromTrainer | FromNetwork] = [
+    Start(config=CONFIG, timeouts=Timeouts().scaled(0.3), role="seed", manifest_path=NO_TEXT / "manifest.json"),
+    Begin(planned=4),
+    InnerStep(inner_step=3, planned=4, step_s=0.5, loss=None, tokens=48, tokens_per_s=32.0),
+    OuterStep(tokens=64, dropped=True, pace=0.25),
+    Stall(step=2, seconds=0.125),
+    Evaluated(step=2, held_out_loss=2.5, tokens=640, seconds=1.5),
+    Leave(reason="done\n"),
+    LogLine(level=20, name="p2p_diloco.peer.peer", text="two\nlines"),
+    Found(manifest_path=NO_TEXT / "run" / "manifest.json", folder=NO_TEXT / "run"),
+    Joined(peer_id="12D", maddrs=["/ip4/127.0.0.1/tcp/1"], step=7, head="ab"),
+    Begun(step=7, head="ab", evaluate=True),
+    News(closes_in_s=0.1, behind=True),
+    Peers(rows=[{"name": "me", "maddrs": ["/ip4/127.0.0.1/tcp/1"], "loss": None}], evaluation=(3, 2.5)),
+    Moved(step=8, head="cd"),
+    OuterResult(committed=True, adopted=False, reason="", step=8, head="cd", group=2, stall_s=0.5, planned=4),
+    Left(),
+    Failed(message="disk full", exit_code=1),
+]
 
-def test_a_line_comes_back_as_it_was_sent() -> None:
-    line = pack_line("progress", inner_step=3, loss=None)
-    assert line.count(b"\n") == 1
-    assert unpack_line(line) == {"kind": "progress", "inner_step": 3, "loss": None}
+
+@pytest.mark.parametrize("line", LINES, ids=lambda line: type(line).__name__)
+def test_a_line_comes_back_as_it_was_sent(line: FromTrainer | FromNetwork) -> None:
+    packed = pack_line(line)
+    assert packed.count(b"\n") == 1
+    assert packed.endswith(b"\n")
+    assert unpack_line(packed) == line
+
+
+def test_every_kind_of_line_has_a_class_and_is_tried_here() -> None:
+    assert [type(line) for line in LINES] == list(KINDS.values())
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        b"[]",
+        b'{"planned": 4}',
+        b'{"kind": ["begin"], "planned": 4}',
+        b'{"kind": "end", "planned": 4}',
+        b'{"kind": "begin"}',
+        b'{"kind": "begin", "planned": 4, "step": 1}',
+        b'{"kind": "begin", "planned": "four"}',
+        b'{"kind": "begin", "planned": null}',
+        b'{"kind": "begin", "planned"',
+    ],
+)
+def test_a_line_that_nobody_writes_is_refused(line: bytes) -> None:
+    with pytest.raises(ValueError, match=r"a line of kind|validation error|delimiter"):
+        unpack_line(line)
 
 
 def test_where_there_is_room_nobody_waits_and_where_nobody_reads_there_is_none() -> None:
     mine, theirs = socket_pair()
     with mine, theirs:
         mine.settimeout(1.0)
-        line, sent = pack_line("progress", text="x" * 300), 0
+        line, sent = pack_line(Leave(reason="x" * 300)), 0
         while has_room(mine):
             mine.sendall(line)
             sent += len(line)

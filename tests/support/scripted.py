@@ -8,9 +8,8 @@ import threading
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from p2p_diloco.core.codec import Vector
 from p2p_diloco.core.manifest import RunManifest
@@ -18,12 +17,28 @@ from p2p_diloco.core.runfile import DataSpec, InnerSpec, OuterSpec, RoundSpec
 from p2p_diloco.learn.layout import layout_of
 from p2p_diloco.learn.process import NetworkHandle
 from p2p_diloco.learn.swarm import Swarm, anonymous_memory
-from p2p_diloco.peer.control import Line, OuterResult, pack_line, socket_pair, unpack_line
+from p2p_diloco.peer.control import (
+    Begin,
+    Begun,
+    Failed,
+    Found,
+    FromNetwork,
+    FromTrainer,
+    Joined,
+    Leave,
+    Left,
+    OuterResult,
+    OuterStep,
+    pack_line,
+    socket_pair,
+    unpack_line,
+)
 from p2p_diloco.peer.network import map_vectors
 from tests.support.builders import identity
 from tests.support.small_models import llama, manifest_of, resolved
 
 OWNER = identity(1000)
+L = TypeVar("L")
 TOKENS = 16
 """In an inner step."""
 
@@ -50,14 +65,18 @@ def head_at(step: int) -> str:
     return f"{step:064x}"
 
 
+def joined_at(step: int) -> Joined:
+    return Joined(peer_id=identity(1).peer_id, maddrs=["/ip4/127.0.0.1/tcp/1"], step=step, head=head_at(step))
+
+
 class ScriptedNetwork:
     """Every outer step has the next of ``outcomes``; where there is none left, it says ``last_words``. One that moves
     theta makes it what ``becomes`` is, or what was offered. ``process.NetworkHandle`` takes this for the process."""
 
     def __init__(self, manifest: RunManifest, *, step: int = 0, evaluate: bool = False, deaf: bool = False) -> None:
         self.outcomes: deque[OuterResult] = deque()
-        self.last_words: Line = {"message": "no more outer steps", "exit_code": 1}
-        self.heard: list[Line] = []
+        self.last_words = Failed(message="no more outer steps", exit_code=1)
+        self.heard: list[FromTrainer | FromNetwork] = []
         """All that the trainer has said, up to the last line that was answered at least."""
         self.offered: list[bytes] = []
         """Local parameters at each outer step."""
@@ -70,16 +89,16 @@ class ScriptedNetwork:
         self._thread = threading.Thread(target=self._serve, daemon=True)
         self._thread.start()
 
-    def say(self, kind: str, **fields: Any) -> None:
-        self._end.sendall(pack_line(kind, **fields))
+    def say(self, line: FromNetwork) -> None:
+        self._end.sendall(pack_line(line))
 
     def die(self, half_a_line: bytes = b"") -> None:
         """As if it had been killed."""
         self._end.sendall(half_a_line)
         self._end.shutdown(2)
 
-    def lines(self, kind: str) -> list[Line]:
-        return [line for line in self.heard if line["kind"] == kind]
+    def lines(self, kind: type[L]) -> list[L]:
+        return [line for line in self.heard if isinstance(line, kind)]
 
     def wait(self, timeout: float | None = None) -> int:
         self._thread.join(timeout)
@@ -96,23 +115,23 @@ class ScriptedNetwork:
             for data in stream:
                 line = unpack_line(data)
                 self.heard.append(line)
-                if line["kind"] == "begin":
-                    self.say("begun", step=self._step, head=head_at(self._step), evaluate=self._evaluate)
-                elif line["kind"] == "outer_step":
+                if isinstance(line, Begin):
+                    self.say(Begun(step=self._step, head=head_at(self._step), evaluate=self._evaluate))
+                elif isinstance(line, OuterStep):
                     self._outer_step()
-                elif line["kind"] == "leave" and not self._deaf:
-                    self.say("left")
+                elif isinstance(line, Leave) and not self._deaf:
+                    self.say(Left())
                     return
 
     def _outer_step(self) -> None:
         self.offered.append(self.local.tobytes())
         if not self.outcomes:
-            self.say("failed", **self.last_words)
+            self.say(self.last_words)
             return
         result = self.outcomes.popleft()
         if result.moved:
             self.theta[:] = self.local if self.becomes is None else self.becomes
-        self.say("result", **asdict(result))
+        self.say(result)
 
 
 @contextmanager
@@ -121,8 +140,8 @@ def joined(network: ScriptedNetwork, manifest: RunManifest, folder: Path) -> Ite
     path = folder / "manifest.json"
     path.write_bytes(manifest.signed(OWNER))
     with Swarm(NetworkHandle(network.control, network), network.memory) as swarm:
-        network.say("found", manifest_path=str(path), folder=str(folder))
+        network.say(Found(manifest_path=path, folder=folder))
         swarm.wait_for_manifest()
-        network.say("joined", peer_id=identity(1).peer_id, maddrs=["/ip4/127.0.0.1/tcp/1"], step=0, head=head_at(0))
+        network.say(joined_at(0))
         swarm.wait_for_state()
         yield swarm
