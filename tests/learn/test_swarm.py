@@ -15,8 +15,10 @@ import pytest
 import torch
 
 from p2p_diloco.core.codec import Vector
+from p2p_diloco.core.config import PeerConfig
 from p2p_diloco.core.errors import NetworkError, UsageError
 from p2p_diloco.learn.layout import write_parameters
+from p2p_diloco.learn.process import NetworkHandle
 from p2p_diloco.learn.swarm import Swarm
 from p2p_diloco.peer.control import (
     Begin,
@@ -371,6 +373,13 @@ def test_a_run_that_is_not_found(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="no run there"), joined(network, MANIFEST, tmp_path):
         pass
     assert network.lines(Leave) == [Leave(reason="UsageError")]
+
+
+def test_what_is_no_address_is_said_before_anything_is_started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(NetworkHandle, "start", None)
+    with pytest.raises(UsageError, match=r"address 'garbage': it begins with no '/'"):
+        Swarm.join(PeerConfig(folder=tmp_path / "me", initial_peers=("garbage",)))
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_nothing_of_the_shared_memory_is_left_open(tmp_path: Path) -> None:

@@ -15,7 +15,15 @@ from p2p_diloco.core.manifest import RunManifest
 from p2p_diloco.core.outer import apply, genesis_state
 from p2p_diloco.core.runfile import RunSpec
 from p2p_diloco.core.update import Part, Update, UpdateHeader
-from p2p_diloco.ledger.folder import MANIFEST_FILE, find_run, folder_bytes, load_state, open_ledger, run_folder
+from p2p_diloco.ledger.folder import (
+    MANIFEST_FILE,
+    find_run,
+    folder_bytes,
+    load_run,
+    load_state,
+    open_ledger,
+    run_folder,
+)
 
 OWNER = Identity.from_seed(bytes(32))
 N = 1000
@@ -129,3 +137,16 @@ def test_what_a_folder_holds(tmp_path: Path) -> None:
     (tmp_path / "a" / "b").write_bytes(bytes(100))
     (tmp_path / "c").write_bytes(bytes(11))
     assert folder_bytes(tmp_path) == 111
+
+
+def test_a_run_is_found_by_its_file_its_folder_or_its_peers_folder(run: Path) -> None:
+    for path in (run / MANIFEST_FILE, run, run.parent):
+        assert load_run(path) == manifest()
+    assert load_run(run.parent, manifest().run_id) == manifest()
+    with pytest.raises(UsageError, match="no run 00 here"):
+        load_run(run.parent, "00")
+    with pytest.raises(UsageError, match="no such file"):
+        load_run(run / "other.json")
+    (run / MANIFEST_FILE).write_bytes(manifest().signed(Identity.from_seed(bytes(31) + b"1")))
+    with pytest.raises(UsageError, match="signature is not its owner's"):
+        load_run(run)
