@@ -1,0 +1,337 @@
+"""``docs/protocol.md`` says what the code does: every table of the page against the code, in both directions."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import re
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import msgpack
+import pytest
+from pydantic import BaseModel
+
+import p2p_diloco
+from p2p_diloco.core import codec
+from p2p_diloco.core.config import Timeouts
+from p2p_diloco.core.manifest import PROTOCOL, RunManifest, RunSpec
+from p2p_diloco.core.records import Record, peers_key
+from p2p_diloco.core.rounds import Readiness
+from p2p_diloco.peer.probes import DialConsent, Probes
+from p2p_diloco.peer.reception import REQUESTS
+from p2p_diloco.wire.channel import run_protocol
+from p2p_diloco.wire.kademlia import HardenedDHTProtocol
+from p2p_diloco.wire.messages import MESSAGES, AskManifest, DialBack, Message, Took, pack
+
+PAGE = Path(__file__).parents[1] / "docs" / "protocol.md"
+PACKAGE = Path(p2p_diloco.__file__).parent
+ROOMS = ("core", "ledger", "wire", "round", "peer")
+"""Where the protocol is."""
+
+LOCAL = {
+    **dict.fromkeys(("KEYS_KEPT", "OPENED_KEPT", "ADDRESSES_KEPT"), "how much is remembered, to save time"),
+    **dict.fromkeys(("READ_BUFFER_BYTES", "MAX_KNOWN_PEERS", "SAMPLED_PARTS"), "to save time and memory"),
+    **dict.fromkeys(("MAX_DAEMON_MESSAGE_BYTES", "MAX_SOCKET_PATH_BYTES", "MAX_LOSSES"), "between us and our p2pd"),
+    **dict.fromkeys(("LOSS_WINDOW_S", "POLL_S", "TERMINATE_S", "MAX_OPEN_FILES"), "between us and our p2pd"),
+    **dict.fromkeys(("PR_SET_PDEATHSIG", "MAX_UNREAD_BYTES", "PEERS_EVERY_S"), "between the processes of one peer"),
+    **dict.fromkeys(("INNER_EVENT_EVERY_S", "LOOK_EVERY_S", "RENDER_EVERY_S"), "events and metrics"),
+    **dict.fromkeys(("MAX_CONNECTIONS", "MAX_HEAD_BYTES", "READ_BYTES", "GZIP_FROM_BYTES"), "the web server"),
+    **dict.fromkeys(("MAX_CHARS", "TYPE_CHECKING"), "what a user may write; the interpreter"),
+}
+"""Numbers of these rooms that no other peer can tell: name -> what they are for."""
+
+
+# -- the page ------------------------------------------------------------------------------------------------------------
+
+
+@cache
+def page() -> str:
+    return PAGE.read_text(encoding="utf-8")
+
+
+@cache
+def tables() -> dict[str, list[list[str]]]:
+    """The rows of each table of the page, without its head, by the heading above it."""
+    found: dict[str, list[list[str]]] = {}
+    heading, head_seen = "", False
+    for line in page().splitlines():
+        if line.startswith("#"):
+            heading, head_seen = line.lstrip("# "), False
+        elif not line.startswith("|"):
+            head_seen = False
+        elif not head_seen:
+            head_seen = True
+            assert heading not in found, f"two tables under {heading!r}"
+            found[heading] = []
+        elif set(line) - set("|- "):
+            cells = re.split(r"(?<!\\)\|", line)[1:-1]
+            found[heading].append([cell.strip().replace("\\|", "|") for cell in cells])
+    return found
+
+
+def rows(heading: str, columns: int) -> list[tuple[str, ...]]:
+    """The first columns of a table, without the marks of code."""
+    return [tuple(cell.replace("`", "") for cell in row[:columns]) for row in tables()[heading]]
+
+
+# -- how the page says what the code has ---------------------------------------------------------------------------------
+
+
+def number(value: float) -> str:
+    if isinstance(value, float):
+        return f"{value:g}"
+    if value >= 1 << 20:
+        for name, power in (("", value), (" - 1", value + 1)):
+            if power & (power - 1) == 0:
+                return f"2^{power.bit_length() - 1}{name}"
+    return str(value)
+
+
+def bounds(schema: dict[str, Any]) -> str:
+    whole = schema["type"] == "int"
+    low, high = schema.get("ge"), schema.get("le")
+    if whole and "gt" in schema:
+        low = schema["gt"] + 1
+    if whole and "lt" in schema:
+        high = schema["lt"] - 1
+    said = []
+    if low is not None and high is not None:
+        said.append(f"{number(low)} to {number(high)}")
+    else:
+        said += [f"above {number(schema['gt'])}"] if "gt" in schema and not whole else []
+        said += [f"at least {number(low)}"] if low is not None else []
+        said += [f"at most {number(high)}"] if high is not None else []
+        said += [f"below {number(schema['lt'])}"] if "lt" in schema and not whole else []
+    if schema.get("allow_inf_nan") is False and high is None:
+        said.append("finite")
+    return ", ".join(said)
+
+
+def length(schema: dict[str, Any], unit: str) -> str:
+    least, most = schema.get("min_length"), schema.get("max_length")
+    if least == most and least is not None:
+        return f"{least} {unit}"
+    if least and most:
+        return f"{least} to {most} {unit}"
+    return f"at most {most} {unit}" if most else f"at least {least} {unit}" if least else ""
+
+
+def described(schema: dict[str, Any]) -> tuple[str, str]:
+    """Type and limit of what a schema of pydantic's takes."""
+    kind = schema["type"]
+    if kind in ("default", "function-after", "model-field", "definitions"):
+        return described(schema["schema"])
+    if kind == "nullable":
+        inner, limit = described(schema["schema"])
+        return f"{inner} or nil", limit
+    if kind == "literal":
+        return "str", "one of " + ", ".join(map(str, schema["expected"]))
+    if kind == "union":
+        inner, limit = described(schema["choices"][0])
+        return inner, limit + ", or empty"
+    if kind == "list":
+        inner, limit = described(schema["items_schema"])
+        return f"[{inner}]", length(schema, "items") + (f", each {limit}" if limit else "")
+    if kind == "bytes":
+        return kind, length(schema, "bytes")
+    if kind == "str":
+        pattern = schema.get("pattern")
+        said = [length(schema, "characters"), f"matches {pattern}" if pattern else ""]
+        return kind, ", ".join(filter(None, said))
+    if kind in ("int", "float"):
+        return kind, bounds(schema)
+    return {"dict": "map"}.get(kind, kind), ""
+
+
+def default(schema: dict[str, Any]) -> str:
+    """"" where a field must be there."""
+    if schema["type"] != "default":
+        return ""
+    value = schema["default"]
+    if value is None:
+        return "nil"
+    return {True: "true", False: "false"}.get(value, str(value)) if isinstance(value, bool) else json_like(value)
+
+
+def json_like(value: object) -> str:
+    if isinstance(value, (str, bytes)):
+        return "empty" if not value else str(value)
+    if isinstance(value, (int, float)):
+        return number(value)
+    return "empty" if value == [] else str(value)
+
+
+def fields_of(kind: type[BaseModel]) -> list[tuple[str, str, str, str]]:
+    """Name, type, limit and default of every field, in order."""
+    schema: Any = kind.__pydantic_core_schema__
+    while schema["type"] != "model-fields":
+        schema = schema["schema"]
+    return [
+        (name, *described(field["schema"]), default(field["schema"])) for name, field in schema["fields"].items()
+    ]
+
+
+# -- the tables ----------------------------------------------------------------------------------------------------------
+
+
+def test_every_message_and_each_of_its_fields() -> None:
+    said = {name.strip("`"): rows(name, 4) for name in tables() if name.startswith("`")}
+    empty = {tag for tag in MESSAGES if re.search(rf"^### `{tag}`\n\nNo fields\.", page(), re.MULTILINE)}
+    assert said | dict.fromkeys(empty, []) == {tag: fields_of(kind) for tag, kind in MESSAGES.items()}
+    assert set(re.findall(r"^### `(.+)`$", page(), re.MULTILINE)) == set(MESSAGES)
+
+
+def test_where_a_message_may_come_and_how_long_it_is() -> None:
+    streams: dict[type[Message], str] = dict.fromkeys(REQUESTS, "run")
+    streams |= {AskManifest: "manifest", DialBack: "dial-back"}
+    largest = {1 << 18: "256 KiB", 1 << 22: "4 MiB"}
+    code = [(tag, streams.get(kind, "-"), largest[kind.max_bytes]) for tag, kind in MESSAGES.items()]
+    assert rows("All messages", 3) == code
+    assert [kind for kind in MESSAGES.values() if kind.purpose is not None] == [
+        kind for kind in MESSAGES.values() if kind in streams
+    ]
+
+
+def test_only_messages_are_named_as_answers() -> None:
+    answers = [cell for row in tables()["All messages"] for cell in row[4:]]
+    named = {name for cell in answers for name in re.findall(r"`([a-z-]+)`", cell)}
+    assert named <= set(MESSAGES)
+
+
+@pytest.mark.parametrize(
+    ("heading", "kind"), [("Record", Record), ("Readiness", Readiness), ("Consent", DialConsent)], ids=str
+)
+def test_every_signed_statement_in_the_order_of_its_fields(heading: str, kind: type[BaseModel]) -> None:
+    assert rows(heading, 5) == [(str(i), *field) for i, field in enumerate(fields_of(kind))]
+
+
+def test_the_manifest() -> None:
+    code = [(name, "table" if kind == "model" else kind, *rest) for name, kind, *rest in fields_of(RunManifest)]
+    assert rows("5. The manifest", 4) == code
+
+
+def test_what_a_round_needs_of_the_run_file() -> None:
+    sections = {name: field.annotation for name, field in RunSpec.model_fields.items()}
+    code = {
+        f"{section}.{name}": rest
+        for section, kind in sections.items()
+        if isinstance(kind, type) and issubclass(kind, BaseModel)
+        for name, *rest in fields_of(kind)
+    }
+    said = {name: rest for name, *rest in rows("What a round needs of the run file", 4)}
+    assert said == {name: code[name] for name in said}
+    assert {name for name in code if name.startswith(("outer.", "round."))} <= set(said)
+
+
+def test_every_time_out() -> None:
+    assert rows("Time-outs", 2) == [(name, number(value)) for name, value in vars(Timeouts()).items()]
+
+
+def numbers_of_the_rooms() -> Iterator[tuple[str, float]]:
+    """Every constant of these rooms that is a number."""
+    for room in ROOMS:
+        for path in sorted((PACKAGE / room).glob("*.py")):
+            module = importlib.import_module(f"p2p_diloco.{room}.{path.stem}")
+            for node in ast.parse(path.read_text(encoding="utf-8")).body:
+                targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
+                for target in targets:
+                    if isinstance(target, ast.Name) and re.fullmatch(r"[A-Z][A-Z0-9_]*", target.id):
+                        value = getattr(module, target.id)
+                        if isinstance(value, (int, float)):
+                            yield target.id, value
+
+
+def test_every_limit() -> None:
+    code: dict[str, str] = {}
+    for name, value in numbers_of_the_rooms():
+        if name not in LOCAL:
+            assert code.setdefault(name, number(value)) == number(value), f"{name} has two values"
+    assert dict(rows("Limits", 2)) == code  # type: ignore[arg-type]
+    assert set(LOCAL) <= {name for name, _ in numbers_of_the_rooms()}
+
+
+def test_codecs() -> None:
+    code = [
+        (
+            name,
+            str(codec.BLOCK.get(name, "")),
+            str(codec.LARGEST.get(name, "")),
+            number(codec.LARGEST_VALUE[name]),
+            str(codec.encoded_bytes(262144, name)),
+            str(codec.encoded_bytes(1001, name)),
+        )
+        for name in codec.CODECS
+    ]
+    assert rows("Codecs", 6) == code
+
+
+def test_names_and_prefixes() -> None:
+    from p2p_diloco.core import identity, manifest, outer, records, rounds
+    from p2p_diloco.peer import probes
+    from p2p_diloco.wire import channel
+
+    def text(context: bytes) -> str:
+        return context.decode().replace("\0", "\\0")
+
+    dht = HardenedDHTProtocol.__name__
+    assert dict(rows("Names and prefixes", 2)) == {  # type: ignore[arg-type]
+        "context of a record": text(records.SIGNATURE_CONTEXT),
+        "context of a readiness": text(rounds.READINESS_CONTEXT),
+        "context of a consent": text(probes.CONSENT_CONTEXT),
+        "context of a manifest": text(manifest.SIGNATURE_CONTEXT),
+        "stream of a run": run_protocol("RUN-ID"),
+        "stream of manifests": channel.MANIFEST_PROTOCOL,
+        "stream of dial backs": channel.DIAL_BACK_PROTOCOL,
+        "DHT key of a run's peers": peers_key("RUN-ID"),
+        "DHT key of all runs": records.RUNS_KEY,
+        "DHT streams": ", ".join(f"{dht}.rpc_{name}" for name in ("ping", "store", "find")),
+        "PEER_ID_PREFIX": identity.PEER_ID_PREFIX.hex(" "),
+        "PRIVATE_KEY_PREFIX": identity.PRIVATE_KEY_PREFIX.hex(" "),
+        "UPDATE_MAGIC": outer.UPDATE_MAGIC.hex(" "),
+    }
+    assert f"`PROTOCOL` = {PROTOCOL}." in page()
+    assert f"    {outer.UPDATE_MAGIC.hex(' ')} " in page()
+    packed = pack(Took())
+    assert f"`{(len(packed).to_bytes(4, 'big') + packed).hex(' ')}`" in page()
+
+
+def test_dht_protobuf() -> None:
+    from hivemind.proto import dht_pb2, p2pd_pb2
+
+    for message, number_, field, kind in rows("DHT protobuf", 4):
+        file = dht_pb2 if hasattr(dht_pb2, message) else p2pd_pb2
+        found = getattr(file, message).DESCRIPTOR.fields_by_name[field]
+        named = found.message_type or found.enum_type
+        scalar = {1: "double", 8: "bool", 9: "string", 12: "bytes"}
+        code = named.name if named else scalar[found.type]
+        code = f"repeated {code}" if found.is_repeated else code
+        assert (number_, kind) == (str(found.number), code), f"{message}.{field}"
+    assert [dht_pb2.NOT_FOUND, dht_pb2.FOUND_REGULAR, dht_pb2.FOUND_DICTIONARY] == [0, 1, 2]
+
+
+def test_how_often_a_peer_may_measure() -> None:
+    fields = Probes.__dataclass_fields__
+
+    def bucket(name: str) -> str:
+        quota: Any = fields[name].default_factory()  # type: ignore[misc]
+        return f"{quota._burst} at once, 1 in {1 / quota._per_s:g} s"
+
+    def at_a_time(name: str) -> str:
+        return str(fields[name].default_factory()._value)  # type: ignore[misc]
+
+    assert rows("12. What peers measure", 4) == [
+        ("dial backs", at_a_time("_dials"), bucket("_dials_of_one"), bucket("_dials_in_all")),
+        ("transfers", at_a_time("_transfers"), bucket("_transfers_of_one"), bucket("_transfers_in_all")),
+    ]
+
+
+def test_every_name_in_the_text_is_one_of_the_tables() -> None:
+    """A time-out, a limit or a message that is gone from the code is gone from the sentences, too."""
+    known = {row[0].strip("`") for table in ("Time-outs", "Limits", "Names and prefixes") for row in tables()[table]}
+    fields = {name for kind in MESSAGES.values() for name in kind.model_fields}
+    fields |= {*Record.model_fields, *Readiness.model_fields, *DialConsent.model_fields, *RunManifest.model_fields}
+    named = set(re.findall(r"`([A-Z][A-Z_]+)`", page())) | set(re.findall(r"`([a-z_]+_s)`", page()))
+    assert named <= known | fields
