@@ -7,24 +7,37 @@ import importlib
 import re
 from collections.abc import Iterator
 from functools import cache
+from hashlib import sha1
+from inspect import signature
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import msgpack
 import pytest
+from hivemind.dht.node import DHTNode
+from hivemind.dht.routing import DHTID
+from hivemind.dht.storage import DictionaryDHTValue
+from hivemind.proto import dht_pb2, p2pd_pb2
+from hivemind.utils import MSGPackSerializer
 from pydantic import BaseModel
 
 import p2p_diloco
-from p2p_diloco.core import codec
+from p2p_diloco.core import codec, manifest, records, rounds
 from p2p_diloco.core.config import Timeouts
+from p2p_diloco.core.identity import PEER_ID_PREFIX, PRIVATE_KEY_PREFIX
 from p2p_diloco.core.manifest import PROTOCOL, RunManifest, RunSpec
-from p2p_diloco.core.records import Record, peers_key
+from p2p_diloco.core.outer import UPDATE_MAGIC
+from p2p_diloco.core.quota import Quota
+from p2p_diloco.core.records import RUNS_KEY, Record, peers_key
 from p2p_diloco.core.rounds import Readiness
-from p2p_diloco.peer.probes import DialConsent, Probes
+from p2p_diloco.peer.probes import CONSENT_CONTEXT, DialConsent, Probes
 from p2p_diloco.peer.reception import REQUESTS
-from p2p_diloco.wire.channel import run_protocol
-from p2p_diloco.wire.kademlia import HardenedDHTProtocol
+from p2p_diloco.wire.channel import DIAL_BACK_PROTOCOL, MANIFEST_PROTOCOL, run_protocol
+from p2p_diloco.wire.kademlia import HardenedDHTProtocol, node_id_of
 from p2p_diloco.wire.messages import MESSAGES, AskManifest, DialBack, Message, Took, pack
+from tests.support import decoder
+from tests.support.builders import identity
+from tests.support.decoder import public_key
 
 PAGE = Path(__file__).parents[1] / "docs" / "protocol.md"
 PACKAGE = Path(p2p_diloco.__file__).parent
@@ -44,7 +57,7 @@ LOCAL = {
 """Numbers of these rooms that no other peer can tell: name -> what they are for."""
 
 
-# -- the page ------------------------------------------------------------------------------------------------------------
+# -- the page --------------------------------------------------------------------------------------------------------
 
 
 @cache
@@ -77,7 +90,7 @@ def rows(heading: str, columns: int) -> list[tuple[str, ...]]:
     return [tuple(cell.replace("`", "") for cell in row[:columns]) for row in tables()[heading]]
 
 
-# -- how the page says what the code has ---------------------------------------------------------------------------------
+# -- how the page says what the code has -----------------------------------------------------------------------------
 
 
 def number(value: float) -> str:
@@ -147,7 +160,7 @@ def described(schema: dict[str, Any]) -> tuple[str, str]:
 
 
 def default(schema: dict[str, Any]) -> str:
-    """"" where a field must be there."""
+    """ "" where a field must be there."""
     if schema["type"] != "default":
         return ""
     value = schema["default"]
@@ -169,18 +182,16 @@ def fields_of(kind: type[BaseModel]) -> list[tuple[str, str, str, str]]:
     schema: Any = kind.__pydantic_core_schema__
     while schema["type"] != "model-fields":
         schema = schema["schema"]
-    return [
-        (name, *described(field["schema"]), default(field["schema"])) for name, field in schema["fields"].items()
-    ]
+    return [(name, *described(field["schema"]), default(field["schema"])) for name, field in schema["fields"].items()]
 
 
-# -- the tables ----------------------------------------------------------------------------------------------------------
+# -- the tables ------------------------------------------------------------------------------------------------------
 
 
 def test_every_message_and_each_of_its_fields() -> None:
     said = {name.strip("`"): rows(name, 4) for name in tables() if name.startswith("`")}
-    empty = {tag for tag in MESSAGES if re.search(rf"^### `{tag}`\n\nNo fields\.", page(), re.MULTILINE)}
-    assert said | dict.fromkeys(empty, []) == {tag: fields_of(kind) for tag, kind in MESSAGES.items()}
+    said |= {tag: [] for tag in re.findall(r"^### `(.+)`\n\nNo fields\.", page(), re.MULTILINE)}
+    assert said == {tag: fields_of(kind) for tag, kind in MESSAGES.items()}
     assert set(re.findall(r"^### `(.+)`$", page(), re.MULTILINE)) == set(MESSAGES)
 
 
@@ -269,38 +280,32 @@ def test_codecs() -> None:
 
 
 def test_names_and_prefixes() -> None:
-    from p2p_diloco.core import identity, manifest, outer, records, rounds
-    from p2p_diloco.peer import probes
-    from p2p_diloco.wire import channel
-
     def text(context: bytes) -> str:
         return context.decode().replace("\0", "\\0")
 
-    dht = HardenedDHTProtocol.__name__
+    handles = [HardenedDHTProtocol._get_handle_name(None, f"rpc_{name}") for name in ("ping", "store", "find")]
     assert dict(rows("Names and prefixes", 2)) == {  # type: ignore[arg-type]
         "context of a record": text(records.SIGNATURE_CONTEXT),
         "context of a readiness": text(rounds.READINESS_CONTEXT),
-        "context of a consent": text(probes.CONSENT_CONTEXT),
+        "context of a consent": text(CONSENT_CONTEXT),
         "context of a manifest": text(manifest.SIGNATURE_CONTEXT),
         "stream of a run": run_protocol("RUN-ID"),
-        "stream of manifests": channel.MANIFEST_PROTOCOL,
-        "stream of dial backs": channel.DIAL_BACK_PROTOCOL,
+        "stream of manifests": MANIFEST_PROTOCOL,
+        "stream of dial backs": DIAL_BACK_PROTOCOL,
         "DHT key of a run's peers": peers_key("RUN-ID"),
-        "DHT key of all runs": records.RUNS_KEY,
-        "DHT streams": ", ".join(f"{dht}.rpc_{name}" for name in ("ping", "store", "find")),
-        "PEER_ID_PREFIX": identity.PEER_ID_PREFIX.hex(" "),
-        "PRIVATE_KEY_PREFIX": identity.PRIVATE_KEY_PREFIX.hex(" "),
-        "UPDATE_MAGIC": outer.UPDATE_MAGIC.hex(" "),
+        "DHT key of all runs": RUNS_KEY,
+        "DHT streams": ", ".join(handles),
+        "PEER_ID_PREFIX": PEER_ID_PREFIX.hex(" "),
+        "PRIVATE_KEY_PREFIX": PRIVATE_KEY_PREFIX.hex(" "),
+        "UPDATE_MAGIC": UPDATE_MAGIC.hex(" "),
     }
     assert f"`PROTOCOL` = {PROTOCOL}." in page()
-    assert f"    {outer.UPDATE_MAGIC.hex(' ')} " in page()
+    assert f"    {UPDATE_MAGIC.hex(' ')} " in page()
     packed = pack(Took())
     assert f"`{(len(packed).to_bytes(4, 'big') + packed).hex(' ')}`" in page()
 
 
 def test_dht_protobuf() -> None:
-    from hivemind.proto import dht_pb2, p2pd_pb2
-
     for message, number_, field, kind in rows("DHT protobuf", 4):
         file = dht_pb2 if hasattr(dht_pb2, message) else p2pd_pb2
         found = getattr(file, message).DESCRIPTOR.fields_by_name[field]
@@ -312,20 +317,40 @@ def test_dht_protobuf() -> None:
     assert [dht_pb2.NOT_FOUND, dht_pb2.FOUND_REGULAR, dht_pb2.FOUND_DICTIONARY] == [0, 1, 2]
 
 
-def test_how_often_a_peer_may_measure() -> None:
-    fields = Probes.__dataclass_fields__
+def test_dht_ids_and_values() -> None:
+    """As section 7 says, in its own words."""
+    who = identity(1).peer_id
+    assert node_id_of(who).to_bytes() == sha1(PEER_ID_PREFIX + public_key(who)).digest()
+    assert DHTID.generate(source=peers_key("00")).to_bytes() == sha1(msgpack.packb("p2p-diloco.00.peers")).digest()
+    value = DictionaryDHTValue()
+    value.store(who, msgpack.packb(b"a sealed record"), 2e9)
+    code, data = msgpack.unpackb(MSGPackSerializer.dumps(value), ext_hook=lambda code, data: (code, data))
+    _, latest, entries = msgpack.unpackb(data)
+    assert (code, latest, entries) == (0x50, 2e9, [[who, msgpack.packb(b"a sealed record"), 2e9]])
+    assert HardenedDHTProtocol.serializer is MSGPackSerializer
+    assert signature(DHTNode.create).parameters["bucket_size"].default == 20
 
-    def bucket(name: str) -> str:
-        quota: Any = fields[name].default_factory()  # type: ignore[misc]
+
+def test_the_decoder_of_the_tests_has_what_the_page_has() -> None:
+    """It was written from the page; a field that comes to the page later has to come to it, too."""
+    said = {name.strip("`"): rows(name, 4) for name in tables() if name.startswith("`")}
+    must = {tag: {name for name, _, _, value in fields if not value} for tag, fields in said.items()}
+    may = {tag: {name for name, _, _, value in fields if value} for tag, fields in said.items()}
+    known = decoder.MESSAGES
+    assert known == {tag: (must.get(tag, set()), may.get(tag, set())) for tag in MESSAGES}
+    for heading, names in (("Record", decoder.RECORD), ("Readiness", decoder.READINESS), ("Consent", decoder.CONSENT)):
+        assert names == tuple(row[1] for row in rows(heading, 2))
+
+
+def test_how_often_a_peer_may_measure() -> None:
+    probes = Probes(transport=cast(Any, None), seat=cast(Any, None), wall_s=float)
+
+    def bucket(quota: Quota) -> str:
         return f"{quota._burst} at once, 1 in {1 / quota._per_s:g} s"
 
-    def at_a_time(name: str) -> str:
-        return str(fields[name].default_factory()._value)  # type: ignore[misc]
-
-    assert rows("12. What peers measure", 4) == [
-        ("dial backs", at_a_time("_dials"), bucket("_dials_of_one"), bucket("_dials_in_all")),
-        ("transfers", at_a_time("_transfers"), bucket("_transfers_of_one"), bucket("_transfers_in_all")),
-    ]
+    dials = (str(probes._dials._value), bucket(probes._dials_of_one), bucket(probes._dials_in_all))
+    transfers = (str(probes._transfers._value), bucket(probes._transfers_of_one), bucket(probes._transfers_in_all))
+    assert rows("12. What peers measure", 4) == [("dial backs", *dials), ("transfers", *transfers)]
 
 
 def test_every_name_in_the_text_is_one_of_the_tables() -> None:

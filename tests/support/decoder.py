@@ -1,0 +1,628 @@
+"""What went over the streams of a run, decoded and computed again: written from ``docs/protocol.md`` alone.
+
+It imports nothing of the package, so that it can be right only where the page is. BLAKE3, which neither the standard
+library nor numpy has, is an argument where it is needed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property, lru_cache
+from typing import Any
+
+import msgpack
+import numpy as np
+import numpy.typing as npt
+
+Vector = npt.NDArray[np.float32]
+Blake3 = Callable[[bytes], bytes]
+
+
+class Undecodable(ValueError):
+    """Something that the page does not allow."""
+
+
+def check(holds: bool, what: str) -> None:
+    if not holds:
+        raise Undecodable(what)
+
+
+# -- 1. notation -----------------------------------------------------------------------------------------------------
+
+
+def h(*pieces: bytes) -> bytes:
+    """``H(a, b, ...)``."""
+    lengths_and_pieces = (len(piece).to_bytes(8, "big") + piece for piece in pieces)
+    return hashlib.blake2b(b"".join(lengths_and_pieces), digest_size=32).digest()
+
+
+def unpack(data: bytes) -> Any:
+    """One plain value of msgpack, and nothing behind it."""
+    try:
+        return msgpack.unpackb(data, max_array_len=65536, max_map_len=64, ext_hook=no_extension)
+    except (ValueError, msgpack.UnpackException) as error:
+        raise Undecodable(f"not plain msgpack: {error}") from error
+
+
+def no_extension(code: int, data: bytes) -> object:
+    raise ValueError(f"extension type {code}")
+
+
+# -- 3. peers --------------------------------------------------------------------------------------------------------
+
+BASE58 = "123456789ABCDEFGHJKLMNPQRSTUVWXYZabcdefghijkmnopqrstuvwxyz"
+PEER_ID_PREFIX = bytes.fromhex("002408011220")
+
+RECORD = (
+    *("peer_id", "run_id", "run_name", "issued_s", "life_s", "role", "phase", "step", "head", "committed", "heads"),
+    *("snapshot_step", "snapshot_digest", "maddrs", "client_mode", "name", "version", "inner_step"),
+    *("inner_steps_planned", "loss", "held_out_loss", "held_out_step", "tokens", "tokens_per_s", "group_size"),
+    *("round_s", "round_bytes", "metrics_addr"),
+)
+READINESS = ("peer_id", "run_id", "step", "head", "weight", "client_mode", "dropped", "tokens_per_s", "nonce")
+CONSENT = ("peer_id", "asker", "dialler", "ports")
+CONTEXTS = {
+    RECORD: b"p2p-diloco record\0",
+    READINESS: b"p2p-diloco readiness\0",
+    CONSENT: b"p2p-diloco dial consent\0",
+}
+
+
+def public_key(peer_id: str) -> bytes:
+    """The 32 bytes inside a peer id."""
+    number = 0
+    for character in peer_id:
+        number = 58 * number + BASE58.index(character)
+    zeros = len(peer_id) - len(peer_id.lstrip("1"))
+    data = bytes(zeros) + number.to_bytes((number.bit_length() + 7) // 8, "big")
+    check(len(data) == 38 and data.startswith(PEER_ID_PREFIX), f"not a peer id: {peer_id}")
+    return data[6:]
+
+
+@lru_cache(maxsize=4096)
+def open_sealed(sealed: bytes, names: tuple[str, ...]) -> Mapping[str, Any]:
+    """The fields of a statement, whose signature is good."""
+    check(len(sealed) <= 1024, "a statement that is too long")
+    body, signature = unpack(sealed)
+    values = unpack(body)
+    check(len(values) == len(names), f"{len(values)} values, not {len(names)}")
+    fields = dict(zip(names, values))
+    check(is_signed(public_key(fields["peer_id"]), CONTEXTS[names] + body, signature), "a bad signature")
+    return fields
+
+
+def open_manifest(data: bytes) -> tuple[bytes, str]:
+    """The canonical bytes of a signed manifest, and the run id."""
+    start, end = b'{"manifest":', b',"signature":"'
+    canonical, _, rest = data.removeprefix(start).rpartition(end)
+    check(data.startswith(start) and len(rest) == 130 and rest.endswith(b'"}'), "not a signed manifest")
+    owner = canonical.rpartition(b'"owner":"')[2].partition(b'"')[0].decode()
+    signed = is_signed(public_key(owner), b"p2p-diloco manifest\0" + canonical, bytes.fromhex(rest[:128].decode()))
+    check(signed, "a manifest that its owner did not sign")
+    return canonical, h(b"run", canonical)[:20].hex()
+
+
+# Ed25519 (RFC 8032, section 5.1.7), points in extended coordinates.
+
+P = 2**255 - 19
+ORDER = 2**252 + 27742317777372353535851937790883648493
+D = -121665 * pow(121666, -1, P) % P
+Point = tuple[int, int, int, int]
+
+
+def add(a: Point, b: Point) -> Point:
+    x = (a[1] - a[0]) * (b[1] - b[0]) % P
+    y = (a[1] + a[0]) * (b[1] + b[0]) % P
+    t, z = 2 * a[3] * b[3] * D % P, 2 * a[2] * b[2] % P
+    e, f, g, i = y - x, z - t, z + t, y + x
+    return e * f % P, g * i % P, f * g % P, e * i % P
+
+
+def times(scalar: int, point: Point) -> Point:
+    total: Point = (0, 1, 1, 0)
+    while scalar:
+        if scalar & 1:
+            total = add(total, point)
+        point, scalar = add(point, point), scalar >> 1
+    return total
+
+
+def point_of(data: bytes) -> Point:
+    y = int.from_bytes(data, "little")
+    sign, y = y >> 255, y & (2**255 - 1)
+    x2 = (y * y - 1) * pow(D * y * y + 1, -1, P) % P
+    x = pow(x2, (P + 3) // 8, P)
+    if x * x % P != x2:
+        x = x * pow(2, (P - 1) // 4, P) % P
+    check(x * x % P == x2, "not a point of the curve")
+    x = P - x if x & 1 != sign else x
+    return x, y, 1, x * y % P
+
+
+BASE = point_of((4 * pow(5, -1, P) % P).to_bytes(32, "little"))
+
+
+def is_signed(key: bytes, message: bytes, signature: bytes) -> bool:
+    scalar = int.from_bytes(signature[32:], "little")
+    if len(signature) != 64 or scalar >= ORDER:
+        return False
+    k = int.from_bytes(hashlib.sha512(signature[:32] + key + message).digest(), "little") % ORDER
+    left, right = times(scalar, BASE), add(point_of(signature[:32]), times(k, point_of(key)))
+    return (left[0] * right[2] - right[0] * left[2]) % P == 0 and (left[1] * right[2] - right[1] * left[2]) % P == 0
+
+
+# -- 4. the outer state ----------------------------------------------------------------------------------------------
+
+PART_VALUES = 262144
+BLOCK = {"int8": 256, "int4": 64}
+LARGEST = {"int8": 127, "int4": 7}
+MAGNITUDE = {"fp32": 1e30, "fp16": 65504.0, "int8": 1e30, "int4": 1e30}
+
+
+def parts_of(n: int) -> list[slice]:
+    return [slice(start, min(start + PART_VALUES, n)) for start in range(0, n, PART_VALUES)]
+
+
+def encoded_bytes(k: int, codec: str) -> int:
+    if codec in BLOCK:
+        integers = k if codec == "int8" else (k + 1) // 2
+        return 4 * -(-k // BLOCK[codec]) + integers
+    return k * (4 if codec == "fp32" else 2)
+
+
+def encode(values: Vector, codec: str) -> bytes:
+    check(bool(np.isfinite(values).all()), "only finite values can be encoded")
+    limit = np.float32(MAGNITUDE[codec])
+    x = np.clip(values, -limit, limit)
+    if codec not in BLOCK:
+        return x.astype("<f4" if codec == "fp32" else "<f2").tobytes()
+    scales, integers = [], []
+    for start in range(0, len(x), BLOCK[codec]):
+        block = x[start : start + BLOCK[codec]]
+        scale = np.float32(np.abs(block).max()) / np.float32(LARGEST[codec])
+        scale = scale if scale >= np.float32(2.0**-126) else np.float32(0)
+        inverse = np.float32(1) / scale if scale else np.float32(0)
+        scales.append(scale)
+        integers.append(np.rint(block * inverse))
+    whole = np.concatenate(integers).astype(np.int8)
+    packed = np.array(scales, "<f4").tobytes()
+    if codec == "int8":
+        return packed + whole.tobytes()
+    nibbles = [int(q) + 8 for q in whole] + [8] * (len(whole) % 2)
+    return packed + bytes(low | high << 4 for low, high in zip(nibbles[::2], nibbles[1::2]))
+
+
+def decode(data: bytes, k: int, codec: str) -> Vector:
+    check(len(data) == encoded_bytes(k, codec), "an encoded part of another length")
+    limit = np.float32(MAGNITUDE[codec])
+    if codec not in BLOCK:
+        values = np.frombuffer(data, "<f4" if codec == "fp32" else "<f2").astype(np.float32)
+        check(bool(np.isfinite(values).all() and (np.abs(values) <= limit).all()), "a value out of its limits")
+        return values
+    blocks = -(-k // BLOCK[codec])
+    scales, rest = np.frombuffer(data, "<f4", blocks), data[4 * blocks :]
+    sound = np.isfinite(scales) & (scales >= 0) & (scales <= limit / np.float32(LARGEST[codec]))
+    check(bool(sound.all()), "a scale out of its limits")
+    if codec == "int8":
+        integers = np.frombuffer(rest, np.int8)
+    else:
+        integers = np.array([half - 8 for byte in rest for half in (byte & 15, byte >> 4)][:k], np.int8)
+    return integers.astype(np.float32) * np.repeat(scales, BLOCK[codec])[:k].astype(np.float32)
+
+
+def mean_of(contributions: Sequence[tuple[int, Vector]], total: int, k: int) -> Vector:
+    """(weight, values) of each, in the order of the roster."""
+    mean = np.zeros(k, np.float32)
+    for weight, values in contributions:
+        mean = mean + values * np.float32(weight / total)
+    return mean
+
+
+def mask_of(members: Sequence[int]) -> bytes:
+    number = sum(1 << i for i in members)
+    return number.to_bytes((number.bit_length() + 7) // 8, "little")
+
+
+def members_of(mask: bytes) -> list[int]:
+    check(not mask.endswith(b"\0") and len(mask) <= 32, "a mask with zeros at its end, or too long")
+    number = int.from_bytes(mask, "little")
+    return [i for i in range(number.bit_length()) if number >> i & 1]
+
+
+@dataclass(frozen=True)
+class Mean:
+    """A part of an update."""
+
+    mask: bytes
+    data: bytes
+
+    @cached_property
+    def hash(self) -> bytes:
+        return h(self.mask, self.data)
+
+
+@dataclass(frozen=True)
+class Header:
+    step: int
+    parent: bytes
+    contributors: Sequence[tuple[str, int]]
+    part_hashes: Sequence[bytes]
+
+    @cached_property
+    def packed(self) -> bytes:
+        contributors = [[peer_id, weight] for peer_id, weight in self.contributors]
+        packed: bytes = msgpack.packb([self.step, self.parent, contributors, list(self.part_hashes)])
+        return packed
+
+    @property
+    def link(self) -> bytes:
+        return h(self.packed)
+
+    @property
+    def head(self) -> bytes:
+        return h(self.parent, self.link)
+
+
+UPDATE_MAGIC = bytes.fromhex("44694c6f436f5501")
+
+
+def pack_update(header: Header, means: Sequence[Mean]) -> bytes:
+    mask_bytes = -(-len(header.contributors) // 8)
+    parts = [mean.mask.ljust(mask_bytes, b"\0") + mean.data for mean in means]
+    return UPDATE_MAGIC + len(header.packed).to_bytes(4, "big") + header.packed + header.head + b"".join(parts)
+
+
+def open_update(data: bytes, n: int, codec: str) -> tuple[Header, list[Mean]]:
+    check(data[:8] == UPDATE_MAGIC, "not an update")
+    end = 12 + int.from_bytes(data[8:12], "big")
+    step, parent, contributors, part_hashes = unpack(data[12:end])
+    header = Header(step, parent, [(peer_id, weight) for peer_id, weight in contributors], part_hashes)
+    check(header.packed == data[12:end] and header.head == data[end : end + 32], "a damaged header")
+    at, mask_bytes, means = end + 32, -(-len(contributors) // 8), []
+    for where in parts_of(n):
+        size = encoded_bytes(where.stop - where.start, codec)
+        mask, values = data[at : at + mask_bytes], data[at + mask_bytes : at + mask_bytes + size]
+        means.append(Mean(mask.rstrip(b"\0"), values))
+        at += mask_bytes + size
+    check(at == len(data), f"{len(data) - at} bytes behind an update")
+    check([mean.hash for mean in means] == list(part_hashes), "a part with another hash")
+    return header, means
+
+
+@dataclass
+class State:
+    step: int
+    head: bytes
+    theta: Vector
+    momentum: Vector
+
+    @classmethod
+    def genesis(cls, theta: Vector, blake3: Blake3) -> State:
+        head = h(b"genesis", blake3(theta.astype("<f4").tobytes()))
+        return cls(step=0, head=head, theta=theta.copy(), momentum=np.zeros_like(theta))
+
+    def apply(self, header: Header, means: Sequence[Mean], codec: str, lr: float, momentum: float) -> None:
+        check((header.step, header.parent) == (self.step, self.head), "an update that does not follow")
+        check(len(means) == len(parts_of(len(self.theta))), "an update with too few parts, or too many")
+        mu, rate = np.float32(momentum), np.float32(lr)
+        for where, mean in zip(parts_of(len(self.theta)), means):
+            g = decode(mean.data, where.stop - where.start, codec)
+            m = self.momentum[where] * mu
+            m = m + g
+            v = m * mu
+            v = g + v
+            v = v * rate
+            self.momentum[where], self.theta[where] = m, self.theta[where] - v
+        self.step, self.head = header.step + 1, header.head
+
+    def chunks(self) -> list[bytes]:
+        grid = parts_of(len(self.theta))
+        return [vector[where].astype("<f4").tobytes() for vector in (self.theta, self.momentum) for where in grid]
+
+
+def state_digest(step: int, head: bytes, chunk_hashes: Sequence[bytes]) -> bytes:
+    return h(b"state", step.to_bytes(8, "big"), head, *chunk_hashes)
+
+
+# -- 6. frames, 8. messages ------------------------------------------------------------------------------------------
+
+MESSAGES: dict[str, tuple[set[str], set[str]]] = {
+    "ready": ({"readiness", "record"}, set()),
+    "roster": ({"members"}, {"absent"}),
+    "too-few": ({"ready"}, set()),
+    "redirect": ({"record"}, set()),
+    "behind": ({"record"}, set()),
+    "no": ({"reason"}, set()),
+    "closing": ({"head", "gather_s", "record"}, set()),
+    "eta": ({"eta_s"}, {"busy", "leader"}),
+    "contribute": ({"round_id"}, {"number"}),
+    "receipt": ({"round_id", "part_hashes"}, {"number"}),
+    "again": ({"number", "members", "parts"}, set()),
+    "commit": ({"part_hashes", "holders"}, set()),
+    "took": (set(), set()),
+    "ask-commit": ({"round_id"}, set()),
+    "ask-part": ({"round_id", "part", "hash"}, set()),
+    "ask-heads": ({"since"}, set()),
+    "heads": ({"first", "head", "links"}, set()),
+    "ask-update": ({"step", "head"}, set()),
+    "ask-index": ({"step", "digest"}, set()),
+    "ask-chunk": ({"step", "digest", "chunk"}, set()),
+    "size": ({"size_bytes"}, set()),
+    "ask-manifest": (set(), set()),
+    "push": ({"record"}, set()),
+    "ask-dial-back": ({"consent"}, set()),
+    "dial-back": (set(), set()),
+    "dialed-back": ({"reached", "ip"}, {"reason"}),
+    "ask-transfer": ({"up_bytes", "down_bytes"}, set()),
+    "transferred": ({"wall_s"}, set()),
+}
+"""Tag -> the fields that must be there, and those that may."""
+
+ANSWERS = {
+    "ready": ({"eta"}, {"roster", "too-few", "redirect", "behind"}),
+    "closing": ({"eta"}, {"eta", "behind", "redirect"}),
+    "receipt": ({"eta"}, {"again", "commit"}),
+    "ask-commit": ({"eta"}, {"commit"}),
+    "ask-heads": (set[str](), {"heads"}),
+    "push": (set[str](), {"push"}),
+    "ask-dial-back": (set[str](), {"dialed-back"}),
+}
+"""Request -> what may come before the answer, and the answer; ``no`` in any case."""
+BLOBS = {"ask-update", "ask-index", "ask-chunk", "ask-manifest"}
+CHUNK_BYTES = 1048576
+
+
+@dataclass(frozen=True)
+class Message:
+    tag: str
+    fields: Mapping[str, Any]
+
+
+def frames(data: bytes) -> list[bytes]:
+    found, at = [], 0
+    while at < len(data):
+        size = int.from_bytes(data[at : at + 4], "big")
+        check(size <= 4194304 and at + 4 + size <= len(data), "a frame that is too long, or cut short")
+        found.append(data[at + 4 : at + 4 + size])
+        at += 4 + size
+    return found
+
+
+def message(frame: bytes) -> Message:
+    content = unpack(frame)
+    check(isinstance(content, list) and len(content) == 2 and content[0] in MESSAGES, "not a message")
+    tag, fields = content
+    must, may = MESSAGES[tag]
+    check(must <= set(fields) <= must | may, f"{tag} with fields {sorted(fields)}")
+    for name, kind in (("record", RECORD), ("readiness", READINESS), ("consent", CONSENT), ("leader", RECORD)):
+        if fields.get(name):
+            open_sealed(fields[name], kind)
+    return Message(tag, fields)
+
+
+# -- 9. a round ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Round:
+    """What follows from a roster."""
+
+    sealed: tuple[bytes, ...]
+    absent: tuple[bytes, ...] = ()
+    keep: bool = False
+
+    @cached_property
+    def round_id(self) -> bytes:
+        return h(b"round", *self.sealed, *self.absent)
+
+    @cached_property
+    def members(self) -> list[Mapping[str, Any]]:
+        members = [open_sealed(one, READINESS) for one in self.sealed]
+        ranks = [h(self.sealed_head(members), member["peer_id"].encode()) for member in members]
+        check(ranks == sorted(ranks), "a roster that is not in the order of rank")
+        check(len({(member["run_id"], member["step"], member["head"]) for member in members}) == 1, "many heads")
+        return members
+
+    @staticmethod
+    def sealed_head(members: Sequence[Mapping[str, Any]]) -> bytes:
+        head: bytes = members[0]["head"]
+        return head
+
+    @property
+    def step(self) -> int:
+        step: int = self.members[0]["step"]
+        return step
+
+    @property
+    def ids(self) -> list[str]:
+        return [member["peer_id"] for member in self.members]
+
+    @cached_property
+    def median(self) -> int:
+        claims = sorted(member["weight"] for member in self.members)
+        claim: int = claims[(len(claims) - 1) // 2]
+        return claim
+
+    @cached_property
+    def weights(self) -> list[int]:
+        return [min(member["weight"], 4 * self.median) for member in self.members]
+
+    def total(self, came: Sequence[int]) -> int:
+        if self.keep:
+            return sum(self.weights) + self.median * len(self.absent)
+        return sum(self.weights[i] for i in came)
+
+    def reducers(self, members: Sequence[int]) -> list[int]:
+        return [i for i in members if not self.members[i]["client_mode"]] or list(members)
+
+    def reduce(self, came: Mapping[int, Vector], k: int, codec: str) -> Mean:
+        """``came``: index in the roster -> its decoded contribution to a part of ``k`` values."""
+        order = sorted(came)
+        mean = mean_of([(self.weights[i], came[i]) for i in order], self.total(order), k)
+        return Mean(mask_of(order), encode(mean, codec))
+
+    def header(self, part_hashes: Sequence[bytes]) -> Header:
+        contributors = list(zip(self.ids, self.weights))
+        return Header(self.step, self.sealed_head(self.members), contributors, part_hashes)
+
+
+# -- streams ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Stream:
+    """What went over one stream in both directions."""
+
+    opener: str
+    server: str
+    up: bytes
+    """From the one that opened it."""
+    down: bytes
+
+
+@dataclass
+class Decoded:
+    """One stream's frames, each read as what it is."""
+
+    stream: Stream
+    asked: list[Message] = field(default_factory=list)
+    answered: list[Message] = field(default_factory=list)
+    contributions: dict[int, bytes] = field(default_factory=dict)
+    """Part -> what the opener sent for it."""
+    means: dict[int, Mean] = field(default_factory=dict)
+    """Part -> what the server sent for it."""
+    blobs: list[tuple[Message, bytes]] = field(default_factory=list)
+    """Request -> what came for it."""
+    frames: int = 0
+
+
+@dataclass
+class Decoder:
+    """Of one run. ``rounds`` are known from the rosters of streams that were decoded before."""
+
+    n: int
+    codec: str
+    keep: bool = False
+    rounds: dict[bytes, Round] = field(default_factory=dict)
+    agains: dict[tuple[bytes, int], Message] = field(default_factory=dict)
+    """Round id and number -> what its leader asked for."""
+
+    def all(self, streams: Sequence[Stream]) -> list[Decoded]:
+        """Rosters first, then what was said about the rounds, then the butterflies."""
+        order = {"ready": 0, "receipt": 1}
+        firsts = [message(frames(stream.up)[0]).tag for stream in streams]
+        ranked = sorted(range(len(streams)), key=lambda i: order.get(firsts[i], 2))
+        decoded = {i: self.stream(streams[i]) for i in ranked}
+        return [decoded[i] for i in range(len(streams))]
+
+    def stream(self, stream: Stream) -> Decoded:
+        """Everything that was said; nothing may be left over."""
+        up, down = iter(frames(stream.up)), iter(frames(stream.down))
+        decoded = Decoded(stream, frames=len(frames(stream.up)) + len(frames(stream.down)))
+        for frame in up:
+            request = message(frame)
+            decoded.asked.append(request)
+            if request.tag == "contribute":
+                self._butterfly(decoded, request, up, down)
+            elif request.tag == "ask-part":
+                self._part(decoded, request, down)
+            elif request.tag in BLOBS:
+                self._blob(decoded, request, down)
+            elif request.tag == "ask-transfer":
+                check(len(next(up)) == request.fields["up_bytes"], "a transfer of another length")
+                self._answers(decoded, down, set(), {"transferred"})
+                check(len(next(down)) == request.fields["down_bytes"], "a transfer of another length")
+            elif request.tag in ANSWERS:
+                self._answers(decoded, down, *ANSWERS[request.tag])
+            else:
+                check(request.tag in ("took", "dial-back"), f"{request.tag} is no request")
+            self._note(request, decoded)
+        check(next(down, None) is None, "frames that nobody asked for")
+        return decoded
+
+    def _answers(self, decoded: Decoded, down: Iterator[bytes], before: set[str], answer: set[str]) -> None:
+        for frame in down:
+            said = message(frame)
+            decoded.answered.append(said)
+            check(said.tag in before | answer | {"no"}, f"{said.tag} is no answer here")
+            if said.tag not in before or (said.tag in answer and not said.fields.get("busy", False)):
+                return
+
+    def _note(self, request: Message, decoded: Decoded) -> None:
+        last = decoded.answered[-1] if decoded.answered else None
+        if last is not None and last.tag == "roster":
+            absent = tuple(last.fields.get("absent", ()))
+            found = Round(tuple(last.fields["members"]), absent, self.keep)
+            self.rounds[found.round_id] = found
+        if last is not None and last.tag == "again" and request.tag == "receipt":
+            self.agains[request.fields["round_id"], last.fields["number"]] = last
+
+    def _butterfly(self, decoded: Decoded, request: Message, up: Iterator[bytes], down: Iterator[bytes]) -> None:
+        round_id, number = request.fields["round_id"], request.fields.get("number", 0)
+        found = self.rounds[round_id]
+        members, parts = list(range(len(found.members))), list(range(len(parts_of(self.n))))
+        if number:
+            again = self.agains[round_id, number]
+            members, parts = again.fields["members"], again.fields["parts"]
+        reducers = found.reducers(members)
+        mine = parts[reducers.index(found.ids.index(decoded.stream.server)) :: len(reducers)]
+        for part, frame in zip(mine, up):
+            check(len(frame) == encoded_bytes(self._values(part), self.codec), "a contribution of another length")
+            decoded.contributions[part] = frame
+        for part, frame in zip(mine, down):
+            if not self._mean(decoded, part, frame):
+                decoded.answered.append(message(frame))
+                return
+
+    def _mean(self, decoded: Decoded, part: int, frame: bytes) -> bool:
+        size = encoded_bytes(self._values(part), self.codec)
+        if not frame or len(frame) != 1 + frame[0] + size:
+            return False
+        mask = frame[1 : 1 + frame[0]]
+        members_of(mask)
+        decoded.means[part] = Mean(mask, frame[1 + len(mask) :])
+        return True
+
+    def _part(self, decoded: Decoded, request: Message, down: Iterator[bytes]) -> None:
+        part, size = request.fields["part"], message(next(down))
+        decoded.answered.append(size)
+        if size.tag == "size":
+            check(self._mean(decoded, part, next(down)), "a part of another length")
+            mean = decoded.means[part]
+            check((mean.hash, len(mean.data)) == (request.fields["hash"], size.fields["size_bytes"]), "another part")
+
+    def _blob(self, decoded: Decoded, request: Message, down: Iterator[bytes]) -> None:
+        frame = next(down, None)
+        if frame is None:
+            return  # whoever asked has closed the stream
+        size = message(frame)
+        decoded.answered.append(size)
+        if size.tag == "no":
+            return
+        check(size.tag == "size", f"{size.tag} is no answer to {request.tag}")
+        left, data = size.fields["size_bytes"], b""
+        while left:
+            chunk = next(down)
+            check(len(chunk) == min(left, CHUNK_BYTES), "a frame of a blob that is too short")
+            data, left = data + chunk, left - len(chunk)
+        decoded.blobs.append((request, data))
+
+    def _values(self, part: int) -> int:
+        return min(PART_VALUES, self.n - part * PART_VALUES)
+
+
+# -- 13. on disk -----------------------------------------------------------------------------------------------------
+
+
+def pack_snapshot(state: State, run_id: str, blake3: Blake3) -> bytes:
+    n, chunks = len(state.theta), state.chunks()
+    digest = state_digest(state.step, state.head, [blake3(chunk) for chunk in chunks])
+    text = (
+        f'{{"__metadata__":{{"digest":"{digest.hex()}","head":"{state.head.hex()}","run":"{run_id}",'
+        f'"step":"{state.step}"}},'
+        f'"theta":{{"dtype":"F32","shape":[{n}],"data_offsets":[0,{4 * n}]}},'
+        f'"momentum":{{"dtype":"F32","shape":[{n}],"data_offsets":[{4 * n},{8 * n}]}}}}'
+    )
+    return (504).to_bytes(8, "little") + text.encode().ljust(504) + b"".join(chunks)

@@ -1,0 +1,284 @@
+"""A decoder that was written from ``docs/protocol.md`` alone, against what real peers say to each other."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import defaultdict
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import blake3
+import numpy as np
+import pytest
+
+from p2p_diloco.core.codec import Codec
+from p2p_diloco.core.manifest import OnMissed, RunManifest
+from p2p_diloco.peer.peer import OuterResult
+from tests.support import decoder
+from tests.support.builders import identity
+from tests.support.decoder import Decoded, Decoder, Mean, Round, State, Stream, Vector
+from tests.support.fakes import SimPeer, make_manifest, run_simulated
+from tests.support.links import FakeNetwork, FakeTransport, Pipe
+
+OWNER = identity(1000)
+N = decoder.PART_VALUES + 77
+"""Two parts, the second with blocks that are not whole and an odd number of values."""
+SEED, NEWCOMER, CLIENT, SLOW = 0, 7, 3, 4
+OUTER_STEPS, SNAPSHOT_EVERY = 3, 2
+LONGEST_S = 300
+"""Of the simulated time."""
+
+
+def b3(data: bytes) -> bytes:
+    return blake3.blake3(data).digest()
+
+
+class WatchedPeer(SimPeer):
+    """Remembers what it offers."""
+
+    offers: dict[bytes, tuple[Vector, Vector]]
+    """Head -> (theta, local), of the newest offer there."""
+
+    async def offer(self, tokens: int) -> OuterResult:
+        assert self.peer.local is not None
+        state = self.peer.replica.loaded
+        self.offers = getattr(self, "offers", {}) | {state.head: (state.theta.copy(), self.peer.local.copy())}
+        return await super().offer(tokens)
+
+
+@dataclass
+class Run:
+    """One run in memory, with every byte of its streams."""
+
+    manifest: RunManifest
+    folder: Path
+    genesis: Vector
+    targets: Vector
+    network: FakeNetwork = field(default_factory=FakeNetwork)
+    opened: list[Pipe] = field(default_factory=list)
+    """Of each stream the direction from the one that opened it."""
+    sent: dict[Pipe, bytearray] = field(default_factory=lambda: defaultdict(bytearray))
+    peers: dict[int, WatchedPeer] = field(default_factory=dict)
+
+    def add(self, index: int, *, step_s: float = 1.0) -> WatchedPeer:
+        sim = self.peers[index] = WatchedPeer.create(
+            self.network,
+            self.manifest,
+            OWNER,
+            self.folder,
+            index,
+            target=None if index in (SEED, NEWCOMER) else self.targets[index],
+            genesis=self.genesis if index == SEED else None,
+            client_mode=index == CLIENT,
+            step_s=step_s,
+        )
+        sim.start()
+        return sim
+
+    async def start(self, trainers: Sequence[int]) -> None:
+        self.add(SEED)
+        await asyncio.sleep(1)
+        for index in trainers:
+            self.add(index, step_s=1e6 if index == SLOW else 1.0)
+
+    async def until(self, step: int, *indices: int) -> None:
+        for _ in range(LONGEST_S):
+            if all(self.peers[i].peer.step >= step for i in indices):
+                break
+            await asyncio.sleep(1)
+        await asyncio.sleep(30)  # whatever is on its way arrives
+
+    def streams(self) -> list[Stream]:
+        return [
+            Stream(pipe.source, pipe.target, bytes(self.sent[pipe]), bytes(self.sent[pipe.back]))
+            for pipe in self.opened
+            if self.sent[pipe]
+        ]
+
+
+MakeRun = Callable[[Codec, OnMissed], Run]
+
+
+@pytest.fixture
+def make_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> MakeRun:
+    def make(codec: Codec, on_missed: OnMissed = "adopt") -> Run:
+        values = np.random.default_rng(3).standard_normal((9, N)).astype(np.float32)
+        values[:, ::977] *= 300  # some blocks have an outlier
+        values[1:, :300] = values[0, :300]  # and some are all zeros
+        manifest = make_manifest(
+            N,
+            values[0],
+            OWNER,
+            codec=codec,
+            outer_steps=OUTER_STEPS,
+            inner_steps=2,
+            on_missed=on_missed,
+            snapshot_every=SNAPSHOT_EVERY,
+        )
+        run = Run(manifest, tmp_path, values[0], values)
+        connect, send = FakeTransport._connect, Pipe.send
+
+        def connect_and_tap(transport: FakeTransport, remote: FakeTransport, protocol: str) -> Pipe:
+            there = connect(transport, remote, protocol)
+            run.opened.append(there)
+            return there
+
+        def send_and_tap(pipe: Pipe, data: bytes | None) -> None:
+            if not (pipe.over or pipe.closed):
+                run.sent[pipe] += data or b""
+            send(pipe, data)
+
+        monkeypatch.setattr(FakeTransport, "_connect", connect_and_tap)
+        monkeypatch.setattr(Pipe, "send", send_and_tap)
+        return run
+
+    return make
+
+
+def decoded_by(run: Run, story: Callable[[], Awaitable[None]]) -> tuple[Decoder, list[Decoded]]:
+    """All streams of a story, each to its last byte."""
+
+    async def main() -> None:
+        await story()
+
+    run_simulated(main())
+    spec = run.manifest.spec
+    reader = Decoder(n=N, codec=spec.outer.codec, keep=spec.round.on_missed == "keep")
+    return reader, reader.all(run.streams())
+
+
+def tags_of(decoded: Sequence[Decoded]) -> set[str]:
+    return {message.tag for one in decoded for message in (*one.asked, *one.answered)}
+
+
+def committed(decoded: Sequence[Decoded], reader: Decoder) -> dict[int, tuple[Round, list[bytes]]]:
+    """Outer step -> the round that ended it, and its part hashes."""
+    found: dict[int, tuple[Round, list[bytes]]] = {}
+    for one in decoded:
+        if [message.tag for message in one.asked][-1:] == ["took"]:
+            meeting = reader.rounds[one.asked[0].fields["round_id"]]
+            part_hashes = one.answered[-1].fields["part_hashes"]
+            assert found.setdefault(meeting.step, (meeting, part_hashes)) == (meeting, part_hashes)
+    return found
+
+
+def recomputed(run: Run, reader: Decoder, decoded: Sequence[Decoded], meeting: Round, part: int, wanted: bytes) -> Mean:
+    """A part of an update from what the members had learned; every contribution that was sent is looked at."""
+    codec, where = reader.codec, decoder.parts_of(N)[part]
+    trainers = {sim.peer.identity.peer_id: sim for sim in run.peers.values()}
+    masks = {mean.mask for one in decoded for i, mean in one.means.items() if i == part and mean.hash == wanted}
+    assert len(masks) == 1, "one part, sent to everybody"
+    came = {}
+    for i in decoder.members_of(masks.pop()):
+        theta, local = trainers[meeting.ids[i]].offers[meeting.members[0]["head"]]
+        data = decoder.encode(theta[where] - local[where], codec)
+        came[i] = decoder.decode(data, where.stop - where.start, codec)
+        sent = {
+            one.contributions[part]
+            for one in decoded
+            if one.stream.opener == meeting.ids[i] and part in one.contributions
+            if one.asked[0].fields["round_id"] == meeting.round_id
+        }
+        assert sent <= {data}
+    return meeting.reduce(came, where.stop - where.start, codec)
+
+
+def check_history(run: Run, reader: Decoder, decoded: Sequence[Decoded]) -> dict[int, State]:
+    """Every outer step computed again; outer step -> the state."""
+    outer, state = run.manifest.spec.outer, State.genesis(run.genesis, b3)
+    assert decoder.state_digest(0, state.head, [b3(chunk) for chunk in state.chunks()]).hex() == run.manifest.genesis
+    rounds, states = committed(decoded, reader), {0: state}
+    for step in sorted(rounds):
+        meeting, part_hashes = rounds[step]
+        means = [recomputed(run, reader, decoded, meeting, part, wanted) for part, wanted in enumerate(part_hashes)]
+        assert [mean.hash for mean in means] == part_hashes
+        header = meeting.header(part_hashes)
+        data = decoder.pack_update(header, means)
+        assert decoder.open_update(data, N, reader.codec) == (header, means)
+        state = State(state.step, state.head, state.theta.copy(), state.momentum.copy())
+        state.apply(header, means, reader.codec, outer.lr, outer.momentum)
+        states[state.step] = state
+        for sim in run.peers.values():
+            ledger = sim.peer.replica.ledger
+            assert not ledger.update_path(step).exists() or ledger.update_path(step).read_bytes() == data
+            assert sim.history.get(state.step, (state.head, state.theta.tobytes())) == (
+                state.head,
+                state.theta.tobytes(),
+            )
+    for sim in run.peers.values():
+        theirs = sim.peer.replica.loaded
+        mine = states[theirs.step]
+        assert theirs.head == mine.head
+        assert theirs.theta.tobytes() == mine.theta.tobytes()
+        assert theirs.momentum.tobytes() == mine.momentum.tobytes()
+    return states
+
+
+@pytest.mark.parametrize(
+    ("codec", "on_missed"), [("fp32", "adopt"), ("fp16", "keep"), ("int8", "adopt"), ("int4", "keep")]
+)
+def test_everything_that_peers_say_is_decoded_and_computed_again(
+    make_run: MakeRun, codec: Codec, on_missed: OnMissed
+) -> None:
+    """Three trainers, one in client mode, and in runs that keep missed rounds one that does not come; a seed that
+    follows, and one that comes late and downloads a snapshot."""
+    run = make_run(codec, on_missed)
+    trainers = [1, 2, CLIENT, *([SLOW] if on_missed == "keep" else [])]
+
+    async def story() -> None:
+        await run.start(trainers)
+        await run.until(OUTER_STEPS, 1, 2, CLIENT)
+        run.add(NEWCOMER)
+        await run.until(OUTER_STEPS, NEWCOMER, SEED)
+
+    reader, decoded = decoded_by(run, story)
+    assert {"ready", "roster", "closing", "eta", "contribute", "receipt", "commit", "took", "push"} <= tags_of(decoded)
+    assert {"ask-heads", "heads", "ask-update", "ask-index", "ask-chunk", "size"} <= tags_of(decoded)
+    states = check_history(run, reader, decoded)
+    assert set(states) == set(range(OUTER_STEPS + 1))
+    assert any(meeting.absent for meeting in reader.rounds.values()) == (on_missed == "keep")
+
+    canonical, run_id = decoder.open_manifest(run.manifest.signed(OWNER))
+    assert (canonical, run_id) == (run.manifest.canonical_bytes, run.manifest.run_id)
+    for request, data in (blob for one in decoded for blob in one.blobs):
+        state = states[request.fields["step"]]
+        hashes = [b3(chunk) for chunk in state.chunks()]
+        if request.tag == "ask-index":
+            assert data == state.head + b"".join(hashes)
+            assert request.fields["digest"] == decoder.state_digest(state.step, state.head, hashes)
+        elif request.tag == "ask-chunk":
+            assert data == state.chunks()[request.fields["chunk"]]
+        else:
+            header, _ = decoder.open_update(data, N, codec)
+            assert (header.parent, header.head) == (state.head, request.fields["head"])
+    for said in (message for one in decoded for message in one.answered if message.tag == "heads"):
+        step, head = said.fields["first"], said.fields["head"]
+        assert head == states[step].head
+        for link in said.fields["links"]:
+            step, head = step + 1, decoder.h(head, link)
+            assert head == states[step].head
+    snapshot = run.peers[1].peer.replica.ledger.folder / "snapshots" / f"{SNAPSHOT_EVERY:010d}.safetensors"
+    assert snapshot.read_bytes() == decoder.pack_snapshot(states[SNAPSHOT_EVERY], run_id, b3)
+
+
+def test_parts_that_are_reduced_again_when_a_reducer_has_died(make_run: MakeRun) -> None:
+    run = make_run("int8", "adopt")
+
+    async def story() -> None:
+        await run.start([1, 2, 5, 6])
+        while True:
+            meeting = next((sim.peer for sim in run.peers.values() if sim.peer.seat.in_round), None)
+            if meeting is not None:
+                break
+            await asyncio.sleep(0.005)
+        victim = meeting.reception.rounds[-1].group.members[1].peer_id
+        index = next(i for i in run.peers if identity(i).peer_id == victim)
+        run.network.kill(victim)
+        del run.peers[index]
+        await run.until(OUTER_STEPS, *(i for i in run.peers if i != SEED))
+
+    reader, decoded = decoded_by(run, story)
+    assert {"again", "commit", "took"} <= tags_of(decoded)
+    assert 1 in {message.fields.get("number") for one in decoded for message in one.asked if one.contributions}
+    check_history(run, reader, decoded)
