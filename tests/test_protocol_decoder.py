@@ -12,8 +12,9 @@ import blake3
 import numpy as np
 import pytest
 
-from p2p_diloco.core.codec import Codec
-from p2p_diloco.core.manifest import OnMissed, RunManifest
+from p2p_diloco.core.codecs import CodecName
+from p2p_diloco.core.manifest import RunManifest
+from p2p_diloco.core.runfile import OnMissed
 from p2p_diloco.peer.peer import OuterResult
 from tests.support import decoder
 from tests.support.builders import identity
@@ -97,12 +98,12 @@ class Run:
         ]
 
 
-MakeRun = Callable[[Codec, OnMissed], Run]
+MakeRun = Callable[[CodecName, OnMissed], Run]
 
 
 @pytest.fixture
 def make_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> MakeRun:
-    def make(codec: Codec, on_missed: OnMissed = "adopt") -> Run:
+    def make(codec: CodecName, on_missed: OnMissed = "adopt") -> Run:
         values = np.random.default_rng(3).standard_normal((9, N)).astype(np.float32)
         values[:, ::977] *= 300  # some blocks have an outlier
         values[1:, :300] = values[0, :300]  # and some are all zeros
@@ -219,7 +220,7 @@ def check_history(run: Run, reader: Decoder, decoded: Sequence[Decoded]) -> dict
     ("codec", "on_missed"), [("fp32", "adopt"), ("fp16", "keep"), ("int8", "adopt"), ("int4", "keep")]
 )
 def test_everything_that_peers_say_is_decoded_and_computed_again(
-    make_run: MakeRun, codec: Codec, on_missed: OnMissed
+    make_run: MakeRun, codec: CodecName, on_missed: OnMissed
 ) -> None:
     """Three trainers, one in client mode, and in runs that keep missed rounds one that does not come; a seed that
     follows, and one that comes late and downloads a snapshot."""

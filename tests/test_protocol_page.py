@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import msgpack
+import numpy as np
 import pytest
 from hivemind.dht.node import DHTNode
 from hivemind.dht.routing import DHTID
@@ -22,14 +23,17 @@ from hivemind.utils import MSGPackSerializer
 from pydantic import BaseModel
 
 import p2p_diloco
-from p2p_diloco.core import codec, manifest, records, rounds
+from p2p_diloco.core import manifest, records
+from p2p_diloco.core.blocks import Int4, Int8
+from p2p_diloco.core.buckets import Quota
+from p2p_diloco.core.codecs import CODECS, known
 from p2p_diloco.core.config import Timeouts
 from p2p_diloco.core.identity import PEER_ID_PREFIX, PRIVATE_KEY_PREFIX
-from p2p_diloco.core.manifest import PROTOCOL, RunManifest, RunSpec
-from p2p_diloco.core.outer import UPDATE_MAGIC
-from p2p_diloco.core.quota import Quota
+from p2p_diloco.core.manifest import PROTOCOL, RunManifest
 from p2p_diloco.core.records import RUNS_KEY, Record, peers_key
-from p2p_diloco.core.rounds import Readiness
+from p2p_diloco.core.roster import READINESS_CONTEXT, Readiness
+from p2p_diloco.core.runfile import RunSpec
+from p2p_diloco.core.update import UPDATE_MAGIC
 from p2p_diloco.peer.probes import CONSENT_CONTEXT, DialConsent, Probes
 from p2p_diloco.peer.reception import REQUESTS
 from p2p_diloco.wire.channel import DIAL_BACK_PROTOCOL, MANIFEST_PROTOCOL, run_protocol
@@ -135,6 +139,8 @@ def length(schema: dict[str, Any], unit: str) -> str:
 def described(schema: dict[str, Any]) -> tuple[str, str]:
     """Type and limit of what a schema of pydantic's takes."""
     kind = schema["type"]
+    if kind == "function-after" and schema["function"]["function"] is known:
+        return "str", "one of " + ", ".join(CODECS)
     if kind in ("default", "function-after", "model-field", "definitions"):
         return described(schema["schema"])
     if kind == "nullable":
@@ -265,16 +271,17 @@ def test_every_limit() -> None:
 
 
 def test_codecs() -> None:
+    huge = np.full(1, 3e38, np.float32)
     code = [
         (
             name,
-            str(codec.BLOCK.get(name, "")),
-            str(codec.LARGEST.get(name, "")),
-            number(codec.LARGEST_VALUE[name]),
-            str(codec.encoded_bytes(262144, name)),
-            str(codec.encoded_bytes(1001, name)),
+            str(getattr(codec, "block", "")),
+            str(codec.largest) if isinstance(codec, (Int8, Int4)) else "",
+            number(float(codec.decode(codec.encode(huge), 1)[0])),
+            str(codec.encoded_bytes(262144)),
+            str(codec.encoded_bytes(1001)),
         )
-        for name in codec.CODECS
+        for name, codec in CODECS.items()
     ]
     assert rows("Codecs", 6) == code
 
@@ -286,7 +293,7 @@ def test_names_and_prefixes() -> None:
     handles = [HardenedDHTProtocol._get_handle_name(None, f"rpc_{name}") for name in ("ping", "store", "find")]
     assert dict(rows("Names and prefixes", 2)) == {  # type: ignore[arg-type]
         "context of a record": text(records.SIGNATURE_CONTEXT),
-        "context of a readiness": text(rounds.READINESS_CONTEXT),
+        "context of a readiness": text(READINESS_CONTEXT),
         "context of a consent": text(CONSENT_CONTEXT),
         "context of a manifest": text(manifest.SIGNATURE_CONTEXT),
         "stream of a run": run_protocol("RUN-ID"),
