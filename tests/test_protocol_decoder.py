@@ -27,6 +27,8 @@ N = decoder.PART_VALUES + 77
 """Two parts, the second with blocks that are not whole and an odd number of values."""
 SEED, NEWCOMER, CLIENT, SLOW = 0, 7, 3, 4
 OUTER_STEPS, SNAPSHOT_EVERY = 3, 2
+CLAIMS = {identity(1).peer_id: 3, identity(2).peer_id: 7, identity(CLIENT).peer_id: 64}
+"""Tokens. The last one is the most that this run allows, and more than four times the median."""
 LONGEST_S = 300
 """Of the simulated time."""
 
@@ -45,7 +47,7 @@ class WatchedPeer(SimPeer):
         assert self.peer.local is not None
         state = self.peer.replica.loaded
         self.offers = getattr(self, "offers", {}) | {state.head: (state.theta.copy(), self.peer.local.copy())}
-        return await super().offer(tokens)
+        return await super().offer(CLAIMS.get(self.peer.identity.peer_id, tokens))
 
 
 @dataclass
@@ -239,6 +241,7 @@ def test_everything_that_peers_say_is_decoded_and_computed_again(
     states = check_history(run, reader, decoded)
     assert set(states) == set(range(OUTER_STEPS + 1))
     assert any(meeting.absent for meeting in reader.rounds.values()) == (on_missed == "keep")
+    assert any(sorted(meeting.weights) == [3, 7, 28] for meeting in reader.rounds.values())
 
     canonical, run_id = decoder.open_manifest(run.manifest.signed(OWNER))
     assert (canonical, run_id) == (run.manifest.canonical_bytes, run.manifest.run_id)
