@@ -14,10 +14,11 @@ import pytest
 
 from p2p_diloco.core.codecs import CodecName
 from p2p_diloco.core.manifest import RunManifest
+from p2p_diloco.core.records import seal_record
 from p2p_diloco.core.runfile import OnMissed
 from p2p_diloco.peer.peer import OuterResult
 from tests.support import decoder
-from tests.support.builders import identity
+from tests.support.builders import identity, record_of
 from tests.support.decoder import Decoded, Decoder, Mean, Round, State, Stream, Vector
 from tests.support.fakes import SimPeer, make_manifest, run_simulated
 from tests.support.links import FakeNetwork, FakeTransport, Pipe
@@ -286,3 +287,44 @@ def test_parts_that_are_reduced_again_when_a_reducer_has_died(make_run: MakeRun)
     assert {"again", "commit", "took"} <= tags_of(decoded)
     assert 1 in {message.fields.get("number") for one in decoded for message in one.asked if one.contributions}
     check_history(run, reader, decoded)
+
+
+def flipped(data: bytes, at: int) -> bytes:
+    return data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :]
+
+
+def is_taken(decode: Callable[[], object]) -> bool:
+    try:
+        decode()
+    except ValueError:
+        return False
+    return True
+
+
+def test_what_the_page_does_not_allow_is_no_part_of_the_protocol() -> None:
+    """A decoder that takes anything would prove nothing."""
+    sealed = seal_record(record_of(identity(1), "ab"), identity(1))
+    took = decoder.message(b"\x92\xa4took\x80")
+    assert decoder.open_sealed(sealed, decoder.RECORD)["peer_id"] == identity(1).peer_id
+    header = decoder.Header(3, bytes(32), [(identity(1).peer_id, 5)], [Mean(b"\x01", bytes(28)).hash])
+    update = decoder.pack_update(header, [Mean(b"\x01", bytes(28))])
+    assert (decoder.open_update(update, 7, "fp32")[0], took.tag) == (header, "took")
+    broken: list[Callable[[], object]] = [
+        *(
+            lambda at=at: decoder.open_sealed(flipped(sealed, at), decoder.RECORD)
+            for at in (-1, -64, 60, len(sealed) // 2)
+        ),
+        lambda: decoder.open_sealed(sealed, decoder.READINESS),
+        lambda: decoder.frames(b"\0\0\0\7" + bytes(6)),
+        lambda: decoder.frames((4194305).to_bytes(4, "big") + bytes(4194305)),
+        lambda: decoder.message(b"\x92\xa4took\x80\0"),
+        lambda: decoder.message(b"\x92\xa4took\x81\xa1a\1"),
+        lambda: decoder.message(b"\x92\xa4tool\x80"),
+        lambda: decoder.members_of(b"\1\0"),
+        *(lambda at=at: decoder.open_update(flipped(update, at), 7, "fp32") for at in range(len(update))),
+        lambda: decoder.open_update(update + b"\0", 7, "fp32"),
+        lambda: decoder.decode(np.array([np.inf], "<f4").tobytes() + b"\0", 1, "int8"),
+        lambda: decoder.decode(np.array([-1], "<f4").tobytes() + b"\0", 1, "int4"),
+        lambda: decoder.decode(bytes(5), 1, "fp32"),
+    ]
+    assert [number for number, decode in enumerate(broken) if is_taken(decode)] == []
