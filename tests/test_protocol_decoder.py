@@ -16,7 +16,7 @@ from p2p_diloco.core.codecs import CodecName
 from p2p_diloco.core.manifest import RunManifest
 from p2p_diloco.core.records import seal_record
 from p2p_diloco.core.runfile import OnMissed
-from p2p_diloco.peer.peer import OuterResult
+from p2p_diloco.peer.control import OuterResult
 from tests.support import decoder
 from tests.support.builders import identity, record_of
 from tests.support.decoder import Decoded, Decoder, Mean, Round, State, Stream, Vector
