@@ -27,6 +27,7 @@ import pytest
 from pydantic import BaseModel
 
 from p2p_diloco.cli.cli import app
+from p2p_diloco.core.codecs import CODECS
 from p2p_diloco.core.runfile import ModelSpec, RunSpec, Section
 from p2p_diloco.core.toml import read_toml
 from p2p_diloco.lab.faults import FaultPlan
@@ -203,6 +204,23 @@ def taken(toml: str, folder: Path) -> dict[str, Any]:
     return read_toml(folder / "example.toml", "example")
 
 
+@pytest.mark.parametrize(("whose", "row"), KEY_ROWS, ids=lambda value: value if isinstance(value, str) else "")
+def test_all_choices_of_a_key_are_named(whose: str, row: Row) -> None:
+    for key in named_in(row.cells[0]):
+        field = TABLES[whose].model_fields[key]
+        choices = list(CODECS) if key == "codec" else [*literals(field.annotation)]
+        assert [choice for choice in choices if f'`"{choice}"`' not in " ".join(row.cells[1:])] == []
+
+
+def literals(annotation: Any) -> Iterator[str]:
+    """Of ``Literal["a", "b"]``, or of that in a union."""
+    for part in get_args(annotation):
+        if isinstance(part, str):
+            yield part
+        else:
+            yield from literals(part)
+
+
 def as_written(default: Any) -> Any:
     """A tuple is a list in TOML, and a single entry may stand alone."""
     if not isinstance(default, tuple):
@@ -268,6 +286,14 @@ def test_what_people_are_warned_of_is_explained() -> None:
         for text in troubles()
         if not any(pattern_of(message).search(text) for message in MESSAGES)
     ] == []
+
+
+@pytest.mark.parametrize("head", ["event", "phase"])
+def test_events_and_phases_are_those_of_the_code(head: str) -> None:
+    printed = {text for path in SOURCES for text in texts_of(path)}
+    named = [name for row in rows_under(head) for name in named_in(row.cells[0])]
+    assert named
+    assert set(named) <= printed
 
 
 # -- what is named of the code -----------------------------------------------------------------------------------------
