@@ -7,7 +7,7 @@ are free. Tables are told by the first cell of their head:
                              that they are as another command's
     key of `[data]`          the keys of one table of a file that a person writes; their second cell is the default
     key of a run file        those outside all tables: of a run file, a file of faults, a study
-    message                  what the program says, word for word, with ``...`` or ``N`` where it differs
+    message, what to do      what the program says, word for word, with ``...`` or ``N`` where it differs
 
 Every flag and key has exactly one such row, on whatever page, and no row names what does not exist. Messages cannot be
 counted so: every row's has to be in the code, and whatever the log warns of or ends a peer for its network or its disk
@@ -49,6 +49,7 @@ from tests.support.pages import (
     page_name,
     pattern_of,
     prose,
+    rows_about,
     rows_under,
     text_of,
     texts_of,
@@ -125,7 +126,7 @@ def test_every_flag_stands_on_one_page(whose: str) -> None:
 
 
 def test_tables_of_flags_are_of_commands() -> None:
-    assert {row.head.removeprefix("flag of ") for row in rows_under("flag of ")} == set(FLAGS)
+    assert {row.head[0].removeprefix("flag of ") for row in rows_about("flag of ")} == set(FLAGS)
 
 
 @pytest.mark.parametrize("page", LIVING, ids=page_name)
@@ -135,9 +136,9 @@ def test_commands_that_are_shown_exist(page: Path) -> None:
         program, command, *words = shown.split()
         if program == "make":
             assert command in targets, shown
-        elif command != "COMMAND":
-            known = META if command in META else ALL_FLAGS[command] | META
-            assert {word for word in words if word.startswith("--")} <= known, shown
+        elif command != "COMMAND" and command not in META:
+            assert command in COMMANDS, shown
+            assert {word for word in words if word.startswith("--")} <= ALL_FLAGS[command] | META, shown
 
 
 # -- keys --------------------------------------------------------------------------------------------------------------
@@ -173,7 +174,7 @@ def whose_keys(head: str) -> list[str]:
     return head.removeprefix("key of ").split(", ")
 
 
-KEY_ROWS = [(whose, row) for row in rows_under("key of ") for whose in whose_keys(row.head)]
+KEY_ROWS = [(whose, row) for row in rows_about("key of ") for whose in whose_keys(row.head[0])]
 
 
 @pytest.mark.parametrize("whose", TABLES)
@@ -247,7 +248,8 @@ def test_examples_of_files_are_taken(tmp_path: Path) -> None:
 
 # -- messages ----------------------------------------------------------------------------------------------------------
 
-MESSAGES = [message for row in rows_under("message") for message in named_in(row.cells[0])]
+MESSAGE_ROWS = rows_under("message", "what to do")
+MESSAGES = [message for row in MESSAGE_ROWS for message in named_in(row.cells[0])]
 
 
 def letters(text: str) -> int:
@@ -256,7 +258,7 @@ def letters(text: str) -> int:
 
 def test_a_message_stands_in_one_row() -> None:
     assert [message for message, count in Counter(MESSAGES).items() if count > 1] == []
-    assert len(MESSAGES) == len(rows_under("message"))
+    assert len(MESSAGES) == len(MESSAGE_ROWS)
 
 
 @pytest.mark.parametrize("message", MESSAGES)
@@ -288,10 +290,10 @@ def test_what_people_are_warned_of_is_explained() -> None:
     ] == []
 
 
-@pytest.mark.parametrize("head", ["event", "phase"])
-def test_events_and_phases_are_those_of_the_code(head: str) -> None:
+@pytest.mark.parametrize("head", [("event", "when, and what it tells"), ("phase", "what the peer does")])
+def test_events_and_phases_are_those_of_the_code(head: tuple[str, str]) -> None:
     printed = {text for path in SOURCES for text in texts_of(path)}
-    named = [name for row in rows_under(head) for name in named_in(row.cells[0])]
+    named = [name for row in rows_under(*head) for name in named_in(row.cells[0])]
     assert named
     assert set(named) <= printed
 

@@ -1,7 +1,7 @@
 """The pages of the repository, README and all below docs/, as tests read them: tables, links, anchors, what is code.
 
 A row of a table says what its first cell names: ``named_in`` gives the words in backticks there. What the table is of
-stands in its head: *flag of `peer`*, *key of `[data]`*, *message*.
+stands in its head: *flag of `peer`*, *key of `[data]`*, *message* and *what to do*.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ def page_name(page: Path) -> str:
 @dataclass(frozen=True, kw_only=True)
 class Row:
     page: Path
-    head: str
-    """The first cell of the table's head."""
+    head: tuple[str, ...]
+    """Of the table."""
     cells: tuple[str, ...]
 
 
@@ -68,19 +68,21 @@ def commands_shown(page: Path) -> Iterator[str]:
     spans = (span for line in prose(page) for span in named_in(line))
     lines = (line.strip() for line in text.splitlines() if is_code(line))
     for command in (*spans, *lines):
-        if command.startswith(("p2p-diloco ", "make ")):
+        is_command = re.match(r"(p2p-diloco|make) [a-zA-Z-]+(\s|$)", command) is not None
+        if is_command and r"\0" not in command:  # ``p2p-diloco dial consent\0`` is what a signature begins with
             yield re.sub(r"\s+#\s.*", "", command)
 
 
 @cache
 def rows(page: Path) -> tuple[Row, ...]:
     """Of all tables of a page."""
-    found, head = [], ""
+    found: list[Row] = []
+    head: tuple[str, ...] = ()
     for line, following in zip(prose(page), (*prose(page)[1:], "")):
         if not line.startswith("|"):
-            head = ""
+            head = ()
         elif following.startswith(("|---", "| ---")):
-            head = cells_of(line)[0]
+            head = cells_of(line)
         elif head and not line.startswith(("|---", "| ---")):
             found.append(Row(page=page, head=head, cells=cells_of(line)))
     return tuple(found)
@@ -90,9 +92,14 @@ def cells_of(line: str) -> tuple[str, ...]:
     return tuple(cell.strip() for cell in line.strip().strip("|").split("|"))
 
 
-def rows_under(beginning: str) -> list[Row]:
-    """Of all pages: the rows of tables whose head begins so."""
-    return [row for page in PAGES for row in rows(page) if row.head.startswith(beginning)]
+def rows_under(*head: str) -> list[Row]:
+    """Of all pages: the rows of tables whose head begins with these cells."""
+    return [row for page in PAGES for row in rows(page) if row.head[: len(head)] == head]
+
+
+def rows_about(beginning: str) -> list[Row]:
+    """Of all pages: the rows of tables the first cell of whose head begins so."""
+    return [row for page in PAGES for row in rows(page) if row.head[0].startswith(beginning)]
 
 
 def links(page: Path) -> list[str]:
