@@ -89,7 +89,7 @@ def rows(page: Path) -> tuple[Row, ...]:
 
 
 def cells_of(line: str) -> tuple[str, ...]:
-    return tuple(cell.strip() for cell in line.strip().strip("|").split("|"))
+    return tuple(cell.strip() for cell in re.split(r"(?<!\\)\|", line.strip().strip("|")))
 
 
 def rows_under(*head: str) -> list[Row]:
