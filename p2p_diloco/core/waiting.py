@@ -16,7 +16,12 @@ if sys.version_info >= (3, 11):
 else:
     from async_timeout import timeout as deadline
 
-__all__ = ["Bell", "cancel_and_wait", "deadline", "heard", "to_its_end"]
+__all__ = ["Bell", "cancel_and_wait", "deadline", "heard", "now_s", "to_its_end"]
+
+
+def now_s() -> float:
+    """Return the time of the running event loop, which all deadlines inside a process are times of."""
+    return asyncio.get_running_loop().time()
 
 
 class Bell:

@@ -20,7 +20,7 @@ from typing import Any
 from p2p_diloco.core.aggregate import reduce_part
 from p2p_diloco.core.codec import Vector
 from p2p_diloco.core.errors import Gone, Misbehaved, RemoteError
-from p2p_diloco.core.waiting import deadline
+from p2p_diloco.core.waiting import deadline, now_s
 from p2p_diloco.round.meeting import Meeting
 from p2p_diloco.wire.channel import Channel
 from p2p_diloco.wire.messages import Contribute
@@ -113,7 +113,7 @@ class Butterfly:
         longer than its bytes take at the lowest rate: else its reducers, who wait, were slow in everybody's eyes."""
         if sender in self.gone:
             return None
-        timeouts, began_s = self.meeting.timeouts, self._now()
+        timeouts, began_s = self.meeting.timeouts, now_s()
         try:
             async with deadline(min(self.patience_s[sender], timeouts.part_s)):
                 values = await self.queues[sender].get()
@@ -121,7 +121,7 @@ class Butterfly:
         except asyncio.TimeoutError:
             values = None
         sent_meanwhile_bytes = len(self.reducers) * self.meeting.grid.part_bytes(part)
-        self.patience_s[sender] += sent_meanwhile_bytes / timeouts.min_rate_bytes_per_s - (self._now() - began_s)
+        self.patience_s[sender] += sent_meanwhile_bytes / timeouts.min_rate_bytes_per_s - (now_s() - began_s)
         if values is None:
             self.gone.add(sender)
             self.meeting.lose(sender, None)
@@ -166,10 +166,6 @@ class Butterfly:
                     return
                 await changed.wait()
             await self.meeting.send_part(channel, reduced)
-
-    @staticmethod
-    def _now() -> float:
-        return asyncio.get_running_loop().time()
 
     def _hear_no_more(self, sender: int) -> None:
         """It is not waited for any more."""

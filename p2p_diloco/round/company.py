@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -13,6 +12,7 @@ from p2p_diloco.core.manifest import RunManifest
 from p2p_diloco.core.records import Record
 from p2p_diloco.core.roster import leader_order
 from p2p_diloco.core.swarm_head import must_catch_up, swarm_head, way_of
+from p2p_diloco.core.waiting import now_s
 from p2p_diloco.round.seat import Seat
 from p2p_diloco.wire.channel import Channel, Transport, run_protocol
 
@@ -46,11 +46,11 @@ class Company:
 
     def failed(self, head: bytes, leader: str, *, lied: bool = False) -> None:
         """As a leader on ``head``."""
-        until_s = self.now_s() + self.timeouts.record_life_s
+        until_s = now_s() + self.timeouts.record_life_s
         self.failures.setdefault((head, leader), []).extend([until_s] * (CHANCES if lied else 1))
 
     def is_fit(self, head: bytes, leader: str) -> bool:
-        return sum(until_s > self.now_s() for until_s in self.failures.get((head, leader), ())) < CHANCES
+        return sum(until_s > now_s() for until_s in self.failures.get((head, leader), ())) < CHANCES
 
     def forget_failures(self, head: bytes) -> None:
         """On any other head."""
@@ -89,7 +89,3 @@ class Company:
         """Nobody gathers for longer than that. ``busy``: nor waits for who is in another round first."""
         longest_s = self.manifest.spec.round.gather_s + MAX_GATHER_EXTENSION_S
         return longest_s + self.timeouts.round_limit_s(8 * self.manifest.n_params) if busy else longest_s
-
-    @staticmethod
-    def now_s() -> float:
-        return asyncio.get_running_loop().time()

@@ -11,7 +11,7 @@ from typing import TypeAlias
 
 from p2p_diloco.core.errors import Misbehaved, Refused, RemoteError
 from p2p_diloco.core.roster import form_roster, on_head, open_readiness, rank
-from p2p_diloco.core.waiting import Bell, heard
+from p2p_diloco.core.waiting import Bell, heard, now_s
 from p2p_diloco.round.company import HEARTBEATS, Company
 from p2p_diloco.wire.channel import Channel
 from p2p_diloco.wire.messages import Behind, Closing, Eta, Redirect, Roster, TooFew
@@ -68,7 +68,7 @@ class Gatherings:
     def _at(self, head: bytes) -> Gathering:
         gathering = self.by_head.get(head)
         if gathering is None:
-            gathering = self.by_head[head] = Gathering(head=head, opened_s=self.company.now_s())
+            gathering = self.by_head[head] = Gathering(head=head, opened_s=now_s())
             gathering.task = asyncio.create_task(self._gather(gathering))
         return gathering
 
@@ -81,8 +81,8 @@ class Gatherings:
         for peer_id in [p for p in gathering.expected_s if p not in gathering.ready]:
             self._call(gathering, peer_id)
         if self.seat.role_trainer and self.seat.phase in ("inner", "evaluate"):
-            now_s = self.company.now_s()
-            own_s = now_s + self.seat.call_trainer(now_s, limits.gather_s) + CLOSING_MARGIN_S
+            called_s = now_s()
+            own_s = called_s + self.seat.call_trainer(called_s, limits.gather_s) + CLOSING_MARGIN_S
             gathering.expected_s[me] = min(own_s, self._latest_s(gathering, busy=False))
         while gathering.answer is None:
             if (beyond := self.company.beyond(gathering.head)) is not None:
@@ -90,7 +90,7 @@ class Gatherings:
                 break
             changed = gathering.changed.event
             gathering.closes_s = self._closes_s(gathering)
-            left_s = gathering.closes_s - self.company.now_s()
+            left_s = gathering.closes_s - now_s()
             if left_s <= 0:
                 break
             await heard(changed, left_s)
@@ -162,7 +162,7 @@ class Gatherings:
 
     def _on_notice(self, gathering: Gathering, peer_id: str, answer: Eta | Behind | Redirect) -> None:
         if isinstance(answer, Eta):
-            until_s = self.company.now_s() + answer.eta_s + CLOSING_MARGIN_S
+            until_s = now_s() + answer.eta_s + CLOSING_MARGIN_S
             gathering.expected_s[peer_id] = min(until_s, self._latest_s(gathering, busy=answer.busy))
             (gathering.idle.discard if answer.busy else gathering.idle.add)(peer_id)
             if answer.leader:
@@ -192,7 +192,7 @@ class Gatherings:
         try:
             while gathering.answer is None:
                 changed = gathering.changed.event
-                await channel.send(Eta(eta_s=max(gathering.closes_s - self.company.now_s(), 0.0)))
+                await channel.send(Eta(eta_s=max(gathering.closes_s - now_s(), 0.0)))
                 change = asyncio.create_task(changed.wait())
                 every_s = self.company.timeouts.request_s / HEARTBEATS
                 await asyncio.wait((closed, change), timeout=every_s, return_when=asyncio.FIRST_COMPLETED)

@@ -41,7 +41,7 @@ from p2p_diloco.core.roster import (
     rank,
     seal_readiness,
 )
-from p2p_diloco.core.waiting import heard
+from p2p_diloco.core.waiting import heard, now_s
 from p2p_diloco.round.company import HEARTBEATS, Company
 from p2p_diloco.round.gathering import Answer, Gatherings
 from p2p_diloco.round.missed import Missed
@@ -166,8 +166,8 @@ class Matchmaker:
         try:
             await channel.send(Ready(readiness=sealed, record=self.seat.sealed_record))
             longest_s = self.company.longest_s(busy=True)
-            deadline_s = self.company.now_s() + longest_s
-            while self.company.now_s() < deadline_s:
+            deadline_s = now_s() + longest_s
+            while now_s() < deadline_s:
                 answer: Eta | Answer = await channel.receive(
                     Eta, Roster, TooFew, Redirect, Behind, timeout_s=self.timeouts.request_s
                 )
@@ -253,7 +253,7 @@ class Matchmaker:
                 gathering.answer = gathering.answer or Redirect(record=message.record)
                 gathering.changed.ring()
             gather_s = self.manifest.spec.round.gather_s
-            await channel.send(Eta(eta_s=self.seat.call_trainer(self.company.now_s(), gather_s)))
+            await channel.send(Eta(eta_s=self.seat.call_trainer(now_s(), gather_s)))
 
     def _awaited(self, asker: str) -> bytes | None:
         """The record of the leader for whose roster I wait, unless it is the one who asks."""
@@ -271,8 +271,8 @@ class Matchmaker:
         have ended. Who asks is told to wait: it would else take me for dead, and meet others on a head that is about to
         be history."""
         seat = self.seat
-        deadline_s = self.company.now_s() + self.company.longest_s(busy=True)
-        while seat.standing.head == head and self.company.now_s() < deadline_s:
+        deadline_s = now_s() + self.company.longest_s(busy=True)
+        while seat.standing.head == head and now_s() < deadline_s:
             changed, awaited = seat.changed.event, self._awaited(channel.peer_id)
             if not seat.in_round and awaited is None:
                 return

@@ -33,7 +33,7 @@ from dataclasses import dataclass
 
 from p2p_diloco.core.errors import Misbehaved, RemoteError, Silent
 from p2p_diloco.core.update import Update
-from p2p_diloco.core.waiting import deadline, heard
+from p2p_diloco.core.waiting import deadline, heard, now_s
 from p2p_diloco.round.butterfly import Butterfly, run_all
 from p2p_diloco.round.meeting import Meeting
 from p2p_diloco.round.missed import Missed
@@ -79,33 +79,33 @@ class Settlement:
         self.reduce_s = 0.0
         self.settle_s = 0.0
         limit_s = meeting.timeouts.round_limit_s(2 * meeting.grid.vector_bytes)
-        self.started_s = self._now()
+        self.started_s = now_s()
         self.ends_s = self.started_s + limit_s
 
     async def reduce(self) -> None:
         """Returns in time, whatever others do; what could not be reduced is missing then."""
         await self._run(self.butterflies[0])
-        self.reduce_s = self._now() - self.started_s
+        self.reduce_s = now_s() - self.started_s
 
     async def _run(self, butterfly: Butterfly) -> None:
         """At most half of the time that the round has left: who owes parts then is given up, and the other half is
         enough to do without it."""
         try:
-            async with deadline((self.ends_s - self._now()) / 2):
+            async with deadline((self.ends_s - now_s()) / 2):
                 await butterfly.run()
         except asyncio.TimeoutError:
             for reducer in butterfly.owing():
                 self.meeting.lose(reducer, None)
 
     async def settle(self) -> Update | Missed:
-        started_s = self._now()
+        started_s = now_s()
         try:
-            async with deadline(self.ends_s - self._now()):
+            async with deadline(self.ends_s - now_s()):
                 return await self._settle()
         except asyncio.TimeoutError:
             return Missed(reason="failed", detail="the round took longer than its time")
         finally:
-            self.settle_s = self._now() - started_s
+            self.settle_s = now_s() - started_s
             self.meeting.over = True
             self.meeting.changed.ring()
 
@@ -169,7 +169,7 @@ class Settlement:
     async def _decision(self, channel: Channel, receipt: Receipt) -> Again | Commit | No:
         """Of who leads; Silent when it only ever promises."""
         try:
-            async with deadline((self.ends_s - self._now()) * LEADERS_SHARE):
+            async with deadline((self.ends_s - now_s()) * LEADERS_SHARE):
                 answer: Eta | Again | Commit | No = await channel.request(receipt, Eta, Again, Commit, No)
                 while isinstance(answer, Eta):
                     answer = await channel.receive(Eta, Again, Commit, No, timeout_s=self.meeting.timeouts.request_s)
@@ -281,11 +281,11 @@ class Settlement:
         holders = [self.group.me if holder in self.meeting.lost else holder for holder in commit.holders]
         self.answer = Commit(part_hashes=commit.part_hashes, holders=holders)
         self.meeting.changed.ring()
-        deadline_s = self._now() + self.meeting.timeouts.settle_s
+        deadline_s = now_s() + self.meeting.timeouts.settle_s
         while not self._is_most(len(self.took) + 1):
-            if self._now() >= deadline_s:
+            if now_s() >= deadline_s:
                 return self._fail("most of the group did not take the commit")
-            await heard(self.meeting.changed.event, deadline_s - self._now())
+            await heard(self.meeting.changed.event, deadline_s - now_s())
         self.leads = True
         return outcome
 
@@ -300,17 +300,17 @@ class Settlement:
     async def _collect(self, expected: set[int], number: int) -> None:
         """Wait for the receipts of ``expected`` after butterfly ``number``: ``settle_s`` for everybody; until that can
         be no more for most of the group. Nobody is given up where a commit ends the wait."""
-        timeouts, started_s = self.meeting.timeouts, self._now()
+        timeouts, started_s = self.meeting.timeouts, now_s()
         patience_s = started_s + timeouts.settle_s
         end_s = patience_s + timeouts.reduced_part_s
         while self.taken is None:
             changed = self.meeting.changed.event
             came = {i for i, receipt in self.receipts.items() if receipt.number >= number}
             awaited = expected - came - self.meeting.lost
-            now_s = self._now()
-            if not awaited or now_s >= end_s or (now_s >= patience_s and self._is_most(len(came) + 1)):
+            now = now_s()
+            if not awaited or now >= end_s or (now >= patience_s and self._is_most(len(came) + 1)):
                 break
-            await heard(changed, (patience_s if now_s < patience_s else end_s) - now_s)
+            await heard(changed, (patience_s if now < patience_s else end_s) - now)
         if self.taken is not None:
             return
         for member in expected - self.receipts.keys():
@@ -341,7 +341,7 @@ class Settlement:
         than half of the time that is left, for what is heard has to be given to the others."""
         meeting, request_s = self.meeting, self.meeting.timeouts.request_s
         n_parts, channel = len(meeting.parts), None
-        whole_s, first_s = (self.ends_s - self._now()) / 2, request_s
+        whole_s, first_s = (self.ends_s - now_s()) / 2, request_s
         if member in meeting.lost:
             whole_s, first_s = min(request_s, whole_s), request_s / HEARTBEATS
         try:
@@ -390,11 +390,11 @@ class Settlement:
         """A member may have heard of it a moment before me."""
         if number >= len(self.group.members):
             raise Misbehaved(channel.peer_id, f"contributes to butterfly {number} of a round")
-        deadline_s = self._now() + self.meeting.timeouts.request_s
+        deadline_s = now_s() + self.meeting.timeouts.request_s
         while number not in self.butterflies:
-            if self.meeting.over or self._now() >= deadline_s:
+            if self.meeting.over or now_s() >= deadline_s:
                 return None
-            await heard(self.meeting.changed.event, deadline_s - self._now())
+            await heard(self.meeting.changed.event, deadline_s - now_s())
         return self.butterflies[number]
 
     async def _on_receipt(self, channel: Channel, member: int, message: Receipt) -> None:
@@ -434,7 +434,7 @@ class Settlement:
     async def _answer(self, channel: Channel, member: int, number: int) -> Again | Commit | No:
         """What a member with a receipt of butterfly ``number`` is told; a word from time to time until then."""
         meeting = self.meeting
-        next_word_s = self._now() + meeting.timeouts.request_s / HEARTBEATS
+        next_word_s = now_s() + meeting.timeouts.request_s / HEARTBEATS
         while True:
             changed, answer = meeting.changed.event, self.answer
             if isinstance(answer, Again):
@@ -449,12 +449,12 @@ class Settlement:
     async def _keep_waiting(self, channel: Channel, changed: asyncio.Event, next_word_s: float) -> float:
         """Until something has changed, or it is time for a word to who waits for an answer. When the next one is due,
         on the loop's clock."""
-        await heard(changed, max(next_word_s - self._now(), 0.0))
-        if self._now() < next_word_s:
+        await heard(changed, max(next_word_s - now_s(), 0.0))
+        if now_s() < next_word_s:
             return next_word_s
         every_s = self.meeting.timeouts.request_s / HEARTBEATS
         await channel.send(Eta(eta_s=every_s))
-        return self._now() + every_s
+        return now_s() + every_s
 
     async def _on_ask_part(self, channel: Channel, message: AskPart) -> None:
         """A member misses a part that I said I hold."""
@@ -469,17 +469,13 @@ class Settlement:
         """A later leader asks: the ones before it have failed, as it sees it. Answered when I see it so, too."""
         if member not in self.group.reducers:
             raise Misbehaved(channel.peer_id, "asks for a commit, and cannot lead")
-        meeting, next_word_s = self.meeting, self._now()
+        meeting, next_word_s = self.meeting, now_s()
         while True:
             changed = meeting.changed.event
             if self.taken is not None or meeting.over or self.place >= self.group.reducers.index(member):
                 await channel.send(self.taken or No(reason="no commit has come"))
                 return
             next_word_s = await self._keep_waiting(channel, changed, next_word_s)
-
-    @staticmethod
-    def _now() -> float:
-        return asyncio.get_running_loop().time()
 
 
 def choose_parts(held: Mapping[int, Sequence[bytes]], n_parts: int) -> tuple[list[bytes], list[int]]:

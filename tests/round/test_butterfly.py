@@ -13,12 +13,13 @@ import pytest
 from p2p_diloco.core.codecs import CodecName, encode
 from p2p_diloco.core.errors import Gone, RemoteError
 from p2p_diloco.core.update import Part
+from p2p_diloco.core.waiting import now_s
 from p2p_diloco.round.butterfly import run_all
 from p2p_diloco.wire.channel import Channel
 from p2p_diloco.wire.messages import AskCommit, AskPart, Contribute, Message, Receipt
 from tests.support.builders import identity
 from tests.support.fakes import run_simulated
-from tests.support.meetings import N_PARTS, PROTOCOL, TIMEOUTS, Losses, Round, Transport, frame_of, now_s
+from tests.support.meetings import N_PARTS, PROTOCOL, TIMEOUTS, Losses, Round, Transport, frame_of
 
 pytestmark = pytest.mark.usefixtures("small_parts")
 

@@ -19,6 +19,7 @@ from p2p_diloco.core.pace import Progress
 from p2p_diloco.core.records import open_record, seal_record
 from p2p_diloco.core.roster import Group, seal_readiness
 from p2p_diloco.core.swarm_head import Standing
+from p2p_diloco.core.waiting import now_s
 from p2p_diloco.round.company import CHANCES, MAX_GATHER_EXTENSION_S
 from p2p_diloco.round.gathering import CLOSING_MARGIN_S
 from p2p_diloco.round.matchmaking import Matchmaker
@@ -43,10 +44,6 @@ Hand = Callable[["Table", Channel, Message], Awaitable[None]]
 def manifest_with(**limits: Any) -> RunManifest:
     limits_ = MANIFEST.spec.round.model_copy(update=limits)
     return MANIFEST.model_copy(update={"spec": MANIFEST.spec.model_copy(update={"round": limits_})})
-
-
-def now_s() -> float:
-    return asyncio.get_running_loop().time()
 
 
 def standing(history: str) -> Standing:

@@ -19,12 +19,13 @@ from hypothesis import strategies as st
 from p2p_diloco.core.config import Timeouts
 from p2p_diloco.core.errors import RemoteError
 from p2p_diloco.core.update import Update
+from p2p_diloco.core.waiting import now_s
 from p2p_diloco.round.settle import HEARTBEATS, LEADERS_SHARE, RoundCost, choose_parts
 from p2p_diloco.wire.channel import Channel
 from p2p_diloco.wire.messages import Again, AskCommit, AskPart, Commit, Contribute, Eta, Message, No, Receipt, Size
 from tests.support.builders import identity
 from tests.support.fakes import run_simulated
-from tests.support.meetings import N_PARTS, PROTOCOL, TIMEOUTS, Losses, Round, Transport, frame_of, now_s, server
+from tests.support.meetings import N_PARTS, PROTOCOL, TIMEOUTS, Losses, Round, Transport, frame_of, server
 
 pytestmark = pytest.mark.usefixtures("small_parts")
 

@@ -19,7 +19,7 @@ from p2p_diloco.core.directory import Directory
 from p2p_diloco.core.grid import Grid, part_slices
 from p2p_diloco.core.records import seal_record
 from p2p_diloco.core.update import Part, Update, contributor_mask
-from p2p_diloco.core.waiting import Bell, heard
+from p2p_diloco.core.waiting import Bell, heard, now_s
 from p2p_diloco.round.meeting import Meeting
 from p2p_diloco.round.missed import Missed
 from p2p_diloco.round.settle import Settlement
@@ -49,10 +49,6 @@ SMALL_PART_VALUES = 100
 OF_A_ROUND = (Contribute, Receipt, AskPart, AskCommit)
 LONGEST_ROUND_S = 150.0
 COMMIT_STARTS = b"\x92\xa6commit"
-
-
-def now_s() -> float:
-    return asyncio.get_running_loop().time()
 
 
 def frame_of(part: Part) -> bytes:

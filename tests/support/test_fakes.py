@@ -13,6 +13,7 @@ import pytest
 from p2p_diloco.core.config import Timeouts
 from p2p_diloco.core.errors import Gone, Silent
 from p2p_diloco.core.records import seal_record
+from p2p_diloco.core.waiting import now_s
 from p2p_diloco.wire.channel import Channel
 from tests.support.builders import identity, record_of
 from tests.support.links import LATE_S, SILENT_RESET_S, FakeNetwork, FakeTransport
@@ -21,10 +22,6 @@ from tests.support.simloop import NOBODY, RUNNING, THREAD_S, Cut, Incarnation, r
 TIMEOUTS = Timeouts()
 A, B, C = (identity(i).peer_id for i in (1, 2, 3))
 KEY = "records"
-
-
-def now_s() -> float:
-    return asyncio.get_running_loop().time()
 
 
 class Two:
