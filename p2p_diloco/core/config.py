@@ -75,8 +75,14 @@ class Timeouts:
     leave_s: float = 4.0
     """For saying goodbye; after that the processes end anyway."""
 
+    @property
+    def heartbeat_s(self) -> float:
+        """How often somebody says that it is still here to a peer that waits for its answer: three times within
+        ``request_s``, after which that peer takes it for dead."""
+        return self.request_s / 3
+
     def round_limit_s(self, vector_bytes: int) -> float:
-        """Longest time that reduce and settle of a vector may take."""
+        """Returns the longest time that reduce and settle of a vector may take."""
         return self.round_s + vector_bytes / self.min_rate_bytes_per_s
 
     def scaled(self, factor: float) -> Timeouts:

@@ -1,4 +1,5 @@
-"""Whom a peer may form a round with, as it sees the swarm: who ranks first, who has failed it, and where they are."""
+"""The peers that a peer may form a round with, as it sees the swarm: which ranks first, which has failed it, and where
+they are."""
 
 from __future__ import annotations
 
@@ -17,15 +18,18 @@ from p2p_diloco.round.seat import Seat
 from p2p_diloco.wire.channel import Channel, Transport, run_protocol
 
 CHANCES = 2
-"""Of a leader on one head. A second one, for it may just have been stopped, and others may be with it again."""
-HEARTBEATS = 3
-"""Words of a leader within the time after which a member takes it for dead."""
+"""After so many failures on one head a leader is asked no more there. Not after the first, for it may just have been
+stopped, and others may be with it again."""
 MAX_GATHER_EXTENSION_S = 30.0
-"""Beyond ``gather_s``, for a peer in the middle of a long inner step."""
+"""So much longer than the manifest's ``round.gather_s`` a gathering may wait for a peer in the middle of a long inner
+step."""
 
 
 @dataclass(kw_only=True, eq=False)
 class Company:
+    """What a peer knows of the others when it forms a round. It decides which of them lead, and how long a round may be
+    waited for."""
+
     transport: Transport
     manifest: RunManifest
     directory: Directory
@@ -33,46 +37,52 @@ class Company:
     timeouts: Timeouts
     wall_s: Callable[[], float]
     failures: dict[tuple[bytes, str], list[float]] = field(default_factory=dict)
-    """(head, peer id) -> loop times until which it counts that this leader has failed me there; of my head only."""
+    """(head, peer id) -> loop times until which each failure of this leader there counts; of my head only."""
 
     @property
     def me(self) -> str:
+        """My peer id."""
         return self.directory.peer_id
 
     def leaders(self, head: bytes) -> list[str]:
-        """Who may lead on ``head``, in the order in which they are asked."""
+        """Returns the peers that may lead on ``head``, in the order in which they are asked: all live trainers there
+        that can be dialled, by rank, without those that have failed me there. I am one of them, unless in client
+        mode."""
         order = leader_order(self.directory.expected(self.wall_s()), head, self.me, self.seat.client_mode)
         return [peer_id for peer_id in order if self.is_fit(head, peer_id)]
 
     def failed(self, head: bytes, leader: str, *, lied: bool = False) -> None:
-        """As a leader on ``head``."""
+        """Notes that a peer has failed me as the leader on ``head``. It counts for ``Timeouts.record_life_s``, and as
+        CHANCES failures when it ``lied``."""
         until_s = now_s() + self.timeouts.record_life_s
         self.failures.setdefault((head, leader), []).extend([until_s] * (CHANCES if lied else 1))
 
     def is_fit(self, head: bytes, leader: str) -> bool:
+        """Returns whether a peer may still lead me on ``head``: it has failed me there less often than CHANCES."""
         return sum(until_s > now_s() for until_s in self.failures.get((head, leader), ())) < CHANCES
 
     def forget_failures(self, head: bytes) -> None:
-        """On any other head."""
+        """Forgets which leaders have failed me on any other head."""
         self.failures = {which: until_s for which, until_s in self.failures.items() if which[0] == head}
 
     def learn(self, source: str, sealed: bytes) -> Record | None:
-        """``Directory.learn``; Misbehaved of ``source`` where the record is not sound."""
+        """Takes in a record that ``source`` has sent, as ``Directory.learn`` does, and returns the newest one of its
+        peer. Misbehaved of ``source`` when the record is not sound."""
         try:
             return self.directory.learn(sealed, self.wall_s())
         except ValueError as error:
             raise Misbehaved(source, f"sends {error}") from error
 
     def learn_own(self, source: str, sealed: bytes) -> Record | None:
-        """The same of a record that has to be that of ``source``."""
+        """As ``learn``; the record has to be that of ``source`` itself."""
         try:
             return self.directory.learn_from(source, sealed, self.wall_s())
         except ValueError as error:
             raise Misbehaved(source, f"sends {error}") from error
 
     def beyond(self, head: bytes) -> bytes | None:
-        """The sealed record of a peer elsewhere, where I have left ``head``, or the swarm has: no group is formed on it
-        any more."""
+        """Returns the sealed record of a peer that stands beyond ``head``, or None while groups are formed on ``head``.
+        None are formed there any more when I have left it, or when the swarm has, by the rule of ``swarm_head``."""
         voters, standing, before = self.directory.believed(self.wall_s()), self.seat.standing, self.directory.before
         if head != standing.head:
             return self.seat.sealed_record
@@ -83,9 +93,12 @@ class Company:
         return next(filter(None, map(self.directory.sealed, there)), None)
 
     async def open(self, peer_id: str) -> Channel:
+        """Opens a stream to a peer, in the protocol of this run."""
         return await self.transport.open(peer_id, self.directory.maddrs(peer_id), run_protocol(self.manifest.run_id))
 
     def longest_s(self, *, busy: bool) -> float:
-        """Nobody gathers for longer than that. ``busy``: nor waits for who is in another round first."""
+        """Returns the longest time that a gathering may last, in seconds: the manifest's ``round.gather_s`` and
+        MAX_GATHER_EXTENSION_S. ``busy``: with the time for a peer to end another round first, which is
+        ``Timeouts.round_limit_s`` of two vectors of float32."""
         longest_s = self.manifest.spec.round.gather_s + MAX_GATHER_EXTENSION_S
         return longest_s + self.timeouts.round_limit_s(8 * self.manifest.n_params) if busy else longest_s

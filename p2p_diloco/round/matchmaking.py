@@ -1,22 +1,25 @@
-"""The roster of a round: who asks whom to lead, who waits for whom, and until when.
+"""How a peer comes to the roster of a round: which peer it asks to lead, and what it answers a peer that asks it.
 
 A peer that is ready asks the best-ranked live peer on its head to lead. That peer tells the others that the round is
-closing, waits until all of them are ready or out of time, and sends everybody the same roster: the signed readiness of
-every member. Nobody is believed about anybody else.
+closing, waits until all of them are ready or out of time (``gathering`` says exactly until when), and sends everybody
+the same roster: the signed readiness of every member. Nobody is believed about anybody else.
 
 The leader need not be ready itself: its network process leads while its trainer finishes, and if the trainer does not
 make it in time, the roster goes out without it.
 
-Two leaders may gather on one head, when one of them has just come there. They hear of each other from those whom they
-call, and the better ranked one takes over what the other has gathered. Who is called while it waits elsewhere, or is in
-a round, is waited for: two groups on one head would make two histories.
+Two leaders may gather on one head, when one of them has just come there. They hear of each other from the peers that
+they call, and the better ranked one takes over what the other has gathered. A peer that is called while it waits for
+another leader, or is in a round, is waited for: two groups on one head would make two histories.
 
-A leader that stops without closing its streams (SIGSTOP) costs the members one request time-out: it says from time to
-time that it is still there.
+A member waits for a roster as long as its leader says something every ``Timeouts.request_s``, but not longer than
+``Company.longest_s(busy=True)``. A leader that stops without closing its streams (SIGSTOP) thus costs the members
+``request_s``: while it runs, it says every ``Timeouts.heartbeat_s`` that it is still there. Then the next one in rank
+is asked, up to MAX_LEADERS_ASKED in all.
 
 What others say ends no gathering by itself. That the swarm is past a head has to follow from records, by the rule that
-catches up; who names another leader must rank after it; and who has failed twice as a leader on a head, or lied, leads
-nobody there for as long as a record lives. Not for ever: two sides of a network that was cut have failed each other.
+catches up; a peer that names another leader must rank after it; and a peer that has failed twice as a leader on a head,
+or lied, leads nobody there for ``Timeouts.record_life_s``. Not for ever: two sides of a network that was cut have
+failed each other.
 """
 
 from __future__ import annotations
@@ -42,7 +45,7 @@ from p2p_diloco.core.roster import (
     seal_readiness,
 )
 from p2p_diloco.core.waiting import heard, now_s
-from p2p_diloco.round.company import HEARTBEATS, Company
+from p2p_diloco.round.company import Company
 from p2p_diloco.round.gathering import Answer, Gatherings
 from p2p_diloco.round.missed import Missed
 from p2p_diloco.round.seat import Seat
@@ -55,6 +58,8 @@ MAX_LEADERS_ASKED = 16
 
 
 class Matchmaker:
+    """One peer's part in forming rounds: it finds a group for its own trainer, and answers the peers that ask it."""
+
     def __init__(
         self,
         *,
@@ -83,26 +88,21 @@ class Matchmaker:
         """(head, peer id of the leader) while I wait for a roster."""
 
     async def find_group(self, weight: int, *, dropped: bool = False, tokens_per_s: float = 0.0) -> Group | Missed:
-        """The group of the next round on my head, or why there is none. ``dropped``: I contribute nothing."""
-        seat, company, limits = self.seat, self.company, self.manifest.spec.round
-        mine = Readiness(
-            run_id=self.manifest.run_id,
-            step=seat.standing.step,
-            head=seat.standing.head,
-            peer_id=self.identity.peer_id,
-            weight=min(weight, self.manifest.spec.max_weight_tokens),
-            client_mode=seat.client_mode,
-            dropped=dropped,
-            tokens_per_s=tokens_per_s,
-            nonce=new_nonce(),
-        )
+        """Finds the group of the next round on my head, and returns it, or why there is none.
+
+        Leaders are asked one after another in the order of rank, myself among them, until one has a roster, or says
+        that there are too few of us or that the swarm is past this head. ``weight``: tokens that I have trained on.
+        ``dropped``: I contribute nothing.
+        """
+        company = self.company
+        mine = self._readiness(weight, dropped, tokens_per_s)
         sealed = seal_readiness(mine, self.identity)
         company.forget_failures(mine.head)
         useless: set[str] = set()
         claims: set[str] = set()
-        """Those to whom I have left the lead, because they said that they gather."""
+        """Peers to which I have left the lead, because they said that they gather."""
         for _ in range(MAX_LEADERS_ASKED):
-            if company.beyond(seat.standing.head) is not None:
+            if company.beyond(self.seat.standing.head) is not None:
                 return Missed(reason="behind", detail="the swarm went on meanwhile")
             leader = next((peer_id for peer_id in company.leaders(mine.head) if peer_id not in useless), None)
             if leader is None:
@@ -112,26 +112,13 @@ class Matchmaker:
                     answer = await self.gatherings.lead(sealed)
                 else:
                     answer = await self._ask(leader, sealed)
-                if isinstance(answer, TooFew):
-                    return Missed(reason="alone", detail=f"{answer.ready} ready, {limits.min_group} needed")
-                if isinstance(answer, Behind):
-                    company.learn(leader, answer.record)
-                    if company.beyond(mine.head) is None:
-                        raise Refused(leader, "it says that the swarm is past this head, which no record shows")
-                    return Missed(reason="behind", detail=f"peer {leader[-8:]} is past this head")
-                if isinstance(answer, Redirect):
+                if leader == mine.peer_id and isinstance(answer, Redirect):
                     company.learn(leader, answer.record)
                     better = open_record(answer.record).peer_id
-                    if leader == mine.peer_id:
-                        useless.discard(better)
-                        claims.add(better)
-                        continue
-                    if rank(mine.head, better) >= rank(mine.head, leader):
-                        raise Misbehaved(leader, "names a leader that does not rank before it")
-                    raise Refused(leader, "it names another leader")
-                if len(answer.members) == limits.max_group and sealed not in answer.members:
-                    raise Refused(leader, "its group is full")
-                return self._check(leader, answer, mine)
+                    useless.discard(better)
+                    claims.add(better)
+                    continue
+                return self._outcome(leader, answer, mine, sealed)
             except Refused as error:
                 log.debug("%s does not lead: %s", leader[-8:], error.reason)
                 useless.add(leader)
@@ -145,7 +132,43 @@ class Matchmaker:
                 useless.add(leader)
         return Missed(reason="alone", detail="nobody to meet")
 
+    def _readiness(self, weight: int, dropped: bool, tokens_per_s: float) -> Readiness:
+        """Returns what I shall sign: that I am ready for one round on the head where I stand."""
+        return Readiness(
+            run_id=self.manifest.run_id,
+            step=self.seat.standing.step,
+            head=self.seat.standing.head,
+            peer_id=self.identity.peer_id,
+            weight=min(weight, self.manifest.spec.max_weight_tokens),
+            client_mode=self.seat.client_mode,
+            dropped=dropped,
+            tokens_per_s=tokens_per_s,
+            nonce=new_nonce(),
+        )
+
+    def _outcome(self, leader: str, answer: Answer, mine: Readiness, sealed: bytes) -> Group | Missed:
+        """Returns what a leader's answer makes of my search. Refused when another leader has to be asked, Misbehaved
+        when the answer is a lie."""
+        company, limits = self.company, self.manifest.spec.round
+        if isinstance(answer, TooFew):
+            return Missed(reason="alone", detail=f"{answer.ready} ready, {limits.min_group} needed")
+        if isinstance(answer, Behind):
+            company.learn(leader, answer.record)
+            if company.beyond(mine.head) is None:
+                raise Refused(leader, "it says that the swarm is past this head, which no record shows")
+            return Missed(reason="behind", detail=f"peer {leader[-8:]} is past this head")
+        if isinstance(answer, Redirect):
+            company.learn(leader, answer.record)
+            better = open_record(answer.record).peer_id
+            if rank(mine.head, better) >= rank(mine.head, leader):
+                raise Misbehaved(leader, "names a leader that does not rank before it")
+            raise Refused(leader, "it names another leader")
+        if len(answer.members) == limits.max_group and sealed not in answer.members:
+            raise Refused(leader, "its group is full")
+        return self._check(leader, answer, mine)
+
     def _check(self, leader: str, roster: Roster, mine: Readiness) -> Group:
+        """Returns the group of a roster. Misbehaved when the roster is not sound."""
         limits = self.manifest.spec.round
         try:
             return check_roster(
@@ -161,6 +184,8 @@ class Matchmaker:
             raise Misbehaved(leader, f"sends {error}") from error
 
     async def _ask(self, leader: str, sealed: bytes) -> Answer:
+        """Tells a leader that I am ready, and returns what comes of its gathering. Silent when no word comes for
+        ``Timeouts.request_s``, or when nothing has come of it after ``Company.longest_s(busy=True)``."""
         channel = await self.company.open(leader)
         self.waiting_at = self.seat.standing.head, leader
         try:
@@ -180,7 +205,11 @@ class Matchmaker:
             channel.close()
 
     async def on_ready(self, channel: Channel, message: Ready) -> None:
-        """A peer asks me to lead."""
+        """Answers a peer that asks me to lead.
+
+        It is told which leader I wait for, if I do; then it waits until I am in no round on its head. After that it
+        joins my gathering, unless I stand elsewhere, cannot lead, or find a live peer that ranks before me.
+        """
         readiness = self._verified(channel.peer_id, message)
         awaited = self._awaited(channel.peer_id)
         if awaited is not None and readiness.head == self.seat.standing.head and not self.seat.in_round:
@@ -198,7 +227,7 @@ class Matchmaker:
             try:
                 while not looking.done():
                     await channel.send(Eta(eta_s=0.0))
-                    await asyncio.wait((looking,), timeout=self.timeouts.request_s / HEARTBEATS)
+                    await asyncio.wait((looking,), timeout=self.timeouts.heartbeat_s)
                 better = looking.result()
             finally:
                 looking.cancel()
@@ -211,6 +240,7 @@ class Matchmaker:
         await self.gatherings.join(channel, readiness.head, message.readiness)
 
     def _verified(self, source: str, message: Ready) -> Readiness:
+        """Returns the readiness that a peer has sent. Misbehaved unless it is its own, sound, and of this run."""
         try:
             readiness = open_readiness(message.readiness)
         except ValueError as error:
@@ -223,7 +253,7 @@ class Matchmaker:
         return readiness
 
     async def _better_leader(self, head: bytes) -> bytes | None:
-        """The sealed record of a live peer that ranks before me on ``head``."""
+        """Returns the sealed record of a peer that ranks before me on ``head`` and answers a dial, or None."""
         for _ in range(MAX_LEADERS_ASKED):
             leader = next(iter(self.company.leaders(head)), None)
             if leader in (None, self.company.me):
@@ -237,7 +267,11 @@ class Matchmaker:
         return None
 
     async def on_closing(self, channel: Channel, message: Closing) -> None:
-        """The leader of a round that somebody else is ready for asks how long I need."""
+        """Answers a leader that tells me that the round on a head closes, and asks how long I need.
+
+        It waits until I am in no round there. Then my trainer is called to the round, and the leader is told how many
+        seconds that takes; unless I stand elsewhere, do not train, or rank before it and gather there already.
+        """
         leader = self.company.learn_own(channel.peer_id, message.record)
         await self._round_over(channel, message.head)
         gathering = self.gatherings.by_head.get(message.head)
@@ -256,20 +290,21 @@ class Matchmaker:
             await channel.send(Eta(eta_s=self.seat.call_trainer(now_s(), gather_s)))
 
     def _awaited(self, asker: str) -> bytes | None:
-        """The record of the leader for whose roster I wait, unless it is the one who asks."""
+        """Returns the sealed record of the leader whose roster I wait for, unless that is the peer that asks."""
         if self.waiting_at is None or self.waiting_at[1] == asker:
             return None
         return self.company.directory.sealed(self.waiting_at[1])
 
     def _elsewhere(self, head: bytes) -> Behind | No:
+        """Returns what a peer on a head is told where I do not stand: my record, when I have been there."""
         if head in self.seat.standing.heads:
             return Behind(record=self.seat.sealed_record)
         return No(reason="on another head")
 
     async def _round_over(self, channel: Channel, head: bytes) -> None:
-        """Return when I am in no round on ``head`` and wait for none elsewhere, at the latest when such a round must
-        have ended. Who asks is told to wait: it would else take me for dead, and meet others on a head that is about to
-        be history."""
+        """Returns when I am in no round on ``head`` and wait for no other leader's roster, at the latest after
+        ``Company.longest_s(busy=True)``. The peer that asks is told every ``Timeouts.heartbeat_s`` to wait: it would
+        else take me for dead, and meet others on a head that is about to be history."""
         seat = self.seat
         deadline_s = now_s() + self.company.longest_s(busy=True)
         while seat.standing.head == head and now_s() < deadline_s:
@@ -277,4 +312,4 @@ class Matchmaker:
             if not seat.in_round and awaited is None:
                 return
             await channel.send(Eta(eta_s=self.timeouts.request_s, busy=True, leader=awaited or b""))
-            await heard(changed, self.timeouts.request_s / HEARTBEATS)
+            await heard(changed, self.timeouts.heartbeat_s)

@@ -52,7 +52,7 @@ def test_client_mode_members_contribute_and_receive() -> None:
         await meeting.run()
         assert list(meeting.update().parts) == meeting.means(range(4))
         assert [i for i in meeting.honest if meeting.settlements[i].leads] == [1]
-        reduced = {i: meeting.settlements[i].butterflies[0].waiting == set() for i in meeting.honest}
+        reduced = {i: meeting.settlements[i].member.butterflies[0].waiting == set() for i in meeting.honest}
         assert reduced == {0: False, 1: True, 2: False, 3: True}, "streams come to those who can be dialled"
         meeting.check_blamed()
 

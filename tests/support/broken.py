@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from unittest import mock
@@ -22,9 +22,11 @@ from p2p_diloco.core.update import Part, Update, contributor_mask
 from p2p_diloco.ledger.replica import Replica
 from p2p_diloco.peer.control import OuterResult
 from p2p_diloco.peer.peer import Peer
-from p2p_diloco.round import settle
+from p2p_diloco.round import settle_decide, settle_leader
 from p2p_diloco.round.meeting import Meeting
 from p2p_diloco.round.settle import Settlement
+from p2p_diloco.round.settle_leader import Leader
+from p2p_diloco.round.settle_member import Member
 from p2p_diloco.wire.channel import Channel
 from p2p_diloco.wire.messages import Commit, No
 
@@ -71,13 +73,13 @@ def loudest_head() -> Iterator[None]:
 @contextlib.contextmanager
 def local_values_where_a_reducer_died() -> Iterator[None]:
     """As hivemind's averager does it: the survivors then differ, and do not know."""
-    choose_parts, fetch_missing = settle.choose_parts, Settlement._fetch_missing
+    choose_parts, fetch_missing = settle_decide.choose_parts, Member.fetch_missing
 
     def chosen(held: Mapping[int, Sequence[bytes]], n_parts: int) -> tuple[list[bytes], list[int]]:
         hashes, holders = choose_parts(held, n_parts)
         return [one or LOCAL_VALUES for one in hashes], holders
 
-    async def fetch(self: Settlement, commit: Commit, leader: int) -> None:
+    async def fetch(self: Member, commit: Commit, leader: int) -> None:
         for i, wanted in enumerate(commit.part_hashes):
             if wanted == LOCAL_VALUES:
                 part = own_part(self.meeting, i)
@@ -85,7 +87,7 @@ def local_values_where_a_reducer_died() -> Iterator[None]:
                 self.meeting.parts[i] = part
         await fetch_missing(self, commit, leader)
 
-    with mock.patch.object(settle, "choose_parts", chosen), mock.patch.object(Settlement, "_fetch_missing", fetch):
+    with mock.patch.object(settle_decide, "choose_parts", chosen), mock.patch.object(Member, "fetch_missing", fetch):
         yield
 
 
@@ -143,22 +145,22 @@ def kept_although_it_arrived() -> Iterator[None]:
 def endless_patience() -> Iterator[None]:
     """A leader waits for every receipt, however long."""
 
-    async def collect(self: Settlement, expected: set[int], number: int) -> None:
-        self.ends_s = math.inf
-        while self.taken is None:
+    async def collect(self: Leader, expected: Set[int], number: int) -> None:
+        self.member.ends_s = math.inf
+        while self.member.taken is None:
             changed = self.meeting.changed.event
             came = {i for i, receipt in self.receipts.items() if receipt.number >= number}
             if not expected - came - self.meeting.lost:
                 break
             await changed.wait()
 
-    begin = Settlement.__init__
+    begin = Member.__init__
 
-    def unlimited(self: Settlement, meeting: Meeting) -> None:
+    def unlimited(self: Member, meeting: Meeting) -> None:
         begin(self, meeting)
         self.ends_s = math.inf
 
-    with mock.patch.object(Settlement, "_collect", collect), mock.patch.object(Settlement, "__init__", unlimited):
+    with mock.patch.object(Leader, "_collect", collect), mock.patch.object(Member, "__init__", unlimited):
         yield
 
 
@@ -166,10 +168,10 @@ def endless_patience() -> Iterator[None]:
 def half_settles() -> Iterator[None]:
     """Half of a group counts as most of it."""
 
-    def is_half(self: Settlement, members: int) -> bool:
-        return 2 * members >= len(self.group.members)
+    def is_half(count: int, group_size: int) -> bool:
+        return 2 * count >= group_size
 
-    with mock.patch.object(Settlement, "_is_most", is_half):
+    with mock.patch.object(settle_decide, "is_quorum", is_half), mock.patch.object(settle_leader, "is_quorum", is_half):
         yield
 
 
@@ -205,10 +207,10 @@ def half_of_the_voters() -> Iterator[None]:
 def denied_at_once() -> Iterator[None]:
     """Who has not taken a commit yet says so, although it may still take one from a leader before the one that asks."""
 
-    async def deny(self: Settlement, channel: Channel, member: int) -> None:
+    async def deny(self: Member, channel: Channel, asker: int) -> None:
         await channel.send(self.taken or No(reason="no commit has come"))
 
-    with mock.patch.object(Settlement, "_on_ask_commit", deny):
+    with mock.patch.object(Member, "on_ask_commit", deny):
         yield
 
 

@@ -20,6 +20,7 @@ from p2p_diloco.ledger.replica import Replica
 from p2p_diloco.peer import follower
 from p2p_diloco.round.missed import Missed
 from p2p_diloco.round.settle import Settlement
+from p2p_diloco.round.settle_member import Member
 from p2p_diloco.wire.channel import Channel
 from p2p_diloco.wire.messages import Message
 from tests.support.chronicle import PART_VALUES, Chronicle, Settled, Violation
@@ -48,7 +49,7 @@ def instrumented(world: World) -> Iterator[None]:
     world what they do."""
     real_replace, real_commit, real_load = os.replace, Replica.commit, Replica.load
     real_roll_back, real_truncate, real_send = Replica.roll_back, Ledger.truncate, Channel.send
-    real_settle, real_answer = Settlement.settle, Settlement._on_ask_commit
+    real_settle, real_answer = Settlement.settle, Member.on_ask_commit
     real_swarm_head = vars(follower)["swarm_head"]  # which may be that of a broken protocol
 
     def replace_file(source: Any, target: Any) -> None:
@@ -89,17 +90,17 @@ def instrumented(world: World) -> Iterator[None]:
 
     async def settle(settlement: Settlement) -> Update | Missed:
         outcome = await real_settle(settlement)
-        group, place = settlement.group, settlement.place
+        group, member = settlement.group, settlement.member
         tell(
             lambda chronicle, peer: chronicle.settles(
                 group.round_id,
                 Settled(
                     peer=peer,
-                    began_s=settlement.started_s,
+                    began_s=member.started_s,
                     head=outcome.header.head if isinstance(outcome, Update) else None,
-                    heard=settlement.taken is not None,
-                    place=place,
-                    leads=group.reducers[place] == group.me,
+                    heard=member.taken is not None,
+                    place=member.place,
+                    leads=group.reducers[member.place] == group.me,
                     decided=settlement.leads,
                     divisor=group.divisor,
                 ),
@@ -108,11 +109,11 @@ def instrumented(world: World) -> Iterator[None]:
         )
         return outcome
 
-    async def answer(settlement: Settlement, channel: Channel, member: int) -> None:
-        await real_answer(settlement, channel, member)
-        if settlement.taken is None:
-            group = settlement.group
-            tell(lambda chronicle, peer: chronicle.denies(group.round_id, peer, group.reducers.index(member)))
+    async def answer(member: Member, channel: Channel, asker: int) -> None:
+        await real_answer(member, channel, asker)
+        if member.taken is None:
+            group = member.group
+            tell(lambda chronicle, peer: chronicle.denies(group.round_id, peer, group.reducers.index(asker)))
 
     def swarm_head(
         records: Iterable[Record], mine: Standing | None, before: Mapping[bytes, bytes]
@@ -155,7 +156,7 @@ def instrumented(world: World) -> Iterator[None]:
         mock.patch.object(Ledger, "truncate", truncate),
         mock.patch.object(Channel, "send", send),
         mock.patch.object(Settlement, "settle", settle),
-        mock.patch.object(Settlement, "_on_ask_commit", answer),
+        mock.patch.object(Member, "on_ask_commit", answer),
         mock.patch("p2p_diloco.peer.follower.swarm_head", swarm_head),
     ]
     disabled = logging.root.manager.disable

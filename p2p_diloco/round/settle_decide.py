@@ -1,0 +1,153 @@
+"""What is decided while a round is settled: which commit, which wait ends, whose word fits. All of it is pure.
+
+Everything a decision needs is an argument, the time among it. ``settle`` tells what is said to whom; ``settle_member``
+and ``settle_leader`` ask here and act.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import TypeAlias
+
+from p2p_diloco.core.config import Timeouts
+from p2p_diloco.core.roster import Group
+from p2p_diloco.wire.messages import Again, Commit, No, Receipt
+
+log = logging.getLogger(__name__)
+
+Decision: TypeAlias = Again | Commit | No
+"""A leader's: reduce some parts again, this is the update, or the round has failed."""
+
+
+def is_quorum(count: int, group_size: int) -> bool:
+    """Returns whether ``count`` members are more than half of a group of ``group_size``."""
+    return 2 * count > group_size
+
+
+# -- what a leader decides ---------------------------------------------------------------------------------------------
+
+
+def decide(
+    held: Mapping[int, Sequence[bytes]], *, group_size: int, min_group: int, n_parts: int, newest: int
+) -> Decision:
+    """Returns what a leader tells the members that have sent a receipt.
+
+    It is a commit when a quorum has sent receipts and every part is held by one of them. Parts that none of them holds
+    are reduced again by all of them, in a butterfly of a new number; there are fewer of these than members. The round
+    fails otherwise.
+
+    ``held``: member -> the hashes of the parts that it holds, the leader among them. ``newest``: the highest number of
+    a butterfly that the leader has heard of.
+    """
+    if len(held) < min_group or not is_quorum(len(held), group_size):
+        return No(reason=f"{len(held)} of {group_size} members are left, too few to commit")
+    hashes, holders = choose_parts(held, n_parts)
+    missing = [part for part, chosen in enumerate(hashes) if not chosen]
+    if not missing:
+        return Commit(part_hashes=hashes, holders=holders)
+    if newest + 1 >= group_size:
+        return No(reason=f"{len(missing)} parts were lost again and again")
+    return Again(number=newest + 1, members=sorted(held), parts=missing)
+
+
+def choose_parts(held: Mapping[int, Sequence[bytes]], n_parts: int) -> tuple[list[bytes], list[int]]:
+    """Returns the hash of every part of the update, and a member that holds it.
+
+    Of several hashes of one part, the one that most members hold is taken, and the smaller one where that is even. The
+    hash is empty where nobody holds anything. ``held``: member -> the hashes in its receipt.
+    """
+    chosen: list[bytes] = []
+    holders: list[int] = []
+    for part in range(n_parts):
+        counts = Counter(hashes[part] for hashes in held.values() if hashes[part])
+        if len(counts) > 1:
+            log.warning("part %d: its reducer sent different bytes to different members", part)
+        wanted = min(counts, key=lambda candidate: (-counts[candidate], candidate), default=b"")
+        chosen.append(wanted)
+        holders.append(min((member for member, hashes in held.items() if hashes[part] == wanted), default=0))
+    return chosen, holders
+
+
+def collects_until_s(now: float, *, began_s: float, timeouts: Timeouts, all_came: bool, quorum: bool) -> float | None:
+    """Returns the time until which a leader goes on waiting for receipts, or None when it has waited enough.
+
+    It waits for all members that it has not lost, for ``Timeouts.settle_s``. Where no quorum has sent receipts by then,
+    the others may still wait for a reducer that is silent: it waits for ``Timeouts.reduced_part_s`` more, and only
+    until there is a quorum.
+    """
+    deadline_s = began_s + timeouts.settle_s
+    last_deadline_s = deadline_s + timeouts.reduced_part_s
+    if all_came or now >= last_deadline_s or (now >= deadline_s and quorum):
+        return None
+    return deadline_s if now < deadline_s else last_deadline_s
+
+
+# -- what is answered --------------------------------------------------------------------------------------------------
+
+
+def answer_to_receipt(
+    member: int, number: int, *, decision: Decision | None, taken: Commit | None, over: bool
+) -> Decision | None:
+    """Returns what ``member`` is told about its receipt of butterfly ``number``, or None while there is nothing yet.
+
+    ``decision``: what I have decided as the leader, if I lead. Otherwise the member hears, when the round is over for
+    me, which commit I have taken. A butterfly that it shall join is news to it only once.
+    """
+    if isinstance(decision, Again):
+        return decision if decision.number > number and member in decision.members else None
+    if decision is not None:
+        return decision
+    if over:
+        return taken or No(reason="the round is over")
+    return None
+
+
+def answer_to_later_leader(asker: int, *, place: int, taken: Commit | None, over: bool) -> Commit | No | None:
+    """Returns what a later leader that asks for a commit is told, or None while there is nothing yet.
+
+    It is told the commit that I have taken. A No promises that I take none from a leader before the asker, so it comes
+    only when I have given up all of those, or when the round is over for me. ``asker`` and ``place``: where the asker,
+    and the leader that I am with, stand in the order of leaders.
+    """
+    if taken is not None:
+        return taken
+    if over or place >= asker:
+        return No(reason="no commit has come")
+    return None
+
+
+# -- what fits the round -----------------------------------------------------------------------------------------------
+
+
+def commit_fits(commit: Commit, *, group_size: int, n_parts: int) -> bool:
+    """Returns whether a commit names all parts of the update, and for each of them a member that holds it."""
+    return len(commit.part_hashes) == len(commit.holders) == n_parts and all(
+        holder < group_size for holder in commit.holders
+    )
+
+
+def again_fits(again: Again, *, me: int, newest: int, group_size: int, n_parts: int) -> bool:
+    """Returns whether a leader may ask me for this butterfly: it is a new one, I am in it, and members and parts are of
+    this round, rising, and at least one. ``newest``: the number of my last butterfly."""
+    members, parts = again.members, again.parts
+    return (
+        newest < again.number < group_size
+        and members == sorted(set(members))
+        and me in members
+        and members[-1] < group_size
+        and parts == sorted(set(parts))
+        and bool(parts)
+        and parts[-1] < n_parts
+    )
+
+
+def receipt_fits(receipt: Receipt, group: Group, *, newest: int, n_parts: int) -> bool:
+    """Returns whether a member may send me this receipt as its leader.
+
+    Only a leader begins butterflies: the first one knows them all (``newest`` is its last), those after it at least how
+    many there may be. A number that never was would use up those that are left.
+    """
+    highest = newest if group.leader == group.me else len(group.members) - 1
+    return group.me in group.reducers and len(receipt.part_hashes) == n_parts and receipt.number <= highest

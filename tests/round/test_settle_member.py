@@ -1,0 +1,353 @@
+"""A member of a round, and what its leader, or a later leader, does to it: words that break one rule each."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+
+import pytest
+
+from p2p_diloco.core.errors import RemoteError
+from p2p_diloco.core.waiting import now_s
+from p2p_diloco.round.settle_member import LEADERS_SHARE
+from p2p_diloco.wire.channel import Channel
+from p2p_diloco.wire.messages import Again, AskCommit, AskPart, Commit, Contribute, Eta, Message, No, Receipt, Size
+from tests.support.builders import identity
+from tests.support.fakes import run_simulated
+from tests.support.meetings import N_PARTS, PROTOCOL, TIMEOUTS, Losses, Round, Transport, frame_of
+
+pytestmark = pytest.mark.usefixtures("small_parts")
+
+UNKNOWN = b"\x01" * 32
+COULD_NOT_FETCH = ("behind", "the round committed, but parts of the update could not be fetched")
+
+
+# -- leaders: member 0 of three is written by hand ------------------------------------------------------------------
+
+Settle = Callable[[Channel, Receipt], Awaitable[None]]
+
+
+async def lead_by_hand(meeting: Round, settle: Settle) -> None:
+    """Member 0 contributes and reduces as it should, and settles as ``settle`` says."""
+
+    async def hand(channel: Channel, message: Message) -> None:
+        if isinstance(message, Receipt):
+            await settle(channel, message)
+        elif isinstance(message, Contribute):
+            for part in meeting.parts_of(0):
+                await channel.receive_frame(1000, 10.0)
+                await channel.send_frame(frame_of(meeting.mean(part, range(meeting.count))))
+
+    meeting.serve(0, hand)
+    for i in meeting.honest:
+        await meeting.contribute(0, i)
+
+
+async def sleeps(channel: Channel, receipt: Receipt) -> None:
+    await asyncio.sleep(500)
+
+
+async def dies(channel: Channel, receipt: Receipt) -> None:
+    pass
+
+
+async def talks_nonsense(channel: Channel, receipt: Receipt) -> None:
+    await channel.send(receipt)
+
+
+async def promises_and_sleeps(channel: Channel, receipt: Receipt) -> None:
+    for _ in range(3):
+        await channel.send(Eta(eta_s=1.0))
+        await asyncio.sleep(TIMEOUTS.request_s - 1)
+    await asyncio.sleep(500)
+
+
+@pytest.mark.parametrize(
+    ("settle", "why", "costs_s"),
+    [
+        (sleeps, "Silent: has sent nothing for 10 s", TIMEOUTS.request_s),
+        (promises_and_sleeps, "Silent: has sent nothing for 10 s", 3 * TIMEOUTS.request_s - 2),
+        (dies, "Gone: closed the stream", 0.0),
+        (talks_nonsense, "Misbehaved: sends receipt out of turn", 0.0),
+    ],
+)
+def test_a_leader_that_does_not_settle(losses: Losses, settle: Settle, why: str, costs_s: float) -> None:
+    """It costs one time-out after its last word; then the next in rank leads."""
+
+    async def main() -> None:
+        meeting = Round(3, by_hand=(0,))
+        began_s = now_s()
+        await meeting.run(lead_by_hand(meeting, settle))
+        assert list(meeting.update().parts) == meeting.means(range(3))
+        assert costs_s <= now_s() - began_s < costs_s + 3
+        assert [meeting.settlements[i].leads for i in (1, 2)] == [True, False]
+        meeting.check_blamed(0)
+        assert {why} == {reason for _, _, reason in losses}
+        await meeting.all_streams_end()
+
+    run_simulated(main())
+
+
+def test_a_leader_that_promises_for_ever() -> None:
+    """It has most of the time that the round has left; then the next in rank leads."""
+
+    async def main() -> None:
+        meeting = Round(3, by_hand=(0,))
+
+        async def promises_for_ever(channel: Channel, receipt: Receipt) -> None:
+            while True:
+                await channel.send(Eta(eta_s=86400.0))
+                await asyncio.sleep(1.0)
+
+        began_s = now_s()
+        await meeting.run(lead_by_hand(meeting, promises_for_ever))
+        assert list(meeting.update().parts) == meeting.means(range(3))
+        assert now_s() - began_s == pytest.approx(TIMEOUTS.round_s * LEADERS_SHARE, abs=1)
+        meeting.check_blamed(0)
+
+    run_simulated(main())
+
+
+Spoiled = Callable[[list[bytes]], Message]
+COMMITS: dict[str, tuple[Spoiled, str]] = {
+    "too few parts": (lambda h: Commit(part_hashes=h[:-1], holders=[0] * 5), "a commit that does not fit the round"),
+    "too few holders": (lambda h: Commit(part_hashes=h, holders=[0] * 5), "a commit that does not fit the round"),
+    "too many parts": (
+        lambda h: Commit(part_hashes=[*h, UNKNOWN], holders=[0] * 7),
+        "a commit that does not fit the round",
+    ),
+    "no parts": (lambda h: Commit(part_hashes=[], holders=[]), "a commit that does not fit the round"),
+    "a holder beyond": (lambda h: Commit(part_hashes=h, holders=[0] * 5 + [3]), "a commit that does not fit the round"),
+    "a holder far beyond": (lambda h: Commit(part_hashes=h, holders=[255] * 6), "a commit that does not fit the round"),
+    "a holder no byte holds": (
+        lambda h: Commit.model_construct(part_hashes=h, holders=[256] * 6),
+        "sends a malformed message",
+    ),
+    "a part that nobody holds": (
+        lambda h: Commit.model_construct(part_hashes=[b"", *h[1:]], holders=[0] * 6),
+        "sends a malformed message",
+    ),
+    "again in butterfly 0": (
+        lambda h: Again.model_construct(number=0, members=[1, 2], parts=[0]),
+        "sends a malformed message",
+    ),
+    "again beyond all members": (lambda h: Again(number=3, members=[1, 2], parts=[0]), "asks to reduce again"),
+    "again far beyond": (lambda h: Again(number=255, members=[1, 2], parts=[0]), "asks to reduce again"),
+    "again without me": (lambda h: Again(number=1, members=[0], parts=[0]), "asks to reduce again"),
+    "again with nobody": (lambda h: Again(number=1, members=[], parts=[0]), "asks to reduce again"),
+    "again with a stranger": (lambda h: Again(number=1, members=[1, 2, 3], parts=[0]), "asks to reduce again"),
+    "again with one twice": (lambda h: Again(number=1, members=[1, 1, 2], parts=[0]), "asks to reduce again"),
+    "again in disorder": (lambda h: Again(number=1, members=[2, 1], parts=[0]), "asks to reduce again"),
+    "again of no part": (lambda h: Again(number=1, members=[1, 2], parts=[]), "asks to reduce again"),
+    "again of a part twice": (lambda h: Again(number=1, members=[1, 2], parts=[3, 3]), "asks to reduce again"),
+    "again of parts in disorder": (lambda h: Again(number=1, members=[1, 2], parts=[3, 1]), "asks to reduce again"),
+    "again of a part beyond": (lambda h: Again(number=1, members=[1, 2], parts=[N_PARTS]), "asks to reduce again"),
+}
+
+
+@pytest.mark.parametrize(("spoil", "why"), COMMITS.values(), ids=COMMITS)
+def test_a_leader_whose_word_does_not_fit_the_round(losses: Losses, spoil: Spoiled, why: str) -> None:
+    """It is believed nothing; the next one leads."""
+
+    async def main() -> None:
+        meeting = Round(3, by_hand=(0,))
+
+        async def settle(channel: Channel, receipt: Receipt) -> None:
+            await channel.send(spoil([part.hash for part in meeting.means(range(3))]))
+
+        began_s = now_s()
+        await meeting.run(lead_by_hand(meeting, settle))
+        assert list(meeting.update().parts) == meeting.means(range(3))
+        meeting.check_blamed(0)
+        assert {reason.startswith(f"Misbehaved: {why}") or why in reason for _, _, reason in losses} == {True}, losses
+        assert now_s() - began_s < 3
+        await meeting.all_streams_end()
+
+    run_simulated(main())
+
+
+@pytest.mark.parametrize(("numbers", "believed"), [((1, 2, 3), 2), ((1, 1), 1), ((2, 1), 1)])
+def test_a_leader_that_never_has_enough(losses: Losses, numbers: tuple[int, ...], believed: int) -> None:
+    """It lets the others reduce again and again a part that they hold. Its reducer has it anew and gives away what it
+    had before; after one time each holds another one, and the smaller hash is taken."""
+
+    async def main() -> None:
+        meeting = Round(3, by_hand=(0,))
+        asked: list[int] = []
+
+        async def settle(channel: Channel, receipt: Receipt) -> None:
+            for number in numbers:
+                asked.append(number)
+                await channel.send(Again(number=number, members=[1, 2], parts=[0]))
+                assert (await channel.receive(Receipt, timeout_s=10.0)).number == number
+
+        await meeting.run(lead_by_hand(meeting, settle))
+        held = [meeting.mean(0, (1, 2)), *([meeting.mean(0, range(3))] if believed == 1 else [])]
+        taken = min(held, key=lambda part: part.hash)
+        assert list(meeting.update().parts) == [taken, *meeting.means(range(3))[1:]]
+        assert sorted(asked) == sorted(2 * numbers[: believed + 1]), "each of both believes it so often"
+        meeting.check_blamed(0)
+        assert {reason for _, _, reason in losses} == {"Misbehaved: asks to reduce again what does not fit the round"}
+
+    run_simulated(main())
+
+
+@pytest.mark.parametrize(
+    ("spoil", "expected", "blamed"),
+    [
+        (lambda hashes: No(reason="not today"), ("failed", "not today"), ()),
+        (lambda hashes: Commit(part_hashes=[UNKNOWN, *hashes[1:]], holders=[0] * 6), COULD_NOT_FETCH, (0,)),
+        (lambda hashes: Commit(part_hashes=[*hashes[1:], hashes[0]], holders=[0] * 6), COULD_NOT_FETCH, (0,)),
+    ],
+)
+def test_a_commit_that_names_what_is_not_there(
+    losses: Losses, spoil: Spoiled, expected: tuple[str, str], blamed: tuple[int, ...]
+) -> None:
+    """A leader that lies costs the round, and everybody knows."""
+
+    async def main() -> None:
+        meeting = Round(3, by_hand=(0,))
+
+        async def settle(channel: Channel, receipt: Receipt) -> None:
+            await channel.send(spoil([part.hash for part in meeting.means(range(3))]))
+
+        await meeting.run(lead_by_hand(meeting, settle))
+        assert meeting.missed() == {expected}
+        meeting.check_blamed(*blamed)
+        await meeting.all_streams_end()
+
+    run_simulated(main())
+
+
+def test_a_commit_whose_holder_is_who_receives_it() -> None:
+    async def main() -> None:
+        meeting = Round(3, by_hand=(0,))
+
+        async def settle(channel: Channel, receipt: Receipt) -> None:
+            me = meeting.ids.index(channel.peer_id)
+            await channel.send(Commit(part_hashes=[UNKNOWN, *receipt.part_hashes[1:]], holders=[me] * 6))
+
+        await meeting.run(lead_by_hand(meeting, settle))
+        assert meeting.missed() == {COULD_NOT_FETCH}
+        meeting.check_blamed(0)
+
+    run_simulated(main())
+
+
+@pytest.mark.parametrize("told", [1, 2])
+def test_a_leader_that_dies_between_two_commit_messages(losses: Losses, told: int) -> None:
+    """The other member learns the commit from the one that has it, whoever of them leads next."""
+
+    async def main() -> None:
+        meeting = Round(3, by_hand=(0,))
+        hashes = [part.hash for part in meeting.means(range(3))]
+
+        async def settle(channel: Channel, receipt: Receipt) -> None:
+            if channel.peer_id == meeting.ids[told]:
+                await channel.send(Commit(part_hashes=hashes, holders=[0] * 6))
+
+        began_s = now_s()
+        await meeting.run(lead_by_hand(meeting, settle))
+        assert list(meeting.update().parts) == meeting.means(range(3))
+        assert losses.by(3 - told) == [(0, "Gone: closed the stream")], "nobody honest is blamed"
+        assert now_s() - began_s < 3
+        await meeting.all_streams_end()
+
+    run_simulated(main())
+
+
+# -- what a member is asked for -------------------------------------------------------------------------------------
+
+
+def test_parts_are_given_to_members_who_name_them() -> None:
+    async def main() -> None:
+        meeting = Round(3, by_hand=(2,), clients=(2,))
+        await meeting.run()
+        part = meeting.mean(4, range(2))
+
+        async def ask(at: int, wanted: bytes) -> Channel:
+            return await meeting.say(2, 0, AskPart(round_id=meeting.round_id, part=at, hash=wanted))
+
+        channel = await ask(4, part.hash)
+        assert await channel.receive(Size, timeout_s=10.0) == Size(size_bytes=len(part.data))
+        assert await channel.receive_frame(1000, 10.0) == frame_of(part)
+        for at, wanted in ((3, part.hash), (4, UNKNOWN), (N_PARTS, part.hash), (2**59, part.hash)):
+            channel = await ask(at, wanted)
+            assert await channel.receive(No, timeout_s=10.0) == No(reason="not held")
+
+    run_simulated(main())
+
+
+@pytest.mark.parametrize(
+    ("number", "answer", "after_s"),
+    [
+        (1, No(reason="the round is over"), 0.0),
+        (2, No(reason="the round is over"), 0.0),
+        (3, None, 0.0),
+        (255, None, 0.0),
+    ],
+)
+def test_a_contribution_to_a_butterfly_that_never_was(number: int, answer: No | None, after_s: float) -> None:
+    async def main() -> None:
+        meeting = Round(3, by_hand=(2,), clients=(2,))
+        heard_of: list[No | None] = []
+
+        async def misbehave() -> None:
+            for i in meeting.honest:
+                await meeting.contribute(2, i)
+            channel = await meeting.contribute(2, 0, number=number)
+            try:
+                heard_of.append(await channel.receive(No, timeout_s=30.0))
+            except RemoteError:
+                heard_of.append(None)
+
+        await meeting.run(misbehave())
+        assert list(meeting.update().parts) == meeting.means(range(3)), "counted, and counted once"
+        assert heard_of == [answer]
+        assert ((2, f"contributes to butterfly {number} of a round") in meeting.complaints(0)) == (answer is None)
+        await meeting.all_streams_end()
+
+    run_simulated(main())
+
+
+@pytest.mark.parametrize("asker", ["client", "stranger"])
+def test_who_cannot_lead_is_told_of_no_commit(asker: str) -> None:
+    async def main() -> None:
+        meeting = Round(3, by_hand=(2,), clients=(2,))
+        await meeting.run()
+        trouble = meeting.trouble
+        stranger = Transport(meeting.network, identity(99).peer_id, TIMEOUTS, trouble=trouble)
+        transport = meeting.transports[2] if asker == "client" else stranger
+        channel = await transport.open(meeting.ids[0], [], PROTOCOL)
+        await channel.send(AskCommit(round_id=meeting.round_id))
+        with pytest.raises(RemoteError, match="closed the stream"):
+            await channel.receive(Commit, No, timeout_s=10.0)
+        complaint = "asks for a commit, and cannot lead" if asker == "client" else "that it is no member of"
+        assert complaint in meeting.transports[0].complaints[-1].reason
+
+    run_simulated(main())
+
+
+def test_who_has_taken_a_commit_tells_it() -> None:
+    async def main() -> None:
+        meeting = Round(3, by_hand=(1,))
+        answers: list[Commit | No] = []
+
+        async def hand(channel: Channel, message: Message) -> None:
+            for part in meeting.parts_of(1):
+                await channel.receive_frame(1000, 10.0)
+                await channel.send_frame(frame_of(meeting.mean(part, range(3))))
+
+        async def ask() -> None:
+            for i in meeting.honest:
+                await meeting.contribute(1, i)
+            await asyncio.sleep(TIMEOUTS.settle_s + 5)
+            channel = await meeting.say(1, 2, AskCommit(round_id=meeting.round_id))
+            answers.append(await channel.receive(Commit, No, timeout_s=10.0))
+
+        meeting.serve(1, hand)
+        await meeting.run(ask())
+        hashes = [part.hash for part in meeting.update().parts]
+        assert answers == [Commit(part_hashes=hashes, holders=[0] * N_PARTS)]
+
+    run_simulated(main())
