@@ -20,7 +20,7 @@ __all__ = ["Bell", "cancel_and_wait", "deadline", "heard", "now_s", "to_its_end"
 
 
 def now_s() -> float:
-    """Return the time of the running event loop, which all deadlines inside a process are times of."""
+    """Returns the time of the running event loop, which all deadlines inside a process are times of."""
     return asyncio.get_running_loop().time()
 
 
@@ -36,7 +36,7 @@ class Bell:
 
 
 async def heard(event: asyncio.Event, timeout_s: float) -> None:
-    """Return when ``event`` is set, at the latest after ``timeout_s``."""
+    """Returns when ``event`` is set, at the latest after ``timeout_s``."""
     try:
         async with deadline(timeout_s):
             await event.wait()
@@ -45,7 +45,7 @@ async def heard(event: asyncio.Event, timeout_s: float) -> None:
 
 
 async def to_its_end(work: Coroutine[Any, Any, None]) -> None:
-    """Run what tidies up, bounded in time: a cancellation comes through when it is done, and only a second one ends
+    """Runs what tidies up, bounded in time: a cancellation comes through when it is done, and only a second one ends
     it."""
     running = asyncio.ensure_future(work)
     try:

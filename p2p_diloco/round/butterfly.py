@@ -69,7 +69,7 @@ class Butterfly:
     # -- as a sender -------------------------------------------------------------------------------------------------
 
     async def _contribute(self, reducer: int) -> None:
-        """Send my contributions to one reducer's parts, and take the means."""
+        """Sends my contributions to one reducer's parts, and takes the means."""
         parts, meeting = self._parts_of(reducer), self.meeting
         try:
             channel = await meeting.open(reducer)
@@ -98,7 +98,7 @@ class Butterfly:
     # -- as a reducer ------------------------------------------------------------------------------------------------
 
     async def _reduce(self) -> None:
-        """Take the mean of my parts, one after another, with the contributions that come in time."""
+        """Takes the mean of my parts, one after another, with the contributions that come in time."""
         meeting, group = self.meeting, self.meeting.group
         for part in self._parts_of(self.me):
             others = await asyncio.gather(*(self._next_contribution(sender, part) for sender in self.queues))
@@ -178,7 +178,7 @@ class Butterfly:
 
 
 async def run_all(*work: Coroutine[Any, Any, None]) -> None:
-    """Run all to their end. The first exception ends the others and is raised: none goes on unwatched."""
+    """Runs all to their end. The first exception ends the others and is raised: none goes on unwatched."""
     tasks = [asyncio.ensure_future(one) for one in work]
     try:
         await asyncio.gather(*tasks)
