@@ -58,7 +58,7 @@ def update_of(group: Group, theta: Vector, local: dict[str, Vector]) -> Update:
         if not member.dropped
     }
     weighted = [(group.weights[i], values) for i, values in came.items()]
-    values = weighted_mean(weighted, total=group.divisor) if came else np.zeros(N, np.float32)
+    values = weighted_mean(weighted, total_weight=group.total_weight) if came else np.zeros(N, np.float32)
     part = Part(mask=contributor_mask(came), data=encode(values, "fp32"))
     return Update(header=group.header([part.hash]), parts=(part,))
 

@@ -17,27 +17,27 @@ from p2p_diloco.core.grid import Grid
 from p2p_diloco.core.update import Part, Update, contributor_mask
 
 
-def weighted_mean(contributions: Sequence[tuple[int, Vector]], total: int | None = None) -> Vector:
-    """float32 [n], the mean of the outer gradients weighted by tokens: ``sum_i float32(w_i / W) * g_i``, where W is
-    ``total`` or, without it, the sum of the weights.
+def weighted_mean(contributions: Sequence[tuple[int, Vector]], total_weight: int | None = None) -> Vector:
+    """Returns float32 [n], the mean of the outer gradients weighted by tokens: ``sum_i float32(w_i / W) * g_i``. W is
+    ``total_weight`` or, without it, the sum of the weights.
 
     The order is the roster's, so that a simulation without a network gets the same bits.
     """
-    if total is None:
-        total = sum(weight for weight, _ in contributions)
+    if total_weight is None:
+        total_weight = sum(weight for weight, _ in contributions)
     mean = np.zeros_like(contributions[0][1])
     for weight, values in contributions:
-        np.add(mean, np.multiply(values, np.float32(weight / total)), out=mean)
+        np.add(mean, np.multiply(values, np.float32(weight / total_weight)), out=mean)
     return mean
 
 
 def reduce_part(
-    came: Mapping[int, Vector], weights: Sequence[int], part: int, grid: Grid, total: int | None = None
+    came: Mapping[int, Vector], weights: Sequence[int], part: int, grid: Grid, total_weight: int | None = None
 ) -> Part:
     """Returns what the reducer of a part makes of the contributions that ``came``: index in the roster -> decoded
-    values. ``weights``: of the whole roster; ``total`` as in ``weighted_mean``. Zeros where nothing came."""
+    values. ``weights``: of the whole roster; ``total_weight`` as in ``weighted_mean``. Zeros where nothing came."""
     contributions = [(weights[i], values) for i, values in sorted(came.items())]
-    mean = weighted_mean(contributions, total) if came else np.zeros(grid.values(part), np.float32)
+    mean = weighted_mean(contributions, total_weight) if came else np.zeros(grid.values(part), np.float32)
     return Part(mask=contributor_mask(came), data=grid.encode(mean))
 
 

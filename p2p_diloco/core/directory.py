@@ -1,4 +1,4 @@
-"""The directory: the newest record of every other peer, and whom of them this peer believes and waits for."""
+"""The directory: the newest record of every other peer, and which of them this peer believes and waits for."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ from p2p_diloco.core.records import Record, Unsound, is_current, open_record
 MAX_PEERS_KNOWN = 4096
 MAX_LINKS_KNOWN = 16384
 MAX_DOUBTS = 4
-"""Sixteen times as long."""
+"""So often the time in which a peer has no vote is doubled: at most sixteen times as long."""
 
 
 class Directory:
-    """The newest record of every other peer, and who did not answer although its record says that it lives."""
+    """The newest record of every other peer, and which peers did not answer although their records say that they
+    live."""
 
     def __init__(self, peer_id: str, run_id: str) -> None:
         self.peer_id = peer_id
@@ -34,8 +35,8 @@ class Directory:
         """Head -> the one that it follows from. Verified, not claimed."""
 
     def learn(self, sealed: bytes, now_s: float) -> Record | None:
-        """Take in a record from anywhere; the newest one known of its peer. None when it is ours, out of date, or of
-        another run. Unsound when it is not sound."""
+        """Takes in a record from anywhere, and returns the newest one known of its peer. None when it is ours, out of
+        date, or of another run. Unsound when it is not sound."""
         if sealed in self._verified:
             known = self._records[self._verified[sealed]]
             return known if is_current(known, now_s) else None
@@ -54,19 +55,20 @@ class Directory:
         return self._records[known.peer_id]
 
     def learn_from(self, peer_id: str, sealed: bytes, now_s: float) -> Record | None:
-        """As ``learn``, from the peer that it is about. Unsound when that is another one: a stranger could fill the
-        directory with peers that it has invented, each of them dialled by all."""
+        """Does the same as ``learn`` with a record that comes from the peer that it is about. Unsound when that is
+        another one: a stranger could fill the directory with peers that it has invented, each of them dialled by
+        all."""
         if open_record(sealed).peer_id != peer_id:
             raise Unsound("other", "somebody else's record")
         return self.learn(sealed, now_s)
 
     def suspect(self, peer_id: str) -> None:
-        """Do not count on this peer until it signs a newer record."""
+        """Counts on this peer no more until it signs a newer record."""
         if peer_id in self._records:
             self._suspects[peer_id] = self._records[peer_id].issued_s
 
     def live(self, now_s: float) -> list[Record]:
-        """Records of the peers that are there, in the order of their ids."""
+        """Returns the records of the peers that are there, in the order of their ids."""
         return [record for record in self.current(now_s) if self._answers(record)]
 
     def _answers(self, record: Record) -> bool:
@@ -74,7 +76,7 @@ class Directory:
         return self._suspects.get(record.peer_id, -1.0) < record.issued_s
 
     def current(self, now_s: float) -> list[Record]:
-        """As ``live``, with those who did not answer."""
+        """Returns the same as ``live``, and those that did not answer."""
         for peer_id in [p for p, record in self._records.items() if not is_current(record, now_s)]:
             del self._records[peer_id]
             del self._verified[self._sealed.pop(peer_id)]
@@ -84,9 +86,9 @@ class Directory:
         return [record for _, record in sorted(self._records.items()) if record.phase != "left"]
 
     def doubt(self, head: bytes, now_s: float, life_s: float) -> int:
-        """Who claims this head has no vote for ``life_s``, whatever newer records it signs; fewer than half of those
-        who are there have none for twice as long each time again, MAX_DOUBTS times: else one that lies could hold
-        up the others for most of their time. How many do."""
+        """Takes the vote of all peers that claim this head for ``life_s``, whatever newer records they sign. Returns
+        how many there are. When they are fewer than half of those that are there, it is for twice as long each time
+        again, MAX_DOUBTS times: else one that lies could hold up the others for most of their time."""
         current = self.current(now_s)
         claim = [record.peer_id for record in current if head in (record.head, *record.heads)]
         few = 2 * len(claim) < len(current) + 1
@@ -98,9 +100,9 @@ class Directory:
         return len(claim)
 
     def believed(self, now_s: float) -> list[Record]:
-        """The voters: as ``live``, without those in doubt, and with all in client mode whose record is current. They
-        cannot be dialled, so it means little that one does not answer; and if its vote came and went with every try,
-        each half of a swarm that was cut in two could take itself for the larger one."""
+        """Returns the voters: the same as ``live``, without those in doubt, and with all in client mode whose record is
+        current. They cannot be dialled, so it means little that one does not answer; and if its vote came and went with
+        every try, each half of a swarm that was cut in two could take itself for the larger one."""
         return [
             record
             for record in self.current(now_s)
@@ -108,18 +110,18 @@ class Directory:
         ]
 
     def show(self, way: Sequence[bytes]) -> None:
-        """Heads, newest first, of which each is known to follow from the next. The oldest that are known make room."""
+        """Notes that of these heads, newest first, each follows from the next. The oldest that are known make room."""
         self.before |= pairwise(way)
         for head in list(islice(self.before, max(len(self.before) - MAX_LINKS_KNOWN, 0))):
             del self.before[head]
 
     def met(self, peer_ids: Iterable[str], step: int, head: bytes) -> None:
-        """A round with these peers has just led me to ``head``."""
+        """Notes that a round with these peers has just led me to ``head``."""
         self._met = frozenset(peer_ids), step, head
 
     def expected(self, now_s: float) -> list[Record]:
-        """As ``live``, but those whom I met last stand where that round led, although their records, which take
-        seconds to get here, do not say so yet. For who to wait for; not for any vote."""
+        """Returns the records of the peers to wait for: the same as ``live``, but the peers that I met last stand where
+        that round led, although their records, which take seconds to get here, do not say so yet. Not for any vote."""
         peer_ids, step, head = self._met
         return [
             r.model_copy(update={"step": step, "head": head}) if r.peer_id in peer_ids and r.step < step else r
@@ -127,11 +129,14 @@ class Directory:
         ]
 
     def get(self, peer_id: str) -> Record | None:
+        """Returns the newest record of a peer."""
         return self._records.get(peer_id)
 
     def sealed(self, peer_id: str) -> bytes | None:
+        """Returns the same as ``get``, as its peer has signed it."""
         return self._sealed.get(peer_id)
 
     def maddrs(self, peer_id: str) -> list[str]:
+        """Returns the addresses that a peer's newest record names, none where there is no record."""
         record = self._records.get(peer_id)
         return record.maddrs if record else []

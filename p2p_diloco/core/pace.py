@@ -18,10 +18,11 @@ class Progress:
     """Since it took theta."""
     planned: int = 0
     step_s: float = 0.0
-    """Mean seconds of an inner step."""
+    """Mean seconds of an inner step; 0 before the first one has ended."""
     reported_s: float = 0.0
 
     def ready_in_s(self, now_s: float, gather_s: float) -> float:
+        """Returns the seconds until this trainer is ready, as ``ready_in_s`` has them."""
         return ready_in_s(
             remaining_steps=self.planned - self.inner_step,
             step_s=self.step_s,
@@ -31,9 +32,12 @@ class Progress:
 
 
 def ready_in_s(*, remaining_steps: int, step_s: float, since_step_s: float, gather_s: float) -> float:
-    """Seconds until a trainer will be ready that was told that the round closes in ``gather_s``: it finishes its
-    steps if there is time, else stops at the last step that ends in time, but not before one ends. All the time there
-    is for one that has not finished a step yet, whose speed nobody knows."""
+    """Returns the seconds until a trainer is ready that hears now that the round closes in ``gather_s``.
+
+    It finishes its steps if there is time, else it stops at the last step that ends in time, but not before one has
+    ended: that alone may take longer than ``gather_s``. A trainer that has not finished a step yet, so that nobody
+    knows its speed, takes all the time there is.
+    """
     if step_s <= 0:
         return gather_s if remaining_steps > 0 else 0.0
     next_end_s = max(step_s - since_step_s, 0.0)
@@ -47,11 +51,13 @@ def ready_in_s(*, remaining_steps: int, step_s: float, since_step_s: float, gath
 
 
 def planned_steps(inner_steps: int, mine: float, others: Sequence[float]) -> int:
-    """How many inner steps a peer plans, so that all finish together: in proportion to its speed (dynamic local
-    updates, arXiv 2401.09135, section 4). ``inner_steps``: H, what the fastest makes. Speeds in tokens per second, 0
-    where unknown; one that is more than four times the median counts as four times the median: a false claim gains
-    little. Whoever is nearly as fast as the fastest makes all H: speeds measured on a shared processor differ by as
-    much from one round to the next."""
+    """Returns how many inner steps a peer plans, so that all finish together.
+
+    They are in proportion to its speed (dynamic local updates, arXiv 2401.09135, section 4). ``inner_steps``: H, the
+    number that the fastest peer makes. Speeds are in tokens per second, 0 where unknown; one that is more than four
+    times the median counts as four times the median: a false claim gains little. A peer that is nearly as fast as the
+    fastest makes all H: speeds measured on a shared processor differ by as much from one round to the next.
+    """
     known = [speed for speed in (mine, *others) if speed > 0]
     if mine <= 0 or len(known) < 2:
         return inner_steps
@@ -60,8 +66,8 @@ def planned_steps(inner_steps: int, mine: float, others: Sequence[float]) -> int
 
 
 def outer_step_due(*, inner_step: int, planned: int, step_s: float, closes_in_s: float | None, behind: bool) -> bool:
-    """Whether a trainer that has just ended an inner step offers what it has: its steps are done, the round closes
-    before another one ends, or the swarm went on without it."""
+    """Returns whether a trainer that has just ended an inner step offers what it has: its steps are done, the round
+    closes before another one ends, or the swarm went on without it."""
     if behind or inner_step >= planned:
         return True
     return inner_step > 0 and closes_in_s is not None and closes_in_s < step_s

@@ -45,21 +45,24 @@ class Readiness(Signed):
 
 
 def seal_readiness(readiness: Readiness, identity: Identity) -> bytes:
+    """Returns a readiness as the bytes that its peer has signed."""
     return seal(readiness, READINESS_CONTEXT, identity)
 
 
 def open_readiness(sealed: bytes) -> Readiness:
-    """ValueError for anything that its own peer did not sign in exactly this form."""
+    """Returns a sealed readiness. ValueError for anything that its own peer did not sign in exactly this form."""
     return unseal(sealed, Readiness, READINESS_CONTEXT)
 
 
 def new_nonce() -> bytes:
+    """Returns what tells one attempt at a round from the next."""
     return os.urandom(8)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Group:
-    """Who meets in a round, in the order of rank; everything about the round that follows from the roster alone."""
+    """The members of a round, in the order of rank, and everything about the round that follows from the roster
+    alone."""
 
     round_id: bytes
     step: int
@@ -67,36 +70,40 @@ class Group:
     members: tuple[Readiness, ...]
     weights: tuple[int, ...]
     """Tokens, at most four times the group's median: a false claim gains little."""
-    divisor: int | None
-    """What the weighted sum is divided by, in tokens; None: the weights of the contributions that come in time."""
+    total_weight: int | None
+    """What the weighted sum of the contributions is divided by, in tokens. None: by the weights of those that come in
+    time."""
     me: int
 
     @property
     def leader(self) -> int:
-        """Index of who settles the round: the first that can be dialled."""
+        """Index of the member that settles the round: the first that can be dialled."""
         return self.reducers[0]
 
     @property
     def reducers(self) -> tuple[int, ...]:
-        """Indices of the members that reduce, and of those who may settle the round, the first one first."""
+        """Indices of the members that reduce, by rank. The same ones settle the round, one after the other fails."""
         return self.reducers_among(range(len(self.members)))
 
     def reducers_among(self, members: Sequence[int]) -> tuple[int, ...]:
-        """Client-mode members do not reduce, unless there is nobody else."""
+        """Returns the indices of those of ``members`` that reduce for them: all that can be dialled, or all in client
+        mode when there is nobody else."""
         dialable = tuple(i for i in members if not self.members[i].client_mode)
         return dialable or tuple(members)
 
     def header(self, part_hashes: Sequence[bytes]) -> UpdateHeader:
+        """Returns the header of the update that this round makes of these parts."""
         contributors = tuple((member.peer_id, weight) for member, weight in zip(self.members, self.weights))
         return UpdateHeader(step=self.step, parent=self.head, contributors=contributors, part_hashes=tuple(part_hashes))
 
 
 def rank(head: bytes, peer_id: str) -> bytes:
+    """Returns the rank of a peer on a head: the smaller one is asked first to lead."""
     return digest(head, peer_id.encode())
 
 
 def form_roster(sealed: Iterable[bytes], head: bytes, max_group: int) -> list[bytes]:
-    """The members of a round in the order of rank, the best ranked ones where there are too many."""
+    """Returns the members of a round in the order of rank, the best-ranked ones when there are too many."""
     ranked = sorted(sealed, key=lambda one: rank(head, open_readiness(one).peer_id))
     return ranked[:max_group]
 
@@ -111,11 +118,12 @@ def check_roster(
     on_missed: OnMissed = "adopt",
     absent: Sequence[bytes] = (),
 ) -> Group:
-    """The group of a roster. ValueError unless every member signed for this very round, once, and I am one of them;
-    and every absent one signed that it trains on this head.
+    """Returns the group of a roster. ValueError unless every member signed for this very round, once, and I am one of
+    them; and every absent peer signed that it trains on this head.
 
-    ``on_missed`` "keep": who misses a round comes to the next one with the progress of both, so the sum is divided by
-    the weights of all who train on this head, absent ones at the group's median (docs/log.md has the figures).
+    ``on_missed`` "keep": a peer that misses a round comes to the next one with the progress of both, so the sum is
+    divided by the weights of all that train on this head, absent ones at the group's median (docs/log.md has the
+    figures).
     """
     if not min_group <= len(sealed) <= max_group:
         raise ValueError(f"a roster of {len(sealed)}")
@@ -139,32 +147,33 @@ def check_roster(
         raise ValueError("a roster that names an absent peer twice")
     if any(record.run_id != mine.run_id for record in away) or len(on_head(away, mine.head)) != len(away):
         raise ValueError("a roster with an absent peer that does not train on this head")
-    weights, divisor = counted_weights([member.weight for member in members], on_missed, absent=len(away))
+    weights, total_weight = counted_weights([member.weight for member in members], on_missed, absent=len(away))
     return Group(
         round_id=digest(b"round", *sealed, *absent),
         step=mine.step,
         head=mine.head,
         members=members,
         weights=weights,
-        divisor=divisor,
+        total_weight=total_weight,
         me=members.index(mine),
     )
 
 
 def counted_weights(tokens: Sequence[int], on_missed: OnMissed, absent: int) -> tuple[tuple[int, ...], int | None]:
-    """``Group.weights`` and ``Group.divisor`` of members that claim ``tokens`` each."""
+    """Returns ``Group.weights`` and ``Group.total_weight`` of members that claim ``tokens`` each, where ``absent`` more
+    peers train on their head."""
     usual = median_low(tokens)
     weights = tuple(min(claimed, LARGEST_WEIGHT_OVER_MEDIAN * usual) for claimed in tokens)
     return weights, sum(weights) + usual * absent if on_missed == "keep" else None
 
 
 def on_head(records: Iterable[Record], head: bytes) -> list[Record]:
-    """Trainers that will come to the next round on this head."""
+    """Returns the records of the trainers that will come to the next round on this head."""
     return [r for r in records if r.head == head and r.role == "trainer" and r.phase not in ("joining", "left")]
 
 
 def leader_order(records: Iterable[Record], head: bytes, me: str, client_mode: bool) -> list[str]:
-    """Peer ids that may lead a round on ``head``, the first choice first; I am one unless in client mode."""
+    """Returns the peers that may lead a round on ``head``, the first choice first. I am one unless in client mode."""
     leaders = {r.peer_id for r in on_head(records, head) if not r.client_mode}
     if not client_mode:
         leaders.add(me)
@@ -172,10 +181,11 @@ def leader_order(records: Iterable[Record], head: bytes, me: str, client_mode: b
 
 
 def evaluator(group: Group, head: bytes) -> str:
-    """Who evaluates theta after an outer step: another member every time."""
+    """Returns the member that evaluates theta after an outer step: another one every time."""
     return min((member.peer_id for member in group.members), key=lambda peer_id: rank(head, peer_id))
 
 
 def announces_run(records: Iterable[Record], me: str) -> bool:
-    """Whether I announce the run to newcomers: some eight peers do, so the list stays short in a large swarm."""
+    """Returns whether I announce the run to newcomers. Some eight peers do, so the list stays short in a large
+    swarm."""
     return sum(record.peer_id < me for record in records) < 8

@@ -1,7 +1,7 @@
-"""Which head is the swarm's, and whom to believe about it. Pure functions of records and of the own standing.
+"""Which head is the swarm's, and which peers to believe about it. Pure functions of records and of the own standing.
 
-The swarm's head is never the loudest claim: it has a majority of those who have ever committed, or directly extends a
-head that has one, as far back as it can show.
+The swarm's head is never the loudest claim: it has a majority of the peers that have ever committed, or directly
+extends a head that has one, as far back as it can show.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ class Standing:
 def swarm_head(
     records: Iterable[Record | Standing], mine: Standing | None, before: Mapping[bytes, bytes] | None = None
 ) -> tuple[int, bytes] | None:
-    """(outer step, head) of the swarm; None when nobody is there. ``before``: head -> the one that it is known to
-    follow from, for a record has room for its peer's last ones only.
+    """Returns the (outer step, head) of the swarm; None when nobody is there. ``before``: head -> the one that it is
+    known to follow from, for a record has room for its peer's last ones only.
 
     Voters are the live peers that have committed, and me if I have. The base is the newest head that most voters stand
     on or have passed. A head that has the base in its history is newer than the base without contradicting it: of
@@ -63,7 +63,8 @@ def swarm_head(
 
 
 def way_of(peer: Record | Standing, before: Mapping[bytes, bytes]) -> list[bytes]:
-    """Its head and those that led there, newest first: what it says itself, and what is known to come before that."""
+    """Returns a peer's head and those that led there, newest first: what it says itself, and what is known to come
+    before that."""
     way = [peer.head, *peer.heads]
     while (older := before.get(way[-1])) is not None:
         way.append(older)
@@ -71,27 +72,27 @@ def way_of(peer: Record | Standing, before: Mapping[bytes, bytes]) -> list[bytes
 
 
 def path_of(peer: Record | Standing, before: Mapping[bytes, bytes]) -> list[tuple[int, bytes]]:
-    """As ``way_of``, each head with its outer step."""
+    """Returns the same as ``way_of``, each head with its outer step."""
     return [(peer.step - back, head) for back, head in enumerate(way_of(peer, before))]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """What somebody says that theta of an outer step makes of held-out text."""
+    """A peer's claim how well theta of an outer step predicts held-out text."""
 
     step: int
     loss: float
     """Nats per token."""
     path: Collection[tuple[int, bytes]]
-    """(outer step, head) of where who says so stands, and of where it is known to have stood before."""
+    """(outer step, head) where the peer stands, and where it is known to have stood before."""
 
 
 def believed_losses(evaluations: Iterable[Evaluation], swarm: tuple[int, bytes] | None) -> list[tuple[int, float]]:
-    """(outer step, held-out loss), one loss a step, rising. ``swarm``: as ``swarm_head`` has it.
+    """Returns (outer step, held-out loss), one loss a step, rising. ``swarm``: as ``swarm_head`` has it.
 
-    Believed is who stands on the swarm's head, or has passed it, and of them nobody about a step that the swarm has not
+    A peer is believed that stands on the swarm's head, or has passed it; but not about a step that the swarm has not
     made, nor a loss that no model has: not finite, or below 0. Where several have evaluated a step, the lower one of
-    the losses in the middle counts. Whoever stands on the head can still lie about a step that it alone evaluated.
+    the losses in the middle counts. A peer on the head can still lie about a step that it alone evaluated.
     """
     losses: dict[int, list[float]] = {}
     for said in evaluations:
@@ -101,7 +102,7 @@ def believed_losses(evaluations: Iterable[Evaluation], swarm: tuple[int, bytes] 
 
 
 def newest_evaluation(records: Iterable[Record], swarm: tuple[int, bytes] | None) -> tuple[int, float] | None:
-    """(outer step, held-out loss) of the newest step whose loss is believed; None where there is none."""
+    """Returns (outer step, held-out loss) of the newest step whose loss is believed; None where there is none."""
     evaluations = (
         Evaluation(step=record.held_out_step, loss=record.held_out_loss, path=path_of(record, {}))
         for record in records
@@ -111,8 +112,8 @@ def newest_evaluation(records: Iterable[Record], swarm: tuple[int, bytes] | None
 
 
 def from_nowhere(records: Iterable[Record], mine: Standing, before: Mapping[bytes, bytes]) -> list[Record]:
-    """Of those who have a vote, who is not known to have ever stood where I did: it is on a history of its own, or more
-    steps ahead or behind than a record shows."""
+    """Returns the records of the voters that are not known to have ever stood where I did: they are on a history of
+    their own, or more steps ahead or behind than a record shows."""
     here = set(way_of(mine, before))
     return [r for r in records if r.committed and here.isdisjoint(way_of(r, before))]
 
@@ -129,10 +130,11 @@ class Dispute:
 
 
 def disputed(step: int, digest: bytes, heads: Mapping[int, bytes], records: Iterable[Record]) -> Dispute | None:
-    """Whether somebody else's newest snapshot, at ``step`` like mine, is of another state than mine, of ``digest``.
+    """Returns which peers' newest snapshots, at ``step`` like mine, are of another state than mine, of ``digest``; None
+    where all agree.
 
     ``heads``: outer step -> head of my history. Heads name updates, not what came out of them; so peers on the same
-    head ought to have the same bits, and one that has other bits cannot tell by its head. Only those are compared who
+    head ought to have the same bits, and one that has other bits cannot tell by its head. Only peers are compared that
     have ever committed and came to ``step`` and beyond by my heads.
     """
     same_way = [
@@ -154,5 +156,5 @@ def disputed(step: int, digest: bytes, heads: Mapping[int, bytes], records: Iter
 
 
 def must_catch_up(mine: Standing, target: tuple[int, bytes] | None) -> bool:
-    """Whether the swarm's head is neither mine nor one that I have passed."""
+    """Returns whether the swarm's head is neither mine nor one that I have passed."""
     return target is not None and target[1] != mine.head and target[1] not in mine.heads

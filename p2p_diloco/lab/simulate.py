@@ -277,12 +277,12 @@ class Simulation:
         grid, lossy = self.manifest.grid, options.quantize
         policy = options.divided_by(spec.round.on_missed)
         claimed = [min(replica.tokens, spec.max_weight_tokens) for replica in members]
-        weights, divisor = counted_weights(claimed, policy, absent=0)
+        weights, total_weight = counted_weights(claimed, policy, absent=0)
         offered = {i: self._outer_gradient(replica) for i, replica in enumerate(members) if replica.name not in dropped}
         parts = []
         for i, where in enumerate(grid.slices):
             came = {who: grid.decode(i, grid.encode(gradient[where])) for who, gradient in offered.items()}
-            part = reduce_part(came, weights, i, grid, divisor)
+            part = reduce_part(came, weights, i, grid, total_weight)
             if lossy != "none":
                 part = Part(mask=part.mask, data=grid.encode(quantize(grid.decode(i, part.data), lossy)))
             parts.append(part)

@@ -8,7 +8,7 @@ A contribution goes through the codec even where sender and reducer are the same
 depend on who reduces what.
 
 A sender that fails is left out from that part on; a reducer that fails leaves holes. Nothing here raises for what
-another peer does: what is missing in the end is seen in settling (``settle``), which runs another butterfly for it.
+another peer does: what is missing in the end is seen when the round is settled, and another butterfly is run for it.
 """
 
 from __future__ import annotations
@@ -26,12 +26,13 @@ from p2p_diloco.wire.channel import Channel
 from p2p_diloco.wire.messages import Contribute
 
 QUEUED_PARTS = 2
-"""Contributions of one sender that a reducer holds decoded; the sender waits beyond. Those of one that is gone are
-read and thrown away: it still gets the means."""
+"""So many contributions of one sender a reducer holds decoded; then the sender waits. Those of a sender that is gone
+are read and thrown away: it still gets the means."""
 
 
 class Butterfly:
-    """``number``: 0 for the one that a round begins with, over all parts and members; rising for those that follow."""
+    """One all-reduce at one member. ``number``: 0 for the one that a round begins with, over all parts and members;
+    rising for those that follow."""
 
     def __init__(self, meeting: Meeting, number: int, members: Sequence[int], parts: Sequence[int]) -> None:
         self.meeting = meeting
@@ -52,16 +53,17 @@ class Butterfly:
         """Reducer only: senders that failed."""
 
     async def run(self) -> None:
+        """Reduces my parts, and exchanges contributions for means with every other reducer."""
         others = [reducer for reducer in self.reducers if reducer != self.me and self._parts_of(reducer)]
         await run_all(self._reduce(), *(self._contribute(reducer) for reducer in others))
 
     def owing(self) -> list[int]:
-        """Reducers whose means have not all come."""
+        """Returns the reducers whose means have not all come."""
         others = (reducer for reducer in self.reducers if reducer != self.me)
         return [i for i in others if any(self.meeting.parts[part] is None for part in self._parts_of(i))]
 
     def _parts_of(self, reducer: int) -> list[int]:
-        """Equal shares; never by claimed speed."""
+        """Returns the parts of one reducer. All reducers have equal shares, never by claimed speed."""
         if reducer not in self.reducers:
             return []
         return list(self.parts[self.reducers.index(reducer) :: len(self.reducers)])
@@ -105,12 +107,13 @@ class Butterfly:
             came = {sender: values for sender, values in zip(self.queues, others) if values is not None}
             if not group.members[self.me].dropped:
                 came[self.me] = meeting.grid.decode(part, meeting.contribution(part))
-            reduced = reduce_part(came, group.weights, part, meeting.grid, group.divisor)
+            reduced = reduce_part(came, group.weights, part, meeting.grid, group.total_weight)
             meeting.hold(part, reduced)
 
     async def _next_contribution(self, sender: int, part: int) -> Vector | None:
-        """None from a sender that is gone. One may keep a reducer waiting ``part_s`` at a time, and in all not much
-        longer than its bytes take at the lowest rate: else its reducers, who wait, were slow in everybody's eyes."""
+        """Returns a sender's next contribution, or None when the sender is gone. It may keep a reducer waiting for
+        ``Timeouts.part_s`` at a time, and in all for not much longer than its bytes take at
+        ``Timeouts.min_rate_bytes_per_s``: else its reducers, which wait, were slow in everybody's eyes."""
         if sender in self.gone:
             return None
         timeouts, began_s = self.meeting.timeouts, now_s()
@@ -129,7 +132,7 @@ class Butterfly:
         return values
 
     async def on_contribute(self, channel: Channel, sender: int) -> None:
-        """A member's stream to me as a reducer."""
+        """Serves a member's stream to me as a reducer: contributions come, means go."""
         if sender not in self.waiting:
             raise Misbehaved(channel.peer_id, "opens a second stream in a round")
         self.waiting.discard(sender)
@@ -168,7 +171,7 @@ class Butterfly:
             await self.meeting.send_part(channel, reduced)
 
     def _hear_no_more(self, sender: int) -> None:
-        """It is not waited for any more."""
+        """Waits for a sender no more."""
         queue = self.queues[sender]
         if queue.full():
             queue.get_nowait()

@@ -1,4 +1,5 @@
-"""One round at one member, while it lasts: who meets, what I hold of the update so far, and whom I have lost."""
+"""One round at one member, while it lasts: which peers meet, what I hold of the update so far, and which members I have
+lost."""
 
 from __future__ import annotations
 
@@ -24,8 +25,8 @@ MAX_MASK_BYTES = MAX_CONTRIBUTORS // 8
 
 @dataclass(kw_only=True, eq=False)
 class Meeting:
-    """Theta and local are float32 [n] and do not change while it lasts: a contribution can be made again at any time,
-    part by part as theta - local, and no buffer of outer gradients exists."""
+    """One round at one member. Theta and local are float32 [n] and do not change while it lasts: a contribution can be
+    made again at any time, part by part as theta - local, and no buffer of outer gradients exists."""
 
     group: Group
     transport: Transport
@@ -37,12 +38,13 @@ class Meeting:
     local: Vector
     min_group: int
     parts: list[Part | None] = field(init=False)
-    """What I hold of the update."""
+    """What I hold of the update; None for a part that I do not hold."""
     lost: set[int] = field(default_factory=set)
     """Members that failed me in this round."""
     meter: Meter = field(default_factory=Meter)
-    """Of all streams of this round. The streams are not kept: a member may open any number of them."""
+    """The bytes of all streams of this round. The streams are not kept: a member may open any number of them."""
     changed: Bell = field(default_factory=Bell)
+    """Rings when anything of this round has changed at this member."""
     over: bool = False
     """Nothing more will be reduced or committed; what there is can still be served."""
 
@@ -50,41 +52,46 @@ class Meeting:
         self.parts = [None] * self.grid.n_parts
 
     def contribution(self, part: int) -> bytes:
-        """My outer gradient, encoded. ValueError when training has made it infinite or NaN."""
+        """Returns a part of my outer gradient, encoded. ValueError when training has made it infinite or NaN."""
         where = self.grid.slices[part]
         return self.grid.encode(np.subtract(self.theta[where], self.local[where]))
 
     def hashes(self) -> list[bytes]:
-        """Of the parts I hold; empty where I hold none."""
+        """Returns the hashes of the parts that I hold, an empty one for each that I do not hold."""
         return [part.hash if part else b"" for part in self.parts]
 
     def hold(self, part: int, held: Part) -> None:
+        """Keeps a part of the update that has been reduced or fetched."""
         self.parts[part] = held
         self.changed.ring()
 
     def index_of(self, peer_id: str) -> int:
+        """Returns the index of a member in the roster. Misbehaved for any other peer."""
         for i, member in enumerate(self.group.members):
             if member.peer_id == peer_id:
                 return i
         raise Misbehaved(peer_id, "meddles with a round that it is no member of")
 
     async def open(self, member: int) -> Channel:
+        """Opens a stream to a member."""
         peer_id = self.group.members[member].peer_id
         channel = await self.transport.open(peer_id, self.directory.maddrs(peer_id), self.protocol)
         self.count(channel)
         return channel
 
     def count(self, channel: Channel) -> None:
-        """Its bytes are this round's."""
+        """Counts all bytes of a stream as this round's."""
         self.meter.sent += channel.meter.sent
         self.meter.received += channel.meter.received
         channel.meter = self.meter
 
     async def send_part(self, channel: Channel, part: Part) -> None:
+        """Sends a part of the update as one frame: a byte with the mask's length, the mask, the encoded mean."""
         await channel.send_frame(bytes([len(part.mask)]), part.mask, part.data)
 
     async def receive_part(self, channel: Channel, part: int, timeout_s: float) -> Part:
-        """Raises Misbehaved unless it is a sound part of this round; Refused for a No in its place."""
+        """Returns a part of the update that a member sends. Misbehaved unless it is a sound part of this round; Refused
+        for a No in its place."""
         size = self.grid.part_bytes(part)
         data = await channel.receive_frame(1 + MAX_MASK_BYTES + size, timeout_s)
         if not data or len(data) != 1 + data[0] + size or data[0] > MAX_MASK_BYTES:
@@ -98,7 +105,8 @@ class Meeting:
         return received
 
     def lose(self, member: int, error: RemoteError | None) -> None:
-        """``error`` None: it was silent."""
+        """Gives a member up for the rest of this round, and counts on it no more until it signs a newer record.
+        ``error``: what it did; None when it was silent."""
         if member in self.lost:
             return
         self.lost.add(member)

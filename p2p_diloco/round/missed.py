@@ -10,7 +10,7 @@ MissedReason = Literal["alone", "behind", "failed", "leaving", "diverged", "repa
 
 @dataclass(frozen=True, kw_only=True)
 class Missed:
-    """A round that did not commit here. A value: there is nothing to clean up."""
+    """A round that did not commit here, and why."""
 
     reason: MissedReason
     detail: str

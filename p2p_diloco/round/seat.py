@@ -1,4 +1,4 @@
-"""This peer, as its own network side sees it: where it stands, and what it is at."""
+"""This peer, as its own network side sees it: where it stands, and what it does."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ MAX_READY_IN_S = 86400.0
 
 @dataclass(kw_only=True)
 class Seat:
-    """The parts of a ``Peer`` share it: each writes what it is the first to know, and reads the rest."""
+    """Where this peer stands and what it does. The parts of a ``Peer`` share it: each writes what it is the first to
+    know, and reads the rest."""
 
     standing: Standing
     role_trainer: bool
@@ -30,7 +31,7 @@ class Seat:
     changed: Bell = field(default_factory=Bell)
 
     def call_trainer(self, now_s: float, gather_s: float) -> float:
-        """The round on my head closes: the trainer shall come to it. Seconds until it is ready."""
+        """Calls the trainer to the round that closes on my head, and returns the seconds until it is ready."""
         if self.closes_s is None:
             self.closes_s = now_s + gather_s
             self.changed.ring()

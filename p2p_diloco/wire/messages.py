@@ -64,7 +64,7 @@ class Roster(Message):
     members: Annotated[list[Sealed], FailFast(), Field(max_length=128)]
     absent: Annotated[list[Sealed], FailFast(), Field(max_length=64)] = []
     """Records of trainers on this head that do not come. Only in runs that keep missed rounds, where they count in the
-    divisor of the mean."""
+    total weight."""
 
 
 class TooFew(Message):

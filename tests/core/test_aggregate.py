@@ -34,9 +34,9 @@ def test_the_mean_weighs_by_tokens_in_the_given_order() -> None:
 
 def test_a_mean_over_all_who_train_is_shorter_by_those_who_sent_nothing() -> None:
     values = [np.array([1, -2, 4], np.float32), np.array([3, 2, 0], np.float32)]
-    np.testing.assert_array_equal(weighted_mean([(1, values[0]), (3, values[1])], total=8), [1.25, 0.5, 0.5])
+    np.testing.assert_array_equal(weighted_mean([(1, values[0]), (3, values[1])], total_weight=8), [1.25, 0.5, 0.5])
     np.testing.assert_array_equal(
-        weighted_mean([(1, values[0]), (3, values[1])], total=4), weighted_mean([(1, values[0]), (3, values[1])])
+        weighted_mean([(1, values[0]), (3, values[1])], total_weight=4), weighted_mean([(1, values[0]), (3, values[1])])
     )
 
 

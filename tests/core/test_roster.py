@@ -158,17 +158,17 @@ def away(i: int = 0, history: str = HISTORY, **changes: Any) -> bytes:
     return seal_record(record_of(AWAY[i], history, **changes), AWAY[i])
 
 
-def test_the_divisor_is_all_who_train_where_missed_rounds_are_kept() -> None:
+def test_the_total_weight_is_that_of_all_who_train_where_missed_rounds_are_kept() -> None:
     """Those who are absent at the lower median of those who came."""
     sealed = with_member(1, weight=60)
-    assert check(sealed, 0).divisor is None
-    assert check(sealed, 0, on_missed="keep").divisor == 360
+    assert check(sealed, 0).total_weight is None
+    assert check(sealed, 0, on_missed="keep").total_weight == 360
     for count in (1, 2, 3):
         group = check(sealed, 0, on_missed="keep", absent=[away(i) for i in range(count)])
-        assert group.divisor == 360 + 100 * count
+        assert group.total_weight == 360 + 100 * count
         assert group.weights == (100, 60, 100, 100)
     light = [seal_readiness(readiness_of(who, HISTORY, weight=w), who) for who, w in zip(MEMBERS, (100, 1, 30, 500))]
-    assert check(light, 0, on_missed="keep", absent=[away()]).divisor == 100 + 1 + 30 + 120 + 30
+    assert check(light, 0, on_missed="keep", absent=[away()]).total_weight == 100 + 1 + 30 + 120 + 30
 
 
 def test_who_was_absent_is_part_of_what_a_round_is() -> None:

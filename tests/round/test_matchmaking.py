@@ -548,10 +548,10 @@ def test_those_who_do_not_come_are_on_the_roster_where_missed_rounds_are_kept() 
         table.matchmakers[0].company.directory.learn(table.record(4, phase="left", issued_s=NOW_S + 0.7), NOW_S + 1)
         table.matchmakers[4].seat.phase = "left"
         group = table.groups(await table.meet(0, 1), 0, 1)
-        assert group.divisor == 300, "who is silent counts; who cannot be reached is suspected, and does not"
+        assert group.total_weight == 300, "who is silent counts; who cannot be reached is suspected, and does not"
         plain = Table(5, by_hand=(2, 3))
         plain.serve(2, stay_silent)
-        assert plain.groups(await plain.meet(0, 1), 0, 1).divisor is None
+        assert plain.groups(await plain.meet(0, 1), 0, 1).total_weight is None
 
     run_simulated(main())
 

@@ -69,7 +69,7 @@ class Settled:
     """It was that leader itself."""
     decided: bool
     """And most of the group took its commit."""
-    divisor: int | None = None
+    total_weight: int | None = None
     """As ``Group`` has it."""
 
 
@@ -94,7 +94,7 @@ class Chronicle:
     """Peer -> the head that its disk must lead to, or past."""
     rounds: dict[bytes, list[Settled]] = field(default_factory=dict)
     """Round id -> how it ended, in that order."""
-    divisors: dict[bytes, int] = field(default_factory=dict)
+    total_weights: dict[bytes, int] = field(default_factory=dict)
     """Head -> what the weighted sum of the update that leads there is divided by, in tokens, as its round agreed; where
     missed rounds are kept."""
     denied: dict[tuple[bytes, int], int] = field(default_factory=dict)
@@ -161,8 +161,8 @@ class Chronicle:
         """A round ends at one of its members. ``well_since_s``: since when two peers have been able to talk."""
         if now.heard and now.place < self.denied.get((round_id, now.peer), -1):
             raise Violation("one-outcome", f"peer {now.peer} takes a commit after it has told a later leader of none")
-        if now.head is not None and now.divisor is not None:
-            self.divisors[now.head] = now.divisor
+        if now.head is not None and now.total_weight is not None:
+            self.total_weights[now.head] = now.total_weight
         others = self.rounds.setdefault(round_id, [])
         for one in others:
             for leader, member in ((now, one), (one, now)):
@@ -246,10 +246,10 @@ class Chronicle:
     def contributions(self, update: Update, index: int, n: int) -> Iterator[tuple[int, Steps]]:
         """Whose inner steps are in a part of an update that was encoded without loss."""
         name, named = f"part {index} of update {update.header.step}", self._named(update, index)
-        divisor = sum(named.values()) if self.on_missed == "adopt" else self._divisor(update, n)
-        values = self._values(update, index, n) * divisor
+        total_weight = sum(named.values()) if self.on_missed == "adopt" else self._total_weight(update, n)
+        values = self._values(update, index, n) * total_weight
         for peer in range(MAX_PEERS):
-            count, numbers = values[2 * peer : 2 * peer + 2] / named.get(peer, divisor)
+            count, numbers = values[2 * peer : 2 * peer + 2] / named.get(peer, total_weight)
             if peer not in named:
                 if abs(count) > LARGEST_ERROR:
                     raise Violation("counted-once", f"{name}: {peer} is in it, unnamed")
@@ -273,7 +273,7 @@ class Chronicle:
         where = part_slices(n)[index]
         return -decode(update.parts[index].data, where.stop - where.start, "fp32").astype(np.float64)
 
-    def _divisor(self, update: Update, n: int) -> int:
+    def _total_weight(self, update: Update, n: int) -> int:
         """Where missed rounds are kept, an update does not say how many were absent. Its round does, and the values
         must bear it out: nobody's count is larger than its weight says, and somebody's is as large. They do not tell it
         by themselves: a weight that is cut to the largest one does not say how large the count is, and after a long
@@ -281,18 +281,19 @@ class Chronicle:
         weights = [weight for _, weight in update.header.contributors]
         usual = median_low(weights)
         limit = min(LARGEST_WEIGHT_OVER_MEDIAN * usual, self.largest_weight)
-        divisor = self.divisors.get(update.header.head, 0)  # of no round: 0, which nothing explains
+        total_weight = self.total_weights.get(update.header.head, 0)  # of no round: 0, which nothing explains
         steps_per_claimed = [
-            self._values(update, index, n)[2 * peer] * divisor / weight / (weight / TOKENS)
+            self._values(update, index, n)[2 * peer] * total_weight / weight / (weight / TOKENS)
             for index in range(len(update.parts))
             for peer, weight in self._named(update, index).items()
             if weight < limit
         ]
         largest = max(steps_per_claimed, default=1.0)
-        absent, rest = divmod(divisor - sum(weights), usual)
+        absent, rest = divmod(total_weight - sum(weights), usual)
         if rest or not 0 <= absent < MAX_PEERS or abs(largest - 1) >= 1 / (4 * MAX_PEERS):
             raise Violation(
                 "counted-once",
-                f"update {update.header.step}: no number of absent peers explains its values, divided by {divisor}",
+                f"update {update.header.step}: no number of absent peers explains its values"
+                f", divided by {total_weight}",
             )
-        return divisor
+        return total_weight

@@ -102,7 +102,7 @@ def instrumented(world: World) -> Iterator[None]:
                     place=member.place,
                     leads=group.reducers[member.place] == group.me,
                     decided=settlement.leads,
-                    divisor=group.divisor,
+                    total_weight=group.total_weight,
                 ),
                 world.well_since_s,
             )

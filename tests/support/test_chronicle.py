@@ -46,13 +46,13 @@ class Story:
         for _ in range(steps):
             self.chronicle.trains(peer, self.local[peer], TARGET)
 
-    def meet(self, *peers: int, weights: Sequence[int], divisor: int | None = None) -> Update:
-        """An outer step of these peers. Everybody goes on from theta. ``divisor``: what they divide by, where that is
-        not the sum of their weights."""
+    def meet(self, *peers: int, weights: Sequence[int], total_weight: int | None = None) -> Update:
+        """An outer step of these peers. Everybody goes on from theta. ``total_weight``: what they divide by, where that
+        is not the sum of their weights."""
         parts = []
         for where in part_slices(N):
             gradients = [self.state.theta[where] - self.local[peer][where] for peer in peers]
-            mean: Vector = weighted_mean(list(zip(weights, gradients)), total=divisor)
+            mean: Vector = weighted_mean(list(zip(weights, gradients)), total_weight=total_weight)
             parts.append(Part(mask=contributor_mask(range(len(peers))), data=encode(mean, "fp32")))
         update = self.update(peers, weights, parts)
         apply(self.state, update, Grid(n=len(self.state.theta), codec="fp32"), lr=0.01, momentum=0.9)
@@ -135,9 +135,11 @@ def met(steps: Sequence[int], *, divided: int, said: int | None) -> tuple[Story,
     story = Story("keep", LARGEST)
     for peer, count in enumerate(steps):
         story.train(peer, count)
-    update = story.meet(*range(len(steps)), weights=[min(count * TOKENS, LARGEST) for count in steps], divisor=divided)
+    update = story.meet(
+        *range(len(steps)), weights=[min(count * TOKENS, LARGEST) for count in steps], total_weight=divided
+    )
     if said is not None:
-        outcome = dataclasses.replace(settled(0, update.header.head), divisor=said)
+        outcome = dataclasses.replace(settled(0, update.header.head), total_weight=said)
         story.chronicle.settles(b"round", outcome, since(TALKING))
     return story, update
 
@@ -147,8 +149,8 @@ def met(steps: Sequence[int], *, divided: int, said: int | None) -> tuple[Story,
 def test_how_many_were_absent_is_what_the_round_says(steps: tuple[int, ...], absent: int) -> None:
     """Also where everybody has been away for so long that no weight says how many steps there must be."""
     usual = min(sorted(steps)[1] * TOKENS, LARGEST)
-    divisor = sum(min(count * TOKENS, LARGEST) for count in steps) + absent * usual
-    story, update = met(steps, divided=divisor, said=divisor)
+    total_weight = sum(min(count * TOKENS, LARGEST) for count in steps) + absent * usual
+    story, update = met(steps, divided=total_weight, said=total_weight)
     for part in range(3):
         expected = {peer: Steps(1, count) for peer, count in enumerate(steps)}
         assert dict(story.chronicle.contributions(update, part, N)) == expected
