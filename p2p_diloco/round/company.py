@@ -11,11 +11,12 @@ from p2p_diloco.core.directory import Directory
 from p2p_diloco.core.errors import Misbehaved
 from p2p_diloco.core.manifest import RunManifest
 from p2p_diloco.core.records import Record
-from p2p_diloco.core.roster import leader_order
+from p2p_diloco.core.roster import Readiness, leader_order, open_readiness
 from p2p_diloco.core.swarm_head import must_catch_up, swarm_head, way_of
 from p2p_diloco.core.waiting import now_s
 from p2p_diloco.round.seat import Seat
 from p2p_diloco.wire.channel import Channel, Transport, run_protocol
+from p2p_diloco.wire.messages import Ready
 
 CHANCES = 2
 """After so many failures on one head a leader is asked no more there. Not after the first, for it may just have been
@@ -79,6 +80,20 @@ class Company:
             return self.directory.learn_from(source, sealed, self.wall_s())
         except ValueError as error:
             raise Misbehaved(source, f"sends {error}") from error
+
+    def readiness_of(self, source: str, message: Ready) -> Readiness:
+        """Takes in what a peer sends that is ready, and returns its readiness. Misbehaved unless all is its own, sound,
+        and of this run."""
+        try:
+            readiness = open_readiness(message.readiness)
+        except ValueError as error:
+            raise Misbehaved(source, f"sends {error}") from error
+        self.learn_own(source, message.record)
+        if readiness.peer_id != source or readiness.run_id != self.manifest.run_id:
+            raise Misbehaved(source, "sends somebody else's readiness")
+        if readiness.weight > self.manifest.spec.max_weight_tokens:
+            raise Misbehaved(source, f"claims a weight of {readiness.weight} tokens")
+        return readiness
 
     def beyond(self, head: bytes) -> bytes | None:
         """Returns the sealed record of a peer that stands beyond ``head``, or None while groups are formed on ``head``.

@@ -40,7 +40,6 @@ from p2p_diloco.core.roster import (
     check_roster,
     new_nonce,
     on_head,
-    open_readiness,
     rank,
     seal_readiness,
 )
@@ -210,7 +209,7 @@ class Matchmaker:
         It is told which leader I wait for, if I do; then it waits until I am in no round on its head. After that it
         joins my gathering, unless I stand elsewhere, cannot lead, or find a live peer that ranks before me.
         """
-        readiness = self._verified(channel.peer_id, message)
+        readiness = self.company.readiness_of(channel.peer_id, message)
         awaited = self._awaited(channel.peer_id)
         if awaited is not None and readiness.head == self.seat.standing.head and not self.seat.in_round:
             await channel.send(Redirect(record=awaited))
@@ -238,19 +237,6 @@ class Matchmaker:
                 await channel.send(No(reason="cannot lead"))
                 return
         await self.gatherings.join(channel, readiness.head, message.readiness)
-
-    def _verified(self, source: str, message: Ready) -> Readiness:
-        """Returns the readiness that a peer has sent. Misbehaved unless it is its own, sound, and of this run."""
-        try:
-            readiness = open_readiness(message.readiness)
-        except ValueError as error:
-            raise Misbehaved(source, f"sends {error}") from error
-        self.company.learn_own(source, message.record)
-        if readiness.peer_id != source or readiness.run_id != self.manifest.run_id:
-            raise Misbehaved(source, "sends somebody else's readiness")
-        if readiness.weight > self.manifest.spec.max_weight_tokens:
-            raise Misbehaved(source, f"claims a weight of {readiness.weight} tokens")
-        return readiness
 
     async def _better_leader(self, head: bytes) -> bytes | None:
         """Returns the sealed record of a peer that ranks before me on ``head`` and answers a dial, or None."""
