@@ -18,6 +18,8 @@ log = logging.getLogger(__name__)
 
 MIN_UPLOAD_BYTES_PER_S = 100_000.0
 """A donor that sent more slowly would be taken for gone before a chunk of 1 MiB is through."""
+HEARTBEATS = 3
+"""Words of a peer within ``request_s``, after which one that waits for its answer takes it for dead."""
 MAX_NAME_CHARS = 32
 MAX_NAME_BYTES = 64
 """A record has room for no more."""
@@ -77,9 +79,8 @@ class Timeouts:
 
     @property
     def heartbeat_s(self) -> float:
-        """How often somebody says that it is still here to a peer that waits for its answer: three times within
-        ``request_s``, after which that peer takes it for dead."""
-        return self.request_s / 3
+        """Seconds between two words of a peer that is still here to one that waits for its answer."""
+        return self.request_s / HEARTBEATS
 
     def round_limit_s(self, vector_bytes: int) -> float:
         """Returns the longest time that reduce and settle of a vector may take."""
