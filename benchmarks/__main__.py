@@ -1,4 +1,7 @@
-"""``python -m benchmarks [CASE ...] [--json FILE] [--markdown]``: a table per case, with the command that makes it."""
+"""``python -m benchmarks [CASE ...] [--json FILE] [--markdown]``: a table per case, with the command that makes it.
+
+``--against COMMIT CASE ...`` runs the cases there and here, and fails when they have become slower.
+"""
 
 from __future__ import annotations
 
@@ -16,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import (
+    against,
     averager,
     churn,
     compute,
@@ -34,6 +38,7 @@ from benchmarks import (
     traffic,
 )
 from benchmarks.table import Table, layout, markdown
+from p2p_diloco.core.errors import UsageError
 
 CASES: dict[str, Callable[[], Table]] = {
     "throughput": throughput.main,
@@ -81,9 +86,29 @@ def main(names: list[str], json_file: Path | None, show: Callable[[Table], str])
         seconds = time.monotonic() - started_s
         print(f"\n$ {command}    # {seconds:.0f} s; load average before it {load:.1f}\n{show(table)}", flush=True)
         cases[name] = {"command": command, "seconds": seconds, "load_average": load, **asdict(table)}
-    if json_file is not None:
-        json_file.write_text(json.dumps({"machine": machine, "cases": cases}, indent=1) + "\n")
+    write_figures(json_file, {"machine": machine, "cases": cases})
     return int(failed)
+
+
+def compare(commit: str, names: list[str], json_file: Path | None, show: Callable[[Table], str]) -> int:
+    """Returns 1 when a case is above its bounds, or fails. UsageError where the commit or a case is none."""
+    against.check_cases(names)
+    full_name, machine = against.resolve(commit), about_machine()
+    print(", ".join(f"{key} {value}" for key, value in machine.items()), flush=True)
+    command = f"python -m benchmarks --against {commit} {' '.join(names)}"
+    try:
+        table, compared = against.main(full_name, names)
+    except RuntimeError as error:
+        print(f"\n$ {command}\nfailed: {error}", flush=True)
+        return 1
+    print(f"\n$ {command}\n{show(table)}", flush=True)
+    write_figures(json_file, {"machine": machine, "command": command, "compared": [asdict(one) for one in compared]})
+    return int(not all(one.within_bounds for one in compared))
+
+
+def write_figures(path: Path | None, figures: dict[str, Any]) -> None:
+    if path is not None:
+        path.write_text(json.dumps(figures, indent=1) + "\n")
 
 
 def about_machine() -> dict[str, str]:
@@ -97,8 +122,17 @@ if __name__ == "__main__":
     parser.add_argument("cases", nargs="*", metavar="CASE", help=", ".join(ALL))
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures there, too")
     parser.add_argument("--markdown", action="store_true", help="print tables as Markdown")
+    parser.add_argument(
+        "--against", metavar="COMMIT", help=f"compare these with that commit: {', '.join(against.TIMED)}"
+    )
     arguments = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that what was started is ended
+    show = markdown if arguments.markdown else layout
+    if arguments.against is not None:
+        try:
+            sys.exit(compare(arguments.against, arguments.cases, arguments.json, show))
+        except UsageError as error:
+            parser.exit(2, f"error: {error}\n")
     if unknown := set(arguments.cases) - set(ALL):
         parser.error(f"no such case: {', '.join(sorted(unknown))}; there are: {', '.join(ALL)}")
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that what was started is ended
-    sys.exit(main(arguments.cases or list(CASES), arguments.json, markdown if arguments.markdown else layout))
+    sys.exit(main(arguments.cases or list(CASES), arguments.json, show))
