@@ -83,16 +83,21 @@ class Place:
                 snapshot_every=snapshot_every,
             )
         )
+        self.command: tuple[str, ...] = (sys.executable, "-m", "p2p_diloco")
+        self.working_folder = Path.cwd()
         self.environment = os.environ | {"TMPDIR": str(self.temporary), "XDG_CACHE_HOME": str(self.root / "cache")}
 
     # -- commands ----------------------------------------------------------------------------------------------------
 
     def start(self, name: str, *arguments: str) -> Program:
-        return self.run(name, "-m", "p2p_diloco", *arguments)
+        return self._launch(name, *self.command, *arguments)
 
     def run(self, name: str, *arguments: str) -> Program:
         """``arguments``: Python's."""
-        self.programs.append(Program(self, name, arguments))
+        return self._launch(name, sys.executable, *arguments)
+
+    def _launch(self, name: str, *command: str) -> Program:
+        self.programs.append(Program(self, name, command))
         return self.programs[-1]
 
     def seed(self, name: str = "seed", **flags: str) -> Program:
@@ -158,12 +163,13 @@ class Place:
 
 
 class Program:
-    def __init__(self, place: Place, name: str, arguments: tuple[str, ...]) -> None:
+    def __init__(self, place: Place, name: str, command: tuple[str, ...]) -> None:
         self.place, self.name = place, name
         self.output = place.root / f"{name}.out"
         with self.output.open("ab") as output:
             self.process = subprocess.Popen(
-                [sys.executable, *arguments],
+                command,
+                cwd=place.working_folder,
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
