@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -219,3 +220,16 @@ def wait_until(condition: Callable[[], Any], *programs: Program, limit_s: float 
         assert time.monotonic() < deadline_s, "\n".join(program.text for program in programs)
         time.sleep(0.05)
     return value
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port: int = free.getsockname()[1]
+    return port
+
+
+def url_of(monitor: Program) -> str:
+    """Of its page, once that is served."""
+    return str(
+        wait_until(lambda: re.findall(r"^run \S+ [0-9a-f]{40}: (http\S+)$", monitor.text, re.MULTILINE), monitor)[-1]
+    )

@@ -13,7 +13,7 @@ from urllib.parse import urljoin
 import pytest
 
 from tests.support.wheel import ROOT, build_wheel
-from tests.swarm.places import START_S, Place, Program, wait_until
+from tests.swarm.places import START_S, Place, free_port, url_of, wait_until
 
 MEDIA_TYPES = {".js": "text/javascript", ".css": "text/css", ".svg": "image/svg+xml"}
 
@@ -45,9 +45,8 @@ def test_two_peers_and_a_monitors_page_from_the_wheel(place: Place, site: Path) 
     assert Path(found.stdout.strip()) == site / "p2p_diloco" / "__init__.py"
 
     swarm = place.swarm(peers="2")
-    monitor = place.start(
-        "monitor", "monitor", "--initial-peers", swarm.address, "--listen", "0", "--folder", str(place.root / "monitor")
-    )
+    flags = ["--initial-peers", swarm.address, "--listen", str(free_port()), "--folder", str(place.root / "monitor")]
+    monitor = place.start("monitor", "monitor", *flags)
     check_page(url_of(monitor))
     wait_until(lambda: "outer step 2 of " in swarm.text, swarm, limit_s=2 * START_S)
     running = place.alive().values()
@@ -60,12 +59,6 @@ def test_two_peers_and_a_monitors_page_from_the_wheel(place: Place, site: Path) 
     assert place.summary["identical"]
     assert place.summary["exit_codes"] == {"seed": 0, "peer-1": 0, "peer-2": 0}
     place.assert_nothing_left()
-
-
-def url_of(monitor: Program) -> str:
-    return str(
-        wait_until(lambda: re.findall(r"^run \S+ [0-9a-f]{40}: (http\S+)$", monitor.text, re.MULTILINE), monitor)[0]
-    )
 
 
 def check_page(url: str) -> None:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import re
 import signal
-import socket
 import urllib.request
 from collections.abc import Iterator
 
@@ -13,18 +11,12 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from tests.support import chromium
-from tests.swarm.places import LEAVE_S, Place, Program, descendants, wait_until
+from tests.swarm.places import LEAVE_S, Place, Program, descendants, free_port, url_of, wait_until
 
 SEEN_S = 90.0
 """For a change to be seen: a record lives 30 s, is read every 2.5 s, and this machine does other things, too."""
 NAMES = {"ada": "Ada", "bob": "<script>harm = 1</script>", "eve": "\u202egnp.", "new": "new"}
 """Folder -> name."""
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port: int = free.getsockname()[1]
-    return port
 
 
 def monitor_of(place: Place, address: str, name: str = "monitor") -> Program:
@@ -41,12 +33,6 @@ def peer_of(place: Place, address: str, folder: str) -> Program:
     flags = ["--folder", str(place.root / folder), "--host-maddrs", "/ip4/127.0.0.1/tcp/0", "--device", "cpu"]
     flags += ["--data", str(place.root / "text"), "--threads", "1", "--name", NAMES[folder]]
     return place.start(folder, "peer", "--initial-peers", address, *flags)
-
-
-def url_of(monitor: Program) -> str:
-    return str(
-        wait_until(lambda: re.findall(r"^run \S+ [0-9a-f]{40}: (http\S+)$", monitor.text, re.MULTILINE), monitor)[-1]
-    )
 
 
 def get(url: str, path: str) -> str:
