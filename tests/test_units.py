@@ -122,6 +122,20 @@ def test_the_containerfiles_commands_are_those_of_the_program() -> None:
     assert found[1][1]["node"].host_maddrs == ("/ip4/0.0.0.0/tcp/4001",)
 
 
+def test_the_pages_files_and_commands_are_there() -> None:
+    text = re.sub(r" \\\n\s+", " ", (ROOT / "docs" / "service.md").read_text())
+    found = re.findall(r"\bp2p-diloco-\w+\.(?:service|env)|\bpeers/[\w.-]+", text)
+    named = {name.removeprefix("peers/") for name in found}
+    assert named >= {*(f"p2p-diloco-{role}.{kind}" for role in ROLES for kind in ("service", "env"))}
+    assert [name for name in named if not (PEERS / name).exists()] == []
+    (command,) = re.findall(r"(?m)^    podman run .* p2p-diloco (.*)$", text)
+    (options,) = re.findall(r"`(--host-maddrs[^`]*)`", text)
+    line = f"{command} {options}".replace("YOUR-ADDRESS", "192.0.2.1").replace("ADDRESS", ADDRESS)
+    _, arguments = parsed(shlex.split(line))
+    assert arguments["initial_peers"] == (ADDRESS,)
+    assert arguments["node"].announce_maddrs == ("/ip4/192.0.2.1/tcp/4001",)
+
+
 def test_a_container_is_no_roots_and_keeps_one_folder() -> None:
     instructions = {one.name: one for one in read_instructions(CONTAINERFILE)}
     variables = dict(
