@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from statistics import median
+from typing import ParamSpec
 
 import numpy as np
 
@@ -20,6 +21,7 @@ from p2p_diloco.core.update import Part, Update, UpdateHeader, contributor_mask
 from p2p_diloco.ledger.ledger import Ledger
 from p2p_diloco.ledger.replay import Replay, load
 
+P = ParamSpec("P")
 VALUES = 25_000_000
 REPEATS = 3
 PEERS = 4
@@ -56,7 +58,7 @@ def ledger_rows(vector: Vector, folder: Path) -> list[tuple[Cell, ...]]:
     appends_s, applies_s, alignments_s = [], [], []
     for _ in range(REPEATS):
         update = next_update(state, parts)
-        alignments_s.append(seconds_of(align, state.theta, vector, update, LEDGER_CODEC))
+        alignments_s.append(seconds_of(align, state.theta, vector, update, ledger.grid))
         appends_s.append(seconds_of(ledger.append, update))
         applies_s.append(seconds_of(apply_update, state, update))
     return [
@@ -102,15 +104,15 @@ def mean_all(vector: Vector) -> None:
         weighted_mean([(1000, vector[where])] * PEERS)
 
 
-def timed(what: str, work: Callable[..., object], *arguments: object) -> tuple[Cell, ...]:
-    return row(what, median(seconds_of(work, *arguments) for _ in range(REPEATS)))
+def timed(what: str, work: Callable[P, object], *arguments: P.args, **options: P.kwargs) -> tuple[Cell, ...]:
+    return row(what, median(seconds_of(work, *arguments, **options) for _ in range(REPEATS)))
 
 
 def row(what: str, seconds: float) -> tuple[Cell, ...]:
     return (what, seconds, 4 * VALUES / 1e9 / seconds)
 
 
-def seconds_of(work: Callable[..., object], *arguments: object) -> float:
+def seconds_of(work: Callable[P, object], *arguments: P.args, **options: P.kwargs) -> float:
     started_s = time.perf_counter()
-    work(*arguments)
+    work(*arguments, **options)
     return time.perf_counter() - started_s
