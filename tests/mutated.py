@@ -27,6 +27,7 @@ TESTS: dict[str, tuple[str, ...]] = {
     "p2p_diloco/peer/catchup.py": ("tests/peer/test_catchup.py",),
     "p2p_diloco/peer/download.py": ("tests/peer/test_download.py", "tests/peer/test_catchup.py"),
     "p2p_diloco/ledger/ledger.py": ("tests/ledger/test_ledger.py",),
+    "p2p_diloco/ledger/disk.py": ("tests/ledger/test_disk.py", "tests/ledger/test_ledger.py"),
     "p2p_diloco/ledger/snapshot.py": ("tests/ledger/test_snapshot.py", "tests/ledger/test_ledger.py"),
     "p2p_diloco/ledger/replay.py": ("tests/ledger/test_ledger.py", "tests/ledger/test_replay.py"),
     "p2p_diloco/core/outer.py": ("tests/core/test_outer.py",),

@@ -135,7 +135,7 @@ def experiment(
         from p2p_diloco.core.config import keep_cache_near
         from p2p_diloco.lab.experiment import find_study, run_studies
         from p2p_diloco.lab.study import Study
-        from p2p_diloco.ledger.snapshot import disk_errors
+        from p2p_diloco.ledger.disk import disk_errors
 
     if not names:
         raise UsageError("give the name of a study, like drop, or the path of one")

@@ -24,7 +24,7 @@ from safetensors.torch import save
 
 from p2p_diloco.core.errors import UsageError
 from p2p_diloco.lab.simulation import SimulatedRun
-from p2p_diloco.ledger.snapshot import disk_errors, write_whole
+from p2p_diloco.ledger.disk import disk_errors, write_whole
 
 log = logging.getLogger(__name__)
 

@@ -21,7 +21,7 @@ from typing import IO
 from p2p_diloco.core.events import Event, EventTail
 from p2p_diloco.core.interpreter import python_command
 from p2p_diloco.lab.faults import Process
-from p2p_diloco.ledger.snapshot import disk_errors
+from p2p_diloco.ledger.disk import disk_errors
 from p2p_diloco.wire.guard import die_with_parent
 
 

@@ -34,7 +34,7 @@ from p2p_diloco.lab.simulate import SUMMARY_FILE
 from p2p_diloco.lab.study import Study, Trial
 from p2p_diloco.learn.data import locked
 from p2p_diloco.learn.model import pick_device
-from p2p_diloco.ledger.snapshot import disk_errors, write_whole
+from p2p_diloco.ledger.disk import disk_errors, write_whole
 from p2p_diloco.wire.guard import die_with_parent
 
 STUDIES = Path("peers/experiments")

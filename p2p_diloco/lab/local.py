@@ -40,7 +40,7 @@ from p2p_diloco.lab.injector import Injector
 from p2p_diloco.lab.namespaces import Network
 from p2p_diloco.lab.summary import Log, Progress, findings, held_out, row_of, screen, step_line, summarize
 from p2p_diloco.learn.data import open_corpus
-from p2p_diloco.ledger.snapshot import write_whole
+from p2p_diloco.ledger.disk import write_whole
 from p2p_diloco.look.display import is_live, join_line, plain
 
 if TYPE_CHECKING:

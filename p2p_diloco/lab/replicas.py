@@ -22,7 +22,7 @@ from p2p_diloco.learn.data import Corpus, locked
 from p2p_diloco.learn.inner import InnerOptimizer, place_in_run
 from p2p_diloco.learn.layout import bind_parameters, read_parameters, write_parameters
 from p2p_diloco.learn.model import build_model
-from p2p_diloco.ledger.snapshot import disk_errors, write_whole
+from p2p_diloco.ledger.disk import disk_errors, write_whole
 
 log = logging.getLogger(__name__)
 

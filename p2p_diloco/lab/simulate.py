@@ -43,8 +43,8 @@ from p2p_diloco.learn.model import build_model, evaluate, pick_device
 from p2p_diloco.learn.textreport import log_report
 from p2p_diloco.learn.tokenizer import open_tokenizer
 from p2p_diloco.learn.train import good_threads
+from p2p_diloco.ledger.disk import disk_errors, write_whole
 from p2p_diloco.ledger.folder import MANIFEST_FILE, open_ledger
-from p2p_diloco.ledger.snapshot import disk_errors, write_whole
 
 SUMMARY_FILE = "summary.json"
 IDENTITY_FILE = "identity.key"

@@ -26,6 +26,7 @@ from p2p_diloco.learn.layout import write_parameters
 from p2p_diloco.learn.model import model_of, no_progress_bars
 from p2p_diloco.learn.prompt import builtin_prompt
 from p2p_diloco.learn.tokenizer import LibraryTokenizer, open_tokenizer
+from p2p_diloco.ledger.disk import sync
 
 INFO_FILE = "p2p_diloco.json"
 
@@ -80,8 +81,7 @@ def export_model(manifest: RunManifest, theta: Vector, folder: Path, *, step: in
             model.eval().save_pretrained(temporary)
         (temporary / INFO_FILE).write_text(info.model_dump_json(indent=2) + "\n", encoding="utf-8")
         for path in temporary.iterdir():
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
+            sync(path)
         put_in_place(temporary, folder)
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or str(error)

@@ -29,8 +29,8 @@ from p2p_diloco.learn.model import build_model, check_causal, check_untrained, c
 from p2p_diloco.learn.rehearsal import Rehearsal, rehearse
 from p2p_diloco.learn.textreport import log_report
 from p2p_diloco.learn.tokenizer import load_tokenizer_json, open_tokenizer
+from p2p_diloco.ledger.disk import disk_errors, write_whole
 from p2p_diloco.ledger.folder import MANIFEST_FILE, open_ledger, run_folder
-from p2p_diloco.ledger.snapshot import disk_errors, write_whole
 
 log = logging.getLogger(__name__)
 

@@ -25,7 +25,7 @@ from p2p_diloco.core.codec import Vector
 from p2p_diloco.core.runfile import InnerSpec, RunSpec
 from p2p_diloco.learn.data import Corpus
 from p2p_diloco.learn.model import losses_of
-from p2p_diloco.ledger.snapshot import whole_file
+from p2p_diloco.ledger.disk import whole_file
 
 INNER_FILE = "inner.safetensors"
 MOST_STEPS = 1e15

@@ -4,6 +4,7 @@ What it gives back it has verified. It never talks to anybody, and never decides
 
 Its files, from the bottom up:
 
+    disk      how a file gets there whole or not at all, and stays there
     snapshot  one outer state as a file, whole or not at all
     ledger    snapshots and updates on disk
     replay    a later state from a snapshot and the updates since, part by part

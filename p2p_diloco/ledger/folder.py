@@ -15,9 +15,9 @@ import numpy as np
 from p2p_diloco.core.errors import UsageError
 from p2p_diloco.core.manifest import RunManifest, open_manifest
 from p2p_diloco.core.outer import OuterState
+from p2p_diloco.ledger.disk import disk_errors
 from p2p_diloco.ledger.ledger import Ledger
 from p2p_diloco.ledger.replay import load
-from p2p_diloco.ledger.snapshot import disk_errors
 
 MANIFEST_FILE = "manifest.json"
 

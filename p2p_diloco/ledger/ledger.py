@@ -31,16 +31,8 @@ from p2p_diloco.core.update import (
     update_from_bytes,
     update_pieces,
 )
-from p2p_diloco.ledger.snapshot import (
-    TEMPORARY,
-    SnapshotInfo,
-    check_snapshot,
-    disk_errors,
-    save_snapshot,
-    snapshot_bytes,
-    sync,
-    write_whole,
-)
+from p2p_diloco.ledger.disk import TEMPORARY, disk_errors, sync, write_whole
+from p2p_diloco.ledger.snapshot import SnapshotInfo, check_snapshot, save_snapshot, snapshot_bytes
 
 logger = logging.getLogger(__name__)
 

@@ -1,4 +1,4 @@
-"""The snapshot: one outer state as a safetensors file, and how a file gets onto the disk whole or not at all.
+"""The snapshot: one outer state as a safetensors file.
 
 The tensors are ``theta`` and ``momentum``; the metadata names step, head, digest and run. The same state makes the same
 bytes, so a joiner can put a snapshot together from several donors, and its size follows from the model alone. A chunk
@@ -9,23 +9,20 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
 
 import blake3
 
 from p2p_diloco.core.codec import Vector
 from p2p_diloco.core.digest import HASH_BYTES
-from p2p_diloco.core.errors import LedgerError, disk_failure
 from p2p_diloco.core.grid import part_slices
 from p2p_diloco.core.outer import state_digest
+from p2p_diloco.ledger.disk import disk_errors, whole_file
 
 START_BYTES = 512
 """The safetensors header, padded; the values follow."""
-TEMPORARY = ".tmp"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -184,46 +181,3 @@ def _start(n: int, step: int, head: bytes, digest: bytes, run_id: str) -> bytes:
     length = START_BYTES - 8
     assert len(text) <= length, "a run id is 40 characters"
     return length.to_bytes(8, "little") + text.ljust(length)
-
-
-def write_whole(path: Path, pieces: Iterable[bytes | memoryview], size_bytes: int) -> None:
-    """As ``whole_file``, one piece after the other."""
-    with whole_file(path, size_bytes) as file:
-        for piece in pieces:
-            file.write(piece)
-
-
-@contextmanager
-def whole_file(path: Path, size_bytes: int) -> Iterator[IO[bytes]]:
-    """A file under a temporary name, synced and renamed at the end of the block. LedgerError when the disk fails or is
-    full; whatever is raised, nothing is left behind."""
-    temporary = path.with_name(path.name + TEMPORARY)
-    with disk_errors(path, size_bytes):
-        try:
-            with temporary.open("wb") as file:
-                yield file
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
-        sync(path.parent)
-
-
-def sync(path: Path) -> None:
-    """A file's bytes, or a folder's names, down to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-@contextmanager
-def disk_errors(path: Path, size_bytes: int = 0) -> Iterator[None]:
-    """Raises LedgerError in place of OSError. ``size_bytes``: what is being written."""
-    try:
-        yield
-    except OSError as error:
-        raise disk_failure(error, path, size_bytes) or LedgerError(f"{path}: {error.strerror}") from error

@@ -8,13 +8,13 @@ not invented: the curve lacks those steps, and the pace has a gap.
 from __future__ import annotations
 
 import logging
-import os
 from pathlib import Path
 from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from p2p_diloco.core.records import Finite, Natural
+from p2p_diloco.ledger.disk import replacing
 from p2p_diloco.look.overview import Overview
 
 log = logging.getLogger(__name__)
@@ -76,11 +76,10 @@ class History(BaseModel):
         return history if history.run_id == run_id else cls(run_id=run_id)
 
     def save(self, path: Path) -> None:
-        """Whole or not at all. To lose it costs a curve, so a full disk is only told."""
-        temporary = path.with_name(path.name + ".tmp")
+        """Writes the file whole or not at all. To lose it costs a curve, so a disk that fails is only told."""
         try:
-            temporary.write_text(self.model_dump_json(), encoding="utf-8")
-            os.replace(temporary, path)
+            with replacing(path) as file:
+                file.write(self.model_dump_json().encode())
         except OSError as error:
             log.warning("%s: cannot be written (%s)", path, error.strerror)
 

@@ -34,9 +34,9 @@ from p2p_diloco.core.manifest import open_manifest
 from p2p_diloco.core.pace import Progress
 from p2p_diloco.core.swarm_head import newest_evaluation
 from p2p_diloco.core.waiting import deadline, heard
+from p2p_diloco.ledger.disk import disk_errors, write_whole
 from p2p_diloco.ledger.folder import MANIFEST_FILE, open_ledger, run_folder
 from p2p_diloco.ledger.replica import Replica
-from p2p_diloco.ledger.snapshot import disk_errors, write_whole
 from p2p_diloco.peer.control import (
     Begin,
     Begun,

@@ -20,7 +20,7 @@ from p2p_diloco.core.errors import LedgerError
 from p2p_diloco.learn import inner as inner_module
 from p2p_diloco.learn.inner import INNER_FILE, InnerOptimizer
 from p2p_diloco.learn.keeper import Keeper
-from p2p_diloco.ledger.snapshot import TEMPORARY, whole_file
+from p2p_diloco.ledger.disk import TEMPORARY, whole_file
 from tests.learn.test_inner import run, trainer
 
 STUCK_S = 20.0

@@ -34,7 +34,7 @@ from p2p_diloco.learn.train import (
     stop_signals,
     train,
 )
-from p2p_diloco.ledger.snapshot import TEMPORARY
+from p2p_diloco.ledger.disk import TEMPORARY
 from p2p_diloco.peer.control import Evaluated, InnerStep, Leave, OuterResult, OuterStep
 from tests.support.scripted import TOKENS, ScriptedNetwork, head_at, joined, outcome, scripted_manifest
 from tests.support.small_models import llama, vector_of

@@ -21,7 +21,6 @@ from p2p_diloco.ledger.snapshot import (
     check_snapshot,
     chunk_hash,
     chunk_slices,
-    disk_errors,
     read_chunk,
     remove_incoming,
     save_snapshot,
@@ -137,17 +136,6 @@ def test_an_outer_step_has_at_most_forty_bits(tmp_path: Path, step: int, sound: 
     else:
         with pytest.raises(ValueError, match="header is damaged"):
             check_snapshot(info.path, n=N, run_id="run")
-
-
-@pytest.mark.parametrize(
-    ("size_bytes", "need_mb"), [(0, 1), (10**6, 1), (10**6 + 1, 2), (1_240_000_000, 1240), (1_240_000_001, 1241)]
-)
-def test_a_full_disk_says_how_much_is_needed(tmp_path: Path, size_bytes: int, need_mb: int) -> None:
-    with (
-        pytest.raises(LedgerError, match=f"file: disk full, free {need_mb} MB or"),
-        disk_errors(tmp_path / "file", size_bytes),
-    ):
-        raise OSError(errno.ENOSPC, "No space left")
 
 
 def test_a_full_disk_is_said(info: SnapshotInfo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
