@@ -11,6 +11,7 @@ import time
 import numpy as np
 
 from p2p_diloco.cli import cli
+from p2p_diloco.core.interruption import Stop
 from p2p_diloco.learn import train
 from p2p_diloco.learn.model import build_model
 from p2p_diloco.learn.swarm import Swarm
@@ -35,7 +36,7 @@ def sleep_and_drift(swarm: Swarm) -> None:
             swarm.outer_step(model)
 
 
-def train_asleep(swarm: Swarm, choices: train.TrainConfig, stop: train.Stop) -> None:
+def train_asleep(swarm: Swarm, choices: train.TrainConfig, stop: Stop) -> None:
     sleep_and_drift(swarm)
 
 

@@ -23,8 +23,8 @@ from p2p_diloco.learn.architecture import resolve_config
 from p2p_diloco.learn.data import Corpus
 from p2p_diloco.learn.inner import INNER_FILE, InnerOptimizer, Place
 from p2p_diloco.learn.keeper import Keeper
-from p2p_diloco.learn.layout import bind_parameters, layout_of, read_parameters
 from p2p_diloco.learn.model import build_model
+from p2p_diloco.learn.parameters import bind_parameters, layout_of, read_parameters
 
 VOCABULARY = 32_000
 TOKENS = 32

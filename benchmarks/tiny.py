@@ -12,6 +12,7 @@ import torch
 from benchmarks.loopback import Log, Run, run_swarm
 from benchmarks.workers import Workers
 from p2p_diloco.core.config import cache_folder
+from p2p_diloco.core.interruption import Stop
 from p2p_diloco.core.runfile import RunSpec
 from p2p_diloco.learn.architecture import resolve_config
 from p2p_diloco.learn.data import open_corpus
@@ -19,7 +20,7 @@ from p2p_diloco.learn.inner import InnerOptimizer, Place
 from p2p_diloco.learn.model import build_model
 from p2p_diloco.learn.swarm import Swarm
 from p2p_diloco.learn.tokenizer import open_tokenizer
-from p2p_diloco.learn.train import Stop, TrainConfig, train
+from p2p_diloco.learn.train import TrainConfig, train
 
 RUN_FILE = Path(__file__).parents[1] / "peers" / "runs" / "tiny.toml"
 DEMO = RunSpec.load(RUN_FILE)

@@ -13,7 +13,6 @@ import tempfile
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, cast
 
 import numpy as np
@@ -22,11 +21,13 @@ import torch
 from p2p_diloco.core.codec import Vector
 from p2p_diloco.core.grid import PART_VALUES, Grid
 from p2p_diloco.core.outer import OuterState, genesis_state
-from p2p_diloco.lab.replicas import Replica
 from p2p_diloco.lab.simulate import Simulation
 from p2p_diloco.lab.simulation import SimulatedRun, replica_names
+from p2p_diloco.lab.trainers import SimulatedTrainer
 from p2p_diloco.lab.variants import OuterRule
 from p2p_diloco.learn.data import Corpus
+from p2p_diloco.learn.inner import InnerOptimizer
+from p2p_diloco.learn.parameters import Bound
 from tests.support.builders import identity
 from tests.support.chronicle import Chronicle
 from tests.support.fakes import make_manifest
@@ -104,7 +105,7 @@ def given(*names: object) -> Vector:
     return np.concatenate(stretches)[:N]
 
 
-class GivenReplica(Replica):
+class GivenTrainer(SimulatedTrainer):
     """One that trains without a model: where it gets to is given."""
 
     def learn(self, what: SimulatedRun, state: OuterState, inner_steps: Any) -> list[float]:
@@ -119,17 +120,21 @@ def simulated(case: str) -> list[Step]:
     what = SimulatedRun.parse(table_of(changes), "golden")
     theta, spec = given("theta") * np.float32(64), what.run
     state = genesis_state(theta)
-    cpu = torch.device("cpu")
-    inner = cast(Any, SimpleNamespace(device=cpu))
-    replicas: list[Replica] = [
-        GivenReplica(name=name, corpus=cast(Corpus, None), inner=inner, local=theta.copy())
+    replicas: list[SimulatedTrainer] = [
+        GivenTrainer(
+            name=name,
+            corpus=cast(Corpus, None),
+            inner=cast(InnerOptimizer, None),
+            parameters=Bound(local := theta.copy()),
+            local=local,
+        )
         for name in replica_names(what.simulate.most_replicas)
     ]
     simulation = Simulation(
         what=what,
         manifest=make_manifest(N, theta, identity(0), codec=spec.outer.codec),
         folder=Path(),
-        device=cpu,
+        device=torch.device("cpu"),
         state=state,
         replicas=replicas,
         rule=OuterRule(

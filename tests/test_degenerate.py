@@ -16,8 +16,8 @@ from p2p_diloco.core.manifest import RunManifest
 from p2p_diloco.core.runfile import RunSpec
 from p2p_diloco.learn.data import Corpus, open_corpus
 from p2p_diloco.learn.inner import InnerOptimizer, place_in_run
-from p2p_diloco.learn.layout import layout_of, read_parameters
 from p2p_diloco.learn.model import build_model, loss_of
+from p2p_diloco.learn.parameters import layout_of, read_parameters
 from p2p_diloco.ledger.folder import find_run, load_state
 from tests.support.small_runs import small_run, table_of
 

@@ -21,7 +21,7 @@ from p2p_diloco.cli.options import (
     Probability,
 )
 from p2p_diloco.core.errors import LocalError, UsageError
-from p2p_diloco.core.interruption import importing
+from p2p_diloco.core.interruption import importing, stop_signals
 from p2p_diloco.look.display import STDOUT, join_line, live_table
 
 if TYPE_CHECKING:
@@ -57,7 +57,6 @@ def seed(
         from p2p_diloco.core.config import Timeouts
         from p2p_diloco.learn.genesis import start_run
         from p2p_diloco.learn.swarm import Swarm
-        from p2p_diloco.learn.train import stop_signals
 
     owner = Identity.load(config.identity_path) or Identity.generate()
     try:
@@ -115,7 +114,7 @@ def peer(
         from p2p_diloco.core.config import Timeouts
         from p2p_diloco.learn.model import pick_device
         from p2p_diloco.learn.swarm import Swarm
-        from p2p_diloco.learn.train import TrainConfig, require_text, stop_signals, train
+        from p2p_diloco.learn.train import TrainConfig, require_text, train
 
     pick_device(device)
     log.info("looking for the run at %s", ", ".join(initial_peers))

@@ -13,9 +13,13 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any, TypeVar
 
+from p2p_diloco.core.errors import Stopped
 from p2p_diloco.core.interpreter import SERVING
 
 Result = TypeVar("Result")
+
+STEP_GRACE_S = 2
+"""How long Ctrl+C waits for the inner step under way."""
 
 
 def ending_signals() -> tuple[signal.Signals, ...]:
@@ -38,6 +42,81 @@ def handled_by(on_signal: Callable[[int, FrameType | None], None], *more: signal
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+class Stop:
+    """What the first Ctrl+C, SIGTERM or closed terminal does to a command that ends politely.
+
+    It raises Stopped, wherever the command is; inside ``after_inner_step`` when the inner step under way has ended, or
+    STEP_GRACE_S later; inside ``when_checked`` at the next ``check``. A second signal ends the process at once, unless
+    it only repeats that the terminal is closed.
+    """
+
+    def __init__(self) -> None:
+        self.requested = False
+        self._waits_s: int | None = 0
+        """How long Stopped waits for what is under way; 0: not at all, None: until it is asked for."""
+
+    def on_signal(self, number: int, _frame: FrameType | None) -> None:
+        if number == signal.SIGALRM:
+            raise Stopped("stopped in the middle of an inner step")
+        if is_echo(number, asked=self.requested):
+            return
+        if self.requested:
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
+        self.requested = True
+        if self._waits_s == 0:
+            raise Stopped("stopped")
+        if self._waits_s is not None:
+            signal.alarm(self._waits_s)
+
+    def check(self) -> None:
+        """Raises Stopped if a signal has come."""
+        if self.requested:
+            raise Stopped("stopped")
+
+    @contextmanager
+    def after_inner_step(self) -> Iterator[None]:
+        """Waits with Stopped: whoever trains looks at ``requested`` between inner steps. One that takes longer than
+        STEP_GRACE_S is stopped in its middle."""
+        try:
+            with self._waiting(STEP_GRACE_S):
+                yield
+        finally:
+            signal.alarm(0)
+
+    @contextmanager
+    def when_checked(self) -> Iterator[None]:
+        """Waits with Stopped until somebody calls ``check``, however long that takes."""
+        with self._waiting(None):
+            yield
+
+    @contextmanager
+    def at_once(self) -> Iterator[None]:
+        """Waits no longer, inside one of the other two."""
+        with self._waiting(0):
+            self.check()
+            yield
+
+    @contextmanager
+    def _waiting(self, seconds: int | None) -> Iterator[None]:
+        before, self._waits_s = self._waits_s, seconds
+        try:
+            yield
+        finally:
+            self._waits_s = before
+
+
+@contextmanager
+def stop_signals() -> Iterator[Stop]:
+    """Yields what signals ask of this process until the end of the block. For the main thread only."""
+    stop = Stop()
+    with handled_by(stop.on_signal, signal.SIGALRM):
+        try:
+            yield stop
+        finally:
+            signal.alarm(0)
 
 
 @contextmanager

@@ -30,6 +30,8 @@ PROTOCOL = 2
 MAX_MANIFEST_BYTES = 32 * 1024 * 1024
 """A tokenizer of 256 Ki tokens, which travels inside, fits."""
 
+TransformersConfig = dict[str, Any]
+"""A config of the transformers library as JSON: other keys for every type of models, which only that library knows."""
 HexDigest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
@@ -70,8 +72,8 @@ class RunManifest(Section):
         return Grid(n=self.n_params, codec=self.spec.outer.codec)
 
     @property
-    def transformers_config(self) -> dict[str, Any]:
-        config: dict[str, Any] = json.loads(self.model_config_json)
+    def transformers_config(self) -> TransformersConfig:
+        config: TransformersConfig = json.loads(self.model_config_json)
         return config
 
     def with_genesis(self, state_digest: bytes) -> RunManifest:

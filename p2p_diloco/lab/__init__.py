@@ -9,7 +9,7 @@ Its files, from the bottom up:
     shards      text of one's own for every replica
     recount     what a swarm did, from its event logs
     checkpoint  where a simulation stood when it was interrupted
-    replicas    who trains in a simulation, and from what start
+    trainers    the trainers of a simulation, and what they start from
     simulate    K replicas without a network, top to bottom
     study       a study: a file of arms and seeds
     report      results of a study to a table, a plot and raw figures

@@ -16,13 +16,11 @@ from __future__ import annotations
 import json
 import shlex
 import shutil
-import signal
 import sys
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -30,7 +28,7 @@ from rich.live import Live
 
 from p2p_diloco.core.config import cache_folder, keep_cache_near
 from p2p_diloco.core.errors import LocalError, Stopped, UsageError, disk_failure
-from p2p_diloco.core.interruption import handled_by, is_echo
+from p2p_diloco.core.interruption import Stop, stop_signals
 from p2p_diloco.core.manifest import RunManifest, open_manifest
 from p2p_diloco.core.runfile import RunSpec
 from p2p_diloco.lab.child import Child
@@ -77,7 +75,7 @@ def run_local(
         if open_manifest(path.read_bytes(), str(path)).spec != spec:
             raise UsageError(f"{folder}: holds another run, or this one before its run file changed; choose another")
     keep_cache_near(folder)
-    with stop_signals() as stop, ExitStack() as stack:
+    with stop_signals() as stop, stop.when_checked(), ExitStack() as stack:
         network = stack.enter_context(Network()) if plan.cuts else None
         trainer = (*TRAINER, "--drop", str(drop))
         children = Children(run_file.absolute(), spec, folder, trainer=trainer, patience=patience, network=network)
@@ -104,32 +102,6 @@ def run_local(
             swarm.console.print(f"{'model':<14}  {command}", markup=False, soft_wrap=True)
     failed = any(child.failed for child in children.trainers)
     return int(failed and not stop.requested)
-
-
-class Stop:
-    """Listens to Ctrl+C, SIGTERM and a closed terminal: the first one is looked for between polls, the second one ends
-    this process at once, and with it, on Linux, all others; unless it only repeats that the terminal is closed."""
-
-    requested = False
-
-    def on_signal(self, number: int, _frame: FrameType | None) -> None:
-        if is_echo(number, asked=self.requested):
-            return
-        if self.requested:
-            signal.signal(number, signal.SIG_DFL)
-            signal.raise_signal(number)
-        self.requested = True
-
-    def check(self) -> None:
-        if self.requested:
-            raise Stopped("stopped")
-
-
-@contextmanager
-def stop_signals() -> Iterator[Stop]:
-    stop = Stop()
-    with handled_by(stop.on_signal):
-        yield stop
 
 
 class LocalSwarm:

@@ -31,15 +31,15 @@ from p2p_diloco.core.roster import counted_weights, rank
 from p2p_diloco.core.update import Part, Update, UpdateHeader
 from p2p_diloco.lab.checkpoint import open_checkpoint, write_checkpoint
 from p2p_diloco.lab.recount import Past
-from p2p_diloco.lab.replicas import Replica, new_replica, show_theta, warm_start
 from p2p_diloco.lab.shards import shards_of, tokens_digest
 from p2p_diloco.lab.simulation import SimulatedRun, members_at, replica_names
+from p2p_diloco.lab.trainers import SimulatedTrainer, new_trainer, warm_start
 from p2p_diloco.lab.variants import BITS, OuterRule, prune, quantize, quantized_bytes
 from p2p_diloco.learn.data import Corpus, open_corpus
 from p2p_diloco.learn.genesis import make_manifest
 from p2p_diloco.learn.inner import draws_drop
-from p2p_diloco.learn.layout import layout_of
 from p2p_diloco.learn.model import build_model, evaluate, pick_device
+from p2p_diloco.learn.parameters import layout_of, tie
 from p2p_diloco.learn.textreport import log_report
 from p2p_diloco.learn.tokenizer import open_tokenizer
 from p2p_diloco.learn.train import good_threads
@@ -86,7 +86,7 @@ class Simulation:
     folder: Path
     device: torch.device
     state: OuterState
-    replicas: list[Replica]
+    replicas: list[SimulatedTrainer]
     rule: OuterRule
     held_out: Corpus
     model: torch.nn.Module
@@ -148,7 +148,7 @@ class Simulation:
             manifest = manifest.with_genesis(genesis_state(theta).digest())
         model = build_model(manifest.transformers_config, seed=None).to(on)
         state = genesis_state(theta)
-        show_theta(model, state.theta)
+        tie(model, state.theta)
         if options.shards == "non-iid":
             tokenizer = open_tokenizer(tokenizer_json)
             corpora = shards_of(
@@ -168,7 +168,7 @@ class Simulation:
             folder=folder,
             device=on,
             state=state,
-            replicas=[new_replica(manifest, name, corpora[k], theta, on) for k, name in enumerate(names)],
+            replicas=[new_trainer(manifest, name, corpora[k], theta, on) for k, name in enumerate(names)],
             rule=OuterRule(
                 spec=options,
                 grid=manifest.grid,
@@ -266,12 +266,12 @@ class Simulation:
             return self.past.inner_steps[step][self.replicas[k].name]
         return (self.what.simulate.inner_steps_of(k, self.what.run.inner.steps),)
 
-    def _is_dropped(self, step: int, replica: Replica) -> bool:
+    def _is_dropped(self, step: int, replica: SimulatedTrainer) -> bool:
         if self.past is not None:
             return replica.name in self.past.dropped[step]
         return draws_drop(self.what.run.seed, replica.name, step, self.what.simulate.drop)
 
-    def _reduce(self, members: Sequence[Replica], dropped: set[str]) -> tuple[Update, int]:
+    def _reduce(self, members: Sequence[SimulatedTrainer], dropped: set[str]) -> tuple[Update, int]:
         """The update of a round of ``members``, in the order of rank; and the bytes of one contribution."""
         spec, options, state = self.what.run, self.what.simulate, self.state
         grid, lossy = self.manifest.grid, options.quantize
@@ -295,7 +295,7 @@ class Simulation:
         )
         return Update(header=header, parts=tuple(parts)), self._contribution_bytes()
 
-    def _outer_gradient(self, replica: Replica) -> Vector:
+    def _outer_gradient(self, replica: SimulatedTrainer) -> Vector:
         """float32 [n]: theta - local, and what is left of it."""
         gradient: Vector = np.subtract(self.state.theta, replica.local)
         options = self.what.simulate
@@ -316,7 +316,7 @@ class Simulation:
             batches = self.held_out.held_out_batches(
                 batch_size=EVALUATED_ROWS, seq_len=spec.data.seq_len, max_tokens=spec.data.eval_tokens
             )
-            show_theta(self.model, self.state.theta)
+            tie(self.model, self.state.theta)
             held_out = evaluate(self.model, batches)
         return Point(
             step=step,

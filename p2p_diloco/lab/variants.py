@@ -15,7 +15,7 @@ from p2p_diloco.core.grid import Grid
 from p2p_diloco.core.outer import OuterState, apply_checked, check_update
 from p2p_diloco.core.update import Update
 from p2p_diloco.lab.simulation import SimulationSpec
-from p2p_diloco.learn.layout import Layout
+from p2p_diloco.learn.parameters import Layout
 
 BLOCK = 64
 """Values with a scale of their own, as in int4."""

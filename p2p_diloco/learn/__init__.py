@@ -14,7 +14,7 @@ Its files, from the bottom up:
     prompt        held-out text for a model to go on from
     settings      which keys a transformers config can have
     architecture  the run file's model to a full transformers config
-    layout        a model's parameters to one vector and back
+    parameters    a model's parameters, and one vector that holds the same values
     model         manifest to transformers model, and its loss
     rehearsal     a model is tried as a peer will use it, before a run starts with it
     genesis       starting a run: manifest and first state
@@ -22,6 +22,7 @@ Its files, from the bottom up:
     sample        a model to text
     inner         learning alone: AdamW, its schedule, its state on disk
     process       the network process, as its trainer holds it
+    speed         how fast a trainer makes inner steps
     swarm         the handle that a trainer holds on the swarm
     keeper        a trainer's inner state, written to the disk beside training
     train         one peer, top to bottom: start reading here

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from p2p_diloco.core.errors import UsageError
+from p2p_diloco.core.manifest import TransformersConfig
 from p2p_diloco.core.runfile import ModelSpec
 from p2p_diloco.learn.hub import find_model
 from p2p_diloco.learn.settings import refuse_unread
@@ -39,8 +40,9 @@ MAX_COUNT = 10_000
 """Of those. Keys that nobody here knows of may do the same: a stranger's run can then take this peer's memory."""
 
 
-def resolve_config(spec: ModelSpec, *, base: Path, vocab_size: int) -> dict[str, Any]:
-    """The full transformers config, with every default written out, so that another library version cannot change it.
+def resolve_config(spec: ModelSpec, *, base: Path, vocab_size: int) -> TransformersConfig:
+    """Returns the full transformers config, with every default written out, so that another library version cannot
+    change it.
 
     ``base``: the folder that ``spec.path`` is relative to. ``vocab_size``: of the run's tokenizer; the config's may be
     larger, and is this one where the config does not say. UsageError names the key.
@@ -72,7 +74,7 @@ def resolve_config(spec: ModelSpec, *, base: Path, vocab_size: int) -> dict[str,
         raise UsageError(
             f"key '{source}.vocab_size': {getattr(resolved, 'vocab_size', 0)} is less than the tokenizer's {vocab_size}"
         )
-    config: dict[str, Any] = portable(json.loads(resolved.to_json_string(use_diff=False)))
+    config: TransformersConfig = portable(json.loads(resolved.to_json_string(use_diff=False)))
     if spec.config is not None:
         peers = instantiate(config_class, config, source)
         for key in given:
@@ -81,8 +83,9 @@ def resolve_config(spec: ModelSpec, *, base: Path, vocab_size: int) -> dict[str,
     return config
 
 
-def read_config(path: Path) -> dict[str, Any]:
-    """As it lies there. ``path``: of a config.json with plain weights beside it; UsageError for anything else."""
+def read_config(path: Path) -> TransformersConfig:
+    """Returns the config as it lies in the folder. ``path`` is that of a config.json with plain weights beside it;
+    UsageError for anything else."""
     try:
         config = json.loads(path.read_bytes())
     except FileNotFoundError:
@@ -99,6 +102,8 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 def config_class_of(config: Mapping[str, Any], source: str) -> Any:
+    """Returns the library's class for this config's type. Raises UsageError, which names ``source``, where the library
+    has no language model of it."""
     from transformers import CONFIG_MAPPING
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL
 
@@ -111,7 +116,8 @@ def config_class_of(config: Mapping[str, Any], source: str) -> Any:
 
 
 def instantiate(config_class: Any, config: Mapping[str, Any], source: str) -> Any:
-    """A config object, from a dict of plain JSON, where infinity is ``{"__float__": "Infinity"}`` as in the library."""
+    """Returns a config object, from a dict of plain JSON, where infinity is ``{"__float__": "Infinity"}`` as in the
+    library."""
     from huggingface_hub.errors import StrictDataclassError
 
     def plain(table: dict[str, Any]) -> Any:
@@ -134,7 +140,7 @@ def instantiate(config_class: Any, config: Mapping[str, Any], source: str) -> An
 
 
 def check_counts(key: str, value: Any) -> None:
-    """ValueError for what would take long, or all memory, before anything of a model is built. At any depth."""
+    """Raises ValueError for what would take long, or all memory, before anything of a model is built. At any depth."""
     if isinstance(value, Mapping):
         for inner_key, inner in value.items():
             check_counts(inner_key, inner)
@@ -145,14 +151,14 @@ def check_counts(key: str, value: Any) -> None:
         raise ValueError(f"{key} is {value}, and may be {MAX_COUNT} at most")
 
 
-def portable(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Without the keys that are not the run's to choose, at any depth."""
+def portable(config: Mapping[str, Any]) -> TransformersConfig:
+    """Returns the config without the keys that are not the run's to choose, at any depth."""
     kept = ((k, v) for k, v in config.items() if k == "__float__" or not (k in NOT_OF_THE_RUN or k.startswith("_")))
     return {key: portable(value) if isinstance(value, Mapping) else value for key, value in kept}
 
 
 def reason(error: BaseException) -> str:
-    """The last line of a message: transformers and its validators put the cause there."""
+    """Returns the last line of a message: transformers and its validators put the cause there."""
     if isinstance(error, KeyError):
         return f"unknown {error}"
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]

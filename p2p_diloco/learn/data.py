@@ -61,7 +61,7 @@ class Corpus:
 
     @property
     def identity(self) -> str:
-        """Of the text: a change of it is a change of this."""
+        """Returns a name for the text: where the text changes, the name does."""
         return self.fingerprint or self.cached_as
 
     def batch(
@@ -99,7 +99,8 @@ def open_corpus(
     run_seed: int = 0,
     peer_id: str = "",
 ) -> Corpus:
-    """Tokenizes the text unless ``cache`` holds its tokens. Processes that open the same text wait for one to do it.
+    """Returns the text of a run as tokens. It is tokenized unless ``cache`` holds its tokens. Processes that open the
+    same text wait for one to do it.
 
     ``base`` is the folder that paths in the spec are relative to; None where a stranger wrote the spec: then they name
     nothing on this disk. ``override_path`` are a volunteer's own files, or a folder in the place of a hub data set.
@@ -144,7 +145,7 @@ def open_corpus(
 
 
 class TokenFile:
-    """Tokens of one side of the split, tokenized about a million characters at a time."""
+    """The file of the tokens of one side of the split, tokenized about a million characters at a time."""
 
     def __init__(self, path: Path, tokenizer: Tokenizer) -> None:
         self.n_tokens = 0
@@ -154,13 +155,14 @@ class TokenFile:
         self._waiting_chars = 0
 
     def add(self, document: Document) -> None:
+        """Takes in a document, which is written with the next ones."""
         self._waiting.append(document)
         self._waiting_chars += len(document.text)
         if self._waiting_chars >= ENCODE_CHARS:
             self._encode()
 
     def finish(self) -> int:
-        """Bytes are on the disk when it returns, with the number of tokens."""
+        """Writes what is left, and returns the number of tokens; all of them are on the disk then."""
         self._encode()
         self._file.flush()
         os.fsync(self._file.fileno())
@@ -210,8 +212,8 @@ def build(folder: Path, source: Source, tokenizer: Tokenizer, held_out: float) -
 
 
 def cached(folder: Path, tokenizer: Tokenizer, skipped: Sequence[Skipped]) -> Corpus | None:
-    """None when there are no tokens, or their files do not have the recorded sizes. ``skipped``: files that are not
-    read, which may be others today than when the tokens were made."""
+    """Returns what is kept in ``folder``; None when there are no tokens, or their files do not have the recorded sizes.
+    ``skipped``: files that are not read, which may be others today than when the tokens were made."""
     arrays: dict[str, Tokens] = {}
     try:
         facts = json.loads((folder / "corpus.json").read_bytes())

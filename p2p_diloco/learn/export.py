@@ -22,8 +22,8 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from p2p_diloco.core.codec import Vector
 from p2p_diloco.core.errors import UsageError, disk_failure
 from p2p_diloco.core.manifest import RunManifest
-from p2p_diloco.learn.layout import write_parameters
 from p2p_diloco.learn.model import model_of, no_progress_bars
+from p2p_diloco.learn.parameters import write_parameters
 from p2p_diloco.learn.prompt import builtin_prompt
 from p2p_diloco.learn.tokenizer import LibraryTokenizer, open_tokenizer
 from p2p_diloco.ledger.disk import sync
@@ -32,6 +32,8 @@ INFO_FILE = "p2p_diloco.json"
 
 
 class ExportInfo(BaseModel):
+    """The note beside an exported model: which run and outer step it is, and how it reads text."""
+
     model_config = ConfigDict(frozen=True)
 
     run: str
@@ -94,6 +96,7 @@ def export_model(manifest: RunManifest, theta: Vector, folder: Path, *, step: in
 
 
 def refuse_taken(folder: Path) -> None:
+    """Raises UsageError where there is something else than an earlier export, or an empty folder."""
     try:
         taken = folder.exists() and not (folder / INFO_FILE).is_file() and (folder.is_file() or any(folder.iterdir()))
     except OSError as error:
@@ -103,7 +106,7 @@ def refuse_taken(folder: Path) -> None:
 
 
 def put_in_place(temporary: Path, folder: Path) -> None:
-    """Rename, with an earlier export out of the way until the new one is there."""
+    """Renames the folder, with an earlier export out of the way until the new one is there."""
     earlier = temporary.with_suffix(".old")
     if folder.is_dir():
         folder.rename(earlier)
@@ -125,7 +128,8 @@ def set_end_token(model: Any, end: int) -> None:
 
 
 def write_tokenizer(tokenizer_json: str, folder: Path) -> None:
-    """Loads with AutoTokenizer; its end of text is the token that stood between the run's documents."""
+    """Writes the run's tokenizer so that AutoTokenizer loads it. Its end of text is the token that stood between the
+    run's documents."""
     tokenizer = LibraryTokenizer(tokenizer_json)
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
     end = {} if tokenizer.end_token is None else {"eos_token": tokenizer.end_token}
@@ -134,7 +138,7 @@ def write_tokenizer(tokenizer_json: str, folder: Path) -> None:
 
 
 def read_info(folder: Path) -> ExportInfo:
-    """UsageError unless ``folder`` is an export."""
+    """Returns the note of an exported model. Raises UsageError unless ``folder`` is an export."""
     path = folder / INFO_FILE
     try:
         return ExportInfo.model_validate_json(path.read_bytes())

@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -18,14 +17,14 @@ from p2p_diloco.core.codec import Vector
 from p2p_diloco.core.config import cache_folder
 from p2p_diloco.core.errors import LedgerError, UsageError
 from p2p_diloco.core.identity import Identity
-from p2p_diloco.core.manifest import MAX_MANIFEST_BYTES, RunManifest, canonical_json, open_manifest
+from p2p_diloco.core.manifest import MAX_MANIFEST_BYTES, RunManifest, TransformersConfig, canonical_json, open_manifest
 from p2p_diloco.core.outer import genesis_state
 from p2p_diloco.core.runfile import RunSpec
 from p2p_diloco.learn.architecture import resolve_config
 from p2p_diloco.learn.data import open_corpus
 from p2p_diloco.learn.hub import check_data_set, find_model
-from p2p_diloco.learn.layout import Layout, layout_of, read_parameters
 from p2p_diloco.learn.model import build_model, check_causal, check_untrained, context_tokens, load_pretrained
+from p2p_diloco.learn.parameters import Layout, layout_of, read_parameters
 from p2p_diloco.learn.rehearsal import Rehearsal, rehearse
 from p2p_diloco.learn.textreport import log_report
 from p2p_diloco.learn.tokenizer import load_tokenizer_json, open_tokenizer
@@ -66,7 +65,7 @@ def start_run(run_file: Path, folder: Path, owner: Identity, identity_path: Path
 class Start:
     """A model that a run can start from."""
 
-    config: dict[str, Any]
+    config: TransformersConfig
     """The full transformers config."""
     layout: Layout
     theta: Vector

@@ -71,7 +71,7 @@ MODEL_FILES = ("config.json", "*.safetensors", "*.safetensors.index.json")
 
 
 def library_is_missing() -> bool:
-    """Told without importing it, which takes seconds."""
+    """Returns whether the datasets library is not installed, without importing it, which takes seconds."""
     return find_spec("datasets") is None
 
 
@@ -99,7 +99,7 @@ def hub_documents(
 
 
 def held_out_documents(spec: DataSpec, stream: Any) -> Iterator[Document]:
-    """From the start of ``stream``, about as many as evaluation needs."""
+    """Yields the held-out documents from the start of ``stream``, about as many as evaluation needs."""
     chars, enough = 0, CHARS_PER_TOKEN * (spec.eval_tokens + spec.seq_len)
     for document in islice(documents(spec, stream, range(stream.num_shards), TextTally()), spec.max_documents):
         if spec.held_out_split is not None or is_held_out(document.name, spec.held_out):
@@ -124,8 +124,8 @@ def from_document(start: int, read: Callable[[], Iterator[Document]], tally: Tex
 
 
 def places(n_shards: int, max_documents: int, run_seed: int, peer_id: str) -> tuple[list[int], int]:
-    """The order in which a peer reads the shards, and the number of the document that it starts at: 0, unless there are
-    few shards. Then it reads, and throws away, up to ``PIECES`` / ``n_shards`` times what it needs."""
+    """Returns the order in which a peer reads the shards, and the number of the document that it starts at: 0, unless
+    there are few shards. Then it reads, and throws away, up to ``PIECES`` / ``n_shards`` times what it needs."""
     key = digest(b"shards", run_seed.to_bytes(8, "big"), peer_id.encode())
     order = sorted(range(n_shards), key=lambda shard: digest(key, shard.to_bytes(8, "big")))
     pieces = -(-PIECES // n_shards)
@@ -142,7 +142,7 @@ def check_data_set(spec: DataSpec, base: Path) -> None:
 
 
 def open_stream(spec: DataSpec, base: Path | None, split: str, key: str) -> Any:
-    """An IterableDataset, not read yet. ``key``: where the run file names the split."""
+    """Returns an IterableDataset, of which nothing is read yet. ``key``: where the run file names the split."""
     datasets, name = load_library(spec), str(spec.path)
     folder = None if base is None else beside(base, name, "data.path")
     if folder is not None and any((folder / file).is_file() for file in ("state.json", "dataset_dict.json")):
@@ -167,21 +167,21 @@ def open_stream(spec: DataSpec, base: Path | None, split: str, key: str) -> Any:
 
 
 def places_of(folder: Path) -> tuple[str, ...]:
-    """How the resolved paths of the folder's files begin. In the hub's own cache they are links."""
+    """Returns how the resolved paths of the folder's files begin. In the hub's own cache they are links."""
     files = [folder, folder.parent.parent / "blobs"] if folder.parent.name == "snapshots" else [folder]
     return tuple(f"{place}{os.sep}" for place in files)
 
 
 def refuse_strays(name: str, inside: tuple[str, ...], data_files: Mapping[str, Sequence[str]] | None) -> None:
-    """DataError when the data set's description names files that are not its own, but the reader's, say. ``inside``:
-    how the names of its own begin."""
+    """Raises DataError when the data set's description names files that are not its own, but the reader's, say.
+    ``inside``: how the names of its own begin."""
     for file in (file for files in (data_files or {}).values() for file in map(str, files)):
         if not (file if "://" in file else os.path.realpath(file)).startswith(inside):
             raise DataError(f"{name}: this data set names a file that is not in it, {file}; do not use it")
 
 
 def open_saved(datasets: Any, spec: DataSpec, folder: Path, split: str, key: str) -> Any:
-    """Of a folder that ``save_to_disk`` wrote, of a Dataset or of a DatasetDict."""
+    """Returns a stream of a folder that ``save_to_disk`` of a Dataset or of a DatasetDict has written."""
     if spec.config is not None:
         raise UsageError(f"{folder}: a saved data set has no configurations; leave out data.config")
     with asking(str(folder)):
@@ -195,11 +195,14 @@ def open_saved(datasets: Any, spec: DataSpec, folder: Path, split: str, key: str
 
 
 def documents(spec: DataSpec, stream: Any, shards: Iterable[int], tally: TextTally) -> Iterator[Document]:
-    """Of these shards, in this order; rows without text are left out. A document's name is a hash of its text."""
+    """Yields the documents of these shards, in this order. Rows without text are left out. A document's name is a hash
+    of its text."""
     return (named_by_text(text) for text in kept(texts(spec, stream, shards), tally))
 
 
 def texts(spec: DataSpec, stream: Any, shards: Iterable[int]) -> Iterator[str | None]:
+    """Yields the text of each row of these shards, or None where it is null. Raises DataError for a row without a
+    text."""
     for row in rows_of(stream, shards, str(spec.path)):
         text = row.get(spec.text_key)
         if not isinstance(text, (str, type(None))) or spec.text_key not in row:
@@ -208,7 +211,8 @@ def texts(spec: DataSpec, stream: Any, shards: Iterable[int]) -> Iterator[str | 
         yield text
 
 
-def rows_of(stream: Any, shards: Iterable[int], source: str) -> Iterator[dict[str, Any]]:
+def rows_of(stream: Any, shards: Iterable[int], source: str) -> Iterator[Mapping[str, object]]:
+    """Yields the rows of these shards, in this order."""
     for shard in shards:
         with asking(source):
             yield from stream.shard(num_shards=stream.num_shards, index=shard)
@@ -231,7 +235,8 @@ def find_tokenizer(name: str, base: Path) -> Path:
 
 
 def find_model(name: str, base: Path, *, with_weights: bool) -> Path:
-    """``name``: of a folder, or, after ``hub:``, on the hub; safetensors alone are fetched from there."""
+    """Returns the folder of a model. ``name`` is that of a folder, or, after ``hub:``, on the hub, from where only
+    safetensors are fetched."""
     if not name.startswith(PREFIX):
         return beside(base, name, "model.path")
     from huggingface_hub import snapshot_download
@@ -244,8 +249,8 @@ def find_model(name: str, base: Path, *, with_weights: bool) -> Path:
 
 
 def look_up(name: str, kind: str, key: str) -> tuple[str, str | None]:
-    """The name without its revision, and the commit that is to be read; with HF_HUB_OFFLINE=1 the revision as it is,
-    and the libraries take what their caches hold. ``kind``: ``model`` or ``dataset``.
+    """Returns the name without its revision, and the commit that is to be read; with HF_HUB_OFFLINE=1 the revision as
+    it is, and the libraries take what their caches hold. ``kind``: ``model`` or ``dataset``.
 
     One question, asked once: a hub that cannot be reached shows at once, and all files are of one commit.
     """
@@ -280,6 +285,8 @@ def look_up(name: str, kind: str, key: str) -> tuple[str, str | None]:
 
 
 def load_library(spec: DataSpec) -> Any:
+    """Returns the datasets library, made to be quiet. Raises DataError, which says how to install it, where it is
+    missing."""
     try:
         import datasets
     except ImportError:
@@ -294,8 +301,8 @@ def load_library(spec: DataSpec) -> Any:
 
 @contextmanager
 def asking(what: str) -> Iterator[None]:
-    """DataError for whatever goes wrong in these libraries: they pass on what the readers and network clients below
-    them raise, which has no root in common."""
+    """Raises DataError for whatever goes wrong in these libraries: they pass on what the readers and network clients
+    below them raise, which has no root in common."""
     try:
         yield
     except LocalError:
@@ -305,4 +312,5 @@ def asking(what: str) -> Iterator[None]:
 
 
 def one_line(error: BaseException) -> str:
+    """Returns the error's message without line breaks, or its class where it has none."""
     return " ".join(str(error).split())[:300] or type(error).__name__

@@ -33,7 +33,8 @@ MOST_STEPS = 1e15
 
 
 def learning_rate(spec: InnerSpec, step: int, total_steps: int) -> float:
-    """At inner step ``step`` of the run: linear warm-up from 0, then a cosine from ``lr`` to ``lr * min_lr_ratio``."""
+    """Returns the learning rate at inner step ``step`` of the run: a linear warm-up from 0, then a cosine from ``lr``
+    to ``lr * min_lr_ratio``."""
     warmup = min(spec.warmup_steps, total_steps)
     if step < warmup:
         return spec.lr * (step + 1) / warmup
@@ -52,8 +53,8 @@ class Place:
 
 
 def place_in_run(spec: RunSpec, outer_step: int, batch_step: int, inner_step: int) -> Place:
-    """Of a peer that stands at ``outer_step`` and has taken ``batch_step`` batches and made ``inner_step`` inner steps
-    there. A round that failed has made these two differ."""
+    """Returns the place of a peer that stands at ``outer_step`` and has taken ``batch_step`` batches and made
+    ``inner_step`` inner steps there. A round that failed has made these two differ."""
     first = outer_step * spec.inner.steps
     return Place(batch_step=first + batch_step, schedule_step=first + min(inner_step, spec.inner.steps - 1))
 
@@ -102,7 +103,8 @@ def computes_in_bf16(capability: tuple[int, int]) -> bool:
 
 
 class InnerOptimizer:
-    """One trainer's AdamW, or SGD. ``model`` is on ``device``; bf16 autocast is used where CUDA computes in it."""
+    """The optimizer of one trainer: AdamW, or SGD. ``model`` is on ``device``; bf16 autocast is used where CUDA
+    computes in it."""
 
     def __init__(self, model: torch.nn.Module, spec: RunSpec, device: torch.device) -> None:
         self.model = model
@@ -126,7 +128,7 @@ class InnerOptimizer:
         """Held while parameters and moments change, and by another thread while it copies some of them."""
 
     def step(self, corpus: Corpus, *, peer_id: str, at: Place) -> float:
-        """One inner step on this peer's batch of that place. Returns the mean cross-entropy, nats per token."""
+        """Makes one inner step on this peer's batch of that place. Returns the mean cross-entropy, nats per token."""
         inner, data = self.spec.inner, self.spec.data
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(inner, at.schedule_step, inner.steps * self.spec.outer.steps)
@@ -155,7 +157,7 @@ class InnerOptimizer:
         return total.item()
 
     def forget(self) -> None:
-        """Begin with new moments: the old ones led to parameters that are not finite."""
+        """Begins with new moments: the old ones led to parameters that are not finite."""
         with self.changing:
             self.optimizer.state.clear()
 
@@ -192,8 +194,8 @@ class InnerOptimizer:
             file.write(room.to_bytes(8, "little") + file_header(shapes, metadata, steps).ljust(room))
 
     def moments(self) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
-        """AdamW's state: two moments a parameter, on the CPU, and how many steps each has made, by its number. Empty
-        before the first step, and for SGD; a parameter that never had a gradient has none."""
+        """Returns AdamW's state: two moments a parameter, on the CPU, and how many steps each has made, by its number.
+        Empty before the first step, and for SGD; a parameter that never had a gradient has none."""
         tensors, steps = {}, {}
         for i, parameter in enumerate(self.parameters):
             state = self.optimizer.state.get(parameter, {})
@@ -204,8 +206,8 @@ class InnerOptimizer:
         return tensors, steps
 
     def restore(self, tensors: Mapping[str, torch.Tensor], steps: Mapping[str, float]) -> bool:
-        """Take what ``moments`` gave. False, with nothing changed, when it is another model's or not finite. KeyError
-        when some of it is missing."""
+        """Takes what ``moments`` gave. Returns False, with nothing changed, when it is another model's or not finite.
+        Raises KeyError when some of it is missing."""
         numbered = {str(i): parameter for i, parameter in enumerate(self.parameters)}
         pairs = {i: (tensors[f"exp_avg.{i}"], tensors[f"exp_avg_sq.{i}"]) for i in steps}
         if not all(bool(torch.isfinite(moment).all()) for pair in pairs.values() for moment in pair):
@@ -222,8 +224,8 @@ class InnerOptimizer:
         return True
 
     def load(self, path: Path) -> tuple[Vector, str, int, int] | None:
-        """Restore the moments; (local, head, inner_step, tokens), or None when there is nothing sound to restore: the
-        moments then start from zero, which costs some steps and nothing else."""
+        """Restores the moments, and returns (local, head, inner_step, tokens), or None when there is nothing sound to
+        restore: the moments then start from zero, which costs some steps and nothing else."""
         if not path.exists():
             return None
         try:

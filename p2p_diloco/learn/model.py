@@ -18,9 +18,9 @@ import torch
 from torch.nn.modules.module import register_module_module_registration_hook
 
 from p2p_diloco.core.errors import LocalError, UsageError
-from p2p_diloco.core.manifest import RunManifest
+from p2p_diloco.core.manifest import RunManifest, TransformersConfig
 from p2p_diloco.learn.architecture import NEEDS_DECODER, config_class_of, instantiate, read_config, reason
-from p2p_diloco.learn.layout import layout_of, write_parameters
+from p2p_diloco.learn.parameters import layout_of, write_parameters
 from p2p_diloco.learn.text import first_line
 from p2p_diloco.learn.tokenizer import Tokenizer, open_tokenizer
 from p2p_diloco.ledger.folder import load_state
@@ -36,8 +36,8 @@ MAX_MODULES = 2**18
 """Layers, experts, and what they are made of: some ten seconds to build, however few values they hold."""
 
 
-def build_model(config: dict[str, Any], *, seed: int | None) -> torch.nn.Module:
-    """A causal language model in float32 on the CPU, in training mode.
+def build_model(config: TransformersConfig, *, seed: int | None) -> torch.nn.Module:
+    """Returns a causal language model in float32 on the CPU, in training mode.
 
     Random values are those of ``seed``, and the same on every machine with this version of torch; None where they are
     overwritten anyway. The global generator is left as it was.
@@ -61,8 +61,8 @@ def build_model(config: dict[str, Any], *, seed: int | None) -> torch.nn.Module:
 
 @contextmanager
 def few_modules() -> Iterator[None]:
-    """UsageError from within as soon as there are more than MAX_MODULES: what a stranger's config asks for may be as
-    much work as a large number can say."""
+    """Raises UsageError from within as soon as there are more than MAX_MODULES: what a stranger's config asks for may
+    be as much work as a large number can say."""
     count = 0
 
     def counted(module: torch.nn.Module, name: str, submodule: torch.nn.Module | None) -> None:
@@ -105,7 +105,7 @@ def load_model(run: Path) -> tuple[torch.nn.Module, Tokenizer]:
 
 
 def require_weights(folder: Path) -> None:
-    """UsageError unless ``folder`` looks like one that ``load_pretrained`` reads; without reading it."""
+    """Raises UsageError unless ``folder`` looks like one that ``load_pretrained`` reads; without reading it."""
     if not folder.is_dir():
         raise UsageError(
             f"{folder}: no such folder; a transformers folder with config.json and model.safetensors is needed"
@@ -115,8 +115,8 @@ def require_weights(folder: Path) -> None:
 
 
 def load_pretrained(path: Path) -> torch.nn.Module:
-    """The model of a local transformers folder in float32, in training mode; every weight must be there. Kernels and
-    precision that its config asks for are not taken: peers build the model without these, too."""
+    """Returns the model of a local transformers folder in float32, in training mode; every weight must be there.
+    Kernels and precision that its config asks for are not taken: peers build the model without these, too."""
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
@@ -148,8 +148,8 @@ def load_pretrained(path: Path) -> torch.nn.Module:
 
 
 def check_causal(model: torch.nn.Module, *, vocab_size: int, seq_len: int) -> None:
-    """UsageError when the model cannot read ``seq_len`` tokens, or when what it says after some of them depends on the
-    next ones: its loss would mean nothing then."""
+    """Raises UsageError when the model cannot read ``seq_len`` tokens, or when what it says after some of them depends
+    on the next ones: its loss would mean nothing then."""
     was_training = model.training
     model.eval()
     try:
@@ -164,8 +164,8 @@ def check_causal(model: torch.nn.Module, *, vocab_size: int, seq_len: int) -> No
 
 @torch.no_grad()
 def probe(model: torch.nn.Module, vocab_size: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """What the model says after all tokens but the last one, float32 [length - 1, vocab], for two different last ones.
-    One sequence at a time: experts may be shared out among all tokens of a batch."""
+    """Returns what the model says after all tokens but the last one, float32 [length - 1, vocab], for two different
+    last ones. One sequence at a time: experts may be shared out among all tokens of a batch."""
     device = next(model.parameters()).device
     tokens = torch.arange(length, device=device)[None] % vocab_size  # int64 [1, length]
     others = tokens.clone()
@@ -179,9 +179,9 @@ def probe(model: torch.nn.Module, vocab_size: int, length: int) -> tuple[torch.T
     return before, after
 
 
-def check_untrained(model: torch.nn.Module, config: dict[str, Any]) -> None:
-    """UsageError when the model holds something, beside its trainable parameters, that ``build_model`` does not make of
-    ``config`` alone: these are all that peers get."""
+def check_untrained(model: torch.nn.Module, config: TransformersConfig) -> None:
+    """Raises UsageError when the model holds something, beside its trainable parameters, that ``build_model`` does not
+    make of ``config`` alone: these are all that peers get."""
     trained = {name for name, parameter in model.named_parameters(remove_duplicate=False) if parameter.requires_grad}
     made = build_model(config, seed=None).state_dict()
     for name, value in model.state_dict().items():
@@ -190,12 +190,13 @@ def check_untrained(model: torch.nn.Module, config: dict[str, Any]) -> None:
 
 
 def same(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Returns whether two tensors have the same type and the same values."""
     return a.dtype == b.dtype and torch.equal(a, b)
 
 
 @contextmanager
 def no_progress_bars() -> Iterator[None]:
-    """Loading and saving take a moment; transformers shows a bar for each, in the midst of other output."""
+    """Hides the bars that transformers shows when it loads and saves, in the midst of other output."""
     from transformers.utils import logging
 
     shown = logging.is_progress_bar_enabled()
@@ -256,7 +257,8 @@ def added_loss(model: torch.nn.Module, outputs: Any) -> torch.Tensor | None:
 
 
 def evaluate(model: torch.nn.Module, batches: Iterable[npt.NDArray[np.int64]]) -> float:
-    """Mean over all tokens of ``batches``, int64 [rows, seq_len + 1] each, in nats per token, without dropout."""
+    """Returns the mean cross-entropy over all tokens of ``batches``, int64 [rows, seq_len + 1] each, in nats per token,
+    without dropout."""
     device = next(model.parameters()).device
     was_training = model.training
     total, tokens = 0.0, 0
@@ -275,13 +277,14 @@ def evaluate(model: torch.nn.Module, batches: Iterable[npt.NDArray[np.int64]]) -
 
 
 def context_tokens(model: torch.nn.Module) -> int | None:
-    """The longest sequence the model is made for, or None where its type has no limit."""
+    """Returns the longest sequence the model is made for, or None where its type has no limit."""
     context = getattr(model.config, "max_position_embeddings", None)
     return context if isinstance(context, int) and context > 0 else None
 
 
 def pick_device(name: str) -> torch.device:
-    """``auto``, ``cpu``, ``cuda``, ``cuda:1``, ``mps``. UsageError lists what this machine has."""
+    """Returns the device of this name: ``auto``, ``cpu``, ``cuda``, ``cuda:1``, ``mps``. UsageError lists what this
+    machine has."""
     cuda = [f"cuda:{i}" for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
     mps = ["mps"] if torch.backends.mps.is_available() else []
     available = ["cpu", *cuda, *mps]

@@ -66,8 +66,8 @@ def choose_prompt(texts: Iterable[str], max_chars: int) -> str:
 
 
 def pieces(text: str, max_chars: int) -> Iterator[str]:
-    """Beginnings of paragraphs: whole lines, else whole words, of at most ``max_chars`` together. Those of the second
-    half come first: most texts begin with a heading, a licence or imports."""
+    """Yields beginnings of paragraphs: whole lines, else whole words, of at most ``max_chars`` together. Those of the
+    second half come first: most texts begin with a heading, a licence or imports."""
     starts = [0, *(match.end() for match in PARAGRAPH.finditer(text))]
     half = len(text) // 2
     for start in sorted(starts, key=lambda start: (start < half, start)):

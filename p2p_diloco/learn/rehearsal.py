@@ -22,8 +22,8 @@ import torch
 
 from p2p_diloco.core.codec import Vector
 from p2p_diloco.core.errors import LocalError, UsageError
-from p2p_diloco.learn.layout import trainable
 from p2p_diloco.learn.model import PROBE_TOKENS, added_loss, evaluate, losses_of, mean_cross_entropy
+from p2p_diloco.learn.parameters import trainable
 from p2p_diloco.learn.text import first_line
 
 NAMED = 3
@@ -131,8 +131,8 @@ def failure(model: torch.nn.Module, tokens: torch.Tensor, when: str, error: Exce
 
 
 def row_of_tokens(model: torch.nn.Module, vocab_size: int, seq_len: int) -> np.ndarray[tuple[int, int], Any]:
-    """int64 [1, seq_len + 1]: the vocabulary's last token, then arbitrary ones, the same each time. None is the padding
-    token, which some models give no position of its own: a row without any is the longest for them."""
+    """Returns int64 [1, seq_len + 1]: the vocabulary's last token, then arbitrary ones, the same each time. None is the
+    padding token, which some models give no position of its own: a row without any is the longest for them."""
     tokens = np.random.default_rng(0).integers(vocab_size, size=(1, seq_len + 1))
     tokens[0, 0] = vocab_size - 1
     padding = getattr(model.config.get_text_config(), "pad_token_id", None)  # type: ignore[union-attr,operator]
@@ -154,6 +154,7 @@ def untrained(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def require_finite(model: torch.nn.Module) -> None:
+    """Raises UsageError where a parameter is not finite."""
     for name, parameter in model.named_parameters():
         if not torch.isfinite(parameter).all():
             bad = int((~torch.isfinite(parameter)).sum())
@@ -161,6 +162,7 @@ def require_finite(model: torch.nn.Module) -> None:
 
 
 def require_finite_loss(loss: float, when: str) -> None:
+    """Raises UsageError where the loss is not finite. ``when`` says in the message what the model was used for."""
     if not np.isfinite(loss):
         raise UsageError(f"the loss of this model is {loss} {when}; give another start, or another config")
 
@@ -183,7 +185,7 @@ def require_some_gradient(model: torch.nn.Module) -> None:
 
 
 def require_unchanged(model: torch.nn.Module, theta: Vector, kept: Mapping[str, torch.Tensor], by: str) -> None:
-    """UsageError unless every parameter is what ``theta`` has, and every other tensor what ``kept`` has."""
+    """Raises UsageError unless every parameter is what ``theta`` has, and every other tensor what ``kept`` has."""
     for name, parameter, where in trainable(model):
         if not torch.equal(bits(parameter), torch.from_numpy(theta[where].view(np.uint8))):
             raise UsageError(f"{name}: {by} changes it, so peers would not hold the same model; give another type")
@@ -194,7 +196,7 @@ def require_unchanged(model: torch.nn.Module, theta: Vector, kept: Mapping[str, 
 
 
 def require_held(model: torch.nn.Module, held: Mapping[str, torch.nn.Parameter]) -> None:
-    """UsageError when a parameter is no longer the object that an optimizer would hold, whatever its values."""
+    """Raises UsageError when a parameter is no longer the object that an optimizer would hold, whatever its values."""
     now = dict(model.named_parameters())
     for name, parameter in held.items():
         if now.get(name) is not parameter:
@@ -210,8 +212,8 @@ def bits(tensor: torch.Tensor) -> torch.Tensor:
 
 @torch.no_grad()
 def require_whole_loss(model: torch.nn.Module, tokens: torch.Tensor) -> None:
-    """UsageError when transformers trains this type with more terms than ``added_loss`` knows of. ``tokens``: int64
-    [1, seq_len]. Types that compute no loss for text alone (GIT wants pictures) have none to compare with."""
+    """Raises UsageError when transformers trains this type with more terms than ``added_loss`` knows of. ``tokens``:
+    int64 [1, seq_len]. Types that compute no loss for text alone (GIT wants pictures) have none to compare with."""
     try:
         outputs = model(input_ids=tokens, labels=tokens, use_cache=False)
     except Exception:

@@ -28,7 +28,8 @@ EXPECTATIONS = (
 
 
 def load_export(folder: Path) -> tuple[torch.nn.Module, Tokenizer, ExportInfo]:
-    """Of a folder that ``export_model`` wrote; the model on the CPU, in evaluation mode. UsageError for any other."""
+    """Returns what is in a folder that ``export_model`` wrote; the model is on the CPU, in evaluation mode. Raises
+    UsageError for any other folder."""
     info = read_info(folder)
     tokenizer_json = ""
     if info.tokenizer == "tokenizer.json":
@@ -53,7 +54,8 @@ def generate(
     top_k: int | None,
     seed: int,
 ) -> Iterator[str]:
-    """What follows ``prompt``, in pieces as soon as their characters are complete; the same for the same ``seed``.
+    """Yields what follows ``prompt``, in pieces as soon as their characters are complete; the same for the same
+    ``seed``.
 
     It ends after ``max_tokens``, or where the model ends the document. ``temperature`` 0 takes the likeliest token;
     ``top_k`` leaves only that many to choose from. Of a longer text than the model's context, the last tokens count.
@@ -92,7 +94,7 @@ def generate(
 
 
 def choose(logits: torch.Tensor, temperature: float, top_k: int | None, generator: torch.Generator) -> int:
-    """``logits``: float32 [vocab]. UsageError when they are not finite."""
+    """Returns the id of the next token. ``logits``: float32 [vocab]; UsageError when they are not finite."""
     highest = logits.max()
     if not highest.isfinite():  # which is so as soon as one of them is NaN, or positive infinity
         raise UsageError("the model's output is no numbers: its training has diverged; take an earlier outer step")
@@ -120,8 +122,8 @@ def presented(prompt: str, continuation: Iterable[str], n_params: int) -> Iterat
 
 
 def in_margin(pieces: Iterable[str], margin: str) -> Iterator[str]:
-    """The text with ``margin`` before each line. White space that shows nothing is shortened: long gaps within a line
-    to a note, several empty lines to one, and what ends the text to nothing."""
+    """Yields the text with ``margin`` before each line. White space that shows nothing is shortened: long gaps within a
+    line to a note, several empty lines to one, and what ends the text to nothing."""
     yield margin
     waiting = ""
     for piece in pieces:

@@ -29,7 +29,8 @@ ROPE_KEYS = ("rope_theta", "rope_scaling", "partial_rotary_factor")
 def refuse_unread(
     given: Mapping[str, Any], config_class: Any, source: str, *, dropped: tuple[str, ...], outer: frozenset[str]
 ) -> None:
-    """UsageError for the first key of ``given``, at any depth, that nothing reads; it names the nearest that is read.
+    """Raises UsageError for the first key of ``given``, at any depth, that nothing reads; it names the nearest that is
+    read.
 
     ``source``: where the keys stand, for messages. ``dropped``: keys that are taken out of every config. ``outer``:
     what the code around a table of this table's kind reads of it; empty at the top.
@@ -82,8 +83,8 @@ def read_by_class(config_class: Any) -> Iterator[str]:
 
 @lru_cache(maxsize=256)
 def reads_of_code(config_class: Any) -> frozenset[tuple[str, str]]:
-    """(holder, key) of what the code of its model looks for: ``config.key``, or ``config.text_config.key`` with the
-    holder text_config. Searched is whatever the model's class leads to, but for what is given the config of another
+    """Returns (holder, key) of what the code of its model looks for: ``config.key``, or ``config.text_config.key`` with
+    the holder text_config. Searched is whatever the model's class leads to, but for what is given the config of another
     part of the model."""
     waiting = [one for one in model_classes(config_class) if is_given(getattr(*one), config_class)]
     seen, found = set(waiting), set()
@@ -100,8 +101,8 @@ def reads_of_code(config_class: Any) -> frozenset[tuple[str, str]]:
 
 
 def model_classes(config_class: Any) -> list[tuple[ModuleType, str]]:
-    """The causal language model of this config, or else its model; all classes and functions beside it for a table that
-    has no model of its own."""
+    """Returns the causal language model of this config, or else its model; all classes and functions beside it for a
+    table that has no model of its own."""
     import transformers
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_MAPPING_NAMES
 
@@ -148,7 +149,8 @@ def is_key(name: str, config_class: Any) -> bool:
 
 
 def origin(module: ModuleType, name: str) -> tuple[ModuleType, str] | None:
-    """Where a class or function that ``module`` knows by this name is defined; None for others than models' code."""
+    """Returns where a class or function that ``module`` knows by this name is defined; None for others than models'
+    code."""
     thing = getattr(module, name, None)
     if not inspect.isclass(thing) and not inspect.isfunction(thing):
         return None
@@ -171,7 +173,7 @@ def tree_of(module: ModuleType) -> dict[str, ast.AST]:
 
 
 def reads_of(node: ast.AST) -> Iterator[tuple[str, str]]:
-    """(holder, key) of ``holder.key``, ``holder["key"]``, ``"key" in holder``, ``getattr(holder, "key")``,
+    """Yields (holder, key) of ``holder.key``, ``holder["key"]``, ``"key" in holder``, ``getattr(holder, "key")``,
     ``hasattr(holder, "key")``, ``holder.get("key")`` and ``holder.pop("key")``."""
     if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
         yield name_of(node.value), node.attr
@@ -192,5 +194,5 @@ def named(holder: ast.expr, key: ast.expr) -> Iterator[tuple[str, str]]:
 
 
 def name_of(node: ast.expr) -> str:
-    """``config`` of both ``config`` and ``self.config``; empty for whatever has no name."""
+    """Returns ``config`` of both ``config`` and ``self.config``; empty for whatever has no name."""
     return node.id if isinstance(node, ast.Name) else node.attr if isinstance(node, ast.Attribute) else ""

@@ -47,6 +47,9 @@ class Source:
 def source_of(
     spec: DataSpec, *, base: Path | None, cache: Path, override_path: Path | None, run_seed: int, peer_id: str
 ) -> Source:
+    """Returns where the documents of this spec come from on this machine; nothing of them is read yet. ``base`` is the
+    folder that paths in the spec are relative to, None where a stranger wrote it. Raises UsageError where a peer must
+    bring text of its own."""
     if spec.source == "hub" and (override_path is None or override_path.is_dir()):
         if override_path is not None:
             base = override_path.absolute()
@@ -75,7 +78,8 @@ def source_of(
 
 
 def hub_source(spec: DataSpec, *, base: Path | None, cache: Path, run_seed: int, peer_id: str) -> Source:
-    """Another one for every peer. What lies on the hub under a name is not looked up again once there are tokens."""
+    """Returns a data set's source, which is another one for every peer. What lies on the hub under a name is not looked
+    up again once there are tokens."""
     local: list[Any] = []
     if base is not None and (folder := beside(base, str(spec.path), "data.path")).is_dir():
         with reading(str(folder)):
@@ -92,7 +96,8 @@ def hub_source(spec: DataSpec, *, base: Path | None, cache: Path, run_seed: int,
 
 
 def while_disk_lasts(documents: Iterable[Document], cache: Path) -> Iterator[Document]:
-    """DataError before their tokens, which are written to ``cache``, leave less free than KEPT_FREE_BYTES."""
+    """Yields the documents. Raises DataError before their tokens, which are written to ``cache``, leave less free than
+    KEPT_FREE_BYTES."""
     chars = LOOK_EVERY_CHARS
     for document in documents:
         chars += len(document.text)
@@ -107,11 +112,13 @@ def while_disk_lasts(documents: Iterable[Document], cache: Path) -> Iterator[Doc
 
 
 def listing(root: Path, files: Iterable[Path]) -> list[list[Any]]:
+    """Returns name, size and time of change of each file: where a text changes, one of these does."""
     return [[path.relative_to(root).as_posix(), path.stat().st_size, path.stat().st_mtime_ns] for path in files]
 
 
 def builtin_fingerprint() -> str:
-    """As in a corpus of the built-in text, without tokenizing anything: reads 46 MB. Raises DataError."""
+    """Returns the fingerprint that a corpus of the built-in text has. It tokenizes nothing, and reads 46 MB. Raises
+    DataError."""
     h = blake2b(digest_size=32)
     for document in builtin_documents(*builtin_files(), TextTally()):
         h.update(document_digest(document))
@@ -119,4 +126,5 @@ def builtin_fingerprint() -> str:
 
 
 def document_digest(document: Document) -> bytes:
+    """Returns a hash of the document's name and text."""
     return digest(document.name.encode(), document.text.encode("utf-8", "replace"))

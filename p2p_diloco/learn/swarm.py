@@ -17,13 +17,11 @@ its parameters *in* local; one on an accelerator is copied there and back at out
 
 from __future__ import annotations
 
-import contextlib
 import mmap
 import os
 import tempfile
 import time
-from collections import deque
-from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
@@ -39,6 +37,7 @@ from p2p_diloco.core.manifest import RunManifest, open_manifest
 from p2p_diloco.core.pace import outer_step_due
 from p2p_diloco.core.records import Role
 from p2p_diloco.learn.process import NetworkHandle
+from p2p_diloco.learn.speed import Speed
 from p2p_diloco.peer.control import (
     Begin,
     Begun,
@@ -56,10 +55,7 @@ from p2p_diloco.peer.control import (
 if TYPE_CHECKING:
     import torch
 
-SPEED_STEPS = 20
-"""Inner steps over which the speed that is shown is averaged."""
-PACE_ROUNDS = 4
-"""Outer steps over which the speed is averaged by which peers plan their inner steps."""
+    from p2p_diloco.learn.parameters import Parameters
 
 
 class Swarm:
@@ -89,12 +85,8 @@ class Swarm:
         self.peer_id = ""
         self._tokens_since_theta = 0
         self._tokens_this_step = 0
-        self._paces: deque[tuple[int, float]] = deque(maxlen=PACE_ROUNDS)
-        """(tokens, seconds) of the inner steps before each of the last outer steps."""
-        self._step_ends: list[float] = []
-        """When the last inner steps ended; the first is when the first of them began."""
+        self._speed = Speed()
         self._evaluate = False
-        self._bound = False
         self._descriptor = memory
         self._network = network
 
@@ -201,16 +193,12 @@ class Swarm:
     def load_into(self, model: torch.nn.Module) -> None:
         """Gives the model theta, and counts this peer as training from here on. A model on the CPU keeps its parameters
         in shared memory from then on. UsageError when it is not the run's model."""
-        from p2p_diloco.learn.layout import bind_parameters, layout_of, write_parameters
+        from p2p_diloco.learn.parameters import layout_of, tie
 
         if layout_of(model).digest != self.manifest.layout_digest:
             raise UsageError("this model is not the run's: its parameters have other names or shapes")
         self.begin()
-        if next(model.parameters()).device.type == "cpu":
-            bind_parameters(model, self.local)
-            self._bound = True
-        else:
-            write_parameters(model, self.local)
+        tie(model, self.local)
 
     def begin(self) -> None:
         """Take theta as it is now into ``local``, and count as training from here on. ``load_into`` does this."""
@@ -220,23 +208,22 @@ class Swarm:
         begun = self._network.wait(Begun)
         self.step, self.head, self._evaluate = begun.step, begun.head, begun.evaluate
         self.local[:] = self.theta
-        self._begin_inner_steps()
+        self._speed.begin(time.monotonic(), self.tokens)
 
     def restore_local(self, local: Vector, model: torch.nn.Module, *, inner_step: int, tokens: int) -> None:
         """Goes on from parameters that an earlier process of this peer saved, ``inner_step`` steps after theta."""
-        from p2p_diloco.learn.layout import write_parameters
-
         self.local[:] = local
-        if not self._bound:
-            write_parameters(model, self.local)
+        self._parameters(model).write(self.local)
         self.inner_step, self._tokens_since_theta, self._tokens_this_step = inner_step, tokens, tokens
 
     def read_local(self, model: torch.nn.Module) -> None:
         """Makes ``local`` what the model is now."""
-        from p2p_diloco.learn.layout import read_parameters
+        self._parameters(model).read(self.local)
 
-        if not self._bound:
-            read_parameters(model, self.local)
+    def _parameters(self, model: torch.nn.Module) -> Parameters:
+        from p2p_diloco.learn.parameters import parameters_of  # here, as a seed goes without torch
+
+        return parameters_of(model, self.local)
 
     @property
     def tokens_since_theta(self) -> int:
@@ -249,22 +236,9 @@ class Swarm:
         contribution is kept."""
         return self._tokens_this_step
 
-    @contextlib.contextmanager
-    def theta_in(self, model: torch.nn.Module) -> Iterator[None]:
+    def theta_in(self, model: torch.nn.Module) -> AbstractContextManager[None]:
         """Makes the model theta inside the block, and what it was before afterwards."""
-        from p2p_diloco.learn.layout import write_parameters
-
-        self.read_local(model)
-        local = self.local.copy()
-        self.local[:] = self.theta
-        if not self._bound:
-            write_parameters(model, self.local)
-        try:
-            yield
-        finally:
-            self.local[:] = local
-            if not self._bound:
-                write_parameters(model, self.local)
+        return self._parameters(model).showing(self.theta)
 
     def report(self, loss: float, tokens: int) -> None:
         """Tells that an inner step ended: its mean loss in nats per token, and the tokens it took. It never waits.
@@ -275,30 +249,21 @@ class Swarm:
         self._tokens_since_theta += tokens
         self._tokens_this_step += tokens
         self.loss = loss
-        self._step_ends = [*self._step_ends[-SPEED_STEPS:], time.monotonic()]
-        if self._step_s():
-            self.tokens_per_s = tokens / self._step_s()
+        self._speed.step_ended(time.monotonic())
+        if self._speed.step_s:
+            self.tokens_per_s = tokens / self._speed.step_s
         if not self._network.has_room():
             return  # it is stopped; the next inner step says more than this one
         self._network.say(
             InnerStep(
                 inner_step=self.inner_step,
                 planned=self.planned,
-                step_s=self._step_s(),
+                step_s=self._speed.step_s,
                 loss=loss if np.isfinite(loss) else None,
                 tokens=self.tokens,
                 tokens_per_s=self.tokens_per_s,
             )
         )
-
-    def _begin_inner_steps(self) -> None:
-        self._began_s, self._began_tokens = time.monotonic(), self.tokens
-        self._step_ends = [self._began_s]
-
-    def _step_s(self) -> float:
-        """Mean seconds of the last inner steps."""
-        ends = self._step_ends
-        return (ends[-1] - ends[0]) / (len(ends) - 1) if len(ends) > 1 else 0.0
 
     def outer_step_due(self) -> bool:
         """Whether the planned inner steps are done, or the round closes before another one would end, or the swarm has
@@ -308,7 +273,7 @@ class Swarm:
         return outer_step_due(
             inner_step=self.inner_step,
             planned=self.planned,
-            step_s=self._step_s(),
+            step_s=self._speed.step_s,
             closes_in_s=closes_in_s,
             behind=self._network.behind,
         )
@@ -320,13 +285,9 @@ class Swarm:
         other peers do: the result says whether theta is new (``moved``), and why not, and whether the model goes on
         from its own parameters all the same (``kept``). ``dropped``: offer nothing, as if it had been lost on its way.
         """
-        from p2p_diloco.learn.layout import write_parameters
-
-        ended_s = self._step_ends[-1] if self._step_ends else time.monotonic()
+        ended_s = self._speed.ended_s(time.monotonic())
         self.read_local(model)
-        self._paces.append((self.tokens - self._began_tokens, ended_s - self._began_s))
-        tokens, seconds = (sum(column) for column in zip(*self._paces))
-        pace = tokens / seconds if seconds else 0.0
+        pace = self._speed.offered(ended_s, self.tokens)
         self._network.say(OuterStep(tokens=max(self._tokens_since_theta, 1), dropped=dropped, pace=pace))
         result = self._network.wait(OuterResult)
         if result.moved and not result.kept:
@@ -334,20 +295,19 @@ class Swarm:
             self._tokens_since_theta = 0
         if result.moved:
             self._tokens_this_step = 0
-            if not self._bound:
-                write_parameters(model, self.local)
+            self._parameters(model).write(self.local)
         self.step, self.head, self.planned = result.step, result.head, result.planned
         self.inner_step = 0
         self._evaluate = result.evaluate
         result = replace(result, stall_s=time.monotonic() - ended_s)
         self._network.say(Stall(step=self.step, seconds=result.stall_s))
-        self._begin_inner_steps()
+        self._speed.begin(time.monotonic(), self.tokens)
         return result
 
     def evaluated(self, held_out_loss: float, tokens: int, seconds: float) -> None:
         """Tells the swarm the loss of this outer step's theta on held-out text, in nats per token."""
         self._evaluate = False
-        self._begin_inner_steps()
+        self._speed.begin(time.monotonic(), self.tokens)
         finite = held_out_loss if np.isfinite(held_out_loss) else None
         self._network.say(Evaluated(step=self.step, held_out_loss=finite, tokens=tokens, seconds=seconds))
 

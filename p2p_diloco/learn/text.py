@@ -42,6 +42,8 @@ SPACES = " \t\r\n"
 
 @dataclass(frozen=True)
 class Document:
+    """A text that is held out as a whole, or not at all."""
+
     name: str
     text: str
     complete: bool = True
@@ -51,11 +53,13 @@ class Document:
 
 
 def named_by_text(text: str, *, complete: bool = True) -> Document:
+    """Returns a document whose name is a hash of its text."""
     return Document(digest(text.encode("utf-8", "replace")).hex(), text, complete)
 
 
 def builtin_files() -> tuple[Path, list[Path]]:
-    """Torch's own Python files: byte-identical on all platforms for one version of torch, but for version.py.
+    """Returns a folder and files in it, torch's own Python files: byte-identical on all platforms for one version of
+    torch, but for version.py.
 
     The standard library's where torch is missing. Torch is found without importing it.
     """
@@ -70,7 +74,7 @@ def builtin_files() -> tuple[Path, list[Path]]:
 
 
 def walk(root: Path) -> list[Path]:
-    """All regular files below ``root``, by their relative path, without hidden ones. A pipe has no end."""
+    """Returns all regular files below ``root``, by their relative path, without hidden ones. A pipe has no end."""
 
     def fail(error: OSError) -> None:
         raise error
@@ -83,8 +87,8 @@ def walk(root: Path) -> list[Path]:
 
 
 def builtin_documents(root: Path, files: Iterable[Path], tally: TextTally) -> Iterator[Document]:
-    """Python's own rule is UTF-8, and what differs is replaced: the fingerprint of this text is that of earlier
-    versions."""
+    """Yields a document for each of these files below ``root``. Python's own rule is UTF-8, and what differs is
+    replaced: the fingerprint of this text is that of earlier versions."""
     for path in files:
         with reading(str(path)):
             text = path.read_bytes().decode("utf-8", "replace").replace("\r\n", "\n")
@@ -112,6 +116,7 @@ def user_documents(files: Sequence[TextFile], text_key: str, tally: TextTally) -
 
 
 def documents_of(file: TextFile, text_key: str, tally: TextTally) -> Iterator[Document]:
+    """Yields the documents of one file, as its kind is read."""
     if file.kind == ".txt":
         return text_documents(file)
     rows = parquet_rows if file.kind == ".parquet" else json_rows if file.kind == ".json" else json_lines
@@ -119,6 +124,7 @@ def documents_of(file: TextFile, text_key: str, tally: TextTally) -> Iterator[Do
 
 
 def text_documents(file: TextFile) -> Iterator[Document]:
+    """Yields the pieces of a .txt file."""
     with file.open() as stream:
         text = next_piece(stream)
         while text:
@@ -130,7 +136,7 @@ def text_documents(file: TextFile) -> Iterator[Document]:
 
 
 def next_piece(file: IO[str]) -> str:
-    """PIECE_CHARS characters and the rest of their line, which is cut where it is longer than that again."""
+    """Returns PIECE_CHARS characters and the rest of their line, which is cut where it is longer than that again."""
     return file.read(PIECE_CHARS) + file.readline(PIECE_CHARS)
 
 
@@ -163,7 +169,8 @@ def json_lines(file: TextFile, text_key: str) -> Iterator[str | None]:
 
 
 def json_rows(file: TextFile, text_key: str) -> Iterator[str | None]:
-    """As ``json_lines``, of a file that is a list of rows, or one row after another, each on one line or several."""
+    """Yields as ``json_lines`` does, of a file that is a list of rows, or one row after another, each on one line or
+    several."""
     with file.open() as stream:
         for number, row in enumerate(json_values(stream, file), 1):
             yield text_in(row, text_key, f"{file.path}, row {number}")
@@ -216,7 +223,7 @@ def json_values(stream: IO[str], file: TextFile) -> Iterator[Any]:
 
 
 def begins_with_text(file: TextFile, text_key: str) -> bool:
-    """Whether the first row that is not null has text."""
+    """Returns whether the first row that is not null has text."""
     with file.open() as stream:
         for row in json_values(stream, file):
             if not isinstance(row, dict) or row.get(text_key, "") is not None:
@@ -244,6 +251,7 @@ def text_in(row: Any, text_key: str, where: str) -> str | None:
 
 
 def parquet_rows(file: TextFile, text_key: str) -> Iterator[str | None]:
+    """Yields the text of each row, or None where it is null."""
     pyarrow, path = pyarrow_for(file.path), file.path
     from pyarrow import parquet
 
@@ -272,6 +280,7 @@ def parquet_rows(file: TextFile, text_key: str) -> Iterator[str | None]:
 
 @contextmanager
 def parsing(where: str) -> Iterator[None]:
+    """Raises DataError, naming ``where``, for what is no JSON in the block."""
     try:
         yield
     except (ValueError, RecursionError) as error:
@@ -288,6 +297,7 @@ def too_long(where: str) -> DataError:
 
 @contextmanager
 def in_utf8(file: TextFile) -> Iterator[None]:
+    """Raises DataError, naming the place in the file, for bytes in the block that are not UTF-8."""
     try:
         yield
     except UnicodeDecodeError:
@@ -307,15 +317,17 @@ def reading(source: str) -> Iterator[None]:
 
 
 def is_held_out(name: str, share: float) -> bool:
-    """``share`` of all names, always the same ones; a larger share holds out these and more."""
+    """Returns whether nobody trains on the document of this name. That is so for ``share`` of all names, always the
+    same ones; a larger share holds out these and more."""
     h = blake2b(name.encode("utf-8", "surrogateescape"), digest_size=8)
     return int.from_bytes(h.digest(), "big") < share * 2**64
 
 
 def nobody_trains_on(document: Document, share: float) -> bool:
-    """As the document says itself, else as a hash of its name does."""
+    """Returns what the document itself says of that, or else ``is_held_out``."""
     return is_held_out(document.name, share) if document.held_out is None else document.held_out
 
 
 def first_line(error: BaseException) -> str:
+    """Returns the first line of the error's message, or its class where it has none."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

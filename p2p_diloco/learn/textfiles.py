@@ -118,8 +118,8 @@ def is_foreign(text: str) -> bool:
 
 
 def first_foreign_byte(file: IO[bytes]) -> tuple[tuple[int, int, bool], bytes] | None:
-    """Its offset, the byte itself, and whether it begins a character that the end of the file cuts off; and the first
-    bytes of the file. None where all is text in UTF-8."""
+    """Returns its offset, the byte itself, and whether it begins a character that the end of the file cuts off; and the
+    first bytes of the file. None where all is text in UTF-8."""
     decoder, head, offset, last = codecs.getincrementaldecoder("utf-8")(), b"", 0, b""
     while True:
         chunk = file.read(CHUNK_BYTES)
@@ -155,7 +155,8 @@ class TextFiles:
 
 
 def text_files(path: Path) -> TextFiles:
-    """Finds what is to be read. DataError where that is nothing, or less than may be text and would be skipped."""
+    """Returns what is to be read of a file, or below a folder. Raises DataError where that is nothing, or less than may
+    be text and would be skipped."""
     if not path.exists():
         raise DataError(f"{path}: no such file or folder; data.path or --data names a folder, or {READ}")
     if not path.is_dir():

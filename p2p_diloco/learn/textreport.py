@@ -55,6 +55,7 @@ class Skipped(BaseModel):
 
     @property
     def line(self) -> str:
+        """Returns the reason, how many there are, and the first names."""
         size = f", {size_of(self.n_bytes)}" if self.n_bytes else ""
         more = ", ..." if self.examples and self.count > len(self.examples) else ""
         names = f" ({', '.join(self.examples)}{more})" if self.examples else ""
@@ -87,6 +88,8 @@ class TextTally:
 
 
 class TextReport(BaseModel):
+    """What was read of a run's text, and what was skipped, once all of it is read."""
+
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     files: int = 0
@@ -101,11 +104,12 @@ class TextReport(BaseModel):
 
     @property
     def lines(self) -> list[str]:
-        """A line on what was read, then one for each reason why something was skipped."""
+        """Returns a line on what was read, then one for each reason why something was skipped."""
         return [self.read, *(f"skipped {kind.line}" for kind in self.skipped)]
 
     @property
     def read(self) -> str:
+        """Returns a line on what was read."""
         tokens = self.train_tokens + self.held_out_tokens
         files = f"{counted(self.files, 'file')}, " if self.files else ""
         end = f"each followed by {self.separator}" if self.separator else "none followed by an end token"
@@ -116,6 +120,7 @@ class TextReport(BaseModel):
 
 
 def log_report(report: TextReport) -> None:
+    """Logs the report's lines."""
     for line in report.lines:
         log.info("text: %s", line)
 

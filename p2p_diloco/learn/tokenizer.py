@@ -28,6 +28,8 @@ one that it has is taken, where nothing else tells; a manifest that has another 
 
 
 class Tokenizer(Protocol):
+    """Text to token ids and back."""
+
     vocab_size: int
     end: int | None
     """The token after a document."""
@@ -36,7 +38,7 @@ class Tokenizer(Protocol):
     def encode(self, text: str) -> Tokens: ...
 
     def encode_documents(self, documents: Sequence[Document]) -> Tokens:
-        """All of them in one array, with ``end`` after each that is complete."""
+        """Returns the tokens of all documents in one array, with ``end`` after each that is complete."""
 
     def decode(self, ids: Sequence[int]) -> str: ...
 
@@ -133,7 +135,8 @@ class LibraryTokenizer:
 
 
 def library_tokenizer(library_json: str, source: str) -> Any:
-    """A tokenizers.Tokenizer that neither cuts nor pads, and takes the names of special tokens in a text for text."""
+    """Returns a tokenizers.Tokenizer that neither cuts nor pads, and takes the names of special tokens in a text for
+    text."""
     try:
         import tokenizers
     except ImportError:
@@ -171,8 +174,8 @@ def without_text(library_json: str, token: str) -> str:
 
 @contextmanager
 def tokenizing() -> Iterator[None]:
-    """DataError for what the tokenizers library raises on text that it has no tokens for: bare Exception, or, where its
-    Rust code panics, a BaseException of a class that cannot be imported."""
+    """Raises DataError for what the tokenizers library raises on text that it has no tokens for: bare Exception, or,
+    where its Rust code panics, a BaseException of a class that cannot be imported."""
     try:
         yield
     except LocalError:
@@ -187,13 +190,13 @@ def tokenizing() -> Iterator[None]:
 
 
 def open_tokenizer(tokenizer_json: str) -> Tokenizer:
-    """From ``RunManifest.tokenizer_json``; empty means raw bytes."""
+    """Returns the tokenizer of ``RunManifest.tokenizer_json``; where that is empty, tokens are raw bytes."""
     return LibraryTokenizer(tokenizer_json) if tokenizer_json else ByteTokenizer()
 
 
 def load_tokenizer_json(spec: DataSpec, base: Path) -> str:
-    """The text of the tokenizer.json that the run file names, without insignificant spaces, and with its end token
-    where that has no usual name; "" for raw bytes. UsageError where nothing says which token ends a document."""
+    """Returns the text of the tokenizer.json that the run file names, without insignificant spaces, and with its end
+    token where that has no usual name; "" for raw bytes. UsageError where nothing says which token ends a document."""
     if spec.tokenizer == "bytes":
         return ""
     path = find_tokenizer(spec.tokenizer, base)
@@ -273,7 +276,7 @@ def split_end(tokenizer_json: str, source: str) -> tuple[str | None, str]:
 
 
 def separator(tokenizer: Tokenizer) -> str:
-    """The token after each document, for a person; empty where there is none."""
+    """Returns the token after each document, for a person; empty where there is none."""
     if tokenizer.end is None:
         return ""
     if isinstance(tokenizer, LibraryTokenizer):
@@ -286,5 +289,5 @@ def compact_json(value: object) -> str:
 
 
 def well_formed(text: str) -> str:
-    """Without lone surrogates, which JSON can hold and UTF-8 cannot."""
+    """Returns the text without lone surrogates, which JSON can hold and UTF-8 cannot."""
     return text.encode("utf-8", "replace").decode()

@@ -12,19 +12,16 @@ others stop waiting for this peer, and its ledger and inner state are on the dis
 from __future__ import annotations
 
 import logging
-import signal
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 
 import torch
 
 from p2p_diloco.core.config import cache_folder
 from p2p_diloco.core.errors import DataError, Stopped, UsageError
-from p2p_diloco.core.interruption import handled_by, is_echo
+from p2p_diloco.core.interruption import Stop
 from p2p_diloco.core.manifest import RunManifest
 from p2p_diloco.learn.data import Corpus, open_corpus
 from p2p_diloco.learn.inner import INNER_FILE, InnerOptimizer, draws_drop, place_in_run
@@ -39,8 +36,6 @@ log = logging.getLogger(__name__)
 
 SMALL_MODEL = 5_000_000
 """Parameters."""
-STEP_GRACE_S = 2
-"""How long Ctrl+C waits for the inner step under way."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +52,7 @@ class TrainConfig:
 
 
 def train(swarm: Swarm, choices: TrainConfig, stop: Stop) -> None:
-    """Train until the run is over or the user stops it, from inside ``stop_signals``. Raises LocalError."""
+    """Trains until the run is over or the user stops it, from inside ``stop_signals``. Raises LocalError."""
     manifest, spec = swarm.manifest, swarm.manifest.spec
     torch.set_num_threads(choices.threads or good_threads(manifest.n_params))
     device = pick_device(choices.device)
@@ -103,14 +98,14 @@ def train(swarm: Swarm, choices: TrainConfig, stop: Stop) -> None:
 
 
 def good_threads(n_params: int) -> int:
-    """Threads for a model on the CPU. In a small one they mostly wait for each other: on a busy machine with two cores,
-    an inner step of ``tiny`` took 0.2 s with one thread and 2 to 12 s with two."""
+    """Returns how many threads to use for a model on the CPU. In a small one they mostly wait for each other: on a busy
+    machine with two cores, an inner step of ``tiny`` took 0.2 s with one thread and 2 to 12 s with two."""
     return 1 if n_params < SMALL_MODEL else torch.get_num_threads()
 
 
 def require_text(manifest: RunManifest, own_data: Path | None) -> None:
-    """UsageError where the run needs text that this peer does not bring; DataError where its files are not there. Looks
-    for files and reads no text: to be asked before the state is downloaded."""
+    """Raises UsageError where the run needs text that this peer does not bring; DataError where its files are not
+    there. Looks for files and reads no text: to be asked before the state is downloaded."""
     spec = manifest.spec
     source_of(spec.data, base=None, cache=cache_folder(), override_path=own_data, run_seed=spec.seed, peer_id="")
 
@@ -143,6 +138,7 @@ def open_run_corpus(manifest: RunManifest, own_data: Path | None, peer_id: str) 
 
 
 def corpus_name(manifest: RunManifest, own_data: Path | None) -> str:
+    """Returns what a person calls the text that this peer trains on."""
     if own_data is None and manifest.spec.data.source == "hub":
         return str(manifest.spec.data.path)
     return "built-in text" if manifest.data_fingerprint else "own files"
@@ -179,6 +175,7 @@ def log_result(swarm: Swarm, result: OuterResult) -> None:
 
 
 def keep(swarm: Swarm, inner: InnerOptimizer) -> None:
+    """Saves the inner state as it is now."""
     swarm.read_local(inner.model)
     inner.save(
         swarm.folder / INNER_FILE,
@@ -190,7 +187,8 @@ def keep(swarm: Swarm, inner: InnerOptimizer) -> None:
 
 
 def resume(swarm: Swarm, model: torch.nn.Module, inner: InnerOptimizer) -> None:
-    """The moments of an earlier start of this peer; its local parameters, too, if the swarm has not moved on."""
+    """Takes up the moments of an earlier start of this peer, and its local parameters, too, if the swarm has not moved
+    on."""
     kept = inner.load(swarm.folder / INNER_FILE)
     if kept is None:
         return
@@ -198,60 +196,3 @@ def resume(swarm: Swarm, model: torch.nn.Module, inner: InnerOptimizer) -> None:
     if head == swarm.head and len(local) == len(swarm.local) and tokens > 0:
         swarm.restore_local(local, model, inner_step=inner_step, tokens=tokens)
         log.info("resumed at inner step %d", inner_step)
-
-
-class Stop:
-    """Ctrl+C, SIGTERM and a closed terminal. The first one raises Stopped, or, inside ``after_inner_step``, waits until
-    the inner step under way has ended, at most STEP_GRACE_S. The second one ends the process at once, unless it is that
-    of a closed terminal, which the shell and the system both tell."""
-
-    def __init__(self) -> None:
-        self.requested = False
-        self._patient = False
-
-    def on_signal(self, number: int, _frame: FrameType | None) -> None:
-        if number == signal.SIGALRM:
-            raise Stopped("stopped in the middle of an inner step")
-        if is_echo(number, asked=self.requested):
-            return
-        if self.requested:
-            signal.signal(number, signal.SIG_DFL)
-            signal.raise_signal(number)
-        self.requested = True
-        if not self._patient:
-            raise Stopped("stopped")
-        signal.alarm(STEP_GRACE_S)
-
-    @contextmanager
-    def after_inner_step(self) -> Iterator[None]:
-        try:
-            with self._set(patient=True):
-                yield
-        finally:
-            signal.alarm(0)
-
-    @contextmanager
-    def at_once(self) -> Iterator[None]:
-        with self._set(patient=False):
-            if self.requested:
-                raise Stopped("stopped")
-            yield
-
-    @contextmanager
-    def _set(self, *, patient: bool) -> Iterator[None]:
-        before, self._patient = self._patient, patient
-        try:
-            yield
-        finally:
-            self._patient = before
-
-
-@contextmanager
-def stop_signals() -> Iterator[Stop]:
-    """Until the end of the block, and from the main thread only, signals ask for a polite end."""
-    stop = Stop()
-    with handled_by(stop.on_signal, signal.SIGALRM):
-        try:
-            yield stop
-        finally:
-            signal.alarm(0)

@@ -6,6 +6,7 @@ Its files, from the bottom up:
 
     disk      how a file gets there whole or not at all, and stays there
     snapshot  one outer state as a file, whole or not at all
+    files     the files of a ledger, by name, and where those go that do not belong there
     ledger    snapshots and updates on disk
     replay    a later state from a snapshot and the updates since, part by part
     replica   this peer's copy of the outer state, in memory and on disk

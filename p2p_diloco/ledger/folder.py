@@ -23,12 +23,13 @@ MANIFEST_FILE = "manifest.json"
 
 
 def run_folder(folder: Path, manifest: RunManifest) -> Path:
-    """Where a peer keeps what belongs to one run: manifest, ledger, inner state, event log."""
+    """Returns the folder in which a peer keeps what belongs to one run: manifest, ledger, inner state, event log."""
     return folder / f"{manifest.spec.name}-{manifest.run_id[:12]}"
 
 
 def folder_bytes(folder: Path) -> int:
-    """Of all files below it. Whoever it belongs to may write at this moment: what vanishes meanwhile does not count."""
+    """Returns the size of all files below a folder. Its owner may write at this moment: what vanishes meanwhile does
+    not count."""
     total = 0
     for path in folder.rglob("*"):
         with contextlib.suppress(FileNotFoundError):
@@ -37,7 +38,7 @@ def folder_bytes(folder: Path) -> int:
 
 
 def open_ledger(folder: Path, manifest: RunManifest) -> Ledger:
-    """``folder``: the run folder."""
+    """Returns the ledger in a run folder. Opening it tidies it up, which its own peer alone may do."""
     outer = manifest.spec.outer
     return Ledger(
         folder / "ledger",
@@ -50,7 +51,8 @@ def open_ledger(folder: Path, manifest: RunManifest) -> Ledger:
 
 
 def find_run(folder: Path, run_id: str | None = None) -> Path:
-    """The folder of the run: ``folder`` itself, or the one in it. UsageError when there is none, or more than one."""
+    """Returns the folder of the run: ``folder`` itself, or the one in it. UsageError when there is none, or more than
+    one."""
     candidates = [folder] if (folder / MANIFEST_FILE).is_file() else sorted(folder.glob(f"*/{MANIFEST_FILE}"))
     found = {path if path.is_dir() else path.parent: None for path in candidates}
     runs = {run: read_manifest(run).run_id for run in found}
@@ -68,7 +70,7 @@ def find_run(folder: Path, run_id: str | None = None) -> Path:
 
 
 def read_manifest(run: Path) -> RunManifest:
-    """``run``: a run folder, or the file of a manifest. UsageError unless it is a sound one."""
+    """Returns the manifest of ``run``, a run folder or the file itself. Raises UsageError unless it is a sound one."""
     path = run / MANIFEST_FILE if run.is_dir() else run
     try:
         data = path.read_bytes()
@@ -90,7 +92,8 @@ def load_run(path: Path, run_id: str | None = None) -> RunManifest:
 
 
 def load_state(run: Path, step: int | None = None) -> tuple[RunManifest, OuterState]:
-    """The newest state that the run folder's ledger leads to, or that of outer step ``step``."""
+    """Returns the manifest and the newest state that the run folder's ledger leads to, or that of outer step
+    ``step``."""
     manifest = read_manifest(run)
     theta, momentum = np.empty(manifest.n_params, np.float32), np.empty(manifest.n_params, np.float32)
     with same_files(run) as view:
@@ -106,8 +109,8 @@ def load_state(run: Path, step: int | None = None) -> tuple[RunManifest, OuterSt
 
 @contextmanager
 def same_files(run: Path) -> Iterator[Path]:
-    """A folder with the same ledger: opening a ledger tidies it up, which its own peer alone may do. Hard links where
-    the file system has them, copies elsewhere."""
+    """Yields a folder with the same ledger: opening a ledger tidies it up, which its own peer alone may do. Hard links
+    where the file system has them, copies elsewhere."""
     try:
         temporary = tempfile.TemporaryDirectory(prefix=".view-", dir=run)
     except OSError:
@@ -123,6 +126,7 @@ def same_files(run: Path) -> Iterator[Path]:
 
 
 def link_or_copy(path: Path, target: Path) -> None:
+    """Makes ``target`` a hard link to the file, or a copy of it where the file system has no links."""
     try:
         os.link(path, target)
     except OSError:

@@ -1,9 +1,7 @@
 """The ledger: one peer's snapshots and updates on disk. It outlives crashes, and what it gives back it has verified.
 
-    FOLDER/snapshots/0000000010.safetensors   S_10: theta, momentum, and as metadata step, head and digest
-    FOLDER/updates/0000000012.update          U_12, which leads from S_12 to S_13
-    FOLDER/quarantine/                        files found damaged or foreign; never deleted
-    FOLDER/abandoned/000001/                  a history that the swarm did not share; the last two are kept
+    S_10, S_20       snapshots, one every so many outer steps: the last two are kept
+    U_10, U_11, ...  updates, every one from the oldest of these snapshots on
 
 Rules of this file: a file is written under a temporary name, synced and renamed, so that it is whole or not there; the
 same state makes the same bytes, so that a joiner can put a snapshot together from several donors; no file is believed
@@ -12,12 +10,11 @@ because of its name; a damaged one costs what it holds and no more. Not safe for
 
 from __future__ import annotations
 
-import itertools
 import logging
 import os
-import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
+from itertools import takewhile
 from pathlib import Path
 
 from p2p_diloco.core.codec import Vector
@@ -31,16 +28,15 @@ from p2p_diloco.core.update import (
     update_from_bytes,
     update_pieces,
 )
-from p2p_diloco.ledger.disk import TEMPORARY, disk_errors, sync, write_whole
+from p2p_diloco.ledger.disk import disk_errors, sync, write_whole
+from p2p_diloco.ledger.files import LedgerFiles, move_into
 from p2p_diloco.ledger.snapshot import SnapshotInfo, check_snapshot, save_snapshot, snapshot_bytes
 
 logger = logging.getLogger(__name__)
 
-ABANDONED_KEPT = 2
-
 
 class Ledger:
-    """Opening removes temporary files, checks every snapshot, and the header and size of every update.
+    """One peer's ledger. Opening checks every snapshot as a whole, and of every update the header and the size.
 
     Every method may raise LedgerError when the disk fails or is full; what was there before is still there then.
     """
@@ -56,76 +52,80 @@ class Ledger:
         keep_snapshots: int = 2,
         run_id: str = "",
     ) -> None:
-        """``lr``, ``momentum``: the outer optimizer's. ``run_id`` goes into every snapshot; another one is foreign."""
+        """Opens the ledger in ``folder``, or begins one. ``lr`` and ``momentum`` are the outer optimizer's. ``run_id``
+        goes into every snapshot, and a snapshot with another one is foreign."""
         self.folder, self.grid, self.lr, self.momentum, self.run_id = folder, grid, lr, momentum, run_id
-        self.quarantined: list[Path] = []
-        """Files found damaged or foreign since opening, where they are now."""
         self.lost_snapshots: dict[int, SnapshotInfo] = {}
         self.lost_updates: dict[int, UpdateHeader] = {}
         """Outer step -> what has been found damaged or gone since opening, and ought to be there."""
         self._snapshot_every, self._keep_snapshots = snapshot_every, keep_snapshots
         self._headers: dict[int, UpdateHeader] = {}
         self._snapshots: dict[int, SnapshotInfo] = {}
+        self._files = LedgerFiles(folder)
+        self.quarantined = self._files.quarantined
         with disk_errors(folder):
-            for name in ("updates", "snapshots"):
-                (folder / name).mkdir(parents=True, exist_ok=True)
-                for path in (folder / name).glob("*" + TEMPORARY):
-                    path.unlink()
-            for path in sorted((folder / "updates").glob("*.update")):
+            for path in self._files.updates():
                 self._open_update(path)
-            for path in sorted((folder / "snapshots").glob("*.safetensors")):
+            for path in self._files.snapshots():
                 self._open_snapshot(path)
 
     def newest_due(self, step: int) -> int:
-        """The last outer step up to ``step`` at which a snapshot is due: the same ones on every peer, so that a joiner
-        finds several donors of one snapshot."""
+        """Returns the last outer step up to ``step`` at which a snapshot is due. It is the same on every peer, so that
+        a joiner finds several donors of one snapshot."""
         return step - step % self._snapshot_every
 
     def snapshots(self) -> list[SnapshotInfo]:
-        """Newest last."""
+        """Returns what is known of the snapshots here, the newest last."""
         held = self._snapshots.copy()  # a thread may be pruning
         return [held[step] for step in sorted(held)]
 
     def header(self, step: int) -> UpdateHeader | None:
+        """Returns the header of the update that leads from ``step`` to ``step + 1``; None where it is not here."""
         return self._headers.get(step)
 
     def update_path(self, step: int) -> Path:
-        return self.folder / "updates" / f"{step:010d}.update"
+        """Returns where the update is, or would be, that leads from ``step`` to ``step + 1``."""
+        return self._files.update_path(step)
 
     def heads(self) -> dict[int, bytes]:
-        """Every outer step that this ledger can lead to, and its head."""
+        """Returns every outer step that this ledger can lead to, with its head."""
         heads: dict[int, bytes] = {}
         for snapshot in self.snapshots():
-            step, head = snapshot.step, snapshot.head
-            heads[step] = head
-            while (header := self._headers.get(step)) is not None and header.parent == head:
-                step, head = step + 1, header.head
-                heads[step] = head
+            heads[snapshot.step] = snapshot.head
+            heads.update((header.step + 1, header.head) for header in self._following(snapshot.step, snapshot.head))
         return heads
 
     def way_to(self, step: int, head: bytes) -> tuple[SnapshotInfo, list[UpdateHeader]] | None:
-        """The newest snapshot from which updates lead to ``head`` at outer step ``step``, and those updates."""
+        """Returns the newest snapshot from which updates lead to ``head`` at outer step ``step``, and these updates;
+        None where no snapshot does."""
         for snapshot in reversed(self.snapshots()):
-            updates, at = list[UpdateHeader](), (snapshot.step, snapshot.head)
-            while at[0] < step and (header := self._headers.get(at[0])) is not None and header.parent == at[1]:
-                updates.append(header)
-                at = (header.step + 1, header.head)
-            if at == (step, head):
+            following = self._following(snapshot.step, snapshot.head)
+            updates = list(takewhile(lambda header: header.step < step, following))
+            reached = (updates[-1].step + 1, updates[-1].head) if updates else (snapshot.step, snapshot.head)
+            if reached == (step, head):
                 return snapshot, updates
         return None
 
+    def _following(self, step: int, head: bytes) -> Iterator[UpdateHeader]:
+        """Yields the updates that lead on from ``head`` at outer step ``step``, one after the other."""
+        while (header := self._headers.get(step)) is not None and header.parent == head:
+            yield header
+            step, head = step + 1, header.head
+
     def update_bytes(self, step: int) -> bytes | None:
-        """The update that leads from ``step`` to ``step + 1``, to be served: verified at every call."""
+        """Returns the update that leads from ``step`` to ``step + 1`` as it is served. It is read and verified at every
+        call; None where it is not here, or not sound."""
         checked = self._read_update(step)
         return checked[0] if checked else None
 
     def update(self, step: int) -> Update | None:
-        """The update that leads from ``step`` to ``step + 1``, verified."""
+        """Returns what ``update_bytes`` does, decoded."""
         checked = self._read_update(step)
         return checked[1] if checked else None
 
     def append(self, update: Update) -> None:
-        """Durable on return. A history that contradicts the update is abandoned. ValueError: of another model."""
+        """Writes the update, which is durable on return. A history that contradicts it is abandoned. Raises ValueError
+        for an update of another model."""
         header = update.header
         step, held, next_held = header.step, self._headers.get(header.step), self._headers.get(header.step + 1)
         if held == header:
@@ -145,19 +145,22 @@ class Ledger:
         self.lost_updates.pop(step, None)
 
     def write_snapshot(self, state: OuterState) -> None:
-        """Durable on return; then prunes. ``state`` must not change meanwhile."""
+        """Writes a snapshot of ``state``, which must not change meanwhile. It is durable on return; what it makes
+        superfluous is then deleted."""
         held = self._snapshots.get(state.step)
         if held is None or held.digest != state.digest():
             self.write_parts(state.parts(), step=state.step, head=state.head)
 
     def write_parts(self, parts: Iterable[tuple[Vector, Vector]], *, step: int, head: bytes) -> None:
-        """As ``write_snapshot``, for a state that comes part by part; what they raise leaves everything as it was."""
-        path = self._snapshot_path(step)
+        """Writes a snapshot as ``write_snapshot`` does, of a state that comes part by part as (theta, momentum). An
+        exception from ``parts`` leaves everything as it was."""
+        path = self._files.snapshot_path(step)
         self._add_snapshot(save_snapshot(parts, path, step=step, head=head, n=self.grid.n, run_id=self.run_id))
 
     def adopt_snapshot(self, path: Path, digest: bytes | None = None) -> SnapshotInfo:
-        """Verifies a downloaded file on the same disk and moves it into place. ValueError, the file untouched, when its
-        values do not have the digest that it names, or not ``digest``, or it is of another model or run."""
+        """Verifies a downloaded file on the same disk, moves it into place, and returns what is known of it. Raises
+        ValueError, with the file untouched, when its values do not have the digest that it names, or not ``digest``, or
+        when it is of another model or run."""
         with disk_errors(path, snapshot_bytes(self.grid.n)):
             info = check_snapshot(path, n=self.grid.n, run_id=self.run_id)
             if digest not in (None, info.digest):
@@ -166,11 +169,11 @@ class Ledger:
                 self.truncate(info.step)
             held = self._snapshots.get(info.step)
             if held is not None and held.head == info.head and held.digest != info.digest:
-                self._quarantine(held.path, "most peers have other bits there")
+                self._files.quarantine(held.path, "most peers have other bits there")
             sync(path)
-            os.replace(path, self._snapshot_path(info.step))
+            os.replace(path, self._files.snapshot_path(info.step))
             sync(self.folder / "snapshots")
-        info = replace(info, path=self._snapshot_path(info.step))
+        info = replace(info, path=self._files.snapshot_path(info.step))
         self._add_snapshot(info)
         return info
 
@@ -179,32 +182,31 @@ class Ledger:
         lost, later = self.lost_snapshots.get(step), [s for s in sorted(self._snapshots) if s > step]
         if not later or (lost is not None and lost.head == head):
             return True
-        at = (step, head)
-        while at[0] < later[0] and (header := self._headers.get(at[0])) is not None and header.parent == at[1]:
-            at = (header.step + 1, header.head)
-        return at == (later[0], self._snapshots[later[0]].head)
+        there = (later[0], self._snapshots[later[0]].head)
+        return any((header.step + 1, header.head) == there for header in self._following(step, head))
 
     def lose_update(self, header: UpdateHeader, reason: str) -> None:
-        """Its file is damaged, or gone: go on without it."""
+        """Goes on without an update whose file is damaged or gone, and remembers that it ought to be here."""
         if self.put_aside(header, reason):
             self.lost_updates[header.step] = header
 
     def lose_snapshot(self, info: SnapshotInfo, reason: str) -> None:
+        """Goes on without a snapshot whose file is damaged or gone, and remembers that it ought to be here."""
         if self._snapshots.get(info.step) is info:  # else another thread has just replaced it
             self._snapshots.pop(info.step)
             self.lost_snapshots[info.step] = info
-            self._quarantine(info.path, reason)
+            self._files.quarantine(info.path, reason)
 
     def put_aside(self, header: UpdateHeader, reason: str) -> bool:
-        """Go on without an update that does not belong here. False when it is not here any more."""
+        """Goes on without an update that does not belong here. Returns False when it is not here any more."""
         if self._headers.get(header.step) is not header:
             return False
         self._headers.pop(header.step)
-        self._quarantine(self.update_path(header.step), reason)
+        self._files.quarantine(self.update_path(header.step), reason)
         return True
 
     def truncate(self, step: int) -> None:
-        """Forget the updates from outer step ``step`` on, and the snapshots after it: the swarm did not share them."""
+        """Abandons the updates from outer step ``step`` on, and later snapshots: the swarm did not share them."""
         # The newest first, so that a crash in the middle leaves an unbroken history.
         snapshots = [s for s in sorted(self._snapshots, reverse=True) if s > step]
         updates = [s for s in sorted(self._headers, reverse=True) if s >= step]
@@ -212,24 +214,14 @@ class Ledger:
         self.lost_updates = {s: lost for s, lost in self.lost_updates.items() if s < step}
         if not snapshots and not updates:
             return
-        abandoned = self.folder / "abandoned"
-        with disk_errors(abandoned):
-            abandoned.mkdir(exist_ok=True)
-            histories = sorted(abandoned.glob("[0-9]" * 6))
-            history = abandoned / f"{int(histories[-1].name) + 1 if histories else 1:06d}"
-            history.mkdir()
+        with self._files.abandoning() as history:
             for s in snapshots:
-                os.replace(self._snapshot_path(s), history / self._snapshot_path(s).name)
+                move_into(history, self._files.snapshot_path(s))
                 self._snapshots.pop(s, None)
             for s in updates:
-                os.replace(self.update_path(s), history / self.update_path(s).name)
+                move_into(history, self.update_path(s))
                 self._headers.pop(s, None)
-            for old in [*histories, history][:-ABANDONED_KEPT]:
-                shutil.rmtree(old)
         logger.warning("ledger: %d updates from outer step %d on moved to %s", len(updates), step, history)
-
-    def _snapshot_path(self, step: int) -> Path:
-        return self.folder / "snapshots" / f"{step:010d}.safetensors"
 
     def _open_update(self, path: Path) -> None:
         with path.open("rb") as file:
@@ -239,17 +231,17 @@ class Ledger:
             if path != self.update_path(header.step):
                 raise ValueError(f"it is update {header.step}")
         except ValueError as error:
-            self._quarantine(path, str(error))
+            self._files.quarantine(path, str(error))
         else:
             self._headers[header.step] = header
 
     def _open_snapshot(self, path: Path) -> None:
         try:
             info = check_snapshot(path, n=self.grid.n, run_id=self.run_id)
-            if path != self._snapshot_path(info.step):
+            if path != self._files.snapshot_path(info.step):
                 raise ValueError(f"it is the snapshot of outer step {info.step}")
         except ValueError as error:
-            self._quarantine(path, str(error))
+            self._files.quarantine(path, str(error))
         else:
             self._snapshots[info.step] = info
 
@@ -264,11 +256,8 @@ class Ledger:
                 update = update_from_bytes(data, self.grid)
                 if update.header != header:
                     raise ValueError("it is another one than it was")
-            except FileNotFoundError:
-                self.lose_update(header, "it is gone")
-                return None
-            except ValueError as error:
-                self.lose_update(header, str(error))
+            except (FileNotFoundError, ValueError) as error:
+                self.lose_update(header, "it is gone" if isinstance(error, FileNotFoundError) else str(error))
                 return None
         return data, update
 
@@ -291,16 +280,3 @@ class Ledger:
             for step in [s for s in sorted(self._headers) if s < oldest]:
                 self._headers.pop(step, None)
                 self.update_path(step).unlink(missing_ok=True)
-
-    def _quarantine(self, path: Path, reason: str) -> None:
-        folder = self.folder / "quarantine"
-        if not path.exists():
-            logger.warning("ledger: %s is gone", path)
-            return
-        with disk_errors(path):
-            folder.mkdir(exist_ok=True)
-            names = (folder / f"{path.name}.{i}" for i in itertools.count())
-            target = next(name for name in names if not name.exists())
-            os.replace(path, target)
-        self.quarantined.append(target)
-        logger.warning("ledger: %s moved to %s: %s", path, target, reason)

@@ -22,8 +22,8 @@ from p2p_diloco.ledger.snapshot import begins_with, chunk_hash, chunk_slices, re
 
 
 class Replay:
-    """Of the state that ``head`` names, at outer step ``step``. Any method may raise Gap, when no files lead there, or
-    no longer, and LedgerError, when the disk fails."""
+    """Computes the state that ``head`` names, at outer step ``step``, from the files. Any method may raise Gap, when no
+    files lead there, or no longer, and LedgerError, when the disk fails."""
 
     def __init__(self, ledger: Ledger, step: int, head: bytes) -> None:
         self.ledger = ledger
@@ -35,12 +35,13 @@ class Replay:
         self._take_a_way()
 
     def part(self, part: int) -> tuple[Vector, Vector]:
-        """(theta, momentum) of one part."""
+        """Returns (theta, momentum) of one part."""
         while (pair := self._computed(part)) is None:
             self._take_a_way()
         return pair
 
     def parts(self) -> Iterator[tuple[Vector, Vector]]:
+        """Returns (theta, momentum) of every part, in order, each computed when it is taken."""
         return (self.part(part) for part in range(len(self._chunks) // 2))
 
     def _take_a_way(self) -> None:
@@ -95,8 +96,8 @@ class Replay:
 
 
 def load(ledger: Ledger, theta_out: Vector, momentum_out: Vector, *, at_most: int | None = None) -> OuterState | None:
-    """The newest state that the ledger leads to, or that at outer step ``at_most``. Written into the two vectors,
-    float32 [n]; they are garbage when None comes back, for there is no sound snapshot."""
+    """Returns the newest state that the ledger leads to, or that at outer step ``at_most``. It is written into the two
+    vectors, float32 [n]; they are garbage when None comes back, for there is no sound snapshot."""
     while True:
         reached = [(step, head) for step, head in ledger.heads().items() if at_most is None or step <= at_most]
         if not reached:

@@ -34,7 +34,7 @@ What = Literal["state", "snapshot", "update"]
 
 @dataclass(frozen=True, kw_only=True)
 class Repair:
-    """Something of this peer's was not what it should be, and is again."""
+    """A repair that was made: something of this peer's was not what it should be, and is again."""
 
     what: What
     step: int
@@ -44,7 +44,8 @@ class Repair:
 
 
 class Replica:
-    """``theta`` and ``momentum``: float32 [n], written in place; theta may be shared with another process."""
+    """The outer state of one peer. ``theta`` and ``momentum`` are float32 [n] and written in place; theta may be shared
+    with another process."""
 
     def __init__(self, manifest: RunManifest, ledger: Ledger, theta: Vector, momentum: Vector) -> None:
         self.manifest = manifest
@@ -61,7 +62,7 @@ class Replica:
         self._lock = threading.Lock()
 
     def load(self, at_most: int | None = None) -> bool:
-        """Take the newest state that the ledger leads to, or that at outer step ``at_most``. False: there is none."""
+        """Takes the newest state that the ledger leads to, or that at outer step ``at_most``. False: there is none."""
         with self._lock:
             return self._load(at_most)
 
@@ -71,7 +72,8 @@ class Replica:
         return self.state is not None
 
     def commit(self, update: Update) -> None:
-        """Write the update, then apply it. ValueError, with nothing changed, when it does not follow from the state."""
+        """Writes the update, then applies it. Raises ValueError, with nothing changed, when it does not follow from the
+        state."""
         with self._lock:
             state, outer = self.loaded, self.manifest.spec.outer
             check_update(state, update, self.manifest.grid)
@@ -79,7 +81,7 @@ class Replica:
             apply_checked(state, update, self.manifest.grid, lr=outer.lr, momentum=outer.momentum)
 
     def roll_back(self, step: int) -> None:
-        """Go back to outer step ``step``, which the ledger leads to, and put aside what came after."""
+        """Goes back to outer step ``step``, which the ledger leads to, and put aside what came after."""
         with self._lock:
             self.ledger.truncate(step)
             self._load(step)
@@ -89,8 +91,8 @@ class Replica:
     # -- snapshots ---------------------------------------------------------------------------------------------------
 
     def missing_snapshots(self) -> list[tuple[int, bytes]]:
-        """(outer step, head) of those that ought to be there and that updates lead to, newest first: the last one that
-        is due, and what was found damaged."""
+        """Returns (outer step, head) of those that ought to be there and that updates lead to, newest first: the last
+        one that is due, and what was found damaged."""
         state, ledger = self.loaded, self.ledger
         wanted = {lost.step: lost.head for lost in ledger.lost_snapshots.values()}
         due = ledger.newest_due(state.step)
@@ -101,7 +103,7 @@ class Replica:
         return [(step, head) for step, head in ordered if ledger.way_to(step, head) is not None]
 
     def make_snapshots(self) -> None:
-        """Make what is missing from the snapshot before and the updates since, all of which are verified on the way;
+        """Makes what is missing from the snapshot before and the updates since, all of which are verified on the way;
         and see whether memory, if it stands there, holds the same."""
         with self._lock:
             while missing := self.missing_snapshots():
@@ -143,15 +145,15 @@ class Replica:
         return second
 
     def adopt_snapshot(self, path: Path, digest: bytes) -> None:
-        """As ``Ledger.adopt_snapshot``; the state in memory stays what it is."""
+        """Takes in a downloaded snapshot as ``Ledger.adopt_snapshot`` does; the state in memory stays what it is."""
         with self._lock:
             self.ledger.adopt_snapshot(path, digest)
 
     # -- repairs -----------------------------------------------------------------------------------------------------
 
     def mend(self) -> bool:
-        """Give memory the bits that the files lead to. Whether any were others. Nobody may use theta meanwhile, and who
-        has, takes it anew. Gap, with some of it mended, when the files do not lead here."""
+        """Gives memory the bits that the files lead to, and returns whether any were others. Nobody may use theta
+        meanwhile, and who has, takes it anew. Gap, with some of it mended, when the files do not lead here."""
         with self._lock:
             state = self.loaded
             replay = Replay(self.ledger, state.step, state.head)
@@ -169,19 +171,19 @@ class Replica:
             return flipped > 0
 
     def lost_updates(self) -> list[UpdateHeader]:
-        """Those between the oldest snapshot and here whose files turned out damaged, or gone."""
+        """Returns the updates between the oldest snapshot and here whose files turned out damaged, or gone."""
         return [header for step, header in sorted(self.ledger.lost_updates.items()) if step < self.loaded.step]
 
     def fill(self, update: Update) -> None:
-        """Take in an update that is lost; one that is not, changes nothing."""
+        """Takes in an update that is lost; one that is not, changes nothing."""
         with self._lock:
             if update.header in self.lost_updates():
                 self.ledger.append(update)
                 self._note(Repair(what="update", step=update.header.step, how="fetched"))
 
     def do_without(self) -> None:
-        """Nobody has what is lost. If a restart would not find the state without it, a snapshot of the state in memory
-        stands in for it; unless that is known to be wrong."""
+        """Gives up what is lost, for nobody has it. If a restart would not find the state without it, a snapshot of the
+        state in memory stands in for it; unless that is known to be wrong."""
         with self._lock:
             state, ledger = self.loaded, self.ledger
             lost = [Repair(what="snapshot", step=step, how="rewritten") for step in ledger.lost_snapshots]
@@ -195,7 +197,8 @@ class Replica:
             ledger.lost_snapshots, ledger.lost_updates = {}, {}
 
     def took_snapshot(self, step: int) -> None:
-        """Of outer step ``step``, from another peer, for mine was wrong, and so is what memory has made of it."""
+        """Notes that the snapshot of outer step ``step`` was taken from another peer: this peer's was wrong, and so is
+        what memory has made of it."""
         self.sound = False
         self._note(Repair(what="snapshot", step=step, how="fetched"))
 
@@ -207,11 +210,13 @@ class Replica:
 
     @property
     def loaded(self) -> OuterState:
+        """Returns the state. Raises LedgerError before there is one."""
         if self.state is None:
             raise LedgerError(f"{self.ledger.folder}: holds no state yet")
         return self.state
 
     def standing(self) -> Standing:
+        """Returns where this peer stands, and the heads that its ledger leads back to without a gap."""
         state, heads, way = self.loaded, self.ledger.heads(), [self.loaded.head]
         for step in range(state.step - 1, -1, -1):
             header = self.ledger.header(step)
@@ -221,6 +226,7 @@ class Replica:
         return Standing(step=state.step, head=state.head, heads=tuple(way[1:]), committed=state.step > 0)
 
     def newest_snapshot(self) -> SnapshotInfo:
+        """Returns what is known of the newest snapshot. Raises LedgerError where there is none."""
         snapshots = self.ledger.snapshots()
         if not snapshots:
             raise LedgerError(f"{self.ledger.folder}: holds no snapshot")
@@ -228,5 +234,5 @@ class Replica:
 
 
 def differing(one: tuple[Vector, Vector], other: tuple[Vector, Vector]) -> int:
-    """How many values of the two parts have other bits."""
+    """Returns how many values of the two parts have other bits."""
     return sum(int(np.count_nonzero(a.view(np.uint32) != b.view(np.uint32))) for a, b in zip(one, other))

@@ -27,6 +27,8 @@ START_BYTES = 512
 
 @dataclass(frozen=True, kw_only=True)
 class SnapshotInfo:
+    """What is known of a snapshot that was verified."""
+
     step: int
     head: bytes
     digest: bytes
@@ -37,12 +39,13 @@ class SnapshotInfo:
 
 
 def snapshot_bytes(n: int) -> int:
-    """Size of a snapshot of ``n`` values."""
+    """Returns the size of a snapshot of ``n`` values."""
     return START_BYTES + 2 * 4 * n
 
 
 def chunk_slices(n: int) -> list[slice]:
-    """Where the chunks lie in the file of a snapshot of ``n`` values, bytes; in the order of their hashes."""
+    """Returns where the chunks lie, in bytes, in the file of a snapshot of ``n`` values, in the order of their
+    hashes."""
     starts = (START_BYTES, START_BYTES + 4 * n)
     return [slice(start + 4 * where.start, start + 4 * where.stop) for start in starts for where in part_slices(n)]
 
@@ -50,8 +53,9 @@ def chunk_slices(n: int) -> list[slice]:
 def save_snapshot(
     parts: Iterable[tuple[Vector, Vector]], path: Path, *, step: int, head: bytes, n: int, run_id: str
 ) -> SnapshotInfo:
-    """Durable on return. ``parts``: (theta, momentum) of every part of the state in order, which may be made as they
-    are taken: an exception that comes out of there leaves the disk as it was."""
+    """Writes a snapshot, which is durable on return, and returns what is known of it. ``parts``: (theta, momentum) of
+    every part of the state in order, which may be made as they are taken: an exception that comes out of there leaves
+    the disk as it was."""
     slices = chunk_slices(n)
     hashes = [b""] * len(slices)
     with whole_file(path, snapshot_bytes(n)) as file:
@@ -69,8 +73,8 @@ def save_snapshot(
 
 
 def check_snapshot(path: Path, *, n: int, run_id: str) -> SnapshotInfo:
-    """Reads the file, all of it, a chunk at a time. ValueError unless it is a snapshot of ``n`` values, of this run,
-    whose content has the digest that it names."""
+    """Reads all of the file, a chunk at a time, and returns what is known of the snapshot. Raises ValueError unless it
+    is a snapshot of ``n`` values, of this run, whose content has the digest that it names."""
     size = path.stat().st_size
     if size != snapshot_bytes(n):
         raise ValueError(f"a snapshot of {size} bytes, expected {snapshot_bytes(n)}")
@@ -94,12 +98,12 @@ def check_snapshot(path: Path, *, n: int, run_id: str) -> SnapshotInfo:
 
 
 def starts_soundly(info: SnapshotInfo, *, n: int, run_id: str) -> bool:
-    """Whether the file still has the size and the header of that snapshot. Reads no values."""
+    """Returns whether the file still has the size and the header of that snapshot. Reads no values."""
     return begins_with(info.path, _start(n, info.step, info.head, info.digest, run_id), info.size_bytes)
 
 
 def begins_with(path: Path, start: bytes, size_bytes: int) -> bool:
-    """Whether the file is there, has this size, and begins like this."""
+    """Returns whether the file is there, has this size, and begins like this."""
     with disk_errors(path):
         try:
             with path.open("rb") as file:
@@ -109,12 +113,12 @@ def begins_with(path: Path, start: bytes, size_bytes: int) -> bool:
 
 
 def chunk_hash(chunk: bytes | memoryview) -> bytes:
-    """As in ``OuterState.chunk_hashes``."""
+    """Returns the hash of a chunk, as ``OuterState.chunk_hashes`` has it."""
     return blake3.blake3(chunk).digest()
 
 
 def read_chunk(path: Path, where: slice) -> bytes:
-    """Empty when the file is gone, short when it has been cut."""
+    """Returns the bytes of the file there: none when the file is gone, too few when it has been cut."""
     with disk_errors(path):
         try:
             with path.open("rb") as file:
@@ -141,7 +145,8 @@ class IncomingSnapshot:
         self._start = _start(n, step, head, self.digest, run_id)
 
     def open(self) -> set[int]:
-        """The chunks that are there. What is left of other snapshots' downloads is removed: they are overtaken."""
+        """Returns the chunks that are there. What is left of other snapshots' downloads is removed: they are
+        overtaken."""
         held = set()
         remove_incoming(self.path.parent, but=self.path)
         with disk_errors(self.path, self._size_bytes):
@@ -155,7 +160,7 @@ class IncomingSnapshot:
         return held
 
     def write(self, chunk: int, data: bytes) -> None:
-        """ValueError, with nothing written, when ``data`` is not that chunk."""
+        """Writes one chunk. Raises ValueError, with nothing written, when ``data`` is not that chunk."""
         if chunk_hash(data) != self._chunk_hashes[chunk]:
             raise ValueError(f"chunk {chunk} of the snapshot of outer step {self.step} with another hash than it has")
         with disk_errors(self.path, self._size_bytes), self.path.open("r+b") as file:
@@ -164,7 +169,7 @@ class IncomingSnapshot:
 
 
 def remove_incoming(folder: Path, but: Path | None = None) -> None:
-    """What downloads that broke off have left."""
+    """Removes what downloads that broke off have left, but for the file ``but``."""
     with disk_errors(folder):
         for path in folder.glob("incoming-*.part"):
             if path != but:

@@ -10,15 +10,15 @@ import pytest
 
 from p2p_diloco.core.errors import Stopped
 from p2p_diloco.core.interruption import (
+    STEP_GRACE_S,
     ending_signals,
     importing,
     interrupted,
     interruptible,
     run_cancellable,
+    stop_signals,
     undisturbed,
 )
-from p2p_diloco.lab import local
-from p2p_diloco.learn.train import stop_signals
 
 
 def test_a_signal_waits_for_the_end_of_what_is_undisturbed() -> None:
@@ -150,7 +150,7 @@ def test_a_closed_terminal_ends_training_once(first: signal.Signals) -> None:
             signal.raise_signal(first)
         signal.raise_signal(signal.SIGHUP)
         assert stop.requested
-    with local.stop_signals() as watched:
+    with stop_signals() as watched, watched.when_checked():
         signal.raise_signal(first)
         signal.raise_signal(signal.SIGHUP)
         assert watched.requested
@@ -183,3 +183,49 @@ def test_under_nohup_a_closed_terminal_is_nothing() -> None:
         assert signal.SIGHUP in ending_signals()
     finally:
         signal.signal(signal.SIGHUP, before)
+
+
+# -- a polite end: Stopped, at once or when what is under way has ended -----------------------------------------------
+
+
+def test_a_signal_stops_at_once_but_for_an_inner_step() -> None:
+    with stop_signals() as stop:
+        with stop.after_inner_step():
+            signal.raise_signal(signal.SIGTERM)
+            assert stop.requested, "and the inner step goes on"
+            with pytest.raises(Stopped), stop.at_once():
+                pytest.fail("nothing else begins")
+        assert signal.alarm(0) == 0, "nobody is interrupted later"
+    with stop_signals() as stop, pytest.raises(Stopped):
+        signal.raise_signal(signal.SIGTERM)
+
+
+def test_an_inner_step_has_some_seconds_to_end_in() -> None:
+    with stop_signals() as stop, stop.after_inner_step():
+        signal.raise_signal(signal.SIGTERM)
+        assert 0 < signal.alarm(0) <= STEP_GRACE_S
+        with pytest.raises(Stopped, match="in the middle of an inner step"):
+            signal.raise_signal(signal.SIGALRM)
+
+
+def test_the_second_signal_ends_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    raised: list[int] = []
+    before = signal.getsignal(signal.SIGTERM)
+    with stop_signals() as stop:
+        with pytest.raises(Stopped):
+            signal.raise_signal(signal.SIGTERM)
+        monkeypatch.setattr(signal, "raise_signal", raised.append)
+        with pytest.raises(Stopped):
+            stop.on_signal(signal.SIGTERM, None)
+        assert raised == [signal.SIGTERM]
+        assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_who_checks_is_stopped_there_and_nowhere_else() -> None:
+    with stop_signals() as stop, stop.when_checked():
+        stop.check()
+        signal.raise_signal(signal.SIGTERM)
+        assert signal.alarm(0) == 0, "however long it takes"
+        with pytest.raises(Stopped):
+            stop.check()

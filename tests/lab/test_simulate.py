@@ -18,15 +18,15 @@ from p2p_diloco.core.codecs import CODECS
 from p2p_diloco.core.errors import UsageError
 from p2p_diloco.core.outer import OuterState
 from p2p_diloco.core.update import Update
-from p2p_diloco.lab import replicas, shards, simulate
+from p2p_diloco.lab import shards, simulate, trainers
 from p2p_diloco.lab.checkpoint import CHECKPOINT_FILE
 from p2p_diloco.lab.recount import Past
-from p2p_diloco.lab.replicas import Replica
 from p2p_diloco.lab.simulate import SUMMARY_FILE, Simulation
+from p2p_diloco.lab.trainers import SimulatedTrainer
 from p2p_diloco.learn.data import Corpus
 from p2p_diloco.learn.inner import InnerOptimizer, Place, draws_drop, place_in_run
-from p2p_diloco.learn.layout import read_parameters, write_parameters
 from p2p_diloco.learn.model import build_model, evaluate, load_model, loss_of
+from p2p_diloco.learn.parameters import read_parameters, write_parameters
 from p2p_diloco.ledger.folder import find_run, load_state
 from tests.support.reference import diloco
 from tests.support.small_models import vector_of
@@ -196,7 +196,7 @@ def test_who_trained_alone_for_long_claims_no_more_than_a_peer_may(
     )
     found, reduce = list[Update](), simulation._reduce
 
-    def noted(members: Sequence[Replica], dropped: set[str]) -> tuple[Update, int]:
+    def noted(members: Sequence[SimulatedTrainer], dropped: set[str]) -> tuple[Update, int]:
         update, sent_bytes = reduce(members, dropped)
         found.append(update)
         return update, sent_bytes
@@ -336,7 +336,7 @@ def test_a_warm_start_goes_on_where_it_was_interrupted(
 ) -> None:
     if family == "gpt2":
         monkeypatch.setitem(SMALL, "model", WITH_DROPOUT)
-    monkeypatch.setattr(replicas, "WARM_KEPT_EVERY", 2)
+    monkeypatch.setattr(trainers, "WARM_KEPT_EVERY", 2)
     changes, made = {"simulate.warm_steps": 7}, list[int]()
     whole = open_small(tmp_path, changes, name="whole")
     step = InnerOptimizer.step

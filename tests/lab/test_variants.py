@@ -11,7 +11,7 @@ from p2p_diloco.core.outer import OuterState, genesis_state
 from p2p_diloco.core.update import Part, Update, UpdateHeader, contributor_mask
 from p2p_diloco.lab.simulation import SimulationSpec
 from p2p_diloco.lab.variants import OuterRule, prune, quantize, quantized_bytes
-from p2p_diloco.learn.layout import Layout
+from p2p_diloco.learn.parameters import Layout
 
 N = 1000
 LAYOUT = Layout(names=("w", "b"), shapes=((2, 4), (4,)), n=12)

@@ -13,8 +13,8 @@ from p2p_diloco.core.errors import UsageError
 from p2p_diloco.core.manifest import canonical_json
 from p2p_diloco.core.runfile import ModelSpec
 from p2p_diloco.learn.architecture import config_class_of, instantiate, portable, resolve_config
-from p2p_diloco.learn.layout import layout_of
 from p2p_diloco.learn.model import build_model, context_tokens
+from p2p_diloco.learn.parameters import layout_of
 from tests.support.small_models import LLAMA, llama, random_batch, resolved
 
 

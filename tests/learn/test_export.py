@@ -17,8 +17,8 @@ from p2p_diloco.core.manifest import RunManifest, canonical_json
 from p2p_diloco.core.runfile import ModelSpec, RunSpec
 from p2p_diloco.learn.architecture import resolve_config
 from p2p_diloco.learn.export import INFO_FILE, export_model, read_info, set_end_token
-from p2p_diloco.learn.layout import layout_of, read_parameters
 from p2p_diloco.learn.model import build_model, loss_of
+from p2p_diloco.learn.parameters import layout_of, read_parameters
 from p2p_diloco.learn.prompt import builtin_prompt
 from p2p_diloco.learn.sample import load_export
 from p2p_diloco.learn.tokenizer import with_end

@@ -17,8 +17,8 @@ from p2p_diloco.core.manifest import open_manifest
 from p2p_diloco.core.runfile import DataSpec, ModelSpec, RunSpec
 from p2p_diloco.learn import genesis, train
 from p2p_diloco.learn.genesis import make_start, start_run
-from p2p_diloco.learn.layout import layout_of, read_parameters
 from p2p_diloco.learn.model import build_model
+from p2p_diloco.learn.parameters import layout_of, read_parameters
 from p2p_diloco.ledger.folder import load_state
 
 OWNER = Identity.from_seed(bytes(32))

@@ -14,6 +14,7 @@ from safetensors.numpy import load
 
 from p2p_diloco.core.codec import Vector
 from p2p_diloco.core.errors import Stopped
+from p2p_diloco.core.interruption import stop_signals
 from p2p_diloco.core.runfile import DataSpec, InnerSpec, ModelSpec, OuterSpec, RunSpec
 from p2p_diloco.learn.data import Corpus
 from p2p_diloco.learn.inner import (
@@ -26,9 +27,8 @@ from p2p_diloco.learn.inner import (
     place_in_run,
     whole,
 )
-from p2p_diloco.learn.layout import bind_parameters, layout_of, read_parameters
 from p2p_diloco.learn.model import build_model, loss_of
-from p2p_diloco.learn.train import stop_signals
+from p2p_diloco.learn.parameters import bind_parameters, layout_of, read_parameters
 from tests.support.builders import identity
 
 CONFIG = {

@@ -13,7 +13,6 @@ import torch
 from p2p_diloco.core.errors import UsageError
 from p2p_diloco.core.runfile import ModelSpec
 from p2p_diloco.learn.architecture import resolve_config
-from p2p_diloco.learn.layout import layout_of, write_parameters
 from p2p_diloco.learn.model import (
     build_model,
     check_causal,
@@ -25,6 +24,7 @@ from p2p_diloco.learn.model import (
     model_of,
     pick_device,
 )
+from p2p_diloco.learn.parameters import layout_of, write_parameters
 from tests.support.families import small
 from tests.support.small_models import LLAMA, llama, manifest_of, random_batch, resolved, vector_of
 

@@ -12,8 +12,8 @@ from p2p_diloco.core.errors import UsageError
 from p2p_diloco.core.runfile import ModelSpec
 from p2p_diloco.learn.architecture import resolve_config
 from p2p_diloco.learn.export import INFO_FILE, export_model
-from p2p_diloco.learn.layout import layout_of, read_parameters
 from p2p_diloco.learn.model import build_model
+from p2p_diloco.learn.parameters import layout_of, read_parameters
 from p2p_diloco.learn.sample import choose, expectation, generate, in_margin, load_export, presented
 from p2p_diloco.learn.tokenizer import ByteTokenizer
 from tests.support import small_models

@@ -17,7 +17,7 @@ import torch
 from p2p_diloco.core.codec import Vector
 from p2p_diloco.core.config import PeerConfig
 from p2p_diloco.core.errors import NetworkError, UsageError
-from p2p_diloco.learn.layout import write_parameters
+from p2p_diloco.learn.parameters import write_parameters
 from p2p_diloco.learn.process import NetworkHandle
 from p2p_diloco.learn.swarm import Swarm
 from p2p_diloco.peer.control import (

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +15,8 @@ import torch
 from safetensors import safe_open
 
 from benchmarks.stage import write_texts
-from p2p_diloco.core.errors import DataError, LedgerError, NetworkError, Stopped
+from p2p_diloco.core.errors import DataError, LedgerError, NetworkError
+from p2p_diloco.core.interruption import Stop
 from p2p_diloco.core.manifest import RunManifest
 from p2p_diloco.core.runfile import RunSpec
 from p2p_diloco.learn import train as training
@@ -24,14 +24,11 @@ from p2p_diloco.learn.inner import INNER_FILE, InnerOptimizer, Place, place_in_r
 from p2p_diloco.learn.swarm import Swarm
 from p2p_diloco.learn.train import (
     SMALL_MODEL,
-    STEP_GRACE_S,
-    Stop,
     TrainConfig,
     good_threads,
     keep,
     open_run_corpus,
     resume,
-    stop_signals,
     train,
 )
 from p2p_diloco.ledger.disk import TEMPORARY
@@ -289,40 +286,3 @@ def test_text_that_is_not_the_runs_is_refused(text: Path) -> None:
 def test_small_models_have_one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "get_num_threads", lambda: 7)
     assert [good_threads(n) for n in (1, SMALL_MODEL - 1, SMALL_MODEL, 10 * SMALL_MODEL)] == [1, 1, 7, 7]
-
-
-# -- a wish to end -----------------------------------------------------------------------------------------------------
-
-
-def test_a_signal_stops_at_once_but_for_an_inner_step() -> None:
-    with stop_signals() as stop:
-        with stop.after_inner_step():
-            signal.raise_signal(signal.SIGTERM)
-            assert stop.requested, "and the inner step goes on"
-            with pytest.raises(Stopped), stop.at_once():
-                pytest.fail("nothing else begins")
-        assert signal.alarm(0) == 0, "nobody is interrupted later"
-    with stop_signals() as stop, pytest.raises(Stopped):
-        signal.raise_signal(signal.SIGTERM)
-
-
-def test_an_inner_step_has_some_seconds_to_end_in() -> None:
-    with stop_signals() as stop, stop.after_inner_step():
-        signal.raise_signal(signal.SIGTERM)
-        assert 0 < signal.alarm(0) <= STEP_GRACE_S
-        with pytest.raises(Stopped, match="in the middle of an inner step"):
-            signal.raise_signal(signal.SIGALRM)
-
-
-def test_the_second_signal_ends_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    raised: list[int] = []
-    before = signal.getsignal(signal.SIGTERM)
-    with stop_signals() as stop:
-        with pytest.raises(Stopped):
-            signal.raise_signal(signal.SIGTERM)
-        monkeypatch.setattr(signal, "raise_signal", raised.append)
-        with pytest.raises(Stopped):
-            stop.on_signal(signal.SIGTERM, None)
-        assert raised == [signal.SIGTERM]
-        assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
-    assert signal.getsignal(signal.SIGTERM) == before

@@ -23,7 +23,8 @@ from p2p_diloco.core.grid import Grid
 from p2p_diloco.core.outer import OuterState, apply, genesis_state
 from p2p_diloco.core.update import Part, Update, UpdateHeader, max_update_bytes, update_to_bytes
 from p2p_diloco.ledger import replay
-from p2p_diloco.ledger.ledger import ABANDONED_KEPT, Ledger
+from p2p_diloco.ledger.files import ABANDONED_KEPT
+from p2p_diloco.ledger.ledger import Ledger
 from p2p_diloco.ledger.snapshot import check_snapshot, snapshot_bytes
 
 N = 300

@@ -15,8 +15,8 @@ from p2p_diloco.core.errors import UsageError
 from p2p_diloco.core.manifest import RunManifest
 from p2p_diloco.core.runfile import ModelSpec
 from p2p_diloco.learn.architecture import resolve_config
-from p2p_diloco.learn.layout import layout_of
 from p2p_diloco.learn.model import build_model
+from p2p_diloco.learn.parameters import layout_of
 from p2p_diloco.learn.source import builtin_fingerprint
 from p2p_diloco.look import trial
 from p2p_diloco.look.fitness import MachineTrial

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 from p2p_diloco.core.codec import Vector
 from p2p_diloco.core.manifest import RunManifest
 from p2p_diloco.core.runfile import DataSpec, InnerSpec, OuterSpec, RoundSpec
-from p2p_diloco.learn.layout import layout_of
+from p2p_diloco.learn.parameters import layout_of
 from p2p_diloco.learn.process import NetworkHandle
 from p2p_diloco.learn.swarm import Swarm, anonymous_memory
 from p2p_diloco.peer.control import (

@@ -11,8 +11,8 @@ import torch
 from p2p_diloco.core.manifest import RunManifest, canonical_json
 from p2p_diloco.core.runfile import ModelSpec, RunSpec
 from p2p_diloco.learn.architecture import resolve_config
-from p2p_diloco.learn.layout import Layout, layout_of, read_parameters
 from p2p_diloco.learn.model import build_model
+from p2p_diloco.learn.parameters import Layout, layout_of, read_parameters
 
 LLAMA: dict[str, Any] = {
     "model_type": "llama",

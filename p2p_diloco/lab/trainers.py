@@ -1,4 +1,4 @@
-"""Who trains in a simulation, and what they start from."""
+"""The trainers of a simulation, and what they start from."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from p2p_diloco.lab.checkpoint import open_checkpoint, write_checkpoint
 from p2p_diloco.lab.simulation import SimulatedRun
 from p2p_diloco.learn.data import Corpus, locked
 from p2p_diloco.learn.inner import InnerOptimizer, place_in_run
-from p2p_diloco.learn.layout import bind_parameters, read_parameters, write_parameters
 from p2p_diloco.learn.model import build_model
+from p2p_diloco.learn.parameters import Parameters, tie
 from p2p_diloco.ledger.disk import disk_errors, write_whole
 
 log = logging.getLogger(__name__)
@@ -33,26 +33,26 @@ WARM_KEPT_EVERY = 500
 
 
 @dataclass(kw_only=True)
-class Replica:
-    """One of those who train. On the CPU the model's parameters lie in ``local``, as a peer's do."""
+class SimulatedTrainer:
+    """What a trainer is in a simulation: its text, its model with an inner optimizer, and what it has learned since it
+    took theta. On the CPU the model's parameters lie in ``local``, as a peer's do."""
 
     name: str
     corpus: Corpus
     inner: InnerOptimizer
+    parameters: Parameters
     local: Vector
-    """float32 [n]"""
+    """float32 [n]: the parameters, after ``read_local``."""
     tokens: int = 0
     """Since it took theta: what its next contribution stands for."""
     late: bool = False
     """It goes on from its own parameters for now, and takes theta when ``delay`` inner steps are over."""
 
     def read_local(self) -> None:
-        if self.inner.device.type != "cpu":
-            read_parameters(self.inner.model, self.local)
+        self.parameters.read(self.local)
 
     def write_local(self) -> None:
-        if self.inner.device.type != "cpu":
-            write_parameters(self.inner.model, self.local)
+        self.parameters.write(self.local)
 
     def learn(self, what: SimulatedRun, state: OuterState, inner_steps: Sequence[int]) -> list[float]:
         """The inner steps before the outer step that follows ``state``; their losses, nats per token. They are counted
@@ -82,25 +82,18 @@ def seed_dropout(seed: int, name: str, step: int) -> None:
     torch.manual_seed(int.from_bytes(drawn[:8], "big") >> 1)
 
 
-def new_replica(manifest: RunManifest, name: str, corpus: Corpus, theta: Vector, device: torch.device) -> Replica:
+def new_trainer(
+    manifest: RunManifest, name: str, corpus: Corpus, theta: Vector, device: torch.device
+) -> SimulatedTrainer:
+    """Returns a trainer that stands at theta, float32 [n]."""
     n = len(theta)
     # A peer's local begins after theta in one mapping: where vectors begin may decide how a sum is vectorized.
     local: Vector = np.frombuffer(mmap.mmap(-1, 2 * 4 * n), np.float32)[n:]
     local[:] = theta
     model = build_model(manifest.transformers_config, seed=None).to(device)
-    if device.type == "cpu":
-        bind_parameters(model, local)
-    else:
-        write_parameters(model, local)
-    return Replica(name=name, corpus=corpus, inner=InnerOptimizer(model, manifest.spec, device), local=local)
-
-
-def show_theta(model: torch.nn.Module, theta: Vector) -> None:
-    """On the CPU the model's parameters *are* theta from the first time on."""
-    if next(model.parameters()).device.type == "cpu":
-        bind_parameters(model, theta)
-    else:
-        write_parameters(model, theta)
+    parameters = tie(model, local)
+    inner = InnerOptimizer(model, manifest.spec, device)
+    return SimulatedTrainer(name=name, corpus=corpus, inner=inner, parameters=parameters, local=local)
 
 
 def warm_start(
@@ -119,7 +112,7 @@ def warm_start(
     path = folder / f"warm-{digest(b'warm start', canonical_json(depends))[:8].hex()}.float32"
     with locked(path.with_suffix(".lock")):
         if not path.exists():
-            warm = new_replica(manifest.model_copy(update={"spec": spec}), WARM_NAME, corpus, theta, device)
+            warm = new_trainer(manifest.model_copy(update={"spec": spec}), WARM_NAME, corpus, theta, device)
             make_warm(warm, steps, path.with_suffix(""))
             with disk_errors(path, 4 * len(theta)):
                 write_whole(path, [warm.local.data.cast("B")], 4 * len(theta))
@@ -128,7 +121,7 @@ def warm_start(
     return kept
 
 
-def make_warm(warm: Replica, steps: int, folder: Path) -> None:
+def make_warm(warm: SimulatedTrainer, steps: int, folder: Path) -> None:
     """Have it learn alone; ``folder`` is for its checkpoints."""
     inner, first = warm.inner, 0
     with open_checkpoint(folder) as checkpoint:
