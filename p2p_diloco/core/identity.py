@@ -75,6 +75,7 @@ class Identity:
     def save(self, path: Path) -> None:
         """Writes the file whole, for this user alone. Raises UsageError when it cannot be written, LedgerError when the
         disk is full."""
+        # By hand what ``ledger.disk.replacing`` does, as core imports nothing from the packages above it.
         temporary = path.with_name(path.name + ".tmp")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
