@@ -229,3 +229,11 @@ def test_who_checks_is_stopped_there_and_nowhere_else() -> None:
         assert signal.alarm(0) == 0, "however long it takes"
         with pytest.raises(Stopped):
             stop.check()
+
+
+def test_what_comes_between_two_waits_is_over_with_its_block() -> None:
+    with stop_signals() as stop, stop.when_checked():
+        with stop.at_once():
+            pass
+        signal.raise_signal(signal.SIGTERM)
+        assert stop.requested, "and it is waited for a check"
