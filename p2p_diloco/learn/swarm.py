@@ -21,7 +21,8 @@ import mmap
 import os
 import tempfile
 import time
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
@@ -107,11 +108,8 @@ class Swarm:
         with nothing left behind.
         """
         swarm = cls.find(config, timeouts=timeouts, role=role, manifest_path=manifest_path)
-        try:
+        with closed_on_failure(swarm):
             swarm.wait_for_state()
-        except BaseException:
-            swarm.close("could not join")
-            raise
         return swarm
 
     @classmethod
@@ -132,22 +130,16 @@ class Swarm:
             check_maddr(maddr)
         memory = anonymous_memory()
         swarm = cls(NetworkHandle.start(config, timeouts or Timeouts(), role, manifest_path, memory), memory)
-        try:
+        with closed_on_failure(swarm):
             swarm.wait_for_manifest()
-        except BaseException:
-            swarm.close("could not join")
-            raise
         return swarm
 
     def wait_for_manifest(self) -> None:
-        """Until the run is found; ``find`` does this. Raises as ``join``; the swarm is to be closed then."""
+        """Returns when the run is found; ``find`` does this. Raises as ``join``; the swarm is to be closed then."""
         found = self._network.wait(Found)
         self.folder = found.folder
         self.manifest = open_manifest(found.manifest_path.read_bytes(), str(found.manifest_path))
-        n = self.manifest.n_params
-        shared = np.frombuffer(mmap.mmap(self._descriptor, 2 * 4 * n), np.float32)
-        self.theta, self.local = shared[:n], shared[n:]
-        self.theta.flags.writeable = False
+        self.theta, self.local = shared_vectors(self._descriptor, self.manifest.n_params)
         self.planned = self.manifest.spec.inner.steps
 
     def wait_for_state(self) -> None:
@@ -172,22 +164,22 @@ class Swarm:
 
     @property
     def done(self) -> bool:
-        """Whether the run's last outer step has been made."""
+        """Returns whether the run's last outer step has been made."""
         return self.step >= self.manifest.spec.outer.steps
 
     @property
     def rows(self) -> list[dict[str, Any]]:
-        """Everybody's record, mine first; renewed every second."""
+        """Returns everybody's record, mine first; renewed every second."""
         return self._network.rows
 
     @property
     def evaluation(self) -> tuple[int, float] | None:
-        """(outer step, held-out loss) of the swarm's newest evaluation; None before there is one."""
+        """Returns (outer step, held-out loss) of the swarm's newest evaluation; None before there is one."""
         return self._network.evaluation
 
     @property
     def evaluate_now(self) -> bool:
-        """Whether it is this peer's turn to evaluate theta."""
+        """Returns whether it is this peer's turn to evaluate theta."""
         return self._evaluate
 
     def load_into(self, model: torch.nn.Module) -> None:
@@ -201,7 +193,8 @@ class Swarm:
         tie(model, self.local)
 
     def begin(self) -> None:
-        """Take theta as it is now into ``local``, and count as training from here on. ``load_into`` does this."""
+        """Takes theta as it is now into ``local``; this peer counts as training from here on. ``load_into`` does
+        this."""
         if not self.peer_id:
             raise RuntimeError("theta is not here yet: wait_for_state comes before it is taken")
         self._network.say(Begin(planned=self.planned))
@@ -227,13 +220,13 @@ class Swarm:
 
     @property
     def tokens_since_theta(self) -> int:
-        """What the next contribution stands for."""
+        """Returns the tokens that the next contribution stands for."""
         return self._tokens_since_theta
 
     @property
     def tokens_this_step(self) -> int:
-        """Since the outer step at which this peer stands; fewer than since theta, where a lost
-        contribution is kept."""
+        """Returns the tokens trained on since the outer step at which this peer stands; fewer than since theta, where a
+        lost contribution is kept."""
         return self._tokens_this_step
 
     def theta_in(self, model: torch.nn.Module) -> AbstractContextManager[None]:
@@ -266,8 +259,8 @@ class Swarm:
         )
 
     def outer_step_due(self) -> bool:
-        """Whether the planned inner steps are done, or the round closes before another one would end, or the swarm has
-        gone on without this peer. It never waits."""
+        """Returns whether the planned inner steps are done, or the round closes before another one would end, or the
+        swarm has gone on without this peer. It never waits."""
         closes_s = self._network.closes_s
         closes_in_s = None if closes_s is None else closes_s - time.monotonic()
         return outer_step_due(
@@ -312,13 +305,32 @@ class Swarm:
         self._network.say(Evaluated(step=self.step, held_out_loss=finite, tokens=tokens, seconds=seconds))
 
     def serve(self) -> None:
-        """For a seed: until a signal handler raises. Raises what ended the network process, if that ends first."""
+        """Follows the swarm, on a seed, until a signal handler raises. Raises what ended the network process, if that
+        ends first."""
         while isinstance(line := self._network.wait(Moved, Left), Moved):
             self.step, self.head = line.step, line.head
 
 
+@contextmanager
+def closed_on_failure(swarm: Swarm) -> Iterator[None]:
+    """Closes the handle where the block raises, so that nothing is left behind."""
+    try:
+        yield
+    except BaseException:
+        swarm.close("could not join")
+        raise
+
+
+def shared_vectors(memory: int, n: int) -> tuple[Vector, Vector]:
+    """Returns theta, read-only here, and local, float32 [n] each, in the memory behind this descriptor."""
+    shared = np.frombuffer(mmap.mmap(memory, 2 * 4 * n), np.float32)
+    theta, local = shared[:n], shared[n:]
+    theta.flags.writeable = False
+    return theta, local
+
+
 def anonymous_memory() -> int:
-    """Descriptor of memory without a name, empty: gone with the last process that has it open."""
+    """Returns a descriptor of memory without a name, empty: gone with the last process that has it open."""
     if hasattr(os, "memfd_create"):
         descriptor = os.memfd_create("p2p-diloco")
     else:
