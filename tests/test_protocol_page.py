@@ -57,6 +57,7 @@ LOCAL = {
     **dict.fromkeys(("INNER_EVENT_EVERY_S", "LOOK_EVERY_S", "RENDER_EVERY_S"), "events and metrics"),
     **dict.fromkeys(("MAX_CONNECTIONS", "MAX_HEAD_BYTES", "READ_BYTES", "GZIP_FROM_BYTES"), "the web server"),
     **dict.fromkeys(("MAX_CHARS", "TYPE_CHECKING"), "what a user may write; the interpreter"),
+    "STEP_GRACE_S": "how long Ctrl+C waits",
 }
 """Numbers of these rooms that no other peer can tell: name -> what they are for."""
 

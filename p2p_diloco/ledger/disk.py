@@ -23,15 +23,13 @@ from p2p_diloco.core.errors import LedgerError, disk_failure
 
 TEMPORARY = ".tmp"
 """Ends the names of files that are being written."""
-FOR_EVERYBODY = 0o666
-"""As far as the user's umask allows."""
 
 
 @contextmanager
-def replacing(path: Path, permissions: int = FOR_EVERYBODY) -> Iterator[IO[bytes]]:
+def replacing(path: Path, permissions: int = 0o666) -> Iterator[IO[bytes]]:
     """Yields a file under a temporary name, which takes the place of ``path`` at the end of the block. Raises OSError
     when the disk fails or is full. Whatever is raised, what was at ``path`` is still there and nothing is left
-    behind."""
+    behind. A new file has these ``permissions``, as far as the user's umask allows."""
     temporary = path.with_name(path.name + TEMPORARY)
     try:
         with open(temporary, "wb", opener=lambda name, flags: os.open(name, flags, permissions)) as file:
