@@ -25,6 +25,8 @@ TESTS: dict[str, tuple[str, ...]] = {
     "p2p_diloco/round/gathering.py": ("tests/round/test_matchmaking.py",),
     "p2p_diloco/round/company.py": ("tests/round/test_matchmaking.py",),
     "p2p_diloco/peer/catchup.py": ("tests/peer/test_catchup.py",),
+    "p2p_diloco/peer/donors.py": ("tests/peer/test_catchup.py",),
+    "p2p_diloco/peer/snapshots.py": ("tests/peer/test_catchup.py",),
     "p2p_diloco/peer/download.py": ("tests/peer/test_download.py", "tests/peer/test_catchup.py"),
     "p2p_diloco/ledger/files.py": ("tests/ledger/test_ledger.py",),
     "p2p_diloco/ledger/ledger.py": ("tests/ledger/test_ledger.py",),

@@ -351,7 +351,7 @@ def test_the_decoder_of_the_tests_has_what_the_page_has() -> None:
 
 
 def test_how_often_a_peer_may_measure() -> None:
-    probes = Probes(transport=cast(Any, None), seat=cast(Any, None), wall_s=float)
+    probes = Probes(here=cast(Any, None))
 
     def bucket(quota: Quota) -> str:
         return f"{quota._burst} at once, 1 in {1 / quota._per_s:g} s"

@@ -4,17 +4,20 @@ It runs in the network process, or in memory in tests. It never imports torch, a
 
 Its files, from the bottom up:
 
-    control    what trainer and network process say to each other
-    download   chunks or updates from several donors at a time
-    catchup    the way to the swarm's head: heads, updates and snapshots from donors
-    uploads    what a donor sends to those who catch up
-    upkeep     snapshots in time, damage found and mended, bits compared with the others'
-    presence   what a peer makes known about itself: records published and pushed
-    follower   the way to where the swarm is
-    probes     what others may measure with a peer: dial backs, transfers, its clock
-    reception  streams that others open, and who answers them
-    peer       the network side of one peer, on any transport: its life and its outer steps
-    web        a small HTTP server that strangers may reach
-    metrics    one peer's metrics for Prometheus
-    network    the network process
+    control      what trainer and network process say to each other
+    download     chunks or updates from several donors at a time
+    donors       which peers serve what, and the way that one of them shows
+    snapshots    a snapshot from donors: which one to believe, its index, its chunks
+    catchup      the way to the swarm's head: heads, updates and snapshots from donors
+    uploads      what a donor sends to those who catch up
+    upkeep       snapshots in time, damage found and mended, bits compared with the others'
+    presence     what a peer makes known about itself: records published and pushed
+    follower     the way to where the swarm is
+    probes       what others may measure with a peer: dial backs, transfers, its clock
+    reception    streams that others open, and who answers them
+    outer_steps  a trainer's outer steps: rounds tried, an update committed, or the swarm's state taken
+    peer         the network side of one peer, on any transport: its parts and its life
+    web          a small HTTP server that strangers may reach
+    metrics      one peer's metrics for Prometheus
+    network      the network process
 """

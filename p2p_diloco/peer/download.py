@@ -22,16 +22,15 @@ from statistics import median
 from typing import Protocol
 
 from p2p_diloco.core.config import Timeouts
-from p2p_diloco.core.directory import Directory
 from p2p_diloco.core.errors import Misbehaved, Refused, RemoteError
 from p2p_diloco.core.grid import Grid
 from p2p_diloco.core.records import Record
 from p2p_diloco.core.update import Update, max_update_bytes, update_from_bytes
-from p2p_diloco.core.waiting import Bell, heard
+from p2p_diloco.core.waiting import Bell, heard, now_s
 from p2p_diloco.ledger.snapshot import IncomingSnapshot
-from p2p_diloco.wire.channel import Channel, Transport
+from p2p_diloco.round.here import Here
+from p2p_diloco.wire.channel import Channel
 from p2p_diloco.wire.messages import AskChunk, AskUpdate, Message
-from p2p_diloco.wire.traffic import Traffic
 
 log = logging.getLogger(__name__)
 
@@ -180,10 +179,7 @@ class Handout:
 class Download:
     """``donors``: who is asked, in this order. ``items``: those of ``wanted`` that are missing."""
 
-    transport: Transport
-    protocol: str
-    directory: Directory
-    timeouts: Timeouts
+    here: Here
     wanted: Wanted
     items: Iterable[int]
     limit: int
@@ -199,7 +195,7 @@ class Download:
     """Peer ids of the donors that something came from."""
 
     def __post_init__(self) -> None:
-        late_s = self.wanted.depth * self.wanted.item_bytes / self.timeouts.slow_rate_bytes_per_s
+        late_s = self.wanted.depth * self.wanted.item_bytes / self.here.timeouts.slow_rate_bytes_per_s
         self.handout = Handout(self.items, limit=self.limit, late_s=late_s)
         self._waiting = deque(self.donors)
 
@@ -232,7 +228,7 @@ class Download:
                 await self._fetch_from(donor)
             except RemoteError as error:
                 self.refused |= isinstance(error, Refused)
-                drop(error, self.directory, self.transport.traffic)
+                drop(error, self.here)
             finally:
                 self.handout.give_back(donor.peer_id)
                 self.changed.ring()
@@ -245,23 +241,23 @@ class Download:
             while self.handout.missing:
                 changed = self.changed.event
                 while len(owed) < self.wanted.depth:
-                    item = self.handout.take(donor.peer_id, _now_s())
+                    item = self.handout.take(donor.peer_id, now_s())
                     if item is None:
                         break
                     if channel is None:
-                        channel = await self.transport.open(donor.peer_id, donor.maddrs, self.protocol)
+                        channel = await self.here.transport.open(donor.peer_id, donor.maddrs, self.here.protocol)
                     await channel.send(self.wanted.request(item))
                     owed.append(item)
                 if channel is not None and owed:
                     await self.wanted.receive(channel, owed[0])
-                    if self.handout.arrived(owed.popleft(), donor.peer_id, _now_s()):
+                    if self.handout.arrived(owed.popleft(), donor.peer_id, now_s()):
                         self.gave.add(donor.peer_id)
                         self.changed.ring()
                     continue
                 if channel is not None:
                     self._close(channel)
                     channel = None
-                await heard(changed, self.handout.wait_s(_now_s()))
+                await heard(changed, self.handout.wait_s(now_s()))
         finally:
             if channel is not None:
                 self._close(channel)
@@ -271,17 +267,33 @@ class Download:
         channel.close()
 
 
-def drop(error: RemoteError, directory: Directory, traffic: Traffic) -> None:
-    """Say why a donor is asked no more. Who refuses is an honest peer; the others are not counted on."""
-    traffic.reject(error)
-    donor = directory.get(error.peer_id)
+@dataclass(kw_only=True)
+class Tally:
+    """What the downloads of one catch-up have taken, whether it succeeds or not."""
+
+    bytes_received: int = 0
+    donors: set[str] = field(default_factory=set)
+    """Peer ids of those that something came from."""
+    refused: bool = False
+    """Whether a donor was busy, or had not what it was asked for."""
+    snapshot: bool = False
+    """Whether a snapshot came."""
+
+    def add(self, download: Download) -> None:
+        """Counts what a download has taken, once it is over."""
+        self.bytes_received += download.bytes_received
+        self.donors |= download.gave
+        self.refused |= download.refused
+
+
+def drop(error: RemoteError, here: Here) -> None:
+    """Says why a donor is asked no more. A donor that refuses is an honest peer; any other is not counted on until it
+    signs a newer record."""
+    here.transport.traffic.reject(error)
+    donor = here.directory.get(error.peer_id)
     label = donor.label if donor else error.peer_id[-8:]
     if isinstance(error, Refused):
         log.info("donor %s cannot serve now: %s", label, error.reason)
     else:
         log.info("donor %s dropped: %s", label, error.reason)
-        directory.suspect(error.peer_id)
-
-
-def _now_s() -> float:
-    return asyncio.get_running_loop().time()
+        here.directory.suspect(error.peer_id)

@@ -13,18 +13,16 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from p2p_diloco.core.config import Timeouts
-from p2p_diloco.core.directory import Directory
 from p2p_diloco.core.events import EventLog
 from p2p_diloco.core.swarm_head import from_nowhere, must_catch_up, swarm_head
+from p2p_diloco.core.waiting import now_s
 from p2p_diloco.ledger.replica import Replica
 from p2p_diloco.peer.catchup import Catchup
 from p2p_diloco.peer.presence import Presence
 from p2p_diloco.peer.upkeep import Upkeep
-from p2p_diloco.round.seat import Seat
+from p2p_diloco.round.here import Here
 
 log = logging.getLogger(__name__)
 
@@ -36,15 +34,12 @@ WAYS_ASKED = 8
 
 @dataclass(kw_only=True, eq=False)
 class Follower:
+    here: Here
     replica: Replica
-    seat: Seat
-    directory: Directory
     catchup: Catchup
     upkeep: Upkeep
     presence: Presence
     events: EventLog
-    timeouts: Timeouts
-    wall_s: Callable[[], float]
     by_itself: bool = True
     """A seed, and a trainer that has not begun: the state goes where the swarm goes. From then on, at outer steps."""
     moving: asyncio.Lock = field(default_factory=asyncio.Lock)
@@ -58,12 +53,12 @@ class Follower:
 
     def target(self) -> tuple[int, bytes] | None:
         """Outer step and head of the swarm, as far as others are believed; None where there is none but mine."""
-        mine = self.seat.standing if self.replica.state is not None else None
-        return swarm_head(self.directory.believed(self.wall_s()), mine, self.directory.before)
+        mine = self.here.seat.standing if self.replica.state is not None else None
+        return swarm_head(self.here.directory.believed(self.here.wall_s()), mine, self.here.directory.before)
 
     def must_move(self) -> bool:
         """Nobody waits for me here any more, or what I hold is wrong."""
-        return not self.replica.sound or must_catch_up(self.seat.standing, self.target())
+        return not self.replica.sound or must_catch_up(self.here.seat.standing, self.target())
 
     async def run(self) -> None:
         """Until cancelled. Records go on coming meanwhile: what is downloaded may take longer than they last."""
@@ -80,9 +75,9 @@ class Follower:
             if self.by_itself:
                 await self.catch_up(patience_s=0.0)
                 self.presence.publish_now.ring()
-            elif self.seat.phase in ("inner", "evaluate") and not self.behind:
+            elif self.here.seat.phase in ("inner", "evaluate") and not self.behind:
                 self.behind = True
-                self.seat.changed.ring()
+                self.here.seat.changed.ring()
                 if (target := self.target()) is not None:
                     await self.catchup.fetch_ahead(target)
 
@@ -91,25 +86,27 @@ class Follower:
         is ahead of them, and not elsewhere, however far that is."""
         if self.replica.state is None:
             return
-        now_s = self._now()
-        self._ways_asked = {peer_id: until_s for peer_id, until_s in self._ways_asked.items() if until_s > now_s}
-        claims = from_nowhere(self.directory.believed(self.wall_s()), self.seat.standing, self.directory.before)
+        asked_s = now_s()
+        self._ways_asked = {peer_id: until_s for peer_id, until_s in self._ways_asked.items() if until_s > asked_s}
+        directory = self.here.directory
+        voters = directory.believed(self.here.wall_s())
+        claims = from_nowhere(voters, self.here.seat.standing, directory.before)
         unasked = {record.head: record for record in claims if record.peer_id not in self._ways_asked}
         chosen = list(unasked.values())[:WAYS_ASKED]
-        self._ways_asked |= {record.peer_id: now_s + self.timeouts.record_life_s for record in chosen}
+        self._ways_asked |= {record.peer_id: asked_s + self.here.timeouts.record_life_s for record in chosen}
         await asyncio.gather(*(self.catchup.learn_way(record) for record in chosen))
 
     async def catch_up(self, patience_s: float) -> bool:
         """Go to the swarm's head, and on while it moves. Whether a snapshot had to be downloaded. A newcomer, who has
         no state, waits up to ``patience_s`` for somebody who gives it one; after a download that broke off, until all
         who then failed it, perhaps because it was cut off itself, must have signed newer records, and as long again."""
-        deadline_s, snapshot = self._now() + patience_s, False
+        deadline_s, snapshot = now_s() + patience_s, False
         if not self.replica.sound:
             await self.upkeep.mend()
         while True:
             target, caught_up = self.target(), None
-            if target is not None and (self.replica.state is None or must_catch_up(self.seat.standing, target)):
-                started_s = self._now()
+            if target is not None and (self.replica.state is None or must_catch_up(self.here.seat.standing, target)):
+                started_s = now_s()
                 await self.upkeep.settled()
                 caught_up = await self.catchup.to(target)
                 if caught_up is None:
@@ -119,17 +116,17 @@ class Follower:
                     self.presence.take_standing()  # a download that broke off may have moved it part of the way
                 if self.catchup.promising:
                     self.catchup.promising = False  # one try is one reason to wait
-                    deadline_s = self._now() + self.timeouts.record_life_s + patience_s
-                if self.replica.state is not None or self._now() >= deadline_s:
+                    deadline_s = now_s() + self.here.timeouts.record_life_s + patience_s
+                if self.replica.state is not None or now_s() >= deadline_s:
                     return snapshot
-                await asyncio.sleep(self.timeouts.refresh_s)
+                await asyncio.sleep(self.here.timeouts.refresh_s)
                 await self.presence.refresh()
                 continue
             self._in_vain = 0
             snapshot = snapshot or caught_up.snapshot
             self.presence.take_standing()
             self.upkeep.moved()
-            self.events.write("caught_up", seconds=self._now() - started_s, **vars(caught_up))
+            self.events.write("caught_up", seconds=now_s() - started_s, **vars(caught_up))
             if caught_up.rolled_back:
                 log.warning("gave up %d outer steps that the swarm did not share", caught_up.rolled_back)
             await self.presence.push_to_all()  # the answers say how far the swarm is by now
@@ -139,9 +136,5 @@ class Follower:
         self._in_vain += 1
         if self._in_vain >= PATIENCE:
             self._in_vain = 0
-            count = self.directory.doubt(target[1], self.wall_s(), self.timeouts.record_life_s)
+            count = self.here.directory.doubt(target[1], self.here.wall_s(), self.here.timeouts.record_life_s)
             log.warning("%d peers claim outer step %d, and none has shown the way there", count, target[0])
-
-    @staticmethod
-    def _now() -> float:
-        return asyncio.get_running_loop().time()

@@ -68,7 +68,7 @@ class PeerMetrics:
         """Until cancelled. UsageError when nobody can listen there."""
         await self.look()
         try:
-            async with serving(endpoint.host, endpoint.port, self.page, self.peer.timeouts):
+            async with serving(endpoint.host, endpoint.port, self.page, self.peer.here.timeouts):
                 while True:
                     await asyncio.sleep(LOOK_EVERY_S)
                     await self.look()
@@ -78,7 +78,7 @@ class PeerMetrics:
     async def look(self) -> None:
         """Around, at what cannot be read off the peer."""
         self.surroundings = Surroundings(
-            links=await self.peer.transport.links(),
+            links=await self.peer.here.transport.links(),
             ledger_bytes=await asyncio.to_thread(folder_bytes, self.peer.replica.ledger.folder),
             trainer_bytes=resident_bytes(self._trainer_pid),
         )
@@ -168,7 +168,7 @@ class PeerMetrics:
         yield counters("repairs_total", text, "what", {what: totals.repairs[what] for what in REPAIRS})
 
     def _network(self) -> Iterator[Metric]:
-        peer, traffic, around = self.peer, self.peer.transport.traffic, self.surroundings
+        peer, traffic, around = self.peer, self.peer.here.transport.traffic, self.surroundings
         text = "Bytes handed to and taken from p2pd, by direction and by what they were for."
         moved = CounterMetricFamily(PREFIX + "bytes_total", text, labels=("direction", "purpose"))
         for direction, counts in (("sent", traffic.sent), ("received", traffic.received)):
@@ -179,7 +179,7 @@ class PeerMetrics:
         rejected = {reason: traffic.rejected[reason] for reason in REASONS}
         yield counters("rejected_messages_total", text, "reason", rejected)
         text = "Other peers of the run whose records are alive."
-        yield gauge("peers_seen", text, len(peer.directory.live(peer.wall_s())))
+        yield gauge("peers_seen", text, len(peer.here.live()))
         links = {"direct": around.links.direct, "relay": around.links.relayed}
         yield gauges("connections", "Open connections of p2pd to other peers.", "kind", links)
         yield gauge("dht_table_size", "Peers in the routing table of the DHT.", around.links.routing_table)

@@ -237,7 +237,7 @@ class NetworkProcess:
 
     async def _leave(self, peer: Peer, reason: str) -> None:
         try:
-            async with deadline(peer.timeouts.leave_s / 2):
+            async with deadline(peer.here.timeouts.leave_s / 2):
                 await peer.leave(reason)
         except asyncio.TimeoutError:
             log.info("leaving without having told everybody")

@@ -8,20 +8,19 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from p2p_diloco import __version__
 from p2p_diloco.core.addresses import Endpoint
-from p2p_diloco.core.directory import Directory
 from p2p_diloco.core.errors import Misbehaved, RemoteError
-from p2p_diloco.core.identity import Identity
-from p2p_diloco.core.records import HEADS_SHOWN, RUNS_KEY, Record, Role, peers_key, seal_record
+from p2p_diloco.core.events import EventLog
+from p2p_diloco.core.records import HEADS_SHOWN, RUNS_KEY, Phase, Record, Role, peers_key, seal_record
 from p2p_diloco.core.roster import announces_run
 from p2p_diloco.core.waiting import Bell, heard
 from p2p_diloco.ledger.replica import Replica
-from p2p_diloco.round.seat import Seat
-from p2p_diloco.wire.channel import Channel, Transport, run_protocol
+from p2p_diloco.round.here import Here
+from p2p_diloco.wire.channel import Channel
 from p2p_diloco.wire.messages import Push
 
 log = logging.getLogger(__name__)
@@ -52,16 +51,13 @@ class LastRound:
 
 @dataclass(kw_only=True, eq=False)
 class Presence:
-    transport: Transport
-    identity: Identity
+    here: Here
     replica: Replica
-    directory: Directory
-    seat: Seat
+    events: EventLog
     role: Role
     name: str
     metrics: Endpoint | None
     """Where metrics are served."""
-    wall_s: Callable[[], float]
     trained: Trained = field(default_factory=Trained)
     last_round: LastRound = field(default_factory=LastRound)
     publish_now: Bell = field(default_factory=Bell)
@@ -78,21 +74,21 @@ class Presence:
         while True:
             rung = self.publish_now.event
             await self.publish()
-            await heard(rung, self.transport.timeouts.record_every_s)
+            await heard(rung, self.here.timeouts.record_every_s)
 
     async def publish(self) -> None:
-        self._maddrs = await self.transport.maddrs()
+        self._maddrs = await self.here.transport.maddrs()
         record = self.record()
-        sealed = self.seat.sealed_record = seal_record(record, self.identity)
-        await self.transport.publish(peers_key(self._run_id), sealed, record.expires_s)
-        if announces_run(self.directory.live(self.wall_s()), self.identity.peer_id):
-            await self.transport.publish(RUNS_KEY, sealed, record.expires_s)
+        sealed = self.here.seat.sealed_record = seal_record(record, self.here.identity)
+        await self.here.transport.publish(peers_key(self._run_id), sealed, record.expires_s)
+        if announces_run(self.here.live(), self.here.peer_id):
+            await self.here.transport.publish(RUNS_KEY, sealed, record.expires_s)
 
     async def refresh(self) -> None:
         """Read everybody's record in the DHT."""
-        for sealed in await self.transport.look_up(peers_key(self._run_id)):
+        for sealed in await self.here.transport.look_up(peers_key(self._run_id)):
             try:
-                self.directory.learn(sealed, self.wall_s())
+                self.here.directory.learn(sealed, self.here.wall_s())
             except ValueError as error:
                 log.debug("a record in the DHT is not sound: %s", error)
         self.heard.ring()
@@ -100,12 +96,17 @@ class Presence:
     async def refresh_loop(self) -> None:
         """Until cancelled: every ``refresh_s``."""
         while True:
-            await asyncio.sleep(self.transport.timeouts.refresh_s)
+            await asyncio.sleep(self.here.timeouts.refresh_s)
             await self.refresh()
 
     async def push_to_all(self) -> None:
         """Tell everybody at once: I have joined, caught up, or am leaving. They answer with where they stand."""
-        await self.push(self.directory.live(self.wall_s()))
+        await self.push(self.here.live())
+
+    async def push_to_seeds(self) -> None:
+        """Tells the seeds where I stand, and they follow at once: what a group has committed shall soon be in more
+        hands than the group's."""
+        await self.push([record for record in self.here.live() if record.role == "seed"])
 
     async def push(self, to: Iterable[Record]) -> None:
         some = asyncio.Semaphore(PUSHED_AT_ONCE)
@@ -117,55 +118,62 @@ class Presence:
 
     async def _tell(self, record: Record) -> None:
         try:
-            channel = await self.transport.open(record.peer_id, record.maddrs, run_protocol(self._run_id))
+            channel = await self.here.transport.open(record.peer_id, record.maddrs, self.here.protocol)
             try:
-                answer: Push = await channel.request(Push(record=self.seat.sealed_record), Push)
+                answer: Push = await channel.request(Push(record=self.here.seat.sealed_record), Push)
                 self._learn(record.peer_id, answer.record)
             finally:
                 channel.close()
         except RemoteError as error:
             log.debug("%s does not take our record: %s", record.label, error.reason)
-            self.transport.traffic.reject(error)
-            self.directory.suspect(record.peer_id)
+            self.here.transport.traffic.reject(error)
+            self.here.directory.suspect(record.peer_id)
 
     async def on_push(self, channel: Channel, message: Push) -> None:
         self._learn(channel.peer_id, message.record)
-        await channel.send(Push(record=self.seat.sealed_record))
+        await channel.send(Push(record=self.here.seat.sealed_record))
         self.heard.ring()
 
     def _learn(self, source: str, sealed: bytes) -> None:
         try:
-            self.directory.learn_from(source, sealed, self.wall_s())
+            self.here.directory.learn_from(source, sealed, self.here.wall_s())
         except ValueError as error:
             raise Misbehaved(source, f"pushes {error}") from error
 
+    def enter(self, phase: Phase) -> None:
+        """Begins a phase: the record, the event log and whatever waits for a change of the seat have it at once."""
+        self.here.seat.phase = phase
+        self.events.write("phase", phase=phase, step=self.here.seat.standing.step)
+        self.seal()
+        self.here.seat.changed.ring()
+
     def take_standing(self) -> None:
         """The state has moved: so have the seat and the record."""
-        standing = self.seat.standing = self.replica.standing()
-        self.directory.show((standing.head, *standing.heads))
+        standing = self.here.seat.standing = self.replica.standing()
+        self.here.directory.show((standing.head, *standing.heads))
         self.seal()
 
     def seal(self) -> None:
         """Whoever asks from now on hears where I stand now."""
-        self.seat.sealed_record = seal_record(self.record(), self.identity)
+        self.here.seat.sealed_record = seal_record(self.record(), self.here.identity)
 
     def record(self) -> Record:
         """What I say about myself now. Every one is newer than the last, even within one tick of the clock."""
-        standing, progress, trained = self.seat.standing, self.seat.progress, self.trained
+        standing, progress, trained = self.here.seat.standing, self.here.seat.progress, self.trained
         snapshots = self.replica.ledger.snapshots()
         metrics_addr = self.metrics.announced(self._maddrs) if self.metrics else ""
-        now_s = self.wall_s()
-        if self._last_issued_s > now_s + self.transport.timeouts.record_life_s:
+        now_s = self.here.wall_s()
+        if self._last_issued_s > now_s + self.here.timeouts.record_life_s:
             self._last_issued_s = 0.0  # our clock was set back: nobody would believe a record from there
         self._last_issued_s = max(now_s, self._last_issued_s + 1e-3)
         return Record(
-            peer_id=self.identity.peer_id,
+            peer_id=self.here.peer_id,
             run_id=self._run_id,
             run_name=self.replica.manifest.spec.name,
             issued_s=self._last_issued_s,
-            life_s=self.transport.timeouts.record_life_s,
+            life_s=self.here.timeouts.record_life_s,
             role=self.role,
-            phase=self.seat.phase,
+            phase=self.here.seat.phase,
             step=standing.step,
             head=standing.head,
             committed=standing.committed,
@@ -173,7 +181,7 @@ class Presence:
             snapshot_step=snapshots[-1].step if snapshots else 0,
             snapshot_digest=snapshots[-1].digest if snapshots else bytes(32),
             maddrs=fitting(self._maddrs, MADDRS_BYTES - len(metrics_addr)),
-            client_mode=self.seat.client_mode,
+            client_mode=self.here.seat.client_mode,
             name=self.name,
             version=__version__,
             inner_step=progress.inner_step,

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Annotated
 
@@ -24,9 +23,9 @@ from p2p_diloco.core.buckets import Quota, Rate
 from p2p_diloco.core.errors import Gone, Misbehaved, RemoteError, Silent
 from p2p_diloco.core.identity import MAX_PEER_ID_CHARS, Identity
 from p2p_diloco.core.records import Signed, seal, unseal
-from p2p_diloco.core.waiting import deadline
-from p2p_diloco.round.seat import Seat
-from p2p_diloco.wire.channel import DIAL_BACK_PROTOCOL, Channel, Transport
+from p2p_diloco.core.waiting import deadline, now_s
+from p2p_diloco.round.here import Here
+from p2p_diloco.wire.channel import DIAL_BACK_PROTOCOL, Channel
 from p2p_diloco.wire.messages import MAX_TRANSFER_BYTES, AskDialBack, AskTransfer, DialBack, DialedBack, No, Transferred
 
 CONSENT_CONTEXT = b"p2p-diloco dial consent\0"
@@ -61,9 +60,7 @@ def seal_consent(consent: DialConsent, identity: Identity) -> bytes:
 class Probes:
     """The serving side, at one peer."""
 
-    transport: Transport
-    seat: Seat
-    wall_s: Callable[[], float]
+    here: Here
     rate: Rate | None = None
     """Of all that this peer uploads, where it is limited."""
     _dials: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(DIALS))
@@ -93,7 +90,7 @@ class Probes:
             return
         async with self._transfers:
             try:
-                async with deadline(self.transport.timeouts.probe_s):
+                async with deadline(self.here.timeouts.probe_s):
                     await self._transfer(channel, message)
             except asyncio.TimeoutError:
                 raise Silent(channel.peer_id, "has not measured what it wants to in time") from None
@@ -105,23 +102,23 @@ class Probes:
             consent = unseal(sealed, DialConsent, CONSENT_CONTEXT)
         except ValueError as error:
             raise Misbehaved(asker, f"asks for a dial with {error}") from error
-        if consent.asker != asker or consent.dialler != self.transport.peer_id:
+        if consent.asker != asker or consent.dialler != self.here.peer_id:
             raise Misbehaved(asker, "asks for a dial with a consent that was given to another peer")
         return consent
 
     def _refusal(self, peer_id: str, slots: asyncio.Semaphore, of_one: Quota, in_all: Quota) -> str:
-        now_s = asyncio.get_running_loop().time()
+        asked_s = now_s()
         if slots.locked():
             return "busy with others"
-        if not of_one.take(peer_id, now_s):
+        if not of_one.take(peer_id, asked_s):
             return "asked too often"
-        return "" if in_all.take(ALL, now_s) else "busy with others"
+        return "" if in_all.take(ALL, asked_s) else "busy with others"
 
     async def _dial(self, consent: DialConsent, ip: str) -> str:
         """Why it is not reached; "" when it is."""
         maddrs = [f"{ip_maddr(ip, port)}/p2p/{consent.peer_id}" for port in consent.ports]
         try:
-            stream = await self.transport.open(consent.peer_id, maddrs, DIAL_BACK_PROTOCOL)
+            stream = await self.here.transport.open(consent.peer_id, maddrs, DIAL_BACK_PROTOCOL)
             try:
                 await stream.send(DialBack())
             finally:
@@ -131,7 +128,7 @@ class Probes:
         return ""
 
     async def _transfer(self, channel: Channel, message: AskTransfer) -> None:
-        timeouts, left_bytes = self.transport.timeouts, MAX_STREAM_BYTES
+        timeouts, left_bytes = self.here.timeouts, MAX_STREAM_BYTES
         for _ in range(MAX_EXCHANGES):
             size = message.up_bytes + message.down_bytes
             left_bytes -= size
@@ -144,11 +141,11 @@ class Probes:
             if len(data) != message.up_bytes:
                 raise Misbehaved(channel.peer_id, f"transfers {len(data)} bytes where {message.up_bytes} are due")
             if self.rate is not None:
-                await asyncio.sleep(self.rate.wait_s(message.down_bytes, asyncio.get_running_loop().time()))
-            await channel.send(Transferred(wall_s=self.wall_s()))
+                await asyncio.sleep(self.rate.wait_s(message.down_bytes, now_s()))
+            await channel.send(Transferred(wall_s=self.here.wall_s()))
             await channel.send_frame(os.urandom(message.down_bytes))  # zeros may be compressed on the way
             message = await channel.receive(AskTransfer, timeout_s=timeouts.first_message_s)
         raise Misbehaved(channel.peer_id, "asks for more transfers than one stream may have")
 
     def _in_round(self) -> bool:
-        return self.seat.in_round or self.seat.closes_s is not None or self.seat.phase in BUSY_PHASES
+        return self.here.seat.in_round or self.here.seat.closes_s is not None or self.here.seat.phase in BUSY_PHASES

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections import deque
 from dataclasses import dataclass, field
 
-from p2p_diloco.core.config import Timeouts
-from p2p_diloco.core.waiting import Bell, heard
+from p2p_diloco.core.waiting import Bell, heard, now_s
 from p2p_diloco.ledger.replica import Replica
 from p2p_diloco.peer.presence import Presence
 from p2p_diloco.peer.probes import Probes
 from p2p_diloco.peer.uploads import Uploads
+from p2p_diloco.round.here import Here
 from p2p_diloco.round.matchmaking import Matchmaker
-from p2p_diloco.round.seat import Seat
 from p2p_diloco.round.settle import Settlement
 from p2p_diloco.wire.channel import Channel
 from p2p_diloco.wire.messages import (
@@ -47,14 +45,13 @@ RECEIPT_BYTES = 34
 
 @dataclass(kw_only=True, eq=False)
 class Reception:
+    here: Here
     signed_manifest: bytes
-    seat: Seat
     replica: Replica
     matchmaker: Matchmaker
     presence: Presence
     uploads: Uploads
     probes: Probes
-    timeouts: Timeouts
     rounds: deque[Settlement] = field(default_factory=lambda: deque(maxlen=ROUNDS_KEPT))
     _round_opened: Bell = field(default_factory=Bell)
 
@@ -68,14 +65,14 @@ class Reception:
         self._round_opened.ring()
 
     async def give_manifest(self, channel: Channel) -> None:
-        await channel.receive(AskManifest, timeout_s=self.timeouts.first_message_s)
+        await channel.receive(AskManifest, timeout_s=self.here.timeouts.first_message_s)
         await channel.send_blob(self.signed_manifest)
 
     async def receive(self, channel: Channel) -> None:
         message: Message = await channel.receive(
-            *REQUESTS, timeout_s=self.timeouts.first_message_s, max_bytes=self._max_request_bytes
+            *REQUESTS, timeout_s=self.here.timeouts.first_message_s, max_bytes=self._max_request_bytes
         )
-        if self.seat.phase == "left":
+        if self.here.seat.phase == "left":
             await channel.send(No(reason="leaving"))
         elif isinstance(message, Push):
             await self.presence.on_push(channel, message)
@@ -103,13 +100,12 @@ class Reception:
 
     async def _find_round(self, round_id: bytes) -> Settlement | None:
         """A member may know the roster a moment before I do: wait for it, as long as I wait for anything small."""
-        loop = asyncio.get_running_loop()
-        deadline_s = loop.time() + self.timeouts.request_s
+        deadline_s = now_s() + self.here.timeouts.request_s
         while True:
             opened = self._round_opened.event
             for settlement in self.rounds:
                 if settlement.group.round_id == round_id:
                     return settlement
-            if loop.time() >= deadline_s:
+            if now_s() >= deadline_s:
                 return None
-            await heard(opened, deadline_s - loop.time())
+            await heard(opened, deadline_s - now_s())

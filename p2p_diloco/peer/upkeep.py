@@ -14,17 +14,15 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from p2p_diloco.core.config import Timeouts
-from p2p_diloco.core.directory import Directory
 from p2p_diloco.core.errors import Gap
 from p2p_diloco.core.events import EventLog
 from p2p_diloco.core.swarm_head import Dispute, disputed
 from p2p_diloco.core.waiting import Bell, heard
 from p2p_diloco.ledger.replica import Replica
 from p2p_diloco.peer.catchup import Catchup
+from p2p_diloco.round.here import Here
 
 log = logging.getLogger(__name__)
 
@@ -34,12 +32,10 @@ TRIES = 3
 
 @dataclass(kw_only=True, eq=False)
 class Upkeep:
+    here: Here
     replica: Replica
     catchup: Catchup
-    directory: Directory
     events: EventLog
-    timeouts: Timeouts
-    wall_s: Callable[[], float]
     mends: int = 0
     """How often memory was not what it should be."""
     _snapshot: asyncio.Task[None] | None = None
@@ -57,7 +53,7 @@ class Upkeep:
             if self.replica.sound:
                 await self._compare()
             self._report()
-            await heard(due, self.timeouts.record_every_s)
+            await heard(due, self.here.timeouts.record_every_s)
 
     # -- snapshots ---------------------------------------------------------------------------------------------------
 
@@ -124,14 +120,14 @@ class Upkeep:
                 await asyncio.to_thread(self.replica.fill, update)
             in_vain |= update is None and asked[header.head] < TRIES
         if in_vain:
-            await asyncio.sleep(self.timeouts.record_every_s)
+            await asyncio.sleep(self.here.timeouts.record_every_s)
         return bool(lost)
 
     async def _compare(self) -> None:
         """My newest snapshot with the others'. Everybody's follows from their own files, so one that differs has been
         wrong since its peer joined, or is of a machine that computes otherwise."""
         mine = self.replica.newest_snapshot()
-        records = self.directory.live(self.wall_s())
+        records = self.here.live()
         dispute = disputed(mine.step, mine.digest, self.replica.ledger.heads(), records)
         if dispute is None:
             return

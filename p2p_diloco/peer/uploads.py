@@ -19,6 +19,7 @@ from p2p_diloco.core.buckets import Rate
 from p2p_diloco.core.config import Timeouts
 from p2p_diloco.core.errors import Gone, Silent
 from p2p_diloco.core.events import EventLog
+from p2p_diloco.core.waiting import now_s
 from p2p_diloco.ledger.ledger import Ledger
 from p2p_diloco.ledger.snapshot import SnapshotInfo, chunk_hash, chunk_slices, read_chunk
 from p2p_diloco.wire.channel import Channel
@@ -80,7 +81,7 @@ class Uploads:
         for start in range(0, len(data), CHUNK_BYTES):
             frame = memoryview(data)[start : start + CHUNK_BYTES]
             if self.rate is not None:
-                await asyncio.sleep(self.rate.wait_s(len(frame), asyncio.get_running_loop().time()))
+                await asyncio.sleep(self.rate.wait_s(len(frame), now_s()))
             await channel.send_frame(frame)
 
     # -- what there is -----------------------------------------------------------------------------------------------

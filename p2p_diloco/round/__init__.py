@@ -7,6 +7,7 @@ Its files, from the bottom up:
 
     missed         a round that did not commit, as a value
     seat           this peer, as its own network side sees it
+    here           what all parts of one peer share: network, key, records, seat, clock
     company        whom a peer may form a round with: who ranks first, who has failed it
     gathering      the rounds that a peer leads while they are formed, and when they close
     matchmaking    the roster of a round: whom a peer asks to lead, what it answers who asks

@@ -3,19 +3,15 @@ they are."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from p2p_diloco.core.config import Timeouts
-from p2p_diloco.core.directory import Directory
 from p2p_diloco.core.errors import Misbehaved
 from p2p_diloco.core.manifest import RunManifest
 from p2p_diloco.core.records import Record
 from p2p_diloco.core.roster import Readiness, leader_order, open_readiness
 from p2p_diloco.core.swarm_head import must_catch_up, swarm_head, way_of
 from p2p_diloco.core.waiting import now_s
-from p2p_diloco.round.seat import Seat
-from p2p_diloco.wire.channel import Channel, Transport, run_protocol
+from p2p_diloco.round.here import Here
 from p2p_diloco.wire.messages import Ready
 
 CHANCES = 2
@@ -31,31 +27,28 @@ class Company:
     """What a peer knows of the others when it forms a round. It decides which of them lead, and how long a round may be
     waited for."""
 
-    transport: Transport
+    here: Here
     manifest: RunManifest
-    directory: Directory
-    seat: Seat
-    timeouts: Timeouts
-    wall_s: Callable[[], float]
     failures: dict[tuple[bytes, str], list[float]] = field(default_factory=dict)
     """(head, peer id) -> loop times until which each failure of this leader there counts; of my head only."""
 
     @property
     def me(self) -> str:
         """My peer id."""
-        return self.directory.peer_id
+        return self.here.peer_id
 
     def leaders(self, head: bytes) -> list[str]:
         """Returns the peers that may lead on ``head``, in the order in which they are asked: all live trainers there
         that can be dialled, by rank, without those that have failed me there. I am one of them, unless in client
         mode."""
-        order = leader_order(self.directory.expected(self.wall_s()), head, self.me, self.seat.client_mode)
+        expected = self.here.directory.expected(self.here.wall_s())
+        order = leader_order(expected, head, self.me, self.here.seat.client_mode)
         return [peer_id for peer_id in order if self.is_fit(head, peer_id)]
 
     def failed(self, head: bytes, leader: str, *, lied: bool = False) -> None:
         """Notes that a peer has failed me as the leader on ``head``. It counts for ``Timeouts.record_life_s``, and as
         CHANCES failures when it ``lied``."""
-        until_s = now_s() + self.timeouts.record_life_s
+        until_s = now_s() + self.here.timeouts.record_life_s
         self.failures.setdefault((head, leader), []).extend([until_s] * (CHANCES if lied else 1))
 
     def is_fit(self, head: bytes, leader: str) -> bool:
@@ -70,14 +63,14 @@ class Company:
         """Takes in a record that ``source`` has sent, as ``Directory.learn`` does, and returns the newest one of its
         peer. Misbehaved of ``source`` when the record is not sound."""
         try:
-            return self.directory.learn(sealed, self.wall_s())
+            return self.here.directory.learn(sealed, self.here.wall_s())
         except ValueError as error:
             raise Misbehaved(source, f"sends {error}") from error
 
     def learn_own(self, source: str, sealed: bytes) -> Record | None:
         """As ``learn``; the record has to be that of ``source`` itself."""
         try:
-            return self.directory.learn_from(source, sealed, self.wall_s())
+            return self.here.directory.learn_from(source, sealed, self.here.wall_s())
         except ValueError as error:
             raise Misbehaved(source, f"sends {error}") from error
 
@@ -98,22 +91,19 @@ class Company:
     def beyond(self, head: bytes) -> bytes | None:
         """Returns the sealed record of a peer that stands beyond ``head``, or None while groups are formed on ``head``.
         None are formed there any more when I have left it, or when the swarm has, by the rule of ``swarm_head``."""
-        voters, standing, before = self.directory.believed(self.wall_s()), self.seat.standing, self.directory.before
+        directory, seat = self.here.directory, self.here.seat
+        voters, standing, before = directory.believed(self.here.wall_s()), seat.standing, directory.before
         if head != standing.head:
-            return self.seat.sealed_record
+            return seat.sealed_record
         target = swarm_head(voters, standing, before)
         if target is None or not must_catch_up(standing, target):
             return None
         there = (record.peer_id for record in voters if target[1] in way_of(record, before))
-        return next(filter(None, map(self.directory.sealed, there)), None)
-
-    async def open(self, peer_id: str) -> Channel:
-        """Opens a stream to a peer, in the protocol of this run."""
-        return await self.transport.open(peer_id, self.directory.maddrs(peer_id), run_protocol(self.manifest.run_id))
+        return next(filter(None, map(directory.sealed, there)), None)
 
     def longest_s(self, *, busy: bool) -> float:
         """Returns the longest time that a gathering may last, in seconds: the manifest's ``round.gather_s`` and
         MAX_GATHER_EXTENSION_S. ``busy``: with the time for a peer to end another round first, which is
         ``Timeouts.round_limit_s`` of two vectors of float32."""
         longest_s = self.manifest.spec.round.gather_s + MAX_GATHER_EXTENSION_S
-        return longest_s + self.timeouts.round_limit_s(8 * self.manifest.n_params) if busy else longest_s
+        return longest_s + self.here.timeouts.round_limit_s(8 * self.manifest.n_params) if busy else longest_s

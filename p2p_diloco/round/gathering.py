@@ -81,8 +81,9 @@ class Gatherings:
 
     def __init__(self, company: Company) -> None:
         self.company = company
-        self.directory = company.directory
-        self.seat = company.seat
+        self.here = company.here
+        self.directory = company.here.directory
+        self.seat = company.here.seat
         self.limits = company.manifest.spec.round
         self.by_head: dict[bytes, Gathering] = {}
 
@@ -106,7 +107,7 @@ class Gatherings:
     async def _gather(self, gathering: Gathering) -> None:
         """Calls everybody that is expected, waits until the round closes, and gives all that are ready one answer."""
         limits, me = self.limits, self.company.me
-        records = self.directory.expected(self.company.wall_s())
+        records = self.directory.expected(self.here.wall_s())
         closes_s = gathering.opened_s + limits.gather_s + CLOSING_MARGIN_S
         gathering.deadlines_s = {record.peer_id: closes_s for record in on_head(records, gathering.head)}
         for peer_id in [p for p in gathering.deadlines_s if p not in gathering.ready]:
@@ -144,8 +145,8 @@ class Gatherings:
         closes_s, latest_s = max(missing_s, default=0.0), self._latest_s(gathering, busy=False)
         if closes_s <= latest_s:
             return closes_s
-        here = {record.peer_id for record in on_head(self.directory.current(self.company.wall_s()), gathering.head)}
-        elsewhere = (here | gathering.deadlines_s.keys()) - gathering.idle - gathering.ready.keys()
+        around = {record.peer_id for record in on_head(self.directory.current(self.here.wall_s()), gathering.head)}
+        elsewhere = (around | gathering.deadlines_s.keys()) - gathering.idle - gathering.ready.keys()
         enough = len(elsewhere - {self.company.me}) >= self.limits.min_group
         return closes_s if enough else latest_s
 
@@ -155,8 +156,8 @@ class Gatherings:
         if self.limits.on_missed != "keep":
             return []
         present = {open_readiness(one).peer_id for one in members}
-        here = on_head(self.directory.live(self.company.wall_s()), gathering.head)
-        sealed = [self.directory.sealed(record.peer_id) for record in here if record.peer_id not in present]
+        around = on_head(self.here.live(), gathering.head)
+        sealed = [self.directory.sealed(record.peer_id) for record in around if record.peer_id not in present]
         if self.seat.role_trainer and self.company.me not in present:
             sealed.append(self.seat.sealed_record)
         return [one for one in sealed if one is not None][:MAX_ABSENT]
@@ -175,13 +176,13 @@ class Gatherings:
         does not answer is not waited for; a peer that is busy is heard until it is free."""
         gather_s = self.limits.gather_s
         try:
-            channel = await self.company.open(peer_id)
+            channel = await self.here.open(peer_id)
             try:
                 closing = Closing(head=gathering.head, gather_s=gather_s, record=self.seat.sealed_record)
                 answer: Eta | Behind | Redirect = await channel.request(closing, Eta, Behind, Redirect)
                 self._on_notice(gathering, peer_id, answer)
                 while isinstance(answer, Eta) and answer.busy:
-                    answer = await channel.receive(Eta, Behind, Redirect, timeout_s=self.company.timeouts.request_s)
+                    answer = await channel.receive(Eta, Behind, Redirect, timeout_s=self.here.timeouts.request_s)
                     self._on_notice(gathering, peer_id, answer)
             finally:
                 channel.close()
@@ -190,7 +191,7 @@ class Gatherings:
             gathering.deadlines_s.pop(peer_id, None)
         except RemoteError as error:
             log.info("not waiting for %s: %s", peer_id[-8:], error.reason)
-            self.company.transport.traffic.reject(error)
+            self.here.transport.traffic.reject(error)
             self.directory.suspect(peer_id)
             gathering.deadlines_s.pop(peer_id, None)
         gathering.changed.ring()
@@ -231,7 +232,7 @@ class Gatherings:
                 changed = gathering.changed.event
                 await channel.send(Eta(eta_s=max(gathering.closes_s - now_s(), 0.0)))
                 change = asyncio.create_task(changed.wait())
-                every_s = self.company.timeouts.heartbeat_s
+                every_s = self.here.timeouts.heartbeat_s
                 await asyncio.wait((closed, change), timeout=every_s, return_when=asyncio.FIRST_COMPLETED)
                 change.cancel()
                 if closed.done() and gathering.answer is None:

@@ -26,12 +26,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
 
-from p2p_diloco.core.config import Timeouts
-from p2p_diloco.core.directory import Directory
 from p2p_diloco.core.errors import Misbehaved, Refused, RemoteError, Silent
-from p2p_diloco.core.identity import Identity
 from p2p_diloco.core.manifest import RunManifest
 from p2p_diloco.core.records import open_record
 from p2p_diloco.core.roster import (
@@ -46,9 +42,9 @@ from p2p_diloco.core.roster import (
 from p2p_diloco.core.waiting import heard, now_s
 from p2p_diloco.round.company import Company
 from p2p_diloco.round.gathering import Answer, Gatherings
+from p2p_diloco.round.here import Here
 from p2p_diloco.round.missed import Missed
-from p2p_diloco.round.seat import Seat
-from p2p_diloco.wire.channel import Channel, Transport
+from p2p_diloco.wire.channel import Channel
 from p2p_diloco.wire.messages import Behind, Closing, Eta, No, Ready, Redirect, Roster, TooFew
 
 log = logging.getLogger(__name__)
@@ -59,29 +55,12 @@ MAX_LEADERS_ASKED = 16
 class Matchmaker:
     """One peer's part in forming rounds: it finds a group for its own trainer, and answers the peers that ask it."""
 
-    def __init__(
-        self,
-        *,
-        transport: Transport,
-        identity: Identity,
-        manifest: RunManifest,
-        directory: Directory,
-        seat: Seat,
-        timeouts: Timeouts,
-        wall_s: Callable[[], float],
-    ) -> None:
-        self.identity = identity
+    def __init__(self, here: Here, manifest: RunManifest) -> None:
+        self.identity = here.identity
         self.manifest = manifest
-        self.seat = seat
-        self.timeouts = timeouts
-        self.company = Company(
-            transport=transport,
-            manifest=manifest,
-            directory=directory,
-            seat=seat,
-            timeouts=timeouts,
-            wall_s=wall_s,
-        )
+        self.seat = here.seat
+        self.timeouts = here.timeouts
+        self.company = Company(here=here, manifest=manifest)
         self.gatherings = Gatherings(self.company)
         self.waiting_at: tuple[bytes, str] | None = None
         """(head, peer id of the leader) while I wait for a roster."""
@@ -125,8 +104,8 @@ class Matchmaker:
                     company.failed(mine.head, leader)
             except RemoteError as error:
                 log.info("cannot meet at %s: %s", leader[-8:], error.reason)
-                company.transport.traffic.reject(error)
-                company.directory.suspect(leader)
+                company.here.transport.traffic.reject(error)
+                company.here.directory.suspect(leader)
                 company.failed(mine.head, leader, lied=isinstance(error, Misbehaved))
                 useless.add(leader)
         return Missed(reason="alone", detail="nobody to meet")
@@ -185,7 +164,7 @@ class Matchmaker:
     async def _ask(self, leader: str, sealed: bytes) -> Answer:
         """Tells a leader that I am ready, and returns what comes of its gathering. Silent when no word comes for
         ``Timeouts.request_s``, or when nothing has come of it after ``Company.longest_s(busy=True)``."""
-        channel = await self.company.open(leader)
+        channel = await self.company.here.open(leader)
         self.waiting_at = self.seat.standing.head, leader
         try:
             await channel.send(Ready(readiness=sealed, record=self.seat.sealed_record))
@@ -245,11 +224,11 @@ class Matchmaker:
             if leader in (None, self.company.me):
                 return None
             try:
-                channel = await self.company.open(leader)
+                channel = await self.company.here.open(leader)
                 channel.close()
-                return self.company.directory.sealed(leader)
+                return self.company.here.directory.sealed(leader)
             except RemoteError:
-                self.company.directory.suspect(leader)
+                self.company.here.directory.suspect(leader)
         return None
 
     async def on_closing(self, channel: Channel, message: Closing) -> None:
@@ -279,7 +258,7 @@ class Matchmaker:
         """Returns the sealed record of the leader whose roster I wait for, unless that is the peer that asks."""
         if self.waiting_at is None or self.waiting_at[1] == asker:
             return None
-        return self.company.directory.sealed(self.waiting_at[1])
+        return self.company.here.directory.sealed(self.waiting_at[1])
 
     def _elsewhere(self, head: bytes) -> Behind | No:
         """Returns what a peer on a head is told where I do not stand: my record, when I have been there."""

@@ -17,9 +17,10 @@ from p2p_diloco.core.digest import HASH_BYTES
 from p2p_diloco.core.errors import Gone, LedgerError
 from p2p_diloco.core.grid import Grid
 from p2p_diloco.core.update import max_update_bytes, next_head, update_to_bytes
+from p2p_diloco.core.waiting import now_s
 from p2p_diloco.ledger.replica import Replica
 from p2p_diloco.ledger.snapshot import chunk_slices, snapshot_bytes
-from p2p_diloco.peer import catchup, download, uploads
+from p2p_diloco.peer import donors, download, uploads
 from p2p_diloco.wire.channel import Channel
 from p2p_diloco.wire.messages import AskChunk, AskHeads, AskIndex, AskUpdate, Heads, Message, No, Size, pack
 from tests.support.builders import NOW_S
@@ -37,7 +38,6 @@ from tests.support.library import (
     N,
     frames,
     new_replica,
-    now_s,
     on,
     replica_at,
     says,
@@ -314,7 +314,7 @@ def test_nobody_is_asked_for_an_outer_step_that_the_run_does_not_have(tmp_path: 
 
 
 def test_heads_come_in_pages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(catchup, "MAX_LINKS", 3)
+    monkeypatch.setattr(donors, "MAX_LINKS", 3)
     monkeypatch.setattr(uploads, "MAX_LINKS", 3)
 
     async def main() -> None:
@@ -776,7 +776,7 @@ def test_one_that_is_busy_beside_one_that_is_not(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("links", [1024, 3])
 def test_a_peer_shows_how_it_came_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, links: int) -> None:
-    monkeypatch.setattr(catchup, "MAX_LINKS", links)
+    monkeypatch.setattr(donors, "MAX_LINKS", links)
     monkeypatch.setattr(uploads, "MAX_LINKS", links)
 
     async def main() -> None:
@@ -861,7 +861,7 @@ HEAD_LIES = {
 @pytest.mark.parametrize("name", HEAD_LIES)
 def test_a_guide_that_lies_costs_its_turn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     """And nothing of what the joiner has."""
-    monkeypatch.setattr(catchup, "MAX_LINKS", 3)
+    monkeypatch.setattr(donors, "MAX_LINKS", 3)
     monkeypatch.setattr(uploads, "MAX_LINKS", 3)
 
     async def answer(donor: Donor, channel: Channel, message: Message) -> bool:

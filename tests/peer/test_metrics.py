@@ -235,9 +235,9 @@ def test_who_is_rejected_is_counted_by_reason(tmp_path: Path) -> None:
         await asyncio.sleep(1)
         stranger = FakeTransport(swarm.network, OWNER.peer_id, Timeouts())
         for frame in (b"garbage", b"\xc1"):
-            channel = await stranger.open(seed.peer.identity.peer_id, [], seed.peer.protocol)
+            channel = await stranger.open(seed.peer.identity.peer_id, [], seed.peer.here.protocol)
             await channel.send_frame(frame)
-        await stranger.open(seed.peer.identity.peer_id, [], seed.peer.protocol)
+        await stranger.open(seed.peer.identity.peer_id, [], seed.peer.here.protocol)
         await asyncio.sleep(60)
         return await scraped(seed.peer)
 
@@ -250,7 +250,7 @@ def test_strangers_make_no_series(tmp_path: Path) -> None:
 
     async def main() -> tuple[Values, Values]:
         peer = lone_peer(tmp_path)
-        before, transport = await scraped(peer), peer.transport
+        before, transport = await scraped(peer), peer.here.transport
         assert isinstance(transport, FakeTransport)
         for i in range(50):
             peer.events.totals.rounds[f"reason {i}"] += 1

@@ -262,7 +262,7 @@ def test_a_joiner_that_is_cut_off_while_it_downloads_goes_on_when_it_is_connecte
         here, others = newcomer.peer.identity.peer_id, [sim.peer.identity.peer_id for sim in swarm.peers[:-1]]
         for other in others:
             swarm.network.cut(here, other, "silent")
-        timeouts = newcomer.peer.timeouts
+        timeouts = newcomer.peer.here.timeouts
         await asyncio.sleep(timeouts.reduced_part_s + timeouts.discover_s + timeouts.record_life_s / 2)
         assert newcomer.peer.replica.state is None
         for other in others:
@@ -516,13 +516,15 @@ def test_nothing_is_kept_where_the_ledger_does_not_show_the_way(tmp_path: Path) 
         sims = [swarm.add(1), swarm.add(2), swarm.add(3)]
         await swarm.until(sims[:2], 1)
         peer, local = sims[2].peer, np.ones(2000, np.float32)
+        outer_steps = peer.outer_steps
+        assert outer_steps is not None
         sims[2].drop = 1.0  # from now on it is in no update
         await swarm.until(sims, 4)
         ledger = peer.replica.ledger
         heads = [header.parent for step in range(4) if (header := ledger.header(step)) is not None]
 
         def kept(step: int, head: bytes) -> bool:
-            return peer._keep(Standing(step=step, head=head, heads=(), committed=True), local)
+            return outer_steps._keep(Standing(step=step, head=head, heads=(), committed=True), local)
 
         assert [kept(step, heads[step]) for step in (1, 2, 3)] == [True] * 3
         assert not kept(0, heads[0]), "it was in that one"
@@ -593,7 +595,7 @@ def test_a_liar_that_nobody_can_follow_does_not_stop_the_swarm(tmp_path: Path, a
 
         liar = FakeTransport(swarm.network, OWNER.peer_id, Timeouts())
         if answers == "refusals":
-            await liar.serve(sims[0].peer.protocol, answer)
+            await liar.serve(sims[0].peer.here.protocol, answer)
 
         async def lie() -> None:
             while True:
@@ -684,7 +686,7 @@ def test_a_bystander_that_lies_does_not_stop_the_others(
                 await lie(channel, message, record())
 
         liar = FakeTransport(swarm.network, OWNER.peer_id, Timeouts())
-        await liar.serve(sims[0].peer.protocol, answer)
+        await liar.serve(sims[0].peer.here.protocol, answer)
         while (now_s := asyncio.get_running_loop().time()) < began_s + 600:
             for sim in sims:
                 sim.peer.directory.learn(record(), now_s)
@@ -705,7 +707,7 @@ def test_a_joiner_whose_donors_are_gone_for_good_gives_up(tmp_path: Path) -> Non
         newcomer = await swarm.newcomer_in_download(3)
         for sim in swarm.peers[:-1]:
             swarm.network.kill(sim.peer.identity.peer_id)
-        began_s, timeouts = asyncio.get_running_loop().time(), newcomer.peer.timeouts
+        began_s, timeouts = asyncio.get_running_loop().time(), newcomer.peer.here.timeouts
         await asyncio.wait((newcomer.life,))
         assert isinstance(newcomer.ended_by, NetworkError)
         assert "try again when a seed or another peer is up" in str(newcomer.ended_by)
@@ -725,7 +727,7 @@ def test_a_stranger_brings_its_own_record_only(tmp_path: Path) -> None:
         stranger, now_s = FakeTransport(swarm.network, OWNER.peer_id, Timeouts()), asyncio.get_running_loop().time()
         for who, taken in ((identity(77), False), (OWNER, True)):
             record = seal_record(record_of(who, run_id=swarm.manifest.run_id, issued_s=now_s), who)
-            channel = await stranger.open(sim.peer.identity.peer_id, [], sim.peer.protocol)
+            channel = await stranger.open(sim.peer.identity.peer_id, [], sim.peer.here.protocol)
             await channel.send(Push(record=record))
             with contextlib.nullcontext() if taken else pytest.raises(Gone):
                 await channel.receive(Push, timeout_s=10.0)
@@ -759,7 +761,7 @@ def test_who_joins_answers_a_push_with_a_sound_record(tmp_path: Path) -> None:
         assert newcomer.peer.replica.state is None
         other = FakeTransport(swarm.network, OWNER.peer_id, Timeouts())
         now_s, run_id = asyncio.get_running_loop().time(), swarm.manifest.run_id
-        channel = await other.open(newcomer.peer.identity.peer_id, [], newcomer.peer.protocol)
+        channel = await other.open(newcomer.peer.identity.peer_id, [], newcomer.peer.here.protocol)
         record = seal_record(record_of(OWNER, run_id=run_id, issued_s=now_s), OWNER)
         answer = await channel.request(Push(record=record), Push)
         opened = open_record(answer.record)
@@ -775,7 +777,7 @@ def test_whoever_asks_may_measure_with_a_peer_that_has_a_state(tmp_path: Path) -
         stranger = FakeTransport(swarm.network, OWNER.peer_id, Timeouts())
 
         async def transfer(sim: SimPeer) -> Transferred:
-            channel = await stranger.open(sim.peer.identity.peer_id, [], sim.peer.protocol)
+            channel = await stranger.open(sim.peer.identity.peer_id, [], sim.peer.here.protocol)
             await channel.send(AskTransfer(up_bytes=0, down_bytes=10))
             await channel.send_frame()
             answer = await channel.receive(Transferred, timeout_s=1.0)
@@ -789,7 +791,7 @@ def test_whoever_asks_may_measure_with_a_peer_that_has_a_state(tmp_path: Path) -
         seed = swarm.add(0, seed=True)
         await asyncio.sleep(1)
         assert (await transfer(seed)).wall_s == pytest.approx(asyncio.get_running_loop().time(), abs=0.1)
-        channel = await stranger.open(seed.peer.identity.peer_id, [], seed.peer.protocol)
+        channel = await stranger.open(seed.peer.identity.peer_id, [], seed.peer.here.protocol)
         with pytest.raises(Gone):
             await channel.request(AskDialBack(consent=b""), DialedBack)
         assert [str(complaint)[:60] for complaint in seed.transport.complaints] == [
@@ -810,7 +812,7 @@ def test_strangers_who_measure_without_end_hold_up_no_round(tmp_path: Path) -> N
             while True:
                 await asyncio.sleep(0.1)
                 try:
-                    channel = await stranger.open(sim.peer.identity.peer_id, [], sim.peer.protocol)
+                    channel = await stranger.open(sim.peer.identity.peer_id, [], sim.peer.here.protocol)
                     await channel.send(AskTransfer(up_bytes=0, down_bytes=MAX_TRANSFER_BYTES))
                     await channel.send_frame()
                     await channel.receive(Transferred, timeout_s=1.0)
@@ -841,7 +843,7 @@ def test_messages_for_a_round_that_nobody_knows_are_refused(tmp_path: Path) -> N
 
         async def ask(message: Message, refusal: type[RemoteError]) -> float:
             began_s = asyncio.get_running_loop().time()
-            channel = await stranger.open(sims[0].peer.identity.peer_id, [], sims[0].peer.protocol)
+            channel = await stranger.open(sims[0].peer.identity.peer_id, [], sims[0].peer.here.protocol)
             with pytest.raises(refusal, match=r"no such round|closed the stream"):
                 await channel.request(message, Commit, timeout_s=60.0)
             return asyncio.get_running_loop().time() - began_s

@@ -13,10 +13,12 @@ from hypothesis import strategies as st
 
 from p2p_diloco.core.buckets import Rate
 from p2p_diloco.core.config import Timeouts
+from p2p_diloco.core.directory import Directory
 from p2p_diloco.core.errors import Gone, Misbehaved, Refused, Silent
 from p2p_diloco.core.identity import Identity
 from p2p_diloco.core.records import MAX_RECORD_BYTES, seal
 from p2p_diloco.core.swarm_head import Standing
+from p2p_diloco.core.waiting import now_s
 from p2p_diloco.look.doctor import Bandwidth, Dialled
 from p2p_diloco.look.listener import Listener, dial_back, dial_backs, would_relay
 from p2p_diloco.look.survey import (
@@ -35,6 +37,7 @@ from p2p_diloco.peer.probes import (
     Probes,
     seal_consent,
 )
+from p2p_diloco.round.here import Here
 from p2p_diloco.round.seat import Seat
 from p2p_diloco.wire.channel import DIAL_BACK_PROTOCOL, Channel, Handler
 from p2p_diloco.wire.messages import (
@@ -47,7 +50,7 @@ from p2p_diloco.wire.messages import (
     No,
     Transferred,
 )
-from tests.support.builders import damaged, head, identity, sealed_anyhow, values_of
+from tests.support.builders import RUN_ID, damaged, head, identity, sealed_anyhow, values_of
 from tests.support.fakes import FakeNetwork, FakeTransport, run_simulated
 
 PROTOCOL = "run"
@@ -83,10 +86,6 @@ class Place(FakeTransport):
         return [f"/ip4/{self.ip}/tcp/{port}/p2p/{self.peer_id}" for port in self.ports]
 
 
-def now_s() -> float:
-    return asyncio.get_running_loop().time()
-
-
 @dataclass
 class Scene:
     """A peer that serves probes, who asks it, and who listens for the asker at the same address."""
@@ -103,7 +102,15 @@ class Scene:
             standing=Standing(step=0, head=head(""), heads=(), committed=False), role_trainer=True, client_mode=False
         )
         self.seat.phase = "inner"
-        self.probes = Probes(transport=self.server, seat=self.seat, wall_s=lambda: now_s() + self.ahead_s)
+        here = Here(
+            transport=self.server,
+            identity=SERVER,
+            directory=Directory(SERVER.peer_id, RUN_ID),
+            seat=self.seat,
+            timeouts=self.server.timeouts,
+            wall_s=lambda: now_s() + self.ahead_s,
+        )
+        self.probes = Probes(here=here)
         self.candidate = Candidate(peer_id=SERVER.peer_id, maddrs=(f"/ip4/198.51.100.1/tcp/1/p2p/{SERVER.peer_id}",))
 
     async def start(self) -> Scene:

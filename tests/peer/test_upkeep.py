@@ -350,7 +350,8 @@ def test_a_damaged_update_that_is_asked_for_is_mended_at_the_next_outer_step(tmp
         swarm = Swarm(tmp_path, 2)
         await swarm.begin()
         await swarm.until(6)
-        swarm.peers[1].peer.upkeep.timeouts = dataclasses.replace(Timeouts(), record_every_s=1000.0)
+        upkeep = swarm.peers[1].peer.upkeep
+        upkeep.here = dataclasses.replace(upkeep.here, timeouts=Timeouts(record_every_s=1000.0))
         await asyncio.sleep(Timeouts().record_every_s)
         step = swarm.peers[1].peer.step
         flip_file(swarm.file(1, UPDATE(step - 1)), -1)

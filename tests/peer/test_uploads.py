@@ -13,6 +13,7 @@ from p2p_diloco.core.buckets import BURST_S
 from p2p_diloco.core.config import MIN_UPLOAD_BYTES_PER_S, Timeouts
 from p2p_diloco.core.errors import Gone, Refused
 from p2p_diloco.core.update import next_head
+from p2p_diloco.core.waiting import now_s
 from p2p_diloco.peer import uploads
 from p2p_diloco.peer.uploads import UPLOADS, slots
 from p2p_diloco.wire.channel import Channel
@@ -26,7 +27,6 @@ from tests.support.library import (
     Donor,
     Library,
     new_replica,
-    now_s,
     replica_at,
     small_parts,
 )

@@ -22,6 +22,7 @@ from p2p_diloco.core.swarm_head import Standing
 from p2p_diloco.core.waiting import now_s
 from p2p_diloco.round.company import CHANCES, MAX_GATHER_EXTENSION_S
 from p2p_diloco.round.gathering import CLOSING_MARGIN_S
+from p2p_diloco.round.here import Here
 from p2p_diloco.round.matchmaking import Matchmaker
 from p2p_diloco.round.missed import Missed
 from p2p_diloco.round.seat import Seat
@@ -84,15 +85,15 @@ class Table:
         directory = Directory(self.ids[i], self.manifest.run_id)
         for j in range(self.count):
             directory.learn(self.record(j), NOW_S)
-        matchmaker = Matchmaker(
+        here = Here(
             transport=self.transports[i],
             identity=self.members[i],
-            manifest=self.manifest,
             directory=directory,
             seat=seat,
             timeouts=TIMEOUTS,
             wall_s=lambda: NOW_S + 1,
         )
+        matchmaker = Matchmaker(here, self.manifest)
 
         async def serve(channel: Channel) -> None:
             message: Message = await channel.receive(Ready, Closing, timeout_s=TIMEOUTS.first_message_s)
@@ -103,6 +104,9 @@ class Table:
 
         self.transports[i].handlers[self.protocol] = serve
         return matchmaker
+
+    def directory(self, i: int) -> Directory:
+        return self.matchmakers[i].company.here.directory
 
     def record(self, i: int, history: str = HISTORY, **changes: Any) -> bytes:
         fields = {"run_id": self.manifest.run_id, "life_s": 900.0, "client_mode": i in self.clients}
@@ -161,7 +165,7 @@ class Table:
         return [self.ids.index(member.peer_id) for member in group.members]
 
     def suspects(self, of: int) -> set[int]:
-        live = {record.peer_id for record in self.matchmakers[of].company.directory.live(NOW_S + 1)}
+        live = {record.peer_id for record in self.directory(of).live(NOW_S + 1)}
         return {i for i, peer_id in enumerate(self.ids) if i != of and peer_id not in live}
 
     def complaints(self, of: int) -> list[tuple[int, str]]:
@@ -323,7 +327,7 @@ def test_who_is_behind_learns_it() -> None:
         table = Table(2, histories={0: HISTORY + "d"})
         found = await table.meet(1)
         assert found == {1: Missed(reason="behind", detail=f"peer {table.ids[0][-8:]} is past this head")}
-        record = table.matchmakers[1].company.directory.get(table.ids[0])
+        record = table.directory(1).get(table.ids[0])
         assert record is not None
         assert (record.step, record.head) == (4, head(HISTORY + "d"))
 
@@ -338,7 +342,7 @@ def test_a_member_ahead_ends_the_gathering() -> None:
         found = await table.meet(0, 1)
         behind = Missed(reason="behind", detail=f"peer {table.ids[0][-8:]} is past this head")
         assert found == {0: behind, 1: behind}
-        assert table.matchmakers[0].company.directory.get(table.ids[2]).step == 4  # type: ignore[union-attr]
+        assert table.directory(0).get(table.ids[2]).step == 4  # type: ignore[union-attr]
 
     run_simulated(main())
 
@@ -349,10 +353,10 @@ def test_who_knows_that_the_swarm_went_on_forms_no_group_on_the_old_head() -> No
     async def main() -> None:
         table = Table(4, by_hand=(2, 3), manifest=manifest_with(min_group=1))
         for i in (2, 3):
-            table.matchmakers[0].company.directory.learn(table.record(i, HISTORY + "d", issued_s=NOW_S + 0.5), NOW_S)
+            table.directory(0).learn(table.record(i, HISTORY + "d", issued_s=NOW_S + 0.5), NOW_S)
         found = await table.meet(1)
         assert found == {1: Missed(reason="behind", detail=f"peer {table.ids[0][-8:]} is past this head")}
-        assert max(record.step for record in table.matchmakers[1].company.directory.live(NOW_S)) == 4
+        assert max(record.step for record in table.directory(1).live(NOW_S)) == 4
 
     run_simulated(main())
 
@@ -412,7 +416,7 @@ def test_who_is_in_a_round_answers_when_it_is_over() -> None:
 def test_a_redirect_leads_to_who_ranks_better() -> None:
     async def main() -> None:
         table = Table(3)
-        table.matchmakers[2].company.directory.suspect(table.ids[0])  # so it asks 1, who knows better
+        table.directory(2).suspect(table.ids[0])  # so it asks 1, who knows better
         answer = await table.answer(2, 1, table.ready(2))
         assert answer == Redirect(record=table.record(0))
         table.network.kill(table.ids[0])
@@ -525,7 +529,7 @@ def test_who_looks_for_a_better_leader_says_that_it_is_there() -> None:
 
         transport.open = open_  # type: ignore[method-assign]
         for peer_id in off:
-            table.matchmakers[3].company.directory.suspect(peer_id)
+            table.directory(3).suspect(peer_id)
 
         async def called() -> Group | Missed:
             await seat.changed.event.wait()
@@ -545,7 +549,7 @@ def test_those_who_do_not_come_are_on_the_roster_where_missed_rounds_are_kept() 
     async def main() -> None:
         table = Table(5, by_hand=(2, 3), manifest=manifest_with(on_missed="keep"))
         table.serve(2, stay_silent)
-        table.matchmakers[0].company.directory.learn(table.record(4, phase="left", issued_s=NOW_S + 0.7), NOW_S + 1)
+        table.directory(0).learn(table.record(4, phase="left", issued_s=NOW_S + 0.7), NOW_S + 1)
         table.matchmakers[4].seat.phase = "left"
         group = table.groups(await table.meet(0, 1), 0, 1)
         assert group.total_weight == 300, "who is silent counts; who cannot be reached is suspected, and does not"
@@ -648,7 +652,7 @@ def test_a_leader_that_does_not_lead(hand: Hand, why: str | None, caplog: pytest
         table.serve(0, counted)
         table.network.kill(table.ids[3])
         for i in (1, 2):
-            table.matchmakers[i].company.directory.suspect(table.ids[3])
+            table.directory(i).suspect(table.ids[3])
         began_s = now_s()
         with caplog.at_level("INFO"):
             found = await table.meet()
@@ -999,8 +1003,8 @@ def test_two_leaders_on_one_head_make_one_group() -> None:
 
         table.serve(4, slow)
         for i in (1, 2):
-            table.matchmakers[i].company.directory.learn(table.record(0, "elsewhere", issued_s=NOW_S + 0.1), NOW_S + 1)
-        table.matchmakers[1].company.directory.suspect(table.ids[3])
+            table.directory(i).learn(table.record(0, "elsewhere", issued_s=NOW_S + 0.1), NOW_S + 1)
+        table.directory(1).suspect(table.ids[3])
         table.matchmakers[0].seat.sealed_record = table.record(0, issued_s=NOW_S + 0.2)
 
         async def later(delay_s: float, *who: int) -> dict[int, Group | Missed]:

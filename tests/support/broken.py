@@ -21,7 +21,7 @@ from p2p_diloco.core.swarm_head import Standing, way_of
 from p2p_diloco.core.update import Part, Update, contributor_mask
 from p2p_diloco.ledger.replica import Replica
 from p2p_diloco.peer.control import OuterResult
-from p2p_diloco.peer.peer import Peer
+from p2p_diloco.peer.outer_steps import OuterSteps
 from p2p_diloco.round import settle_decide, settle_leader
 from p2p_diloco.round.meeting import Meeting
 from p2p_diloco.round.settle import Settlement
@@ -94,7 +94,7 @@ def local_values_where_a_reducer_died() -> Iterator[None]:
 @contextlib.contextmanager
 def applied_before_written() -> Iterator[None]:
     """The state moves, and is told to others, before the update is on the disk."""
-    commit = Peer._commit
+    commit = OuterSteps._commit
 
     def apply(self: Replica, update: Update) -> None:
         outer = self.manifest.spec.outer
@@ -102,23 +102,22 @@ def applied_before_written() -> Iterator[None]:
         self.ledger._headers[update.header.step] = update.header
         apply_checked(self.loaded, update, self.manifest.grid, lr=outer.lr, momentum=outer.momentum)
 
-    async def commit_first(self: Peer, update: Update) -> None:
+    async def commit_first(self: OuterSteps, update: Update) -> None:
         with mock.patch.object(self.replica, "commit", lambda update: apply(self.replica, update)):
             await commit(self, update)
         del self.replica.ledger._headers[update.header.step]
         await asyncio.to_thread(self.replica.ledger.append, update)
 
-    with mock.patch.object(Peer, "_commit", commit_first):
+    with mock.patch.object(OuterSteps, "_commit", commit_first):
         yield
 
 
 @contextlib.contextmanager
 def sent_again() -> Iterator[None]:
     """Who missed a round offers what it learned once more, also where it had arrived."""
-    outer_step = Peer.outer_step
+    outer_step = OuterSteps.outer_step
 
-    async def offer_again(self: Peer, tokens: int, *, dropped: bool = False, pace: float = 0.0) -> OuterResult:
-        assert self.local is not None
+    async def offer_again(self: OuterSteps, tokens: int, *, dropped: bool, pace: float) -> OuterResult:
         learned = np.subtract(self.local, self.replica.theta)
         result = await outer_step(self, tokens, dropped=dropped, pace=pace)
         if not result.adopted:
@@ -126,7 +125,7 @@ def sent_again() -> Iterator[None]:
         np.add(self.replica.theta, learned, out=self.local)
         return replace(result, kept=True)
 
-    with mock.patch.object(Peer, "outer_step", offer_again):
+    with mock.patch.object(OuterSteps, "outer_step", offer_again):
         yield
 
 
@@ -134,10 +133,10 @@ def sent_again() -> Iterator[None]:
 def kept_although_it_arrived() -> Iterator[None]:
     """In a run that keeps missed rounds: also those parts are kept that are in the state already."""
 
-    def keep(self: Peer, before: Standing, local: Vector) -> bool:
-        return self.seat.standing.head != before.head
+    def keep(self: OuterSteps, before: Standing, local: Vector) -> bool:
+        return self.here.seat.standing.head != before.head
 
-    with mock.patch.object(Peer, "_keep", keep):
+    with mock.patch.object(OuterSteps, "_keep", keep):
         yield
 
 

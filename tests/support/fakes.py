@@ -208,7 +208,7 @@ class SimPeer:
         if self.trainer is not None:
             self.trainer.cancel()
         with contextlib.suppress(asyncio.TimeoutError):
-            async with deadline(self.peer.timeouts.leave_s / 2):
+            async with deadline(self.peer.here.timeouts.leave_s / 2):
                 await self.peer.leave("asked")
         self.peer.events.close()
         self.transport.network.kill(self.peer.identity.peer_id)

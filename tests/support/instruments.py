@@ -142,7 +142,7 @@ def instrumented(world: World) -> Iterator[None]:
 
     patches: list[Any] = [
         mock.patch("p2p_diloco.core.grid.PART_VALUES", PART_VALUES),
-        mock.patch("p2p_diloco.peer.catchup.MAX_LINKS", LINKS),
+        mock.patch("p2p_diloco.peer.donors.MAX_LINKS", LINKS),
         mock.patch("p2p_diloco.peer.uploads.MAX_LINKS", LINKS),
         mock.patch("p2p_diloco.core.events.time", _SimClock),
         mock.patch("p2p_diloco.core.records.verify", verify),

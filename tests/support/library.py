@@ -24,12 +24,15 @@ from p2p_diloco.core.identity import Identity
 from p2p_diloco.core.outer import genesis_state
 from p2p_diloco.core.records import HEADS_SHOWN, seal_record
 from p2p_diloco.core.roster import rank
+from p2p_diloco.core.swarm_head import Standing
 from p2p_diloco.core.update import Part, Update, UpdateHeader
 from p2p_diloco.ledger.ledger import Ledger
 from p2p_diloco.ledger.replica import Replica
 from p2p_diloco.peer import uploads
 from p2p_diloco.peer.catchup import Catchup, CaughtUp
 from p2p_diloco.peer.uploads import Uploads
+from p2p_diloco.round.here import Here
+from p2p_diloco.round.seat import Seat
 from p2p_diloco.wire import channel
 from p2p_diloco.wire.channel import Channel, M, run_protocol
 from p2p_diloco.wire.messages import MAX_FRAME_BYTES, AskChunk, AskHeads, AskIndex, AskUpdate, Message
@@ -181,15 +184,16 @@ class Library:
         self.directory = Directory(ME.peer_id, MANIFEST.run_id)
         self.transport = FakeTransport(self.network, ME.peer_id, self.timeouts)
         self.events = event_log(self.folder / "events")
-        self.catchup = Catchup(
+        nowhere = Standing(step=0, head=bytes(32), heads=(), committed=False)
+        here = Here(
             transport=self.transport,
             identity=ME,
             directory=self.directory,
-            replica=self.replica,
+            seat=Seat(standing=nowhere, role_trainer=True, client_mode=False),
             timeouts=self.timeouts,
-            events=self.events,
             wall_s=lambda: NOW_S,
         )
+        self.catchup = Catchup(here=here, replica=self.replica, events=self.events)
 
     def add(
         self, replica: Replica, lie: Lie | None = None, *, max_bytes_per_s: float | None = None, **record: Any
@@ -250,10 +254,6 @@ class Library:
             assert replica.loaded.digest() == swarm.loaded.digest()
             assert replica.ledger.quarantined == []
         assert self.incoming() == []
-
-
-def now_s() -> float:
-    return asyncio.get_running_loop().time()
 
 
 # -- lies --------------------------------------------------------------------------------------------------------------

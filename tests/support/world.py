@@ -23,7 +23,7 @@ from p2p_diloco.core.manifest import RunManifest
 from p2p_diloco.core.records import open_record, peers_key, seal_record
 from p2p_diloco.core.waiting import heard
 from p2p_diloco.peer.control import OuterResult
-from p2p_diloco.peer.peer import ATTEMPTS
+from p2p_diloco.peer.outer_steps import ATTEMPTS
 from p2p_diloco.peer.reception import REQUESTS
 from p2p_diloco.round.company import MAX_GATHER_EXTENSION_S
 from p2p_diloco.wire.channel import Channel, run_protocol

@@ -1,0 +1,84 @@
+"""Donors: the peers from which another one takes heads, updates and snapshots. Which of them have what, and the way
+that one of them shows.
+
+What a record says that its peer has is a reason to ask, and no more: everything that comes is verified.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from p2p_diloco.core.errors import Misbehaved
+from p2p_diloco.core.records import Record
+from p2p_diloco.core.roster import rank
+from p2p_diloco.core.update import next_head
+from p2p_diloco.round.here import Here
+from p2p_diloco.wire.messages import MAX_LINKS, AskHeads, Heads
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Donors:
+    """The live peers that serve others, as their records describe them."""
+
+    here: Here
+
+    def serving(self) -> list[Record]:
+        """Returns the records of all live peers that serve. Everybody gets another order, so the load is spread."""
+        serving = [record for record in self.here.live() if record.phase != "joining"]
+        return sorted(serving, key=lambda record: rank(self.here.peer_id.encode(), record.peer_id))
+
+    def of_head(self, head: bytes) -> list[Record]:
+        """Returns those whose record has ``head`` in it: they have the update that leads there."""
+        return [record for record in self.serving() if head in (record.head, *record.heads)]
+
+    def of_update(self, step: int) -> list[Record]:
+        """Returns all that serve, in the order in which the update of outer step ``step`` is asked from them. Records
+        take seconds to get here: who has just made that step has the update, too, and is asked last."""
+        return sorted(self.serving(), key=lambda record: record.step <= step)
+
+    def of_snapshot(self, step: int, digest: bytes) -> list[Record]:
+        """Returns those whose record names this snapshot, and then those that name a newer one and may have kept this
+        one, too."""
+        serving = self.serving()
+        naming = [r for r in serving if (r.snapshot_step, r.snapshot_digest) == (step, digest)]
+        return naming + [r for r in serving if r.snapshot_step > step]
+
+    def snapshots(self, head: bytes, path: Mapping[int, bytes], genesis: bytes) -> list[tuple[int, bytes]]:
+        """Returns (outer step, digest) of the snapshots along ``path`` that donors of ``head`` offer, the most credible
+        one first: the one that most peers name, then the newest. Outer step 0 is believed only with the digest
+        ``genesis``, which the manifest names.
+
+        Known weakness: where a snapshot is so new that few have it yet, few can lie about it."""
+        named = Counter((record.snapshot_step, record.snapshot_digest) for record in self.serving())
+        offered = {(record.snapshot_step, record.snapshot_digest) for record in self.of_head(head)}
+        believed = [(step, digest) for step, digest in offered if step in path and (step > 0 or digest == genesis)]
+        return sorted(believed, key=lambda one: (-named[one], -one[0], one[1]))
+
+    async def ask_path(self, guide: Record, target: tuple[int, bytes]) -> dict[int, bytes] | None:
+        """Asks one donor which heads lead to the target. Returns outer step -> head, without a gap and up to the
+        target; None when the donor's ledger leads elsewhere.
+
+        The guide can leave older heads out, but invent none: every head follows from the one before and the update's
+        hash, so the path is true if the target is."""
+        path: dict[int, bytes] = {}
+        channel = await self.here.open(guide.peer_id)
+        try:
+            while True:
+                since = max(path, default=0)
+                answer: Heads = await channel.request(AskHeads(since=since), Heads)
+                step, head = answer.first, answer.head
+                if path and (step, head) != (since, path[since]):
+                    raise Misbehaved(guide.peer_id, f"names other heads from outer step {since} on than before")
+                path[step] = head
+                for link in answer.links:
+                    step, head = step + 1, next_head(head, link)
+                    path[step] = head
+                if step >= target[0] or len(answer.links) < MAX_LINKS:
+                    break
+        finally:
+            channel.close()
+        if path.get(target[0]) != target[1]:
+            return None
+        return {step: head for step, head in path.items() if step <= target[0]}

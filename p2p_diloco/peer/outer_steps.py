@@ -1,0 +1,291 @@
+"""The outer steps of a trainer's peer: rounds tried, and one update committed, or the swarm's state taken.
+
+    outer_step   up to ATTEMPTS rounds on one head; where the swarm has gone on, catch up instead
+    _round       gather -> reduce -> settle -> apply: the only place where an update is committed
+    _adopt       take the swarm's state in place of a round
+
+A round that fails is a value (``Missed``), and leaves the state as it was. What goes wrong here (disk, daemon) raises
+LocalError.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+
+from p2p_diloco.core.aggregate import Alignment, align
+from p2p_diloco.core.codec import Vector
+from p2p_diloco.core.errors import Gap
+from p2p_diloco.core.events import EventLog
+from p2p_diloco.core.pace import planned_steps
+from p2p_diloco.core.roster import Group, evaluator, on_head
+from p2p_diloco.core.swarm_head import Standing, must_catch_up
+from p2p_diloco.core.update import Update, parts_with
+from p2p_diloco.core.waiting import now_s
+from p2p_diloco.ledger.replica import Replica
+from p2p_diloco.peer.control import OuterResult
+from p2p_diloco.peer.follower import Follower
+from p2p_diloco.peer.presence import LastRound, Presence
+from p2p_diloco.peer.reception import Reception
+from p2p_diloco.peer.upkeep import Upkeep
+from p2p_diloco.round.here import Here
+from p2p_diloco.round.matchmaking import Matchmaker
+from p2p_diloco.round.meeting import Meeting
+from p2p_diloco.round.missed import Missed
+from p2p_diloco.round.settle import RoundCost, Settlement
+
+log = logging.getLogger(__name__)
+
+ATTEMPTS = 3
+"""Rounds tried on one head before the trainer goes on alone."""
+
+
+@dataclass(kw_only=True, eq=False)
+class OuterSteps:
+    """Makes outer steps, one at a time, with the parts of one ``Peer``."""
+
+    here: Here
+    replica: Replica
+    local: Vector
+    """The trainer's parameters, float32 [n]; they do not change while ``outer_step`` runs."""
+    matchmaker: Matchmaker
+    follower: Follower
+    upkeep: Upkeep
+    presence: Presence
+    reception: Reception
+    events: EventLog
+    _speeds: dict[str, float] = field(default_factory=dict)
+    """Peer id -> tokens per second, as it said in the last round."""
+    _pace: float = 0.0
+    """Tokens per second of this peer's trainer; 0 where unknown."""
+    _telling: asyncio.Task[None] | None = None
+    """The round that I led last is being told to the seeds."""
+
+    async def outer_step(self, tokens: int, *, dropped: bool, pace: float) -> OuterResult:
+        """Offers what the trainer learned from ``tokens`` tokens, takes what the group learned, and returns what became
+        of it: at the latest when ATTEMPTS rounds have failed. ``dropped``: offer nothing, as if the contribution had
+        been lost on its way. ``pace``: the trainer's speed in tokens per second; 0 where unknown."""
+        self._pace = pace
+        self.events.write("offered", step=self._step, tokens=tokens)
+        result = await self._offer(tokens, dropped)
+        result = replace(result, planned=self._planned_steps())
+        seat = self.here.seat
+        seat.closes_s = None
+        self.follower.behind = False
+        seat.progress = replace(seat.progress, inner_step=0, reported_s=now_s())
+        self.presence.enter("evaluate" if result.evaluate else "inner")
+        if result.adopted:
+            await self.presence.push_to_all()
+        self.presence.last_round = LastRound(
+            group=result.group,
+            seconds=result.gather_s + result.reduce_s + result.settle_s + result.apply_s,
+            bytes=result.bytes_sent + result.bytes_received,
+        )
+        self.presence.publish_now.ring()
+        return result
+
+    def close(self) -> None:
+        """Tells the seeds no more."""
+        if self._telling is not None:
+            self._telling.cancel()
+
+    @property
+    def _step(self) -> int:
+        return self.here.seat.standing.step
+
+    def _planned_steps(self) -> int:
+        """Returns the inner steps that this peer plans, by its speed and the others'."""
+        expected = self.here.directory.expected(self.here.wall_s())
+        around = on_head(expected, self.here.seat.standing.head)
+        speeds = [self._speeds[record.peer_id] for record in around if record.peer_id in self._speeds]
+        return planned_steps(self.replica.manifest.spec.inner.steps, self._pace, speeds)
+
+    async def _offer(self, tokens: int, dropped: bool) -> OuterResult:
+        """Tries rounds, unless training has diverged; then the trainer goes back to theta."""
+        before, mends = self.here.seat.standing, self.upkeep.mends
+        if not await asyncio.to_thread(_all_finite, self.local, self.replica.theta):
+            log.error("training diverged: a parameter is not finite; going back to theta of outer step %d", self._step)
+            with contextlib.suppress(Gap):
+                await self.upkeep.mend()  # a bit that flips in theta can make training diverge, again and again
+            self._log_round(Missed(reason="diverged", detail="a parameter is not finite"), None, 0.0)
+            return self._result(adopted=True, reason="diverged")
+        result = await self._try_rounds(tokens, dropped)
+        keeps = self.replica.manifest.spec.round.on_missed == "keep" and self.upkeep.mends == mends
+        if result.moved and keeps:  # what was learned from a theta that was wrong is not
+            result = replace(result, kept=await asyncio.to_thread(self._keep, before, self.local))
+        return result
+
+    def _keep(self, before: Standing, local: Vector) -> bool:
+        """Takes parts of the new theta into ``local`` whose update has my contribution in it, for they would count
+        twice; the state has moved on from ``before``. Returns whether any parts are left as the trainer made them: none
+        where my ledger does not show the way, after a roll-back or a snapshot."""
+        taken: set[int] = set()
+        head = before.head
+        for step in range(before.step, self._step):
+            update = self.replica.ledger.update(step)
+            if update is None or update.header.parent != head:
+                return False
+            head = update.header.head
+            taken |= parts_with(update, self.here.peer_id)
+        slices = self.replica.manifest.grid.slices
+        if head == before.head or len(taken) == len(slices):
+            return False
+        for part in taken:
+            local[slices[part]] = self.replica.theta[slices[part]]
+        return True
+
+    async def _try_rounds(self, tokens: int, dropped: bool) -> OuterResult:
+        """Tries rounds until one does not fail, at most ATTEMPTS, or catches up where nobody waits for me here."""
+        for _ in range(ATTEMPTS):
+            await self.follower.ask_ways()
+            if self.follower.must_move():
+                result = await self._adopt()
+                if result.moved or self.follower.must_move():
+                    return result  # else nobody has what was claimed, and those on our head wait for us
+            result = await self._round(tokens, dropped)
+            if result.reason == "behind":
+                return await self._adopt()
+            if result.reason != "failed":
+                break
+        return result
+
+    # -- a round -----------------------------------------------------------------------------------------------------
+
+    async def _round(self, tokens: int, dropped: bool) -> OuterResult:
+        """Makes one attempt: gather, reduce, settle, apply."""
+        started_s = now_s()
+        self.presence.enter("gather")
+        group = await self.matchmaker.find_group(tokens, dropped=dropped, tokens_per_s=self._pace)
+        gather_s = now_s() - started_s
+        if isinstance(group, Missed):
+            self._log_round(group, None, gather_s)
+            return self._result(reason=group.reason, gather_s=gather_s)
+        self._speeds = {member.peer_id: member.tokens_per_s for member in group.members}
+        self.here.seat.in_round = True
+        settlement = self._meet(group)
+        try:
+            self.presence.enter("reduce")
+            await settlement.reduce()
+            self.presence.enter("settle")
+            outcome = await settlement.settle()
+            cost = settlement.cost()
+            if isinstance(outcome, Missed):
+                if group.leader in settlement.meeting.lost:
+                    self.matchmaker.company.failed(group.head, group.members[group.leader].peer_id)
+                self._log_round(outcome, settlement, gather_s)
+                return self._result(reason=outcome.reason, group=len(group.members), gather_s=gather_s, cost=cost)
+            self.presence.enter("apply")
+            apply_started_s = now_s()
+            alignment = await self._apply(settlement, outcome)
+            apply_s = now_s() - apply_started_s
+        finally:
+            self.here.seat.in_round = False
+            self.here.seat.changed.ring()
+        if settlement.leads:
+            self._telling = asyncio.create_task(self.presence.push_to_seeds())
+        result = self._result(
+            committed=True,
+            group=len(group.members),
+            gather_s=gather_s,
+            cost=cost,
+            apply_s=apply_s,
+            evaluate=evaluator(group, self.here.seat.standing.head) == self.here.peer_id,
+        )
+        self._log_round(None, settlement, gather_s, apply_s, alignment)
+        return result
+
+    def _meet(self, group: Group) -> Settlement:
+        """Opens the round: its members are served from now on."""
+        settlement = Settlement(
+            Meeting(
+                group=group,
+                transport=self.here.transport,
+                protocol=self.here.protocol,
+                directory=self.here.directory,
+                timeouts=self.here.timeouts,
+                grid=self.replica.manifest.grid,
+                theta=self.replica.theta,
+                local=self.local,
+                min_group=self.replica.manifest.spec.round.min_group,
+            )
+        )
+        self.reception.open_round(settlement)
+        return settlement
+
+    async def _apply(self, settlement: Settlement, update: Update) -> Alignment | None:
+        """Commits the update that the group has agreed on. Returns how it compares with my own
+        contribution, where it can be compared."""
+        meeting = settlement.meeting
+        alignment = await asyncio.to_thread(align, meeting.theta, meeting.local, update, meeting.grid)
+        await self._commit(update)
+        met = (member.peer_id for i, member in enumerate(settlement.group.members) if i not in meeting.lost)
+        self.here.directory.met(met, self._step, self.here.seat.standing.head)
+        return alignment
+
+    async def _commit(self, update: Update) -> None:
+        """Writes the update to the ledger first, and then moves theta. A snapshot, where one is due, is written while
+        training goes on."""
+        await self.upkeep.settled()
+        if not self.replica.sound:
+            await self.upkeep.mend()
+        await asyncio.to_thread(self.replica.commit, update)
+        self.presence.take_standing()
+        self.upkeep.moved()
+
+    async def _adopt(self) -> OuterResult:
+        """Catches up with the swarm instead of meeting it."""
+        before, sound = self.here.seat.standing, self.replica.sound
+        async with self.follower.moving:
+            target = self.follower.target()
+            await self.presence.push_to_all()
+            if self.follower.must_move():  # else the others still wait for us where we are
+                self.presence.enter("joining")
+            elif sound and target is not None and must_catch_up(before, target):
+                self.follower.led_nowhere(target)
+            await self.follower.catch_up(patience_s=0.0)
+        moved = self.here.seat.standing != before
+        if sound:
+            return self._result(adopted=moved, reason="behind")
+        self._log_round(Missed(reason="repaired", detail="bits of the state had flipped"), None, 0.0)
+        return self._result(adopted=True, reason="repaired")
+
+    # -- what became of it -------------------------------------------------------------------------------------------
+
+    def _result(self, *, cost: RoundCost | None = None, reason: str = "", **fields: object) -> OuterResult:
+        state = self.replica.loaded
+        result = OuterResult(committed=False, adopted=False, reason=reason, step=state.step, head=state.head.hex())
+        return replace(result, **(vars(cost) if cost else {}), **fields)  # type: ignore[arg-type]
+
+    def _log_round(
+        self,
+        missed: Missed | None,
+        settlement: Settlement | None,
+        gather_s: float,
+        apply_s: float = 0.0,
+        alignment: Alignment | None = None,
+    ) -> None:
+        standing = self.here.seat.standing
+        members = settlement.group.members if settlement else ()
+        self.events.write(
+            "round",
+            step=standing.step,
+            head=standing.head.hex(),
+            committed=missed is None,
+            reason=missed.reason if missed else "",
+            detail=missed.detail if missed else "",
+            group=[member.peer_id for member in members],
+            dropped=[member.peer_id for member in members if member.dropped],
+            lost=[members[i].peer_id for i in sorted(settlement.meeting.lost)] if settlement else [],
+            gather_s=gather_s,
+            apply_s=apply_s,
+            **vars(settlement.cost() if settlement else RoundCost()),
+            **(vars(alignment) if alignment else {}),
+        )
+
+
+def _all_finite(*vectors: Vector) -> bool:
+    return all(bool(np.isfinite(values).all()) for values in vectors)

@@ -1,0 +1,122 @@
+"""Snapshots from donors: which one to believe, its index, and its chunks.
+
+    index    the head and the chunks' hashes: true, whoever sent them, for the snapshot's digest is the hash of them
+    chunks   from several donors at a time, each verified by its hash; what has come stays on the disk, also when the
+             download breaks off, and the next one goes on from there
+
+A snapshot is believed when its digest is the manifest's (outer step 0) or the one that most peers name.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Mapping
+
+from p2p_diloco.core.digest import HASH_BYTES
+from p2p_diloco.core.errors import Misbehaved, Refused, RemoteError
+from p2p_diloco.core.events import EventLog
+from p2p_diloco.core.outer import state_digest
+from p2p_diloco.core.records import Record
+from p2p_diloco.ledger.replica import Replica
+from p2p_diloco.ledger.snapshot import IncomingSnapshot, chunk_slices, remove_incoming, snapshot_bytes
+from p2p_diloco.peer.donors import Donors
+from p2p_diloco.peer.download import Chunks, Download, Tally, drop
+from p2p_diloco.round.here import Here
+from p2p_diloco.wire.messages import AskIndex
+
+log = logging.getLogger(__name__)
+
+
+class Snapshots:
+    """Downloads snapshots into the ledger of ``replica``, one at a time: they share its folder."""
+
+    def __init__(self, *, here: Here, replica: Replica, events: EventLog, donors: Donors) -> None:
+        self.here = here
+        self.replica = replica
+        self.events = events
+        self.donors = donors
+        self._n = replica.manifest.n_params
+        self._downloading = asyncio.Lock()
+
+    async def fetch(self, step: int, digest: bytes, tally: Tally) -> bool:
+        """Downloads the snapshot with this digest, whoever has it. Returns whether it is in the ledger now."""
+        incoming = await self._ask_index(step, digest, tally)
+        return incoming is not None and await self._download(incoming, tally)
+
+    async def fetch_newest(self, path: Mapping[int, bytes], target: tuple[int, bytes], tally: Tally) -> bool:
+        """Downloads the most credible snapshot from which the updates along ``path`` lead to the target. Returns
+        whether there is one in the ledger now."""
+        genesis = bytes.fromhex(self.replica.manifest.genesis)
+        for step, digest in self.donors.snapshots(target[1], path, genesis):
+            incoming = await self._ask_index(step, digest, tally)
+            if incoming is None:
+                return False  # who has it cannot serve now; that is no reason to believe fewer others
+            if incoming.head == path[step]:
+                return await self._download(incoming, tally)
+            log.info("the snapshot of outer step %d that most donors name is of another history", step)
+        return False
+
+    async def tidy(self) -> None:
+        """Removes what downloads that broke off have left on the disk, unless one is running."""
+        if not self._downloading.locked():
+            await asyncio.to_thread(remove_incoming, self.replica.ledger.folder)
+
+    async def _ask_index(self, step: int, digest: bytes, tally: Tally) -> IncomingSnapshot | None:
+        """Returns the snapshot with this digest, to be filled; None when no donor sends its index."""
+        for donor in self.donors.of_snapshot(step, digest):
+            try:
+                head, *hashes = await self._index_from(donor, step, digest)
+            except RemoteError as error:
+                tally.refused |= isinstance(error, Refused)
+                drop(error, self.here)
+                continue
+            tally.bytes_received += HASH_BYTES * (1 + len(hashes))
+            ledger, run_id = self.replica.ledger.folder, self.replica.manifest.run_id
+            return IncomingSnapshot(ledger, step=step, head=head, chunk_hashes=tuple(hashes), n=self._n, run_id=run_id)
+        return None
+
+    async def _index_from(self, donor: Record, step: int, digest: bytes) -> list[bytes]:
+        """Returns the head and the hashes of all chunks, verified. Raises RemoteError."""
+        size = HASH_BYTES * (1 + len(chunk_slices(self._n)))
+        channel = await self.here.open(donor.peer_id)
+        try:
+            await channel.send(AskIndex(step=step, digest=digest))
+            data = await channel.receive_blob(size, self.here.timeouts.reduced_part_s)
+        finally:
+            channel.close()
+        head, *hashes = index = [data[i : i + HASH_BYTES] for i in range(0, size, HASH_BYTES)]
+        if len(data) != size or state_digest(step, head, hashes) != digest:
+            raise Misbehaved(donor.peer_id, "serves the index of another snapshot")
+        return index
+
+    async def _download(self, incoming: IncomingSnapshot, tally: Tally) -> bool:
+        """Returns whether all chunks came, and the snapshot is in the ledger now."""
+        async with self._downloading:
+            held = await asyncio.to_thread(incoming.open)
+            chunks = range(len(incoming.slices))
+            missing = [chunk for chunk in chunks if chunk not in held]
+            size_mb, share = snapshot_bytes(self._n) / 1e6, len(missing) / len(chunks)
+            log.info(
+                "downloading the snapshot of outer step %d, %.0f %% of %.1f MB", incoming.step, 100 * share, size_mb
+            )
+            self.events.write("phase", phase="download", step=incoming.step)
+            download = Download(
+                here=self.here,
+                wanted=Chunks(incoming=incoming, timeouts=self.here.timeouts),
+                items=missing,
+                limit=len(chunks),
+                donors=self.donors.of_snapshot(incoming.step, incoming.digest),
+            )
+            try:
+                if not await download.run():
+                    return False
+            finally:
+                tally.add(download)
+            try:
+                await asyncio.to_thread(self.replica.adopt_snapshot, incoming.path, incoming.digest)
+            except ValueError as error:
+                log.warning("what was downloaded is not what the disk gives back (%s); look at the disk", error)
+                await asyncio.to_thread(remove_incoming, incoming.path.parent)
+                return False
+            return True

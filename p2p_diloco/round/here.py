@@ -1,0 +1,46 @@
+"""What all parts of one peer share: its place on the network, its key, the others' records, its seat, its clock."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from p2p_diloco.core.config import Timeouts
+from p2p_diloco.core.directory import Directory
+from p2p_diloco.core.identity import Identity
+from p2p_diloco.core.records import Record
+from p2p_diloco.round.seat import Seat
+from p2p_diloco.wire.channel import Channel, Transport, run_protocol
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Here:
+    """One peer, as its parts see it. ``Peer`` makes one, and every part gets the same."""
+
+    transport: Transport
+    identity: Identity
+    directory: Directory
+    """The newest record of every other peer of the run."""
+    seat: Seat
+    """Where this peer stands, and what it is at."""
+    timeouts: Timeouts
+    wall_s: Callable[[], float]
+    """The clock that records are dated by."""
+
+    @property
+    def peer_id(self) -> str:
+        """This peer's id."""
+        return self.directory.peer_id
+
+    @property
+    def protocol(self) -> str:
+        """The name under which all peers of the run serve their streams."""
+        return run_protocol(self.directory.run_id)
+
+    def live(self) -> list[Record]:
+        """Returns the records of all other peers that are there now."""
+        return self.directory.live(self.wall_s())
+
+    async def open(self, peer_id: str) -> Channel:
+        """Opens a stream to a peer of the run, at the addresses in its record. Raises Gone or Silent."""
+        return await self.transport.open(peer_id, self.directory.maddrs(peer_id), self.protocol)
