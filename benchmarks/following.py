@@ -28,7 +28,8 @@ from p2p_diloco.core.runfile import InnerSpec, ModelSpec, RunSpec
 from p2p_diloco.look.monitor import Monitor, first_to_end
 from p2p_diloco.peer.web import serving
 from p2p_diloco.wire.daemon import private_socket_folder
-from p2p_diloco.wire.node import REPLICAS, Node
+from p2p_diloco.wire.dht import REPLICAS
+from p2p_diloco.wire.node import Node
 
 PEERS = 500
 WARM_S = 15.0
@@ -97,7 +98,7 @@ async def keep_records(pipe: Connection) -> None:
             node = await Node.start(config, identity, Timeouts(), private_socket_folder(folder))
             stack.push_async_callback(node.close)
             address = address or (await node.maddrs())[0]
-            storages.append(node._network.dht.protocol.storage)  # type: ignore[union-attr]
+            storages.append(node._network.dht.node.protocol.storage)  # type: ignore[union-attr]
         told, turn = False, 0
         while not (told and pipe.poll()):
             count = PEERS if not told else round(PEERS / Timeouts().record_every_s / RENEWALS_PER_S)

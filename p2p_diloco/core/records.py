@@ -137,6 +137,11 @@ class Record(Signed):
     """HOST:PORT where its metrics can be scraped; empty when they cannot, from other machines."""
 
     @property
+    def beyond_genesis(self) -> bool:
+        """What the field ``committed`` says, by the name that a ``Standing`` has for it."""
+        return self.committed
+
+    @property
     def expires_s(self) -> float:
         return self.issued_s + self.life_s
 

@@ -22,7 +22,11 @@ class Standing:
     step: int
     head: bytes
     heads: tuple[bytes, ...]
-    committed: bool
+
+    @property
+    def beyond_genesis(self) -> bool:
+        """Whether the peer has made or taken any outer step."""
+        return self.step > 0
 
 
 def swarm_head(
@@ -38,7 +42,7 @@ def swarm_head(
     decides among all.
     """
     everybody: list[Record | Standing] = [*records, *([mine] if mine is not None else [])]
-    voters = [voter for voter in everybody if voter.committed] or everybody
+    voters = [voter for voter in everybody if voter.beyond_genesis] or everybody
     if not voters:
         return None
     # Most say the same: a way, which is as long as the run's history, is walked once for all of them.
@@ -115,7 +119,7 @@ def from_nowhere(records: Iterable[Record], mine: Standing, before: Mapping[byte
     """Returns the records of the voters that are not known to have ever stood where I did: they are on a history of
     their own, or more steps ahead or behind than a record shows."""
     here = set(way_of(mine, before))
-    return [r for r in records if r.committed and here.isdisjoint(way_of(r, before))]
+    return [r for r in records if r.beyond_genesis and here.isdisjoint(way_of(r, before))]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,7 +144,7 @@ def disputed(step: int, digest: bytes, heads: Mapping[int, bytes], records: Iter
     same_way = [
         r
         for r in records
-        if r.committed
+        if r.beyond_genesis
         and r.snapshot_step == step
         and any(
             heads.get(r.step - back) == head for back, head in enumerate((r.head, *r.heads)) if r.step - back >= step

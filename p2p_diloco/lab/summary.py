@@ -126,7 +126,7 @@ def standing_of(history: Mapping[int, str]) -> Standing:
     newest = max(history)
     way = itertools.takewhile(lambda step: step in history, range(newest - 1, -1, -1))
     earlier = tuple(history[step].encode() for step in way)
-    return Standing(step=newest, head=history[newest].encode(), heads=earlier, committed=newest > 0)
+    return Standing(step=newest, head=history[newest].encode(), heads=earlier)
 
 
 def evaluated(log: Log) -> Iterator[tuple[int, str, float]]:

@@ -223,7 +223,7 @@ class Replica:
             if header is None or header.head != way[-1] or header.parent != heads.get(step):
                 break
             way.append(header.parent)
-        return Standing(step=state.step, head=state.head, heads=tuple(way[1:]), committed=state.step > 0)
+        return Standing(step=state.step, head=state.head, heads=tuple(way[1:]))
 
     def newest_snapshot(self) -> SnapshotInfo:
         """Returns what is known of the newest snapshot. Raises LedgerError where there is none."""

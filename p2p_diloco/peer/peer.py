@@ -71,7 +71,7 @@ class Peer:
         self.events = events
         self.role: Role = "seed" if local is None else "trainer"
         self.directory = Directory(identity.peer_id, self.manifest.run_id)
-        nowhere = Standing(step=0, head=bytes(32), heads=(), committed=False)
+        nowhere = Standing(step=0, head=bytes(32), heads=())
         self.seat = Seat(standing=nowhere, role_trainer=local is not None, client_mode=client_mode)
         self.here = here = Here(
             transport=transport,
@@ -93,12 +93,7 @@ class Peer:
         self.upkeep = Upkeep(here=here, replica=replica, catchup=catchup, events=events)
         self.presence = Presence(here=here, replica=replica, events=events, role=self.role, name=name, metrics=metrics)
         self.follower = Follower(
-            here=here,
-            replica=replica,
-            catchup=catchup,
-            upkeep=self.upkeep,
-            presence=self.presence,
-            events=events,
+            here=here, replica=replica, catchup=catchup, upkeep=self.upkeep, presence=self.presence, events=events
         )
         self.reception = Reception(
             here=here,

@@ -176,7 +176,7 @@ class Presence:
             phase=self.here.seat.phase,
             step=standing.step,
             head=standing.head,
-            committed=standing.committed,
+            committed=standing.beyond_genesis,
             heads=list(standing.heads[:HEADS_SHOWN]),
             snapshot_step=snapshots[-1].step if snapshots else 0,
             snapshot_digest=snapshots[-1].digest if snapshots else bytes(32),

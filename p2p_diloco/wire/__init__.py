@@ -12,6 +12,7 @@ Its files, from the bottom up:
     kademlia   our node of the DHT: whose records it takes, what it answers strangers
     hardening  limits put on hivemind
     daemon     one life of p2pd: started, asked, shut
+    dht        our place in the DHT: neighbours, records stored and looked up
     streams    a node's streams: limited, served, ended
     node       one peer on the network: its p2pd, its place in the DHT, its streams
     discovery  from one address to a run

@@ -1,7 +1,7 @@
 """One life of p2pd, the libp2p daemon of a node: started under its guard, asked over its socket, shut.
 
     start         on an identity and addresses; or NetworkError
-    connect, open_stream, serve, maddrs, links
+    connect, reach, open_stream, serve, maddrs, relayed
     lost          why it cannot be used any more
     shut          and nothing is left of it
 
@@ -48,8 +48,8 @@ MAX_SOCKET_PATH_BYTES = 100
 LONGEST_SOCKET_NAME = "p2pclient-0123456789a.sock"
 
 
-class Refused(Exception):
-    """What p2pd answered."""
+class DialError(Exception):
+    """p2pd has refused a request, with the reason that it gave; for most requests it could not dial a peer."""
 
 
 @dataclass(kw_only=True)
@@ -149,6 +149,27 @@ class Daemon:
         request = p2pd_pb2.ConnectRequest(peer=base58.b58decode(peer_id), addrs=addrs)
         await self._answer(p2pd_pb2.Request(type=p2pd_pb2.Request.CONNECT, connect=request))
 
+    async def reach(self, peers: dict[str, list[str]]) -> tuple[list[str], list[str]]:
+        """Connects to all ``peers`` (id -> addresses) at once, within ``connect_s``. Returns the ids of those that
+        answer, and what is wrong with each of the others."""
+
+        async def complaint_of(peer_id: str, maddrs: list[str]) -> str | None:
+            try:
+                async with deadline(self.timeouts.connect_s):
+                    await self.connect(peer_id, maddrs)
+            except asyncio.TimeoutError:
+                return "no answer"
+            except FAILURES as error:
+                return str(error)
+            return None
+
+        complaints = await asyncio.gather(*(complaint_of(peer_id, maddrs) for peer_id, maddrs in peers.items()))
+        answers = dict(zip(peers, complaints))
+        return (
+            [peer_id for peer_id, complaint in answers.items() if complaint is None],
+            [f"{peers[peer_id][0]} ({complaint})" for peer_id, complaint in answers.items() if complaint is not None],
+        )
+
     async def open_stream(
         self, peer_id: str, maddrs: Sequence[str], protocol: str
     ) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
@@ -158,7 +179,7 @@ class Daemon:
             try:
                 _, reader, writer = await self._ask(request)
                 return reader, writer
-            except Refused:
+            except DialError:
                 self.connected.discard(peer_id)
         if maddrs:
             await self.connect(peer_id, maddrs)
@@ -196,14 +217,14 @@ class Daemon:
             answer = p2pd_pb2.Response()
             await control.read_pbmsg_safe(reader, answer)
             if answer.type == p2pd_pb2.Response.ERROR:
-                raise Refused(dial_reason(answer.error.msg))
+                raise DialError(dial_reason(answer.error.msg))
         except BaseException:
             writer.transport.abort()
             raise
         return answer, reader, writer
 
 
-FAILURES = (Refused, OSError, EOFError, ValueError)
+FAILURES = (DialError, OSError, EOFError, ValueError)
 
 
 def is_relayed(addr: bytes) -> bool:

@@ -37,7 +37,7 @@ def swarm(*histories: str, **changes: Any) -> list[Record]:
 
 def standing(history: str) -> Standing:
     record = record_of(identity(1), history)
-    return Standing(step=record.step, head=record.head, heads=tuple(record.heads), committed=record.committed)
+    return Standing(step=record.step, head=record.head, heads=tuple(record.heads))
 
 
 @pytest.mark.parametrize(

@@ -81,12 +81,17 @@ def test_the_state_is_in_the_vectors_that_were_given(replica: Replica) -> None:
 
 def test_where_it_stands(replica: Replica) -> None:
     standing = replica.standing()
-    assert (standing.step, standing.head, standing.heads, standing.committed) == (0, replica.loaded.head, (), False)
+    assert (standing.step, standing.head, standing.heads, standing.beyond_genesis) == (
+        0,
+        replica.loaded.head,
+        (),
+        False,
+    )
     heads = [standing.head]
     for step in range(1, 8):
         advance(replica, 1)
         standing = replica.standing()
-        assert (standing.step, standing.committed) == (step, True)
+        assert (standing.step, standing.beyond_genesis) == (step, True)
         assert standing.head == replica.loaded.head
         assert standing.heads == tuple(reversed(heads))
         heads.append(standing.head)

@@ -397,7 +397,7 @@ def test_the_longest_record_with_a_metrics_address_fits(tmp_path: Path) -> None:
         presence.metrics, presence.name, presence._maddrs = Endpoint(host=host, port=65535), "n" * 32, maddrs
         presence.trained = Trained(loss=1e300, tokens=most, tokens_per_s=1e300, held_out_loss=1.5, held_out_step=most)
         presence.last_round = LastRound(group=most, seconds=1e300, bytes=most)
-        peer.seat.standing = Standing(step=most, head=bytes(32), heads=(bytes(32),) * 4, committed=True)
+        peer.seat.standing = Standing(step=most, head=bytes(32), heads=(bytes(32),) * 4)
         peer.seat.progress = Progress(inner_step=most, planned=most)
         record = presence.record()
         longest = record.model_copy(update={"run_name": "r" * 64, "version": "v" * 16, "snapshot_step": most})

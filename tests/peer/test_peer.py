@@ -524,7 +524,7 @@ def test_nothing_is_kept_where_the_ledger_does_not_show_the_way(tmp_path: Path) 
         heads = [header.parent for step in range(4) if (header := ledger.header(step)) is not None]
 
         def kept(step: int, head: bytes) -> bool:
-            return outer_steps._keep(Standing(step=step, head=head, heads=(), committed=True), local)
+            return outer_steps._keep(Standing(step=step, head=head, heads=()), local)
 
         assert [kept(step, heads[step]) for step in (1, 2, 3)] == [True] * 3
         assert not kept(0, heads[0]), "it was in that one"

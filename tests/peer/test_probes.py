@@ -98,9 +98,7 @@ class Scene:
         self.server = Place(self.network, SERVER, "198.51.100.1")
         self.asker = Place(self.network, ASKER, "203.0.113.7")
         self.listener = Place(self.network, LISTENER, "203.0.113.7", (LISTENS_AT,))
-        self.seat = Seat(
-            standing=Standing(step=0, head=head(""), heads=(), committed=False), role_trainer=True, client_mode=False
-        )
+        self.seat = Seat(standing=Standing(step=0, head=head(""), heads=()), role_trainer=True, client_mode=False)
         self.seat.phase = "inner"
         here = Here(
             transport=self.server,

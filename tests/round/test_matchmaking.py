@@ -49,7 +49,7 @@ def manifest_with(**limits: Any) -> RunManifest:
 
 def standing(history: str) -> Standing:
     heads = tuple(head(history[:back]) for back in range(len(history) - 1, max(len(history) - 5, -1), -1))
-    return Standing(step=len(history), head=head(history), heads=heads, committed=bool(history))
+    return Standing(step=len(history), head=head(history), heads=heads)
 
 
 @dataclass(eq=False)
@@ -877,7 +877,7 @@ def test_failures_are_remembered_for_as_long_as_their_head_is_mine() -> None:
         company = matchmaker.company
         for step in range(1, 1001):
             at = digest(step.to_bytes(4, "big"))
-            matchmaker.seat.standing = Standing(step=step, head=at, heads=(), committed=True)
+            matchmaker.seat.standing = Standing(step=step, head=at, heads=())
             for attempt in range(2):
                 found = await matchmaker.find_group(100)
                 assert isinstance(found, Missed)

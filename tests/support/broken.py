@@ -182,7 +182,7 @@ def half_of_the_voters() -> Iterator[None]:
         records: Iterable[Record], mine: Standing | None, before: Mapping[bytes, bytes]
     ) -> tuple[int, bytes] | None:
         everybody: list[Record | Standing] = [*records, *([mine] if mine is not None else [])]
-        voters = [voter for voter in everybody if voter.committed] or everybody
+        voters = [voter for voter in everybody if voter.beyond_genesis] or everybody
         paths = [[(voter.step - back, head) for back, head in enumerate(way_of(voter, before))] for voter in voters]
         support = Counter(candidate for path in paths for candidate in path)
 

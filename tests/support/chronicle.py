@@ -199,10 +199,10 @@ class Chronicle:
         less: the others must have most of those whom it knows, or more than stand where it stands, or as many on a
         newer head, or on one as new with the smaller digest. So two halves do not change places, whoever else each of
         their members sees."""
-        if mine is None or not mine.committed or target is None:
+        if mine is None or not mine.beyond_genesis or target is None:
             return
         here = way_of(mine, before)
-        ways = [way_of(record, before) for record in records if record.committed]
+        ways = [way_of(record, before) for record in records if record.beyond_genesis]
         there = {head for way in ways if target[1] in way for head in way[way.index(target[1]) :]}
         if target[1] in here or mine.head in there:
             return

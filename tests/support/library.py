@@ -184,7 +184,7 @@ class Library:
         self.directory = Directory(ME.peer_id, MANIFEST.run_id)
         self.transport = FakeTransport(self.network, ME.peer_id, self.timeouts)
         self.events = event_log(self.folder / "events")
-        nowhere = Standing(step=0, head=bytes(32), heads=(), committed=False)
+        nowhere = Standing(step=0, head=bytes(32), heads=())
         here = Here(
             transport=self.transport,
             identity=ME,
@@ -217,7 +217,7 @@ class Library:
             "step": standing.step,
             "head": standing.head,
             "heads": list(standing.heads[:HEADS_SHOWN]),
-            "committed": standing.committed,
+            "committed": standing.beyond_genesis,
             "snapshot_step": snapshot.step,
             "snapshot_digest": snapshot.digest,
             "issued_s": issued_s,

@@ -298,7 +298,7 @@ X, Y = sorted(HEADS[2:])
 
 
 def at(head: bytes, step: int = 3, *older: bytes) -> Standing:
-    return Standing(step=step, head=head, heads=(*older, HEADS[1], HEADS[0]), committed=True)
+    return Standing(step=step, head=head, heads=(*older, HEADS[1], HEADS[0]))
 
 
 def voters(*heads: bytes) -> list[Record]:
@@ -315,7 +315,7 @@ def voters(*heads: bytes) -> list[Record]:
         (at(X), voters(Y, Y), (3, Y)),
         (at(X), voters(X, Y, Y), (3, X)),
         (at(HEADS[1], 2), voters(Y, X, X), (3, Y)),  # nothing is given up
-        (dataclasses.replace(at(X), committed=False), voters(Y, X), (3, Y)),
+        (dataclasses.replace(at(X), step=0), voters(Y, X), (3, Y)),
         (None, voters(Y), (3, Y)),
         (at(X), [], None),
     ],

@@ -182,7 +182,7 @@ def test_records(tmp_path: Path) -> None:
             network = bob._network
             assert network is not None
             stolen, expires_s = sealed_record(STRANGER)
-            answer = await network.dht.protocol.call_store(
+            answer = await network.dht.node.protocol.call_store(
                 PeerID.from_base58(alice.peer_id),
                 [DHTID.generate(source=KEY)],
                 [msgpack.packb(stolen)],
@@ -267,7 +267,7 @@ def test_finds_an_initial_peer_that_comes_back(tmp_path: Path) -> None:
     async def main() -> None:
         async with nodes(tmp_path, 2, dataclasses.replace(TIMEOUTS, refresh_s=0.02)) as (alice, bob):
             assert bob._network is not None
-            table = bob._network.dht.protocol.routing_table
+            table = bob._network.dht.node.protocol.routing_table
             del table[node_id_of(alice.peer_id)]
             watching = asyncio.create_task(bob.watch())
             await eventually(lambda: node_id_of(alice.peer_id) in table)
@@ -284,7 +284,7 @@ def test_who_has_lost_the_dht_finds_it_through_a_peer_it_has_met(tmp_path: Path)
             met = {bob.peer_id: await bob.maddrs()}
             await alice.close()
             assert carol._network is not None
-            table = carol._network.dht.protocol.routing_table
+            table = carol._network.dht.node.protocol.routing_table
             for node_id in list(table.uid_to_peer_id):
                 del table[node_id]
             assert await carol.look_up(KEY) == []
