@@ -10,6 +10,7 @@ SETTLE = (
     "--deselect=tests/round/test_settle.py::test_two_of_five_fail",
 )
 """Without what takes as long as all others together."""
+CATCHUP = ("tests/peer/test_catchup.py",)
 
 TESTS: dict[str, tuple[str, ...]] = {
     "p2p_diloco/core/roster.py": ("tests/core/test_roster.py",),
@@ -24,10 +25,10 @@ TESTS: dict[str, tuple[str, ...]] = {
     "p2p_diloco/round/matchmaking.py": ("tests/round/test_matchmaking.py",),
     "p2p_diloco/round/gathering.py": ("tests/round/test_matchmaking.py",),
     "p2p_diloco/round/company.py": ("tests/round/test_matchmaking.py",),
-    "p2p_diloco/peer/catchup.py": ("tests/peer/test_catchup.py",),
-    "p2p_diloco/peer/donors.py": ("tests/peer/test_catchup.py",),
-    "p2p_diloco/peer/snapshots.py": ("tests/peer/test_catchup.py",),
-    "p2p_diloco/peer/download.py": ("tests/peer/test_download.py", "tests/peer/test_catchup.py"),
+    "p2p_diloco/peer/catchup.py": CATCHUP,
+    "p2p_diloco/peer/donors.py": ("tests/peer/test_donors.py", "tests/peer/test_snapshots.py", *CATCHUP),
+    "p2p_diloco/peer/snapshots.py": ("tests/peer/test_snapshots.py", *CATCHUP),
+    "p2p_diloco/peer/download.py": ("tests/peer/test_download.py", *CATCHUP),
     "p2p_diloco/ledger/files.py": ("tests/ledger/test_ledger.py",),
     "p2p_diloco/ledger/ledger.py": ("tests/ledger/test_ledger.py",),
     "p2p_diloco/ledger/disk.py": ("tests/ledger/test_disk.py", "tests/ledger/test_ledger.py"),

@@ -47,20 +47,24 @@ RECENT = 16
 
 
 class Wanted(Protocol):
+    """What a download fetches: numbered items, each asked for and verified alone."""
+
     depth: int
     """Items asked from one donor at a time."""
     item_bytes: int
     """Of the largest item."""
 
-    def request(self, item: int) -> Message: ...
+    def request(self, item: int) -> Message:
+        """Returns the message that asks a donor for an item."""
 
     async def receive(self, channel: Channel, item: int) -> None:
-        """The answer to ``request(item)``, verified, and kept on return. Raises RemoteError. It may come twice."""
+        """Receives the answer to ``request(item)``, verifies it, and keeps it. Raises RemoteError. An item may come
+        twice."""
 
 
 @dataclass(kw_only=True, eq=False)
 class Chunks:
-    """Of one snapshot; kept on disk."""
+    """The chunks of one snapshot, which are kept on disk."""
 
     incoming: IncomingSnapshot
     timeouts: Timeouts
@@ -84,7 +88,10 @@ class Chunks:
 
 @dataclass(kw_only=True, eq=False)
 class Updates:
-    """``heads[step + 1]``: the head that update ``step`` must lead to. One at a time from a donor: they are large."""
+    """The updates along one path, which are kept in memory until they are taken in their order. A donor is asked for
+    one at a time: they are large.
+
+    ``heads[step + 1]``: the head that update ``step`` must lead to."""
 
     grid: Grid
     heads: dict[int, bytes]
@@ -115,7 +122,7 @@ class Updates:
             self.ready[item] = (update, channel.peer_id)
 
     def take(self) -> tuple[Update, str] | None:
-        """The next one, if it is there."""
+        """Returns the next update and the id of the peer that sent it; None while it is not there."""
         found = self.ready.pop(self.next_step, None)
         if found is not None:
             self.next_step += 1
@@ -123,8 +130,10 @@ class Updates:
 
 
 class Handout:
-    """Lowest items first. ``late_s``: what has not come in this time is asked from a second donor; once some items have
-    come, the time is LATE times what those took, in the middle."""
+    """Decides which donor is asked for which item: the lowest items first, and each from one donor unless it is late.
+
+    An item is late when it has not come in ``late_s`` after it was asked for; once some items have come, in LATE times
+    the median of what the last ones took. Then it is asked from a second donor, too."""
 
     def __init__(self, items: Iterable[int], *, limit: int, late_s: float) -> None:
         self.missing = set(items)
@@ -137,7 +146,7 @@ class Handout:
         """Item -> who is asked for it, and since when; the item that was asked for first comes first."""
 
     def take(self, donor: str, now_s: float) -> int | None:
-        """What ``donor`` shall be asked for now; None: nothing, for the time being."""
+        """Returns what ``donor`` shall be asked for now; None for nothing, for the time being."""
         if self._unasked and self._unasked[0] < self.limit:
             item = heapq.heappop(self._unasked)
         else:
@@ -150,7 +159,7 @@ class Handout:
         return item
 
     def arrived(self, item: int, donor: str, now_s: float) -> bool:
-        """Whether it is the first time."""
+        """Notes that an item has come. Returns whether it is the first time."""
         if item not in self.missing:
             return False
         self.missing.remove(item)
@@ -158,7 +167,7 @@ class Handout:
         return True
 
     def give_back(self, donor: str) -> None:
-        """``donor`` will send nothing more of what it was asked for."""
+        """Has what ``donor`` still owes asked from others: it will send nothing more."""
         for item in [item for item, asked in self._asked.items() if donor in asked]:
             del self._asked[item][donor]
             if not self._asked[item]:
@@ -166,7 +175,8 @@ class Handout:
                 heapq.heappush(self._unasked, item)
 
     def wait_s(self, now_s: float) -> float:
-        """When to ask ``take`` again, unless something changes before."""
+        """Returns how long to wait before ``take`` may have something, unless an item comes or a donor is dropped
+        before."""
         return max(min(self._due_s().values(), default=now_s + self._late_s) - now_s, 0.0)
 
     def _due_s(self) -> dict[int, float]:
@@ -177,7 +187,7 @@ class Handout:
 
 @dataclass(kw_only=True, eq=False)
 class Download:
-    """``donors``: who is asked, in this order. ``items``: those of ``wanted`` that are missing."""
+    """One download of ``items``, those of ``wanted`` that are missing, from ``donors``, who are asked in this order."""
 
     here: Here
     wanted: Wanted
@@ -200,7 +210,8 @@ class Download:
         self._waiting = deque(self.donors)
 
     async def run(self) -> bool:
-        """Whether everything came; False when no donor is left before. Raises LocalError for the own disk."""
+        """Downloads until everything is there, or no donor is left. Returns whether everything came. Raises LocalError
+        for the own disk."""
         workers = [asyncio.create_task(self._work()) for _ in range(min(DONORS, len(self._waiting)))]
         running = set(workers)
         try:
@@ -217,11 +228,12 @@ class Download:
         return not self.handout.missing
 
     def allow(self, limit: int) -> None:
+        """Lets items below ``limit`` be asked for from now on."""
         self.handout.limit = limit
         self.changed.ring()
 
     async def _work(self) -> None:
-        """One donor after the other."""
+        """Fetches from one donor after the other."""
         while self._waiting and self.handout.missing:
             donor = self._waiting.popleft()
             try:
@@ -234,7 +246,8 @@ class Download:
                 self.changed.ring()
 
     async def _fetch_from(self, donor: Record) -> None:
-        """Until nothing is missing. A stream without work is closed: a donor has few to serve."""
+        """Fetches from one donor until nothing is missing. A stream without work is closed: a donor has few to
+        serve."""
         channel: Channel | None = None
         owed: deque[int] = deque()
         try:

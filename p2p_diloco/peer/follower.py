@@ -1,12 +1,13 @@
-"""The way to where the swarm is: a newcomer's, a seed's, and that of a trainer whom the others have left behind.
+"""When a peer sets out for the swarm's head: a newcomer, a seed, and a trainer that missed an update. How it gets there
+is in ``catchup``.
 
     run        look whenever records have come: a state that nobody trains on follows the swarm by itself; a trainer is
                told to come, and what it will need is fetched ahead
     catch_up   go to the swarm's head, and on while it moves
-    ask_ways   ask those whose records do not show how they came to where they are
+    ask_ways   ask peers whose records do not show how they came to where they are
 
-What others claim is a reason to look, and no more: whoever claims a head that nobody can show the way to has no vote
-for a while.
+What others claim is a reason to look, and no more: a peer that claims a head to which nobody can show the way has no
+vote for a while.
 """
 
 from __future__ import annotations
@@ -34,6 +35,8 @@ WAYS_ASKED = 8
 
 @dataclass(kw_only=True, eq=False)
 class Follower:
+    """Decides when one peer has to catch up, and has it done."""
+
     here: Here
     replica: Replica
     catchup: Catchup
@@ -41,9 +44,10 @@ class Follower:
     presence: Presence
     events: EventLog
     by_itself: bool = True
-    """A seed, and a trainer that has not begun: the state goes where the swarm goes. From then on, at outer steps."""
+    """The state goes where the swarm goes: at a seed, and at a trainer until it begins. From then on it moves at outer
+    steps."""
     moving: asyncio.Lock = field(default_factory=asyncio.Lock)
-    """Held by who moves the state other than by a round."""
+    """Held while the state moves other than by a round."""
     behind: bool = False
     """The swarm went on without me, or my state was wrong: the trainer shall come for an outer step now."""
     _ways_asked: dict[str, float] = field(default_factory=dict)
@@ -52,16 +56,18 @@ class Follower:
     """Catch-ups in a row that led nowhere."""
 
     def target(self) -> tuple[int, bytes] | None:
-        """Outer step and head of the swarm, as far as others are believed; None where there is none but mine."""
+        """Returns outer step and head of the swarm, as far as others are believed; None where there is nobody, and I
+        have no state."""
         mine = self.here.seat.standing if self.replica.state is not None else None
         return swarm_head(self.here.directory.believed(self.here.wall_s()), mine, self.here.directory.before)
 
     def must_move(self) -> bool:
-        """Nobody waits for me here any more, or what I hold is wrong."""
+        """Tells whether nobody waits for me here any more, or what I hold is wrong."""
         return not self.replica.sound or must_catch_up(self.here.seat.standing, self.target())
 
     async def run(self) -> None:
-        """Until cancelled. Records go on coming meanwhile: what is downloaded may take longer than they last."""
+        """Follows the swarm until it is cancelled: it looks whenever records have come. They go on coming meanwhile:
+        what is downloaded may take longer than they last."""
         while True:
             news = self.presence.heard.event
             await self._follow()
@@ -82,8 +88,9 @@ class Follower:
                     await self.catchup.fetch_ahead(target)
 
     async def ask_ways(self) -> None:
-        """Whose record does not show that we share a history, tells it now: a group that went on while most stood still
-        is ahead of them, and not elsewhere, however far that is."""
+        """Asks peers whose records do not show that we share a history how they came there: a group that went on while
+        most stood still is ahead of them, and not elsewhere, however far that is. Each is asked once in a record's
+        life."""
         if self.replica.state is None:
             return
         asked_s = now_s()
@@ -97,9 +104,11 @@ class Follower:
         await asyncio.gather(*(self.catchup.learn_way(record) for record in chosen))
 
     async def catch_up(self, patience_s: float) -> bool:
-        """Go to the swarm's head, and on while it moves. Whether a snapshot had to be downloaded. A newcomer, who has
-        no state, waits up to ``patience_s`` for somebody who gives it one; after a download that broke off, until all
-        who then failed it, perhaps because it was cut off itself, must have signed newer records, and as long again."""
+        """Goes to the swarm's head, and on while it moves. Returns whether a snapshot had to be downloaded.
+
+        It returns when the swarm's head is reached, or when nobody helps. A newcomer, which has no state, waits up to
+        ``patience_s`` for somebody that gives it one; after a download that broke off, until all donors that failed it,
+        perhaps because it was cut off itself, must have signed newer records, and ``patience_s`` more."""
         deadline_s, snapshot = now_s() + patience_s, False
         if not self.replica.sound:
             await self.upkeep.mend()
@@ -132,7 +141,8 @@ class Follower:
             await self.presence.push_to_all()  # the answers say how far the swarm is by now
 
     def led_nowhere(self, target: tuple[int, bytes]) -> None:
-        """``target`` was claimed, and looking for it was in vain."""
+        """Notes that ``target`` was claimed, and looking for it was in vain. After PATIENCE times in a row, those that
+        claim it have no vote for a while."""
         self._in_vain += 1
         if self._in_vain >= PATIENCE:
             self._in_vain = 0

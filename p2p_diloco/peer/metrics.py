@@ -27,6 +27,7 @@ from p2p_diloco import __version__
 from p2p_diloco.core.addresses import METRICS_FLAG, Endpoint
 from p2p_diloco.core.errors import UsageError
 from p2p_diloco.core.events import LIMITS_S, Durations
+from p2p_diloco.core.waiting import now_s
 from p2p_diloco.ledger.folder import folder_bytes
 from p2p_diloco.peer.peer import Peer
 from p2p_diloco.peer.web import Response, serving
@@ -46,13 +47,17 @@ REPAIRS = ("state", "snapshot", "update")
 
 @dataclass(frozen=True, kw_only=True)
 class Surroundings:
+    """What p2pd, the disk and the system have to be asked for."""
+
     links: Links = field(default_factory=Links)
     ledger_bytes: int = 0
     trainer_bytes: int | None = None
 
 
 class PeerMetrics:
-    """``trainer_pid``: the process that trains, where it is another one than this."""
+    """The metrics of one peer.
+
+    ``trainer_pid``: the process that trains, where it is another one than this."""
 
     def __init__(self, peer: Peer, trainer_pid: int | None = None) -> None:
         self.peer = peer
@@ -65,7 +70,7 @@ class PeerMetrics:
         """The last answer, and until when it is given again."""
 
     async def serve(self, endpoint: Endpoint) -> None:
-        """Until cancelled. UsageError when nobody can listen there."""
+        """Serves the metrics until it is cancelled. Raises UsageError when nobody can listen there."""
         await self.look()
         try:
             async with serving(endpoint.host, endpoint.port, self.page, self.peer.here.timeouts):
@@ -76,7 +81,7 @@ class PeerMetrics:
             raise UsageError(f"{METRICS_FLAG} {endpoint}: {error}") from error
 
     async def look(self) -> None:
-        """Around, at what cannot be read off the peer."""
+        """Looks around, at what cannot be read off the peer."""
         self.surroundings = Surroundings(
             links=await self.peer.here.transport.links(),
             ledger_bytes=await asyncio.to_thread(folder_bytes, self.peer.replica.ledger.folder),
@@ -84,21 +89,22 @@ class PeerMetrics:
         )
 
     def page(self, path: str) -> Response | None:
+        """Returns what is at a path, made anew after RENDER_EVERY_S; None for a path that is nowhere."""
         if path != "/metrics":
             return None
-        now_s = asyncio.get_running_loop().time()
+        asked_s = now_s()
         until_s, response = self._kept
-        if response is None or now_s >= until_s:
+        if response is None or asked_s >= until_s:
             response = Response(body=self.render(), content_type=CONTENT_TYPE)
-            self._kept = (now_s + RENDER_EVERY_S, response)
+            self._kept = (asked_s + RENDER_EVERY_S, response)
         return response
 
     def render(self) -> bytes:
-        """In Prometheus' text format."""
+        """Returns all metrics in Prometheus' text format."""
         return generate_latest(self.registry)
 
     def collect(self) -> Iterator[Metric]:
-        """For the registry."""
+        """Yields all metrics of the peer, for the registry."""
         yield from self._identity()
         yield from self._training()
         yield from self._rounds()
@@ -189,7 +195,7 @@ class PeerMetrics:
 
 
 def gauge(name: str, text: str, value: float | None) -> Metric:
-    """Without a sample where ``value`` is not known."""
+    """Returns one gauge, without a sample where ``value`` is not known."""
     family = GaugeMetricFamily(PREFIX + name, text)
     if value is not None:
         family.add_metric((), value)
@@ -197,6 +203,7 @@ def gauge(name: str, text: str, value: float | None) -> Metric:
 
 
 def gauges(name: str, text: str, label: str, values: Mapping[str, float]) -> Metric:
+    """Returns a gauge with one sample for each value of ``label``."""
     family = GaugeMetricFamily(PREFIX + name, text, labels=(label,))
     for key, value in values.items():
         family.add_metric((key,), value)
@@ -204,16 +211,19 @@ def gauges(name: str, text: str, label: str, values: Mapping[str, float]) -> Met
 
 
 def info(name: str, text: str, labels: Mapping[str, str]) -> Metric:
+    """Returns a gauge that is 1, and says what it says in its labels."""
     family = GaugeMetricFamily(PREFIX + name, text, labels=tuple(labels))
     family.add_metric(tuple(labels.values()), 1)
     return family
 
 
 def counter(name: str, text: str, value: float) -> Metric:
+    """Returns one counter."""
     return CounterMetricFamily(PREFIX + name, text, value=value)
 
 
 def counters(name: str, text: str, label: str, values: Mapping[str, float]) -> Metric:
+    """Returns a counter with one sample for each value of ``label``."""
     family = CounterMetricFamily(PREFIX + name, text, labels=(label,))
     for key, value in values.items():
         family.add_metric((key,), value)
@@ -221,7 +231,7 @@ def counters(name: str, text: str, label: str, values: Mapping[str, float]) -> M
 
 
 def histogram(name: str, text: str, label: str, values: Mapping[str, Durations]) -> Metric:
-    """``label`` empty: there is one, without labels."""
+    """Returns a histogram for each value of ``label``; where ``label`` is empty there is one, without labels."""
     family = HistogramMetricFamily(PREFIX + name, text, labels=(label,) if label else ())
     limits = [*map(str, LIMITS_S), "+Inf"]
     for key, durations in values.items():
@@ -231,7 +241,7 @@ def histogram(name: str, text: str, label: str, values: Mapping[str, Durations])
 
 
 def resident_bytes(pid: int | None) -> int | None:
-    """None where the system does not tell."""
+    """Returns how much memory a process takes; None where the system does not tell."""
     try:
         pages = Path(f"/proc/{pid}/statm").read_text(encoding="utf-8").split()[1]
     except (OSError, IndexError):

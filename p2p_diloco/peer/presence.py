@@ -1,7 +1,7 @@
 """What a peer makes known about itself, and how it hears of the others: records in the DHT, and pushed directly.
 
-The DHT is for who does not know us yet, and slow: a record is seconds old when it arrives. Whoever joins, catches up or
-leaves therefore pushes its record to all that it knows, and each answers with its own.
+The DHT is for peers that do not know us yet, and slow: a record is seconds old when it arrives. A peer that joins,
+catches up or leaves therefore pushes its record to all that it knows, and each answers with its own.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ MADDRS_BYTES = 320
 
 @dataclass(kw_only=True)
 class Trained:
-    """What the trainer has told us, for the record."""
+    """The trainer's newest figures, for the record."""
 
     loss: float | None = None
     tokens: int = 0
@@ -43,6 +43,8 @@ class Trained:
 
 @dataclass(frozen=True, kw_only=True)
 class LastRound:
+    """This peer's last round, for the record."""
+
     group: int = 0
     seconds: float = 0.0
     bytes: int = 0
@@ -51,6 +53,8 @@ class LastRound:
 
 @dataclass(kw_only=True, eq=False)
 class Presence:
+    """Makes and publishes one peer's record, and reads the others'."""
+
     here: Here
     replica: Replica
     events: EventLog
@@ -70,13 +74,16 @@ class Presence:
         self._last_issued_s = 0.0
 
     async def publish_loop(self) -> None:
-        """Until cancelled: a new record every ``record_every_s``, and whenever ``publish_now`` rings."""
+        """Publishes a new record every ``record_every_s``, and whenever ``publish_now`` rings, until it is
+        cancelled."""
         while True:
             rung = self.publish_now.event
             await self.publish()
             await heard(rung, self.here.timeouts.record_every_s)
 
     async def publish(self) -> None:
+        """Signs a new record and stores it in the DHT; with few peers about, also under the key where newcomers
+        look."""
         self._maddrs = await self.here.transport.maddrs()
         record = self.record()
         sealed = self.here.seat.sealed_record = seal_record(record, self.here.identity)
@@ -85,7 +92,7 @@ class Presence:
             await self.here.transport.publish(RUNS_KEY, sealed, record.expires_s)
 
     async def refresh(self) -> None:
-        """Read everybody's record in the DHT."""
+        """Reads everybody's record in the DHT."""
         for sealed in await self.here.transport.look_up(peers_key(self._run_id)):
             try:
                 self.here.directory.learn(sealed, self.here.wall_s())
@@ -94,13 +101,14 @@ class Presence:
         self.heard.ring()
 
     async def refresh_loop(self) -> None:
-        """Until cancelled: every ``refresh_s``."""
+        """Reads the others' records every ``refresh_s``, until it is cancelled."""
         while True:
             await asyncio.sleep(self.here.timeouts.refresh_s)
             await self.refresh()
 
     async def push_to_all(self) -> None:
-        """Tell everybody at once: I have joined, caught up, or am leaving. They answer with where they stand."""
+        """Tells all live peers at once where I stand: I have joined, caught up, or am leaving. They answer with where
+        they stand."""
         await self.push(self.here.live())
 
     async def push_to_seeds(self) -> None:
@@ -109,6 +117,8 @@ class Presence:
         await self.push([record for record in self.here.live() if record.role == "seed"])
 
     async def push(self, to: Iterable[Record]) -> None:
+        """Sends my record to peers, PUSHED_AT_ONCE at a time, and takes theirs. One that does not answer is not counted
+        on until it signs a newer record."""
         some = asyncio.Semaphore(PUSHED_AT_ONCE)
         await asyncio.gather(*(self._push(record, some) for record in to))
 
@@ -130,6 +140,7 @@ class Presence:
             self.here.directory.suspect(record.peer_id)
 
     async def on_push(self, channel: Channel, message: Push) -> None:
+        """Takes the record that a peer pushes, and answers with mine."""
         self._learn(channel.peer_id, message.record)
         await channel.send(Push(record=self.here.seat.sealed_record))
         self.heard.ring()
@@ -148,17 +159,18 @@ class Presence:
         self.here.seat.changed.ring()
 
     def take_standing(self) -> None:
-        """The state has moved: so have the seat and the record."""
+        """Brings the seat and the record to where the state has moved."""
         standing = self.here.seat.standing = self.replica.standing()
         self.here.directory.show((standing.head, *standing.heads))
         self.seal()
 
     def seal(self) -> None:
-        """Whoever asks from now on hears where I stand now."""
+        """Signs a new record: whoever asks from now on hears where I stand now."""
         self.here.seat.sealed_record = seal_record(self.record(), self.here.identity)
 
     def record(self) -> Record:
-        """What I say about myself now. Every one is newer than the last, even within one tick of the clock."""
+        """Returns what I say about myself now. Every record is newer than the last, even within one tick of the
+        clock."""
         standing, progress, trained = self.here.seat.standing, self.here.seat.progress, self.trained
         snapshots = self.replica.ledger.snapshots()
         metrics_addr = self.metrics.announced(self._maddrs) if self.metrics else ""
@@ -199,7 +211,7 @@ class Presence:
 
 
 def fitting(maddrs: list[str], max_bytes: int) -> list[str]:
-    """The first three, as far as they fit; the most public ones come first."""
+    """Returns the first three addresses, as far as they fit; the most public ones come first."""
     taken: list[str] = []
     for maddr in maddrs[:3]:
         if sum(map(len, (*taken, maddr))) <= max_bytes and len(maddr) <= 160:

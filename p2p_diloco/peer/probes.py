@@ -1,7 +1,8 @@
-"""What a peer lets others measure with it: whether they can be reached, how fast the connection is, what time it is.
+"""Probes: what a peer lets others measure with it: whether they can be reached, how fast the connection is, what time
+it is.
 
-    dial back   one dial for a stream, of nobody but who signed that it wants it, at no address but the one that the
-                stream comes from: no peer can be used to look for open ports elsewhere
+    dial back   one dial for a stream, of nobody but a peer that signed that it wants it, at no address but the one that
+                the stream comes from: no peer can be used to look for open ports elsewhere
     transfer    some frames up and down, at most MAX_STREAM_BYTES for a stream, one stream at a time, not in a round
 
 Strangers ask, too: a token bucket for each peer and one for all, and everything ends within ``probe_s``. Known
@@ -43,9 +44,10 @@ PeerId = Annotated[str, Field(min_length=1, max_length=MAX_PEER_ID_CHARS)]
 
 
 class DialConsent(Signed):
-    """Who signs, ``peer_id``, wants to be dialled by ``dialler`` because ``asker``, another identity of its own, asks.
+    """The statement of the peer that signs it, ``peer_id``: it wants to be dialled by ``dialler`` because ``asker``,
+    another identity of its own, asks.
 
-    It takes two identities: libp2p dials nobody with whom it is connected, and who asks is connected."""
+    It takes two identities: libp2p dials nobody with whom it is connected, and the asker is connected."""
 
     asker: PeerId
     dialler: PeerId
@@ -53,12 +55,13 @@ class DialConsent(Signed):
 
 
 def seal_consent(consent: DialConsent, identity: Identity) -> bytes:
+    """Returns the signed consent."""
     return seal(consent, CONSENT_CONTEXT, identity)
 
 
 @dataclass(kw_only=True, eq=False)
 class Probes:
-    """The serving side, at one peer."""
+    """Answers what others want to measure, at one peer."""
 
     here: Here
     rate: Rate | None = None
@@ -72,6 +75,7 @@ class Probes:
     """With MAX_STREAM_BYTES a stream: 0.8 MB a second, however many identities ask."""
 
     async def on_ask_dial_back(self, channel: Channel, message: AskDialBack) -> None:
+        """Dials the peer that has consented, and tells the one that asks whether it could."""
         consent = self._open_consent(channel.peer_id, message.consent)
         refusal = self._refusal(channel.peer_id, self._dials, self._dials_of_one, self._dials_in_all)
         if not channel.remote_ip:
@@ -84,6 +88,7 @@ class Probes:
         await channel.send(DialedBack(reached=not reason, ip=channel.remote_ip, reason=reason))
 
     async def on_ask_transfer(self, channel: Channel, message: AskTransfer) -> None:
+        """Transfers bytes up and down the stream, as often as it is asked to."""
         refusal = self._refusal(channel.peer_id, self._transfers, self._transfers_of_one, self._transfers_in_all)
         if refusal:
             await channel.send(No(reason=refusal))
@@ -115,7 +120,7 @@ class Probes:
         return "" if in_all.take(ALL, asked_s) else "busy with others"
 
     async def _dial(self, consent: DialConsent, ip: str) -> str:
-        """Why it is not reached; "" when it is."""
+        """Returns why the peer is not reached; "" when it is."""
         maddrs = [f"{ip_maddr(ip, port)}/p2p/{consent.peer_id}" for port in consent.ports]
         try:
             stream = await self.here.transport.open(consent.peer_id, maddrs, DIAL_BACK_PROTOCOL)

@@ -45,6 +45,8 @@ RECEIPT_BYTES = 34
 
 @dataclass(kw_only=True, eq=False)
 class Reception:
+    """Reads the first message of every stream that comes in, and has it answered."""
+
     here: Here
     signed_manifest: bytes
     replica: Replica
@@ -60,15 +62,17 @@ class Reception:
         self._max_request_bytes = MAX_REQUEST_BYTES + RECEIPT_BYTES * n_parts
 
     def open_round(self, settlement: Settlement) -> None:
-        """Its members may come from now on."""
+        """Serves the members of a round from now on."""
         self.rounds.append(settlement)
         self._round_opened.ring()
 
     async def give_manifest(self, channel: Channel) -> None:
+        """Serves a stream of the manifest's protocol."""
         await channel.receive(AskManifest, timeout_s=self.here.timeouts.first_message_s)
         await channel.send_blob(self.signed_manifest)
 
     async def receive(self, channel: Channel) -> None:
+        """Serves a stream of the run's protocol."""
         message: Message = await channel.receive(
             *REQUESTS, timeout_s=self.here.timeouts.first_message_s, max_bytes=self._max_request_bytes
         )
@@ -99,7 +103,8 @@ class Reception:
             await channel.send(No(reason="no such round"))
 
     async def _find_round(self, round_id: bytes) -> Settlement | None:
-        """A member may know the roster a moment before I do: wait for it, as long as I wait for anything small."""
+        """Returns the round that a member means. It may know the roster a moment before I do: then I wait for mine, up
+        to ``request_s``."""
         deadline_s = now_s() + self.here.timeouts.request_s
         while True:
             opened = self._round_opened.event

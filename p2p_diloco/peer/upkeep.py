@@ -32,6 +32,8 @@ TRIES = 3
 
 @dataclass(kw_only=True, eq=False)
 class Upkeep:
+    """Keeps one peer's replica sound: its snapshots, its files, its bits."""
+
     here: Here
     replica: Replica
     catchup: Catchup
@@ -45,7 +47,8 @@ class Upkeep:
     """The last dispute, and the outer step that it was about."""
 
     async def run(self) -> None:
-        """Until cancelled: from time to time, after a snapshot and where something is lost, see what there is to do."""
+        """Mends what there is to mend, every ``record_every_s``, after each snapshot and when an update is lost, until
+        it is cancelled."""
         while True:
             due = self._due.event
             await self.settled()
@@ -58,8 +61,8 @@ class Upkeep:
     # -- snapshots ---------------------------------------------------------------------------------------------------
 
     def moved(self) -> None:
-        """The state has moved: begin to write the snapshot that is due, if there is one, and see to an update that is
-        lost: the others delete theirs some outer steps later."""
+        """Begins to write the snapshot that is due, if there is one, now that the state has moved. An update that is
+        lost is seen to at once: the others delete theirs some outer steps later."""
         self._begin_snapshot()
         if self.replica.lost_updates():
             self._due.ring()
@@ -71,7 +74,8 @@ class Upkeep:
             self._snapshot = asyncio.create_task(self._write_snapshot())
 
     async def settled(self) -> None:
-        """The state may move now: it must not while memory is compared with the files. Raises what the disk did."""
+        """Returns when the state may move: it must not while memory is compared with the files. Raises what the disk
+        did."""
         if self._snapshot is not None:
             await asyncio.shield(self._snapshot)
 
@@ -84,8 +88,8 @@ class Upkeep:
     # -- repairs -----------------------------------------------------------------------------------------------------
 
     async def mend(self) -> None:
-        """Give memory the bits that the files lead to; nobody may use theta now. Raises Gap when the files do not lead
-        here."""
+        """Gives memory the bits that the files lead to; nobody may use theta meanwhile. Raises Gap when the files do
+        not lead here."""
         asked = Counter[bytes]()
         while True:
             await self.settled()
@@ -99,7 +103,7 @@ class Upkeep:
                 return
 
     async def _replace_lost(self) -> None:
-        """What was damaged on the disk: from other peers, from the other files, or by what is in memory."""
+        """Replaces what was damaged on the disk: from other peers, from the other files, or by what is in memory."""
         asked = Counter[bytes]()
         while True:
             self._begin_snapshot()
@@ -109,8 +113,8 @@ class Upkeep:
         await asyncio.to_thread(self.replica.do_without)
 
     async def _fetch_lost(self, asked: Counter[bytes]) -> bool:
-        """Ask for the updates that are lost, but those that have been ``asked`` for TRIES times. Whether there were
-        any. Who cannot serve now is given time until its next record."""
+        """Asks for the updates that are lost, but those that have been ``asked`` for TRIES times. Returns whether there
+        were any. When one does not come, it waits until donors have signed their next records."""
         lost = [header for header in self.replica.lost_updates() if asked[header.head] < TRIES]
         in_vain = False
         for header in lost:
@@ -124,8 +128,8 @@ class Upkeep:
         return bool(lost)
 
     async def _compare(self) -> None:
-        """My newest snapshot with the others'. Everybody's follows from their own files, so one that differs has been
-        wrong since its peer joined, or is of a machine that computes otherwise."""
+        """Compares my newest snapshot with the others'. Everybody's follows from their own files, so one that differs
+        has been wrong since its peer joined, or is of a machine that computes otherwise."""
         mine = self.replica.newest_snapshot()
         records = self.here.live()
         dispute = disputed(mine.step, mine.digest, self.replica.ledger.heads(), records)

@@ -34,7 +34,9 @@ Request = AskHeads | AskIndex | AskChunk | AskUpdate
 
 
 class Uploads:
-    """``n``: values of the model. ``max_bytes_per_s``: for all streams together."""
+    """Serves a ledger to other peers.
+
+    ``n``: values of the model. ``max_bytes_per_s``: for all streams together."""
 
     def __init__(
         self, *, ledger: Ledger, n: int, events: EventLog, timeouts: Timeouts, max_bytes_per_s: float | None
@@ -47,7 +49,8 @@ class Uploads:
         self._slots = asyncio.Semaphore(slots(max_bytes_per_s, timeouts))
 
     async def serve(self, channel: Channel, request: Request) -> None:
-        """This request and those that follow it on the stream, until its other side closes it or asks no more."""
+        """Answers this request and those that follow it on the stream, until its other side closes it or asks nothing
+        more."""
         with contextlib.suppress(Gone):  # who has what it wants, perhaps from others, closes the stream
             while not self._is_upload(request):
                 await self._answer(channel, request)
@@ -87,7 +90,7 @@ class Uploads:
     # -- what there is -----------------------------------------------------------------------------------------------
 
     def _is_upload(self, request: Request) -> TypeGuard[AskChunk | AskUpdate]:
-        """Whether it is for something large that is there."""
+        """Tells whether a request is for something large that is there."""
         if isinstance(request, AskUpdate):
             return self._has_update(request)
         return isinstance(request, AskChunk) and self._snapshot(request) is not None
@@ -101,7 +104,8 @@ class Uploads:
         return next(held, None)
 
     def _find(self, request: AskIndex | AskChunk | AskUpdate) -> bytes | No:
-        """Verified again, whatever the disk has made of it: an honest donor sends no wrong chunk."""
+        """Returns what is asked for, verified again, whatever the disk has made of it: an honest donor sends no wrong
+        chunk."""
         if isinstance(request, AskUpdate):
             if not self._has_update(request):
                 return No(reason="not in my ledger")
@@ -118,7 +122,8 @@ class Uploads:
         return chunk
 
     def _heads(self, since: int) -> Heads | No:
-        """As far back from the newest one as one leads to the next: what is before a gap leads nowhere."""
+        """Returns my heads from ``since`` on, as far back from the newest one as one leads to the next: what is before
+        a gap leads nowhere."""
         mine = self.ledger.heads()
         first = max((step for step in mine if step >= since), default=None)
         if first is None:
@@ -134,7 +139,8 @@ class Uploads:
 
 
 def slots(max_bytes_per_s: float | None, timeouts: Timeouts) -> int:
-    """As many as get a chunk through in half the time that the others wait for one."""
+    """Returns how many streams may upload at a time: as many as get a chunk through in half the time that a peer waits
+    for one."""
     if max_bytes_per_s is None:
         return UPLOADS
     in_time = max_bytes_per_s * timeouts.reduced_part_s / 2 / CHUNK_BYTES

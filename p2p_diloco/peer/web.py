@@ -1,4 +1,4 @@
-"""A small HTTP server, for whom nobody need be trusted: GET alone, one answer per connection, everything bounded.
+"""A small HTTP server that strangers may reach: GET alone, one answer per connection, everything bounded.
 
 What is at a path is decided by a plain function (``Site``); here is only what a stranger's request goes through:
 
@@ -53,7 +53,7 @@ HEADERS = {
 
 @dataclass(frozen=True, kw_only=True)
 class Response:
-    """May be kept and sent many times."""
+    """One answer, which may be kept and sent many times."""
 
     body: bytes
     content_type: str
@@ -61,6 +61,7 @@ class Response:
 
     @cached_property
     def gzipped(self) -> bytes:
+        """The body, compressed."""
         return gzip.compress(self.body, compresslevel=5, mtime=0)
 
 
@@ -69,13 +70,14 @@ Site = Callable[[str], Response | None]
 
 
 def plain_response(status: HTTPStatus) -> Response:
+    """Returns an answer that is its status and nothing else."""
     return Response(body=f"{status.value} {status.phrase}\n".encode(), content_type=TEXT, status=status)
 
 
 @asynccontextmanager
 async def serving(host: str, port: int, site: Site, timeouts: Timeouts) -> AsyncIterator[str]:
-    """Yields where a browser on this machine finds it. Port 0 takes a free one. Raises UsageError when it cannot listen
-    there. On the way out, answers under way are cut off."""
+    """Serves a site inside the block, and yields where a browser on this machine finds it. Port 0 takes a free one.
+    Raises UsageError when it cannot listen there. At the end of the block, answers under way are cut off."""
     connections = _Connections(site, timeouts)
     try:
         server = await asyncio.start_server(connections.serve, host, port, limit=MAX_HEAD_BYTES)
@@ -91,6 +93,7 @@ async def serving(host: str, port: int, site: Site, timeouts: Timeouts) -> Async
 
 
 def url_of(host: str, port: int) -> str:
+    """Returns the address at which a browser on this machine finds a server that listens on ``host`` and ``port``."""
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
     return f"http://[{host}]:{port}/" if ":" in host else f"http://{host}:{port}/"
 
@@ -148,7 +151,8 @@ class _Connections:
 
 
 async def receive(connection: h11.Connection, reader: asyncio.StreamReader) -> h11.Request | None:
-    """None when the other side closes first. Raises RemoteProtocolError for what is no HTTP, or too long."""
+    """Returns the request; None when the other side closes first. Raises RemoteProtocolError for what is no HTTP, or
+    too long."""
     while True:
         event = connection.next_event()
         if isinstance(event, h11.Request):
@@ -159,7 +163,7 @@ async def receive(connection: h11.Connection, reader: asyncio.StreamReader) -> h
 
 
 def as_sent(connection: h11.Connection, request: h11.Request | None, response: Response) -> bytes:
-    """The whole answer as bytes; ``request`` is None when it was none."""
+    """Returns the whole answer as bytes; ``request`` is None when it was none."""
     body, headers = response.body, dict(HEADERS)
     if request is not None and takes_gzip(request) and len(body) >= GZIP_FROM_BYTES:
         body = response.gzipped
@@ -175,5 +179,6 @@ def as_sent(connection: h11.Connection, request: h11.Request | None, response: R
 
 
 def takes_gzip(request: h11.Request) -> bool:
+    """Tells whether the browser takes compressed answers."""
     accepted = b",".join(value for name, value in request.headers if name == b"accept-encoding").lower()
     return any(re.fullmatch(rb"\s*gzip\s*(;\s*q=(?!0(\.0*)?\s*$).*)?", choice) for choice in accepted.split(b","))

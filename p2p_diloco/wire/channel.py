@@ -52,7 +52,7 @@ class Meter:
 
 @dataclass(kw_only=True)
 class Channel:
-    """One stream to one authenticated peer. Counts its bytes."""
+    """One stream to one authenticated peer, which counts its bytes."""
 
     peer_id: str
     reader: asyncio.StreamReader
@@ -68,7 +68,8 @@ class Channel:
     """Of this stream, or of all that are counted together."""
 
     async def send_frame(self, *pieces: bytes | memoryview) -> None:
-        """Raises Silent when the peer does not read, Gone when the stream is closed."""
+        """Sends ``pieces`` as one frame, and returns when they are handed over. Raises Silent when the peer does not
+        read, Gone when the stream is closed."""
         size = sum(len(piece) for piece in pieces)
         if size > MAX_FRAME_BYTES:
             raise ValueError(f"a frame of {size} bytes")
@@ -84,7 +85,8 @@ class Channel:
         self.traffic.sent[self.purpose] += 4 + size
 
     async def receive_frame(self, max_bytes: int, timeout_s: float) -> bytes:
-        """Raises Misbehaved for a longer frame, before its bytes are read; Silent after ``timeout_s``; Gone."""
+        """Returns the next frame. Raises Misbehaved for one of more than ``max_bytes``, before its bytes are read;
+        Silent after ``timeout_s``; Gone when the stream is closed."""
         data = await self._read_frame(max_bytes, timeout_s)
         self._count_received(data)
         return data
@@ -103,11 +105,13 @@ class Channel:
         self.traffic.received[self.purpose] += 4 + len(frame)
 
     async def send(self, message: Message) -> None:
+        """Sends one message. Raises as ``send_frame``."""
         self.purpose = message.purpose or self.purpose
         await self.send_frame(pack(message))
 
     async def receive(self, *kinds: type[M], timeout_s: float, max_bytes: int = MAX_FRAME_BYTES) -> M:
-        """One message of one of ``kinds``. Raises Refused for a No that is not among them; else as receive_frame."""
+        """Returns the next message, which is one of ``kinds``. Raises Refused for a No that is not among them; else as
+        ``receive_frame``."""
         data = await self._read_frame(min(max_bytes, max(kind.max_bytes for kind in kinds)), timeout_s)
         try:
             message = self._parse(data)
@@ -121,17 +125,19 @@ class Channel:
         raise Misbehaved(self.peer_id, f"sends {message.tag} out of turn")
 
     async def request(self, message: Message, *kinds: type[M], timeout_s: float | None = None) -> M:
+        """Sends one message and returns the next one that comes, within ``request_s`` where no time is given."""
         await self.send(message)
         return await self.receive(*kinds, timeout_s=self.timeouts.request_s if timeout_s is None else timeout_s)
 
     async def send_blob(self, data: bytes) -> None:
-        """Size, and then the bytes in frames of CHUNK_BYTES."""
+        """Sends Size, and then the bytes in frames of CHUNK_BYTES."""
         await self.send(Size(size_bytes=len(data)))
         for start in range(0, len(data), CHUNK_BYTES):
             await self.send_frame(memoryview(data)[start : start + CHUNK_BYTES])
 
     async def receive_blob(self, max_bytes: int, timeout_s: float) -> bytes:
-        """What ``send_blob`` sent. Raises Misbehaved, before anything is taken, when it is more than ``max_bytes``."""
+        """Returns what ``send_blob`` sent at the other end. Raises Misbehaved, before anything is taken, when it is
+        more than ``max_bytes``. ``timeout_s``: for each frame."""
         announced = (await self.receive(Size, timeout_s=timeout_s)).size_bytes
         if announced > max_bytes:
             raise Misbehaved(self.peer_id, f"announces {announced} bytes where at most {max_bytes} are due")
@@ -141,7 +147,7 @@ class Channel:
         return bytes(data)
 
     async def receive_chunk(self, left_bytes: int, timeout_s: float) -> bytes:
-        """min(CHUNK_BYTES, ``left_bytes``) bytes: whole chunks, so that ``timeout_s`` is a lowest rate, too."""
+        """Returns min(CHUNK_BYTES, ``left_bytes``) bytes: whole chunks, so that ``timeout_s`` is a lowest rate, too."""
         due = min(CHUNK_BYTES, left_bytes)
         chunk = await self.receive_frame(due, timeout_s)
         if len(chunk) != due:
@@ -149,7 +155,7 @@ class Channel:
         return chunk
 
     def refusal(self, frame: bytes) -> Refused | None:
-        """Of who sent a No where other bytes are due."""
+        """Returns the error for a peer that sent No where other bytes were due; None when ``frame`` is no No."""
         try:
             message = self._parse(frame)
         except Misbehaved:
@@ -176,13 +182,15 @@ class Channel:
 
 
 class Handler(Protocol):
-    """Serves one incoming stream; the transport closes the channel afterwards."""
+    """Serves one incoming stream. The transport closes the channel when it returns."""
 
     def __call__(self, channel: Channel, /) -> Awaitable[None]: ...
 
 
 @dataclass(frozen=True, kw_only=True)
 class Links:
+    """How a peer is connected now."""
+
     direct: int = 0
     """Connections."""
     relayed: int = 0
@@ -191,26 +199,28 @@ class Links:
 
 
 class Transport(Protocol):
-    """What a peer needs of a network. ``node.Node`` is the real one; the tests have one in memory."""
+    """A peer's access to the network. ``node.Node`` is the real one; the tests have one in memory."""
 
     peer_id: str
     timeouts: Timeouts
     traffic: Traffic
 
     async def serve(self, protocol: str, handler: Handler) -> None:
-        """From now on, every incoming stream of this protocol goes to ``handler``."""
+        """Has ``handler`` serve every incoming stream of this protocol from now on."""
 
     async def open(self, peer_id: str, maddrs: list[str], protocol: str) -> Channel:
-        """Raises Gone when the peer cannot be reached, Silent when that takes longer than ``connect_s``."""
+        """Opens a stream to a peer. Raises Gone when the peer cannot be reached, Silent when that takes longer than
+        ``connect_s``."""
 
     async def publish(self, key: str, record: bytes, expires_s: float) -> bool:
-        """Store our signed record under ``key`` in the DHT. False when nobody took it."""
+        """Stores our signed record under ``key`` in the DHT. Returns False when nobody took it."""
 
     async def look_up(self, key: str) -> list[bytes]:
-        """The signed records under ``key``; unverified, bounded in number and size. Empty when nothing is found."""
+        """Returns the signed records under ``key``: unverified, bounded in number and size; none when nothing is
+        found."""
 
     async def maddrs(self) -> list[str]:
-        """Where others can dial us, the most public address first, each ending in /p2p/PEER-ID."""
+        """Returns the addresses where others can dial us, the most public first, each ending in /p2p/PEER-ID."""
 
     async def links(self) -> Links:
-        """To whom we are connected now."""
+        """Returns how we are connected now."""

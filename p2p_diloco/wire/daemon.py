@@ -54,7 +54,8 @@ class DialError(Exception):
 
 @dataclass(kw_only=True)
 class Daemon:
-    """``Daemon.start`` makes one. Where no errors are named, a request raises what is in ``FAILURES``."""
+    """One life of p2pd. ``Daemon.start`` makes one. Where no errors are named, a request raises what is in
+    ``FAILURES``."""
 
     p2p: Any
     """hivemind's, for its DHT."""
@@ -74,8 +75,8 @@ class Daemon:
         relays: Sequence[str],
         traffic: Traffic,
     ) -> Daemon:
-        """``host_maddrs``: where to listen, in place of the config's. ``relays``: who may relay for us. Raises
-        NetworkError."""
+        """Returns a p2pd that runs. ``host_maddrs``: where to listen, in place of the config's. ``relays``: peers that
+        may relay for us. Raises NetworkError."""
         local = all(is_loopback(maddr) for maddr in host_maddrs)
         auto_relay = bool(config.use_relay and relays and not config.client_mode and not local)
         p2p_class = hardening.guarded_p2p(socket_folder, config.relay_service, traffic)
@@ -106,16 +107,17 @@ class Daemon:
 
     @property
     def peer_id(self) -> str:
-        """Of the identity that it has read."""
+        """The peer id of the identity file that it has read."""
         return str(self.p2p.peer_id.to_base58())
 
     @property
     def has_ended(self) -> bool:
+        """Whether its process is gone."""
         return self.p2p._child.returncode is not None
 
     async def lost(self, wait_s: float) -> str | None:
-        """Waits until p2pd ends, or a task of hivemind's without which we could not notice what p2pd tells us, and says
-        why; None when neither has after ``wait_s``."""
+        """Waits until p2pd ends, or a task of hivemind's without which we could not notice what p2pd tells us. Returns
+        why; None when neither has ended after ``wait_s``."""
         p2p, client = self.p2p, self.p2p._client.control
         child = asyncio.ensure_future(p2p._child.wait())
         try:
@@ -131,7 +133,7 @@ class Daemon:
             child.cancel()
 
     async def shut(self) -> None:
-        """Within a quarter of ``leave_s``."""
+        """Ends p2pd within a quarter of ``leave_s``: politely, or by killing it."""
         try:
             async with deadline(self.timeouts.leave_s / 4):
                 await self.p2p.shutdown()
@@ -145,6 +147,7 @@ class Daemon:
     # -- requests ----------------------------------------------------------------------------------------------------
 
     async def connect(self, peer_id: str, maddrs: Sequence[str]) -> None:
+        """Returns when p2pd has a connection to the peer."""
         addrs = [encoded for encoded in map(partial(dial_bytes, peer_id), maddrs[:MAX_DIALLED_MADDRS]) if encoded]
         request = p2pd_pb2.ConnectRequest(peer=base58.b58decode(peer_id), addrs=addrs)
         await self._answer(p2pd_pb2.Request(type=p2pd_pb2.Request.CONNECT, connect=request))
@@ -173,6 +176,7 @@ class Daemon:
     async def open_stream(
         self, peer_id: str, maddrs: Sequence[str], protocol: str
     ) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        """Opens a stream to a peer, at ``maddrs`` where p2pd has no connection to it."""
         opening = p2pd_pb2.StreamOpenRequest(peer=base58.b58decode(peer_id), proto=[protocol])
         request = p2pd_pb2.Request(type=p2pd_pb2.Request.STREAM_OPEN, streamOpen=opening)
         if peer_id in self.connected:
@@ -190,16 +194,16 @@ class Daemon:
         return reader, writer
 
     async def serve(self, protocol: str, on_stream: Callable[..., Awaitable[None]]) -> None:
-        """``on_stream(info, reader, writer)`` for every stream of others. Raises NetworkError."""
+        """Has ``on_stream(info, reader, writer)`` called for every stream that others open. Raises NetworkError."""
         await own_daemon(self.p2p.add_binary_stream_handler(protocol, on_stream), self.timeouts.request_s)
 
     async def maddrs(self) -> list[str]:
-        """Where others may reach it, the most public first, without its peer id."""
+        """Returns the addresses at which others may reach it, the most public first, without its peer id."""
         answer = await self._answer(p2pd_pb2.Request(type=p2pd_pb2.Request.IDENTIFY))
         return sorted((str(Multiaddr(addr)) for addr in answer.identify.addrs), key=publicness)
 
     async def relayed(self) -> list[bool]:
-        """Of every peer that is connected: whether it is through a relay."""
+        """Returns, for every peer that is connected, whether any of its connections is through a relay."""
         answer = await self._answer(p2pd_pb2.Request(type=p2pd_pb2.Request.LIST_PEERS))
         return [any(map(is_relayed, connection.addrs)) for connection in answer.peers]
 
@@ -228,12 +232,14 @@ FAILURES = (DialError, OSError, EOFError, ValueError)
 
 
 def is_relayed(addr: bytes) -> bool:
-    """``addr``: in binary. Few contain the two bytes of /p2p-circuit by chance: only those are worth to be parsed."""
+    """Tells whether a binary multiaddr leads through a relay. Few contain the two bytes of /p2p-circuit by chance: only
+    those are worth parsing."""
     return CIRCUIT in addr and "/p2p-circuit" in str(Multiaddr(addr))
 
 
 async def own_daemon(work: Awaitable[T], timeout_s: float) -> T:
-    """``work`` that only p2pd on this machine can delay. Raises NetworkError."""
+    """Returns what ``work`` returns, which only p2pd on this machine can delay. Raises NetworkError, after
+    ``timeout_s`` at the latest."""
     try:
         async with deadline(timeout_s):
             return await work
@@ -242,8 +248,8 @@ async def own_daemon(work: Awaitable[T], timeout_s: float) -> T:
 
 
 def claim_identity(path: Path) -> int:
-    """A lock that the system releases with the process. Two peers of one identity take each other's connections.
-    Raises UsageError."""
+    """Locks an identity file until this process ends, and returns the descriptor that holds the lock. Two peers of one
+    identity would take each other's connections. Raises UsageError."""
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     except OSError as error:
@@ -259,7 +265,7 @@ def claim_identity(path: Path) -> int:
 
 
 def remove_folder(folder: Path) -> None:
-    """Unless something is in it."""
+    """Removes a folder, unless something is in it."""
     with contextlib.suppress(OSError):
         folder.rmdir()
 
@@ -279,8 +285,8 @@ def private_socket_folder(folder: Path) -> Path:
 
 
 def remove_dead_sockets(folder: Path) -> None:
-    """Those that a dead process left. Each is called, which a live one logs as an error: claim the identity first, and
-    there is a live one only where two identities share a folder."""
+    """Removes the sockets that a dead process left in ``folder``. Each is called, which a live process logs as an
+    error: claim the identity first, and there is a live one only where two identities share a folder."""
     for path in [*folder.glob("p2pd-*.sock"), *folder.glob("p2pclient-*.sock")]:
         with socket.socket(socket.AF_UNIX) as trial, contextlib.suppress(OSError):
             if trial.connect_ex(str(path)) != 0:

@@ -9,6 +9,7 @@ from p2p_diloco.core.config import Timeouts
 from p2p_diloco.core.errors import NetworkError, RemoteError, UsageError
 from p2p_diloco.core.manifest import MAX_MANIFEST_BYTES, open_manifest
 from p2p_diloco.core.records import RUNS_KEY, Record, is_current, open_record
+from p2p_diloco.core.waiting import now_s
 from p2p_diloco.wire.channel import MANIFEST_PROTOCOL, Transport
 from p2p_diloco.wire.messages import AskManifest
 
@@ -23,14 +24,13 @@ async def find_manifest(
     timeouts: Timeouts,
     wall_s: Callable[[], float],
 ) -> bytes:
-    """The signed manifest of the only run in the DHT, or of ``run_id``, verified.
+    """Returns the signed manifest of the only run in the DHT, or of ``run_id``, verified.
 
-    ``initial_peers``: (peer id, multiaddr) of who was named on the command line; asked directly while nobody has
-    announced a run, since records of another version of p2p-diloco do not even parse.
+    ``initial_peers``: (peer id, multiaddr) of the peers that were named on the command line. They are asked directly
+    while nobody has announced a run, since records of another version of p2p-diloco do not even parse. Raises
     UsageError when there are several runs and no ``run_id``, not this one, or no manifest is sound; NetworkError when
-    no run shows up within ``discover_s``. Both say what to do.
-    """
-    deadline_s = asyncio.get_running_loop().time() + timeouts.discover_s
+    no run shows up within ``discover_s``. Both say what to do."""
+    deadline_s = now_s() + timeouts.discover_s
     trouble = "no peer of a run has announced itself there"
     while True:
         runs = await announced_runs(transport, wall_s())
@@ -55,7 +55,7 @@ async def find_manifest(
                 unsound = error
         if unsound is not None:
             raise unsound
-        if asyncio.get_running_loop().time() >= deadline_s:
+        if now_s() >= deadline_s:
             if run_id is not None and runs:
                 raise UsageError(f"no run {run_id} at this address; there is {', '.join(runs)}; check --run-id")
             raise NetworkError(
@@ -65,20 +65,21 @@ async def find_manifest(
         await asyncio.sleep(RETRY_S)
 
 
-async def announced_runs(transport: Transport, now_s: float) -> dict[str, list[Record]]:
-    """Run id -> the live peers that announce it."""
+async def announced_runs(transport: Transport, wall_s: float) -> dict[str, list[Record]]:
+    """Returns run id -> the live peers that announce it in the DHT."""
     runs: dict[str, list[Record]] = {}
     for sealed in await transport.look_up(RUNS_KEY):
         try:
             record = open_record(sealed)
         except ValueError:
             continue
-        if is_current(record, now_s) and record.phase != "left" and record.peer_id != transport.peer_id:
+        if is_current(record, wall_s) and record.phase != "left" and record.peer_id != transport.peer_id:
             runs.setdefault(record.run_id, []).append(record)
     return runs
 
 
 async def ask_manifest(transport: Transport, peer_id: str, maddrs: list[str]) -> bytes:
+    """Returns what a peer sends as its run's signed manifest, unverified. Raises RemoteError."""
     channel = await transport.open(peer_id, maddrs, MANIFEST_PROTOCOL)
     try:
         await channel.send(AskManifest())

@@ -35,6 +35,7 @@ PR_SET_PDEATHSIG = 1
 
 
 def main(parent: int, command: list[str]) -> int | None:
+    """Runs ``command`` until it ends or is to end. Returns its exit code."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     with contextlib.suppress(PermissionError):
@@ -73,6 +74,7 @@ def main(parent: int, command: list[str]) -> int | None:
 
 
 def become_p2pd(guard: int, command: list[str]) -> None:
+    """Turns this process into p2pd; it never returns."""
     try:
         die_with_parent(signal.SIGKILL)
         if os.getppid() != guard:
@@ -88,14 +90,15 @@ def become_p2pd(guard: int, command: list[str]) -> None:
 
 
 def die_with_parent(number: int) -> None:
-    """Linux only; elsewhere polling finds that the parent is gone."""
+    """Has the system send this process the signal ``number`` when its parent ends. On Linux only; elsewhere polling
+    finds that the parent is gone."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, int(number), 0, 0, 0)
 
 
 def limit_open_files() -> None:
-    """As many as p2pd or the network process may need, one for every stream. The hard limit, too: Go raises the soft
-    one to it."""
+    """Lets this process have as many open files as p2pd or the network process may need, one for every stream. The hard
+    limit is set, too: Go raises the soft one to it."""
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     limit = MAX_OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, MAX_OPEN_FILES)
     with contextlib.suppress(ValueError, OSError):
@@ -103,7 +106,7 @@ def limit_open_files() -> None:
 
 
 def sockets_of(command: list[str]) -> list[str]:
-    """p2pd's own socket, and the one beside it on which the network process accepts streams."""
+    """Returns p2pd's own socket, and the one beside it on which the network process accepts streams."""
     prefix = "-listen=/unix"
     listen = [argument[len(prefix) :] for argument in command if argument.startswith(prefix + "/")]
     return [os.path.join(os.path.dirname(path), os.path.basename(path).replace("p2pd-", name, 1))
@@ -111,7 +114,8 @@ def sockets_of(command: list[str]) -> list[str]:
 
 
 def exit_code(process: int, options: int = os.WNOHANG) -> int | None:
-    """None while it runs; 128 and the signal's number for one that a signal ended, as shells have it."""
+    """Returns a child's exit code: None while it runs; 128 and the signal's number where a signal ended it, as shells
+    have it."""
     done, status = os.waitpid(process, options)
     if done == 0:
         return None
@@ -119,6 +123,7 @@ def exit_code(process: int, options: int = os.WNOHANG) -> int | None:
 
 
 def end(process: int, patience_s: float) -> int | None:
+    """Ends a child: asks it to, unless ``patience_s`` is 0, and kills it after that time. Returns its exit code."""
     if patience_s:
         os.kill(process, signal.SIGTERM)
     deadline = time.monotonic() + patience_s

@@ -42,7 +42,7 @@ MAX_SUBKEYS = 1024
 
 @functools.cache
 def apply_hardening() -> None:
-    """Once per process, before the first node starts; more often does no harm."""
+    """Puts all limits on hivemind, once per process, before the first node starts; more often does no harm."""
     limit_serializer()
     limit_dictionaries()
     limit_daemon_messages()
@@ -53,8 +53,8 @@ def apply_hardening() -> None:
 
 
 def limit_serializer() -> None:
-    """Nested extension types recurse in Python until the stack ends, and the process with it: one small packet is
-    enough. Unknown types log a warning each. Values have no size limit."""
+    """Bounds what hivemind decodes. Nested extension types recurse in Python until the stack ends, and the process with
+    it: one small packet is enough. Unknown types log a warning each. Values have no size limit."""
     decode, loads = MSGPackSerializer._decode_ext_types.__func__, MSGPackSerializer.loads.__func__
     nesting = threading.local()
 
@@ -80,8 +80,9 @@ def limit_serializer() -> None:
 
 
 def limit_dictionaries() -> None:
-    """A dictionary takes any number of subkeys of any type, its own size limit and its expiration from whoever sends
-    it. A store that comes too late still moves the deadline of the newer value, and every store grows its heap."""
+    """Bounds the dictionaries of hivemind's DHT. Stock, one takes any number of subkeys of any type, its own size limit
+    and its expiration from whoever sends it. A store that comes too late still moves the deadline of the newer value,
+    and every store grows its heap."""
     store = DictionaryDHTValue.store
 
     def store_bounded(self: Any, key: Any, value: Any, expiration_time: float) -> bool:
@@ -112,7 +113,7 @@ def limit_dictionaries() -> None:
 
 
 def limit_daemon_messages() -> None:
-    """A message from p2pd's socket may announce any length, and a varint may go on for ever."""
+    """Bounds messages from p2pd's socket. Stock, one may announce any length, and a varint may go on for ever."""
 
     async def read_bounded(stream: asyncio.StreamReader, message: Any) -> None:
         size = 0
@@ -131,8 +132,9 @@ def limit_daemon_messages() -> None:
 
 
 def limit_requests() -> None:
-    """The caller chooses a request's id, so it can make two alike; a request that fails or is cancelled stays in a
-    table for ever, and fails in a task that nobody waits for, with a traceback on the terminal."""
+    """Keeps requests of the DHT from piling up. The caller chooses a request's id, so it can make two alike; a request
+    that fails or is cancelled stays in a table for ever, and fails in a task that nobody waits for, with a traceback on
+    the terminal."""
     handle = control.ControlClient._handle_persistent_request
 
     async def handle_quietly(self: Any, call_id: Any, request: Any) -> None:
@@ -147,7 +149,8 @@ def limit_requests() -> None:
 
 
 def quieten_logging() -> None:
-    """Strangers can make hivemind and p2pd log without end: only warnings pass, through this process's own handlers."""
+    """Lets only warnings of hivemind's and p2pd's pass, through this process's own handlers: strangers can make both
+    log without end."""
     use_hivemind_log_handler("nowhere")
     logging.getLogger("hivemind").setLevel(logging.WARNING)
     logging.addLevelName(logging.WARNING, "WARNING")  # hivemind renames the level for the whole process
@@ -155,9 +158,9 @@ def quieten_logging() -> None:
 
 
 def guarded_p2p(socket_folder: Path, relay_service: bool, traffic: Traffic) -> Any:
-    """hivemind's P2P, with p2pd under our guard, sockets in a folder that is ours alone (stock: the world's temporary
-    folder), no service as a relay for strangers unless asked for, and p2pd's output in the log at debug level. What the
-    DHT asks and answers is counted in ``traffic``.
+    """Returns hivemind's P2P, with p2pd under our guard, sockets in a folder that is ours alone (stock: the world's
+    temporary folder), no service as a relay for strangers unless asked for, and p2pd's output in the log at debug
+    level. What the DHT asks and answers is counted in ``traffic``.
 
     p2pd is TCP only when all that it listens on is: its -quic flag has no effect."""
 

@@ -46,15 +46,16 @@ EXPIRATION_TOLERANCE_S = 1.0
 
 @functools.lru_cache(maxsize=4096)
 def node_id_of(peer_id: str) -> Any:
-    """The place of a peer in the DHT. Stock nodes choose it, so that one peer can fill every routing table."""
+    """Returns the place of a peer in the DHT, which follows from its id. Stock nodes choose it, so that one peer can
+    fill every routing table."""
     return DHTID.generate(source=PeerID.from_base58(peer_id).to_bytes())
 
 
 class RecordValidator(RecordValidatorBase):  # type: ignore[misc]
-    """Deny by default: only sealed records, under a key that was allowed, each in its own peer's subkey, for as long
+    """Refuses everything but sealed records, under a key that was allowed, each in its own peer's subkey, for as long
     as its signature says. Stock hivemind stores anything of anybody, for ever.
 
-    Whoever stores, and whoever is answered, validates: an entry is verified once and remembered."""
+    A node validates what it stores, and what others answer: an entry is verified once and remembered."""
 
     def __init__(self) -> None:
         self._allowed: set[bytes] = set()
@@ -63,10 +64,12 @@ class RecordValidator(RecordValidatorBase):  # type: ignore[misc]
         """Under keys that were allowed: how many records were refused, by fault."""
 
     def allow(self, key: str) -> None:
+        """Accepts sound records under ``key`` from now on."""
         self._allowed.add(DHTID.generate(source=key).to_bytes())
 
     def validate(self, record: DHTRecord) -> bool:
-        """Never raises: hivemind would lose the exception, and with it a search that then never ends."""
+        """Tells whether a record may be stored and believed. It never raises: hivemind would lose the exception, and
+        with it a search that then never ends."""
         if record.key not in self._allowed:
             return False
         fault: Fault = "other"
@@ -104,6 +107,7 @@ class RecordStorage(DHTLocalStorage):  # type: ignore[misc]
     enter our storage past the limits of ``rpc_store``."""
 
     def get(self, key: Any) -> Any:
+        """Returns a copy of what is stored under ``key``; None where there is nothing."""
         item = super().get(key)
         if item is None or not isinstance(item.value, DictionaryDHTValue):
             return item
@@ -113,6 +117,7 @@ class RecordStorage(DHTLocalStorage):  # type: ignore[misc]
         return ValueWithExpiration(copy, item.expiration_time)
 
     def store_subkey(self, key: Any, subkey: Any, value: bytes, expiration_time: float) -> bool:
+        """Stores one peer's record under ``key``. Returns whether it is newer than what was there, and has a place."""
         item = super().get(key)
         dictionary = DictionaryDHTValue() if item is None else item.value
         latest = -math.inf if item is None else item.expiration_time
@@ -124,7 +129,7 @@ class RecordStorage(DHTLocalStorage):  # type: ignore[misc]
 
 
 class HardenedDHTProtocol(DHTProtocol):  # type: ignore[misc]
-    """What a stranger may ask of our DHT node, and what we believe of its answers.
+    """Bounds what a stranger may ask of our DHT node, and what we believe of its answers.
 
     Its name is part of the protocol's: stock nodes, which choose their own node ids, do not meet ours.
     """
@@ -137,7 +142,7 @@ class HardenedDHTProtocol(DHTProtocol):  # type: ignore[misc]
         self._pings = Quota(2 * REQUESTS_PER_S, 2 * REQUEST_BURST)
 
     async def rpc_ping(self, request: dht_pb2.PingRequest, context: P2PContext) -> dht_pb2.PingResponse:
-        """Answers those over the limit, or with a node id that is not theirs, without remembering them. Does not
+        """Answers a ping. A peer over the limit, or with a node id that is not its own, is not remembered. It does not
         raise: hivemind calls it in a task of its own for every store and find."""
         remote = context.remote_id.to_base58()
         claimed = request.peer.node_id
@@ -146,7 +151,7 @@ class HardenedDHTProtocol(DHTProtocol):  # type: ignore[misc]
         return await super().rpc_ping(request, context)
 
     async def rpc_store(self, request: dht_pb2.StoreRequest, context: P2PContext) -> dht_pb2.StoreResponse:
-        """Every peer stores its own record and nothing else, so free identities at least need a connection each.
+        """Stores a peer's own record and nothing else, so that free identities at least need a connection each.
         Whole dictionaries are refused: peers renew their records within seconds, on nodes that are new, too."""
         remote = self._admit(context)
         lists = (request.keys, request.subkeys, request.values, request.expiration_time, request.in_cache)
@@ -165,15 +170,15 @@ class HardenedDHTProtocol(DHTProtocol):  # type: ignore[misc]
         return response
 
     async def rpc_find(self, request: dht_pb2.FindRequest, context: P2PContext) -> dht_pb2.FindResponse:
-        """One small request for many keys would be answered with megabytes."""
+        """Answers a search for one key: a small request for many would be answered with megabytes."""
         self._admit(context)
         if len(request.keys) > MAX_FIND_KEYS:
             raise ValueError("a find request of too many keys")
         return await super().rpc_find(request, context)
 
     async def call_find(self, peer: PeerID, keys: Collection[DHTID]) -> Any:
-        """An answer that claims to be valid for ever would end the search before others are heard; invented
-        neighbours, or too many, would lead it astray."""
+        """Asks a peer for a key, and drops what it must not say. An answer that claims to be valid for ever would end
+        the search before others are heard; invented neighbours, or too many, would lead it astray."""
         found = await super().call_find(peer, keys)
         if found is None:
             return None
@@ -191,7 +196,8 @@ class HardenedDHTProtocol(DHTProtocol):  # type: ignore[misc]
         }
 
     async def update_routing_table(self, node_id: DHTID | None, peer_id: PeerID, responded: bool = True) -> None:
-        """One place per peer, and bounded reserves. New neighbours are not sent all that we store (see rpc_store)."""
+        """Gives each peer one place in the routing table, with bounded reserves. New neighbours are not sent all that
+        we store (see rpc_store)."""
         if not responded:
             await super().update_routing_table(node_id, peer_id, responded=False)
             return

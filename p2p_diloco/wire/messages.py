@@ -29,7 +29,8 @@ Reason = Annotated[str, Field(max_length=200)]
 
 
 def check_ip(text: str) -> str:
-    """ValueError unless it is an IP address, without a zone, whose name could be anything."""
+    """Returns ``text`` if it is an IP address. Raises ValueError if not, or with a zone, whose name could be
+    anything."""
     if "%" in text:
         raise ValueError("an address with a zone")
     ipaddress.ip_address(text)
@@ -89,6 +90,8 @@ class Behind(Message):
 
 
 class No(Message):
+    """I refuse what you ask, for this reason. Answers any message that asks for something."""
+
     tag = "no"
     reason: Reason
 
@@ -234,6 +237,8 @@ class AskChunk(Message):
 
 
 class Size(Message):
+    """So many bytes follow, in frames."""
+
     tag = "size"
     size_bytes: Natural
 
@@ -269,6 +274,8 @@ class DialBack(Message):
 
 
 class DialedBack(Message):
+    """Whether I could dial you back."""
+
     tag = "dialed-back"
     reached: bool
     ip: IpAddress
@@ -288,6 +295,8 @@ class AskTransfer(Message):
 
 
 class Transferred(Message):
+    """I have your bytes, and mine follow in one frame."""
+
     tag = "transferred"
     wall_s: Annotated[float, Field(ge=0, le=1e11, allow_inf_nan=False)]
     """The answering peer's clock: Unix time."""
@@ -297,11 +306,12 @@ MESSAGES: dict[str, type[Message]] = {kind.tag: kind for kind in Message.__subcl
 
 
 def pack(message: Message) -> bytes:
+    """Returns a message as bytes."""
     return bytes(msgpack.packb([message.tag, message.model_dump()]))
 
 
 def parse(data: bytes) -> Message:
-    """Raises ValueError that says what is wrong, and quotes nothing."""
+    """Returns the message that ``data`` is. Raises a ValueError that says what is wrong, and quotes nothing."""
     content = unpack_plain(data)
     if not (isinstance(content, list) and len(content) == 2 and isinstance(content[0], str)):
         raise ValueError("not a message")

@@ -86,8 +86,8 @@ class Node:
 
     @classmethod
     async def start(cls, config: PeerConfig, identity: Identity, timeouts: Timeouts, socket_folder: Path) -> Node:
-        """``identity`` is the one in ``config.identity_path``; ``socket_folder`` belongs to this node alone, and is
-        removed by ``close``. Raises UsageError or NetworkError."""
+        """Returns a node that is in the DHT. ``identity`` is the one in ``config.identity_path``; ``socket_folder``
+        belongs to this node alone, and is removed by ``close``. Raises UsageError or NetworkError."""
         hardening.apply_hardening()
         try:
             node = cls(config, identity, timeouts, socket_folder)
@@ -105,6 +105,7 @@ class Node:
         return node
 
     async def serve(self, protocol: str, handler: Handler) -> None:
+        """Has ``handler`` serve every incoming stream of this protocol from now on, through all lives of p2pd."""
         self._streams.handlers[protocol] = handler
         network = self._network
         if network is not None:
@@ -115,6 +116,8 @@ class Node:
                     raise
 
     async def open(self, peer_id: str, maddrs: list[str], protocol: str) -> Channel:
+        """Opens a stream to a peer. Raises Gone when the peer cannot be reached, Silent when that takes longer than
+        ``connect_s``."""
         network = self._network
         if network is None:
             raise Gone(peer_id, "our own network side is down")
@@ -143,8 +146,8 @@ class Node:
         return [] if network is None else await network.dht.look_up(key)
 
     async def meet(self, peers: dict[str, list[str]]) -> None:
-        """Connect to peers (id -> addresses) that we have heard of, and take those that answer for our neighbours in
-        the DHT. For who has lost all others, its initial peers, too."""
+        """Connects to peers (id -> addresses) that we have heard of, and makes those that answer our neighbours in the
+        DHT. It is for a peer that has lost all others, its initial peers, too."""
         network = self._network
         if network is not None:
             with contextlib.suppress(LocalError, OSError, EOFError):
@@ -156,6 +159,8 @@ class Node:
         return self._validator.rejected
 
     async def maddrs(self) -> list[str]:
+        """Returns the addresses where others can dial us, those that the user announces first; the last known ones
+        while p2pd does not answer."""
         network = self._network
         if network is not None:
             try:
@@ -166,6 +171,7 @@ class Node:
         return list(self._maddrs)
 
     async def links(self) -> Links:
+        """Returns how we are connected now, as far as p2pd tells."""
         network = self._network
         if network is None:
             return Links()
@@ -179,7 +185,7 @@ class Node:
         return Links(direct=relayed.count(False), relayed=relayed.count(True), routing_table=table)
 
     async def watch(self) -> None:
-        """Runs until ``close``. Raises NetworkError when p2pd cannot be kept alive."""
+        """Keeps p2pd alive until ``close``. Raises NetworkError when it is lost MAX_LOSSES times within a minute."""
         losses: deque[float] = deque()
         while not self._closed:
             if self._network is not None:
@@ -207,7 +213,7 @@ class Node:
             await asyncio.sleep(0.1 * 2 ** len(losses) - 0.2)
 
     async def close(self) -> None:
-        """Within ``leave_s``, and to its end also when it is cancelled. Idempotent."""
+        """Ends everything within ``leave_s``, and to its end also when it is cancelled. More often does no harm."""
         if self._closed:
             return
         self._closed = True
@@ -233,8 +239,8 @@ class Node:
             os.close(self._claim)
 
     async def _bring_up(self, *, first: bool) -> None:
-        """p2pd, the DHT node and the handlers. Only the first time must an initial peer be there: later on ``watch``
-        keeps looking for them."""
+        """Starts p2pd, and our place in the DHT with it. Only the first time must an initial peer be there: later on
+        ``watch`` keeps looking for them."""
         async with self._starting:
             self._network = await self._start_network(first=first)
             self._host_maddrs = pin_ports(self._host_maddrs, self._maddrs)
@@ -280,11 +286,12 @@ class Node:
             raise
 
     def _with_announced(self, visible: list[str]) -> list[str]:
-        """As others are told: what the user announces comes first."""
+        """Returns our addresses as others are told them: those that the user announces come first."""
         return [f"{maddr}/p2p/{self.peer_id}" for maddr in dict.fromkeys([*self._announced, *visible])]
 
     async def _until_lost(self, network: _Network) -> str:
-        """Looks, while it waits, for initial peers that have come back, with others behind them."""
+        """Returns why p2pd is lost, when it is. Meanwhile it looks for initial peers that have come back, with others
+        behind them."""
         while (reason := await network.daemon.lost(4 * self.timeouts.refresh_s)) is None:
             with contextlib.suppress(LocalError, OSError, EOFError):
                 await self._introduce(network, self._initial_peers)

@@ -32,6 +32,8 @@ READ_BUFFER_BYTES = 512 * 1024
 
 
 class Streams:
+    """All streams of one node, through all lives of its p2pd."""
+
     def __init__(self, timeouts: Timeouts, traffic: Traffic) -> None:
         self.handlers: dict[str, Handler] = {}
         """By protocol."""
@@ -44,6 +46,7 @@ class Streams:
         self._closed = False
 
     def channel(self, peer_id: str, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> Channel:
+        """Returns the channel over a stream that p2pd has opened."""
         self._writers.add(writer)
         reader._limit = READ_BUFFER_BYTES  # type: ignore[attr-defined]
         return Channel(
@@ -57,7 +60,8 @@ class Streams:
     async def on_stream(
         self, protocol: str, info: StreamInfo, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
     ) -> None:
-        """Of another peer, in a task of its own: refuse it, or serve it to its end."""
+        """Refuses a stream that another peer opens, or serves it to its end. p2pd's client calls it in a task of its
+        own."""
         peer_id = info.peer_id.to_base58()
         full = len(self._tasks) >= MAX_STREAMS or self.of_peers[peer_id] >= MAX_STREAMS_PER_PEER
         task = asyncio.current_task()
@@ -87,11 +91,11 @@ class Streams:
                 del self.of_peers[peer_id]
 
     def refuse(self) -> None:
-        """All that others open from now on."""
+        """Refuses all streams that others open from now on."""
         self._closed = True
 
     async def end(self, within_s: float) -> None:
-        """All of them, in both directions."""
+        """Ends all streams, in both directions; handlers that do not end ``within_s`` are left alone."""
         self.refuse()
         await cancel_and_wait(self._tasks, within_s)
         for writer in self._writers:

@@ -16,7 +16,7 @@ manifests, and what others measure."""
 
 @dataclass(kw_only=True, eq=False)
 class Traffic:
-    """As we hand it to p2pd, and get it from there: encryption, and what p2pd says of its own accord, not included."""
+    """Counts what we hand to p2pd and get from it: encryption, and what p2pd says of its own accord, not included."""
 
     sent: Counter[Purpose] = field(default_factory=Counter)
     received: Counter[Purpose] = field(default_factory=Counter)
@@ -25,8 +25,8 @@ class Traffic:
     _counted: WeakSet[RemoteError] = field(default_factory=WeakSet)
 
     def reject(self, error: RemoteError) -> None:
-        """Wherever the error ends: in the server of a stream, a round, a catch-up, matchmaking or a push. One that two
-        of them see is counted once."""
+        """Counts an error of another peer, wherever it ends: in the server of a stream, a round, a catch-up,
+        matchmaking or a push. An error that two of them see is counted once."""
         if error not in self._counted:
             self._counted.add(error)
             self.rejected[type(error).__name__.lower()] += 1

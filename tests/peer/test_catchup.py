@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import math
 from collections.abc import Iterator
 from dataclasses import replace
@@ -14,16 +13,14 @@ import msgpack
 import pytest
 
 from p2p_diloco.core.digest import HASH_BYTES
-from p2p_diloco.core.errors import Gone, LedgerError
 from p2p_diloco.core.grid import Grid
-from p2p_diloco.core.update import max_update_bytes, next_head, update_to_bytes
+from p2p_diloco.core.update import max_update_bytes, update_to_bytes
 from p2p_diloco.core.waiting import now_s
 from p2p_diloco.ledger.replica import Replica
-from p2p_diloco.ledger.snapshot import chunk_slices, snapshot_bytes
-from p2p_diloco.peer import donors, download, uploads
+from p2p_diloco.ledger.snapshot import snapshot_bytes
+from p2p_diloco.peer import download, uploads
 from p2p_diloco.wire.channel import Channel
 from p2p_diloco.wire.messages import AskChunk, AskHeads, AskIndex, AskUpdate, Heads, Message, No, Size, pack
-from tests.support.builders import NOW_S
 from tests.support.fakes import run_simulated
 from tests.support.library import (
     CHUNK_BYTES,
@@ -36,11 +33,14 @@ from tests.support.library import (
     Library,
     Lie,
     N,
+    after,
     frames,
     new_replica,
     on,
+    one_bit,
     replica_at,
     says,
+    send_chunk,
     silent,
     small_parts,
     update_after,
@@ -313,192 +313,6 @@ def test_nobody_is_asked_for_an_outer_step_that_the_run_does_not_have(tmp_path: 
     run_simulated(main())
 
 
-def test_heads_come_in_pages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(donors, "MAX_LINKS", 3)
-    monkeypatch.setattr(uploads, "MAX_LINKS", 3)
-
-    async def main() -> None:
-        library = Library(tmp_path, replica_at(tmp_path / "me", 6))
-        donor = library.add(replica_at(tmp_path / "donor", 13))  # it holds 5 to 13
-        assert await library.to(donor.replica) is not None
-        assert [message.since for message in donor.asked if isinstance(message, AskHeads)] == [0, 8, 11]
-        library.check_same(donor.replica)
-
-    run_simulated(main())
-
-
-def test_a_donor_with_a_gap_in_its_ledger(tmp_path: Path) -> None:
-    """It was away itself: it holds what was before, and what has been since."""
-
-    async def main() -> None:
-        swarm = replica_at(tmp_path / "donor", 12)
-        away = Library(tmp_path / "1", replica_at(tmp_path / "away", 3))
-        away.add(swarm)
-        assert await away.to(swarm) is not None
-        assert sorted(away.replica.ledger.heads()) == [0, 1, 2, 3, 10, 11, 12]
-        for name, mine in (("newcomer", None), ("early", 2)):
-            replica = new_replica(tmp_path / name) if mine is None else replica_at(tmp_path / name, mine)
-            library = Library(tmp_path / f"of-{name}", replica)
-            library.add(away.replica)
-            assert await library.to(swarm) is not None
-            library.check_same(swarm)
-
-    run_simulated(main())
-
-
-# -- downloads that break off --------------------------------------------------------------------------------------
-
-
-def after(count: int, kind: type[Message], then: Lie) -> Lie:
-    """An honest donor, until it is asked once more."""
-
-    async def answer(donor: Donor, channel: Channel, message: Message) -> bool:
-        return donor.count(kind) > count and await then(donor, channel, message)
-
-    return answer
-
-
-def test_a_download_goes_on_at_the_next_donor(tmp_path: Path) -> None:
-    async def main() -> None:
-        library = Library(tmp_path, new_replica(tmp_path / "me"))
-        swarm = replica_at(tmp_path / "swarm", 6)
-        first = library.add(swarm, after(5, AskChunk, on(AskChunk, says())), phase="inner")
-        second = library.add(swarm, phase="joining")
-        assert await library.to(swarm) is None
-        assert library.catchup.promising
-        assert first.count(AskChunk) == 6
-        library.publish(second, issued_s=NOW_S + 1)
-        assert await library.to(swarm) is not None
-        assert sorted(second.chunks()) == list(range(5, CHUNKS))
-        assert library.suspects() == [0]
-        library.check_same(swarm)
-
-    run_simulated(main())
-
-
-def test_when_all_donors_die_what_came_stays_and_the_next_start_fetches_the_rest(tmp_path: Path) -> None:
-    async def main() -> None:
-        swarm = replica_at(tmp_path / "swarm", 6)
-        library = Library(tmp_path / "1", new_replica(tmp_path / "me"))
-        for _ in range(3):
-            library.add(swarm, after(2, AskChunk, on(AskChunk, says())))
-        assert await library.to(swarm) is None
-        assert [donor.count(AskChunk) for donor in library.donors] == [3, 3, 3]
-        assert library.suspects() == [0, 1, 2]
-        assert len(library.incoming()) == 1
-
-        again = Library(tmp_path / "2", new_replica(tmp_path / "me"))
-        donor = again.add(swarm)
-        caught_up = await again.to(swarm)
-        assert caught_up is not None
-        assert sorted(donor.chunks()) == list(range(6, CHUNKS))
-        again.check_same(swarm)
-
-        whole = Library(tmp_path / "3", new_replica(tmp_path / "other"))
-        whole.add(swarm)
-        at_once = await whole.to(swarm)
-        assert at_once is not None
-        assert at_once.bytes_received - caught_up.bytes_received >= 6 * CHUNK_BYTES
-
-    run_simulated(main())
-
-
-def test_what_a_crash_left_of_a_download_is_used_as_far_as_it_is_sound(tmp_path: Path) -> None:
-    async def main() -> None:
-        library = Library(tmp_path, new_replica(tmp_path / "me"))
-        donor = library.add(replica_at(tmp_path / "donor", 6))
-        info = donor.replica.newest_snapshot()
-        data = bytearray(info.path.read_bytes()[: chunk_slices(N)[8].start + 1])
-        data[0] ^= 1  # of the header, which needs no download
-        data[chunk_slices(N)[3].start] ^= 1
-        (tmp_path / "me" / f"incoming-5-{info.digest.hex()[:16]}.part").write_bytes(data)
-        (tmp_path / "me" / "incoming-0-0123456789abcdef.part").write_bytes(bytes(10))
-        assert await library.to(donor.replica) is not None
-        assert sorted(donor.chunks()) == [3, 8, 9, 10, 11]
-        library.check_same(donor.replica)
-
-    run_simulated(main())
-
-
-def test_a_download_that_was_whole_when_the_peer_died_is_not_made_again(tmp_path: Path) -> None:
-    async def main() -> None:
-        library = Library(tmp_path, new_replica(tmp_path / "me"))
-        donor = library.add(replica_at(tmp_path / "donor", 5))
-        info = donor.replica.newest_snapshot()
-        (tmp_path / "me" / f"incoming-5-{info.digest.hex()[:16]}.part").write_bytes(info.path.read_bytes())
-        caught_up = await library.to(donor.replica)
-        assert caught_up is not None
-        assert (caught_up.donors, donor.count(AskChunk)) == (0, 0)
-        library.check_same(donor.replica)
-
-    run_simulated(main())
-
-
-def test_what_is_left_of_a_download_that_is_no_longer_needed_is_removed(tmp_path: Path) -> None:
-    """Once a donor was found that has the updates."""
-
-    async def main() -> None:
-        library = Library(tmp_path, replica_at(tmp_path / "me", 4))
-        (tmp_path / "me" / "incoming-5-0123456789abcdef.part").write_bytes(bytes(10))
-        donor = library.add(replica_at(tmp_path / "donor", 6))
-        caught_up = await library.to(donor.replica)
-        assert caught_up is not None
-        assert not caught_up.snapshot
-        library.check_same(donor.replica)
-
-    run_simulated(main())
-
-
-def test_a_disk_that_changes_what_is_written_is_said(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    """Nobody else is blamed, and the next attempt begins anew."""
-    from p2p_diloco.ledger.ledger import Ledger
-
-    adopt = Ledger.adopt_snapshot
-
-    def change_and_adopt(self: Ledger, path: Path, digest: bytes | None = None) -> object:
-        data = bytearray(path.read_bytes())
-        data[-1] ^= 1
-        path.write_bytes(data)
-        return adopt(self, path, digest)
-
-    async def main() -> None:
-        library = Library(tmp_path, new_replica(tmp_path / "me"))
-        donor = library.add(replica_at(tmp_path / "donor", 6))
-        with monkeypatch.context() as patch, caplog.at_level(logging.WARNING):
-            patch.setattr(Ledger, "adopt_snapshot", change_and_adopt)
-            assert await library.to(donor.replica) is None
-        assert "look at the disk" in caplog.text
-        assert library.incoming() == []
-        assert library.suspects() == []
-        assert await library.to(donor.replica) is not None
-        assert donor.count(AskChunk) == 2 * CHUNKS
-
-    run_simulated(main())
-
-
-def test_a_full_disk_ends_the_download_with_our_own_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from p2p_diloco.ledger.snapshot import IncomingSnapshot
-
-    def full(*_: object) -> None:
-        raise LedgerError("disk full")
-
-    async def main() -> None:
-        library = Library(tmp_path, new_replica(tmp_path / "me"))
-        swarm = replica_at(tmp_path / "donor", 6)
-        for _ in range(2):
-            library.add(swarm)
-        monkeypatch.setattr(IncomingSnapshot, "write", full)
-        with pytest.raises(LedgerError, match="disk full"):
-            await library.to(swarm)
-        await asyncio.sleep(1)
-        assert not [task for task in library.transport.tasks if not task.done()]
-        assert library.suspects() == []
-
-    run_simulated(main())
-
-
 # -- donors that lie: the first one asked does, the second one helps ------------------------------------------------
 
 
@@ -528,17 +342,6 @@ async def another_chunk(donor: Donor, channel: Channel, message: AskChunk) -> No
 async def another_steps_chunk(donor: Donor, channel: Channel, message: AskChunk) -> None:
     other = replica_at(donor.replica.ledger.folder.parent / f"{donor.who.peer_id}-other", 10)
     await send_chunk(other, channel, message.chunk)
-
-
-async def one_bit(donor: Donor, channel: Channel, message: AskChunk) -> None:
-    await send_chunk(donor.replica, channel, message.chunk, change=1)
-
-
-async def send_chunk(replica: Replica, channel: Channel, chunk: int, change: int = 0) -> None:
-    where = chunk_slices(N)[chunk]
-    data = bytearray(replica.newest_snapshot().path.read_bytes()[where])
-    data[-1] ^= change
-    await channel.send_blob(bytes(data))
 
 
 async def index_of_another_step(donor: Donor, channel: Channel, message: AskIndex) -> None:
@@ -774,213 +577,6 @@ def test_one_that_is_busy_beside_one_that_is_not(tmp_path: Path) -> None:
     run_simulated(main())
 
 
-@pytest.mark.parametrize("links", [1024, 3])
-def test_a_peer_shows_how_it_came_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, links: int) -> None:
-    monkeypatch.setattr(donors, "MAX_LINKS", links)
-    monkeypatch.setattr(uploads, "MAX_LINKS", links)
-
-    async def main() -> None:
-        library = Library(tmp_path, replica_at(tmp_path / "me", 6))
-        donor = library.add(replica_at(tmp_path / "donor", 13))  # it holds 5 to 13
-        await library.learn_way(donor)
-        heads = donor.replica.ledger.heads()
-        assert library.directory.before == {heads[step]: heads[step - 1] for step in range(6, 14)}
-        assert library.replica.loaded.step == 6
-
-    run_simulated(main())
-
-
-@pytest.mark.parametrize("changes", [{"step": 51}, {"step": 12}, {"head": bytes(32)}])
-def test_who_is_not_where_it_says_shows_no_way(tmp_path: Path, changes: dict[str, Any]) -> None:
-    async def main() -> None:
-        library = Library(tmp_path, replica_at(tmp_path / "me", 6))
-        donor = library.add(replica_at(tmp_path / "donor", 13), **changes)
-        await library.learn_way(donor)
-        assert library.directory.before == {}
-        assert donor.count(AskHeads) == (0 if changes == {"step": 51} else 1), "the run has 50 outer steps"
-        assert library.suspects() == []
-
-    run_simulated(main())
-
-
-# -- guides that lie -----------------------------------------------------------------------------------------------
-
-
-async def invented_heads(donor: Donor, channel: Channel, message: AskHeads) -> None:
-    """From what the joiner has to nowhere, as many as there should be."""
-    mine = donor.replica.ledger.heads()
-    await channel.send(Heads(first=0, head=mine[0], links=[bytes([step]) * 32 for step in range(max(mine))]))
-
-
-async def the_target_alone(donor: Donor, channel: Channel, message: AskHeads) -> None:
-    mine = donor.replica.ledger.heads()
-    await channel.send(Heads(first=max(mine), head=mine[max(mine)], links=[]))
-
-
-async def heads_before_what_was_asked_for(donor: Donor, channel: Channel, message: AskHeads) -> None:
-    await channel.send(Heads(first=max(message.since - 1, 0), head=bytes(32), links=[bytes(32)] * 3))
-
-
-async def heads_with_a_gap(donor: Donor, channel: Channel, message: AskHeads) -> None:
-    """What the joiner has, and then, a page later, the target."""
-    mine = donor.replica.ledger.heads()
-    if message.since == 0:
-        await channel.send(Heads(first=0, head=mine[0], links=[bytes(32)] * 3))
-    else:
-        await the_target_alone(donor, channel, message)
-
-
-async def other_heads_on_the_next_page(donor: Donor, channel: Channel, message: AskHeads) -> None:
-    await channel.send(Heads(first=message.since, head=bytes([message.since]) * 32, links=[bytes(32)] * 3))
-
-
-async def heads_without_end(donor: Donor, channel: Channel, message: AskHeads) -> None:
-    head = bytes(32)
-    for _ in range(message.since):
-        head = next_head(head, bytes(32))
-    await channel.send(Heads(first=message.since, head=head, links=[bytes(32)] * 3))
-
-
-ASKED_TWICE = {
-    "before": heads_before_what_was_asked_for,
-    "with a gap": heads_with_a_gap,
-    "other ones": other_heads_on_the_next_page,
-}
-HEAD_LIES = {
-    "closes": says(),
-    "silent": silent,
-    "nothing": says(No(reason="not in my ledger")),
-    "out of turn": says(Size(size_bytes=3)),
-    "invented": invented_heads,
-    "the target alone": the_target_alone,
-    "without end": heads_without_end,
-    **ASKED_TWICE,
-}
-
-
-@pytest.mark.parametrize("name", HEAD_LIES)
-def test_a_guide_that_lies_costs_its_turn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    """And nothing of what the joiner has."""
-    monkeypatch.setattr(donors, "MAX_LINKS", 3)
-    monkeypatch.setattr(uploads, "MAX_LINKS", 3)
-
-    async def answer(donor: Donor, channel: Channel, message: Message) -> bool:
-        if isinstance(message, AskHeads):
-            await HEAD_LIES[name](donor, channel, message)
-            if name == "closes":
-                raise Gone(channel.peer_id, "closes the stream")
-            return True
-        return False
-
-    async def main() -> None:
-        library = Library(tmp_path, replica_at(tmp_path / "me", 3))
-        alone = library.add(replica_at(tmp_path / "liar", 4), answer)
-        before = library.replica.ledger.heads()
-        assert await library.to(alone.replica) is None
-        assert alone.count(AskUpdate) == alone.count(AskChunk) == 0
-        assert (library.replica.ledger.heads(), library.replica.loaded.step) == (before, 3)
-        assert alone.count(AskHeads) == (2 if name in {*ASKED_TWICE, "without end"} else 1)
-        assert library.suspects() == ([0] if name in {"closes", "silent", "out of turn", *ASKED_TWICE} else [])
-
-        library.publish(alone, issued_s=NOW_S + 1)
-        began_s = now_s()
-        await library.learn_way(alone)
-        assert library.directory.before == {}
-        assert now_s() - began_s <= TIMEOUTS.request_s + 1
-
-        library.publish(alone, issued_s=NOW_S + 2)
-        donor = library.add(alone.replica)
-        assert await library.to(donor.replica) is not None
-        assert not (tmp_path / "me" / "abandoned").exists()
-        library.check_same(donor.replica)
-
-    run_simulated(main())
-
-
-# -- which snapshot is believed ------------------------------------------------------------------------------------
-
-
-def test_what_most_donors_do_not_have_is_not_downloaded(tmp_path: Path) -> None:
-    """A snapshot's digest is believed when most name it; that at outer step 0 when the manifest does."""
-
-    async def main() -> None:
-        library = Library(tmp_path / "1", new_replica(tmp_path / "me"))
-        swarm = replica_at(tmp_path / "swarm", 7)
-        library.add(swarm, snapshot_digest=bytes(32))
-        library.add(swarm, snapshot_step=6, snapshot_digest=bytes(32))
-        for _ in range(2):
-            library.add(swarm)
-        assert await library.to(swarm) is not None
-        assert library.phases() == [("download", 5)]
-        assert library.suspects() == []
-        library.check_same(swarm)
-
-        library = Library(tmp_path / "2", new_replica(tmp_path / "again"))
-        for _ in range(3):
-            library.add(replica_at(tmp_path / "genesis", 1), snapshot_digest=bytes(32))
-        assert await library.to(library.donors[0].replica) is None
-        assert [donor.count(AskIndex) for donor in library.donors] == [0, 0, 0]
-
-        library = Library(tmp_path / "3", new_replica(tmp_path / "last"))
-        beyond = library.add(replica_at(tmp_path / "beyond", 7), snapshot_step=10)
-        assert await library.to(beyond.replica) is None
-        assert beyond.count(AskIndex) == 0
-
-    run_simulated(main())
-
-
-def test_when_those_who_have_the_believed_one_cannot_serve_the_others_are_not_believed_instead(tmp_path: Path) -> None:
-    async def main() -> None:
-        library = Library(tmp_path, new_replica(tmp_path / "me"))
-        swarm = replica_at(tmp_path / "swarm", 7)
-        other = replica_at(tmp_path / "other", 5)
-        other.loaded.theta[0] += 1  # a sound snapshot, with the swarm's head and other values
-        other.ledger.write_snapshot(other.loaded)
-        liar = library.add(other, step=7, head=swarm.loaded.head)
-        busy = says(No(reason="busy serving others"))
-        for _ in range(2):
-            library.add(swarm, on(AskIndex, busy))
-        assert await library.to(swarm) is None
-        assert liar.count(AskChunk) == liar.count(AskIndex) == 0
-        assert library.replica.ledger.snapshots() == []
-        assert library.catchup.promising
-
-    run_simulated(main())
-
-
-def test_a_snapshot_of_another_history_is_not_downloaded_however_many_have_it(tmp_path: Path) -> None:
-    async def main() -> None:
-        library = Library(tmp_path, new_replica(tmp_path / "me"))
-        swarm = replica_at(tmp_path / "swarm", 7)
-        fork = replica_at(tmp_path / "fork", 7, fork_at=2)
-        for _ in range(3):
-            library.add(fork, head=swarm.loaded.head)
-        donor = library.add(swarm)
-        assert await library.to(swarm) is not None
-        assert sum(liar.count(AskIndex) for liar in library.donors[:3]) == 1
-        assert sum(liar.count(AskChunk) for liar in library.donors[:3]) == 0
-        assert donor.count(AskChunk) == CHUNKS
-        library.check_same(swarm)
-
-    run_simulated(main())
-
-
-def test_who_has_gone_on_may_still_have_the_snapshot(tmp_path: Path) -> None:
-    """Of three donors two have just written another one; most still name the one before, which all have."""
-
-    async def main() -> None:
-        library = Library(tmp_path, new_replica(tmp_path / "me"))
-        old, new = replica_at(tmp_path / "old", 9), replica_at(tmp_path / "new", 10)
-        for replica in (old, old, new):
-            library.add(replica)
-        assert await library.to(old) is not None
-        assert library.phases() == [("download", 5)]
-        assert all(donor.count(AskChunk) > 0 for donor in library.donors)
-        library.check_same(old)
-
-    run_simulated(main())
-
-
 # -- fetching without committing -----------------------------------------------------------------------------------
 
 
@@ -1047,43 +643,5 @@ def test_an_update_that_was_fetched_ahead_and_cannot_be_applied_is_its_donors_fa
         assert await library.catchup.to(target) is None
         assert library.suspects() == [0]
         assert library.replica.loaded.step == 7
-
-    run_simulated(main())
-
-
-def test_one_snapshot_from_whoever_has_it(tmp_path: Path) -> None:
-    async def main() -> None:
-        library = Library(tmp_path, replica_at(tmp_path / "me", 12))
-        swarm = replica_at(tmp_path / "swarm", 12)
-        for lie in (on(AskChunk, one_bit), None, None):
-            library.add(swarm, lie)
-        info = swarm.newest_snapshot()
-        path = library.replica.newest_snapshot().path
-        path.write_bytes(path.read_bytes()[:-1] + b"x")
-        library.replica.load()  # it finds the damage, and puts the file aside
-        assert [info.step for info in library.replica.ledger.snapshots()] == [5]
-        assert await library.catchup.fetch_snapshot(10, info.digest)
-        assert path.read_bytes() == info.path.read_bytes()
-        assert [info.step for info in library.replica.ledger.snapshots()] == [5, 10]
-        assert library.suspects() == [0]
-        assert not await library.catchup.fetch_snapshot(5, bytes(32))
-        library.replica.ledger.quarantined.clear()
-        library.check_same(swarm)
-
-    run_simulated(main())
-
-
-def test_two_downloads_at_once_do_not_meet(tmp_path: Path) -> None:
-    async def main() -> None:
-        library = Library(tmp_path, new_replica(tmp_path / "me"))
-        swarm = replica_at(tmp_path / "swarm", 12)
-        library.add(swarm)
-        older, newer = swarm.ledger.snapshots()
-        fetch = library.catchup.fetch_snapshot
-        fetched = await asyncio.gather(
-            fetch(newer.step, newer.digest), fetch(older.step, older.digest), library.to(swarm)
-        )
-        assert None not in fetched
-        library.check_same(swarm)
 
     run_simulated(main())

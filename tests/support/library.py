@@ -28,6 +28,7 @@ from p2p_diloco.core.swarm_head import Standing
 from p2p_diloco.core.update import Part, Update, UpdateHeader
 from p2p_diloco.ledger.ledger import Ledger
 from p2p_diloco.ledger.replica import Replica
+from p2p_diloco.ledger.snapshot import chunk_slices
 from p2p_diloco.peer import uploads
 from p2p_diloco.peer.catchup import Catchup, CaughtUp
 from p2p_diloco.peer.uploads import Uploads
@@ -271,6 +272,15 @@ def on(kind: type[Message], lie: Callable[[Donor, Channel, Any], Awaitable[objec
     return answer
 
 
+def after(count: int, kind: type[Message], then: Lie) -> Lie:
+    """An honest donor, until it is asked once more."""
+
+    async def answer(donor: Donor, channel: Channel, message: Message) -> bool:
+        return donor.count(kind) > count and await then(donor, channel, message)
+
+    return answer
+
+
 def frames(*pieces: bytes) -> Callable[[Donor, Channel, Any], Awaitable[None]]:
     async def lie(donor: Donor, channel: Channel, message: Message) -> None:
         for piece in pieces:
@@ -289,3 +299,14 @@ def says(*messages: Message) -> Callable[[Donor, Channel, Any], Awaitable[None]]
 
 async def silent(donor: Donor, channel: Channel, message: Message) -> None:
     await asyncio.sleep(1000)
+
+
+async def one_bit(donor: Donor, channel: Channel, message: AskChunk) -> None:
+    await send_chunk(donor.replica, channel, message.chunk, change=1)
+
+
+async def send_chunk(replica: Replica, channel: Channel, chunk: int, change: int = 0) -> None:
+    where = chunk_slices(N)[chunk]
+    data = bytearray(replica.newest_snapshot().path.read_bytes()[where])
+    data[-1] ^= change
+    await channel.send_blob(bytes(data))
