@@ -19,5 +19,6 @@ Its files, from the bottom up:
     peer         the network side of one peer, on any transport: its parts and its life
     web          a small HTTP server that strangers may reach
     metrics      one peer's metrics for Prometheus
+    trainer      the trainer, as its network process sees it: lines from it and to it
     network      the network process
 """

@@ -32,8 +32,7 @@ from p2p_diloco.core.events import EventLog
 from p2p_diloco.core.identity import Identity
 from p2p_diloco.core.manifest import open_manifest
 from p2p_diloco.core.pace import Progress
-from p2p_diloco.core.swarm_head import newest_evaluation
-from p2p_diloco.core.waiting import deadline, heard
+from p2p_diloco.core.waiting import deadline, now_s
 from p2p_diloco.ledger.disk import disk_errors, write_whole
 from p2p_diloco.ledger.folder import MANIFEST_FILE, open_ledger, run_folder
 from p2p_diloco.ledger.replica import Replica
@@ -43,24 +42,18 @@ from p2p_diloco.peer.control import (
     Evaluated,
     Failed,
     Found,
-    FromNetwork,
-    FromTrainer,
     InnerStep,
     Joined,
     Leave,
     Left,
-    LogLine,
-    Moved,
-    News,
     OuterStep,
-    Peers,
     Stall,
     Start,
     pack_line,
-    unpack_line,
 )
 from p2p_diloco.peer.metrics import PeerMetrics
 from p2p_diloco.peer.peer import Peer
+from p2p_diloco.peer.trainer import ToTrainer, Trainer
 from p2p_diloco.wire.daemon import private_socket_folder
 from p2p_diloco.wire.discovery import find_manifest
 from p2p_diloco.wire.guard import die_with_parent, limit_open_files
@@ -68,43 +61,23 @@ from p2p_diloco.wire.node import Node
 
 log = logging.getLogger(__name__)
 
-PEERS_EVERY_S = 1.0
-MAX_UNREAD_BYTES = 1 << 20
-INNER_EVENT_EVERY_S = 1.0
-
-
-class ToTrainer(logging.Handler):
-    """Log records go to the trainer, which alone writes to the terminal."""
-
-    def __init__(self, writer: asyncio.StreamWriter) -> None:
-        super().__init__()
-        self.writer = writer
-
-    def emit(self, record: logging.LogRecord) -> None:
-        if not is_read(self.writer):
-            return
-        text = record.getMessage()
-        if record.exc_info:
-            text += "\n" + logging.Formatter().formatException(record.exc_info)
-        self.writer.write(pack_line(LogLine(level=record.levelno, name=record.name, text=text)))
-
 
 class NetworkProcess:
-    """``vectors``: descriptor of shared memory, still empty."""
+    """One network process, from its start until the trainer leaves or is gone.
 
-    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, vectors: int) -> None:
-        self.reader = reader
-        self.writer = writer
+    ``vectors``: descriptor of shared memory, still empty."""
+
+    def __init__(self, trainer: Trainer, vectors: int) -> None:
+        self.trainer = trainer
         self.vectors = vectors
         self.peer: Peer | None = None
         self.tasks: set[asyncio.Task[Any]] = set()
         self.failure: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self.inner_event_s = 0.0
 
     async def run(self) -> None:
-        """Until the trainer leaves or is gone. Raises what went wrong here."""
+        """Runs a peer until the trainer leaves or is gone. Raises what went wrong here."""
         try:
-            start = await self._receive()
+            start = await self.trainer.receive()
         except EOFError:
             return
         assert isinstance(start, Start)
@@ -133,7 +106,7 @@ class NetworkProcess:
     async def _find_run(
         self, node: Node, config: PeerConfig, timeouts: Timeouts, manifest_path: Path | None
     ) -> tuple[bytes, Path]:
-        """The signed manifest, and the run's folder with the manifest in it."""
+        """Returns the signed manifest, and the run's folder with the manifest in it."""
         if manifest_path is not None:
             with disk_errors(manifest_path):
                 signed = await asyncio.to_thread(manifest_path.read_bytes)
@@ -168,7 +141,7 @@ class NetworkProcess:
             max_upload_bytes_per_s=config.max_upload_bytes_per_s,
             metrics=metrics,
         )
-        self._send(Found(manifest_path=folder / MANIFEST_FILE, folder=folder))
+        self.trainer.send(Found(manifest_path=folder / MANIFEST_FILE, folder=folder))
         try:
             events.write(
                 "started",
@@ -190,7 +163,7 @@ class NetworkProcess:
 
     async def _join_and_run(self, node: Node, peer: Peer) -> None:
         await peer.join()
-        self._send(
+        self.trainer.send(
             Joined(
                 peer_id=peer.identity.peer_id,
                 maddrs=await node.maddrs(),
@@ -198,18 +171,18 @@ class NetworkProcess:
                 head=peer.seat.standing.head.hex(),
             )
         )
-        self._spawn(self._tell_news(peer))
-        self._spawn(self._tell_peers(peer))
+        self._spawn(self.trainer.tell_news(peer))
+        self._spawn(self.trainer.tell_peers(peer))
         if peer.presence.metrics is not None:
             self._spawn(PeerMetrics(peer, trainer_pid=os.getppid()).serve(peer.presence.metrics))
         await peer.run()
 
     async def _commands(self) -> None:
-        """What the trainer says, until it leaves or is gone."""
+        """Does what the trainer says, until it leaves or is gone."""
         outer_step: asyncio.Task[None] | None = None
         while True:
             try:
-                line = await self._receive()
+                line = await self.trainer.receive()
             except EOFError:
                 line = Leave(reason="the trainer is gone")
             peer = self.peer
@@ -218,22 +191,21 @@ class NetworkProcess:
                     outer_step.cancel()
                 if peer is not None:
                     await self._leave(peer, line.reason)
-                self._send(Left())
+                self.trainer.send(Left())
                 return
             if peer is None:
                 continue
             if isinstance(line, InnerStep):
-                self._on_progress(peer, line)
+                self.trainer.on_inner_step(peer, line)
             elif isinstance(line, Begin):
-                now_s = asyncio.get_running_loop().time()
-                peer.seat.progress = Progress(planned=line.planned, reported_s=now_s)
+                peer.seat.progress = Progress(planned=line.planned, reported_s=now_s())
                 self._spawn(self._begin(peer))
             elif isinstance(line, OuterStep):
                 outer_step = self._spawn(self._outer_step(peer, line))
             elif isinstance(line, Stall):
                 peer.events.write("stall", step=line.step, seconds=line.seconds)
             elif isinstance(line, Evaluated):
-                self._on_evaluated(peer, line)
+                self.trainer.on_evaluated(peer, line)
 
     async def _leave(self, peer: Peer, reason: str) -> None:
         try:
@@ -245,61 +217,10 @@ class NetworkProcess:
     async def _begin(self, peer: Peer) -> None:
         await peer.begin()
         standing = peer.seat.standing
-        self._send(Begun(step=standing.step, head=standing.head.hex(), evaluate=peer.evaluates_genesis()))
+        self.trainer.send(Begun(step=standing.step, head=standing.head.hex(), evaluate=peer.evaluates_genesis()))
 
     async def _outer_step(self, peer: Peer, line: OuterStep) -> None:
-        self._send(await peer.outer_step(line.tokens, dropped=line.dropped, pace=line.pace))
-
-    def _on_progress(self, peer: Peer, line: InnerStep) -> None:
-        now_s = asyncio.get_running_loop().time()
-        inner_step, planned = line.inner_step, line.planned
-        peer.seat.progress = Progress(inner_step=inner_step, planned=planned, step_s=line.step_s, reported_s=now_s)
-        peer.presence.trained.loss, peer.presence.trained.tokens = line.loss, line.tokens
-        peer.presence.trained.tokens_per_s = line.tokens_per_s
-        if peer.seat.phase == "evaluate":
-            peer.seat.phase = "inner"  # a trainer need not evaluate when it is its turn
-        if now_s - self.inner_event_s >= INNER_EVENT_EVERY_S or inner_step >= planned:
-            self.inner_event_s = now_s
-            peer.events.write(
-                "inner",
-                step=peer.step,
-                inner_step=inner_step,
-                planned=planned,
-                loss=line.loss,
-                tokens=line.tokens,
-                tokens_per_s=line.tokens_per_s,
-            )
-
-    def _on_evaluated(self, peer: Peer, line: Evaluated) -> None:
-        peer.presence.trained.held_out_loss, peer.presence.trained.held_out_step = line.held_out_loss, line.step
-        if peer.seat.phase == "evaluate":
-            peer.seat.phase = "inner"
-        peer.presence.publish_now.ring()
-        peer.events.write("evaluated", **vars(line))
-
-    async def _tell_news(self, peer: Peer) -> None:
-        """Tell the trainer when a round closes or the swarm has gone on; a seed's owner, when the seed has followed."""
-        seat = peer.seat
-        told: tuple[float | None, bool, int] = (None, False, peer.step)
-        while True:
-            changed = seat.changed.event
-            news = (seat.closes_s, peer.follower.behind, peer.step)
-            if news != told:
-                told = news
-                closes_in_s = None if seat.closes_s is None else seat.closes_s - asyncio.get_running_loop().time()
-                self._send(News(closes_in_s=closes_in_s, behind=peer.follower.behind))
-                if peer.role == "seed":
-                    self._send(Moved(step=peer.step, head=seat.standing.head.hex()))
-            await heard(changed, PEERS_EVERY_S)
-
-    async def _tell_peers(self, peer: Peer) -> None:
-        while True:
-            records = [peer.presence.record(), *peer.directory.live(time.time())]
-            hidden = {"head", "heads", "snapshot_digest"}
-            if is_read(self.writer):
-                rows = [r.model_dump(exclude=hidden) | {"head": r.head.hex()} for r in records]
-                self._send(Peers(rows=rows, evaluation=newest_evaluation(records, peer.follower.target())))
-            await asyncio.sleep(PEERS_EVERY_S)
+        self.trainer.send(await peer.outer_step(line.tokens, dropped=line.dropped, pace=line.pace))
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         task = asyncio.ensure_future(work)
@@ -308,35 +229,23 @@ class NetworkProcess:
         return task
 
     def _on_done(self, task: asyncio.Task[Any]) -> None:
-        """A failure of ours in any task ends the process: the trainer must not wait for an answer that never comes."""
+        """Ends the process for a failure of ours in any task: the trainer must not wait for an answer that never
+        comes."""
         self.tasks.discard(task)
         if not task.cancelled() and task.exception() is not None and not self.failure.done():
             self.failure.set_exception(task.exception() or RuntimeError())
 
-    async def _receive(self) -> FromTrainer | FromNetwork:
-        data = await self.reader.readline()
-        if not data:
-            raise EOFError
-        return unpack_line(data)
-
-    def _send(self, line: FromNetwork) -> None:
-        self.writer.write(pack_line(line))
-
 
 def keep_manifest(path: Path, signed: bytes) -> None:
-    """Writes the manifest, unless it is there already: a seed's is perhaps the only one. LedgerError when it fails."""
+    """Writes the manifest, unless it is there already: a seed's is perhaps the only one. Raises LedgerError."""
     with disk_errors(path, len(signed)):
         path.parent.mkdir(parents=True, exist_ok=True)
         if not path.is_file() or path.read_bytes() != signed:
             write_whole(path, [signed], len(signed))
 
 
-def is_read(writer: asyncio.StreamWriter) -> bool:
-    """Whether the trainer reads what it is told: while it is stopped, it misses what tells of the moment only."""
-    return writer.transport.get_write_buffer_size() < MAX_UNREAD_BYTES
-
-
 async def log_restarts(node: Node, events: EventLog) -> None:
+    """Writes an event for each time that p2pd had to be started again, until it is cancelled."""
     restarted = node.restarted.event
     while True:
         await restarted.wait()
@@ -345,7 +254,7 @@ async def log_restarts(node: Node, events: EventLog) -> None:
 
 
 def map_vectors(descriptor: int, n: int, *, resize: bool = False) -> tuple[Vector, Vector]:
-    """(theta, local), float32 [n] each, in the shared memory behind ``descriptor``."""
+    """Returns (theta, local), float32 [n] each, in the shared memory behind ``descriptor``."""
     size = 2 * 4 * n
     if resize:
         os.ftruncate(descriptor, size)
@@ -354,10 +263,11 @@ def map_vectors(descriptor: int, n: int, *, resize: bool = False) -> tuple[Vecto
 
 
 async def serve(control: socket.socket, vectors: int) -> None:
+    """Runs a network process over the control socket. What goes wrong here is told to the trainer."""
     reader, writer = await asyncio.open_connection(sock=control, limit=64 * 1024 * 1024)
     handler = ToTrainer(writer)
     logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
-    process = NetworkProcess(reader, writer, vectors)
+    process = NetworkProcess(Trainer(reader, writer), vectors)
     try:
         await process.run()
     except LocalError as error:
@@ -376,6 +286,7 @@ async def serve(control: socket.socket, vectors: int) -> None:
 
 
 def main() -> None:
+    """Runs this process as a network process: its arguments are two descriptors."""
     control, vectors = socket.socket(fileno=int(sys.argv[1])), int(sys.argv[2])
     for number in (signal.SIGINT, signal.SIGHUP):  # The trainer decides when to leave.
         signal.signal(number, signal.SIG_IGN)

@@ -1,9 +1,7 @@
-"""What a trainer and its network process do when the other one reads nothing."""
+"""Lines between a trainer and its network process, also when the other one reads nothing."""
 
 from __future__ import annotations
 
-import asyncio
-import logging
 import os
 from pathlib import Path
 
@@ -36,7 +34,6 @@ from p2p_diloco.peer.control import (
     socket_pair,
     unpack_line,
 )
-from p2p_diloco.peer.network import MAX_UNREAD_BYTES, ToTrainer, is_read
 
 NO_TEXT = Path(os.fsdecode(b"J\xfcrgen"))
 CONFIG = PeerConfig(
@@ -113,19 +110,3 @@ def test_a_line_to_one_that_is_gone_does_not_wait_either() -> None:
     theirs.close()
     with mine:
         assert has_room(mine)
-
-
-def test_what_a_stopped_trainer_does_not_read_is_not_kept() -> None:
-    async def main() -> None:
-        mine, theirs = socket_pair()
-        _, writer = await asyncio.open_connection(sock=mine)
-        with theirs:
-            handler = ToTrainer(writer)
-            record = logging.LogRecord("x", logging.INFO, "", 0, "y" * 1000, (), None)
-            for _ in range(3 * MAX_UNREAD_BYTES // 1000):
-                handler.emit(record)
-            assert not is_read(writer)
-            assert writer.transport.get_write_buffer_size() < MAX_UNREAD_BYTES + 2000
-            writer.close()
-
-    asyncio.run(main())
