@@ -37,6 +37,8 @@ T = TypeVar("T")
 
 
 class Writer(Protocol):
+    """Writes one stream. ``drain`` returns when all that was written is handed over."""
+
     def write(self, data: bytes | memoryview, /) -> None: ...
     async def drain(self) -> None: ...
     def close(self) -> None: ...
@@ -163,6 +165,7 @@ class Channel:
         return Refused(self.peer_id, message.reason) if isinstance(message, No) else None
 
     def close(self) -> None:
+        """Closes the stream, in both directions."""
         self.writer.close()
 
     def _parse(self, data: bytes) -> Message:

@@ -41,6 +41,8 @@ IpAddress = Annotated[str, Field(max_length=45), AfterValidator(check_ip)]
 
 
 class Message(BaseModel):
+    """One message of a stream; each kind is a class, and its fields are checked when it is parsed."""
+
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
     tag: ClassVar[str]
     max_bytes: ClassVar[int] = MAX_MESSAGE_BYTES
