@@ -141,6 +141,17 @@ def test_the_raw_figures_have_all(tmp_path: Path) -> None:
     assert figures["trials"][0]["last"]["held_out_loss"] == 2.0
 
 
+def test_raw_figures_are_written_in_this_order(tmp_path: Path) -> None:
+    study = study_of(tmp_path)
+    first = study.trials[0]
+    assert json.dumps(raw(study, {first.key: summary_of([3.0, 2.0])})) == (
+        f'{{"study": "{study.name}", "size": "full", "title": "{study.spec.title}", "paper": "{study.spec.paper}", '
+        f'"trials": [{{"arm": "plain", "seed": 1, "key": "{first.key}", '
+        '"last": {"step": 1, "held_out_loss": 2.0, "tokens": 2000000, "sent_bytes": 500000}, '
+        '"held_out": [[0, 3.0], [1, 2.0]], "digest": "00", "torch": "2", "device": "cpu", "wall_s": 1.0}]}'
+    )
+
+
 def test_a_missing_library_is_told_before_anything_is_computed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(

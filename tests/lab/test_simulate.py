@@ -413,6 +413,24 @@ def test_what_it_leaves_is_a_run_that_others_read(tmp_path: Path) -> None:
     assert summary["heads"]["3"] == simulation.state.head.hex()
 
 
+def test_its_summary_is_written_in_this_order(tmp_path: Path) -> None:
+    """Byte for byte, but for the figures: studies of older versions are read, too."""
+    simulation = open_small(tmp_path, {"simulate.evaluate_every": 2, "outer.steps": 2})
+    theta_of(simulation)
+    text = (tmp_path / "out" / SUMMARY_FILE).read_text()
+    summary = json.loads(text)
+    assert text == json.dumps(summary, indent=1) + "\n"
+    assert list(summary) == [
+        *("what", "run_id", "digest", "heads", "held_out", "curve", "wall_s", "torch", "device"),
+    ]
+    assert list(summary["curve"][0]) == ["step", "head", "held_out_loss", "loss", "tokens", "sent_bytes"]
+    assert summary["what"] == json.loads(simulation.what.model_dump_json())
+    assert summary["heads"] == {str(point.step): point.head for point in simulation.curve}
+    assert summary["held_out"] == [[p.step, p.held_out_loss] for p in simulation.curve if p.held_out_loss is not None]
+    assert [point["step"] for point in summary["curve"]] == [0, 1, 2]
+    assert (summary["torch"], summary["device"]) == (torch.__version__, "cpu")
+
+
 def test_a_folder_of_another_simulation_is_refused(tmp_path: Path) -> None:
     theta_of(open_small(tmp_path))
     with pytest.raises(UsageError, match="holds another simulation, or this one before its file changed"):

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import io
+import json
 import re
 from typing import Any
 
@@ -93,6 +94,17 @@ def test_summary(logs: dict[str, list[Event]]) -> None:
         "lost": [{"step": 1, "peer": "id-a"}],
         "missed_rounds": 1,
     }
+
+
+def test_json_is_written_in_this_order(logs: dict[str, list[Event]]) -> None:
+    del logs["b"]
+    assert json.dumps(summarize(logs)) == (
+        '{"outer_steps": 1, "peers": {"a": "id-a"}, "guests": {"id-b": 1}, "heads": {"a": {"0": "h0", "1": "h1"}}, '
+        '"identical": true, "held_out": [[0, 5.5], [1, 4.0]], "tokens_per_s": {"total": 100.0, "peers": {"a": 100.0}}, '
+        '"stalled_s": {"median": 0.25, "peers": {"a": {"1": 0.25}}}, "evaluate_s": {"a": {"0": 0.5, "1": 0.5}}, '
+        '"bytes_sent": {"a": {"1": 1000}}, "bytes_received": {"a": {"1": 2000}}, "group": {"1": 2}, "lost": [], '
+        '"missed_rounds": 0}'
+    )
 
 
 def test_other_head_at_one_step_is_told(logs: dict[str, list[Event]]) -> None:

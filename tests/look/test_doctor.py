@@ -90,6 +90,14 @@ def test_only_a_problem_stops_it(findings: Sequence[Finding], code: int) -> None
     assert [Finding(**finding) for finding in read["findings"]] == list(findings)
 
 
+def test_json_is_written_in_this_order() -> None:
+    written = json.dumps(as_json(RUN_A, [OK, PROBLEM]))
+    assert written == (
+        f'{{"can_train": false, "run_id": "{RUN_A}", "findings": [{{"kind": "ok", "what": "x", "measured": "good", '
+        '"remedy": ""}, {"kind": "problem", "what": "z", "measured": "bad", "remedy": "mend it"}]}'
+    )
+
+
 def test_a_finding_is_one_line_that_ends_with_the_remedy() -> None:
     assert (OK.line, PROBLEM.line) == ("good", "bad; mend it")
 

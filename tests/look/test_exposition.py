@@ -148,6 +148,25 @@ def test_targets_name_their_peer() -> None:
     ]
 
 
+def test_json_is_written_in_this_order() -> None:
+    """Byte for byte: what others have built on it reads on."""
+    sight = sight_of(trainer(1, metrics_addr="1.1.1.1:9100", name="one"))
+    peer_id = identity(1).peer_id
+    assert sight.targets.body.decode() == (
+        f'[{{"targets":["1.1.1.1:9100"],"labels":{{"peer":"{peer_id}","name":"one"}}}}]'
+    )
+    assert sight.status.body.decode() == (
+        f'{{"run":{{"name":"simulated","id":"{MANIFEST.run_id}","steps":{MANIFEST.spec.outer.steps},'
+        f'"n_params":1000,"byte_level":true}},"now_s":{NOW_S},"up":true,"step":1,"step_since_s":{NOW_S},"heads":1,'
+        '"peers":{"training":1,"round":0,"joining":0,"seed":0},"tokens":7,"tokens_per_s":3.0,"loss":2.5,'
+        '"held_out_loss":2.0,"held_out_step":1,"join_line":"",'
+        f'"rows":[{{"peer":"{peer_id}","name":"one","role":"trainer","state":"training","step":1,"inner_step":0,'
+        '"planned":0,"loss":2.5,"tokens":7,"tokens_per_s":3.0,"version":""}],'
+        '"curve":{"step":[1],"held_out_loss":[2.0],"loss":[2.5]},'
+        f'"pace":{{"at_s":[{NOW_S}],"tokens_per_s":[3.0],"peers":[1]}}}}'
+    )
+
+
 hostile = st.text(max_size=32) | st.sampled_from(["<script>", "\u202eevil", 'a"b\\c\nd', "\x00\x1b[2J", "a}b{c=d"])
 numbers = st.floats(allow_nan=False, allow_infinity=False).map(abs)
 

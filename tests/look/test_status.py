@@ -95,6 +95,23 @@ def test_json_is_one_object_that_names_the_swarms_head() -> None:
     assert read["peers"][0]["peer_id"] == PEERS[0].peer_id
 
 
+def test_json_is_written_in_this_order() -> None:
+    """Byte for byte: programs read it, and some of them with a text tool."""
+    written = json.dumps(as_json(look(sealed(0, 4, held_out_loss=2.5, held_out_step=4, maddrs=["/ip4/1.2.3.4/tcp/5"]))))
+    peer = (
+        f'{{"peer_id": "{PEERS[0].peer_id}", "issued_s": 1000000.0, "life_s": 30.0, "role": "trainer", '
+        f'"phase": "inner", "step": 4, "head": "{HEADS[4].hex()}", "committed": true, "snapshot_step": 0, '
+        '"maddrs": ["/ip4/1.2.3.4/tcp/5"], "client_mode": false, "name": "peer 0", "version": "", "inner_step": 0, '
+        '"inner_steps_planned": 0, "loss": null, "held_out_loss": 2.5, "held_out_step": 4, "tokens": 0, '
+        '"tokens_per_s": 0.0, "group_size": 0, "round_s": 0.0, "round_bytes": 0, "metrics_addr": "", '
+        '"on_swarm_head": true}'
+    )
+    assert written == (
+        f'{{"run_id": "{MANIFEST.run_id}", "name": "tiny", "step": 4, "steps": 100, "head": "{HEADS[4].hex()}", '
+        f'"peers": [{peer}]}}'
+    )
+
+
 def test_the_table_names_everybody_and_marks_who_is_elsewhere() -> None:
     status = look(sealed(0, 4, tokens_per_s=1e308), sealed(1, 4, tokens_per_s=1e308), sealed(2, 3), sealed(3, 4))
     console = Console(file=io.StringIO(), width=80)
