@@ -20,7 +20,7 @@ from benchmarks.loopback import write_run_file
 from benchmarks.table import Table
 from p2p_diloco.core.runfile import RunSpec
 from p2p_diloco.lab.recount import Past, past_of
-from p2p_diloco.lab.simulation import SimulatedRun
+from p2p_diloco.lab.simulated_run import SimulatedRun
 
 Curve: TypeAlias = Mapping[int, float]
 """Outer step -> held-out loss, nats per token."""

@@ -31,7 +31,7 @@ from p2p_diloco.core.codecs import CODECS
 from p2p_diloco.core.runfile import ModelSpec, RunSpec, Section
 from p2p_diloco.core.toml import read_toml
 from p2p_diloco.lab.faults import FaultPlan
-from p2p_diloco.lab.simulation import SimulationSpec
+from p2p_diloco.lab.simulated_run import SimulationSpec
 from p2p_diloco.lab.study import StudySpec
 from tests.support.pages import (
     HISTORY,

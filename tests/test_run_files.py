@@ -20,7 +20,7 @@ from p2p_diloco.core.update import max_update_bytes
 from p2p_diloco.learn.architecture import resolve_config
 from p2p_diloco.learn.data import open_corpus
 from p2p_diloco.learn.hub import DATA_SET_NAME, PREFIX, check_data_set
-from p2p_diloco.look.fitness import disk_needs, exchange_bytes, memory_needs
+from p2p_diloco.look.machine_findings import disk_needs, exchange_bytes, memory_needs
 
 HUB_RUNS = ("stories-30m", "small-150m", "1b")
 RUNS = sorted((Path(__file__).parent.parent / "peers" / "runs").glob("*.toml"))

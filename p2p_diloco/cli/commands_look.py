@@ -131,7 +131,7 @@ def doctor(
     check_listening(host_maddrs, announce_maddrs)
 
     from p2p_diloco.core.config import Timeouts, default_folder
-    from p2p_diloco.look.doctor import as_json as json_of
+    from p2p_diloco.look.network_findings import as_json as json_of
 
     with Checklist(None if as_json else STDOUT) as checklist:
         checklist.measure("starting")
@@ -175,7 +175,7 @@ def manifest(
     run_id
         Which run, where there are several.
     """
-    from p2p_diloco.cli.facts import check_run_file, facts_of
+    from p2p_diloco.cli.description import check_run_file, facts_of
 
     check_run_id(run_id)
     if (source is None) == (not initial_peers):

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from p2p_diloco.lab.simulate import Simulation
-    from p2p_diloco.lab.simulation import SimulatedRun
+    from p2p_diloco.lab.simulated_run import SimulatedRun
     from p2p_diloco.lab.study import Size
 
 
@@ -60,7 +60,7 @@ def simulate(
         from p2p_diloco.lab.checkpoint import alone_in
         from p2p_diloco.lab.recount import past_of
         from p2p_diloco.lab.simulate import Simulation
-        from p2p_diloco.lab.simulation import SimulatedRun
+        from p2p_diloco.lab.simulated_run import SimulatedRun
 
     what, past = SimulatedRun.load(run_file), None
     if recount is not None:

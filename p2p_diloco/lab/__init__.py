@@ -4,9 +4,9 @@ No peer of a real swarm imports it. It never has rules of its own for an outer s
 
 Its files, from the bottom up:
 
-    simulation  what is simulated: a run file, and what only simulations vary
+    simulated_run  what is simulated: a run file, and what only simulations vary
     variants    what only studies do to outer gradients: pruning, two bits, other outer optimizers
-    shards      text of one's own for every replica
+    own_texts  text of one's own for every replica
     recount     what a swarm did, from its event logs
     checkpoint  where a simulation stood when it was interrupted
     trainers    the trainers of a simulation, and what they start from
@@ -20,5 +20,5 @@ Its files, from the bottom up:
     children    the seed and the trainers of a swarm on this machine
     injector    faults, carried out
     local       N peers on this machine
-    summary     event logs to tables and `summary.json`
+    outcome  event logs to tables and `summary.json`
 """

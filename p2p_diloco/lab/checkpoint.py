@@ -23,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from p2p_diloco.core.errors import UsageError
-from p2p_diloco.lab.simulation import SimulatedRun
+from p2p_diloco.lab.simulated_run import SimulatedRun
 from p2p_diloco.ledger.disk import disk_errors, write_whole
 
 log = logging.getLogger(__name__)

@@ -36,7 +36,7 @@ from p2p_diloco.lab.children import SEED, TRAINER, Children, text_on_disk
 from p2p_diloco.lab.faults import Done, FaultPlan, plights
 from p2p_diloco.lab.injector import Injector
 from p2p_diloco.lab.namespaces import Network
-from p2p_diloco.lab.summary import Log, Progress, findings, held_out, row_of, screen, step_line, summarize
+from p2p_diloco.lab.outcome import Log, Progress, findings, held_out, row_of, screen, step_line, summarize
 from p2p_diloco.learn.data import open_corpus
 from p2p_diloco.ledger.disk import write_whole
 from p2p_diloco.look.display import is_live, join_line, plain

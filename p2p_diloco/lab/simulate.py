@@ -30,9 +30,9 @@ from p2p_diloco.core.outer import OuterState, genesis_state
 from p2p_diloco.core.roster import counted_weights, rank
 from p2p_diloco.core.update import Part, Update, UpdateHeader
 from p2p_diloco.lab.checkpoint import open_checkpoint, write_checkpoint
+from p2p_diloco.lab.own_texts import shards_of, tokens_digest
 from p2p_diloco.lab.recount import Past
-from p2p_diloco.lab.shards import shards_of, tokens_digest
-from p2p_diloco.lab.simulation import SimulatedRun, members_at, replica_names
+from p2p_diloco.lab.simulated_run import SimulatedRun, members_at, replica_names
 from p2p_diloco.lab.trainers import SimulatedTrainer, new_trainer, warm_start
 from p2p_diloco.lab.variants import BITS, OuterRule, prune, quantize, quantized_bytes
 from p2p_diloco.learn.data import Corpus, open_corpus

@@ -32,7 +32,7 @@ from p2p_diloco.core.manifest import canonical_json
 from p2p_diloco.core.paths import beside
 from p2p_diloco.core.runfile import RunSpec, Section, explain
 from p2p_diloco.core.toml import read_toml
-from p2p_diloco.lab.simulation import SimulatedRun, listed
+from p2p_diloco.lab.simulated_run import SimulatedRun, listed
 from p2p_diloco.learn.hub import END_FILES
 from p2p_diloco.learn.source import listing
 from p2p_diloco.learn.text import reading, walk

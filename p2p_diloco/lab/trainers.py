@@ -17,7 +17,7 @@ from p2p_diloco.core.digest import digest
 from p2p_diloco.core.manifest import RunManifest, canonical_json
 from p2p_diloco.core.outer import OuterState
 from p2p_diloco.lab.checkpoint import open_checkpoint, write_checkpoint
-from p2p_diloco.lab.simulation import SimulatedRun
+from p2p_diloco.lab.simulated_run import SimulatedRun
 from p2p_diloco.learn.data import Corpus, locked
 from p2p_diloco.learn.inner import InnerOptimizer, place_in_run
 from p2p_diloco.learn.model import build_model

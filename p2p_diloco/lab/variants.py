@@ -14,7 +14,7 @@ from p2p_diloco.core.codec import Vector
 from p2p_diloco.core.grid import Grid
 from p2p_diloco.core.outer import OuterState, apply_checked, check_update
 from p2p_diloco.core.update import Update
-from p2p_diloco.lab.simulation import SimulationSpec
+from p2p_diloco.lab.simulated_run import SimulationSpec
 from p2p_diloco.learn.parameters import Layout
 
 BLOCK = 64

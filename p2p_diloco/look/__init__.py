@@ -5,10 +5,10 @@ nothing.
 
 Its files, from the bottom up:
 
-    doctor      what measurements mean: findings about the network, and their remedies
-    fitness     what a machine is good for in a run: findings about it
-    trial       a trial of this machine: device, memory, some inner steps
-    survey      what can be measured of a run from outside: addresses, clocks, bandwidth
+    network_findings  what measurements mean: findings about the network, and their remedies
+    machine_findings  what a machine is good for in a run: findings about it
+    machine_trial  a trial of this machine: device, memory, some inner steps
+    network_trial  what can be measured of a run from outside: addresses, clocks, bandwidth
     listener    whether others reach this machine
     checkup     `p2p-diloco doctor`, top to bottom
     display     the live table; findings

@@ -27,7 +27,17 @@ from p2p_diloco.core.waiting import deadline
 from p2p_diloco.learn.textfiles import text_files
 from p2p_diloco.ledger.folder import folder_bytes, run_folder
 from p2p_diloco.look.display import Checklist
-from p2p_diloco.look.doctor import (
+from p2p_diloco.look.listener import dial_backs, listening, would_relay
+from p2p_diloco.look.machine_findings import (
+    MachineTrial,
+    device_finding,
+    disk_finding,
+    memory_finding,
+    outer_step_finding,
+    text_finding,
+)
+from p2p_diloco.look.machine_trial import try_machine
+from p2p_diloco.look.network_findings import (
     AddressTrial,
     Bandwidth,
     address_finding,
@@ -39,18 +49,8 @@ from p2p_diloco.look.doctor import (
     reachable_finding,
     run_finding,
 )
-from p2p_diloco.look.fitness import (
-    MachineTrial,
-    device_finding,
-    disk_finding,
-    memory_finding,
-    outer_step_finding,
-    text_finding,
-)
-from p2p_diloco.look.listener import dial_backs, listening, would_relay
+from p2p_diloco.look.network_trial import Candidate, clock_offsets, measure_bandwidth, try_address
 from p2p_diloco.look.status import live_records, observer
-from p2p_diloco.look.survey import Candidate, clock_offsets, measure_bandwidth, try_address
-from p2p_diloco.look.trial import try_machine
 from p2p_diloco.wire.channel import Transport, run_protocol
 from p2p_diloco.wire.discovery import find_manifest
 

@@ -24,7 +24,7 @@ from rich.table import Table
 from rich.text import Text
 
 from p2p_diloco.core.config import MAX_NAME_CHARS
-from p2p_diloco.look.doctor import Finding, exit_code
+from p2p_diloco.look.network_findings import Finding, exit_code
 
 if TYPE_CHECKING:
     from p2p_diloco.learn.swarm import Swarm

@@ -14,8 +14,8 @@ from p2p_diloco.core.config import PeerConfig, Timeouts
 from p2p_diloco.core.errors import Refused, RemoteError
 from p2p_diloco.core.identity import Identity
 from p2p_diloco.core.waiting import Bell, heard
-from p2p_diloco.look.doctor import Dialled
-from p2p_diloco.look.survey import UNREACHED, Candidate
+from p2p_diloco.look.network_findings import Dialled
+from p2p_diloco.look.network_trial import UNREACHED, Candidate
 from p2p_diloco.peer.probes import MAX_PORTS, DialConsent, seal_consent
 from p2p_diloco.wire.channel import DIAL_BACK_PROTOCOL, Channel, Transport
 from p2p_diloco.wire.daemon import private_socket_folder

@@ -13,7 +13,7 @@ import pytest
 from p2p_diloco.cli.cli import main
 from p2p_diloco.lab import recount
 from p2p_diloco.lab.recount import Past
-from p2p_diloco.lab.simulation import SimulatedRun
+from p2p_diloco.lab.simulated_run import SimulatedRun
 from p2p_diloco.ledger.folder import find_run, load_state
 from tests.support.small_runs import small_run, table_of
 from tests.test_degenerate import as_toml

@@ -11,7 +11,7 @@ from p2p_diloco.core.errors import UsageError
 from p2p_diloco.core.runfile import RunSpec
 from p2p_diloco.core.toml import read_toml
 from p2p_diloco.lab.faults import FaultPlan
-from p2p_diloco.lab.simulation import SimulatedRun
+from p2p_diloco.lab.simulated_run import SimulatedRun
 from p2p_diloco.lab.study import Study
 
 RUN = 'name = "one"\n[model.config]\nmodel_type = "llama"\n'

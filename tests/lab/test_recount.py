@@ -9,7 +9,7 @@ import pytest
 from p2p_diloco.core.errors import UsageError
 from p2p_diloco.core.events import EVENTS_FILE
 from p2p_diloco.lab.recount import past_of, recount
-from tests.look.test_doctor import manifest_of
+from tests.look.test_network_findings import manifest_of
 
 MANIFEST = manifest_of()
 TOKENS = MANIFEST.spec.tokens_per_inner_step

@@ -18,7 +18,8 @@ from p2p_diloco.core.codecs import CODECS
 from p2p_diloco.core.errors import UsageError
 from p2p_diloco.core.outer import OuterState
 from p2p_diloco.core.update import Update
-from p2p_diloco.lab import shards, simulate, trainers
+from p2p_diloco.lab import own_texts as shards
+from p2p_diloco.lab import simulate, trainers
 from p2p_diloco.lab.checkpoint import CHECKPOINT_FILE
 from p2p_diloco.lab.recount import Past
 from p2p_diloco.lab.simulate import SUMMARY_FILE, Simulation

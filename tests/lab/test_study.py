@@ -7,7 +7,7 @@ import pytest
 
 from p2p_diloco.core.errors import UsageError
 from p2p_diloco.lab.experiment import BASES
-from p2p_diloco.lab.simulation import SimulatedRun
+from p2p_diloco.lab.simulated_run import SimulatedRun
 from p2p_diloco.lab.study import Study
 from tests.support.small_runs import SMALL
 

@@ -9,7 +9,7 @@ from p2p_diloco.core.codecs import encode
 from p2p_diloco.core.grid import Grid
 from p2p_diloco.core.outer import OuterState, genesis_state
 from p2p_diloco.core.update import Part, Update, UpdateHeader, contributor_mask
-from p2p_diloco.lab.simulation import SimulationSpec
+from p2p_diloco.lab.simulated_run import SimulationSpec
 from p2p_diloco.lab.variants import OuterRule, prune, quantize, quantized_bytes
 from p2p_diloco.learn.parameters import Layout
 

@@ -14,7 +14,7 @@ from rich.cells import cell_len
 from rich.console import Console
 
 from p2p_diloco.look.display import Checklist, View, bar, count, decimal, join_line, label, live_table, plain, screen_of
-from p2p_diloco.look.doctor import Finding
+from p2p_diloco.look.network_findings import Finding
 
 HEAD, OTHER = "a" * 64, "b" * 64
 MADDR = "/ip4/203.0.113.178/tcp/31337/p2p/12D3KooWN2hiVeXizrw34v4Dg566UC6wBZY4H3YpcPpEYKC12Kiv"

@@ -19,9 +19,9 @@ from p2p_diloco.core.identity import Identity
 from p2p_diloco.core.records import MAX_RECORD_BYTES, seal
 from p2p_diloco.core.swarm_head import Standing
 from p2p_diloco.core.waiting import now_s
-from p2p_diloco.look.doctor import Bandwidth, Dialled
 from p2p_diloco.look.listener import Listener, dial_back, dial_backs, would_relay
-from p2p_diloco.look.survey import (
+from p2p_diloco.look.network_findings import Bandwidth, Dialled
+from p2p_diloco.look.network_trial import (
     Candidate,
     bandwidth_of,
     clock_offsets,

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.stage import write_texts
-from p2p_diloco.lab.simulation import SimulatedRun
+from p2p_diloco.lab.simulated_run import SimulatedRun
 
 SMALL: dict[str, Any] = {
     "name": "small",

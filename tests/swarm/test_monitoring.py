@@ -23,7 +23,7 @@ import pytest
 
 import monitoring
 from p2p_diloco.core.events import EVENTS_FILE, Event, read_events
-from p2p_diloco.lab.summary import summarize
+from p2p_diloco.lab.outcome import summarize
 from tests.swarm.places import Place, Program, wait_until
 
 FOLDER = Path(monitoring.__file__).parent

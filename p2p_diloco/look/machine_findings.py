@@ -16,7 +16,7 @@ from p2p_diloco.core.records import Record
 from p2p_diloco.core.update import max_update_bytes
 from p2p_diloco.learn.hub import DATA_SET_NAME
 from p2p_diloco.ledger.snapshot import snapshot_bytes
-from p2p_diloco.look.doctor import Bandwidth, Finding, Kind, amount, span
+from p2p_diloco.look.network_findings import Bandwidth, Finding, Kind, amount, span
 
 PROGRAM_BYTES = 800_000_000
 """Of a peer without a model: 420 MB trainer, 300 MB network process, 75 MB p2pd."""

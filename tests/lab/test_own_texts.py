@@ -10,7 +10,7 @@ import torch
 
 from p2p_diloco.core.errors import DataError
 from p2p_diloco.core.runfile import DataSpec
-from p2p_diloco.lab.shards import by_source, clusters, features, package_of, shards_of
+from p2p_diloco.lab.own_texts import by_source, clusters, features, package_of, shards_of
 from p2p_diloco.learn import source
 from p2p_diloco.learn.architecture import resolve_config
 from p2p_diloco.learn.data import Corpus, open_corpus

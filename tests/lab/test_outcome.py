@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from p2p_diloco.lab.summary import (
+from p2p_diloco.lab.outcome import (
     Event,
     Progress,
     findings,

@@ -1,4 +1,4 @@
-"""A trial of this machine: ``python -m p2p_diloco.look.trial DEVICE THREADS [MANIFEST]``, in a process of its own, so
+"""A trial of this machine: ``python -m p2p_diloco.look.machine_trial DEVICE THREADS [MANIFEST]``, in a process of its own, so
 that a device that hangs, or memory that runs out, ends nothing else.
 
 Prints one JSON object a line, each with some fields of ``fitness.MachineTrial``, as soon as they are known: whoever
@@ -22,7 +22,7 @@ from p2p_diloco.core.interpreter import python_command
 from p2p_diloco.core.manifest import RunManifest, open_manifest
 from p2p_diloco.core.waiting import deadline
 from p2p_diloco.learn.hub import library_is_missing
-from p2p_diloco.look.fitness import MachineTrial, memory_needs
+from p2p_diloco.look.machine_findings import MachineTrial, memory_needs
 from p2p_diloco.wire.guard import die_with_parent
 
 STEPS = 4
@@ -46,7 +46,7 @@ async def try_machine(device: str, threads: int | None, signed: bytes, *, limit_
             arguments.append(str(path))
         starting = asyncio.create_task(
             asyncio.create_subprocess_exec(
-                *python_command("-m", "p2p_diloco.look.trial", *arguments),
+                *python_command("-m", "p2p_diloco.look.machine_trial", *arguments),
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=asyncio.subprocess.PIPE,
                 stderr=asyncio.subprocess.DEVNULL,

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from p2p_diloco.core.addresses import publicness
 from p2p_diloco.core.errors import RemoteError, Silent
 from p2p_diloco.core.waiting import deadline
-from p2p_diloco.look.doctor import AddressTrial, Bandwidth
+from p2p_diloco.look.network_findings import AddressTrial, Bandwidth
 from p2p_diloco.wire.channel import Channel, Transport
 from p2p_diloco.wire.discovery import ask_manifest
 from p2p_diloco.wire.messages import MAX_TRANSFER_BYTES, AskTransfer, Transferred

@@ -11,7 +11,7 @@ from p2p_diloco.core.errors import NetworkError
 from p2p_diloco.core.manifest import RunManifest
 from p2p_diloco.core.records import Record
 from p2p_diloco.core.runfile import RunSpec
-from p2p_diloco.look.doctor import (
+from p2p_diloco.look.network_findings import (
     AddressTrial,
     Bandwidth,
     Dialled,

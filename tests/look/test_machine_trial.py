@@ -18,9 +18,9 @@ from p2p_diloco.learn.architecture import resolve_config
 from p2p_diloco.learn.model import build_model
 from p2p_diloco.learn.parameters import layout_of
 from p2p_diloco.learn.source import builtin_fingerprint
-from p2p_diloco.look import trial
-from p2p_diloco.look.fitness import MachineTrial
-from p2p_diloco.look.trial import STEPS, free_memory_bytes, main, try_machine
+from p2p_diloco.look import machine_trial as trial
+from p2p_diloco.look.machine_findings import MachineTrial
+from p2p_diloco.look.machine_trial import STEPS, free_memory_bytes, main, try_machine
 
 CONFIG = {
     "model_type": "llama",
@@ -34,7 +34,7 @@ CONFIG = {
 
 @pytest.fixture
 def manifest() -> RunManifest:
-    from tests.look.test_doctor import manifest_of
+    from tests.look.test_network_findings import manifest_of
 
     config = resolve_config(ModelSpec(config=CONFIG), base=Path(), vocab_size=256)
     spec = manifest_of().spec

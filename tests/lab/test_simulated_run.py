@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from p2p_diloco.core.errors import UsageError
-from p2p_diloco.lab.simulation import SimulatedRun, SimulationSpec, members_at, replica_names
+from p2p_diloco.lab.simulated_run import SimulatedRun, SimulationSpec, members_at, replica_names
 from tests.support.small_runs import table_of
 
 
