@@ -8,8 +8,8 @@ from pathlib import Path
 from statistics import median
 
 from benchmarks.table import Table
-from p2p_diloco.lab.simulate import Simulation
 from p2p_diloco.lab.simulated_run import SimulatedRun
+from p2p_diloco.lab.simulation import Simulation
 
 RUN_FILE = Path(__file__).parent.parent / "peers/runs/tiny.toml"
 REPLICAS = 4

@@ -21,8 +21,8 @@ import torch
 from p2p_diloco.core.codec import Vector
 from p2p_diloco.core.grid import PART_VALUES, Grid
 from p2p_diloco.core.outer import OuterState, genesis_state
-from p2p_diloco.lab.simulate import Simulation
 from p2p_diloco.lab.simulated_run import SimulatedRun, replica_names
+from p2p_diloco.lab.simulation import Simulation
 from p2p_diloco.lab.trainers import SimulatedTrainer
 from p2p_diloco.lab.variants import OuterRule
 from p2p_diloco.learn.data import Corpus

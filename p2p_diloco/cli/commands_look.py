@@ -136,7 +136,7 @@ def doctor(
     with Checklist(None if as_json else STDOUT) as checklist:
         checklist.measure("starting")
         with undisturbed():  # not ``importing``: the checklist must give the terminal back
-            from p2p_diloco.look.checkup import Checkup, Request
+            from p2p_diloco.look.doctor import Checkup, Request
 
         request = Request(
             initial_peers=tuple(maddr.strip() for maddr in initial_peers),

@@ -18,8 +18,8 @@ from p2p_diloco.look.display import STDOUT
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from p2p_diloco.lab.simulate import Simulation
     from p2p_diloco.lab.simulated_run import SimulatedRun
+    from p2p_diloco.lab.simulation import Simulation
     from p2p_diloco.lab.study import Size
 
 
@@ -59,8 +59,8 @@ def simulate(
         from p2p_diloco.core.config import keep_cache_near
         from p2p_diloco.lab.checkpoint import alone_in
         from p2p_diloco.lab.recount import past_of
-        from p2p_diloco.lab.simulate import Simulation
         from p2p_diloco.lab.simulated_run import SimulatedRun
+        from p2p_diloco.lab.simulation import Simulation
 
     what, past = SimulatedRun.load(run_file), None
     if recount is not None:

@@ -10,7 +10,7 @@ Its files, from the bottom up:
     recount     what a swarm did, from its event logs
     checkpoint  where a simulation stood when it was interrupted
     trainers    the trainers of a simulation, and what they start from
-    simulate    K replicas without a network, top to bottom
+    simulation  K replicas without a network, top to bottom
     study       a study: a file of arms and seeds
     report      results of a study to a table, a plot and raw figures
     experiment  all simulations of some studies, in processes

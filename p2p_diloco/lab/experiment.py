@@ -30,7 +30,7 @@ from p2p_diloco.core.errors import DataError, LocalError, UsageError, disk_failu
 from p2p_diloco.core.interpreter import python_command
 from p2p_diloco.core.paths import at_home
 from p2p_diloco.lab.report import Summary, check_plots, final_loss, markdown, plot, raw, rows_of
-from p2p_diloco.lab.simulate import SUMMARY_FILE
+from p2p_diloco.lab.simulation import SUMMARY_FILE
 from p2p_diloco.lab.study import Study, Trial
 from p2p_diloco.learn.data import locked
 from p2p_diloco.learn.model import pick_device
@@ -258,7 +258,7 @@ def simulate_one(work: Work) -> float:
 
 
 def simulate(work: Work) -> None:
-    from p2p_diloco.lab.simulate import Simulation
+    from p2p_diloco.lab.simulation import Simulation
 
     simulation = Simulation.open(
         work.trial.what,

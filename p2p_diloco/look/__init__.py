@@ -10,7 +10,7 @@ Its files, from the bottom up:
     machine_trial  a trial of this machine: device, memory, some inner steps
     network_trial  what can be measured of a run from outside: addresses, clocks, bandwidth
     listener    whether others reach this machine
-    checkup     `p2p-diloco doctor`, top to bottom
+    doctor  `p2p-diloco doctor`, top to bottom
     display     the live table; findings
     status      a look at a run from outside
     overview    the records of all peers to the swarm as a whole

@@ -17,7 +17,7 @@ import torch
 from p2p_diloco.core.errors import LocalError, UsageError
 from p2p_diloco.lab.child import children_of, read_proc
 from p2p_diloco.lab.experiment import Work, Worker, check_names, check_origin, find_study
-from p2p_diloco.lab.simulate import SUMMARY_FILE
+from p2p_diloco.lab.simulation import SUMMARY_FILE
 from p2p_diloco.lab.study import Study
 from tests.support.small_runs import small_run
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from p2p_diloco.look.checkup import candidates_of, fixed_port, served_runs
+from p2p_diloco.look.doctor import candidates_of, fixed_port, served_runs
 from p2p_diloco.look.network_findings import AddressTrial
 from p2p_diloco.look.network_trial import Candidate
 from tests.look.test_network_findings import manifest_of

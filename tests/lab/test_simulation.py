@@ -19,10 +19,11 @@ from p2p_diloco.core.errors import UsageError
 from p2p_diloco.core.outer import OuterState
 from p2p_diloco.core.update import Update
 from p2p_diloco.lab import own_texts as shards
-from p2p_diloco.lab import simulate, trainers
+from p2p_diloco.lab import simulation as simulate
+from p2p_diloco.lab import trainers
 from p2p_diloco.lab.checkpoint import CHECKPOINT_FILE
 from p2p_diloco.lab.recount import Past
-from p2p_diloco.lab.simulate import SUMMARY_FILE, Simulation
+from p2p_diloco.lab.simulation import SUMMARY_FILE, Simulation
 from p2p_diloco.lab.trainers import SimulatedTrainer
 from p2p_diloco.learn.data import Corpus
 from p2p_diloco.learn.inner import InnerOptimizer, Place, draws_drop, place_in_run
