@@ -26,10 +26,10 @@ from benchmarks.loopback import Log
 from benchmarks.stage import Stage
 from benchmarks.table import Cell, Table, markdown
 from p2p_diloco.lab import namespaces
-from p2p_diloco.lab.faults import RANDOM, Action, Done, Fault, FaultPhase, Process
+from p2p_diloco.lab.faults import RANDOM, Action, Done, Fault, FaultPhase, ProcessName
 
 PHASES: tuple[FaultPhase, ...] = ("inner", "gather", "reduce", "settle", "apply", "snapshot", "download", "serve")
-PROCESSES: tuple[Process, ...] = ("trainer", "network", "p2pd")
+PROCESSES: tuple[ProcessName, ...] = ("trainer", "network", "p2pd")
 WITHOUT_END = ("snapshot", "download", "serve")
 """They end without a word, and beside others."""
 LATE_S = 0.1
@@ -54,7 +54,7 @@ WAIT_S = 120.0
 class Case:
     phase: FaultPhase
     action: Action
-    process: Process | None = None
+    process: ProcessName | None = None
     """None for the cable."""
 
     def __str__(self) -> str:

@@ -8,6 +8,7 @@ from pathlib import Path
 from statistics import median
 
 from benchmarks.table import Table
+from p2p_diloco.lab.simulate import open_simulation
 from p2p_diloco.lab.simulated_run import SimulatedRun
 from p2p_diloco.lab.simulation import Simulation
 
@@ -48,7 +49,7 @@ def simulation(replicas: int, folder: Path) -> Simulation:
     inner = what.run.inner.model_copy(update={"steps": INNER_STEPS})
     simulate = what.simulate.model_copy(update={"evaluate_every": 1000})
     what = what.model_copy(update={"run": what.run.model_copy(update={"inner": inner}), "simulate": simulate})
-    return Simulation.open(what, folder, base=RUN_FILE.parent, device="cpu", threads=1)
+    return open_simulation(what, folder, base=RUN_FILE.parent, device="cpu", threads=1)
 
 
 def outer_step_s(*simulations: Simulation) -> float:

@@ -21,6 +21,7 @@ import torch
 from p2p_diloco.core.codec import Vector
 from p2p_diloco.core.grid import PART_VALUES, Grid
 from p2p_diloco.core.outer import OuterState, genesis_state
+from p2p_diloco.lab.checkpoint import Origin
 from p2p_diloco.lab.simulated_run import SimulatedRun, replica_names
 from p2p_diloco.lab.simulation import Simulation
 from p2p_diloco.lab.trainers import SimulatedTrainer
@@ -146,7 +147,7 @@ def simulated(case: str) -> list[Step]:
         ),
         held_out=cast(Corpus, None),
         model=cast(torch.nn.Module, None),
-        origin={},
+        origin=cast(Origin, None),
     )
     steps = [Step.of(state)]
     for _ in range(SIMULATED_STEPS):

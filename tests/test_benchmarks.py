@@ -27,7 +27,7 @@ from benchmarks.stall import stalls_of
 from benchmarks.table import Table, layout, markdown
 from p2p_diloco.core.codecs import encoded_bytes
 from p2p_diloco.core.runfile import RunSpec
-from p2p_diloco.lab.faults import Act, Action, Done, Process
+from p2p_diloco.lab.faults import Act, Action, Done, ProcessName
 from p2p_diloco.lab.recount import Past
 
 
@@ -173,7 +173,7 @@ def test_a_peer_is_back_where_it_shows_itself_on_the_swarms_head() -> None:
     assert began([*resumed, at(7.0, "phase", phase="reduce", step=4)], "reduce", 6.0) == 3.0
 
 
-def done(action: Action, mono_s: float, process: Process = "all", *, follows: bool = False) -> Done:
+def done(action: Action, mono_s: float, process: ProcessName = "all", *, follows: bool = False) -> Done:
     act = Act(fault=0, action=action, peer="a", process=process, follows=follows)
     return Done(act=act, at_s=mono_s, mono_s=mono_s, pids=(1,), phase="inner", step=1)
 

@@ -10,7 +10,8 @@ from statistics import mean
 
 import pytest
 
-from p2p_diloco.lab.report import Row, Summary, markdown, rows_of
+from p2p_diloco.lab.report import ArmResult, arm_results, markdown
+from p2p_diloco.lab.simulation_result import TrialResult
 from p2p_diloco.lab.study import Study
 
 ROOT = Path(__file__).parent.parent
@@ -18,25 +19,25 @@ FIGURES = sorted((ROOT / "docs/paper").glob("*.json"))
 
 
 @cache
-def results(name: str) -> tuple[Study, dict[str, Summary]]:
+def results(name: str) -> tuple[Study, dict[str, TrialResult]]:
     """A study as its file is now, and the committed figures of its arms and seeds."""
     figures = json.loads((ROOT / "docs/paper" / f"{name}.json").read_text())
     study = Study.load(ROOT / "peers/experiments" / f"{figures['study']}.toml", figures["size"])
-    found = {(trial["arm"], trial["seed"]): {**trial, "curve": [trial["last"]]} for trial in figures["trials"]}
+    found = {(trial["arm"], trial["seed"]): trial for trial in figures["trials"]}
     keys = {(trial.arm, trial.seed): trial.key for trial in study.trials}
-    assert all(keys[which] == summary["key"] for which, summary in found.items()), "the study is another one by now"
-    return study, {keys[which]: summary for which, summary in found.items()}
+    assert all(keys[which] == trial["key"] for which, trial in found.items()), "the study is another one by now"
+    return study, {keys[which]: TrialResult.parse(trial) for which, trial in found.items()}
 
 
-def rows(name: str) -> dict[str, Row]:
-    return {row.arm: row for row in rows_of(*results(name))}
+def rows(name: str) -> dict[str, ArmResult]:
+    return {row.arm: row for row in arm_results(*results(name))}
 
 
 @pytest.mark.parametrize("path", FIGURES, ids=[path.stem for path in FIGURES])
 def test_a_table_of_the_page_is_that_of_its_figures(path: Path) -> None:
     page = (ROOT / "docs/paper.md").read_text()
     study, summaries = results(path.stem)
-    for line in markdown(study, rows_of(study, summaries)).splitlines():
+    for line in markdown(study, arm_results(study, summaries)).splitlines():
         assert line.startswith("###") or line in page, line
     assert f"paper/{path.stem}.png" in page
     assert path.with_suffix(".png").exists()
@@ -118,27 +119,27 @@ def test_the_claims_are_those_of_the_figures() -> None:
     assert {claim: cells.get(claim) for claim in claims()} == claims()
 
 
-def loss(row: Row) -> str:
+def loss(row: ArmResult) -> str:
     return f"{mean(row.losses):.4f}"
 
 
-def off(row: Row) -> str:
+def off(row: ArmResult) -> str:
     """From the study's reference."""
     return f"{mean(row.differences):+.3f}"
 
 
-def closed(row: Row) -> str:
+def closed(row: ArmResult) -> str:
     """Of the study's gap, in percent."""
     assert row.closed is not None
     return f"{100 * row.closed:.0f}"
 
 
-def lost(study: dict[str, Row], arm: str, none: str) -> str:
+def lost(study: dict[str, ArmResult], arm: str, none: str) -> str:
     """By dropping, of what the arm ``none`` gains on one worker; in percent."""
     return f"{100 * apart(study, arm, none) / apart(study, 'one worker', none):.0f}"
 
 
-def apart(study: dict[str, Row], one: str, other: str) -> float:
+def apart(study: dict[str, ArmResult], one: str, other: str) -> float:
     return mean(study[one].losses) - mean(study[other].losses)
 
 

@@ -6,7 +6,7 @@ Its files, from the bottom up:
 
     options         options that several commands have, and where their values come from
     arguments       what commands were given, checked before anything is started
-    description  what `manifest` tells of a run, or of a run file
+    description     what `manifest` says of a run, or of a run file
     commands_join   `seed`, `peer`, `swarm`
     commands_look   `status`, `monitor`, `doctor`, `manifest`
     commands_model  `export`, `sample`

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 
 def require(initial_peers: Sequence[str]) -> None:
+    """Raises UsageError where there is no address of a peer, or one is wrong."""
     from p2p_diloco.core.addresses import EXAMPLE, check_maddr
 
     if not initial_peers:
@@ -43,6 +44,7 @@ def check_listening(host_maddrs: Sequence[str], announce_maddrs: Sequence[str]) 
 
 
 def check_run_id(run_id: str | None) -> None:
+    """Raises UsageError for what is no run id."""
     if run_id is not None and re.fullmatch("[0-9a-f]{40}", run_id) is None:
         raise UsageError(f"--run-id {run_id}: a run id has 40 hexadecimal digits")
 
@@ -55,7 +57,8 @@ def peer_config(
     run_id: str | None = None,
     client_mode: bool = False,
 ) -> PeerConfig:
-    """Raises UsageError for whatever can be seen to be wrong before anything is started."""
+    """Returns what the options of a peer come to. Raises UsageError for whatever can be seen to be wrong before
+    anything is started."""
     from p2p_diloco.core.addresses import METRICS_FLAG, Endpoint, check_host_maddrs, check_maddr
     from p2p_diloco.core.config import MIN_UPLOAD_BYTES_PER_S, PeerConfig, check_name
 
@@ -91,8 +94,8 @@ def peer_config(
 
 
 def own_folder(folder: Path | None, kind: str) -> Path:
-    """``folder``, or the default one of this kind, made. Raises UsageError when it cannot be written, LedgerError when
-    the disk is full."""
+    """Returns ``folder``, or the default one of this kind, after making it. Raises UsageError when it cannot be
+    written, LedgerError when the disk is full."""
     from p2p_diloco.core.config import default_folder, keep_cache_near
 
     folder = default_folder() / kind if folder is None else folder

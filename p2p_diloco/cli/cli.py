@@ -58,7 +58,7 @@ for place, function in enumerate(COMMANDS):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The exit code."""
+    """Runs one command, and returns the exit code."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
@@ -97,6 +97,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def fail(message: str, exit_code: int, *, debug: bool = False) -> int:
+    """Prints the error in one line, and returns the exit code."""
     if debug:
         traceback.print_exc()
     print(f"error: {plain(' '.join(message.split()))}", file=sys.stderr)
@@ -104,14 +105,14 @@ def fail(message: str, exit_code: int, *, debug: bool = False) -> int:
 
 
 class PlainFormatter(logging.Formatter):
-    """Log lines quote what other peers say."""
+    """Formats log lines so that what they quote of other peers shows, and does nothing else."""
 
     def format(self, record: logging.LogRecord) -> str:
         return plain(super().format(record), keep="\n\t")
 
 
 def set_up_logging(command: str, *, verbose: bool) -> None:
-    """Ours from INFO on, everybody else's from WARNING on. To stderr, or above the live table."""
+    """Logs ours from INFO on, everybody else's from WARNING on: to stderr, or above the live table."""
     handler: logging.Handler
     if command in ("seed", "peer") and is_live(STDOUT):
         handler = RichHandler(console=STDOUT, show_path=False, highlighter=NullHighlighter(), log_time_format="%X")

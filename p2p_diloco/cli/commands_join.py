@@ -171,7 +171,8 @@ def swarm(
 
 
 def print_join_line(swarm: Swarm) -> None:
-    """Before the table is shown: whole, however narrow the terminal, so that it can be copied."""
+    """Prints the line with which others join, before the table is shown: whole, however narrow the terminal, so that it
+    can be copied."""
     line = join_line(swarm.maddrs)
     if line:
         print(line, flush=True)

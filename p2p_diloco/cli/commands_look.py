@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from p2p_diloco.cli.arguments import check_listening, check_run_id, own_folder, require
 from p2p_diloco.cli.options import OUTPUT, Addresses, AtLeastOne, Flag, JsonFlag, Output
 from p2p_diloco.core.errors import UsageError
 from p2p_diloco.core.interruption import importing, run_cancellable, undisturbed
-from p2p_diloco.look.display import STDOUT, Checklist, plain
+from p2p_diloco.look.display import STDOUT, plain
+from p2p_diloco.look.findings import Checklist, Report
+
+if TYPE_CHECKING:
+    from p2p_diloco.look.request import Request
 
 
 def status(
@@ -40,7 +44,7 @@ def status(
 
     found = run_cancellable(view.gather_status(initial_peers, run_id, Timeouts()))
     if as_json:
-        print(json.dumps(view.as_json(found)))
+        print(view.to_json(found))
     else:
         STDOUT.print(view.screen_of(found, STDOUT.width))
 
@@ -130,29 +134,36 @@ def doctor(
     check_run_id(run_id)
     check_listening(host_maddrs, announce_maddrs)
 
-    from p2p_diloco.core.config import Timeouts, default_folder
-    from p2p_diloco.look.network_findings import as_json as json_of
+    from p2p_diloco.core.config import default_folder
+    from p2p_diloco.look.request import Request
+
+    request = Request(
+        initial_peers=tuple(maddr.strip() for maddr in initial_peers),
+        folder=folder or default_folder() / "peer",
+        run_id=run_id,
+        client_mode=client_mode,
+        host_maddrs=host_maddrs,
+        announce_maddrs=announce_maddrs,
+        device=device,
+        threads=threads,
+        data=data,
+    )
+    return examine(request, as_json=as_json)
+
+
+def examine(request: Request, *, as_json: bool) -> int:
+    """Measures what was requested, shows the findings, and returns the exit code."""
+    from p2p_diloco.core.config import Timeouts
 
     with Checklist(None if as_json else STDOUT) as checklist:
         checklist.measure("starting")
         with undisturbed():  # not ``importing``: the checklist must give the terminal back
-            from p2p_diloco.look.doctor import Checkup, Request
+            from p2p_diloco.look.doctor import Checkup
 
-        request = Request(
-            initial_peers=tuple(maddr.strip() for maddr in initial_peers),
-            folder=folder or default_folder() / "peer",
-            run_id=run_id,
-            client_mode=client_mode,
-            host_maddrs=host_maddrs,
-            announce_maddrs=announce_maddrs,
-            device=device,
-            threads=threads,
-            data=data,
-        )
         checkup = Checkup(request=request, checklist=checklist, timeouts=Timeouts())
         run_cancellable(checkup.go())
     if as_json:
-        print(json.dumps(json_of(checkup.manifest.run_id if checkup.manifest else "", checklist.findings)))
+        print(Report.of(checkup.manifest.run_id if checkup.manifest else "", checklist.findings).to_json())
     return checklist.conclude()
 
 
@@ -175,7 +186,7 @@ def manifest(
     run_id
         Which run, where there are several.
     """
-    from p2p_diloco.cli.description import check_run_file, facts_of
+    from p2p_diloco.cli.description import describe_run, describe_run_file
 
     check_run_id(run_id)
     if (source is None) == (not initial_peers):
@@ -189,16 +200,17 @@ def manifest(
 
         require(initial_peers)
         signed = run_cancellable(fetch_manifest(initial_peers, run_id, Timeouts()))
-        show(facts_of(open_manifest(signed, initial_peers[0])))
+        show(describe_run(open_manifest(signed, initial_peers[0])))
     elif source.suffix == ".toml":
-        show(check_run_file(source))
+        show(describe_run_file(source))
     else:
         with importing("manifest"):
             from p2p_diloco.ledger.folder import find_run, read_manifest
 
-        show(facts_of(read_manifest(find_run(source, run_id) if source.is_dir() else source)))
+        show(describe_run(read_manifest(find_run(source, run_id) if source.is_dir() else source)))
 
 
-def show(facts: Mapping[str, str]) -> None:
-    for name, value in facts.items():
+def show(description: Mapping[str, str]) -> None:
+    """Prints a line for each entry."""
+    for name, value in description.items():
         print(f"{name:<12} {plain(value)}")

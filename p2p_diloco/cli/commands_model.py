@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
@@ -115,18 +115,21 @@ def sample(
     pieces = generate(model, tokenizer, begin, max_tokens=max_tokens, temperature=temperature, top_k=top_k, seed=seed)
     shown = (plain(piece, keep="\n\t") for piece in pieces)
     if prompt is None and held_out:
-        n_params = sum(parameter.numel() for parameter in model.parameters())
-        for piece in presented(plain(held_out, keep="\n\t"), shown, n_params):
-            print(piece, end="", flush=True)
-        return
-    for piece in shown:
+        write(presented(plain(held_out, keep="\n\t"), shown, sum(p.numel() for p in model.parameters())))
+    else:
+        write(shown)
+        print()
+
+
+def write(pieces: Iterable[str]) -> None:
+    """Prints text as it comes."""
+    for piece in pieces:
         print(piece, end="", flush=True)
-    print()
 
 
 @contextmanager
 def run_of(folder: Path | None, initial_peers: Sequence[str], run_id: str | None) -> Iterator[Path]:
-    """The folder of a run: a peer's, or one that lasts as long as the block, with what a running swarm gives."""
+    """Yields the folder of a run: a peer's, or one that lasts as long as the block, with what a running swarm gives."""
     if folder is not None:
         from p2p_diloco.ledger.folder import find_run
 

@@ -18,6 +18,7 @@ from p2p_diloco.look.display import STDOUT
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from p2p_diloco.lab.recount import Past
     from p2p_diloco.lab.simulated_run import SimulatedRun
     from p2p_diloco.lab.simulation import Simulation
     from p2p_diloco.lab.study import Size
@@ -58,27 +59,38 @@ def simulate(
     with importing("simulate"):
         from p2p_diloco.core.config import keep_cache_near
         from p2p_diloco.lab.checkpoint import alone_in
-        from p2p_diloco.lab.recount import past_of
+        from p2p_diloco.lab.simulate import open_simulation
         from p2p_diloco.lab.simulated_run import SimulatedRun
-        from p2p_diloco.lab.simulation import Simulation
 
     what, past = SimulatedRun.load(run_file), None
     if recount is not None:
-        check_recount(what, run_file, given={"--replicas": replicas, "--drop": drop})
-        manifest, past = past_of(recount)
-        if manifest.spec != what.run:
-            raise UsageError(f"--recount {recount}: a swarm of another run than {run_file}, or before that was changed")
+        past = past_to_recount(what, run_file, recount, given={"--replicas": replicas, "--drop": drop})
     what = what.with_flags(replicas=replicas, drop=drop)
     if folder is None:
         folder = Path("runs") / f"{what.run.name}-simulated-{time.strftime('%Y%m%d-%H%M%S')}"
     with alone_in(folder):
         keep_cache_near(folder)
-        simulation = Simulation.open(what, folder, base=run_file.parent, device=device, threads=threads, past=past)
+        simulation = open_simulation(what, folder, base=run_file.parent, device=device, threads=threads, past=past)
         count, step = len(simulation.replicas), simulation.state.step
         STDOUT.print(f"{what.run.name}: {count} replicas in {folder}, outer step {step}", soft_wrap=True)
         show_curve(simulation, STDOUT)
-    if past is None:
-        return 0
+    return 0 if recount is None else compare_heads(simulation, recount)
+
+
+def past_to_recount(what: SimulatedRun, run_file: Path, recount: Path, given: Mapping[str, object]) -> Past:
+    """Returns what the swarm in the folder ``recount`` did. UsageError where it cannot be done again, or something else
+    is asked for. ``given``: flags and their values."""
+    from p2p_diloco.lab.recount import past_of
+
+    check_recount(what, run_file, given)
+    manifest, past = past_of(recount)
+    if manifest.spec != what.run:
+        raise UsageError(f"--recount {recount}: a swarm of another run than {run_file}, or before that was changed")
+    return past
+
+
+def compare_heads(simulation: Simulation, recount: Path) -> int:
+    """Says whether the simulation came to the heads of the swarm in ``recount``, and returns the exit code."""
     differing = simulation.differing_heads()
     if not differing:
         made = simulation.state.step
@@ -89,7 +101,7 @@ def simulate(
 
 
 def check_recount(what: SimulatedRun, run_file: Path, given: Mapping[str, object]) -> None:
-    """UsageError where something is asked for that a swarm's peers cannot have done, or that they decided."""
+    """Raises UsageError where something is asked for that a swarm's peers cannot have done, or that they decided."""
     flags = [flag for flag, value in given.items() if value is not None]
     if flags:
         raise UsageError(f"--recount does what the swarm's peers did: leave out {' and '.join(flags)}")
@@ -148,13 +160,16 @@ def experiment(
 
 
 def show_curve(simulation: Simulation, console: Console) -> None:
-    """To its end: a bar with the time that is left; without a terminal, a line for every point with an evaluation."""
+    """Makes the outer steps that are left, and shows them: a bar with the time that is left; without a terminal, a line
+    for every point with an evaluation."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from p2p_diloco.lab.simulate import run
 
     columns = (TextColumn("outer step"), MofNCompleteColumn(), BarColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
         task = progress.add_task("", total=simulation.what.run.outer.steps, completed=simulation.state.step)
-        for point in simulation.run():
+        for point in run(simulation):
             progress.advance(task)
             if point.held_out_loss is not None or simulation.done:
                 progress.console.print(point.line(), soft_wrap=True)

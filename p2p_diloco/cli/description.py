@@ -1,4 +1,4 @@
-"""What ``p2p-diloco manifest`` tells of a run, or of a run file."""
+"""What ``p2p-diloco manifest`` says of a run, or of a run file: a text for each of some names, in the order shown."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from p2p_diloco.learn.hub import PREFIX, check_data_set
 from p2p_diloco.learn.tokenizer import load_tokenizer_json, open_tokenizer
 
 
-def facts_of(manifest: RunManifest) -> dict[str, str]:
-    """What ``manifest`` shows of a manifest whose signature is valid."""
-    facts = spec_facts(manifest.spec, manifest.n_params, manifest.transformers_config["model_type"])
+def describe_run(manifest: RunManifest) -> dict[str, str]:
+    """Returns the description of a run whose manifest has a valid signature."""
+    of_spec = describe_spec(manifest.spec, manifest.n_params, manifest.transformers_config["model_type"])
     tokenizer = "of the run, in the manifest" if manifest.tokenizer_json else "bytes"
     return {
         "run": manifest.spec.name,
@@ -25,15 +25,16 @@ def facts_of(manifest: RunManifest) -> dict[str, str]:
         "owner": manifest.owner,
         "signature": "valid: the owner's",
         "protocol": str(manifest.protocol),
-        **facts,
+        **of_spec,
         "tokenizer": f"{tokenizer}, {manifest.vocab_size} tokens",
         "layout": manifest.layout_digest,
         "genesis": manifest.genesis,
     }
 
 
-def check_run_file(path: Path) -> dict[str, str]:
-    """What a run file would start, without starting it. Raises LocalError that names what is wrong."""
+def describe_run_file(path: Path) -> dict[str, str]:
+    """Returns the description of what a run file would start, after trying it. Raises LocalError that names what is
+    wrong."""
     spec, base = RunSpec.load(path), path.parent
     tokenizer_json = load_tokenizer_json(spec.data, base)
     tokenizer = open_tokenizer(tokenizer_json)
@@ -52,15 +53,15 @@ def check_run_file(path: Path) -> dict[str, str]:
     return {
         "run file": f"{path}: sound",
         "run": spec.name,
-        **spec_facts(spec, start.layout.n, start.config["model_type"]),
+        **describe_spec(spec, start.layout.n, start.config["model_type"]),
         "tried": start.rehearsal.line(),
-        **check_text(spec.data, base, tokenizer_json),
+        **describe_text(spec.data, base, tokenizer_json),
     }
 
 
-def check_text(data: DataSpec, base: Path, tokenizer_json: str) -> dict[str, str]:
-    """Reads all of the text, and keeps its tokens where a seed then finds them; of a data set of the hub, the first
-    document of each split."""
+def describe_text(data: DataSpec, base: Path, tokenizer_json: str) -> dict[str, str]:
+    """Returns what there is of text. It is all read for that, and its tokens are kept where a seed then finds them; of
+    a data set of the hub, the first document of each split is read."""
     if data.source == "hub":
         check_data_set(data, base)
         return {"text": f"a part of {data.path} for each peer, at most {data.max_documents} documents; not read here"}
@@ -69,7 +70,8 @@ def check_text(data: DataSpec, base: Path, tokenizer_json: str) -> dict[str, str
     return {"text": report.read, "skipped": skipped} if skipped else {"text": report.read}
 
 
-def spec_facts(spec: RunSpec, n_params: int, model_type: str) -> dict[str, str]:
+def describe_spec(spec: RunSpec, n_params: int, model_type: str) -> dict[str, str]:
+    """Returns what a run file and the size of its model say."""
     inner, outer, data = spec.inner, spec.outer, spec.data
     tokens = outer.steps * inner.steps * spec.tokens_per_inner_step
     return {

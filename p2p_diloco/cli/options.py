@@ -32,6 +32,7 @@ Addresses = Annotated[tuple[str, ...], Parameter(consume_multiple=True, negative
 
 
 def not_negative(_type: Any, value: float) -> None:
+    """Raises ValueError for a number below 0, or none at all."""
     if not (math.isfinite(value) and value >= 0):
         raise ValueError("Must be 0 or more.")
 
@@ -80,7 +81,7 @@ NODE, OUTPUT = NodeOptions(), Output()
 
 
 def settings(_app: App, commands: tuple[str, ...], arguments: ArgumentCollection) -> None:
-    """cyclopts calls this after it has read the command line."""
+    """Fills in options from the environment and from a file; cyclopts calls this after it has read the command line."""
     if not commands:
         return
     options = {a.name.removeprefix("--"): a for a in arguments if a.name.startswith("--")}
@@ -111,14 +112,17 @@ def settings(_app: App, commands: tuple[str, ...], arguments: ArgumentCollection
 
 
 def option_name(text: str) -> str:
+    """Returns how an option is spelt on the command line."""
     return text.lower().replace("_", "-")
 
 
 def environment(option: str) -> str:
+    """Returns how an option is spelt in the environment."""
     return ENVIRONMENT + option.upper().replace("-", "_")
 
 
 def hint(name: str, known: Sequence[str] | Mapping[str, Any], spell: Callable[[str], str]) -> str:
+    """Returns what somebody may have meant by a name that is not known."""
     nearest = difflib.get_close_matches(name, known, n=1)
     return f"did you mean {spell(nearest[0])}?" if nearest else f"known: {', '.join(map(spell, known))}"
 

@@ -26,6 +26,7 @@ Its files, from the bottom up:
     addresses     multiaddrs and HOST:PORT: check, sort, encode
     records       what a peer says about itself, signed
     directory     the newest record of every other peer; which to believe and wait for
+    peer_row      a record as a table and JSON show it
     roster        who meets in a round: readiness, rank, weights, group
     swarm_head    which head is the swarm's; held-out losses; disputes about bits
     pace          how many inner steps a peer plans, and when its outer step is due

@@ -2,8 +2,8 @@
 or not at all.
 
 Of a simulation its tensors are theta and what the outer optimizer keeps, and each replica's parameters and moments;
-beside them, as JSON, what was simulated, what else its figures depend on (``ORIGIN``), the curve, and how far each
-replica was. ``Simulation`` puts them in and takes them out; one process at a time writes it (``alone_in``). What a warm
+beside them, as JSON, what was simulated, what else its figures depend on (``Origin``), the curve, and how far each
+replica was. ``simulate`` puts them in and takes them out; one process at a time writes it (``alone_in``). What a warm
 start keeps (``replicas``) is less: one worker's.
 """
 
@@ -12,7 +12,7 @@ from __future__ import annotations
 import fcntl
 import json
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 
 CHECKPOINT_FILE = "checkpoint.safetensors"
 LOCK_FILE = "lock"
-ORIGIN = {
+ORIGIN_WORDS = {
     "genesis": "model, or other weights to start from",
     "text": "text",
     "names": "swarm to recount, or without one",
@@ -38,12 +38,29 @@ ORIGIN = {
     "device": "kind of device",
     "torch": "version of torch",
 }
-"""Beside the run file, and what a person may have changed when one of these is another than before."""
+"""What a person may have changed when one of these is another than before."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Origin:
+    """What the figures of a simulation depend on, beside its run file: another start of it must have the same."""
+
+    genesis: str
+    """Digest of S_0, in hex."""
+    text: str
+    names: Sequence[str]
+    """Of the replicas."""
+    shards: str
+    """Digest of everybody's own text; empty where all share one."""
+    device: str
+    """Its kind."""
+    torch: str
+    """Its version."""
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """An open one."""
+    """An open checkpoint."""
 
     folder: Path
     file: Any
@@ -51,26 +68,27 @@ class Checkpoint:
     facts: dict[str, Any]
 
     def tensors(self, prefix: str) -> dict[str, torch.Tensor]:
-        """Those whose names begin with ``prefix``."""
+        """Returns the tensors whose names begin with ``prefix``."""
         return {name: self.file.get_tensor(name) for name in self.file.keys() if name.startswith(prefix)}  # noqa: SIM118
 
     def check_what(self, what: SimulatedRun) -> None:
-        """UsageError when it is of another simulation than ``what``."""
+        """Raises UsageError when it is of another simulation than ``what``."""
         if SimulatedRun.model_validate_json(json.dumps(self.facts["what"])) != what:
             raise UsageError(
                 f"{self.folder}: holds another simulation, or this one before its file changed; choose another"
             )
 
-    def check_origin(self, origin: Mapping[str, Any]) -> None:
-        """UsageError when its figures depend on something else than ``origin``."""
+    def check_origin(self, origin: Origin) -> None:
+        """Raises UsageError when its figures depend on something else than ``origin``."""
         for name, value in self.facts["origin"].items():
-            if value != origin[name]:
-                raise UsageError(f"{self.folder}: was begun with another {ORIGIN[name]}; choose another")
+            if value != getattr(origin, name):
+                raise UsageError(f"{self.folder}: was begun with another {ORIGIN_WORDS[name]}; choose another")
 
 
 @contextmanager
 def open_checkpoint(folder: Path) -> Iterator[Checkpoint | None]:
-    """None where there is none. UsageError when it is damaged: what cannot be read inside the block counts, too."""
+    """Yields the checkpoint in ``folder``, or None where there is none. UsageError when it is damaged: what cannot be
+    read inside the block counts, too."""
     path = folder / CHECKPOINT_FILE
     if not path.exists():
         yield None
@@ -82,16 +100,18 @@ def open_checkpoint(folder: Path) -> Iterator[Checkpoint | None]:
         raise UsageError(f"{path}: damaged ({type(error).__name__}); delete it to start anew") from error
 
 
-def write_checkpoint(folder: Path, tensors: dict[str, torch.Tensor], facts: dict[str, Any]) -> None:
-    """LedgerError on a full disk."""
-    data = save(tensors, {"simulation": json.dumps(facts)})
+def write_checkpoint(folder: Path, tensors: dict[str, torch.Tensor], facts: str) -> None:
+    """Writes the checkpoint in ``folder`` anew, whole or not at all. ``facts``: JSON, which is ``Checkpoint.facts``
+    afterwards. LedgerError on a full disk."""
+    data = save(tensors, {"simulation": facts})
     write_whole(folder / CHECKPOINT_FILE, [data], len(data))
 
 
 @contextmanager
 def alone_in(folder: Path) -> Iterator[None]:
-    """UsageError while another process simulates in ``folder``. A file system without locks lets both. A folder that is
-    made here, and into which nothing is written, is gone afterwards."""
+    """Keeps other processes from simulating in ``folder`` during the block. UsageError while another process simulates
+    in ``folder``. A file system without locks lets both. A folder that is made here, and into which nothing is written,
+    is gone afterwards."""
     fresh = not folder.exists()
     with disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)

@@ -20,13 +20,13 @@ from typing import IO
 
 from p2p_diloco.core.events import Event, EventTail
 from p2p_diloco.core.interpreter import python_command
-from p2p_diloco.lab.faults import Process
+from p2p_diloco.lab.faults import ProcessName
 from p2p_diloco.ledger.disk import disk_errors
 from p2p_diloco.wire.guard import die_with_parent
 
 
 class Child:
-    """``start`` and ``send`` act; the rest looks."""
+    """A peer and its processes. ``start`` and ``send`` act; the rest looks."""
 
     process: subprocess.Popen[bytes]
     """The trainer, from ``start`` on."""
@@ -42,7 +42,7 @@ class Child:
         """Processes that may outlive the trainer for a moment, since a fault has killed one of them."""
 
     def start(self, *arguments: str) -> None:
-        """``arguments``: of Python; the program is first. Started again, in its folder, it takes up where it ended."""
+        """Starts it with these arguments of Python, the program first. Started again, it takes up where it ended."""
         command = [*self.enter, *python_command(*arguments), "--folder", str(self.folder)]
         command += ["--host-maddrs", self.maddr, "--name", self.name]
         self.felled, self.started_s = False, time.monotonic()
@@ -63,8 +63,8 @@ class Child:
             self.folder.mkdir(exist_ok=True)
             return path.open("ab")
 
-    def send(self, number: signal.Signals, to: Process) -> tuple[int, ...]:
-        """Pids of the processes that got the signal."""
+    def send(self, number: signal.Signals, to: ProcessName) -> tuple[int, ...]:
+        """Sends a signal, and returns the pids of the processes that got it."""
         found = self.processes()
         pids = tuple(pid for name, pid in found.items() if to in (name, "all"))
         if number == signal.SIGKILL and pids:
@@ -75,7 +75,8 @@ class Child:
         return pids
 
     def processes(self) -> dict[str, int]:
-        """Name -> pid of those that run now: trainer, network, guard, p2pd. Each is a child of the one before."""
+        """Returns name -> pid of those that run now: trainer, network, guard, p2pd. Each is a child of the one
+        before."""
         if not is_alive(self.process.pid):
             return {}
         parent = self.process.pid
@@ -89,16 +90,17 @@ class Child:
 
     @property
     def running(self) -> bool:
+        """Whether the trainer has not ended."""
         return self.process.poll() is None
 
     @property
     def living(self) -> bool:
-        """And not about to die: what is killed takes a while to end."""
+        """Whether it runs, and is not about to die: what is killed takes a while to end."""
         return self.running and not self.felled
 
     @property
     def ended(self) -> bool:
-        """Nothing is left of it."""
+        """Whether nothing is left of it."""
         return not self.running and not any(map(is_alive, self._hit))
 
     @property
@@ -111,16 +113,17 @@ class Child:
 
     @property
     def log(self) -> Sequence[Event]:
+        """Its events, as far as ``tail`` has read them."""
         return self.tail.log
 
     @property
     def failed(self) -> bool:
-        """By itself."""
+        """Whether it ended by itself, with an error."""
         return self.process.poll() not in (None, 0) and not self.felled
 
     @property
     def fate(self) -> str | None:
-        """None while it runs."""
+        """How it ended; None while it runs."""
         return None if self.running else "failed" if self.failed else "killed" if self.felled else "done"
 
     @property
@@ -129,29 +132,30 @@ class Child:
         return (self.folder / "output.log").read_text(encoding="utf-8", errors="replace")
 
     def last_line(self) -> str:
-        """Of its output: where it failed, the reason."""
+        """Returns the last line of its output: where it failed, the reason."""
         lines = self.output.split("\n")
         return next((line.strip() for line in reversed(lines) if line.strip()), "no output")
 
 
 def send_signal(pid: int, number: signal.Signals) -> None:
-    """It may have ended meanwhile."""
+    """Sends a signal to a process, which may have ended meanwhile."""
     with contextlib.suppress(ProcessLookupError):
         os.kill(pid, number)
 
 
 def children_of(pid: int) -> list[int]:
+    """Returns the pids of a process's children."""
     return [int(child) for child in read_proc(pid, f"task/{pid}/children").split()]
 
 
 def is_alive(pid: int) -> bool:
-    """A zombie is not."""
+    """Whether a process runs; a zombie does not."""
     state = read_proc(pid, "stat").rpartition(b")")[2].split()[:1]
     return state not in ([], [b"Z"], [b"X"])
 
 
 def read_proc(pid: int, name: str) -> bytes:
-    """Empty when the process is gone, or somebody else's."""
+    """Returns the bytes of a file below /proc/PID; empty when the process is gone, or somebody else's."""
     try:
         return Path(f"/proc/{pid}/{name}").read_bytes()
     except OSError:

@@ -37,7 +37,7 @@ SIGNALS: dict[Action, signal.Signals] = {
 
 
 def names_of(trainers: int) -> list[str]:
-    """Of all, the seed first."""
+    """Returns the names of a swarm with so many trainers, the seed's first."""
     return [SEED, *(f"peer-{k}" for k in range(1, trainers + 1))]
 
 
@@ -49,7 +49,8 @@ def text_on_disk(data: DataSpec, base: Path) -> Path | None:
 
 
 class Children:
-    """A context manager: however it is left, no child is. ``run_file`` and ``folder`` are absolute paths."""
+    """The seed and the trainers of one swarm. As a context manager: however it is left, no child is. ``run_file`` and
+    ``folder`` are absolute paths."""
 
     manifest: RunManifest
     """Once the seed has started."""
@@ -85,19 +86,23 @@ class Children:
 
     @property
     def all(self) -> list[Child]:
+        """All that have been started, the seed first."""
         return [child for child in (self.seed, *self.trainers) if child is not None]
 
     def named(self, name: str) -> Child:
+        """Returns the child of this name."""
         return next(child for child in self.all if child.name == name)
 
-    # -- start -------------------------------------------------------------------------------------------------------
+    # -- start ---------------------------------------------------------------------------------------------------------
 
     def start_seed(self) -> None:
+        """Starts the seed, which makes the run; ``seed_address`` tells when it has."""
         self.seed = self._child(SEED)
         self._start(self.seed)
 
     def seed_address(self) -> str | None:
-        """None until it has one. NetworkError or UsageError when it ended instead, or takes too long."""
+        """Returns where the seed is reached; None until it has made the run. NetworkError or UsageError when it ended
+        instead, or takes too long."""
         seed = self.named(SEED)
         seed.tail.read()
         if seed.address is not None:
@@ -113,13 +118,14 @@ class Children:
         return seed.address
 
     def start_trainers(self, count: int) -> None:
-        """They share the machine's cores."""
+        """Starts so many trainers, which share the machine's cores."""
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         self._threads = max(1, cores // count)
         for name in names_of(count)[1:]:
             self.add_trainer(name)
 
     def add_trainer(self, name: str) -> Child:
+        """Starts one more trainer."""
         child = self._child(name)
         self.trainers.append(child)
         self._start(child)
@@ -143,16 +149,17 @@ class Children:
             kind += ["--initial-peers", *initial_peers]
         child.start(*kind, *self._options)
 
-    # -- faults ------------------------------------------------------------------------------------------------------
+    # -- faults --------------------------------------------------------------------------------------------------------
 
     def can_start(self, name: str) -> bool:
-        """Again: nothing is left of it, and somebody is there to be joined, or nobody is even starting."""
+        """Whether a peer can be started again: nothing is left of it, and somebody is there to be joined, or nobody is
+        even starting."""
         child, others = self.named(name), [child for child in self.all if child.name != name and child.living]
         reachable = any(other.address for other in others) or not others
         return child.ended and (reachable or child is self.seed)
 
     def carry_out(self, act: Act) -> tuple[int, ...]:
-        """Pids of the processes that it met."""
+        """Does it, and returns the pids of the processes that it met."""
         child = self.named(act.peer)
         if act.action == "restart":
             self._start(child)
@@ -169,10 +176,10 @@ class Children:
             self.network.cut(act.peer)
         return tuple(child.processes().values())
 
-    # -- the end -----------------------------------------------------------------------------------------------------
+    # -- the end -------------------------------------------------------------------------------------------------------
 
     def close(self) -> None:
-        """Ask all who are left to leave, and kill those who do not."""
+        """Asks all who are left to leave, and kills those who do not."""
         left = [child for child in self.all if child.running]
         for child in left:
             child.send(signal.SIGCONT, "all")

@@ -13,7 +13,7 @@ import json
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing import Pipe
@@ -29,8 +29,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from p2p_diloco.core.errors import DataError, LocalError, UsageError, disk_failure
 from p2p_diloco.core.interpreter import python_command
 from p2p_diloco.core.paths import at_home
-from p2p_diloco.lab.report import Summary, check_plots, final_loss, markdown, plot, raw, rows_of
-from p2p_diloco.lab.simulation import SUMMARY_FILE
+from p2p_diloco.lab.report import arm_results, check_plots, figures_json, markdown, plot
+from p2p_diloco.lab.simulation_result import SUMMARY_FILE, TrialResult
 from p2p_diloco.lab.study import Study, Trial
 from p2p_diloco.learn.data import locked
 from p2p_diloco.learn.model import pick_device
@@ -46,7 +46,8 @@ POLL_S = 1.0
 
 
 def find_study(name: str) -> Path:
-    """A path, or the name of one of the repository's studies. UsageError names those."""
+    """Returns the file of a study that is given by path, or by name: one of the repository's. UsageError names
+    those."""
     path = at_home(name, "study")
     if path.suffix == ".toml":
         return path
@@ -69,15 +70,17 @@ class Work:
 
     @property
     def of_trial(self) -> Path:
+        """The folder of this simulation."""
         return self.folder / TRIALS / self.trial.key
 
 
 def run_studies(
     studies: Sequence[Study], folder: Path, *, jobs: int, device: str, threads: int | None, console: Console
 ) -> None:
-    """Raises LocalError; what was finished by then is kept."""
+    """Makes all simulations of the studies that are not there yet, ``jobs`` at a time, and writes the results of each
+    study. Raises LocalError; what was finished by then is kept."""
     check_plots()
-    check_names(studies)
+    check_study_names(studies)
     with disk_errors(folder):
         (folder / TRIALS).mkdir(parents=True, exist_ok=True)
     works = {
@@ -87,11 +90,11 @@ def run_studies(
     }
     missing = [work for work in works.values() if not (work.of_trial / SUMMARY_FILE).exists()]
     made = works.keys() - {work.trial.key for work in missing}
-    summaries = {key: read_summary(works[key].of_trial) for key in made}
+    results = {key: read_result(works[key].of_trial) for key in made}
     if missing:
         kind = pick_device(device).type
-        for summary in summaries.values():
-            check_origin(summary, folder, kind)
+        for result in results.values():
+            check_made_alike(result, folder, kind)
     with Progress(
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=console
     ) as progress:
@@ -100,21 +103,21 @@ def run_studies(
         for work, loss in simulate_all(missing, jobs):
             progress.console.print(f"{work.trial.name}: {loss:.4f}", highlight=False, markup=False)
             progress.advance(task)
-    summaries |= {work.trial.key: read_summary(work.of_trial) for work in missing}
+    results |= {work.trial.key: read_result(work.of_trial) for work in missing}
     for study in studies:
-        write_results(study, summaries, folder, console)
+        write_results(study, results, folder, console)
 
 
-def write_results(study: Study, summaries: dict[str, Summary], folder: Path, console: Console) -> None:
-    """Table, plot and raw figures; what is not there yet is left out."""
+def write_results(study: Study, results: Mapping[str, TrialResult], folder: Path, console: Console) -> None:
+    """Writes table, plot and raw figures, and prints the table; what is not there yet is left out."""
     stem = study.name if study.size == "full" else f"{study.name}-{study.size}"
     table, picture = folder / f"{stem}.md", folder / f"{stem}.png"
-    text = markdown(study, rows_of(study, summaries))
-    figures, drawn = json.dumps(raw(study, summaries), indent=1) + "\n", io.BytesIO()
-    plot(study, summaries, drawn)
+    text = markdown(study, arm_results(study, results))
+    drawn = io.BytesIO()
+    plot(study, results, drawn)
     for path, data in (
         (table, text.encode()),
-        (folder / f"{stem}.json", figures.encode()),
+        (folder / f"{stem}.json", figures_json(study, results).encode()),
         (picture, drawn.getvalue()),
     ):
         write_whole(path, [data], len(data))
@@ -122,20 +125,20 @@ def write_results(study: Study, summaries: dict[str, Summary], folder: Path, con
     console.print(f"{table}\n{picture}\n", soft_wrap=True)
 
 
-def check_names(studies: Sequence[Study]) -> None:
-    """UsageError where the results of one would replace another's."""
+def check_study_names(studies: Sequence[Study]) -> None:
+    """Raises UsageError where the results of one study would replace another's."""
     names = [study.name for study in studies]
     for name in names:
         if names.count(name) > 1:
             raise UsageError(f"two studies are named {name}: simulate one after the other, each with its own --folder")
 
 
-def check_origin(summary: Summary, folder: Path, kind: str) -> None:
-    """UsageError when what is there was made with another torch, whose sources are the built-in text, too, or on
+def check_made_alike(result: TrialResult, folder: Path, kind: str) -> None:
+    """Raises UsageError when what is there was made with another torch, whose sources are the built-in text, too, or on
     another kind of device, which computes in other numbers: nothing is made to stand beside it."""
     for made, here in (
-        (f"with torch {summary['torch']}", f"with torch {torch.__version__}"),
-        (f"on {summary['device'].partition(':')[0]}", f"on {kind}"),
+        (f"with torch {result.torch}", f"with torch {torch.__version__}"),
+        (f"on {result.device.partition(':')[0]}", f"on {kind}"),
     ):
         if made != here:
             raise UsageError(
@@ -143,22 +146,23 @@ def check_origin(summary: Summary, folder: Path, kind: str) -> None:
             )
 
 
-def read_summary(folder: Path) -> Summary:
+def read_result(folder: Path) -> TrialResult:
+    """Returns what a simulation left in ``folder``. DataError when it cannot be read."""
     path = folder / SUMMARY_FILE
     try:
-        summary: Summary = json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
+        return TrialResult.parse(json.loads(path.read_bytes()))
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(
             f"{path}: cannot be read ({type(error).__name__}); delete its folder to make it anew"
         ) from error
-    return summary
 
 
 # -- processes ---------------------------------------------------------------------------------------------------------
 
 
 def simulate_all(works: Sequence[Work], jobs: int) -> Iterator[tuple[Work, float]]:
-    """Each with its final loss, as they end. LocalError of the first one that fails, which ends the others."""
+    """Yields each work with its final loss, as they end. Raises the LocalError of the first one that fails, which ends
+    the others."""
     waiting, busy = list(works), dict[Connection, tuple[Worker, Work]]()
     workers = [Worker() for _ in range(min(jobs, len(works)))]
     try:
@@ -212,6 +216,7 @@ class Worker:
         return float(answer)
 
     def kill(self) -> None:
+        """Ends the process at once."""
         self._process.kill()
         self._process.wait()
         self.pipe.close()
@@ -244,23 +249,25 @@ def work_for(pipe: Connection) -> None:
 
 
 def simulate_one(work: Work) -> float:
-    """The final held-out loss; infinite where theta is not finite. Another process may be at it, or have been."""
+    """Makes a simulation, unless another process has; returns the final held-out loss, infinite where theta is not
+    finite."""
     lock = work.of_trial.with_suffix(".lock")
     try:
         with disk_errors(lock):
             lock.touch()
         with locked(lock):
             if not (work.of_trial / SUMMARY_FILE).exists():
-                simulate(work)
+                simulate_to_end(work)
     except LocalError as error:
         raise type(error)(f"{work.trial.name}: {error}") from error
-    return final_loss(read_summary(work.of_trial))
+    return read_result(work.of_trial).loss
 
 
-def simulate(work: Work) -> None:
-    from p2p_diloco.lab.simulation import Simulation
+def simulate_to_end(work: Work) -> None:
+    """Makes a simulation in this process, from where an interrupted one was. Raises LocalError."""
+    from p2p_diloco.lab.simulate import open_simulation, run
 
-    simulation = Simulation.open(
+    simulation = open_simulation(
         work.trial.what,
         work.of_trial,
         base=work.base,
@@ -268,7 +275,7 @@ def simulate(work: Work) -> None:
         threads=work.threads,
         warm_folder=work.folder,
     )
-    for _ in simulation.run():
+    for _ in run(simulation):
         pass
 
 

@@ -22,21 +22,20 @@ import random
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
 from p2p_diloco.core.errors import UsageError
+from p2p_diloco.core.events import Event
 from p2p_diloco.core.runfile import NotNegative, Positive, Section, explain
 from p2p_diloco.core.toml import read_toml
 
 Action = Literal["kill", "stop", "cut", "restart", "resume", "restore"]
-Process = Literal["trainer", "network", "p2pd", "all"]
+ProcessName = Literal["trainer", "network", "p2pd", "all"]
 FaultPhase = Literal[
     "inner", "gather", "reduce", "settle", "apply", "snapshot", "download", "serve", "evaluate", "joining"
 ]
-Event = Mapping[str, Any]
-"""A line of an event log."""
 
 OPPOSITE: dict[Action, Action] = {"kill": "restart", "stop": "resume", "cut": "restore"}
 PLIGHT: dict[Action, str] = {"kill": "killed", "stop": "stopped", "cut": "cut off"}
@@ -46,11 +45,12 @@ RANDOM = "random"
 
 
 def as_list(value: object) -> object:
+    """Returns a list of one where ``value`` is a text; a TOML file may have either."""
     return [value] if isinstance(value, str) else value
 
 
 class Fault(Section):
-    """``[[fault]]``"""
+    """An entry ``[[fault]]`` of the file."""
 
     action: Action
     at_s: NotNegative | None = None
@@ -63,7 +63,7 @@ class Fault(Section):
     """With ``phase``: where the peer stands then. Without: the first time."""
     peer: Annotated[list[str], Field(min_length=1), BeforeValidator(as_list)]
     """A name, or several that are hit at the same moment; who is cut off together still reaches each other."""
-    process: Process | None = None
+    process: ProcessName | None = None
     """Of kill, stop and resume; all by default."""
     for_s: Positive | None = None
     """The opposite follows by itself so long after."""
@@ -101,7 +101,8 @@ class FaultPlan(Section):
 
     @classmethod
     def load(cls, path: Path, names: Collection[str]) -> FaultPlan:
-        """``names``: of the peers that there will be. Raises UsageError that names file, entry and key."""
+        """Returns the plan in a file. ``names``: of the peers that there will be. Raises UsageError that names file,
+        entry and key."""
         table = read_toml(path, "file of faults")
         try:
             plan = cls.model_validate(table)
@@ -124,7 +125,7 @@ class Act:
     """Its place in the file, from 0."""
     action: Action
     peer: str
-    process: Process
+    process: ProcessName
     follows: bool = False
     """From ``for_s``."""
     island: str = ""
@@ -147,16 +148,31 @@ class Done:
     step: int
     """The outer step at which that began."""
 
-    def as_json(self) -> dict[str, Any]:
-        return {
-            "at_s": self.at_s,
-            "action": self.act.action,
-            "peer": self.act.peer,
-            "process": self.act.process,
-            "pids": list(self.pids),
-            "phase": self.phase,
-            "step": self.step,
-        }
+    @property
+    def told(self) -> ToldFault:
+        """What ``summary.json`` says of it."""
+        return ToldFault(
+            at_s=self.at_s,
+            action=self.act.action,
+            peer=self.act.peer,
+            process=self.act.process,
+            pids=self.pids,
+            phase=self.phase,
+            step=self.step,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ToldFault:
+    """A fault in ``summary.json``; fields as in ``Act`` and ``Done``."""
+
+    at_s: float
+    action: Action
+    peer: str
+    process: ProcessName
+    pids: tuple[int, ...]
+    phase: str
+    step: int
 
 
 def due(
@@ -168,9 +184,9 @@ def due(
     trainers: Sequence[str],
     running: Collection[str],
 ) -> list[Act]:
-    """What is to be done now. ``now_s``: seconds after all trainers were started. ``fresh``: every peer's events that
-    no call has been given yet. ``running``: peers that have not ended. What is not done, or finds nobody to be done
-    to, stays due."""
+    """Returns what is to be done now. ``now_s``: seconds after all trainers were started. ``fresh``: every peer's
+    events that no call has been given yet. ``running``: peers that have not ended. What is not done, or finds nobody to
+    be done to, stays due."""
     plight = plights(done)
     acts = []
     for number, fault in enumerate(plan.fault):
@@ -191,12 +207,14 @@ def due(
 
 
 def act_of(fault: Fault, number: int, action: Action, peer: str, *, follows: bool = False) -> Act:
+    """Returns an act of this fault, entry ``number`` of the file, on one peer."""
     island = f"island-{number}" if len(fault.peer) > 1 else ""
     return Act(fault=number, action=action, peer=peer, process=fault.process or "all", follows=follows, island=island)
 
 
 def is_time(fault: Fault, turn: int, now_s: float, fresh: Sequence[Event]) -> bool:
-    """``turn``: how often it has been done before."""
+    """Whether this fault is due. ``turn``: how often it has been done before. ``fresh``: events that are new since the
+    last call."""
     if turn and fault.every_s is None:
         return False
     if fault.at_s is not None:
@@ -219,7 +237,8 @@ def is_undone(past: Done, done: Sequence[Done]) -> bool:
 
 
 def plights(done: Sequence[Done]) -> dict[str, str]:
-    """Peers that are down because of a fault, and how. One that has lost its p2pd is not: it starts another."""
+    """Returns the peers that are down because of a fault, and how. One that has lost its p2pd is not: it starts
+    another."""
     plight: dict[str, str] = {}
     for past in done:
         act = past.act

@@ -16,7 +16,8 @@ PHASE_POLL_S = 0.004
 
 
 class Injector:
-    """Its time begins with ``start``: what the event logs said before is no reason for a fault."""
+    """Carries out one plan. Its time begins with ``start``: what the event logs said before is no reason for a
+    fault."""
 
     def __init__(self, plan: FaultPlan, children: Children) -> None:
         self.plan, self.children = plan, children
@@ -26,6 +27,7 @@ class Injector:
         """Events of each peer that have been considered."""
 
     def start(self) -> None:
+        """Starts the clock of the plan."""
         self.started_s = time.monotonic()
 
     @property
@@ -35,10 +37,11 @@ class Injector:
 
     @property
     def restarts_to_come(self) -> bool:
+        """Whether a peer that is killed now will be started again."""
         return restarts_to_come(self.plan, self.done)
 
     def poll(self) -> list[Done]:
-        """Do what is due, and tell what was done. LocalError when it cannot be done."""
+        """Does what is due, and returns what was done. LocalError when it cannot be done."""
         acts = due(
             self.plan,
             time.monotonic() - self.started_s,

@@ -1,7 +1,7 @@
 """N peers on this machine, to look and to test: the processes that N people would start, and faults on request.
 
     FOLDER/seed/, FOLDER/peer-1/ ...    what each of them writes: ``children``
-    FOLDER/summary.json                 what became of it: ``summary``
+    FOLDER/summary.json                 what became of it: ``outcome``
     FOLDER/export/                      the trained model
 
 Nothing here talks to a peer: what is shown comes from the event logs, so a guest, who joins from another terminal, is
@@ -13,7 +13,6 @@ them.
 
 from __future__ import annotations
 
-import json
 import shlex
 import shutil
 import sys
@@ -21,7 +20,7 @@ import time
 from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.live import Live
@@ -36,7 +35,8 @@ from p2p_diloco.lab.children import SEED, TRAINER, Children, text_on_disk
 from p2p_diloco.lab.faults import Done, FaultPlan, plights
 from p2p_diloco.lab.injector import Injector
 from p2p_diloco.lab.namespaces import Network
-from p2p_diloco.lab.outcome import Log, Progress, findings, held_out, row_of, screen, step_line, summarize
+from p2p_diloco.lab.outcome import LocalRun, Log, SwarmOutcome, held_out, outcome_of, summary_json, trainer_now
+from p2p_diloco.lab.screen import RunClock, last_words, screen, step_line
 from p2p_diloco.learn.data import open_corpus
 from p2p_diloco.ledger.disk import write_whole
 from p2p_diloco.look.display import is_live, join_line, plain
@@ -61,8 +61,8 @@ def run_local(
     patience: float = 1.0,
     plan: FaultPlan | None = None,
 ) -> int:
-    """Exit code: 1 if a trainer failed, other than by a fault of the plan. LocalError when the swarm cannot start. Call
-    it before threads are started."""
+    """Runs a swarm to its end, and returns the exit code: 1 if a trainer failed, other than by a fault of the plan.
+    LocalError when the swarm cannot start. Call it before threads are started."""
     spec, plan = RunSpec.load(run_file), plan or FaultPlan()
     folder = (folder or Path("runs") / f"{spec.name}-{time.strftime('%Y%m%d-%H%M%S')}").absolute()
     fresh = not folder.exists()
@@ -91,10 +91,10 @@ def run_local(
                 shutil.rmtree(folder, ignore_errors=True)
             raise
         children.close()
-        summary = swarm.write_summary()
-        if summary["outer_steps"] and not stop.requested:
+        outcome = swarm.write_summary()
+        if outcome.outer_steps and not stop.requested:
             export_and_sample(swarm, run_file.parent)
-        elif summary["outer_steps"]:
+        elif outcome.outer_steps:
             folder = newest(children).folder
             command = shlex.join(
                 ["p2p-diloco", "export", "--folder", str(folder), "--to", str(children.folder / "export")]
@@ -105,7 +105,7 @@ def run_local(
 
 
 class LocalSwarm:
-    """The children, and who watches them."""
+    """A swarm of children, which is watched and shown."""
 
     def __init__(self, children: Children, plan: FaultPlan, stop: Stop) -> None:
         self.children, self.stop = children, stop
@@ -120,10 +120,11 @@ class LocalSwarm:
 
     @property
     def logs(self) -> Mapping[str, Log]:
+        """The trainers' events, by name."""
         return {child.name: child.tail.log for child in self.children.trainers}
 
     def start(self, peers: int) -> None:
-        """The seed, and when it can be reached, all trainers at once. LocalError if the seed cannot be."""
+        """Starts the seed, and when it can be reached, all trainers at once. LocalError if it cannot be."""
         children = self.children
         self.console.print(f"{self.spec.name}: {peers} peers in {children.folder}; starting the seed")
         children.start_seed()
@@ -147,7 +148,7 @@ class LocalSwarm:
                 self.console.print(f"text: {plain(line)}", markup=False, soft_wrap=True)
 
     def watch(self) -> None:
-        """Until all trainers have ended for good."""
+        """Shows the swarm, and carries out the plan's faults, until all trainers have ended for good."""
         with Live(console=self.console, auto_refresh=False, transient=False) as live:
             ended, shown_s = False, 0.0
             while not (ended or self.stop.requested):
@@ -162,53 +163,57 @@ class LocalSwarm:
                 time.sleep(self.injector.poll_s)
 
     def tell_failures(self) -> None:
+        """Prints, once for each child that has failed, why."""
         for child in self.children.all:
             if child.failed and child.name not in self.failures:
                 self.failures.add(child.name)
                 code = child.process.returncode
                 self.console.print(f"{child.name} failed with exit code {code}: {child.last_line()}", style="red")
 
-    # -- what is shown -----------------------------------------------------------------------------------------------
+    # -- what is shown -------------------------------------------------------------------------------------------------
 
     def show(self, live: Live, ended: bool) -> None:
-        """The table; without a terminal, a line for each outer step, once theta has been evaluated or the swarm has
-        gone on without."""
+        """Shows the table; without a terminal, a line for each outer step, once theta has been evaluated or the swarm
+        has gone on without."""
         down = plights(self.injector.done)
-        rows = {child.name: row_of(child.log, down.get(child.name) or child.fate) for child in self.children.trainers}
-        progress = Progress(self.spec.outer.steps, time.monotonic() - self.started_s)
+        trainers = {
+            child.name: trainer_now(child.log, down.get(child.name) or child.fate) for child in self.children.trainers
+        }
+        clock = RunClock(self.spec.outer.steps, time.monotonic() - self.started_s)
         if is_live(self.console):
             run = f"{self.spec.name} {self.children.manifest.run_id[:12]}"
             width = self.console.width
-            live.update(screen(run, rows, self.logs, progress, self.join_line, width=width), refresh=True)
+            live.update(screen(run, trainers, self.logs, clock, self.join_line, width=width), refresh=True)
             return
-        made, losses = max(row.step for row in rows.values()), dict(held_out(self.logs))
+        made, losses = max(trainer.step for trainer in trainers.values()), dict(held_out(self.logs))
         while self.told_step < made and (ended or self.told_step + 1 < made or made in losses):
             self.told_step += 1
-            self.console.print(step_line(rows, self.told_step, losses.get(self.told_step), progress))
+            self.console.print(step_line(trainers, self.told_step, losses.get(self.told_step), clock))
 
-    def write_summary(self) -> dict[str, Any]:
-        children, folder = self.children, self.children.folder
+    def write_summary(self) -> SwarmOutcome:
+        """Writes ``summary.json``, prints the last words, and returns what became of the swarm."""
+        children, path = self.children, self.children.folder / "summary.json"
         for child in children.all:
             child.tail.read()
-        summary = {
-            "run_id": children.manifest.run_id if children.trainers else None,
-            "run_name": self.spec.name,
-            "command": shlex.join(sys.argv),
-            "wall_s": time.monotonic() - self.started_s,
-            "exit_codes": {child.name: child.process.returncode for child in children.all},
-            "faults": [done.as_json() for done in self.injector.done],
-            **summarize(self.logs),
-        }
-        data = (json.dumps(summary, indent=2) + "\n").encode()
-        write_whole(folder / "summary.json", [data], len(data))
-        for what, figure in findings(summary, byte_level=self.spec.data.tokenizer == "bytes"):
+        run = LocalRun(
+            run_id=children.manifest.run_id if children.trainers else None,
+            run_name=self.spec.name,
+            command=shlex.join(sys.argv),
+            wall_s=time.monotonic() - self.started_s,
+            exit_codes={child.name: child.process.returncode for child in children.all},
+            faults=[done.told for done in self.injector.done],
+        )
+        outcome = outcome_of(self.logs)
+        data = summary_json(run, outcome)
+        write_whole(path, [data], len(data))
+        for what, figure in last_words(outcome, byte_level=self.spec.data.tokenizer == "bytes"):
             self.console.print(f"{what:<14}  {figure}")
-        self.console.print(f"{'summary':<14}  {folder / 'summary.json'}")
-        return summary
+        self.console.print(f"{'summary':<14}  {path}")
+        return outcome
 
 
 def told(done: Done) -> str:
-    """A fault in a line."""
+    """Returns a fault in a line."""
     act, pids = done.act, ", ".join(map(str, done.pids))
     process = f" {act.process}" if act.action in ("kill", "stop", "resume") else ""
     where = f", {done.phase} of outer step {done.step}" if done.phase else ""
@@ -217,7 +222,7 @@ def told(done: Done) -> str:
 
 def newest(children: Children) -> Child:
     """Returns who has come furthest."""
-    return max(children.all, key=lambda child: row_of(child.log).step)
+    return max(children.all, key=lambda child: trainer_now(child.log).step)
 
 
 def export_and_sample(swarm: LocalSwarm, base: Path) -> None:
@@ -234,7 +239,7 @@ def export_and_sample(swarm: LocalSwarm, base: Path) -> None:
     model, tokenizer, info = load_export(target)
     prompt = info.prompt
     if not prompt:
-        there = [row.peer_id for row in map(row_of, (child.log for child in children.trainers)) if row.peer_id]
+        there = [now.peer_id for now in map(trainer_now, (child.log for child in children.trainers)) if now.peer_id]
         try:
             prompt = own_prompt(manifest, tokenizer, base, there[0] if there else "")
         except LocalError as error:  # the run is over and exported: text that is gone by now takes nothing from that

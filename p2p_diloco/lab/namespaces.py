@@ -31,6 +31,8 @@ AS_ROOT = ("unshare", "--user", "--map-root-user")
 
 @dataclass(frozen=True)
 class Namespace:
+    """A network namespace, which lives as long as its holder."""
+
     holder: subprocess.Popen[bytes]
     address: str
 
@@ -41,12 +43,13 @@ class Namespace:
 
     @property
     def maddr(self) -> str:
-        """For a peer to listen on."""
+        """The address for a peer to listen on."""
         return f"/ip4/{self.address}/tcp/{PORT}"
 
 
 class Network:
-    """A context manager. NetworkError when a namespace cannot be made; ``why_not`` tells before."""
+    """A switch and cables, as a context manager. NetworkError when a namespace cannot be made; ``why_not`` tells
+    before."""
 
     def __init__(self) -> None:
         self.namespaces: dict[str, Namespace] = {}
@@ -64,7 +67,7 @@ class Network:
             namespace.holder.communicate()  # closes its input: it ends
 
     def add(self, name: str) -> Namespace:
-        """A new namespace, connected."""
+        """Returns a new namespace, connected."""
         if len(self.namespaces) == MOST:
             raise NetworkError(f"more than {MOST} peers do not fit into one network")
         new = self.namespaces[name] = hold(len(self.namespaces) + 2)
@@ -75,11 +78,11 @@ class Network:
         return new
 
     def cut(self, name: str) -> None:
-        """At the switch's end: the peer's own routes stay, and what it sends is lost without a word."""
+        """Pulls a cable, at the switch's end: the peer's own routes stay, and what it sends is lost without a word."""
         self._ip(f"link set dev {name} down")
 
     def cut_together(self, name: str, island: str) -> None:
-        """Off this switch and onto another one, with whoever is moved to the same island."""
+        """Moves a cable off this switch and onto another one, with whoever is moved to the same island."""
         if island not in self.islands:
             self._ip(f"link add dev {island} type bridge")
             self._ip(f"link set dev {island} up")
@@ -87,6 +90,7 @@ class Network:
         self._ip(f"link set dev {name} master {island}")
 
     def restore(self, name: str) -> None:
+        """Puts a cable back."""
         self._ip(f"link set dev {name} master switch up")
 
     def _ip(self, words: str) -> None:
@@ -94,7 +98,7 @@ class Network:
 
 
 def hold(number: int) -> Namespace:
-    """``number``: the last byte of its address."""
+    """Returns a new namespace. ``number``: the last byte of its address. NetworkError when it cannot be made."""
     command = ("unshare", "--net", "sh", "-c", "echo made; exec cat")
     holder = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True)
     assert holder.stdout is not None
@@ -104,13 +108,14 @@ def hold(number: int) -> Namespace:
 
 
 def run(*command: str) -> None:
+    """Runs a command to its end. NetworkError when it fails."""
     done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=COMMAND_S, check=False)
     if done.returncode != 0:
         raise NetworkError(f"{' '.join(command)}: {done.stderr.strip()}")
 
 
 def why_not() -> str | None:
-    """Why this process cannot make network namespaces; None if it can, if need be after ``as_root``."""
+    """Returns why this process cannot make network namespaces; None if it can, if need be after ``as_root``."""
     if sys.platform != "linux":
         return "they exist on Linux only"
     missing = [tool for tool in TOOLS if shutil.which(tool) is None]
@@ -122,7 +127,7 @@ def why_not() -> str | None:
 
 
 def as_root(*arguments: str) -> None:
-    """Start this program again as root of a user namespace of its own, with the same pid, unless it is root. The files
+    """Starts this program again as root of a user namespace of its own, with the same pid, unless it is root. The files
     that it writes belong to the user all the same."""
     if os.geteuid() != 0:
         os.execvp(AS_ROOT[0], [*AS_ROOT, *python_command("-m", "p2p_diloco", *arguments)])

@@ -30,7 +30,7 @@ KMEANS_STEPS = 100
 KMEANS_STARTS = 10
 
 
-def shards_of(
+def own_texts_of(
     corpus: Corpus,
     spec: DataSpec,
     count: int,
@@ -42,16 +42,16 @@ def shards_of(
     model: torch.nn.Module,
     seed: int,
 ) -> list[Corpus]:
-    """``count`` corpora that have no training document in common, and all held-out text of ``corpus``, which is that of
-    ``reader``. In memory: all training text, and its tokens. A data set of the hub is read anew each time. ``model``:
-    for text that has no sources. DataError when a shard is too small."""
+    """Returns ``count`` corpora that have no training document in common, and all held-out text of ``corpus``, which is
+    that of ``reader``. In memory: all training text, and its tokens. A data set of the hub is read anew each time.
+    ``model``: for text that has no sources. DataError when a shard is too small."""
     text = source_of(spec, base=base, cache=cache, override_path=None, run_seed=seed, peer_id=reader)
     documents = training_documents(text.documents(TextTally()), spec)
     if spec.source == "builtin":
         labels = by_source(documents, count)
     else:
         labels = clusters(features(documents, tokenizer, model, spec.seq_len), count, seed)
-    shards = []
+    corpora = []
     for label in range(count):
         mine = [document for document, theirs in zip(documents, labels) if theirs == label]
         tokens = encoded(mine, tokenizer)
@@ -60,12 +60,13 @@ def shards_of(
                 f"shard {label + 1} of {count} has {len(mine)} documents and {len(tokens)} tokens, one sequence needs "
                 f'{spec.seq_len + 1}; take fewer replicas, more text, or shards = "iid"'
             )
-        shards.append(replace(corpus, train=tokens))
-    return shards
+        corpora.append(replace(corpus, train=tokens))
+    return corpora
 
 
 def encoded(documents: Sequence[Document], tokenizer: Tokenizer) -> Tokens:
-    """Some at a time: on its way to an array, a token takes many times as much memory."""
+    """Returns the tokens of all, made of some at a time: on its way to an array, a token takes many times as much
+    memory."""
     starts = range(0, max(len(documents), 1), ENCODED_DOCUMENTS)
     return np.concatenate(
         [tokenizer.encode_documents(documents[start : start + ENCODED_DOCUMENTS]) for start in starts]
@@ -73,28 +74,30 @@ def encoded(documents: Sequence[Document], tokenizer: Tokenizer) -> Tokens:
 
 
 def tokens_digest(corpora: Sequence[Corpus]) -> bytes:
-    """Of what they train on."""
+    """Returns a digest of what they train on."""
     return digest(b"shards", *(corpus.train.tobytes() for corpus in corpora))
 
 
 def training_documents(documents: Iterable[Document], spec: DataSpec) -> list[Document]:
+    """Returns the documents that are not held out."""
     return [document for document in documents if not nobody_trains_on(document, spec.held_out)]
 
 
 def by_source(documents: Sequence[Document], count: int) -> list[int]:
-    """A shard for every document: a whole package each, the largest first, always to the smallest shard."""
+    """Returns a number for every document, that of the corpus it goes to: whole packages, the largest first, each to
+    the corpus that is smallest then."""
     chars: dict[str, int] = {}
     for document in documents:
         chars[package_of(document)] = chars.get(package_of(document), 0) + len(document.text)
-    sizes, shard = [0] * count, dict[str, int]()
+    sizes, taker = [0] * count, dict[str, int]()
     for source in sorted(chars, key=lambda source: (-chars[source], source)):
-        shard[source] = sizes.index(min(sizes))
-        sizes[shard[source]] += chars[source]
-    return [shard[package_of(document)] for document in documents]
+        taker[source] = sizes.index(min(sizes))
+        sizes[taker[source]] += chars[source]
+    return [taker[package_of(document)] for document in documents]
 
 
 def package_of(document: Document) -> str:
-    """The first folder of its name; files that are in none are one source."""
+    """Returns the first folder of its name; files that are in none are one source."""
     folder, slash, _ = document.name.partition("/")
     return folder if slash else ""
 
@@ -103,8 +106,8 @@ def package_of(document: Document) -> str:
 def features(
     documents: Sequence[Document], tokenizer: Tokenizer, model: torch.nn.Module, seq_len: int
 ) -> npt.NDArray[np.float64]:
-    """float64 [documents, hidden]: the mean of the last hidden states over the first ``seq_len`` tokens of each, each
-    direction scaled to unit variance."""
+    """Returns float64 [documents, hidden]: the mean of the last hidden states over the first ``seq_len`` tokens of
+    each, each direction scaled to unit variance."""
     device, was_training = next(model.parameters()).device, model.training
     model.eval()
     rows = []
@@ -121,8 +124,8 @@ def features(
 
 
 def clusters(table: npt.NDArray[np.float64], count: int, seed: int) -> list[int]:
-    """k-means: a cluster for every row of ``table``, [rows, features]; the same for the same seed. DataError when one
-    is empty, wherever the means start."""
+    """Returns the number of a cluster for every row of ``table``, [rows, features], found by k-means; the same for the
+    same seed. DataError when one is empty, wherever the means start."""
     from scipy.cluster.vq import ClusterError, kmeans2
 
     if len(np.unique(table, axis=0)) >= count:

@@ -18,7 +18,8 @@ from p2p_diloco.ledger.folder import read_manifest
 
 @dataclass(frozen=True, kw_only=True)
 class Past:
-    """Outer steps are counted from 0; a head is where the swarm stood after so many."""
+    """What a swarm did, so that it can be done again. Outer steps are counted from 0; a head is where the swarm stood
+    after so many."""
 
     names: tuple[str, ...]
     """Peer ids of all who were ever in a round."""
@@ -31,7 +32,8 @@ class Past:
 
 
 def past_of(folder: Path) -> tuple[RunManifest, Past]:
-    """Of a swarm that ``p2p-diloco swarm --folder FOLDER`` has left. UsageError when it cannot be done again."""
+    """Returns manifest and past of a swarm that ``p2p-diloco swarm --folder FOLDER`` has left. UsageError when it
+    cannot be done again."""
     logs = [list(read_events(path)) for path in sorted(folder.glob(f"*/*/{EVENTS_FILE}"))]
     manifests = sorted(folder.glob("*/*/manifest.json"))
     if not logs or not manifests:
@@ -41,7 +43,8 @@ def past_of(folder: Path) -> tuple[RunManifest, Past]:
 
 
 def recount(logs: Iterable[list[Event]], manifest: RunManifest, source: str) -> Past:
-    """Pure. ``logs``: of everybody."""
+    """Returns the past that everybody's ``logs`` tell of. Pure. UsageError, which names ``source``, when it cannot be
+    done again."""
     attempts: dict[int, dict[str, tuple[int, ...]]] = {}
     dropped: dict[int, frozenset[str]] = {}
     heads: dict[int, str] = {}
@@ -75,8 +78,8 @@ def recount(logs: Iterable[list[Event]], manifest: RunManifest, source: str) -> 
 
 
 def attempts_of(log: list[Event], peer_id: str, manifest: RunManifest) -> dict[int, tuple[int, ...]]:
-    """Outer step -> inner steps before each of this peer's offers. An offer counts all tokens since theta was taken: of
-    earlier offers, too, that came to nothing, or were dropped and kept."""
+    """Returns outer step -> inner steps before each of this peer's offers. An offer counts all tokens since theta was
+    taken: of earlier offers, too, that came to nothing, or were dropped and kept."""
     keeps = manifest.spec.round.on_missed == "keep"
     found: dict[int, tuple[int, ...]] = {}
     carried, before = 0, None

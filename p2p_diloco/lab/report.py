@@ -1,4 +1,4 @@
-"""Results of a study -> a table in Markdown, a plot, and the raw figures. Pure, but for the plot's file.
+"""The results of a study as a table in Markdown, a plot, and raw figures. Pure, but for the plot's file.
 
 Losses are held-out, in nats per token, which is per byte where tokens are bytes. An arm's figures are means over its
 seeds, with the smallest and the largest; differences are paired, seed by seed, which takes away what the seeds have in
@@ -7,6 +7,7 @@ common.
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,15 +16,13 @@ from statistics import mean
 from typing import IO, Any
 
 from p2p_diloco.core.errors import UsageError
+from p2p_diloco.lab.simulation_result import TrialResult
 from p2p_diloco.lab.study import Study
-
-Summary = Mapping[str, Any]
-"""``summary.json`` of a simulation."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Row:
-    """One arm. Seeds in the study's order."""
+class ArmResult:
+    """What came of one arm; seeds in the study's order."""
 
     arm: str
     seeds: tuple[int, ...]
@@ -39,73 +38,68 @@ class Row:
     """By one replica that is always there (``Point.sent_bytes``)."""
 
 
-def final_loss(summary: Summary) -> float:
-    last = summary["curve"][-1]["held_out_loss"]
-    return math.inf if last is None else float(last)
-
-
-def rows_of(study: Study, summaries: Mapping[str, Summary]) -> list[Row]:
-    """Of the arms that have results. ``summaries``: by ``Trial.key``."""
-    found: dict[str, dict[int, Summary]] = {}
+def arm_results(study: Study, results: Mapping[str, TrialResult]) -> list[ArmResult]:
+    """Returns what came of each arm that has results. ``results``: by ``Trial.key``."""
+    found: dict[str, dict[int, TrialResult]] = {}
     for trial in study.trials:
-        if trial.key in summaries:
-            found.setdefault(trial.arm, {})[trial.seed] = summaries[trial.key]
+        if trial.key in results:
+            found.setdefault(trial.arm, {})[trial.seed] = results[trial.key]
     reference = found.get(study.spec.reference, {})
     ends = [found.get(arm, {}) for arm in study.spec.gap or ()]
-    rows = []
+    arms = []
     for arm, of_arm in found.items():
-        last = [summary["curve"][-1] for summary in of_arm.values()]
-        rows.append(
-            Row(
+        arms.append(
+            ArmResult(
                 arm=arm,
                 seeds=tuple(of_arm),
-                losses=tuple(map(final_loss, of_arm.values())),
+                losses=tuple(result.loss for result in of_arm.values()),
                 differences=tuple(
-                    final_loss(summary) - final_loss(reference[seed])
-                    for seed, summary in of_arm.items()
-                    if seed in reference
+                    result.loss - reference[seed].loss for seed, result in of_arm.items() if seed in reference
                 ),
                 closed=share_closed(of_arm, *ends) if ends else None,
-                tokens=mean(point["tokens"] for point in last),
-                sent_mb=mean(point["sent_bytes"] for point in last) / 1e6,
+                tokens=mean(result.last.tokens for result in of_arm.values()),
+                sent_mb=mean(result.last.sent_bytes for result in of_arm.values()) / 1e6,
             )
         )
-    return rows
+    return arms
 
 
-def share_closed(arm: Mapping[int, Summary], start: Mapping[int, Summary], end: Mapping[int, Summary]) -> float | None:
-    """Of the way from the mean loss of ``start`` to that of ``end``; all by seed."""
+def share_closed(
+    arm: Mapping[int, TrialResult], start: Mapping[int, TrialResult], end: Mapping[int, TrialResult]
+) -> float | None:
+    """Returns how far ``arm`` goes, as a share of the way from the mean loss of ``start`` to that of ``end``; all by
+    seed. None where they have no seed in common, or there is no way."""
     seeds = arm.keys() & start.keys() & end.keys()
     if not seeds:
         return None
-    ours, first, last = (mean(final_loss(of_arm[seed]) for seed in seeds) for of_arm in (arm, start, end))
+    ours, first, last = (mean(of_arm[seed].loss for seed in seeds) for of_arm in (arm, start, end))
     return (first - ours) / (first - last) if first != last else None
 
 
 def spread(values: Sequence[float], form: str) -> str:
-    """Mean, and the smallest and the largest of several."""
+    """Returns the mean in words, and the smallest and the largest of several."""
     if not values:
         return ""
     middle = format(mean(values), form)
     return f"{middle} ({min(values):{form}} to {max(values):{form}})" if len(values) > 1 else middle
 
 
-def markdown(study: Study, rows: Sequence[Row]) -> str:
-    """An arm without all the seeds of the others says which it has: its mean does not compare with theirs, and its
-    differences do."""
-    seeds = sorted({seed for row in rows for seed in row.seeds})
-    ends = study.spec.gap if any(row.closed is not None for row in rows) else None
+def markdown(study: Study, arms: Sequence[ArmResult]) -> str:
+    """Returns the table of a study. An arm without all the seeds of the others says which it has: its mean does not
+    compare with theirs, and its differences do."""
+    seeds = sorted({seed for arm in arms for seed in arm.seeds})
+    ends = study.spec.gap if any(arm.closed is not None for arm in arms) else None
     heading = ["arm", "held-out loss", f"from {study.spec.reference}"]
     heading += ["gap closed"] if ends else []
     heading += ["tokens", "sent MB"]
     table = [heading, ["---"] * len(heading)]
-    for row in rows:
-        partly = "" if sorted(row.seeds) == seeds else f" ({named(row.seeds)})"
-        cells = [row.arm + partly, spread(row.losses, ".4f")]
-        cells.append("" if row.arm == study.spec.reference else spread(row.differences, "+.4f"))
+    for arm in arms:
+        partly = "" if sorted(arm.seeds) == seeds else f" ({named(arm.seeds)})"
+        cells = [arm.arm + partly, spread(arm.losses, ".4f")]
+        cells.append("" if arm.arm == study.spec.reference else spread(arm.differences, "+.4f"))
         if ends:
-            cells.append("" if row.closed is None else f"{100 * row.closed:.0f} %")
-        table.append([*cells, f"{row.tokens / 1e6:.2f} M", f"{row.sent_mb:.2f}"])
+            cells.append("" if arm.closed is None else f"{100 * arm.closed:.0f} %")
+        table.append([*cells, f"{arm.tokens / 1e6:.2f} M", f"{arm.sent_mb:.2f}"])
     lines = [f"| {' | '.join(cells)} |" for cells in table]
     counted = named(seeds).capitalize() + ("; mean (smallest to largest)." if len(seeds) > 1 else ".")
     gap = f" Gap: from {ends[0]} to {ends[1].removesuffix('.')}." if ends else ""
@@ -115,17 +109,18 @@ def markdown(study: Study, rows: Sequence[Row]) -> str:
 
 
 def unit_of(study: Study) -> str:
-    """Of its losses."""
+    """Returns the unit of its losses."""
     bytewise = all(trial.what.run.data.tokenizer == "bytes" for trial in study.trials)
     return "nats per byte" if bytewise else "nats per token"
 
 
 def named(seeds: Sequence[int]) -> str:
+    """Returns "seed 0", or "seeds 0, 1"."""
     return f"{'seed' if len(seeds) == 1 else 'seeds'} {', '.join(map(str, sorted(seeds)))}"
 
 
 def check_plots() -> None:
-    """UsageError when the plotting library is missing: before hours of computing, not after."""
+    """Raises UsageError when the plotting library is missing: before hours of computing, not after."""
     try:
         import matplotlib  # noqa: F401
     except ImportError:
@@ -152,8 +147,9 @@ def style_of(number: int) -> tuple[str, tuple[float, ...]]:
 
 
 def apart(wanted: Sequence[float], gap: float, low: float, high: float) -> list[float]:
-    """Positions at least ``gap`` from each other and between ``low`` and ``high``, in the order of the wanted ones, and
-    as near to them as that allows (least squares). Where the room does not suffice, they go beyond ``high``."""
+    """Returns positions at least ``gap`` from each other and between ``low`` and ``high``, in the order of the wanted
+    ones, and as near to them as that allows (least squares). Where the room does not suffice, they go beyond
+    ``high``."""
     order = sorted(range(len(wanted)), key=lambda i: wanted[i])
     # Less their gaps, the positions must not fall: neighbors that would are put where their mean is, as one.
     blocks: list[tuple[float, int]] = []
@@ -172,17 +168,19 @@ def apart(wanted: Sequence[float], gap: float, low: float, high: float) -> list[
     return positions
 
 
-def plot(study: Study, summaries: Mapping[str, Summary], path: Path | IO[bytes]) -> None:
+def plot(study: Study, results: Mapping[str, TrialResult], path: Path | IO[bytes]) -> None:
+    """Writes the figure of a study as a PNG."""
     from matplotlib import pyplot
 
-    figure = figure_of(study, summaries)
+    figure = figure_of(study, results)
     figure.savefig(path, dpi=110, format="png")
     pyplot.close(figure)
 
 
-def figure_of(study: Study, summaries: Mapping[str, Summary]) -> Any:
-    """A figure of matplotlib: held-out loss against the share of training, an arm a line, which is named at its end:
-    the mean over seeds, in a band of all of them. An arm keeps its color and dashes while others have no results."""
+def figure_of(study: Study, results: Mapping[str, TrialResult]) -> Any:
+    """Returns a figure of matplotlib: held-out loss against the share of training, an arm a line, which is named at its
+    end: the mean over seeds, in a band of all of them. An arm keeps its color and dashes while others have no
+    results."""
     import matplotlib as mpl
 
     mpl.use("Agg")
@@ -194,9 +192,9 @@ def figure_of(study: Study, summaries: Mapping[str, Summary]) -> Any:
     lowest, highest, lines = [], [], []
     for number, arm in enumerate(study.spec.arm):
         curves = [
-            [(step / summary["curve"][-1]["step"], loss) for step, loss in summary["held_out"]]
+            [(step / result.last.step, loss) for step, loss in result.held_out]
             for trial in study.trials
-            if trial.arm == arm.name and (summary := summaries.get(trial.key)) and summary["held_out"]
+            if trial.arm == arm.name and (result := results.get(trial.key)) and result.held_out
         ]
         if not curves:
             continue
@@ -224,11 +222,11 @@ def figure_of(study: Study, summaries: Mapping[str, Summary]) -> Any:
     return figure
 
 
-Line = tuple[str, tuple[float, float], Mapping[str, Any]]
+NamedLine = tuple[str, tuple[float, float], Mapping[str, Any]]
 """Its name; where it ends, in data; how matplotlib is to draw it."""
 
 
-def name_lines(figure: Any, axes: Any, lines: Sequence[Line]) -> None:
+def name_lines(figure: Any, axes: Any, lines: Sequence[NamedLine]) -> None:
     """Writes each name right of the axes, where it does not cover another one; a piece of the line leads there."""
     low, high = axes.get_ylim()
     place_of = {"xycoords": "axes fraction", "va": "center", "fontsize": LABEL_POINTS}
@@ -243,24 +241,22 @@ def name_lines(figure: Any, axes: Any, lines: Sequence[Line]) -> None:
 
 
 def literal(text: str) -> str:
-    """For matplotlib, to which dollars are mathematics."""
+    """Returns ``text`` for matplotlib, to which dollars are mathematics."""
     return text.replace("$", r"\$")
 
 
-KEPT = ("held_out", "digest", "torch", "device", "wall_s")
-
-
-def raw(study: Study, summaries: Mapping[str, Summary]) -> dict[str, Any]:
-    """The figures of a study, as JSON. What its simulations left has more: every outer step's head, loss and bytes."""
-    return {
+def figures_json(study: Study, results: Mapping[str, TrialResult]) -> str:
+    """Returns the figures of a study, as JSON of several lines. What its simulations left has more: every outer step's
+    head, loss and bytes."""
+    figures = {
         "study": study.name,
         "size": study.size,
         "title": study.spec.title,
         "paper": study.spec.paper,
         "trials": [
-            {"arm": trial.arm, "seed": trial.seed, "key": trial.key, "last": summary["curve"][-1]}
-            | {name: summary[name] for name in KEPT}
+            {"arm": trial.arm, "seed": trial.seed, "key": trial.key, **result.as_figures()}
             for trial in study.trials
-            if (summary := summaries.get(trial.key)) is not None
+            if (result := results.get(trial.key)) is not None
         ],
     }
+    return json.dumps(figures, indent=1) + "\n"

@@ -20,18 +20,18 @@ Speed = Annotated[float, Field(gt=0, le=1)]
 
 
 def listed(value: Any) -> Any:
-    """What a TOML file has as a list, or as a single value."""
+    """Returns a tuple of what a TOML file has as a list, or as a single value."""
     return tuple(value) if isinstance(value, list) else (value,) if isinstance(value, (int, float)) else value
 
 
 class SimulationSpec(Section):
-    """``[simulate]``"""
+    """The table ``[simulate]`` of a run file."""
 
     replicas: Annotated[tuple[Replicas, ...], BeforeValidator(listed), Field(min_length=1)] = (4,)
     """How many train. A list divides the run into stages of equal length: [1, 2, 4] is a pool that grows."""
     shards: Literal["iid", "non-iid"] = "iid"
-    """``iid``: everybody draws from all text. ``non-iid``: everybody has text of its own (``shards``). Of a data set of
-    the hub, ``data.max_documents`` are everybody's own with ``iid``, and are divided among all with ``non-iid``."""
+    """``iid``: everybody draws from all text. ``non-iid``: everybody has text of its own (``own_texts``). Of a data set
+    of the hub, ``data.max_documents`` are everybody's own with ``iid``, and are divided among all with ``non-iid``."""
     speeds: Annotated[tuple[Speed, ...], BeforeValidator(listed)] = ()
     """Of the replicas, in turn, as a share of the fastest's; they make as many fewer inner steps. Empty: all alike."""
     drop: Fraction = 0.0
@@ -59,18 +59,19 @@ class SimulationSpec(Section):
 
     @property
     def most_replicas(self) -> int:
+        """How many train at the same time, at most."""
         return max(self.replicas)
 
     def replicas_at(self, step: int, outer_steps: int) -> int:
-        """How many train in outer step ``step``, counted from 0."""
+        """Returns how many train in outer step ``step``, counted from 0."""
         return self.replicas[min(step * len(self.replicas) // outer_steps, len(self.replicas) - 1)]
 
     def inner_steps_of(self, replica: int, inner_steps: int) -> int:
-        """What the replica makes while the fastest one makes ``inner_steps``; at least one."""
+        """Returns the inner steps that the replica makes while the fastest one makes ``inner_steps``; at least one."""
         return max(1, round(inner_steps * self.speeds[replica % len(self.speeds)])) if self.speeds else inner_steps
 
     def divided_by(self, on_missed: OnMissed) -> OnMissed:
-        """The policy by whose rule the sum is divided: ``adopt`` by those that arrived, ``keep`` by all."""
+        """Returns the policy by whose rule the sum is divided: ``adopt`` by those that arrived, ``keep`` by all."""
         policies: dict[str, OnMissed] = {"arrived": "adopt", "all": "keep"}
         return policies.get(self.divisor, on_missed)
 
@@ -91,11 +92,11 @@ class SimulatedRun(Section):
 
     @classmethod
     def load(cls, path: Path) -> SimulatedRun:
-        """Raises UsageError that names file and key."""
+        """Returns what a run file says. Raises UsageError that names file and key."""
         return cls.parse(read_toml(path, "run file"), str(path))
 
     def with_flags(self, *, replicas: int | None, drop: float | None) -> SimulatedRun:
-        """What the command line gives comes before the file. Raises UsageError."""
+        """Returns it with what the command line gives, which comes before the file. Raises UsageError."""
         given = {"replicas": None if replicas is None else (replicas,), "drop": drop}
         changed = {key: value for key, value in given.items() if value is not None}
         simulate = {**self.simulate.model_dump(), **changed}
@@ -103,7 +104,8 @@ class SimulatedRun(Section):
 
     @classmethod
     def parse(cls, table: dict[str, Any], source: str) -> SimulatedRun:
-        """``table``: a run file's, perhaps with ``simulate``. Raises UsageError that names ``source`` and the key."""
+        """Returns what a table says. ``table``: a run file's, perhaps with ``simulate``. Raises UsageError that names
+        ``source`` and the key."""
         run = {key: value for key, value in table.items() if key != "simulate"}
         try:
             spec = RunSpec.model_validate(run)
@@ -123,9 +125,10 @@ TOP_LEVEL = "key 'top level': "
 
 
 def replica_names(count: int) -> list[str]:
+    """Returns the names of so many replicas."""
     return [f"replica-{k}" for k in range(1, count + 1)]
 
 
 def members_at(spec: SimulationSpec, names: Sequence[str], step: int, outer_steps: int) -> list[int]:
-    """Indices of those who train in outer step ``step``: the first ones, so who leaves is who came last."""
+    """Returns the indices of those who train in outer step ``step``: the first ones, so who leaves is who came last."""
     return list(range(min(spec.replicas_at(step, outer_steps), len(names))))

@@ -44,20 +44,24 @@ Seeds = Annotated[tuple[Seed, ...], BeforeValidator(listed), Field(min_length=1,
 Keys = dict[str, Any]
 
 
-def check_name(name: str) -> str:
-    """ValueError where it would break a table in Markdown."""
+def check_arm_name(name: str) -> str:
+    """Returns ``name``. ValueError where it would break a table in Markdown."""
     if "|" in name or not name.isprintable():
         raise ValueError("a name is one line without |")
     return name
 
 
 class Arm(Section):
-    name: Annotated[str, Field(min_length=1, max_length=60), AfterValidator(check_name)]
+    """One variant of a study's run."""
+
+    name: Annotated[str, Field(min_length=1, max_length=60), AfterValidator(check_arm_name)]
     set: Keys = Field(default_factory=dict)
     """Dotted keys of the run file, or of ``simulate``, and their values."""
 
 
 class Variation(Section):
+    """A smaller or larger size of a study: what is different about it."""
+
     base: str | None = None
     """Instead of the study's."""
     seeds: Seeds | None = None
@@ -106,17 +110,21 @@ class Trial:
 
     @property
     def name(self) -> str:
+        """The arm and the seed, in words."""
         return f"{self.arm}, seed {self.seed}"
 
     @cached_property
     def key(self) -> str:
-        """Of what is simulated: studies that have the same arm have the same simulation, which is made once."""
+        """The name of what is simulated: studies that have the same arm have the same simulation, which is made
+        once."""
         files = [canonical_json(self.files)] if self.files else []
         return digest(b"trial", canonical_json(self.what.model_dump(mode="json")), *files)[:8].hex()
 
 
 @dataclass(frozen=True, kw_only=True)
 class Study:
+    """A study of one size, and all its simulations."""
+
     name: str
     spec: StudySpec
     size: Size
@@ -127,7 +135,7 @@ class Study:
 
     @classmethod
     def load(cls, path: Path, size: Size) -> Study:
-        """Raises UsageError that names file, arm and key."""
+        """Returns the study in a file. Raises UsageError that names file, arm and key."""
         table = read_toml(path, "study")
         try:
             spec = StudySpec.model_validate(table)
@@ -152,6 +160,8 @@ class Study:
 
 
 def trial_of(base: Mapping[str, Any], arm: Arm, seed: int, changes: list[Keys], folder: Path, source: str) -> Trial:
+    """Returns one simulation: ``base`` with the changes, in their order. UsageError that names ``source`` and the
+    key."""
     table = copy.deepcopy(dict(base))
     for keys in changes:
         if "seed" in keys:
@@ -163,8 +173,8 @@ def trial_of(base: Mapping[str, Any], arm: Arm, seed: int, changes: list[Keys], 
 
 
 def files_of(spec: RunSpec, folder: Path) -> list[list[Any]]:
-    """Where the files and folders are that the run file names, relative to ``folder``, and the size and time of all
-    that is in them: with these, it is another simulation. Raises DataError."""
+    """Returns where the files and folders are that the run file names, relative to ``folder``, and the size and time of
+    all that is in them: with these, it is another simulation. Raises DataError."""
     data, found = spec.data, []
     tokenizer = None if data.tokenizer == "bytes" else data.tokenizer
     named = {"data.path": data.path, "model.path": spec.model.path, "data.tokenizer": tokenizer}
@@ -184,7 +194,7 @@ def files_of(spec: RunSpec, folder: Path) -> list[list[Any]]:
 
 
 def change(table: dict[str, Any], key: str, value: Any, source: str) -> None:
-    """Set a dotted key. UsageError where it goes through something that is no table."""
+    """Sets a dotted key. UsageError where it goes through something that is no table."""
     *sections, last = key.split(".")
     for section in sections:
         table = table.setdefault(section, {})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import mmap
 import shutil
@@ -49,14 +50,16 @@ class SimulatedTrainer:
     """It goes on from its own parameters for now, and takes theta when ``delay`` inner steps are over."""
 
     def read_local(self) -> None:
+        """Makes ``local`` what the model's parameters are."""
         self.parameters.read(self.local)
 
     def write_local(self) -> None:
+        """Makes the model's parameters what ``local`` is."""
         self.parameters.write(self.local)
 
     def learn(self, what: SimulatedRun, state: OuterState, inner_steps: Sequence[int]) -> list[float]:
-        """The inner steps before the outer step that follows ``state``; their losses, nats per token. They are counted
-        anew (``inner.place_in_run``) after each offer of a peer that came to nothing."""
+        """Makes the inner steps before the outer step that follows ``state``, and returns their losses, nats per token.
+        They are counted anew (``inner.place_in_run``) after each offer of a peer that came to nothing."""
         spec, options = what.run, what.simulate
         seed_dropout(spec.seed, self.name, state.step)
         losses = []
@@ -77,7 +80,8 @@ class SimulatedTrainer:
 
 
 def seed_dropout(seed: int, name: str, step: int) -> None:
-    """For models with dropout: the same draws in whatever order, and after a restart. Peers do not share theirs."""
+    """Seeds torch for models with dropout, so that draws are the same in whatever order, and after a restart. Peers do
+    not share theirs."""
     drawn = digest(b"dropout", seed.to_bytes(8, "big"), name.encode(), step.to_bytes(8, "big"))
     torch.manual_seed(int.from_bytes(drawn[:8], "big") >> 1)
 
@@ -99,10 +103,10 @@ def new_trainer(
 def warm_start(
     what: SimulatedRun, manifest: RunManifest, theta: Vector, corpus: Corpus, device: torch.device, folder: Path
 ) -> Vector:
-    """float32 [n]: theta after one worker's ``warm_steps``. After its warm-up the learning rate stays, for training
-    goes on; gradients are not accumulated, so that what has larger batches afterwards starts where others do. Kept in
-    ``folder`` under a name that says what it depends on. Of several processes, one makes it; where it is interrupted,
-    the next one goes on from its last checkpoint."""
+    """Returns theta, float32 [n], after one worker's ``warm_steps``. After its warm-up the learning rate stays, for
+    training goes on; gradients are not accumulated, so that what has larger batches afterwards starts where others do.
+    Kept in ``folder`` under a name that says what it depends on. Of several processes, one makes it; where it is
+    interrupted, the next one goes on from its last checkpoint."""
     steps, spec = what.simulate.warm_steps, what.run
     constant = spec.inner.model_copy(update={"steps": steps, "min_lr_ratio": 1.0, "grad_accumulation": 1})
     outer = spec.outer.model_copy(update={"steps": 1})
@@ -122,7 +126,7 @@ def warm_start(
 
 
 def make_warm(warm: SimulatedTrainer, steps: int, folder: Path) -> None:
-    """Have it learn alone; ``folder`` is for its checkpoints."""
+    """Has a trainer learn alone; ``folder`` is for its checkpoints."""
     inner, first = warm.inner, 0
     with open_checkpoint(folder) as checkpoint:
         if checkpoint is not None:
@@ -140,7 +144,7 @@ def make_warm(warm: SimulatedTrainer, steps: int, folder: Path) -> None:
             tensors = {**moments, "local": torch.from_numpy(warm.local)}
             with disk_errors(folder):
                 folder.mkdir(exist_ok=True)
-            write_checkpoint(folder, tensors, {"step": step, "steps": counts})
+            write_checkpoint(folder, tensors, json.dumps({"step": step, "steps": counts}))
         seed_dropout(inner.spec.seed, WARM_NAME, step)
         inner.step(warm.corpus, peer_id=WARM_NAME, at=place_in_run(inner.spec, 0, step, step))
     warm.read_local()

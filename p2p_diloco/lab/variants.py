@@ -22,7 +22,7 @@ BLOCK = 64
 
 
 def prune(gradient: Vector, layout: Layout, share: float) -> None:
-    """In place: zero ``share`` of each neuron's values (a row of a matrix; a vector is one neuron).
+    """Zeroes, in place, ``share`` of each neuron's values (a row of a matrix; a vector is one neuron).
 
     The sign that has more of the neuron's magnitude is elected, as in TIES-Merging (arXiv 2306.01708, section 4), from
     which the paper takes its pruning; values of the other sign go first, then those of the smallest magnitude.
@@ -43,7 +43,7 @@ def prune(gradient: Vector, layout: Layout, share: float) -> None:
 
 
 def quantize(values: Vector, bits: str) -> Vector:
-    """float32 [n] as it comes back from two bits or one a value, in blocks of 64 with a scale each.
+    """Returns float32 [n] as it comes back from two bits or one a value, in blocks of 64 with a scale each.
 
     int2: -1, 0 or 1 times the largest magnitude of the block. int1: the sign times the block's mean magnitude.
     """
@@ -63,7 +63,7 @@ BITS = {"int2": 2, "int1": 1}
 
 
 def quantized_bytes(n: int, bits: str) -> int:
-    """What ``n`` values would take: the integers, and a float32 scale a block."""
+    """Returns the bytes that ``n`` values would take: the integers, and a float32 scale a block."""
     return -(-n * BITS[bits] // 8) + 4 * -(-n // BLOCK)
 
 
@@ -78,7 +78,7 @@ class OuterRule:
     second: Vector
 
     def step(self, state: OuterState, update: Update) -> None:
-        """``state`` becomes the next one, in place. ValueError when the update does not follow from it."""
+        """Makes ``state`` the next one, in place. ValueError when the update does not follow from it."""
         check_update(state, update, self.grid)
         if self.spec.outer == "nesterov":
             apply_checked(state, update, self.grid, lr=self.lr, momentum=self.momentum)

@@ -16,7 +16,7 @@ batches from there: a function of run seed, peer id and step alone, as with any 
 What it costs: a peer downloads its documents before its first inner step, and those before the held-out ones, which are
 a small share of them; a peer that is new downloads anew, also beside another one on the same machine; a download that
 breaks off starts over. On the disk lie tokens alone, 1, 2 or 4 bytes each. After that no network is needed, but for
-simulations that divide the data set (``shards``): these read it again at each start.
+simulations that divide the data set (``own_texts``): these read it again at each start.
 
 Unless a name has @REVISION at its end, a peer that comes later reads what the hub has by then.
 

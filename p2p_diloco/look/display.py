@@ -1,5 +1,4 @@
-"""What a peer shows in a terminal: where it stands, and a table of everybody; also the table of ``status``, and the
-findings of ``doctor``.
+"""What a peer shows in a terminal: where it stands, and a table of everybody; also the table of ``status``.
 
 What others say about themselves (names above all) is shown as text and nothing else: no markup, no control characters,
 no marks that turn the direction of writing. Everything fits into 80 columns. Bars are of characters that differ, and so
@@ -11,26 +10,22 @@ from __future__ import annotations
 import math
 import re
 import unicodedata
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
 from rich.live import Live
 from rich.segment import Segment
-from rich.status import Status
 from rich.table import Table
 from rich.text import Text
 
 from p2p_diloco.core.config import MAX_NAME_CHARS
-from p2p_diloco.look.network_findings import Finding, exit_code
+from p2p_diloco.core.peer_row import PeerRow
 
 if TYPE_CHECKING:
     from p2p_diloco.learn.swarm import Swarm
-
-Row = Mapping[str, Any]
-"""A record as ``Swarm.rows`` has it: the fields of ``records.Record``, hashes in hex."""
 
 STDOUT = Console(highlight=False, soft_wrap=False)
 
@@ -48,7 +43,7 @@ IN_ASCII = str.maketrans("█░▸≠·–…→✓✗", "#.>!|-~>+x")
 
 @dataclass(frozen=True)
 class Legible:
-    """What is shown, in characters that the console's encoding has: others would be shown as numbers."""
+    """Shows ``what`` in characters that the console's encoding has: others would be shown as numbers."""
 
     what: RenderableType
 
@@ -88,7 +83,7 @@ class View:
     planned: int
     loss: float | None
     tokens_per_s: float
-    rows: Sequence[Row]
+    rows: Sequence[PeerRow]
     """Mine first."""
     evaluation: tuple[int, float] | None
     """As ``Swarm.evaluation``."""
@@ -97,11 +92,12 @@ class View:
 
     @classmethod
     def of(cls, swarm: Swarm) -> View:
-        rows = swarm.rows
+        """Returns what the screen of ``swarm``'s peer shows now."""
+        rows = [PeerRow.parse(row) for row in swarm.rows]
         return cls(
             run=swarm.manifest.spec.name,
             run_id=swarm.manifest.run_id,
-            role=rows[0]["role"] if rows else "",
+            role=rows[0].role if rows else "",
             step=swarm.step,
             steps=swarm.manifest.spec.outer.steps,
             head=swarm.head,
@@ -131,16 +127,18 @@ def live_table(swarm: Swarm, console: Console) -> Iterator[None]:
 
 
 def join_line(maddrs: Sequence[str]) -> str:
-    """What somebody else types to join; the most public address comes first in ``maddrs``."""
+    """Returns what somebody else types to join, or "" without an address; the most public one comes first in
+    ``maddrs``."""
     return f"p2p-diloco peer --initial-peers {maddrs[0]}" if maddrs else ""
 
 
 def screen_of(view: View, *, width: int, height: int) -> RenderableType:
+    """Returns the screen of one peer, which fits into ``width`` columns and ``height`` lines."""
     facts = f"run {view.run} {view.run_id[:12]} · outer step {view.step} of {view.steps}"
     lines: list[RenderableType] = [Text(facts, style="bold")]
     if view.role == "trainer":
         own = f"loss {decimal(view.loss)} · {count(view.tokens_per_s)} tokens/s"
-        lines += [Text(f"{own} · {held_out(view.evaluation)}"), Text(last_round(view.rows[0])), progress(view)]
+        lines += [Text(f"{own} · {held_out(view.evaluation)}"), Text(last_round(view.rows[0])), own_bar(view)]
     else:
         lines.append(Text(held_out(view.evaluation)))
     lines += [Text(), peers_table(view.rows, head=view.head, width=width, most=max(height - HEADER_LINES, 1), own=True)]
@@ -149,24 +147,23 @@ def screen_of(view: View, *, width: int, height: int) -> RenderableType:
     return Legible(Group(*lines))
 
 
-def last_round(me: Row) -> str:
-    if not me["group_size"]:
+def last_round(me: PeerRow) -> str:
+    """Returns the words for the last round of the peer of this row."""
+    if not me.group_size:
         return "last round: none yet"
-    cost = f"{me['round_s']:.2f} s" if me["round_s"] < 100_000 else "huge"
-    return f"last round: group of {count(me['group_size'])}, {cost}, {count(me['round_bytes'])}B"
+    cost = f"{me.round_s:.2f} s" if me.round_s < 100_000 else "huge"
+    return f"last round: group of {count(me.group_size)}, {cost}, {count(me.round_bytes)}B"
 
 
-def progress(view: View) -> RenderableType:
-    return Text(f"inner steps {bar(view.inner_step, view.planned, OWN_BAR_COLUMNS)} {inner(view)}")
+def own_bar(view: View) -> RenderableType:
+    """Returns the bar of this peer's inner steps since its last outer step."""
+    done = f"{bar(view.inner_step, view.planned, OWN_BAR_COLUMNS)} {fraction(view.inner_step, view.planned)}"
+    return Text(f"inner steps {done}")
 
 
-def inner(view: View) -> str:
-    return f"{count(view.inner_step)}/{count(view.planned)}"
-
-
-def peers_table(rows: Sequence[Row], *, head: str, width: int, most: int, own: bool) -> RenderableType:
-    """``head``: rows of peers that stand on another one are marked. ``own``: the first row is this peer's. Headings
-    have the unit in their second line; losses are per token."""
+def peers_table(rows: Sequence[PeerRow], *, head: str, width: int, most: int, own: bool) -> RenderableType:
+    """Returns a table of the first ``most`` rows. ``head``: rows of peers that stand on another one are marked.
+    ``own``: the first row is this peer's. Headings have the unit in their second line; losses are per token."""
     table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="dim")
     table.add_column("")
     table.add_column("peer")
@@ -177,105 +174,40 @@ def peers_table(rows: Sequence[Row], *, head: str, width: int, most: int, own: b
     name_columns = max(min(width - OTHER_COLUMNS, MAX_NAME_CHARS), 8)
     for number, row in enumerate(rows[:most]):
         mine = own and number == 0
-        elsewhere = row["head"] != head
-        trains = row["role"] == "trainer"
-        name = Text(label(row))
+        elsewhere = row.head != head
+        trains = row.role == "trainer"
+        name = Text(label(row.name, row.peer_id))
         name.truncate(name_columns, overflow="ellipsis")
         table.add_row(
             "▸" if mine else "≠" if elsewhere else "",
             name,
-            Text(row["role"]),
-            Text(row["phase"]),
-            count(row["step"]),
-            fraction(row["inner_step"], row["inner_steps_planned"]) if trains else NOTHING,
-            decimal(row["loss"]),
-            count(row["tokens_per_s"]) if trains else NOTHING,
-            count(row["tokens"]) if trains else NOTHING,
-            count(row["group_size"]) if row["group_size"] else NOTHING,
+            Text(row.role),
+            Text(row.phase),
+            count(row.step),
+            fraction(row.inner_step, row.inner_steps_planned) if trains else NOTHING,
+            decimal(row.loss),
+            count(row.tokens_per_s) if trains else NOTHING,
+            count(row.tokens) if trains else NOTHING,
+            count(row.group_size) if row.group_size else NOTHING,
             style="bold" if mine else "yellow" if elsewhere else "",
         )
     notes = []
     if len(rows) > most:
         notes.append(f"and {len(rows) - most} more")
-    if any(row["head"] != head for row in rows[int(own) : most]):
+    if any(row.head != head for row in rows[int(own) : most]):
         notes.append("≠ on another head")
     return Group(table, Text("; ".join(notes), style="dim")) if notes else table
 
 
-MARKS = {"ok": ("✓", "green"), "warning": ("!", "yellow"), "problem": ("✗", "red")}
-WHAT_COLUMNS = 12
-
-
-class Checklist:
-    """Findings as they come. On a terminal with marks, the remedy on a line of its own, and below them what is being
-    measured; elsewhere one plain line each. ``console`` None keeps silent."""
-
-    def __init__(self, console: Console | None) -> None:
-        self.findings: list[Finding] = []
-        self.measuring = ""
-        self._console = console
-        self._status: Status | None = None
-
-    def __enter__(self) -> Checklist:
-        if self._console is not None and self._console.is_terminal:
-            spinner = "line" if self._console.options.ascii_only else "dots"
-            self._status = self._console.status("", spinner=spinner)
-            self._status.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._status is not None:
-            self._status.stop()
-
-    def measure(self, what: str) -> None:
-        """``what`` is being measured from now on: said while one waits for it."""
-        self.measuring = what
-        if self._status is not None:
-            self._status.update(Text(what, style="dim"))
-
-    def add(self, finding: Finding) -> None:
-        self.findings.append(finding)
-        if self._console is None:
-            return
-        if not self._console.is_terminal:
-            self._print(f"{finding.kind:<8} {finding.what:<{WHAT_COLUMNS}} {plain(finding.line)}")
-            return
-        mark, style = MARKS[finding.kind]
-        row = Table.grid(padding=(0, 1))
-        row.add_column(width=1)
-        row.add_column(width=WHAT_COLUMNS)
-        row.add_column(overflow="fold")
-        row.add_row(Text(mark, style=style), Text(finding.what, style="bold"), Text(plain(finding.measured)))
-        if finding.remedy:
-            row.add_row("", "", Text(f"→ {plain(finding.remedy)}", style=style))
-        self._console.print(Legible(row))
-
-    def conclude(self) -> int:
-        """Say it all in one line; the exit code."""
-        code = exit_code(self.findings)
-        problems = sum(finding.kind == "problem" for finding in self.findings)
-        said = f"{problems} problem{'s' if problems > 1 else ''} to mend" if problems else "this machine can train"
-        if self._console is not None and self._console.is_terminal:
-            self._console.print(Text(f"\n{said}", style="bold red" if problems else "bold green"))
-        elif self._console is not None:
-            self._print(said)
-        return code
-
-    def _print(self, line: str) -> None:
-        """However long, one line."""
-        if self._console is not None:
-            self._console.print(Text(line), soft_wrap=True)
-
-
-def label(row: Row) -> str:
-    """The peer's name, or the end of its id."""
-    return plain(row["name"])[:MAX_NAME_CHARS].strip() or str(row["peer_id"])[-8:]
+def label(name: str, peer_id: str) -> str:
+    """Returns what a peer is called: its name, or the end of its id where it shows none."""
+    return plain(name)[:MAX_NAME_CHARS].strip() or peer_id[-8:]
 
 
 def plain(text: str, keep: str = "") -> str:
-    """Without characters that do anything but show: control, format and direction marks, line separators, surrogates;
-    those in ``keep`` stay. What a stranger sent may not steer the terminal. Bytes of a path that are no text are shown
-    as numbers."""
+    """Returns ``text`` without characters that do anything but show: control, format and direction marks, line
+    separators, surrogates; those in ``keep`` stay. What a stranger sent may not steer the terminal. Bytes of a path
+    that are no text are shown as numbers."""
     text = BYTE.sub(lambda byte: f"\\x{ord(byte[0]) - 0xDC00:02x}", text)
     return "".join(c for c in text if c in keep or unicodedata.category(c) not in UNSEEN)
 
@@ -294,7 +226,7 @@ def held_out(evaluation: tuple[int, float] | None) -> str:
 
 
 def count(number: float) -> str:
-    """At most six characters: 99999, 123k, 4.56M."""
+    """Returns a number in at most six characters: 99999, 123k, 4.56M."""
     if number < 100_000:
         return f"{number:.0f}"
     for unit in "kMGTPE":
@@ -305,10 +237,12 @@ def count(number: float) -> str:
 
 
 def fraction(done: int, of: int) -> str:
+    """Returns "57/100"."""
     return f"{count(done)}/{count(of)}"
 
 
 def decimal(number: float | None) -> str:
+    """Returns a loss as it is shown, and a dash for one that is not known or not finite."""
     if number is None or not math.isfinite(number):
         return NOTHING
     return f"{number:.4f}" if abs(number) < 1000 else f"{number:.1e}"

@@ -4,7 +4,7 @@ addresses    resolved, dialled, and asked for the manifest, without any DHT
 clock        before the DHT, from which a clock that is wrong shuts one out
 run          announced in the DHT; the records of its peers, read as an observer
 connection   bandwidth with a peer that is willing; peers are asked to dial us
-machine      ``trial`` in a process of its own
+machine      ``machine_trial`` in a process of its own
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 from p2p_diloco.core.addresses import parse_host_maddr
 from p2p_diloco.core.config import Timeouts
@@ -26,8 +25,7 @@ from p2p_diloco.core.records import Record, peers_key
 from p2p_diloco.core.waiting import deadline
 from p2p_diloco.learn.textfiles import text_files
 from p2p_diloco.ledger.folder import folder_bytes, run_folder
-from p2p_diloco.look.display import Checklist
-from p2p_diloco.look.listener import dial_backs, listening, would_relay
+from p2p_diloco.look.findings import Checklist, error_finding, late_finding
 from p2p_diloco.look.machine_findings import (
     MachineTrial,
     device_finding,
@@ -44,12 +42,19 @@ from p2p_diloco.look.network_findings import (
     bandwidth_finding,
     client_mode_finding,
     clock_finding,
-    error_finding,
-    late_finding,
     reachable_finding,
     run_finding,
 )
-from p2p_diloco.look.network_trial import Candidate, clock_offsets, measure_bandwidth, try_address
+from p2p_diloco.look.network_trial import (
+    Candidate,
+    clock_offsets,
+    dial_backs,
+    listening,
+    measure_bandwidth,
+    try_address,
+    would_relay,
+)
+from p2p_diloco.look.request import Request
 from p2p_diloco.look.status import live_records, observer
 from p2p_diloco.wire.channel import Transport, run_protocol
 from p2p_diloco.wire.discovery import find_manifest
@@ -64,23 +69,10 @@ CLOCKS = 3
 """Peers whose time is asked for."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Request:
-    """What the user would start a peer with."""
-
-    initial_peers: tuple[str, ...]
-    folder: Path
-    run_id: str | None = None
-    client_mode: bool = False
-    host_maddrs: tuple[str, ...] = ("/ip4/0.0.0.0/tcp/0",)
-    announce_maddrs: tuple[str, ...] = ()
-    device: str = "auto"
-    threads: int | None = None
-    data: Path | None = None
-
-
 @dataclass(kw_only=True)
 class Checkup:
+    """Goes through all that can be checked, and adds a finding to the checklist for each."""
+
     request: Request
     checklist: Checklist
     timeouts: Timeouts
@@ -94,6 +86,7 @@ class Checkup:
     bandwidth: Bandwidth | None = None
 
     async def go(self) -> None:
+        """Checks the network, for at most ``NETWORK_S``, then this machine. Whatever fails is a finding."""
         try:
             async with deadline(NETWORK_S):
                 await self._network()
@@ -103,7 +96,7 @@ class Checkup:
             self.checklist.add(error_finding("network", error))
         await self._machine()
 
-    # -- the network -----------------------------------------------------------------------------------------------
+    # -- the network ---------------------------------------------------------------------------------------------------
 
     async def _network(self) -> None:
         checklist = self.checklist
@@ -190,7 +183,7 @@ class Checkup:
         )
         self.checklist.add(finding)
 
-    # -- the machine -----------------------------------------------------------------------------------------------
+    # -- the machine ---------------------------------------------------------------------------------------------------
 
     async def _machine(self) -> None:
         request, add, manifest = self.request, self.checklist.add, self.manifest
@@ -240,7 +233,8 @@ class Checkup:
 
 
 def served_runs(trials: Sequence[AddressTrial]) -> dict[str, list[Candidate]]:
-    """Run id -> who serves its manifest, of the sound ones: what is wrong with others is said when the run is found."""
+    """Returns run id -> who serves its manifest, of the sound ones: what is wrong with others is said when the run is
+    found."""
     runs: dict[str, list[Candidate]] = {}
     for trial in trials:
         peer = Candidate(peer_id=trial.peer_id, maddrs=(trial.maddr,))
@@ -253,8 +247,8 @@ def served_runs(trials: Sequence[AddressTrial]) -> dict[str, list[Candidate]]:
 
 
 def candidates_of(peers: Sequence[Candidate], records: Sequence[Record]) -> list[Candidate]:
-    """Whom to ask: seeds first, for they are in no round; then those whose address the user gave; nobody whom one
-    cannot dial."""
+    """Returns whom to ask: seeds first, for they are in no round; then those whose address the user gave; nobody whom
+    one cannot dial."""
     known = {peer.peer_id: peer for peer in peers}
     dialled = [record for record in records if record.maddrs and not record.client_mode]
     for record in dialled:
@@ -264,6 +258,7 @@ def candidates_of(peers: Sequence[Candidate], records: Sequence[Record]) -> list
 
 
 def fixed_port(host_maddrs: Sequence[str]) -> int:
-    """The port that the user has chosen, or ours to propose: one that the system chose is another one next time."""
+    """Returns the port that the user has chosen, or ours to propose: one that the system chose is another one next
+    time."""
     chosen = (int(parse_host_maddr(maddr)[3]) for maddr in host_maddrs)
     return next((port for port in chosen if port), USUAL_PORT)

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
-from typing import Any, get_args
+from typing import get_args
 
 from prometheus_client import generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -19,10 +19,10 @@ from prometheus_client.registry import Collector
 
 from p2p_diloco import __version__
 from p2p_diloco.core.manifest import RunManifest
-from p2p_diloco.core.records import Fault, Record
+from p2p_diloco.core.records import Fault, Record, Role
 from p2p_diloco.look.display import label, plain
 from p2p_diloco.look.history import History
-from p2p_diloco.look.overview import STATES, Overview, addresses_to_join, scrape_targets, state_of
+from p2p_diloco.look.overview import STATES, Overview, State, addresses_to_join, scrape_targets, state_of
 from p2p_diloco.peer.web import Response
 
 PREFIX = "p2p_diloco_swarm_"
@@ -45,19 +45,23 @@ class Sight:
 
     @cached_property
     def metrics(self) -> Response:
+        """The text that Prometheus scrapes."""
         collected = _Collected((*swarm_metrics(self), *peer_metrics(self.overview)))
         return Response(body=generate_latest(collected), content_type=METRICS_TYPE)
 
     @cached_property
     def targets(self) -> Response:
-        return json_response(targets_of(self))
+        """The peers that Prometheus can scrape themselves, as JSON."""
+        return json_response([asdict(target) for target in targets_of(self)])
 
     @cached_property
     def status(self) -> Response:
-        return json_response(status_of(self))
+        """What the page asks for, as JSON."""
+        return json_response(asdict(page_of(self)))
 
 
 def json_response(value: object) -> Response:
+    """Returns a response whose body is ``value`` as JSON. ValueError for what a browser's JSON cannot say."""
     body = json.dumps(value, separators=(",", ":"), allow_nan=False).encode()
     return Response(body=body, content_type=JSON_TYPE)
 
@@ -74,7 +78,7 @@ class _Collected(Collector):
 
 
 def swarm_metrics(sight: Sight) -> Iterator[Metric]:
-    """What nobody reports has no sample."""
+    """Yields the metrics of the swarm as a whole; what nobody reports has no sample."""
     manifest, overview, history = sight.manifest, sight.overview, sight.history
     run = {
         "run_id": manifest.run_id,
@@ -109,7 +113,7 @@ def swarm_metrics(sight: Sight) -> Iterator[Metric]:
 
 
 def peer_metrics(overview: Overview) -> Iterator[Metric]:
-    """One series a live peer each, labelled with its whole id."""
+    """Yields the metrics that have one series for each live peer, labelled with its whole id."""
     records = overview.records
     ids = [{"peer": record.peer_id} for record in records]
     yield gauge("peer_info", "A live peer.", *((info_of(record), 1) for record in records))
@@ -133,6 +137,7 @@ def peer_metrics(overview: Overview) -> Iterator[Metric]:
 
 
 def info_of(record: Record) -> dict[str, str]:
+    """Returns the labels of ``peer_info``."""
     return {
         "peer": record.peer_id,
         "name": label_of(record),
@@ -144,10 +149,12 @@ def info_of(record: Record) -> dict[str, str]:
 
 
 def label_of(record: Record) -> str:
-    return label({"name": record.name, "peer_id": record.peer_id})
+    """Returns what the peer of a record is called."""
+    return label(record.name, record.peer_id)
 
 
 def gauge(name: str, documentation: str, *samples: tuple[Mapping[str, str], float | None]) -> GaugeMetricFamily:
+    """Returns a gauge with these samples, (labels, value) each; those without a value are left out."""
     family = GaugeMetricFamily(PREFIX + name, documentation)
     for labels, value in samples:
         if value is not None:
@@ -155,10 +162,20 @@ def gauge(name: str, documentation: str, *samples: tuple[Mapping[str, str], floa
     return family
 
 
-def targets_of(sight: Sight) -> list[dict[str, Any]]:
-    """https://prometheus.io/docs/prometheus/latest/http_sd/"""
+@dataclass(frozen=True, kw_only=True)
+class Target:
+    """A peer to be scraped, as Prometheus's service discovery over HTTP wants it:
+    https://prometheus.io/docs/prometheus/latest/http_sd/"""
+
+    targets: tuple[str, ...]
+    """One address, HOST:PORT."""
+    labels: Mapping[str, str]
+
+
+def targets_of(sight: Sight) -> list[Target]:
+    """Returns the peers that can be scraped, one target each."""
     return [
-        {"targets": [address], "labels": {"peer": record.peer_id, "name": label_of(record)}}
+        Target(targets=(address,), labels={"peer": record.peer_id, "name": label_of(record)})
         for address, record in scrape_targets(sight.overview.records, private=sight.private_targets).items()
     ]
 
@@ -166,47 +183,101 @@ def targets_of(sight: Sight) -> list[dict[str, Any]]:
 # -- the page ----------------------------------------------------------------------------------------------------------
 
 
-def status_of(sight: Sight) -> dict[str, Any]:
-    """What the page asks for every few seconds."""
+@dataclass(frozen=True, kw_only=True)
+class PageRun:
+    """What the page says of the run itself."""
+
+    name: str
+    id: str
+    steps: int
+    n_params: int
+    byte_level: bool
+    """A token is a byte."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PageRow:
+    """A peer on the page."""
+
+    peer: str
+    name: str
+    role: Role
+    state: State
+    step: int
+    inner_step: int
+    planned: int
+    loss: float | None
+    tokens: int
+    tokens_per_s: float
+    version: str
+
+    @classmethod
+    def of(cls, record: Record) -> PageRow:
+        """Returns the row of a record."""
+        return cls(
+            peer=record.peer_id,
+            name=label_of(record),
+            role=record.role,
+            state=state_of(record),
+            step=record.step,
+            inner_step=record.inner_step,
+            planned=record.inner_steps_planned,
+            loss=record.loss,
+            tokens=record.tokens,
+            tokens_per_s=record.tokens_per_s,
+            version=plain(record.version),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Page:
+    """What the page asks for every few seconds; ``overview.Overview`` and ``history.History`` say what figures mean."""
+
+    run: PageRun
+    now_s: float
+    up: bool
+    step: int
+    step_since_s: float | None
+    heads: int
+    peers: Mapping[State, int]
+    tokens: int
+    tokens_per_s: float | None
+    loss: float | None
+    held_out_loss: float | None
+    held_out_step: int
+    join_line: str
+    """Empty while nobody can be dialled."""
+    rows: tuple[PageRow, ...]
+    curve: Mapping[str, list[float | None]]
+    """Columns."""
+    pace: Mapping[str, list[float | None]]
+
+
+def page_of(sight: Sight) -> Page:
+    """Returns what the page shows of ``sight``: trainers before seeds, whoever has trained on most tokens first."""
     manifest, overview, history = sight.manifest, sight.overview, sight.history
     addresses = " ".join(addresses_to_join(overview.records, sight.initial_peers))
-    return {
-        "run": {
-            "name": manifest.spec.name,
-            "id": manifest.run_id,
-            "steps": manifest.spec.outer.steps,
-            "n_params": manifest.n_params,
-            "byte_level": not manifest.tokenizer_json,
-        },
-        "now_s": overview.now_s,
-        "up": overview.step is not None,
-        "step": history.step,
-        "step_since_s": history.step_since_s,
-        "heads": overview.heads,
-        "peers": overview.peers,
-        "tokens": overview.tokens,
-        "tokens_per_s": overview.tokens_per_s,
-        "loss": overview.loss,
-        "held_out_loss": overview.held_out_loss,
-        "held_out_step": overview.held_out_step,
-        "join_line": addresses and f"p2p-diloco peer --initial-peers {addresses} --run-id {manifest.run_id}",
-        "rows": [row_of(record) for record in sorted(overview.records, key=lambda r: (r.role == "seed", -r.tokens))],
-        "curve": history.curve_columns(),
-        "pace": history.pace_columns(),
-    }
-
-
-def row_of(record: Record) -> dict[str, Any]:
-    return {
-        "peer": record.peer_id,
-        "name": label_of(record),
-        "role": record.role,
-        "state": state_of(record),
-        "step": record.step,
-        "inner_step": record.inner_step,
-        "planned": record.inner_steps_planned,
-        "loss": record.loss,
-        "tokens": record.tokens,
-        "tokens_per_s": record.tokens_per_s,
-        "version": plain(record.version),
-    }
+    return Page(
+        run=PageRun(
+            name=manifest.spec.name,
+            id=manifest.run_id,
+            steps=manifest.spec.outer.steps,
+            n_params=manifest.n_params,
+            byte_level=not manifest.tokenizer_json,
+        ),
+        now_s=overview.now_s,
+        up=overview.step is not None,
+        step=history.step,
+        step_since_s=history.step_since_s,
+        heads=overview.heads,
+        peers=overview.peers,
+        tokens=overview.tokens,
+        tokens_per_s=overview.tokens_per_s,
+        loss=overview.loss,
+        held_out_loss=overview.held_out_loss,
+        held_out_step=overview.held_out_step,
+        join_line=addresses and f"p2p-diloco peer --initial-peers {addresses} --run-id {manifest.run_id}",
+        rows=tuple(PageRow.of(r) for r in sorted(overview.records, key=lambda r: (r.role == "seed", -r.tokens))),
+        curve=history.curve_columns(),
+        pace=history.pace_columns(),
+    )

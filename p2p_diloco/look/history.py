@@ -28,6 +28,8 @@ GAP = 6
 
 
 class CurvePoint(BaseModel):
+    """The losses at one outer step."""
+
     model_config = ConfigDict(strict=True, extra="forbid")
 
     step: Natural
@@ -38,6 +40,8 @@ class CurvePoint(BaseModel):
 
 
 class PacePoint(BaseModel):
+    """How fast the swarm was at one moment."""
+
     model_config = ConfigDict(strict=True, extra="forbid")
 
     at_s: Finite
@@ -48,6 +52,8 @@ class PacePoint(BaseModel):
 
 
 class History(BaseModel):
+    """The curve and the pace of one run."""
+
     model_config = ConfigDict(strict=True, extra="forbid")
 
     run_id: str
@@ -65,7 +71,7 @@ class History(BaseModel):
 
     @classmethod
     def load(cls, path: Path, run_id: str) -> History:
-        """A new one where there is none, or none that can be read."""
+        """Returns what a file has; a new one where there is none, or none that can be read."""
         try:
             history = cls.model_validate_json(path.read_bytes())
         except FileNotFoundError:
@@ -76,7 +82,7 @@ class History(BaseModel):
         return history if history.run_id == run_id else cls(run_id=run_id)
 
     def save(self, path: Path) -> None:
-        """Writes the file whole or not at all. To lose it costs a curve, so a disk that fails is only told."""
+        """Writes it to a file, whole or not at all. To lose it costs a curve, so a disk that fails is only told."""
         try:
             with replacing(path) as file:
                 file.write(self.model_dump_json().encode())
@@ -84,6 +90,7 @@ class History(BaseModel):
             log.warning("%s: cannot be written (%s)", path, error.strerror)
 
     def learn(self, overview: Overview) -> None:
+        """Takes in what is seen now."""
         if overview.step is not None:
             if overview.step != self.step or self.step_since_s is None:
                 self.step, self.step_since_s = overview.step, overview.now_s
@@ -126,6 +133,7 @@ class History(BaseModel):
             self.pace, self.pace_every_s = self.pace[::2], 2 * self.pace_every_s
 
     def curve_columns(self) -> dict[str, list[float | None]]:
+        """Returns the curve in columns, as the page draws it."""
         return {
             "step": [point.step for point in self.curve],
             "held_out_loss": [point.held_out_loss for point in self.curve],
@@ -133,6 +141,7 @@ class History(BaseModel):
         }
 
     def pace_columns(self) -> dict[str, list[float | None]]:
+        """Returns the pace in columns, as the page draws it."""
         return {
             "at_s": [round(point.at_s, 1) for point in self.pace],
             "tokens_per_s": [point.tokens_per_s for point in self.pace],

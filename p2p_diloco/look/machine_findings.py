@@ -1,5 +1,5 @@
 """What a machine is good for in a run: findings about device, memory, text, disk, and how long an outer step will take.
-Pure, as ``doctor``. ``trial`` measures.
+Pure; ``machine_trial`` measures.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from p2p_diloco.core.records import Record
 from p2p_diloco.core.update import max_update_bytes
 from p2p_diloco.learn.hub import DATA_SET_NAME
 from p2p_diloco.ledger.snapshot import snapshot_bytes
-from p2p_diloco.look.network_findings import Bandwidth, Finding, Kind, amount, span
+from p2p_diloco.look.findings import Finding, Kind, amount, span
+from p2p_diloco.look.network_findings import Bandwidth
 
 PROGRAM_BYTES = 800_000_000
 """Of a peer without a model: 420 MB trainer, 300 MB network process, 75 MB p2pd."""
@@ -31,7 +32,7 @@ tensor's two moments at a time, which in a model that is a single tensor are all
 
 @dataclass(frozen=True, kw_only=True)
 class MachineTrial:
-    """What ``trial`` found out, as far as it came."""
+    """What ``machine_trial`` found out, as far as it came."""
 
     device: str = ""
     """And what it is called; empty where torch did not come so far."""
@@ -53,10 +54,12 @@ class MachineTrial:
 
     @property
     def inner_step_s(self) -> float | None:
+        """The time of an inner step; None where none was timed."""
         return statistics.median(self.step_s[1:] or self.step_s) if self.step_s else None
 
 
 def device_finding(trial: MachineTrial) -> Finding:
+    """Returns the finding about the device."""
     if not trial.device:
         measured, _, remedy = (trial.trouble or "torch does not start").partition("; ")
         return Finding(kind="problem", what="device", measured=measured, remedy=remedy or "install torch again")
@@ -65,13 +68,14 @@ def device_finding(trial: MachineTrial) -> Finding:
 
 
 def memory_needs(n: int, *, on_cpu: bool) -> tuple[int, int]:
-    """Bytes that training ``n`` parameters takes at least: (of the system's memory, of the device's)."""
+    """Returns the bytes that training ``n`` parameters takes at least: (of the system's memory, of the device's)."""
     if on_cpu:
         return PROGRAM_BYTES + BYTES_PER_PARAMETER * n, 0
     return PROGRAM_BYTES + 12 * n, BYTES_ON_A_DEVICE * n
 
 
 def memory_finding(trial: MachineTrial, n: int) -> Finding:
+    """Returns the finding about memory, for a model of ``n`` parameters."""
     need, device_need = memory_needs(n, on_cpu=trial.on_cpu)
     pools = [("memory", trial.free_bytes, need, BYTES_TO_SAVE * n)]
     if not trial.on_cpu:
@@ -91,7 +95,7 @@ def memory_finding(trial: MachineTrial, n: int) -> Finding:
 
 
 def text_finding(manifest: RunManifest, trial: MachineTrial, own_data: str) -> Finding:
-    """``own_data``: what ``--data`` names; empty without."""
+    """Returns the finding about what there is to train on. ``own_data``: what ``--data`` names; empty without."""
     if own_data:
         return Finding(kind="ok", what="text", measured=f"your own, {own_data}")
     data = manifest.spec.data
@@ -118,15 +122,15 @@ def text_finding(manifest: RunManifest, trial: MachineTrial, own_data: str) -> F
 
 
 def disk_needs(manifest: RunManifest) -> int:
-    """Bytes that a peer's folder takes at most: the two snapshots kept and one being written, all updates since the
-    older one, and AdamW's state twice, while a new one replaces it."""
+    """Returns the bytes that a peer's folder takes at most: the two snapshots kept and one being written, all updates
+    since the older one, and AdamW's state twice, while a new one replaces it."""
     n, spec = manifest.n_params, manifest.spec
     updates = 2 * min(spec.round.snapshot_every, spec.outer.steps) * max_update_bytes(manifest.grid)
     return 3 * snapshot_bytes(n) + updates + 2 * 12 * n
 
 
 def disk_finding(manifest: RunManifest, folder: Path, *, free: int, held: int, writable: bool) -> Finding:
-    """``held``: what this run takes there already."""
+    """Returns the finding about the peer's folder. ``held``: what this run takes there already."""
     needed = disk_needs(manifest)
     if not writable:
         return Finding(
@@ -142,8 +146,8 @@ def disk_finding(manifest: RunManifest, folder: Path, *, free: int, held: int, w
 
 
 def exchange_bytes(n_bytes: int, group: int, *, client_mode: bool) -> float:
-    """Bytes that one member of ``group`` sends in a round, and receives as many. ``n_bytes``: of an encoded outer
-    gradient. The others' parts of mine and mine of theirs; in client mode all of mine, and all of the mean."""
+    """Returns the bytes that one member of ``group`` sends in a round, and receives as many. ``n_bytes``: of an encoded
+    outer gradient. The others' parts of mine and mine of theirs; in client mode all of mine, and all of the mean."""
     return float(n_bytes) if client_mode else 2 * n_bytes * (group - 1) / group
 
 
@@ -156,7 +160,8 @@ def outer_step_finding(
     client_mode: bool,
     timeouts: Timeouts,
 ) -> Finding:
-    """Seconds that an outer step will take here: the inner steps that this peer will plan, and the exchange."""
+    """Returns the finding about the time of an outer step here: the inner steps that this peer will plan, and the
+    exchange."""
     spec, step_s = manifest.spec, trial.inner_step_s
     if step_s is None or trial.trouble:
         measured, _, remedy = (trial.trouble or "not known, no inner step was timed").partition("; ")

@@ -1,8 +1,8 @@
-"""A trial of this machine: ``python -m p2p_diloco.look.machine_trial DEVICE THREADS [MANIFEST]``, in a process of its own, so
-that a device that hangs, or memory that runs out, ends nothing else.
+"""A trial of this machine: ``python -m p2p_diloco.look.machine_trial DEVICE THREADS [MANIFEST]``, in a process of its
+own, so that a device that hangs, or memory that runs out, ends nothing else.
 
-Prints one JSON object a line, each with some fields of ``fitness.MachineTrial``, as soon as they are known: whoever
-started it reads as far as it came.
+Prints one JSON object a line, each with some fields of ``machine_findings.MachineTrial``, as soon as they are known:
+whoever started it reads as far as it came.
 """
 
 from __future__ import annotations
@@ -36,7 +36,8 @@ CGROUP = Path("/sys/fs/cgroup")
 
 
 async def try_machine(device: str, threads: int | None, signed: bytes, *, limit_s: float) -> MachineTrial:
-    """What the trial finds out within ``limit_s``. ``signed``: the run's manifest, or empty: then without its model."""
+    """Returns what the trial finds out within ``limit_s``. ``signed``: the run's manifest, or empty: then without its
+    model."""
     facts: dict[str, Any] = {}
     with tempfile.TemporaryDirectory(prefix="p2p-diloco-") as folder:
         arguments = [device, str(threads or 0)]
@@ -72,18 +73,20 @@ async def try_machine(device: str, threads: int | None, signed: bytes, *, limit_
 
 
 async def end(process: asyncio.subprocess.Process) -> None:
-    """Returns when both the process and its pipe have ended: a loop that closes before complains."""
+    """Kills a process; returns when both it and its pipe have ended: a loop that closes before complains."""
     if process.returncode is None:
         process.kill()
     await process.communicate()
 
 
 def exit_reason(code: int | None) -> str:
+    """Returns why a process ended, in words."""
     return "killed, most likely because memory ran out" if code == -signal.SIGKILL else f"exit code {code}"
 
 
 def main(device_name: str, threads: int, manifest: RunManifest | None) -> None:
-    """``threads``: 0 for what a peer takes by itself. Raises LocalError."""
+    """Makes the trial in this process, and tells of it. ``threads``: 0 for what a peer takes by itself. Raises
+    LocalError."""
     import torch
 
     from p2p_diloco.learn.model import pick_device
@@ -113,10 +116,12 @@ def main(device_name: str, threads: int, manifest: RunManifest | None) -> None:
 
 
 def tell(**fields: Any) -> None:
+    """Prints one line of what is known."""
     print(json.dumps(fields), flush=True)
 
 
 def name_of(device: Any) -> str:
+    """Returns what a device is called."""
     import torch
 
     if device.type == "cuda":
@@ -125,7 +130,8 @@ def name_of(device: Any) -> str:
 
 
 def matrix_flops(device: Any) -> float:
-    """Of a product of two square matrices of float32, the second one of two. RuntimeError where the device is unfit."""
+    """Returns the operations per second of a product of two square matrices of float32, the second one of two.
+    RuntimeError where the device is unfit."""
     import torch
 
     a = torch.ones(MATRIX, MATRIX, device=device)
@@ -139,7 +145,7 @@ def matrix_flops(device: Any) -> float:
 
 
 def free_memory_bytes() -> int | None:
-    """What programs can still take: of the machine, or of the container that this runs in."""
+    """Returns what programs can still take: of the machine, or of the container that this runs in."""
     try:
         facts = dict(line.split(":", 1) for line in MEMINFO.read_text(encoding="utf-8").splitlines())
         free = int(facts["MemAvailable"].split()[0]) * 1024
@@ -153,13 +159,14 @@ def free_memory_bytes() -> int | None:
 
 
 def free_device_bytes(device: Any) -> int | None:
+    """Returns the free memory of an accelerator; None for a CPU."""
     import torch
 
     return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
 
 
 def time_steps(manifest: RunManifest, device: Any) -> None:
-    """Some inner steps of the run's model, from random parameters, on random tokens."""
+    """Tells how long some inner steps of the run's model take, from random parameters, on random tokens."""
     import numpy as np
 
     from p2p_diloco.learn.data import Corpus

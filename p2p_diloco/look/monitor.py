@@ -69,11 +69,14 @@ class Observing(Protocol):
     timeouts: Timeouts
 
     @property
-    def rejected(self) -> Counter[Fault]: ...
+    def rejected(self) -> Counter[Fault]:
+        """Records that were refused before they came here, by fault."""
 
-    async def look_up(self, key: str) -> list[bytes]: ...
+    async def look_up(self, key: str) -> list[bytes]:
+        """Returns the records under a key, as they were signed."""
 
-    async def meet(self, peers: dict[str, list[str]]) -> None: ...
+    async def meet(self, peers: dict[str, list[str]]) -> None:
+        """Dials peers, so that the DHT knows them."""
 
 
 class Monitor:
@@ -105,7 +108,7 @@ class Monitor:
         self.sight = self._sight([], wall_s())
 
     async def run(self) -> None:
-        """Look from time to time, until cancelled."""
+        """Looks from time to time, until it is cancelled."""
         loop = asyncio.get_running_loop()
         saved_s = sought_s = loop.time()
         try:
@@ -123,7 +126,7 @@ class Monitor:
             self.history.save(self.history_path)
 
     async def look(self) -> bool:
-        """Read the records in the DHT. Whether any of them was sound and of this time."""
+        """Reads the records in the DHT, and returns whether any of them was sound and of this time."""
         sealed = await self.transport.look_up(peers_key(self.manifest.run_id))
         now_s, found = self.wall_s(), False
         for one in sealed:
@@ -148,7 +151,8 @@ class Monitor:
         return min(max(timeouts.refresh_s, seen / RECORDS_PER_S), timeouts.record_every_s)
 
     async def seek(self) -> None:
-        """Nobody in the DHT tells of the run: perhaps we have lost the DHT, and one of those we met has not."""
+        """Dials some of those whom it has met: nobody in the DHT tells of the run, so perhaps we have lost the DHT, and
+        one of them has not."""
         chosen = random.sample(sorted(self.met), min(MAX_SOUGHT, len(self.met)))
         await self.transport.meet({peer_id: self.met[peer_id] for peer_id in chosen})
 
@@ -171,6 +175,7 @@ class Monitor:
             self.met.popitem(last=False)
 
     def site(self, path: str) -> Response | None:
+        """Returns what is at a path; None where nothing is."""
         if path == "/metrics":
             return self.sight.metrics
         if path == "/sd":
@@ -185,7 +190,7 @@ class Monitor:
 
 
 def page_files() -> dict[str, Response]:
-    """Path -> file of the page. Without its chart library the page has its tables."""
+    """Returns path -> file of the page. Without its chart library the page has its tables."""
     files = {f"/{path.name}": path for path in PAGE.iterdir() if path.suffix in TYPES}
     files["/"] = files.pop("/index.html")
     spec = importlib.util.find_spec(CHART_PACKAGE)
@@ -197,7 +202,8 @@ def page_files() -> dict[str, Response]:
 
 
 async def follow(config: PeerConfig, endpoint: Endpoint, timeouts: Timeouts, *, private_targets: bool) -> None:
-    """Until cancelled. Raises UsageError, or NetworkError when p2pd cannot be kept alive."""
+    """Follows the run and serves the page until it is cancelled. Raises UsageError, or NetworkError when p2pd cannot be
+    kept alive."""
     identity = Identity.load_or_create(config.identity_path)
     node = await Node.start(config, identity, timeouts, private_socket_folder(config.folder))
     try:
@@ -219,6 +225,7 @@ async def follow(config: PeerConfig, endpoint: Endpoint, timeouts: Timeouts, *, 
 
 
 async def first_to_end(*work: Coroutine[Any, Any, None]) -> None:
+    """Runs all at once until one ends, and cancels the others. Raises what the first one raised."""
     tasks = [asyncio.create_task(one) for one in work]
     try:
         done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
@@ -231,7 +238,7 @@ async def first_to_end(*work: Coroutine[Any, Any, None]) -> None:
 
 
 async def until_stopped(work: Coroutine[Any, Any, None]) -> None:
-    """Ctrl+C and SIGTERM: the first one cancels ``work``, the second one ends the process at once."""
+    """Runs ``work`` until Ctrl+C or SIGTERM: the first one cancels it, the second one ends the process at once."""
     task, stopped = asyncio.ensure_future(work), asyncio.Event()
 
     def on_signal(number: int) -> None:
@@ -251,6 +258,7 @@ async def until_stopped(work: Coroutine[Any, Any, None]) -> None:
 
 
 def run_monitor(config: PeerConfig, endpoint: Endpoint, *, private_targets: bool) -> None:
+    """Runs the monitor in this process until it is stopped."""
     import uvloop
 
     uvloop.run(until_stopped(follow(config, endpoint, Timeouts(), private_targets=private_targets)))

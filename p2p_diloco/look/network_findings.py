@@ -1,10 +1,5 @@
-"""What measurements mean for a volunteer: one finding each, with what was measured and the exact remedy. Pure.
-
-    ok        nothing to do
-    warning   training works, but something costs time, or may come to stop it
-    problem   ``p2p-diloco peer`` would not train, or would be in everybody's way
-
-Here: the network. ``fitness`` has the findings about the machine. ``checkup`` measures.
+"""What measurements of the network mean for a volunteer: one finding each, about the run and its addresses, the clock,
+the way to this machine, and the connection. Pure; ``network_trial`` measures.
 """
 
 from __future__ import annotations
@@ -12,57 +7,17 @@ from __future__ import annotations
 import ipaddress
 import statistics
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from dataclasses import dataclass
 
 from p2p_diloco.core.addresses import without_peer
 from p2p_diloco.core.config import Timeouts
-from p2p_diloco.core.errors import LocalError
 from p2p_diloco.core.manifest import RunManifest
 from p2p_diloco.core.records import Record
 from p2p_diloco.core.swarm_head import swarm_head
-
-Kind = Literal["ok", "warning", "problem"]
+from p2p_diloco.look.findings import Finding, Kind, amount, span
 
 SET_CLOCK = "set it by NTP, on Linux: sudo timedatectl set-ntp true"
 OTHER_ADDRESS = "ask for the address of a peer that is in the run now"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Finding:
-    kind: Kind
-    what: str
-    """One or two words: what was looked at."""
-    measured: str
-    remedy: str = ""
-
-    @property
-    def line(self) -> str:
-        return f"{self.measured}; {self.remedy}" if self.remedy else self.measured
-
-
-def exit_code(findings: Sequence[Finding]) -> int:
-    return int(any(finding.kind == "problem" for finding in findings))
-
-
-def as_json(run_id: str, findings: Sequence[Finding]) -> dict[str, Any]:
-    return {
-        "can_train": exit_code(findings) == 0,
-        "run_id": run_id,
-        "findings": [asdict(finding) for finding in findings],
-    }
-
-
-def error_finding(what: str, error: LocalError) -> Finding:
-    """Our errors say what is wrong, and after a semicolon how to mend it."""
-    measured, _, remedy = str(error).partition("; ")
-    return Finding(kind="problem", what=what, measured=measured, remedy=remedy)
-
-
-def late_finding(doing: str, limit_s: float) -> Finding:
-    measured = f"not over after {span(limit_s)}, stopped while {doing}"
-    remedy = "try again when this machine and its network are less busy"
-    return Finding(kind="problem", what="network", measured=measured, remedy=remedy)
 
 
 # -- the way to the run ------------------------------------------------------------------------------------------------
@@ -84,6 +39,7 @@ class AddressTrial:
 
     @property
     def peer_id(self) -> str:
+        """The peer that the address names."""
         return self.maddr.rpartition("/p2p/")[2]
 
 
@@ -100,7 +56,7 @@ REACH_REMEDIES = {
 
 
 def address_finding(trial: AddressTrial, *, others_answer: bool, records: Sequence[Record]) -> Finding:
-    """``records``: of the run, where another address led to it."""
+    """Returns the finding about one address. ``records``: of the run, where another address led to it."""
     shown = short_maddr(trial.maddr)
     if not trial.trouble:
         names = f" ({', '.join(trial.ips)})" if trial.ips else ""
@@ -122,7 +78,8 @@ def address_finding(trial: AddressTrial, *, others_answer: bool, records: Sequen
 
 
 def run_finding(manifest: RunManifest, records: Sequence[Record], *, client_mode: bool, trouble: str) -> Finding:
-    """``records``: of its live peers. ``trouble``: why the DHT could not be asked, if so."""
+    """Returns the finding about the run. ``records``: of its live peers. ``trouble``: why the DHT could not be asked,
+    if so."""
     spec, name = manifest.spec, f"{manifest.spec.name} {manifest.run_id[:12]}"
     swarm, trainers = swarm_head(records, None), [record for record in records if record.role == "trainer"]
     if swarm is None:
@@ -146,8 +103,8 @@ def run_finding(manifest: RunManifest, records: Sequence[Record], *, client_mode
 
 
 def clock_finding(behind_s: Sequence[float], timeouts: Timeouts) -> Finding:
-    """``behind_s``: by how much this machine's clock is at least behind each peer's that told its time; negative where
-    it is ahead. The limits are those with which a peer starts."""
+    """Returns the finding about this machine's clock. ``behind_s``: by how much this machine's clock is at least behind
+    each peer's that told its time; negative where it is ahead. The limits are those with which a peer starts."""
     if not behind_s:
         return Finding(
             kind="warning",
@@ -185,14 +142,15 @@ CLIENT_MODE_MEANS = "you contribute and receive, others average"
 def reachable_finding(
     dialled: Sequence[Dialled], ports: Sequence[int], *, relayed: bool, public_swarm: bool, fixed_port: int, reason: str
 ) -> Finding:
-    """``relayed``: a peer would relay to us. ``public_swarm``: some peers announce public addresses. ``fixed_port``:
-    that the user has chosen, or could choose. ``reason``: why the last peer that did not try would not."""
+    """Returns the finding about whether others reach this machine. ``relayed``: a peer would relay to us.
+    ``public_swarm``: some peers announce public addresses. ``fixed_port``: that the user has chosen, or could choose.
+    ``reason``: why the last peer that did not try would not."""
     where = f"port{'s' if len(ports) > 1 else ''} {', '.join(map(str, ports))}"
     reached = [one for one in dialled if one.reached]
     if reached:
-        best = max(reached, key=lambda one: is_public(one.ip))
+        best = max(reached, key=lambda one: is_global(one.ip))
         measured = f"{best.by} reaches you directly at {best.ip}, {where}"
-        if public_swarm and not is_public(best.ip):
+        if public_swarm and not is_global(best.ip):
             return Finding(
                 kind="warning",
                 what="reachable",
@@ -216,13 +174,14 @@ def reachable_finding(
 
 
 def client_mode_finding() -> Finding:
+    """Returns the finding that nobody need reach a peer in client mode."""
     measured = f"not needed in client mode: {CLIENT_MODE_MEANS}"
     return Finding(kind="ok", what="reachable", measured=measured)
 
 
 def forward(port: int, ip: str) -> str:
-    """What to do so that peers outside can dial this machine."""
-    there = ip if is_public(ip) else "YOUR-PUBLIC-IP"
+    """Returns what to do so that peers outside can dial this machine."""
+    there = ip if is_global(ip) else "YOUR-PUBLIC-IP"
     return (
         f"open TCP port {port} in the firewall, forward it in the router, and start with --host-maddrs "
         f"/ip4/0.0.0.0/tcp/{port} --announce-maddrs {'/ip6' if ':' in there else '/ip4'}/{there}/tcp/{port}"
@@ -234,7 +193,7 @@ def forward(port: int, ip: str) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class Bandwidth:
-    """To and from one peer."""
+    """What was measured with one peer."""
 
     peer: str
     round_trip_s: float
@@ -243,7 +202,7 @@ class Bandwidth:
 
 
 def bandwidth_finding(bandwidth: Bandwidth | None, reason: str) -> Finding:
-    """``reason``: why the last peer asked did not measure it with us."""
+    """Returns the finding about the connection. ``reason``: why the last peer asked did not measure it with us."""
     if bandwidth is None:
         measured = f"not known, no peer has measured it ({reason})"
         return Finding(kind="warning", what="bandwidth", measured=measured, remedy="run doctor again in a minute")
@@ -252,30 +211,14 @@ def bandwidth_finding(bandwidth: Bandwidth | None, reason: str) -> Finding:
     return Finding(kind="ok", what="bandwidth", measured=measured)
 
 
-# -- how it is said ----------------------------------------------------------------------------------------------------
-
-
-def span(seconds: float) -> str:
-    if seconds < 1:
-        return f"{max(seconds * 1000, 1):.0f} ms"
-    if seconds < 90:
-        return f"{seconds:.1f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
-
-
-def amount(number: float, unit: str = "B") -> str:
-    """3.4 MB: decimal, as disks and networks are sold."""
-    for prefix in ("", "k", "M", "G"):
-        if number < 999.5:
-            return f"{number:.3g} {prefix}{unit}"
-        number /= 1000
-    return f"{number:.3g} T{unit}"
+# -- addresses ---------------------------------------------------------------------------------------------------------
 
 
 def short_maddr(maddr: str) -> str:
-    """With the end of the peer's id only, as the log has it."""
+    """Returns the address with the end of its peer's id only, as the log has it."""
     return f"{without_peer(maddr)}/p2p/…{maddr[-8:]}"
 
 
-def is_public(ip: str) -> bool:
+def is_global(ip: str) -> bool:
+    """Whether a peer that sees us at ``ip`` sees us from the internet; not where ``ip`` is empty."""
     return ipaddress.ip_address(ip).is_global if ip else False

@@ -1,7 +1,9 @@
-"""What can be measured of a run from outside: its addresses, its peers' clocks, and the bandwidth to them.
+"""A trial of the network: what can be measured of a run from outside, its addresses, its peers' clocks and the
+bandwidth to them; and whether others reach this machine, for which a second identity of ours listens, and peers are
+asked to dial it.
 
-Results are the plain values of ``doctor``, which says what they mean. What a peer does wrong, or will not do, is one of
-them, never an exception.
+Results are the plain values of ``network_findings``, which says what they mean. What a peer does wrong, or will not do,
+is one of them, never an exception.
 """
 
 from __future__ import annotations
@@ -10,16 +12,31 @@ import asyncio
 import logging
 import re
 import socket
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+import tempfile
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 from p2p_diloco.core.addresses import publicness
-from p2p_diloco.core.errors import RemoteError, Silent
-from p2p_diloco.core.waiting import deadline
-from p2p_diloco.look.network_findings import AddressTrial, Bandwidth
-from p2p_diloco.wire.channel import Channel, Transport
+from p2p_diloco.core.config import PeerConfig, Timeouts
+from p2p_diloco.core.errors import Refused, RemoteError, Silent
+from p2p_diloco.core.identity import Identity
+from p2p_diloco.core.waiting import Bell, deadline, heard
+from p2p_diloco.look.network_findings import AddressTrial, Bandwidth, Dialled
+from p2p_diloco.peer.probes import MAX_PORTS, DialConsent, seal_consent
+from p2p_diloco.wire.channel import DIAL_BACK_PROTOCOL, Channel, Transport
+from p2p_diloco.wire.daemon import private_socket_folder
 from p2p_diloco.wire.discovery import ask_manifest
-from p2p_diloco.wire.messages import MAX_TRANSFER_BYTES, AskTransfer, Transferred
+from p2p_diloco.wire.messages import (
+    MAX_TRANSFER_BYTES,
+    AskDialBack,
+    AskTransfer,
+    DialBack,
+    DialedBack,
+    Transferred,
+)
+from p2p_diloco.wire.node import Node
 
 log = logging.getLogger(__name__)
 
@@ -38,6 +55,13 @@ FAMILIES = {
     "dns6": socket.AF_INET6,
 }
 HOST_AND_PORT = re.compile(rf"/({'|'.join(FAMILIES)})/([^/]+)/tcp/(\d+)(?:/|$)")
+HEARD_S = 1.0
+"""A dial that a peer has told us of has arrived by then."""
+ASKED = 3
+"""Peers asked to dial us, until one has reached us."""
+PORT_MAPPING_S = 3.0
+"""Until a router that maps ports by itself has done so."""
+RELAY_PROTOCOL = "/libp2p/circuit/relay/0.2.0/hop"
 NO_MANIFEST = "does not serve this protocol"
 UNREACHED = "cannot be reached: "
 
@@ -51,10 +75,12 @@ class Candidate:
 
     @property
     def label(self) -> str:
+        """What it is called."""
         return f"peer …{self.peer_id[-8:]}"
 
     @property
     def publicness(self) -> int:
+        """As ``addresses.publicness`` has it, of its best address."""
         return min(map(publicness, self.maddrs))
 
 
@@ -62,7 +88,7 @@ class Candidate:
 
 
 async def try_address(transport: Transport, maddr: str) -> AddressTrial:
-    """Resolve it, dial its port, then ask the peer that it names for a manifest."""
+    """Resolves an address, dials its port, then asks the peer that it names for a manifest; returns what came of it."""
     trial, loop, connect_s = AddressTrial(maddr=maddr), asyncio.get_running_loop(), transport.timeouts.connect_s
     match = HOST_AND_PORT.match(maddr)
     if match is None:
@@ -95,14 +121,14 @@ async def try_address(transport: Transport, maddr: str) -> AddressTrial:
 
 
 async def resolved(host: str, family: socket.AddressFamily) -> list[str]:
-    """OSError for a name that nobody knows. Known weakness: the system's own look-up goes on in a thread when we stop
-    to wait for it, and may keep the process for some seconds at its end."""
+    """Returns the addresses of a host. OSError for a name that nobody knows. Known weakness: the system's own look-up
+    goes on in a thread when we stop to wait for it, and may keep the process for some seconds at its end."""
     found = await asyncio.get_running_loop().getaddrinfo(host, None, family=family, type=socket.SOCK_STREAM)
     return list(dict.fromkeys(str(address[0]) for *_, address in found))
 
 
 async def dial_one_of(ips: Sequence[str], port: int) -> None:
-    """Until one answers. OSError of the last one."""
+    """Dials until one answers. Raises the OSError of the last one."""
     for number, ip in enumerate(ips, 1):
         try:
             _, writer = await asyncio.open_connection(ip, port)
@@ -120,7 +146,7 @@ async def dial_one_of(ips: Sequence[str], port: int) -> None:
 async def clock_offsets(
     transport: Transport, candidates: Sequence[Candidate], protocol: str, wall_s: Callable[[], float]
 ) -> list[float]:
-    """By how much our clock is at least behind that of each peer that answers; negative where it is ahead."""
+    """Returns by how much our clock is at least behind that of each peer that answers; negative where it is ahead."""
     offsets_s = []
     for candidate in candidates:
         try:
@@ -135,14 +161,14 @@ async def clock_offsets(
 
 
 async def ping(channel: Channel, wall_s: Callable[[], float]) -> tuple[float, float]:
-    """(seconds there and back, seconds that our clock is at least behind)"""
+    """Returns (seconds there and back, seconds that our clock is at least behind)."""
     asked_s = wall_s()
     seconds, theirs_s = await exchange(channel)
     return seconds, max(0.0, theirs_s - wall_s()) or min(0.0, theirs_s - asked_s)
 
 
 async def exchange(channel: Channel, up_bytes: int = 0, down_bytes: int = 0) -> tuple[float, float]:
-    """(seconds, the peer's clock)"""
+    """Sends and receives so many bytes; returns (seconds, the peer's clock)."""
     now, timeouts = asyncio.get_running_loop().time, channel.timeouts
     started_s = now()
     await channel.send(AskTransfer(up_bytes=up_bytes, down_bytes=down_bytes))
@@ -155,7 +181,7 @@ async def exchange(channel: Channel, up_bytes: int = 0, down_bytes: int = 0) -> 
 async def measure_bandwidth(
     transport: Transport, candidates: Sequence[Candidate], protocol: str
 ) -> tuple[Bandwidth | None, str]:
-    """With the first peer that is willing; or why the last one was not."""
+    """Returns the bandwidth with the first peer that is willing; or None, and why the last one was not."""
     loop, reason = asyncio.get_running_loop(), "there is nobody to ask"
     deadline_s = loop.time() + PATIENCE_S
     while True:
@@ -174,6 +200,7 @@ async def measure_bandwidth(
 
 
 async def bandwidth_of(channel: Channel, label: str) -> Bandwidth:
+    """Returns what is measured over one stream. RemoteError when the peer does not go on."""
     round_trip_s = min([(await exchange(channel))[0] for _ in range(PINGS)])
     rates: list[float] = []
     for up in (True, False):
@@ -187,3 +214,102 @@ async def bandwidth_of(channel: Channel, label: str) -> Bandwidth:
                 break
         rates.append(rate)
     return Bandwidth(peer=label, round_trip_s=round_trip_s, up_bytes_per_s=rates[0], down_bytes_per_s=rates[1])
+
+
+# -- whether others reach this machine ---------------------------------------------------------------------------------
+
+
+@dataclass(kw_only=True, eq=False)
+class Listener:
+    """A second identity of ours that listens as a peer would, and is connected with nobody."""
+
+    transport: Transport
+    identity: Identity
+    dialled_by: set[str] = field(default_factory=set)
+    """Who has reached it: what we see ourselves, not what anybody says."""
+    came: Bell = field(default_factory=Bell)
+
+    async def on_dial_back(self, channel: Channel) -> None:
+        """Notes who has dialled."""
+        await channel.receive(DialBack, timeout_s=self.transport.timeouts.first_message_s)
+        self.dialled_by.add(channel.peer_id)
+        self.came.ring()
+
+    async def ports(self) -> list[int]:
+        """Returns where others shall dial it."""
+        found = (re.search(r"/tcp/(\d+)", maddr) for maddr in await self.transport.maddrs())
+        return list(dict.fromkeys(int(match[1]) for match in found if match))[:MAX_PORTS]
+
+
+@asynccontextmanager
+async def listening(
+    host_maddrs: Sequence[str], announce_maddrs: Sequence[str], timeouts: Timeouts
+) -> AsyncIterator[Listener]:
+    """Yields a listener, and closes it. Raises UsageError or NetworkError."""
+    with tempfile.TemporaryDirectory(prefix="p2p-diloco-") as folder:
+        config = PeerConfig(folder=Path(folder), host_maddrs=tuple(host_maddrs), announce_maddrs=tuple(announce_maddrs))
+        identity = Identity.load_or_create(config.identity_path)
+        node = await Node.start(config, identity, timeouts, private_socket_folder(config.folder))
+        try:
+            listener = Listener(transport=node, identity=identity)
+            await node.serve(DIAL_BACK_PROTOCOL, listener.on_dial_back)
+            yield listener
+        finally:
+            await node.close()
+
+
+async def dial_backs(
+    transport: Transport, listener: Listener, candidates: Sequence[Candidate], protocol: str
+) -> tuple[list[Dialled], list[int], str]:
+    """Returns what peers found who were asked to dial ``listener``, until one reached it; its ports; and why the last
+    one that did not try would not."""
+    found: list[Dialled] = []
+    ports, reason = await listener.ports(), ""
+    for candidate in sorted(candidates, key=lambda candidate: candidate.publicness)[:ASKED]:
+        try:
+            found.append(await dial_back(transport, listener, candidate, protocol, ports))
+        except RemoteError as error:
+            reason = f"{candidate.label}: {error.reason}"
+            continue
+        if not found[-1].reached and len(found) == 1:
+            await asyncio.sleep(PORT_MAPPING_S)
+            ports = await listener.ports()
+        if found[-1].reached:
+            break
+    return found, ports, reason
+
+
+async def dial_back(
+    transport: Transport, listener: Listener, candidate: Candidate, protocol: str, ports: Sequence[int]
+) -> Dialled:
+    """Asks one peer to dial ``listener``, and returns what it found. Raises RemoteError when the peer does not try."""
+    consent = DialConsent(
+        peer_id=listener.identity.peer_id, asker=transport.peer_id, dialler=candidate.peer_id, ports=list(ports)
+    )
+    channel = await transport.open(candidate.peer_id, list(candidate.maddrs), protocol)
+    try:
+        came = listener.came.event
+        sealed = seal_consent(consent, listener.identity)
+        answer: DialedBack = await channel.request(
+            AskDialBack(consent=sealed), DialedBack, timeout_s=transport.timeouts.probe_s
+        )
+        if answer.reached and candidate.peer_id not in listener.dialled_by:
+            await heard(came, HEARD_S)
+    finally:
+        channel.close()
+    reached = candidate.peer_id in listener.dialled_by
+    if answer.reached and not reached:
+        raise Refused(candidate.peer_id, "says that it has dialled, but has not")
+    return Dialled(by=candidate.label, ip=answer.ip, reached=reached, reason=answer.reason.removeprefix(UNREACHED))
+
+
+async def would_relay(transport: Transport, candidates: Sequence[Candidate]) -> bool:
+    """Whether one of them is a relay for others."""
+    for candidate in candidates[:ASKED]:
+        try:
+            channel = await transport.open(candidate.peer_id, list(candidate.maddrs), RELAY_PROTOCOL)
+        except RemoteError:
+            continue
+        channel.close()
+        return True
+    return False

@@ -1,7 +1,8 @@
 """The records of a run's peers -> the swarm as a whole. Pure.
 
 Everything here is what peers say of themselves. What a liar can reach is bounded: where the swarm stands has a majority
-(``rounds.swarm_head``), who evaluates stands there (``rounds.newest_evaluation``), and what is not finite is left out.
+(``swarm_head.swarm_head``), who evaluates stands there (``swarm_head.newest_evaluation``), and what is not finite is
+left out.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ class Overview:
 
 
 def overview_of(records: Sequence[Record], now_s: float) -> Overview:
-    """``records``: of the live peers, verified."""
+    """Returns the swarm at one moment. ``records``: of the live peers, verified."""
     swarm = swarm_head(records, None)
     step = None if swarm is None else swarm[0]
     trainers = [record for record in records if record.role == "trainer"]
@@ -76,6 +77,7 @@ def overview_of(records: Sequence[Record], now_s: float) -> Overview:
 
 
 def state_of(record: Record) -> State:
+    """Returns what a peer is doing, in fewer words than its phase."""
     if record.role == "seed":
         return "seed"
     if record.phase == "joining":
@@ -84,7 +86,8 @@ def state_of(record: Record) -> State:
 
 
 def mean_loss(trainers: Iterable[Record]) -> float | None:
-    """Where none of those that have a loss tells its speed, all of them count alike."""
+    """Returns the trainers' mean loss, weighted by their speed; where none of those that have a loss tells its speed,
+    all of them count alike."""
     known = [(record.loss, record.tokens_per_s) for record in trainers if record.loss is not None]
     if not known:
         return None
@@ -94,6 +97,7 @@ def mean_loss(trainers: Iterable[Record]) -> float | None:
 
 
 def finite(number: float) -> float | None:
+    """Returns the number; None where it is not finite."""
     return number if math.isfinite(number) else None
 
 
@@ -101,9 +105,9 @@ def finite(number: float) -> float | None:
 
 
 def addresses_to_join(records: Iterable[Record], initial_peers: Sequence[str]) -> list[str]:
-    """Addresses of live peers for a line that others paste, one a peer. ``initial_peers``, those that whoever runs the
-    monitor has named, come first; then seeds, then trainers, the most public ones first; none that is less public than
-    the initial peers."""
+    """Returns addresses of live peers for a line that others paste, one a peer. ``initial_peers``, those that whoever
+    runs the monitor has named, come first; then seeds, then trainers, the most public ones first; none that is less
+    public than the initial peers."""
     live = [record for record in records if not record.client_mode]
     ids, least = {record.peer_id for record in live}, least_public(initial_peers)
     chosen: dict[str, str] = {}
@@ -126,9 +130,9 @@ def addresses_to_join(records: Iterable[Record], initial_peers: Sequence[str]) -
 
 
 def scrape_targets(records: Iterable[Record], *, private: bool) -> dict[str, Record]:
-    """HOST:PORT -> the peer that announces its metrics there. Whoever follows it connects to where strangers point, so:
-    public IP addresses only, and no names, which may stand for any address; ``private``: all of them. Of two peers that
-    announce the same one, the first has it."""
+    """Returns HOST:PORT -> the peer that announces its metrics there. Whoever follows it connects to where strangers
+    point, so: public IP addresses only, and no names, which may stand for any address; ``private``: all of them. Of two
+    peers that announce the same one, the first has it."""
     targets: dict[str, Record] = {}
     for record in records:
         try:
@@ -141,5 +145,5 @@ def scrape_targets(records: Iterable[Record], *, private: bool) -> dict[str, Rec
 
 
 def least_public(maddrs: Iterable[str]) -> int:
-    """As ``publicness`` has it. A name counts as public."""
+    """Returns the ``publicness`` of the least public address. A name counts as public."""
     return max(map(publicness, maddrs), default=0)

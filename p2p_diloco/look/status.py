@@ -6,13 +6,13 @@ peer ever counts on it.
 
 from __future__ import annotations
 
+import json
 import tempfile
 import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from rich.console import Group, RenderableType
 from rich.text import Text
@@ -22,9 +22,10 @@ from p2p_diloco.core.directory import Directory
 from p2p_diloco.core.errors import NetworkError
 from p2p_diloco.core.identity import Identity
 from p2p_diloco.core.manifest import RunManifest, open_manifest
+from p2p_diloco.core.peer_row import PeerRow
 from p2p_diloco.core.records import Record, peers_key
 from p2p_diloco.core.swarm_head import newest_evaluation, swarm_head
-from p2p_diloco.look.display import Legible, Row, count, held_out, peers_table
+from p2p_diloco.look.display import Legible, count, held_out, peers_table
 from p2p_diloco.wire.daemon import private_socket_folder
 from p2p_diloco.wire.discovery import find_manifest
 from p2p_diloco.wire.node import Node
@@ -44,7 +45,7 @@ class Status:
 
 @asynccontextmanager
 async def observer(initial_peers: Sequence[str], timeouts: Timeouts) -> AsyncIterator[Node]:
-    """Raises UsageError or NetworkError."""
+    """Yields a node that looks on, and closes it. Raises UsageError or NetworkError."""
     with tempfile.TemporaryDirectory(prefix="p2p-diloco-") as folder:
         config = PeerConfig(folder=Path(folder), initial_peers=tuple(initial_peers), client_mode=True)
         identity = Identity.load_or_create(config.identity_path)
@@ -56,18 +57,19 @@ async def observer(initial_peers: Sequence[str], timeouts: Timeouts) -> AsyncIte
 
 
 async def ask_for_manifest(node: Node, initial_peers: Sequence[str], run_id: str | None) -> bytes:
-    """The signed manifest, verified, of the only run there, or of ``run_id``."""
+    """Returns the signed manifest, verified, of the only run there, or of ``run_id``."""
     asked = [(maddr.rpartition("/p2p/")[2], maddr) for maddr in initial_peers]
     return await find_manifest(node, run_id=run_id, initial_peers=asked, timeouts=node.timeouts, wall_s=time.time)
 
 
 async def fetch_manifest(initial_peers: Sequence[str], run_id: str | None, timeouts: Timeouts) -> bytes:
+    """Returns what ``ask_for_manifest`` does, by a node of its own. Raises UsageError or NetworkError."""
     async with observer(initial_peers, timeouts) as node:
         return await ask_for_manifest(node, initial_peers, run_id)
 
 
 async def gather_status(initial_peers: Sequence[str], run_id: str | None, timeouts: Timeouts) -> Status:
-    """Raises UsageError or NetworkError that say what to do."""
+    """Returns what the run's peers say of themselves now. Raises UsageError or NetworkError that say what to do."""
     async with observer(initial_peers, timeouts) as node:
         manifest = open_manifest(await ask_for_manifest(node, initial_peers, run_id), "the run")
         sealed = await node.look_up(peers_key(manifest.run_id))
@@ -75,7 +77,8 @@ async def gather_status(initial_peers: Sequence[str], run_id: str | None, timeou
 
 
 def status_of(manifest: RunManifest, sealed: Sequence[bytes], me: str, now_s: float) -> Status:
-    """``sealed``: what the DHT holds under the run's key, sound or not. NetworkError when no peer is alive."""
+    """Returns the status that the records in ``sealed`` come to: what the DHT holds under the run's key, sound or not.
+    NetworkError when no peer is alive."""
     records = live_records(sealed, me, manifest.run_id, now_s)
     swarm = swarm_head(records, None)
     if swarm is None:
@@ -86,7 +89,7 @@ def status_of(manifest: RunManifest, sealed: Sequence[bytes], me: str, now_s: fl
 
 
 def live_records(sealed: Sequence[bytes], me: str, run_id: str, now_s: float) -> list[Record]:
-    """Of the run's peers but ``me`` that are there, one each; what is not sound is left out."""
+    """Returns one record for each peer of the run that is there, except ``me``; what is not sound is left out."""
     directory = Directory(me, run_id)
     for one in sealed:
         try:
@@ -96,28 +99,48 @@ def live_records(sealed: Sequence[bytes], me: str, run_id: str, now_s: float) ->
     return directory.live(now_s)
 
 
-def row_of(record: Record) -> Row:
-    row = record.model_dump(exclude={"heads", "snapshot_digest"})
-    return row | {"head": record.head.hex()}
+@dataclass(frozen=True, kw_only=True)
+class JsonRow(PeerRow):
+    """A peer in the JSON of ``status``."""
+
+    on_swarm_head: bool
 
 
-def as_json(status: Status) -> dict[str, Any]:
-    return {
-        "run_id": status.manifest.run_id,
-        "name": status.manifest.spec.name,
-        "step": status.step,
-        "steps": status.manifest.spec.outer.steps,
-        "head": status.head.hex(),
-        "peers": [
-            {key: value for key, value in row_of(record).items() if key not in ("run_id", "run_name")}
-            | {"on_swarm_head": record.head == status.head}
-            for record in status.records
-        ],
-    }
+@dataclass(frozen=True, kw_only=True)
+class JsonStatus:
+    """What ``status --json`` prints."""
+
+    run_id: str
+    name: str
+    step: int
+    steps: int
+    head: str
+    peers: tuple[JsonRow, ...]
+
+    @classmethod
+    def of(cls, status: Status) -> JsonStatus:
+        """Returns the JSON of ``status``, as a value."""
+        return cls(
+            run_id=status.manifest.run_id,
+            name=status.manifest.spec.name,
+            step=status.step,
+            steps=status.manifest.spec.outer.steps,
+            head=status.head.hex(),
+            peers=tuple(
+                JsonRow(**vars(PeerRow.of(record)), on_swarm_head=record.head == status.head)
+                for record in status.records
+            ),
+        )
+
+
+def to_json(status: Status) -> str:
+    """Returns the status as one JSON object on one line."""
+    return json.dumps(asdict(JsonStatus.of(status)))
 
 
 def screen_of(status: Status, width: int) -> RenderableType:
-    rows = [row_of(record) for record in status.records]
+    """Returns the status for a terminal of ``width`` columns."""
+    rows = [PeerRow.of(record) for record in status.records]
     trainers = [record for record in status.records if record.role == "trainer"]
     manifest, evaluation = status.manifest, newest_evaluation(status.records, (status.step, status.head))
     lines = (

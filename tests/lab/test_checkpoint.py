@@ -1,20 +1,25 @@
 from __future__ import annotations
 
+import json
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from p2p_diloco.core.errors import UsageError
-from p2p_diloco.lab.checkpoint import CHECKPOINT_FILE, ORIGIN, alone_in, open_checkpoint, write_checkpoint
+from p2p_diloco.lab.checkpoint import CHECKPOINT_FILE, ORIGIN_WORDS, Origin, alone_in, open_checkpoint, write_checkpoint
 
-FACTS = {"what": {}, "origin": dict.fromkeys(ORIGIN, "this")}
+ORIGIN = Origin(genesis="this", text="this", names=["this"], shards="this", device="this", torch="this")
+FACTS = {"what": {}, "origin": asdict(ORIGIN)}
 
 
 def test_what_was_written_is_read(tmp_path: Path) -> None:
     with open_checkpoint(tmp_path) as checkpoint:
         assert checkpoint is None
-    write_checkpoint(tmp_path, {"theta": torch.arange(3.0), "0.local": torch.ones(2), "10.local": torch.ones(2)}, FACTS)
+    write_checkpoint(
+        tmp_path, {"theta": torch.arange(3.0), "0.local": torch.ones(2), "10.local": torch.ones(2)}, json.dumps(FACTS)
+    )
     with open_checkpoint(tmp_path) as checkpoint:
         assert checkpoint is not None
         assert checkpoint.facts == FACTS
@@ -29,18 +34,18 @@ def first_tensor(folder: Path) -> torch.Tensor:
         return tensor
 
 
-@pytest.mark.parametrize("name", ORIGIN)
+@pytest.mark.parametrize("name", ORIGIN_WORDS)
 def test_another_origin_is_named(tmp_path: Path, name: str) -> None:
-    write_checkpoint(tmp_path, {}, FACTS)
+    write_checkpoint(tmp_path, {}, json.dumps(FACTS))
     with open_checkpoint(tmp_path) as checkpoint:
         assert checkpoint is not None
-        checkpoint.check_origin(FACTS["origin"])
-        with pytest.raises(UsageError, match=f"was begun with another {ORIGIN[name]}; choose another"):
-            checkpoint.check_origin(FACTS["origin"] | {name: "other"})
+        checkpoint.check_origin(ORIGIN)
+        with pytest.raises(UsageError, match=f"was begun with another {ORIGIN_WORDS[name]}; choose another"):
+            checkpoint.check_origin(replace(ORIGIN, **{name: "other"}))
 
 
 def test_what_cannot_be_read_is_damaged(tmp_path: Path) -> None:
-    write_checkpoint(tmp_path, {}, FACTS)
+    write_checkpoint(tmp_path, {}, json.dumps(FACTS))
     damaged = r"checkpoint.safetensors: damaged .* delete it to start anew"
     with pytest.raises(UsageError, match=damaged):
         first_tensor(tmp_path)

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,8 +17,8 @@ import torch
 
 from p2p_diloco.core.errors import LocalError, UsageError
 from p2p_diloco.lab.child import children_of, read_proc
-from p2p_diloco.lab.experiment import Work, Worker, check_names, check_origin, find_study
-from p2p_diloco.lab.simulation import SUMMARY_FILE
+from p2p_diloco.lab.experiment import Work, Worker, check_made_alike, check_study_names, find_study
+from p2p_diloco.lab.simulation_result import SUMMARY_FILE, Point, TrialResult
 from p2p_diloco.lab.study import Study
 from tests.support.small_runs import small_run
 
@@ -140,16 +141,17 @@ def test_names_with_dots_and_brackets(folder: Path) -> None:
         f"a.{version}.{kind}" for version in ("v1", "v2") for kind in ("md", "png", "json")
     }
     with pytest.raises(UsageError, match="two studies are named drops"):
-        check_names([Study.load(folder / "drops.toml", "full")] * 2)
+        check_study_names([Study.load(folder / "drops.toml", "full")] * 2)
 
 
 def test_simulations_of_another_torch_or_device_are_not_mixed_with(folder: Path) -> None:
-    here = {"torch": torch.__version__, "device": "cuda:1"}
-    check_origin(here, folder, "cuda")
+    last = Point(step=1, head="ab", held_out_loss=None, loss=None, tokens=1, sent_bytes=1)
+    here = TrialResult(last=last, held_out=(), digest="ab", torch=torch.__version__, device="cuda:1", wall_s=1.0)
+    check_made_alike(here, folder, "cuda")
     with pytest.raises(UsageError, match=r"made with torch 2\.11\.0, and these would be with .*; choose another"):
-        check_origin({**here, "torch": "2.11.0"}, folder, "cuda")
+        check_made_alike(replace(here, torch="2.11.0"), folder, "cuda")
     with pytest.raises(UsageError, match="has simulations made on cuda, and these would be on cpu; choose another"):
-        check_origin(here, folder, "cpu")
+        check_made_alike(here, folder, "cpu")
 
 
 def test_two_at_a_time_share_the_work(folder: Path) -> None:
@@ -165,7 +167,7 @@ def test_names_are_looked_up_where_the_studies_are(folder: Path, monkeypatch: py
     monkeypatch.chdir(folder)
     with pytest.raises(UsageError, match="no study 'drop'; there is no folder peers/experiments here; give a path"):
         find_study("drop")
-    monkeypatch.chdir(Path(__file__).parent.parent)
+    monkeypatch.chdir(Path(__file__).parents[2])
     assert find_study("drop") == Path("peers/experiments/drop.toml")
     with pytest.raises(UsageError, match="no study 'dorp'; known here: codecs, drop, "):
         find_study("dorp")

@@ -10,12 +10,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from p2p_diloco.core.errors import UsageError
+from p2p_diloco.core.events import Event
 from p2p_diloco.lab.children import names_of
 from p2p_diloco.lab.faults import (
     OPPOSITE,
     Act,
     Done,
-    Event,
     Fault,
     FaultPlan,
     due,

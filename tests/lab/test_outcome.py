@@ -1,26 +1,23 @@
 from __future__ import annotations
 
-import io
 import json
-import re
+from dataclasses import asdict
 from typing import Any
 
 import pytest
-from rich.console import Console
 
+from p2p_diloco.core.events import Event
+from p2p_diloco.lab.faults import ToldFault
 from p2p_diloco.lab.outcome import (
-    Event,
-    Progress,
-    findings,
+    LocalRun,
     guests,
     held_out,
-    packed,
-    row_of,
-    screen,
-    step_line,
-    summarize,
+    outcome_of,
+    summary_json,
     tokens_per_s,
+    trainer_now,
 )
+from p2p_diloco.lab.screen import last_words
 
 
 def event(kind: str, mono_s: float = 0.0, **fields: Any) -> Event:
@@ -78,7 +75,7 @@ def logs() -> dict[str, list[Event]]:
 
 
 def test_summary(logs: dict[str, list[Event]]) -> None:
-    assert summarize(logs) == {
+    assert asdict(outcome_of(logs)) == {
         "outer_steps": 2,
         "peers": {"a": "id-a", "b": "id-b"},
         "guests": {"id-guest": 2},
@@ -98,8 +95,15 @@ def test_summary(logs: dict[str, list[Event]]) -> None:
 
 def test_json_is_written_in_this_order(logs: dict[str, list[Event]]) -> None:
     del logs["b"]
-    assert json.dumps(summarize(logs)) == (
-        '{"outer_steps": 1, "peers": {"a": "id-a"}, "guests": {"id-b": 1}, "heads": {"a": {"0": "h0", "1": "h1"}}, '
+    fault = ToldFault(at_s=0.5, action="kill", peer="a", process="all", pids=(7, 8), phase="reduce", step=1)
+    run = LocalRun(run_id="ab", run_name="tiny", command="swarm", wall_s=1.5, exit_codes={"seed": 0}, faults=[fault])
+    written = summary_json(run, outcome_of(logs)).decode()
+    assert written == json.dumps(json.loads(written), indent=2) + "\n"
+    assert json.dumps(json.loads(written)) == (
+        '{"run_id": "ab", "run_name": "tiny", "command": "swarm", "wall_s": 1.5, "exit_codes": {"seed": 0}, '
+        '"faults": [{"at_s": 0.5, "action": "kill", "peer": "a", "process": "all", "pids": [7, 8], "phase": "reduce", '
+        '"step": 1}], "outer_steps": 1, "peers": {"a": "id-a"}, "guests": {"id-b": 1}, '
+        '"heads": {"a": {"0": "h0", "1": "h1"}}, '
         '"identical": true, "held_out": [[0, 5.5], [1, 4.0]], "tokens_per_s": {"total": 100.0, "peers": {"a": 100.0}}, '
         '"stalled_s": {"median": 0.25, "peers": {"a": {"1": 0.25}}}, "evaluate_s": {"a": {"0": 0.5, "1": 0.5}}, '
         '"bytes_sent": {"a": {"1": 1000}}, "bytes_received": {"a": {"1": 2000}}, "group": {"1": 2}, "lost": [], '
@@ -109,31 +113,21 @@ def test_json_is_written_in_this_order(logs: dict[str, list[Event]]) -> None:
 
 def test_other_head_at_one_step_is_told(logs: dict[str, list[Event]]) -> None:
     logs["a"].append(made(2, "another", ["id-a"]))
-    summary = summarize(logs)
-    assert not summary["identical"]
-    assert ("heads", "NOT identical after 2 outer steps") in findings(summary, byte_level=False)
+    outcome = outcome_of(logs)
+    assert not outcome.identical
+    assert ("heads", "NOT identical after 2 outer steps") in last_words(outcome, byte_level=False)
 
 
 def test_head_made_again_after_rolling_back_counts(logs: dict[str, list[Event]]) -> None:
     logs["a"] += [made(2, "another", ["id-a"]), made(2, "h2", BOTH)]
-    assert summarize(logs)["identical"]
+    assert outcome_of(logs).identical
 
 
 def test_nothing_happened() -> None:
-    assert not summarize({})["identical"]
-    summary = summarize({"a": []})
-    assert summary["outer_steps"] == 0
-    assert findings(summary, byte_level=True) == []
-
-
-def test_findings(logs: dict[str, list[Event]]) -> None:
-    assert findings(summarize(logs), byte_level=True) == [
-        ("held-out loss", "5.5000 -> 3.0000 nats per token, 7.935 -> 4.328 bits per byte"),
-        ("heads", "identical after 2 outer steps"),
-        ("stalled", "0.50 s per outer step (median)"),
-        ("speed", "150 tokens/s in all"),
-    ]
-    assert "bits" not in findings(summarize(logs), byte_level=False)[0][1]
+    assert not outcome_of({}).identical
+    outcome = outcome_of({"a": []})
+    assert outcome.outer_steps == 0
+    assert last_words(outcome, byte_level=True) == []
 
 
 def test_held_out_keeps_one_loss_a_step() -> None:
@@ -154,7 +148,7 @@ def test_held_out_is_that_of_the_history_which_the_swarm_kept(logs: dict[str, li
     ]
     kept = [(0, 5.5), (1, 4.0), (2, 3.0)]
     assert held_out(logs) == kept
-    assert summarize(logs)["held_out"] == kept
+    assert outcome_of(logs).held_out == kept
     logs["a"] += [made(2, "h2", BOTH), evaluated(2, 3.25)]
     assert held_out(logs) == kept
     logs["a"].append(made(3, "h3", ["id-a", "id-c"]))
@@ -186,105 +180,19 @@ def test_guests_are_those_without_a_log(logs: dict[str, list[Event]]) -> None:
 
 def test_row_follows_the_events() -> None:
     log: list[Event] = []
-    assert row_of(log).phase == "starting"
-    assert row_of(log, "failed").phase == "failed"
+    assert trainer_now(log).phase == "starting"
+    assert trainer_now(log, "failed").phase == "failed"
     log.append(started("a"))
-    assert (row_of(log).phase, row_of(log).peer_id) == ("joining", "id-a")
+    assert (trainer_now(log).phase, trainer_now(log).peer_id) == ("joining", "id-a")
     log += [joined(3, "h3"), inner(1.0, 100, step=3, inner_step=4)]
-    row = row_of(log)
+    row = trainer_now(log)
     assert (row.phase, row.step, row.inner_step, row.planned, row.loss) == ("training", 3, 4, 10, 2.5)
     log.append({**inner(2.0, 200, step=3, inner_step=10), "tokens_per_s": 0.0})
-    assert (row_of(log).phase, row_of(log).tokens_per_s) == ("outer step", 100.0)
+    assert (trainer_now(log).phase, trainer_now(log).tokens_per_s) == ("outer step", 100.0)
     log.append(made(4, "h4", BOTH))
-    row = row_of(log)
+    row = trainer_now(log)
     assert (row.phase, row.step, row.inner_step, row.group) == ("training", 4, 0, 2)
     assert (row.round_s, row.round_bytes) == (1.0, 3000)
-    assert (row_of(log, "done").phase, row_of(log, "done").tokens_per_s) == ("done", 0.0)
+    assert (trainer_now(log, "done").phase, trainer_now(log, "done").tokens_per_s) == ("done", 0.0)
     log.append(event("left", step=4, head="h4", reason="done"))
-    assert row_of(log).phase == "left"
-
-
-def test_screen_shows_peers_and_guests(logs: dict[str, list[Event]]) -> None:
-    console = Console(width=120)
-    rows = {name: row_of(log) for name, log in logs.items()}
-    with console.capture() as capture:
-        console.print(
-            screen(
-                "tiny 0123", rows, logs, Progress(14, 65.4), "p2p-diloco peer --initial-peers /ip4/1.2.3.4", width=120
-            )
-        )
-    text = capture.get()
-    assert "tiny 0123   outer step 2 of 14   held-out loss 5.5000 -> 3.0000   200 tokens/s   65 s" in text
-    assert "join: p2p-diloco peer --initial-peers /ip4/1.2.3.4" in text
-    assert "…id-guest  guest" in text
-    assert "0.00 MB" in text
-
-
-ADDRESS = "/ip4/127.0.0.1/tcp/43665/p2p/12D3KooWRoiKiQ7M8E7QTzG9rjBswazMfhh9SmDLKzEpyfoac6Xv"
-
-
-def drawn(logs: dict[str, list[Event]], width: int, encoding: str = "utf-8") -> str:
-    """As a terminal without colors shows it."""
-    file = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
-    console = Console(file=file, width=width, color_system=None, force_terminal=True)
-    rows = {name: row_of(log) for name, log in logs.items()}
-    run, join = "stories-30m 0123456789ab", f"p2p-diloco peer --initial-peers {ADDRESS}"
-    console.print(screen(run, rows, logs, Progress(140, 12345.6), join, width=width))
-    file.seek(0)
-    return file.read()
-
-
-def test_columns_have_headings_with_units_and_nothing_is_cut_in_80_columns(logs: dict[str, list[Event]]) -> None:
-    logs["peer-10"] = [
-        started("c"),
-        joined(99_999, "h1"),
-        {**inner(1.0, 100, inner_step=499, planned=500), "loss": 10.0},
-    ]
-    logs["peer-10"].append({**made(99_999, "h1", ["x"] * 64, committed=False), "bytes_sent": 123_450_000})
-    lines = drawn(logs, 80).splitlines()
-    assert all(len(line) <= 80 for line in lines)
-    first = next(i for i, line in enumerate(lines) if line.startswith("peer "))
-    assert lines[first - 1].split() == ["outer", "inner", "loss", "tokens", "group", "last", "round"]
-    assert lines[first].split() == ["peer", "phase", "step", "steps", "nats", "/s", "peers", "time,", "traffic"]
-    assert "guest" in lines[-1]
-    cells = lines[first + 3].split()
-    assert cells == [
-        "peer-10",
-        "training",
-        "99999",
-        "0/500",
-        "░░░░░",
-        "10.000",
-        "100",
-        "64",
-        "1.00",
-        "s,",
-        "123.45",
-        "MB",
-    ]
-    assert lines[0] == "stories-30m 0123456789ab   outer step 99999 of 140"
-    assert lines[1].startswith("held-out loss 5.5000 -> 3.0000   ")
-
-
-def test_bars_tell_how_far_without_colors(logs: dict[str, list[Event]]) -> None:
-    def bars(encoding: str) -> list[str]:
-        return re.findall(r"[█░#.]{5,}", drawn(logs, 100, encoding))
-
-    logs["a"].append(inner(9.0, 300, step=1, inner_step=5))
-    logs["b"].append(inner(9.0, 300, step=2, inner_step=10))
-    assert bars("utf-8") == ["░" * 40, "██░░░", "█████"]
-    assert bars("ascii") == bars("latin-1") == ["." * 40, "##...", "#####"]
-
-
-def test_facts_are_not_cut_in_two() -> None:
-    facts = ["one 1", "two 2", "three 3"]
-    assert packed(facts, 80) == ["one 1   two 2   three 3"]
-    assert packed(facts, 20) == ["one 1   two 2", "three 3"]
-    assert packed(facts, 3) == facts
-
-
-def test_step_line(logs: dict[str, list[Event]]) -> None:
-    rows = {name: row_of(log) for name, log in logs.items()}
-    line = step_line(rows, 2, 3.0, Progress(14, 65.4))
-    assert line == "outer step 2 of 14: held-out loss 3.0000, group of 2, 200 tokens/s, 65 s"
-    assert "held-out" not in step_line(rows, 2, None, Progress(14, 65.4))
+    assert trainer_now(log).phase == "left"

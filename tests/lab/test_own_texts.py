@@ -10,7 +10,7 @@ import torch
 
 from p2p_diloco.core.errors import DataError
 from p2p_diloco.core.runfile import DataSpec
-from p2p_diloco.lab.own_texts import by_source, clusters, features, package_of, shards_of
+from p2p_diloco.lab.own_texts import by_source, clusters, features, own_texts_of, package_of
 from p2p_diloco.learn import source
 from p2p_diloco.learn.architecture import resolve_config
 from p2p_diloco.learn.data import Corpus, open_corpus
@@ -62,7 +62,7 @@ def test_other_text_is_divided_by_what_a_model_makes_of_it(tmp_path: Path, kind:
     corpus = open_corpus(spec, base=tmp_path, cache=tmp_path / "cache", run_seed=0, peer_id="a")
     config = resolve_config(small_run(tmp_path / "other").run.model, base=tmp_path, vocab_size=256)
     model = build_model(config, seed=0)
-    divided = shards_of(
+    divided = own_texts_of(
         corpus, spec, 2, reader="a", base=tmp_path, cache=tmp_path, tokenizer=ByteTokenizer(), model=model, seed=0
     )
     kinds = [{chr(token) for token in set(shard.train.tolist()) - {0}} for shard in divided]
@@ -82,7 +82,7 @@ def test_built_in_text_is_divided_by_package(tmp_path: Path, monkeypatch: pytest
     )
     spec = DataSpec(seq_len=16, held_out=0.1)
     model = build_model({"model_type": "llama", "hidden_size": 16, "num_attention_heads": 2, "vocab_size": 256}, seed=0)
-    divided = shards_of(
+    divided = own_texts_of(
         corpus, spec, 2, reader="a", base=tmp_path, cache=tmp_path, tokenizer=ByteTokenizer(), model=model, seed=0
     )
     kept = [document for document in documents if not is_held_out(document.name, 0.1)]
@@ -95,7 +95,7 @@ def test_a_shard_that_is_too_small_says_what_to_do(tmp_path: Path, monkeypatch: 
     corpus = open_corpus(what.run.data, base=tmp_path, cache=tmp_path / "cache")
     model = build_model({"model_type": "llama", "hidden_size": 16, "num_attention_heads": 2, "vocab_size": 256}, seed=0)
     with pytest.raises(DataError, match="shard 2 of 2 has 0 documents and 0 tokens, one sequence needs 17"):
-        shards_of(
+        own_texts_of(
             corpus,
             DataSpec(seq_len=16),
             2,
@@ -123,4 +123,6 @@ def write_one(folder: Path) -> Path:
 def divide(folder: Path, corpus: Corpus, spec: DataSpec, model: torch.nn.Module) -> list[Corpus]:
     """Between two."""
     tokenizer = ByteTokenizer()
-    return shards_of(corpus, spec, 2, reader="a", base=folder, cache=folder, tokenizer=tokenizer, model=model, seed=0)
+    return own_texts_of(
+        corpus, spec, 2, reader="a", base=folder, cache=folder, tokenizer=tokenizer, model=model, seed=0
+    )

@@ -6,14 +6,24 @@ import sys
 from dataclasses import replace
 from itertools import combinations, pairwise
 from pathlib import Path
-from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from p2p_diloco.core.errors import UsageError
-from p2p_diloco.lab.report import COLORS, apart, check_plots, figure_of, markdown, plot, raw, rows_of, style_of
+from p2p_diloco.lab.report import (
+    COLORS,
+    apart,
+    arm_results,
+    check_plots,
+    figure_of,
+    figures_json,
+    markdown,
+    plot,
+    style_of,
+)
+from p2p_diloco.lab.simulation_result import TrialResult
 from p2p_diloco.lab.study import Study
 from tests.lab.test_study import ARMS, HEAD, write
 
@@ -24,11 +34,13 @@ def study_of(folder: Path) -> Study:
     return Study.load(write(folder, text), "full")
 
 
-def summary_of(losses: list[float | None], tokens: int = 2_000_000) -> dict[str, Any]:
+def result_of(losses: list[float | None], tokens: int = 2_000_000) -> TrialResult:
     curve = [
         {
             "step": step,
+            "head": "ab",
             "held_out_loss": loss,
+            "loss": None,
             "tokens": step * tokens // (len(losses) - 1),
             "sent_bytes": step * 500_000,
         }
@@ -36,10 +48,10 @@ def summary_of(losses: list[float | None], tokens: int = 2_000_000) -> dict[str,
     ]
     held_out = [[point["step"], point["held_out_loss"]] for point in curve if point["held_out_loss"] is not None]
     about = {"digest": "00", "torch": "2", "device": "cpu", "wall_s": 1.0}
-    return {"curve": curve, "held_out": held_out, **about}
+    return TrialResult.parse({"curve": curve, "held_out": held_out, **about})
 
 
-def summaries_of(study: Study) -> dict[str, Any]:
+def results_of(study: Study) -> dict[str, TrialResult]:
     final = {
         ("plain", 1): 2.0,
         ("half", 1): 1.7,
@@ -48,12 +60,12 @@ def summaries_of(study: Study) -> dict[str, Any]:
         ("half", 2): 2.1,
         ("best", 2): 1.8,
     }
-    return {trial.key: summary_of([3.0, 2.5, final[trial.arm, trial.seed]]) for trial in study.trials}
+    return {trial.key: result_of([3.0, 2.5, final[trial.arm, trial.seed]]) for trial in study.trials}
 
 
 def test_rows_by_hand(tmp_path: Path) -> None:
     study = study_of(tmp_path)
-    plain, half, best = rows_of(study, summaries_of(study))
+    plain, half, best = arm_results(study, results_of(study))
     assert (half.arm, half.seeds, half.losses) == ("half", (1, 2), (1.7, 2.1))
     assert half.differences == pytest.approx((-0.3, -0.1))
     assert half.closed == pytest.approx((2.1 - 1.9) / (2.1 - 1.6))
@@ -64,17 +76,17 @@ def test_rows_by_hand(tmp_path: Path) -> None:
 def test_the_gap_is_that_of_the_seeds_an_arm_has(tmp_path: Path) -> None:
     """The second seed is a harder one: an arm that has only the first is not compared with both."""
     study = study_of(tmp_path)
-    summaries = summaries_of(study)
+    results = results_of(study)
     (second,) = (trial.key for trial in study.trials if (trial.arm, trial.seed) == ("half", 2))
-    del summaries[second]
-    rows = rows_of(study, summaries)
+    del results[second]
+    rows = arm_results(study, results)
     assert rows[1].seeds == (1,)
     assert rows[1].closed == pytest.approx((2.0 - 1.7) / (2.0 - 1.4))
     assert "| half (seed 1) | 1.7000 | -0.3000 | 50 % | 2.00 M | 1.00 |" in markdown(study, rows)
     for trial in study.trials:
         if trial.arm == "best":
-            del summaries[trial.key]
-    table = markdown(study, rows_of(study, summaries))
+            del results[trial.key]
+    table = markdown(study, arm_results(study, results))
     assert "| half (seed 1) | 1.7000 | -0.3000 | 2.00 M | 1.00 |" in table, "without an end there is no gap"
     assert "Gap" not in table
     assert "gap" not in table
@@ -82,7 +94,7 @@ def test_the_gap_is_that_of_the_seeds_an_arm_has(tmp_path: Path) -> None:
 
 def test_the_table(tmp_path: Path) -> None:
     study = study_of(tmp_path)
-    lines = markdown(study, rows_of(study, summaries_of(study))).splitlines()
+    lines = markdown(study, arm_results(study, results_of(study))).splitlines()
     assert lines[0] == "### T"
     assert lines[2] == "| arm | held-out loss | from plain | gap closed | tokens | sent MB |"
     assert lines[5] == "| half | 1.9000 (1.7000 to 2.1000) | -0.2000 (-0.3000 to -0.1000) | 40 % | 2.00 M | 1.00 |"
@@ -100,18 +112,18 @@ def test_where_tokens_are_not_bytes_losses_are_per_token(tmp_path: Path) -> None
 
 def test_an_arm_that_diverged_is_infinitely_bad(tmp_path: Path) -> None:
     study = study_of(tmp_path)
-    summaries = summaries_of(study)
-    summaries[study.trials[1].key] = summary_of([3.0, None, None])
-    half = rows_of(study, summaries)[1]
+    results = results_of(study)
+    results[study.trials[1].key] = result_of([3.0, None, None])
+    half = arm_results(study, results)[1]
     assert half.losses == (math.inf, 2.1)
-    assert "inf" in markdown(study, rows_of(study, summaries))
+    assert "inf" in markdown(study, arm_results(study, results))
 
 
 def test_what_is_not_there_yet_is_left_out(tmp_path: Path) -> None:
     study = study_of(tmp_path)
-    summaries = summaries_of(study)
-    first = {study.trials[1].key: summaries[study.trials[1].key]}
-    (row,) = rows_of(study, first)
+    results = results_of(study)
+    first = {study.trials[1].key: results[study.trials[1].key]}
+    (row,) = arm_results(study, first)
     assert (row.arm, row.seeds, row.differences, row.closed) == ("half", (1,), (), None)
     assert "| half | 1.7000 |  | 2.00 M | 1.00 |" in markdown(study, [row])
 
@@ -121,17 +133,17 @@ def test_the_plot_is_a_picture_with_a_line_an_arm(tmp_path: Path, title: str) ->
     pytest.importorskip("matplotlib")
     study = study_of(tmp_path)
     study = replace(study, spec=study.spec.model_copy(update={"title": title}))
-    summaries = summaries_of(study)
-    summaries[study.trials[1].key] = summary_of([3.0, None, None])
+    results = results_of(study)
+    results[study.trials[1].key] = result_of([3.0, None, None])
     path = tmp_path / "plot.png"
-    plot(study, summaries, path)
+    plot(study, results, path)
     assert path.read_bytes().startswith(b"\x89PNG")
     assert len(path.read_bytes()) > 10_000
 
 
 def test_the_raw_figures_have_all(tmp_path: Path) -> None:
     study = study_of(tmp_path)
-    figures = json.loads(json.dumps(raw(study, summaries_of(study))))
+    figures = json.loads(figures_json(study, results_of(study)))
     assert [(trial["arm"], trial["seed"]) for trial in figures["trials"]][:3] == [
         ("plain", 1),
         ("half", 1),
@@ -144,10 +156,13 @@ def test_the_raw_figures_have_all(tmp_path: Path) -> None:
 def test_raw_figures_are_written_in_this_order(tmp_path: Path) -> None:
     study = study_of(tmp_path)
     first = study.trials[0]
-    assert json.dumps(raw(study, {first.key: summary_of([3.0, 2.0])})) == (
+    text = figures_json(study, {first.key: result_of([3.0, 2.0])})
+    assert text == json.dumps(json.loads(text), indent=1) + "\n"
+    assert json.dumps(json.loads(text)) == (
         f'{{"study": "{study.name}", "size": "full", "title": "{study.spec.title}", "paper": "{study.spec.paper}", '
         f'"trials": [{{"arm": "plain", "seed": 1, "key": "{first.key}", '
-        '"last": {"step": 1, "held_out_loss": 2.0, "tokens": 2000000, "sent_bytes": 500000}, '
+        '"last": {"step": 1, "head": "ab", "held_out_loss": 2.0, "loss": null, "tokens": 2000000, '
+        '"sent_bytes": 500000}, '
         '"held_out": [[0, 3.0], [1, 2.0]], "digest": "00", "torch": "2", "device": "cpu", "wall_s": 1.0}]}'
     )
 
@@ -197,8 +212,8 @@ def test_every_line_is_named_and_no_name_covers_another_one(tmp_path: Path, arms
 
     more = "".join(f'[[arm]]\nname = "arm {i}"\nset = {{ "inner.steps" = {i + 1} }}\n' for i in range(arms))
     study = Study.load(write(tmp_path, HEAD.replace('reference = "plain"', 'reference = "arm 0"') + more), "full")
-    summaries = {trial.key: summary_of([3.0, 2.5, 2.0 + 0.001 * i]) for i, trial in enumerate(study.trials)}
-    figure = figure_of(study, summaries)
+    results = {trial.key: result_of([3.0, 2.5, 2.0 + 0.001 * i]) for i, trial in enumerate(study.trials)}
+    figure = figure_of(study, results)
     (axes,) = figure.axes
     figure.draw_without_rendering()
     boxes = {text.get_text(): text.get_window_extent() for text in axes.texts}

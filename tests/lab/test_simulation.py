@@ -18,12 +18,13 @@ from p2p_diloco.core.codecs import CODECS
 from p2p_diloco.core.errors import UsageError
 from p2p_diloco.core.outer import OuterState
 from p2p_diloco.core.update import Update
-from p2p_diloco.lab import own_texts as shards
-from p2p_diloco.lab import simulation as simulate
-from p2p_diloco.lab import trainers
+from p2p_diloco.lab import own_texts, simulate, trainers
+from p2p_diloco.lab import simulation as simulation_module
 from p2p_diloco.lab.checkpoint import CHECKPOINT_FILE
 from p2p_diloco.lab.recount import Past
-from p2p_diloco.lab.simulation import SUMMARY_FILE, Simulation
+from p2p_diloco.lab.simulate import open_simulation, run
+from p2p_diloco.lab.simulation import Simulation
+from p2p_diloco.lab.simulation_result import SUMMARY_FILE
 from p2p_diloco.lab.trainers import SimulatedTrainer
 from p2p_diloco.learn.data import Corpus
 from p2p_diloco.learn.inner import InnerOptimizer, Place, draws_drop, place_in_run
@@ -46,11 +47,11 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def open_small(folder: Path, changes: Mapping[str, Any] | None = None, name: str = "out") -> Simulation:
-    return Simulation.open(small_run(folder, changes), folder / name, base=folder, device="cpu", threads=1)
+    return open_simulation(small_run(folder, changes), folder / name, base=folder, device="cpu", threads=1)
 
 
 def theta_of(simulation: Simulation) -> Vector:
-    for _ in simulation.run():
+    for _ in run(simulation):
         pass
     return simulation.state.theta
 
@@ -144,7 +145,7 @@ def test_a_drop_is_that_of_a_peer_of_this_name(tmp_path: Path) -> None:
 
 
 def test_where_nobody_contributes_theta_stands_still(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(simulate, "draws_drop", lambda *_: True)
+    monkeypatch.setattr(simulation_module, "draws_drop", lambda *_: True)
     simulation = open_small(tmp_path, MEAN)
     before = simulation.state.theta.copy()
     assert simulation.outer_step().step == 1
@@ -154,7 +155,9 @@ def test_where_nobody_contributes_theta_stands_still(tmp_path: Path, monkeypatch
 
 def test_keep_goes_on_from_its_own_parameters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The lost contribution comes with the next one, and counts with the tokens of both."""
-    monkeypatch.setattr(simulate, "draws_drop", lambda _seed, name, step, _p: name == "replica-2" and step == 0)
+    monkeypatch.setattr(
+        simulation_module, "draws_drop", lambda _seed, name, step, _p: name == "replica-2" and step == 0
+    )
     simulation = open_small(tmp_path, MEAN | {"round.on_missed": "keep", "simulate.replicas": 2})
     simulation.outer_step()
     first, second = simulation.replicas
@@ -170,7 +173,7 @@ def test_keep_goes_on_from_its_own_parameters(tmp_path: Path, monkeypatch: pytes
 def test_the_divisor_decides_how_far_one_contribution_of_two_goes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(simulate, "draws_drop", lambda _seed, name, _step, _p: name == "replica-2")
+    monkeypatch.setattr(simulation_module, "draws_drop", lambda _seed, name, _step, _p: name == "replica-2")
     moved = {}
     for divisor in ("arrived", "all"):
         changes = MEAN | {"simulate.replicas": 2, "simulate.divisor": divisor}
@@ -193,7 +196,7 @@ def test_who_trained_alone_for_long_claims_no_more_than_a_peer_may(
     """Two who made 24 inner steps of 4, in two offers, and one who made 4: 16 count of each of the two."""
     steps = {"a": (20, 4), "b": (4,), "c": (24,)}
     past = Past(names=("a", "b", "c"), inner_steps={0: steps}, dropped={0: frozenset()}, heads={})
-    simulation = Simulation.open(
+    simulation = open_simulation(
         small_run(tmp_path, MEAN), tmp_path / "out", base=tmp_path, device="cpu", threads=1, past=past
     )
     found, reduce = list[Update](), simulation._reduce
@@ -288,7 +291,7 @@ def test_a_theta_that_is_not_finite_ends_it_with_a_summary(tmp_path: Path, monke
             state.theta[0] = np.inf
 
     monkeypatch.setattr(simulation.rule, "step", overflow)
-    points = list(simulation.run())
+    points = list(run(simulation))
     assert [point.step for point in points] == [1, 2]
     assert points[-1].held_out_loss is None
     assert "not finite" in points[-1].line()
@@ -386,7 +389,7 @@ def test_a_simulation_goes_on_where_it_was_stopped(
     theta_of(whole)
     monkeypatch.setattr(simulate, "CHECKPOINT_SHARE", 1e9)
     for _ in range(4):
-        for _ in open_small(tmp_path, changes, name="parts").run():
+        for _ in run(open_small(tmp_path, changes, name="parts")):
             break
     parts = open_small(tmp_path, changes, name="parts")
     assert parts.done
@@ -441,7 +444,7 @@ def test_a_folder_of_another_simulation_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_simulation_that_goes_on_with_other_text_is_refused(tmp_path: Path) -> None:
-    for _ in open_small(tmp_path).run():
+    for _ in run(open_small(tmp_path)):
         break
     open_small(tmp_path)
     with next((tmp_path / "text").iterdir()).open("a") as file:
@@ -454,11 +457,11 @@ def test_a_simulation_that_goes_on_with_other_shards_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     changes = {"simulate.shards": "non-iid", "simulate.replicas": 2}
-    for _ in open_small(tmp_path, changes).run():
+    for _ in run(open_small(tmp_path, changes)):
         break
     open_small(tmp_path, changes)
-    clusters = shards.clusters
-    monkeypatch.setattr(shards, "clusters", lambda *given: [1 - label for label in clusters(*given)])
+    clusters = own_texts.clusters
+    monkeypatch.setattr(own_texts, "clusters", lambda *given: [1 - label for label in clusters(*given)])
     with pytest.raises(UsageError, match="out: was begun with another division of the text; choose another"):
         open_small(tmp_path, changes)
 
@@ -468,9 +471,9 @@ def test_a_plain_simulation_is_not_taken_for_a_recounted_one(tmp_path: Path) -> 
     past = Past(names=("a",), inner_steps={0: {"a": (4,)}}, dropped={0: frozenset()}, heads={1: "00" * 32})
     what = small_run(tmp_path, {"simulate.replicas": 1})
     with pytest.raises(UsageError, match="begun with another swarm to recount, or without one"):
-        Simulation.open(what, tmp_path / "out", base=tmp_path, device="cpu", threads=1, past=past)
-    short = Simulation.open(what, tmp_path / "short", base=tmp_path, device="cpu", threads=1, past=past)
-    assert [point.step for point in short.run()] == [1], "the swarm made one outer step of three"
+        open_simulation(what, tmp_path / "out", base=tmp_path, device="cpu", threads=1, past=past)
+    short = open_simulation(what, tmp_path / "short", base=tmp_path, device="cpu", threads=1, past=past)
+    assert [point.step for point in run(short)] == [1], "the swarm made one outer step of three"
     assert short.differing_heads() == [1]
 
 
@@ -493,7 +496,7 @@ def test_evaluations_change_no_weights_of_a_type_that_rescales_them(tmp_path: Pa
     simulation = open_small(tmp_path, changes | slow)
     built = vector_of(build_model(simulation.manifest.transformers_config, seed=0))
     assert np.array_equal(simulation.state.theta.view(np.uint32), built.view(np.uint32))
-    losses = [point.held_out_loss or 0.0 for point in (*simulation.curve, *simulation.run())]
+    losses = [point.held_out_loss or 0.0 for point in (*simulation.curve, *run(simulation))]
     assert losses == pytest.approx([losses[0]] * 9, abs=1e-4)
     assert losses[0] > 1
     assert np.abs(simulation.state.theta - built).max() < 1e-6

@@ -11,7 +11,7 @@ from p2p_diloco.lab.simulated_run import SimulatedRun
 from p2p_diloco.lab.study import Study
 from tests.support.small_runs import SMALL
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 STUDIES = sorted(path for path in (ROOT / "peers/experiments").glob("*.toml") if path.stem not in BASES)
 BASE = f"""
 name = "small"

@@ -2,8 +2,7 @@ from __future__ import annotations
 
 import io
 import os
-import re
-from dataclasses import replace
+from dataclasses import asdict, replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,8 +12,8 @@ from hypothesis import strategies as st
 from rich.cells import cell_len
 from rich.console import Console
 
-from p2p_diloco.look.display import Checklist, View, bar, count, decimal, join_line, label, live_table, plain, screen_of
-from p2p_diloco.look.network_findings import Finding
+from p2p_diloco.core.peer_row import PeerRow
+from p2p_diloco.look.display import View, bar, count, decimal, join_line, label, live_table, plain, screen_of
 
 HEAD, OTHER = "a" * 64, "b" * 64
 MADDR = "/ip4/203.0.113.178/tcp/31337/p2p/12D3KooWN2hiVeXizrw34v4Dg566UC6wBZY4H3YpcPpEYKC12Kiv"
@@ -24,8 +23,8 @@ HUGE: dict[str, Any] = dict.fromkeys(
 HUGE |= dict.fromkeys(("tokens_per_s", "round_s", "loss", "held_out_loss"), 1.7e308)
 
 
-def row(**changes: Any) -> dict[str, Any]:
-    fields = {
+def row(**changes: Any) -> PeerRow:
+    fields: dict[str, Any] = {
         "peer_id": "12D3KooWN2hiVeXizrw34v4Dg566UC6wBZY4H3YpcPpEYKC12Kiv",
         "name": "",
         "role": "trainer",
@@ -42,11 +41,19 @@ def row(**changes: Any) -> dict[str, Any]:
         "group_size": 4,
         "round_s": 0.42,
         "round_bytes": 1_900_000,
+        "issued_s": 1e9,
+        "life_s": 30.0,
+        "committed": True,
+        "snapshot_step": 0,
+        "maddrs": (),
+        "client_mode": False,
+        "version": "",
+        "metrics_addr": "",
     }
-    return fields | changes
+    return PeerRow(**fields | changes)
 
 
-def view(*rows: dict[str, Any], **changes: Any) -> View:
+def view(*rows: PeerRow, **changes: Any) -> View:
     fields: dict[str, Any] = {
         "run": "tiny",
         "run_id": "52972832a69942c697a46f2604e69fbbe95852a4",
@@ -188,7 +195,7 @@ def test_a_name_is_shown_and_does_nothing_else(name: str) -> None:
 
 @given(st.text(max_size=32))
 def test_any_name_fits_and_is_never_empty(name: str) -> None:
-    shown = label(row(name=name))
+    shown = label(name, row().peer_id)
     assert shown
     assert plain(shown) == shown
     assert all(cell_len(line) <= 80 for line in drawn(view(row(name=name))).splitlines())
@@ -214,7 +221,7 @@ def test_numbers_take_six_characters_at_most() -> None:
 def test_only_a_terminal_gets_a_table() -> None:
     swarm: Any = SimpleNamespace(
         manifest=SimpleNamespace(run_id="5" * 40, spec=SimpleNamespace(name="tiny", outer=SimpleNamespace(steps=14))),
-        rows=[row()],
+        rows=[{**asdict(row()), "run_id": "5" * 40, "run_name": "tiny"}],
         evaluation=(2, 2.75),
         maddrs=[MADDR],
         head=HEAD,
@@ -236,68 +243,6 @@ def test_only_a_terminal_gets_a_table() -> None:
         assert ("outer step 3 of 14" in text) == is_terminal
         assert ("held-out loss 2.7500 at outer step 2" in text) == is_terminal
         assert text.rfind("\x1b[?25h") >= text.rfind("\x1b[?25l"), "the cursor stays hidden"
-
-
-# -- findings ----------------------------------------------------------------------------------------------------------
-
-GOOD = Finding(kind="ok", what="clock", measured="within 0.1 s of 2 peers")
-BAD = Finding(kind="problem", what="address", measured="x" * 200 + ": \x1b[31mrefused\n\u202e", remedy="ask again")
-
-
-def listed(*findings: Finding, terminal: bool) -> tuple[str, int]:
-    console = Console(file=io.StringIO(), width=80, force_terminal=terminal, color_system=None)
-    with Checklist(console) as checklist:
-        checklist.measure("dialling")
-        for finding in findings:
-            checklist.add(finding)
-        assert checklist.measuring == "dialling"
-    code = checklist.conclude()
-    assert isinstance(console.file, io.StringIO)
-    return console.file.getvalue(), code
-
-
-def test_findings_are_plain_lines_where_there_is_no_terminal() -> None:
-    text, code = listed(GOOD, BAD, terminal=False)
-    good, bad, end = text.splitlines()
-    assert good == "ok       clock        within 0.1 s of 2 peers"
-    assert bad == f"problem  address      {'x' * 200}: [31mrefused; ask again"
-    assert (end, code) == ("1 problem to mend", 1)
-    assert listed(GOOD, terminal=False)[0].splitlines()[-1] == "this machine can train"
-    assert listed(GOOD, terminal=False)[1] == 0
-
-
-def test_findings_on_a_terminal_have_marks_and_the_remedy_on_a_line_of_its_own() -> None:
-    text, code = listed(GOOD, BAD, terminal=True)
-    left = re.sub(r"[^\n]*\r\x1b\[2K", "", text)  # the line that says what is being measured is erased again
-    shown = re.sub(r"\x1b\[\??[0-9;]*[a-zA-Z]", "", left)
-    lines = [line.rstrip() for line in shown.splitlines()]
-    assert max(map(len, lines)) <= 80
-    assert "✓ clock        within 0.1 s of 2 peers" in lines
-    assert "dialling" in text
-    assert "               → ask again" in lines
-    assert "\u202e" not in text
-    assert (lines[-1], code) == ("1 problem to mend", 1)
-
-
-def test_findings_on_a_terminal_without_utf_8_have_marks_of_its_own() -> None:
-    file = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
-    with Checklist(Console(file=file, width=80, color_system=None, force_terminal=True, no_color=True)) as checklist:
-        checklist.measure("dialling")
-        checklist.add(GOOD)
-        checklist.add(BAD)
-    file.seek(0)
-    shown = re.sub(r"\x1b\[\??[0-9;]*[a-zA-Z]", "", file.read())
-    assert "+ clock        within 0.1 s of 2 peers" in shown
-    assert "x address " in shown
-    assert "               > ask again" in shown
-
-
-def test_findings_for_a_program_are_kept_and_not_printed(capsys: pytest.CaptureFixture[str]) -> None:
-    with Checklist(None) as checklist:
-        checklist.add(BAD)
-    assert checklist.conclude() == 1
-    assert checklist.findings == [BAD]
-    assert capsys.readouterr() == ("", "")
 
 
 def test_a_path_with_bytes_that_are_no_text_is_shown() -> None:

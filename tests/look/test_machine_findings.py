@@ -11,6 +11,7 @@ from p2p_diloco.core.config import Timeouts
 from p2p_diloco.core.manifest import RunManifest
 from p2p_diloco.core.records import Record
 from p2p_diloco.core.runfile import DataSpec, RunSpec
+from p2p_diloco.look.findings import Kind
 from p2p_diloco.look.machine_findings import (
     MachineTrial,
     device_finding,
@@ -21,8 +22,9 @@ from p2p_diloco.look.machine_findings import (
     outer_step_finding,
     text_finding,
 )
-from p2p_diloco.look.network_findings import Bandwidth, Kind
-from tests.look.test_network_findings import check, manifest_of
+from p2p_diloco.look.network_findings import Bandwidth
+from tests.look.test_findings import check
+from tests.look.test_network_findings import manifest_of
 from tests.support.builders import identity, record_of
 
 N = 100_000_000

@@ -18,7 +18,7 @@ from p2p_diloco.learn.architecture import resolve_config
 from p2p_diloco.learn.model import build_model
 from p2p_diloco.learn.parameters import layout_of
 from p2p_diloco.learn.source import builtin_fingerprint
-from p2p_diloco.look import machine_trial as trial
+from p2p_diloco.look import machine_trial
 from p2p_diloco.look.machine_findings import MachineTrial
 from p2p_diloco.look.machine_trial import STEPS, free_memory_bytes, main, try_machine
 
@@ -76,7 +76,7 @@ def test_a_trial_tells_all_about_the_machine(
 def test_without_memory_nothing_is_tried(
     manifest: RunManifest, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(trial, "free_memory_bytes", lambda: 1000)
+    monkeypatch.setattr(machine_trial, "free_memory_bytes", lambda: 1000)
     manifest = manifest.model_copy(update={"data_fingerprint": ""})
     main("cpu", 1, manifest)
     facts = told(capsys)
@@ -87,7 +87,9 @@ def test_without_memory_nothing_is_tried(
 def test_a_model_larger_than_the_manifest_says_is_not_built(manifest: RunManifest) -> None:
     config = {**manifest.transformers_config, "vocab_size": 10**12}
     with pytest.raises(UsageError, match="with other parameters than the run's"):
-        trial.time_steps(manifest.model_copy(update={"model_config_json": json.dumps(config)}), torch.device("cpu"))
+        machine_trial.time_steps(
+            manifest.model_copy(update={"model_config_json": json.dumps(config)}), torch.device("cpu")
+        )
 
 
 def test_a_device_that_is_not_there() -> None:
@@ -98,7 +100,7 @@ def test_a_device_that_is_not_there() -> None:
 def test_a_device_that_computes_wrongly(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.Tensor, "__matmul__", lambda a, b: a + b)
     with pytest.raises(RuntimeError, match="computes wrongly"):
-        trial.matrix_flops(torch.device("cpu"))
+        machine_trial.matrix_flops(torch.device("cpu"))
 
 
 def test_the_fingerprint_is_the_corpus_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -124,10 +126,10 @@ def test_a_containers_limit_counts(
     (tmp_path / "meminfo").write_text("MemTotal: 16000 kB\nMemAvailable:    8000 kB\n")
     (tmp_path / "memory.max").write_text(f"{limit}\n")
     (tmp_path / "memory.current").write_text(f"{used}\n")
-    monkeypatch.setattr(trial, "CGROUP", tmp_path)
-    monkeypatch.setattr(trial, "MEMINFO", tmp_path / "meminfo")
+    monkeypatch.setattr(machine_trial, "CGROUP", tmp_path)
+    monkeypatch.setattr(machine_trial, "MEMINFO", tmp_path / "meminfo")
     assert free_memory_bytes() == expected
-    monkeypatch.setattr(trial, "MEMINFO", tmp_path / "nothing")
+    monkeypatch.setattr(machine_trial, "MEMINFO", tmp_path / "nothing")
     assert free_memory_bytes() is None
 
 

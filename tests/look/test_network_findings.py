@@ -1,44 +1,31 @@
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
 from typing import Any
 
 import pytest
 
 from p2p_diloco.core.config import Timeouts
-from p2p_diloco.core.errors import NetworkError
 from p2p_diloco.core.manifest import RunManifest
 from p2p_diloco.core.records import Record
 from p2p_diloco.core.runfile import RunSpec
+from p2p_diloco.look.findings import Kind
 from p2p_diloco.look.network_findings import (
     AddressTrial,
     Bandwidth,
     Dialled,
-    Finding,
-    Kind,
     address_finding,
-    amount,
-    as_json,
     bandwidth_finding,
     client_mode_finding,
     clock_finding,
-    error_finding,
-    exit_code,
-    late_finding,
     reachable_finding,
     run_finding,
-    span,
 )
+from tests.look.test_findings import check
 from tests.support.builders import head, identity, record_of
 
 SEED = identity(1)
 MADDR = f"/ip4/203.0.113.7/tcp/4001/p2p/{SEED.peer_id}"
 SHOWN = f"/ip4/203.0.113.7/tcp/4001/p2p/…{SEED.peer_id[-8:]}"
-RUN_A = "a" * 40
-OK = Finding(kind="ok", what="x", measured="good")
-WARNING = Finding(kind="warning", what="y", measured="so so", remedy="wait")
-PROBLEM = Finding(kind="problem", what="z", measured="bad", remedy="mend it")
 
 
 def manifest_of(**changes: Any) -> RunManifest:
@@ -67,45 +54,6 @@ def seed(**changes: Any) -> Record:
 
 def trainer(index: int, **changes: Any) -> Record:
     return record_of(identity(index), "abc", **changes)
-
-
-def check(finding: Finding, kind: Kind, measured: str, remedy: str) -> None:
-    """``measured`` and ``remedy`` are in it; an empty remedy means that there is none."""
-    assert finding.kind == kind, finding
-    assert measured in finding.measured
-    assert remedy in finding.remedy
-    assert bool(remedy) == bool(finding.remedy)
-    assert bool(finding.remedy) == (finding.kind != "ok"), "whatever is not well has a remedy, and nothing else has"
-    assert "\n" not in finding.line
-
-
-# -- what findings come to ---------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(("findings", "code"), [([], 0), ([OK, WARNING], 0), ([OK, PROBLEM, WARNING], 1)])
-def test_only_a_problem_stops_it(findings: Sequence[Finding], code: int) -> None:
-    assert exit_code(findings) == code
-    read = json.loads(json.dumps(as_json(RUN_A, findings), allow_nan=False))
-    assert (read["can_train"], read["run_id"]) == (code == 0, RUN_A)
-    assert [Finding(**finding) for finding in read["findings"]] == list(findings)
-
-
-def test_json_is_written_in_this_order() -> None:
-    written = json.dumps(as_json(RUN_A, [OK, PROBLEM]))
-    assert written == (
-        f'{{"can_train": false, "run_id": "{RUN_A}", "findings": [{{"kind": "ok", "what": "x", "measured": "good", '
-        '"remedy": ""}, {"kind": "problem", "what": "z", "measured": "bad", "remedy": "mend it"}]}'
-    )
-
-
-def test_a_finding_is_one_line_that_ends_with_the_remedy() -> None:
-    assert (OK.line, PROBLEM.line) == ("good", "bad; mend it")
-
-
-def test_our_errors_bring_their_remedy() -> None:
-    check(error_finding("network", NetworkError("no way; take another")), "problem", "no way", "take another")
-    assert error_finding("network", NetworkError("no way")).line == "no way"
-    check(late_finding("dialling", 50.0), "problem", "not over after 50.0 s, stopped while dialling", "try again")
 
 
 # -- addresses ---------------------------------------------------------------------------------------------------------
@@ -265,22 +213,3 @@ def test_bandwidth() -> None:
     check(bandwidth_finding(bandwidth, ""), "ok", "1.25 MB/s up, 10 MB/s down, 40 ms there and back, with peer …X", "")
     finding = bandwidth_finding(None, "peer …X: in a round")
     check(finding, "warning", "no peer has measured it (peer …X: in a round)", "run doctor again in a minute")
-
-
-# -- how it is said ----------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("number", "said"),
-    [(0, "0 B"), (999, "999 B"), (999.6, "1 kB"), (26_400_000_000, "26.4 GB"), (3.2e15, "3.2e+03 TB")],
-)
-def test_amounts(number: float, said: str) -> None:
-    assert amount(number) == said
-
-
-@pytest.mark.parametrize(
-    ("seconds", "said"),
-    [(0.0, "1 ms"), (0.0234, "23 ms"), (1.24, "1.2 s"), (89.9, "89.9 s"), (90, "2 min"), (86400, "24.0 h")],
-)
-def test_spans(seconds: float, said: str) -> None:
-    assert span(seconds) == said

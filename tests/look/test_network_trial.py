@@ -14,9 +14,8 @@ import pytest
 
 from p2p_diloco.core.config import Timeouts
 from p2p_diloco.core.errors import Gone, RemoteError, Silent
-from p2p_diloco.look.listener import Listener
 from p2p_diloco.look.network_findings import AddressTrial
-from p2p_diloco.look.network_trial import Candidate, dial_one_of, try_address
+from p2p_diloco.look.network_trial import Candidate, Listener, dial_one_of, try_address
 from p2p_diloco.wire.channel import MANIFEST_PROTOCOL, Channel
 from tests.support.builders import PipeWriter, identity
 

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from p2p_diloco.look.listener import Listener, dial_back, dial_backs, would_relay
 
 from p2p_diloco.core.buckets import Rate
 from p2p_diloco.core.config import Timeouts
@@ -19,14 +20,17 @@ from p2p_diloco.core.identity import Identity
 from p2p_diloco.core.records import MAX_RECORD_BYTES, seal
 from p2p_diloco.core.swarm_head import Standing
 from p2p_diloco.core.waiting import now_s
-from p2p_diloco.look.listener import Listener, dial_back, dial_backs, would_relay
 from p2p_diloco.look.network_findings import Bandwidth, Dialled
 from p2p_diloco.look.network_trial import (
     Candidate,
+    Listener,
     bandwidth_of,
     clock_offsets,
+    dial_back,
+    dial_backs,
     exchange,
     measure_bandwidth,
+    would_relay,
 )
 from p2p_diloco.peer.probes import (
     CONSENT_CONTEXT,

@@ -23,7 +23,7 @@ import pytest
 
 import monitoring
 from p2p_diloco.core.events import EVENTS_FILE, Event, read_events
-from p2p_diloco.lab.outcome import summarize
+from p2p_diloco.lab.outcome import outcome_of
 from tests.swarm.places import Place, Program, wait_until
 
 FOLDER = Path(monitoring.__file__).parent
@@ -251,14 +251,14 @@ def test_the_values_agree_with_the_summary(swarm: Swarm) -> None:
     late_s = at_s + 3.0  # an inner step that is counted may be logged a second later
     wait_until(lambda: all(log[-1]["wall_s"] > late_s for log in swarm.logs(at_s + LAG_S).values()), limit_s=SEEN_S)
     ask, before, after = swarm.prometheus, swarm.logs(at_s - LAG_S), swarm.logs(late_s)
-    least, most = summarize(before), summarize(after)
-    assert least["outer_steps"] <= ask.number("p2p_diloco_swarm_outer_step", at_s) <= most["outer_steps"]
-    assert most["identical"]
+    least, most = outcome_of(before), outcome_of(after)
+    assert least.outer_steps <= ask.number("p2p_diloco_swarm_outer_step", at_s) <= most.outer_steps
+    assert most.identical
     assert ask.number("p2p_diloco_swarm_heads", at_s) == 1
     step = int(ask.number("p2p_diloco_swarm_held_out_step", at_s))
-    assert ask.number("p2p_diloco_swarm_held_out_loss_nats", at_s) == dict(most["held_out"])[step]
+    assert ask.number("p2p_diloco_swarm_held_out_loss_nats", at_s) == dict(most.held_out)[step]
     missed = ask.number('sum(p2p_diloco_rounds_total{result!="committed"})', at_s)
-    assert least["missed_rounds"] <= missed <= most["missed_rounds"]
+    assert least.missed_rounds <= missed <= most.missed_rounds
     assert set(
         ask.by("name", "p2p_diloco_group_size * on (instance) group_left (name) p2p_diloco_peer_info", at_s)
     ) == {*TRAINERS}

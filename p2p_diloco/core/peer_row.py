@@ -1,0 +1,51 @@
+"""One peer of a run as others are shown it: a row of a table, or of JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+from p2p_diloco.core.records import Phase, Record, Role
+
+
+@dataclass(frozen=True, kw_only=True)
+class PeerRow:
+    """What a peer's record says that is shown; every field means what it means in ``records.Record``."""
+
+    peer_id: str
+    issued_s: float
+    life_s: float
+    role: Role
+    phase: Phase
+    step: int
+    head: str
+    """In hex."""
+    committed: bool
+    snapshot_step: int
+    maddrs: tuple[str, ...]
+    client_mode: bool
+    name: str
+    version: str
+    inner_step: int
+    inner_steps_planned: int
+    loss: float | None
+    held_out_loss: float | None
+    held_out_step: int
+    tokens: int
+    tokens_per_s: float
+    group_size: int
+    round_s: float
+    round_bytes: int
+    metrics_addr: str
+
+    @classmethod
+    def of(cls, record: Record) -> PeerRow:
+        """Returns the row of a record."""
+        return cls.parse({**vars(record), "head": record.head.hex()})
+
+    @classmethod
+    def parse(cls, row: Mapping[str, Any]) -> PeerRow:
+        """Returns the row with the values that ``row`` has under the fields' names; what else it has is left out."""
+        values = {field.name: row[field.name] for field in fields(cls)}
+        return cls(**values | {"maddrs": tuple(row["maddrs"])})

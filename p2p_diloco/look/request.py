@@ -1,0 +1,21 @@
+"""What ``doctor`` is asked about: the options with which somebody would start a peer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """What the user would start a peer with."""
+
+    initial_peers: tuple[str, ...]
+    folder: Path
+    run_id: str | None = None
+    client_mode: bool = False
+    host_maddrs: tuple[str, ...] = ("/ip4/0.0.0.0/tcp/0",)
+    announce_maddrs: tuple[str, ...] = ()
+    device: str = "auto"
+    threads: int | None = None
+    data: Path | None = None
