@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from p2p_diloco.look.listener import Listener, dial_back, dial_backs, would_relay
 
 from p2p_diloco.core.buckets import Rate
 from p2p_diloco.core.config import Timeouts
