@@ -414,7 +414,7 @@ def test_a_data_set_is_read_without_torch_in_a_fresh_process(tmp_path: Path) -> 
 import sys
 from pathlib import Path
 from p2p_diloco.learn.data import open_corpus
-from p2p_diloco.core.manifest import DataSpec
+from p2p_diloco.core.runfile import DataSpec
 spec = DataSpec.model_validate_json({SPEC.model_dump_json()!r})
 base = Path({str(tmp_path)!r})
 print(len(open_corpus(spec, base=base, cache=base / "cache", run_seed=1, peer_id="anna").train))
