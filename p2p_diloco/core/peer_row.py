@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Any
 
 from p2p_diloco.core.records import Phase, Record, Role
 
@@ -42,10 +40,5 @@ class PeerRow:
     @classmethod
     def of(cls, record: Record) -> PeerRow:
         """Returns the row of a record."""
-        return cls.parse({**vars(record), "head": record.head.hex()})
-
-    @classmethod
-    def parse(cls, row: Mapping[str, Any]) -> PeerRow:
-        """Returns the row with the values that ``row`` has under the fields' names; what else it has is left out."""
-        values = {field.name: row[field.name] for field in fields(cls)}
-        return cls(**values | {"maddrs": tuple(row["maddrs"])})
+        said = {**vars(record), "head": record.head.hex(), "maddrs": tuple(record.maddrs)}
+        return cls(**{field.name: said[field.name] for field in fields(cls)})

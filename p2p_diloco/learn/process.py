@@ -12,11 +12,12 @@ import threading
 import time
 from pathlib import Path
 from socket import socket
-from typing import Any, Protocol, TypeVar
+from typing import Protocol, TypeVar
 
 from p2p_diloco.core.config import PeerConfig, Timeouts
 from p2p_diloco.core.errors import NetworkError, UsageError
 from p2p_diloco.core.interpreter import python_command
+from p2p_diloco.core.peer_row import PeerRow
 from p2p_diloco.core.records import Role
 from p2p_diloco.peer.control import (
     Failed,
@@ -63,8 +64,8 @@ class NetworkHandle:
 
     def __init__(self, control: socket, process: Process) -> None:
         """``control``: the trainer's end, ours from now on."""
-        self.rows: list[dict[str, Any]] = []
-        """Everybody's record, mine first; renewed every second."""
+        self.rows: tuple[PeerRow, ...] = ()
+        """Everybody, me first; renewed every second."""
         self.evaluation: tuple[int, float] | None = None
         """(outer step, held-out loss) of the newest evaluation that is believed; renewed every second."""
         self._answers: queue.Queue[FromNetwork | FromTrainer] = queue.Queue()

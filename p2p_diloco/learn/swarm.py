@@ -26,7 +26,7 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -36,6 +36,7 @@ from p2p_diloco.core.config import PeerConfig, Timeouts
 from p2p_diloco.core.errors import UsageError
 from p2p_diloco.core.manifest import RunManifest, open_manifest
 from p2p_diloco.core.pace import outer_step_due
+from p2p_diloco.core.peer_row import PeerRow
 from p2p_diloco.core.records import Role
 from p2p_diloco.learn.process import NetworkHandle
 from p2p_diloco.learn.speed import Speed
@@ -168,8 +169,8 @@ class Swarm:
         return self.step >= self.manifest.spec.outer.steps
 
     @property
-    def rows(self) -> list[dict[str, Any]]:
-        """Returns everybody's record, mine first; renewed every second."""
+    def rows(self) -> tuple[PeerRow, ...]:
+        """Returns what everybody's record says, mine first; renewed every second."""
         return self._network.rows
 
     @property

@@ -93,7 +93,7 @@ class View:
     @classmethod
     def of(cls, swarm: Swarm) -> View:
         """Returns what the screen of ``swarm``'s peer shows now."""
-        rows = [PeerRow.parse(row) for row in swarm.rows]
+        rows = swarm.rows
         return cls(
             run=swarm.manifest.spec.name,
             run_id=swarm.manifest.run_id,

@@ -21,6 +21,7 @@ from typing import Any
 from pydantic import BaseModel, TypeAdapter
 
 from p2p_diloco.core.config import PeerConfig, Timeouts
+from p2p_diloco.core.peer_row import PeerRow
 from p2p_diloco.core.records import Role
 
 # -- trainer -> network ------------------------------------------------------------------------------------------------
@@ -153,8 +154,8 @@ class News:
 class Peers:
     """Who is there."""
 
-    rows: list[dict[str, Any]]
-    """The fields of everybody's record, mine first."""
+    rows: tuple[PeerRow, ...]
+    """Everybody, me first."""
     evaluation: tuple[int, float] | None
     """(outer step, held-out loss) of the newest evaluation that is believed."""
 

@@ -10,6 +10,7 @@ import logging
 import time
 
 from p2p_diloco.core.pace import Progress
+from p2p_diloco.core.peer_row import PeerRow
 from p2p_diloco.core.swarm_head import newest_evaluation
 from p2p_diloco.core.waiting import heard, now_s
 from p2p_diloco.peer.control import (
@@ -116,9 +117,8 @@ class Trainer:
         """Tells the trainer what everybody's record says, every PEERS_EVERY_S, until it is cancelled."""
         while True:
             records = [peer.presence.record(), *peer.directory.live(time.time())]
-            hidden = {"head", "heads", "snapshot_digest"}
             if is_read(self.writer):
-                rows = [r.model_dump(exclude=hidden) | {"head": r.head.hex()} for r in records]
+                rows = tuple(map(PeerRow.of, records))
                 self.send(Peers(rows=rows, evaluation=newest_evaluation(records, peer.follower.target())))
             await asyncio.sleep(PEERS_EVERY_S)
 

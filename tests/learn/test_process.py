@@ -12,10 +12,12 @@ import pytest
 
 from p2p_diloco.core.config import PeerConfig, Timeouts
 from p2p_diloco.core.errors import NetworkError, UsageError
+from p2p_diloco.core.peer_row import PeerRow
 from p2p_diloco.learn import process
 from p2p_diloco.learn.process import NetworkHandle
 from p2p_diloco.learn.swarm import anonymous_memory
 from p2p_diloco.peer.control import Begin, Begun, Found, Joined, Leave, Left, LogLine, News, OuterResult, Peers
+from tests.support.builders import identity, record_of
 from tests.support.scripted import ScriptedNetwork, head_at, joined_at, outcome, scripted_manifest
 
 MANIFEST = scripted_manifest()
@@ -47,9 +49,10 @@ def pair(exits: list[int]) -> Iterator[Pair]:
 
 def test_what_comes_between_is_no_answer(pair: Pair, caplog: pytest.LogCaptureFixture) -> None:
     network, handle = pair
+    row = PeerRow.of(record_of(identity(2), "ab", maddrs=["/ip4/192.0.2.1/tcp/4001"], loss=2.5))
     with caplog.at_level(logging.INFO):
         network.say(LogLine(level=logging.WARNING, name="p2p_diloco.peer.peer", text="100 % of disk"))
-        network.say(Peers(rows=[{"name": "me"}], evaluation=(3, 2.5)))
+        network.say(Peers(rows=(row,), evaluation=(3, 2.5)))
         network.say(News(closes_in_s=None, behind=True))
         network.say(Left())
         network.say(joined_at(7))
@@ -57,7 +60,7 @@ def test_what_comes_between_is_no_answer(pair: Pair, caplog: pytest.LogCaptureFi
     assert [(record.name, record.getMessage()) for record in caplog.records] == [
         ("p2p_diloco.peer.peer", "100 % of disk")
     ]
-    assert handle.rows == [{"name": "me"}]
+    assert handle.rows == (row,)
     assert handle.evaluation == (3, 2.5)
     assert handle.behind
 

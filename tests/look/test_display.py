@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import io
 import os
-from dataclasses import asdict, replace
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -221,7 +221,7 @@ def test_numbers_take_six_characters_at_most() -> None:
 def test_only_a_terminal_gets_a_table() -> None:
     swarm: Any = SimpleNamespace(
         manifest=SimpleNamespace(run_id="5" * 40, spec=SimpleNamespace(name="tiny", outer=SimpleNamespace(steps=14))),
-        rows=[{**asdict(row()), "run_id": "5" * 40, "run_name": "tiny"}],
+        rows=(row(),),
         evaluation=(2, 2.75),
         maddrs=[MADDR],
         head=HEAD,

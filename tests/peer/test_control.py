@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from p2p_diloco.core.config import PeerConfig, Timeouts
+from p2p_diloco.core.peer_row import PeerRow
 from p2p_diloco.peer.control import (
     KINDS,
     Begin,
@@ -34,6 +35,7 @@ from p2p_diloco.peer.control import (
     socket_pair,
     unpack_line,
 )
+from tests.support.builders import identity, record_of
 
 NO_TEXT = Path(os.fsdecode(b"J\xfcrgen"))
 CONFIG = PeerConfig(
@@ -52,7 +54,7 @@ LINES: list[FromTrainer | FromNetwork] = [
     Joined(peer_id="12D", maddrs=["/ip4/127.0.0.1/tcp/1"], step=7, head="ab"),
     Begun(step=7, head="ab", evaluate=True),
     News(closes_in_s=0.1, behind=True),
-    Peers(rows=[{"name": "me", "maddrs": ["/ip4/127.0.0.1/tcp/1"], "loss": None}], evaluation=(3, 2.5)),
+    Peers(rows=(PeerRow.of(record_of(identity(2), "ab", maddrs=["/ip4/127.0.0.1/tcp/1"])),), evaluation=(3, 2.5)),
     Moved(step=8, head="cd"),
     OuterResult(committed=True, adopted=False, reason="", step=8, head="cd", group=2, stall_s=0.5, planned=4),
     Left(),
