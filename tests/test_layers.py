@@ -162,3 +162,27 @@ def test_text_is_utf8_whatever_the_locale(path: Path) -> None:
             modes = [word.value for word in node.args if isinstance(word, ast.Constant)]
             binary = any(isinstance(mode, str) and "b" in mode for mode in modes)
             assert binary or any(word.arg == "encoding" for word in node.keywords), f"line {node.lineno}: no encoding"
+
+
+def test_docstrings_name_what_there_is() -> None:
+    """``module.Name`` in a docstring or comment is what the module has. In small letters it may be a key."""
+    stems = {Path(module).name: module for module in FILES}
+    for module in FILES:
+        for stem, name in re.findall(r"``(\w+)\.([A-Z]\w*)", (PACKAGE / f"{module}.py").read_text(encoding="utf-8")):
+            assert stem in stems or stem not in ROOMS, f"{module}.py: {stem} is a package"
+            if stem in stems:
+                assert name in names_in(stems[stem]), f"{module}.py: ``{stem}.{name}``"
+
+
+@cache
+def names_in(module: str) -> frozenset[str]:
+    """Returns what a module binds at its top level, its imports left out."""
+    found: set[str] = set()
+    for node in tree_of(module).body:
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+            found.add(node.name)
+        elif isinstance(node, ast.Assign):
+            found |= {target.id for target in node.targets if isinstance(target, ast.Name)}
+        elif isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+            found.add(node.target.id)
+    return frozenset(found)

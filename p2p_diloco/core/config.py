@@ -120,7 +120,7 @@ class PeerConfig(BaseModel):
     max_upload_bytes_per_s: Annotated[float, Field(ge=MIN_UPLOAD_BYTES_PER_S, allow_inf_nan=False)] | None = None
     """For all that others download from this peer to catch up, together. Rounds are not limited."""
     metrics_addr: str = ""
-    """Where metrics are served to Prometheus, as ``endpoint`` parses it; nowhere, if empty."""
+    """Where metrics are served to Prometheus, as ``addresses.Endpoint`` parses it; nowhere, if empty."""
 
     @property
     def identity_path(self) -> Path:

@@ -11,7 +11,7 @@ Every event has ``event``, ``wall_s`` (Unix time) and ``mono_s`` (seconds of a c
     offered     step, tokens         the trainer offers what it learned from so many tokens since it took theta
     round       step, committed, reason, detail, group, dropped (who contributes nothing), lost, head (after it),
                 gather_s, reduce_s, settle_s, apply_s, bytes_sent, bytes_received                     one per attempt
-                and, if committed, contribution_norm, update_norm, cosine (of ``alignment``)
+                and, if committed, contribution_norm, update_norm, cosine (of ``aggregate.Alignment``)
     stall       step, seconds        from the end of the last inner step to the start of the next, after an outer step
     caught_up   from_step, to_step, rolled_back, snapshot, bytes_received, donors, seconds
     repaired    what ("state", "snapshot", "update"), step (where a state or snapshot stands, which an update ends), how

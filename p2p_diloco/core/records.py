@@ -3,7 +3,7 @@
     bytes on the wire   msgpack [body, signature]; the body is msgpack of the record's fields, in order
     signature           Ed25519 over a fixed context and the body, by the key inside the record's own peer id
 
-A record is a claim, not a fact: it says where its peer stands, never where the swarm stands (that is ``rounds``).
+A record is a claim, not a fact: it says where its peer stands, never where the swarm stands (that is ``swarm_head``).
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ or not at all.
 Of a simulation its tensors are theta and what the outer optimizer keeps, and each replica's parameters and moments;
 beside them, as JSON, what was simulated, what else its figures depend on (``Origin``), the curve, and how far each
 replica was. ``simulate`` puts them in and takes them out; one process at a time writes it (``alone_in``). What a warm
-start keeps (``replicas``) is less: one worker's.
+start keeps (``trainers``) is less: one worker's.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""One peer on the network: its p2pd, its place in the DHT, its streams. The real ``wire.Transport``.
+"""One peer on the network: its p2pd, its place in the DHT, its streams. The real ``channel.Transport``.
 
     start      p2pd under its guard, connected to the initial peers, DHT joined; or a LocalError that says why not
     watch      starts p2pd again when it dies, on the same identity and port; finds initial peers that come back

@@ -108,7 +108,7 @@ class Transport(FakeTransport):
 class Round:
     """``count`` members in the order of rank; the first that is no client leads and settles. Each has pulled its own
     way, and member i weighs 100 (i + 1). Those in ``by_hand`` do nothing of their own accord. To be made inside the
-    loop, with ``outer.PART_VALUES`` at SMALL_PART_VALUES."""
+    loop, with ``grid.PART_VALUES`` at SMALL_PART_VALUES."""
 
     count: int
     by_hand: tuple[int, ...] = ()
