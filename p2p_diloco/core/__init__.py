@@ -1,7 +1,9 @@
-"""The values and rules of the project: what is computed and what is decided, without network, disk or clock.
+"""The values and rules of the project: what is computed and what is decided.
 
-Everything else imports from here, and this imports from nothing else of ours. Decisions are pure functions of their
-arguments, time among them. It never opens a socket, never needs torch, and keeps no state of a running peer.
+Everything else imports from here, and this imports from nothing else of ours. What computes and decides is pure:
+records and times are its arguments. Beside it lies what all the others need of the system: a process and its signals,
+a person's TOML and paths, the file of a key, a port that is tried, the event log. It never talks to a peer, and never
+needs torch or hivemind.
 
 Its files, from the bottom up:
 
@@ -18,7 +20,7 @@ Its files, from the bottom up:
     codecs        the codecs that a run may name
     grid          which values of all parameters are which part
     update        the update of an outer step: what names it, and its bytes
-    aggregate     contributions to their weighted mean; how one of them lies to it
+    aggregate     contributions to their weighted mean; the angle between one of them and it
     outer         the outer state, and how an update leads to the next one
     runfile       what a person writes about a run
     manifest      what all peers of a run must agree on, signed by its owner

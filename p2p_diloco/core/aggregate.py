@@ -37,7 +37,7 @@ def reduce_part(
     """Returns what the reducer of a part makes of the contributions that ``came``: index in the roster -> decoded
     values. ``weights``: of the whole roster; ``total_weight`` as in ``weighted_mean``. Zeros where nothing came."""
     contributions = [(weights[i], values) for i, values in sorted(came.items())]
-    mean = weighted_mean(contributions, total_weight) if came else np.zeros(grid.values(part), np.float32)
+    mean = weighted_mean(contributions, total_weight) if came else np.zeros(grid.n_values(part), np.float32)
     return Part(mask=contributor_mask(came), data=grid.encode(mean))
 
 

@@ -1,8 +1,11 @@
 """What a codec is: one part of an outer gradient <-> bytes. ``codecs`` has those that a run may name.
 
-A new codec is a class with these three methods in a file of its own, and a line in ``codecs.CODECS``. What it promises:
+A new codec is a class with these three methods in a file of its own, and a line in ``codecs.CODECS``; ``docs/run.md``
+and ``docs/protocol.md`` name it, too. PROTOCOL stays as it is: peers without the codec refuse the run by its manifest.
+What it promises:
 
-    - Decoding gives every machine the same bits: an integer times a float32 scale, one rounding.
+    - Decoding gives every machine the same bits: a float as it stands, or an integer times a float32 scale, which is
+      rounded once.
     - Sizes follow from the number of values alone: a wrong length is known before anything is decoded, and nothing
       expands.
     - Magnitudes are bounded far below float32's largest, so that neither decoding, nor a mean over a group, nor the

@@ -37,14 +37,14 @@ class Grid:
     def n_parts(self) -> int:
         return len(self.slices)
 
-    def values(self, part: int) -> int:
+    def n_values(self, part: int) -> int:
         """Returns how many values a part has."""
         where = self.slices[part]
         return int(where.stop - where.start)
 
     def part_bytes(self, part: int) -> int:
         """Returns how many bytes a part takes when it is encoded."""
-        return CODECS[self.codec].encoded_bytes(self.values(part))
+        return CODECS[self.codec].encoded_bytes(self.n_values(part))
 
     @property
     def vector_bytes(self) -> int:
@@ -58,4 +58,4 @@ class Grid:
     def decode(self, part: int, data: bytes | memoryview) -> Vector:
         """Returns the values of a part, float32. Raises ValueError when ``data`` is not what the codec makes of as many
         values."""
-        return CODECS[self.codec].decode(data, self.values(part))
+        return CODECS[self.codec].decode(data, self.n_values(part))

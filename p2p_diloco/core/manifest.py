@@ -1,8 +1,7 @@
-"""What all peers of a run must agree on: the run file that a person writes, and the manifest that its owner signs.
+"""What all peers of a run must agree on: the manifest, which its owner signs.
 
-    RunSpec      what stands in the TOML file: model, data, inner and outer optimizer, round limits
-    RunManifest  the spec, and what follows from it and from the genesis: the model's full config and layout, the
-                 fingerprint of the data, the digest of S_0, the owner's peer id
+    RunManifest  the run file (``runfile.RunSpec``), and what follows from it and from the genesis: the model's full
+                 config and layout, the fingerprint of the data, the digest of S_0, the owner's peer id
     run id       hash of the manifest's canonical bytes
 
 A manifest travels as JSON with the owner's signature. Any peer may serve it; none can change it.

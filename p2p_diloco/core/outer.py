@@ -1,4 +1,4 @@
-"""What is computed: the replicated outer state, the update of an outer step, and how one follows from the other.
+"""The outer state, the same bits on every peer, and how an update leads to the next one.
 
 The outer state ``S_t = (theta_t, momentum_t, head_t)`` is the same bits on every peer. An update ``U_t`` is the
 averaged outer gradient as it went over the wire. Then ``S_{t+1} = apply(S_t, U_t)`` and

@@ -15,7 +15,7 @@ class Progress:
     """How far the trainer is, as it last reported. Times are the event loop's."""
 
     inner_step: int = 0
-    """Since it took theta."""
+    """Since its last outer step."""
     planned: int = 0
     step_s: float = 0.0
     """Mean seconds of an inner step; 0 before the first one has ended."""

@@ -1,7 +1,7 @@
 """A model's parameters, and one float32 vector that holds the same values.
 
 The vector has the trainable parameters in the order of ``named_parameters``, tied ones once. A trainer's model belongs
-to its vector ``local`` in one of two ways, and nothing else in the package asks where a model is:
+to its vector ``local`` in one of two ways, and nothing else in the package asks which:
 
     Bound    the parameters lie in ``local``: one memory, nothing to copy. So it is on the CPU
     Copied   the parameters lie elsewhere, on an accelerator, and are copied when somebody asks

@@ -8,11 +8,11 @@ Its files, from the bottom up:
     download     chunks or updates from several donors at a time
     donors       which peers serve what, and the way that one of them shows
     snapshots    a snapshot from donors: which one to believe, its index, its chunks
-    catchup      the way to the swarm's head: heads, updates and snapshots from donors
+    catchup      how it goes there: heads, updates and snapshots from donors
     uploads      what a donor sends to those who catch up
     upkeep       snapshots in time, damage found and mended, bits compared with the others'
     presence     what a peer makes known about itself: records published and pushed
-    follower     the way to where the swarm is
+    follower     when a peer goes to where the swarm is, and when it gives that up
     probes       what others may measure with a peer: dial backs, transfers, its clock
     reception    streams that others open, and who answers them
     outer_steps  a trainer's outer steps: rounds tried, an update committed, or the swarm's state taken

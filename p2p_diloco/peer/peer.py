@@ -131,7 +131,7 @@ class Peer:
         await self.here.transport.serve(MANIFEST_PROTOCOL, self.reception.give_manifest)
         await self.here.transport.serve(self.here.protocol, self.reception.receive)
         await self.presence.refresh()
-        caught_up = await self.follower.catch_up(patience_s=self.here.timeouts.discover_s)
+        snapshot = await self.follower.catch_up(patience_s=self.here.timeouts.discover_s)
         if self.replica.state is None:
             raise NetworkError(
                 "no peer of the run could give us its state; try again when a seed or another peer is up"
@@ -144,7 +144,7 @@ class Peer:
             step=self.seat.standing.step,
             head=self.seat.standing.head.hex(),
             from_step=from_step,
-            snapshot=bool(caught_up),
+            snapshot=snapshot,
             seconds=now_s() - started_s,
         )
         await self.presence.publish()

@@ -46,7 +46,7 @@ log = logging.getLogger(__name__)
 MAX_ABSENT = 64
 """Absent peers in one roster."""
 MAX_CALLED = 1024
-"""Peers that one gathering calls, those among them that others have named."""
+"""Where so many have been called, nobody is called any more because another peer names it."""
 CLOSING_MARGIN_S = 1.0
 """A leader waits this much longer than a peer said that it needs."""
 

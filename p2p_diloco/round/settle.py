@@ -5,6 +5,8 @@
                        Again: nobody holds some parts; these members reduce them once more; then a new Receipt
                        Commit: the hashes of all parts, which are the update, and who holds each
     member -> leader   Took: I shall apply this update and no other
+    leader -> member   AskCommit: have you taken one? Answered by that commit, or by No
+    member -> member   AskPart: answered by its size and the part, or by No
 
 Rules of this file and its three parts (``settle_member``, ``settle_leader``, ``settle_decide``):
 

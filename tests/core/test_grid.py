@@ -19,7 +19,7 @@ def test_the_grid_covers_every_value_once() -> None:
 def test_a_grid_knows_the_size_of_each_part() -> None:
     grid = Grid(n=2 * PART_VALUES + 10, codec="int4")
     assert (grid.n_parts, list(grid.slices)) == (3, part_slices(grid.n))
-    assert [grid.values(part) for part in range(3)] == [PART_VALUES, PART_VALUES, 10]
+    assert [grid.n_values(part) for part in range(3)] == [PART_VALUES, PART_VALUES, 10]
     assert [grid.part_bytes(part) for part in range(3)] == [PART_VALUES * 9 // 16, PART_VALUES * 9 // 16, 4 + 5]
     assert grid.vector_bytes == PART_VALUES * 9 // 8 + 9
 
