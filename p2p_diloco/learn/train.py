@@ -160,12 +160,15 @@ def evaluate_theta(swarm: Swarm, model: torch.nn.Module, corpus: Corpus) -> None
 
 
 def log_result(swarm: Swarm, result: OuterResult) -> None:
+    """Logs one line about an outer step: what it was, or why it was none."""
     if result.committed:
         log.info(
             "outer step %d: group of %d, loss %.4f, %.0f tokens/s, stalled %.2f s, sent %.2f MB, received %.2f MB",
             swarm.step, result.group, swarm.loss or float("nan"), swarm.tokens_per_s, result.stall_s,
             result.bytes_sent / 1e6, result.bytes_received / 1e6,
         )  # fmt: skip
+    elif result.reason in ("diverged", "repaired"):
+        log.info("outer step %d: back to theta (%s); what was learned since then is lost", swarm.step, result.reason)
     elif result.adopted:
         log.info("outer step %d: taken over from the swarm (%s)", swarm.step, result.reason)
     elif result.reason == "alone":

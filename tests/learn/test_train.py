@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
 import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -286,3 +288,25 @@ def test_text_that_is_not_the_runs_is_refused(text: Path) -> None:
 def test_small_models_have_one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "get_num_threads", lambda: 7)
     assert [good_threads(n) for n in (1, SMALL_MODEL - 1, SMALL_MODEL, 10 * SMALL_MODEL)] == [1, 1, 7, 7]
+
+
+@pytest.mark.parametrize(
+    ("committed", "adopted", "reason", "line"),
+    [
+        (True, False, "", "outer step 7: group of 3, loss 2.5000, 32 tokens/s"),
+        (False, True, "behind", "outer step 7: taken over from the swarm (behind)"),
+        (False, True, "diverged", "outer step 7: back to theta (diverged); what was learned since then is lost"),
+        (False, True, "repaired", "outer step 7: back to theta (repaired); what was learned since then is lost"),
+        (False, False, "alone", "outer step 7: training alone, waiting for peers"),
+        (False, False, "failed", "outer step 7: the round did not commit (failed); training on"),
+    ],
+)
+def test_an_outer_step_is_one_line_that_says_what_became_of_it(
+    committed: bool, adopted: bool, reason: str, line: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    swarm: Any = SimpleNamespace(step=7, loss=2.5, tokens_per_s=32.0)
+    result = OuterResult(committed=committed, adopted=adopted, reason=reason, step=7, head="ab", group=3)
+    with caplog.at_level(logging.INFO):
+        training.log_result(swarm, result)
+    [message] = caplog.messages
+    assert message.startswith(line)
