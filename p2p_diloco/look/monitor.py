@@ -120,7 +120,7 @@ class Monitor:
                     await self.seek()
                 if now_s - saved_s >= SAVE_EVERY_S:
                     saved_s = now_s
-                    self.history.save(self.history_path)
+                    await asyncio.to_thread(self.history.save, self.history_path)  # a sync may take a while
                 await asyncio.sleep(self._pause_s())
         finally:
             self.history.save(self.history_path)
