@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from p2p_diloco.core.codec import Vector
-from p2p_diloco.core.codecs import CODECS, CodecName
+from p2p_diloco.core.codecs import CodecName, decode, encode, encoded_bytes
 
 PART_VALUES = 256 * 1024
 """Values of a part; the last one has what is left."""
@@ -44,18 +44,18 @@ class Grid:
 
     def part_bytes(self, part: int) -> int:
         """Returns how many bytes a part takes when it is encoded."""
-        return CODECS[self.codec].encoded_bytes(self.n_values(part))
+        return encoded_bytes(self.n_values(part), self.codec)
 
-    @property
+    @cached_property
     def vector_bytes(self) -> int:
         """How many bytes all parts take when they are encoded."""
         return sum(self.part_bytes(part) for part in range(self.n_parts))
 
     def encode(self, values: Vector) -> bytes:
         """Returns the bytes of one part. Raises ValueError when a value is not finite."""
-        return CODECS[self.codec].encode(values)
+        return encode(values, self.codec)
 
     def decode(self, part: int, data: bytes | memoryview) -> Vector:
         """Returns the values of a part, float32. Raises ValueError when ``data`` is not what the codec makes of as many
         values."""
-        return CODECS[self.codec].decode(data, self.n_values(part))
+        return decode(data, self.n_values(part), self.codec)

@@ -127,7 +127,7 @@ class Simulation:
     def _reduce(self, members: Sequence[SimulatedTrainer], dropped: set[str]) -> tuple[Update, int]:
         """The update of a round of ``members``, in the order of rank; and the bytes of one contribution."""
         spec, options, state = self.what.run, self.what.simulate, self.state
-        grid, lossy = self.manifest.grid, options.quantize
+        grid, lossy = self.rule.grid, options.quantize
         policy = options.divided_by(spec.round.on_missed)
         claimed = [min(replica.tokens, spec.max_weight_tokens) for replica in members]
         weights, total_weight = counted_weights(claimed, policy, absent=0)
@@ -157,7 +157,7 @@ class Simulation:
         return gradient if options.quantize == "none" else quantize(gradient, options.quantize)
 
     def _contribution_bytes(self) -> int:
-        grid, lossy = self.manifest.grid, self.what.simulate.quantize
+        grid, lossy = self.rule.grid, self.what.simulate.quantize
         return quantized_bytes(grid.n, lossy) if lossy in BITS else grid.vector_bytes
 
     def add_point(self, loss: float | None, tokens: int, sent_bytes: int) -> None:

@@ -76,9 +76,9 @@ class Replica:
         state."""
         with self._lock:
             state, outer = self.loaded, self.manifest.spec.outer
-            check_update(state, update, self.manifest.grid)
+            check_update(state, update, self.ledger.grid)
             self.ledger.append(update)
-            apply_checked(state, update, self.manifest.grid, lr=outer.lr, momentum=outer.momentum)
+            apply_checked(state, update, self.ledger.grid, lr=outer.lr, momentum=outer.momentum)
 
     def roll_back(self, step: int) -> None:
         """Goes back to outer step ``step``, which the ledger leads to, and put aside what came after."""

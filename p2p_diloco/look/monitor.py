@@ -31,6 +31,7 @@ from p2p_diloco.core.directory import Directory
 from p2p_diloco.core.identity import Identity
 from p2p_diloco.core.manifest import RunManifest, open_manifest
 from p2p_diloco.core.records import Fault, Record, Unsound, peers_key
+from p2p_diloco.core.waiting import now_s
 from p2p_diloco.look.exposition import Sight
 from p2p_diloco.look.history import History
 from p2p_diloco.look.overview import overview_of
@@ -104,22 +105,21 @@ class Monitor:
         self.met: OrderedDict[str, list[str]] = OrderedDict()
         """Addresses of the peers seen last, whether they are still there or not."""
         self.files = page_files()
-        self.looked_s = asyncio.get_running_loop().time()
+        self.looked_s = now_s()
         self.sight = self._sight([], wall_s())
 
     async def run(self) -> None:
         """Looks from time to time, until it is cancelled."""
-        loop = asyncio.get_running_loop()
-        saved_s = sought_s = loop.time()
+        saved_s = sought_s = now_s()
         try:
             while True:
                 found = await self.look()
-                now_s = loop.time()
-                if not found and now_s - sought_s >= SEEK_EVERY_S:
-                    sought_s = now_s
+                looked_s = now_s()
+                if not found and looked_s - sought_s >= SEEK_EVERY_S:
+                    sought_s = looked_s
                     await self.seek()
-                if now_s - saved_s >= SAVE_EVERY_S:
-                    saved_s = now_s
+                if looked_s - saved_s >= SAVE_EVERY_S:
+                    saved_s = looked_s
                     await asyncio.to_thread(self.history.save, self.history_path)  # a sync may take a while
                 await asyncio.sleep(self._pause_s())
         finally:
@@ -128,17 +128,17 @@ class Monitor:
     async def look(self) -> bool:
         """Reads the records in the DHT, and returns whether any of them was sound and of this time."""
         sealed = await self.transport.look_up(peers_key(self.manifest.run_id))
-        now_s, found = self.wall_s(), False
+        wall_s, found = self.wall_s(), False
         for one in sealed:
             try:
-                found |= self.directory.learn(one, now_s) is not None
+                found |= self.directory.learn(one, wall_s) is not None
             except Unsound as error:
                 self.unsound[error.fault] += 1
-        records = self.directory.live(now_s)
+        records = self.directory.live(wall_s)
         seen_before = len(self.sight.overview.records)
-        self.sight = self._sight(records, now_s)
+        self.sight = self._sight(records, wall_s)
         self.history.learn(self.sight.overview)
-        self.looked_s = asyncio.get_running_loop().time()
+        self.looked_s = now_s()
         self._remember(records)
         if bool(records) != bool(seen_before):
             seen = f"{len(records)} peers at outer step {self.history.step}" if records else "no peer any more"
@@ -156,10 +156,10 @@ class Monitor:
         chosen = random.sample(sorted(self.met), min(MAX_SOUGHT, len(self.met)))
         await self.transport.meet({peer_id: self.met[peer_id] for peer_id in chosen})
 
-    def _sight(self, records: Sequence[Record], now_s: float) -> Sight:
+    def _sight(self, records: Sequence[Record], wall_s: float) -> Sight:
         return Sight(
             manifest=self.manifest,
-            overview=overview_of(records, now_s),
+            overview=overview_of(records, wall_s),
             history=self.history,
             rejected=self.unsound + self.transport.rejected,
             initial_peers=self.initial_peers,
@@ -183,7 +183,7 @@ class Monitor:
         if path == "/api/status.json":
             return self.sight.status
         if path == "/healthz":
-            ago_s = asyncio.get_running_loop().time() - self.looked_s
+            ago_s = now_s() - self.looked_s
             well = ago_s < UNWELL_AFTER * self.transport.timeouts.refresh_s
             return plain_response(HTTPStatus.OK if well else HTTPStatus.SERVICE_UNAVAILABLE)
         return self.files.get(path)

@@ -65,7 +65,7 @@ class Catchup:
         """Outer steps that were rolled back since the last catch-up that succeeded."""
         self._ahead: tuple[Update, str] | None = None
         """The update that ``fetch_ahead`` got, and the id of the peer that sent it."""
-        self._grid = replica.manifest.grid
+        self._grid = replica.ledger.grid
 
     async def to(self, target: tuple[int, bytes]) -> CaughtUp | None:
         """Brings the replica to the swarm's head ``(outer step, head)``. Returns None when no donor could help; the

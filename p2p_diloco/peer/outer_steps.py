@@ -131,7 +131,7 @@ class OuterSteps:
                 return False
             head = update.header.head
             taken |= parts_with(update, self.here.peer_id)
-        slices = self.replica.manifest.grid.slices
+        slices = self.replica.ledger.grid.slices
         if head == before.head or len(taken) == len(slices):
             return False
         for part in taken:
@@ -207,7 +207,7 @@ class OuterSteps:
                 protocol=self.here.protocol,
                 directory=self.here.directory,
                 timeouts=self.here.timeouts,
-                grid=self.replica.manifest.grid,
+                grid=self.replica.ledger.grid,
                 theta=self.replica.theta,
                 local=self.local,
                 min_group=self.replica.manifest.spec.round.min_group,

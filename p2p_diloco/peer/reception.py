@@ -58,7 +58,7 @@ class Reception:
     _round_opened: Bell = field(default_factory=Bell)
 
     def __post_init__(self) -> None:
-        n_parts = self.replica.manifest.grid.n_parts
+        n_parts = self.replica.ledger.grid.n_parts
         self._max_request_bytes = MAX_REQUEST_BYTES + RECEIPT_BYTES * n_parts
 
     def open_round(self, settlement: Settlement) -> None:

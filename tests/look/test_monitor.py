@@ -15,10 +15,11 @@ import pytest
 
 from p2p_diloco.core.errors import NetworkError
 from p2p_diloco.core.records import MAX_RECORD_BYTES
+from p2p_diloco.core.waiting import now_s
 from p2p_diloco.look import monitor as monitor_module
 from p2p_diloco.look.monitor import MAX_MET, MAX_SOUGHT, PAGE, Monitor, first_to_end, page_files
 from tests.support.builders import identity
-from tests.support.observed import FakeDHT, monitor_of, now_s
+from tests.support.observed import FakeDHT, monitor_of
 from tests.support.simloop import START_S, run_simulated
 
 

@@ -98,9 +98,9 @@ def applied_before_written() -> Iterator[None]:
 
     def apply(self: Replica, update: Update) -> None:
         outer = self.manifest.spec.outer
-        check_update(self.loaded, update, self.manifest.grid)
+        check_update(self.loaded, update, self.ledger.grid)
         self.ledger._headers[update.header.step] = update.header
-        apply_checked(self.loaded, update, self.manifest.grid, lr=outer.lr, momentum=outer.momentum)
+        apply_checked(self.loaded, update, self.ledger.grid, lr=outer.lr, momentum=outer.momentum)
 
     async def commit_first(self: OuterSteps, update: Update) -> None:
         with mock.patch.object(self.replica, "commit", lambda update: apply(self.replica, update)):

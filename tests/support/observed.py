@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,6 +11,7 @@ import numpy as np
 
 from p2p_diloco.core.config import Timeouts
 from p2p_diloco.core.records import Fault, peers_key, seal_record
+from p2p_diloco.core.waiting import now_s
 from p2p_diloco.look.monitor import Monitor
 from tests.support.builders import identity, record_of
 from tests.support.fakes import make_manifest
@@ -43,10 +43,6 @@ class FakeDHT:
         maddrs = [f"/ip4/127.0.0.1/tcp/{index}/p2p/{who.peer_id}"]
         fields = {"run_id": MANIFEST.run_id, "issued_s": now_s(), "maddrs": maddrs, **self.peers[index]}
         return seal_record(record_of(who, "ab", **fields), who)
-
-
-def now_s() -> float:
-    return asyncio.get_running_loop().time()
 
 
 def monitor_of(dht: FakeDHT, folder: Path, *, private_targets: bool = False) -> Monitor:

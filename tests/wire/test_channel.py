@@ -10,7 +10,7 @@ from pydantic import ValidationError
 
 from p2p_diloco.core.config import Timeouts
 from p2p_diloco.core.errors import Gone, Misbehaved, Refused, RemoteError, Silent
-from p2p_diloco.core.waiting import Bell, heard
+from p2p_diloco.core.waiting import Bell, heard, now_s
 from p2p_diloco.wire.channel import Channel, Links
 from p2p_diloco.wire.messages import (
     CHUNK_BYTES,
@@ -67,10 +67,6 @@ class Fed:
 
 def framed(*frames: bytes) -> bytes:
     return b"".join(len(frame).to_bytes(4, "big") + frame for frame in frames)
-
-
-def now_s() -> float:
-    return asyncio.get_running_loop().time()
 
 
 def test_who_has_no_links_has_none_of_any_kind() -> None:
