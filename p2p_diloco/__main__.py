@@ -7,7 +7,8 @@ from p2p_diloco.core.interpreter import SERVING, begin, end
 
 
 def end_quietly(number: int, _frame: object) -> None:
-    """At once, for an exception in the midst of imports may get lost: Python ignores those in callbacks of its own."""
+    """Ends the process at once, for an exception in the midst of imports may get lost: Python ignores those in
+    callbacks of its own."""
     os._exit(0 if sys.argv[1:2] and sys.argv[1] in SERVING else 128 + number)
 
 

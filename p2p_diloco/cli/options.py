@@ -40,7 +40,7 @@ def not_negative(_type: Any, value: float) -> None:
 @Parameter(name="*")
 @dataclass(frozen=True, kw_only=True)
 class Output:
-    """Of every command."""
+    """Holds the options of every command."""
 
     verbose: Flag = False
     """Tell more in the log."""
@@ -51,7 +51,7 @@ class Output:
 @Parameter(name="*")
 @dataclass(frozen=True, kw_only=True)
 class NodeOptions:
-    """Of every command that becomes a lasting part of the network."""
+    """Holds the options of every command that becomes a lasting part of the network."""
 
     folder: Path | None = None
     """Identity, ledger and event log of this peer; the same folder takes up where the last start ended."""

@@ -99,7 +99,7 @@ PARTS: dict[str, tuple[bytes, Callable[[str], bytes] | None]] = {
 
 
 def parse_maddr(text: str) -> str:
-    """Without surrounding blanks. Raises UsageError when it is no TCP address."""
+    """Returns the address without surrounding blanks. Raises UsageError when it is no TCP address."""
     text = text.strip()
     try:
         encode(text)
@@ -198,15 +198,15 @@ def is_loopback(maddr: str) -> bool:
 
 
 def is_public(ip: ipaddress.IPv4Address | ipaddress.IPv6Address) -> bool:
-    """Whether it names one machine on the internet: of IPv6 only what is given out as such, and nothing that tunnels to
-    an IPv4 address, which may be any."""
+    """Returns whether it names one machine on the internet: of IPv6 only what is given out as such, and nothing that
+    tunnels to an IPv4 address, which may be any."""
     if isinstance(ip, ipaddress.IPv6Address) and (ip not in INTERNET or ip.sixtofour is not None):
         return False
     return ip.is_global and not ip.is_multicast
 
 
 def address_of(maddr: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
-    """None for a host name."""
+    """Returns the IP address that a multiaddr begins with; None for a host name."""
     pieces = maddr.split("/", 3)
     if len(pieces) < 3 or pieces[1] not in ("ip4", "ip6"):
         return None
@@ -275,7 +275,7 @@ class Endpoint:
 
     @property
     def ip(self) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
-        """None for a name."""
+        """The address; None for a name."""
         try:
             return ipaddress.ip_address(self.host)
         except ValueError:
@@ -294,8 +294,8 @@ class Endpoint:
             raise UsageError(f"{flag} {self}: {what}") from error
 
     def announced(self, maddrs: Sequence[str]) -> str:
-        """What others may dial; empty when they cannot. Who listens on all addresses is reached at the first of its own
-        ``maddrs`` that is neither a relay's nor loopback."""
+        """Returns what others may dial; empty when they cannot. Who listens on all addresses is reached at the first of
+        its own ``maddrs`` that is neither a relay's nor loopback."""
         host = self.host
         if self.ip is not None and self.ip.is_unspecified:
             direct = (maddr for maddr in maddrs if "/p2p-circuit" not in maddr and not is_loopback(maddr))

@@ -82,7 +82,8 @@ def align(theta: Vector, local: Vector, update: Update, grid: Grid) -> Alignment
 
 
 def dot(a: Vector, b: Vector) -> float:
-    """In float64 where float32 is too narrow: a codec lets values through whose squares are not finite."""
+    """Returns the inner product, in float64 where float32 is too narrow: a codec lets values through whose squares are
+    not finite."""
     with np.errstate(over="ignore", invalid="ignore"):
         product = float(np.dot(a, b))
     return product if math.isfinite(product) else float(np.dot(a.astype(np.float64), b.astype(np.float64)))

@@ -11,8 +11,8 @@ BURST_S = 1.0
 
 @dataclass(kw_only=True)
 class Rate:
-    """In any ``t`` seconds go at most ``(BURST_S + t) * bytes_per_s`` bytes, whoever sends them; a piece that is larger
-    than a burst waits for all of it, and goes at once then."""
+    """A rate that is kept: in any ``t`` seconds go at most ``(BURST_S + t) * bytes_per_s`` bytes, whoever sends them; a
+    piece that is larger than a burst waits for all of it, and goes at once then."""
 
     bytes_per_s: float
     _level_bytes: float = field(init=False)
@@ -23,7 +23,8 @@ class Rate:
         self._level_bytes = BURST_S * self.bytes_per_s
 
     def wait_s(self, size_bytes: int, now_s: float) -> float:
-        """How long to wait before these bytes are sent. Counted as sent from now on: the next one waits for them."""
+        """Returns how long to wait before these bytes are sent. Counted as sent from now on: the next one waits for
+        them."""
         flowed_in = (now_s - self._then_s) * self.bytes_per_s
         self._level_bytes = min(self._level_bytes + flowed_in, BURST_S * self.bytes_per_s) - size_bytes
         self._then_s = now_s

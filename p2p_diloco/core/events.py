@@ -122,7 +122,7 @@ class EventTail:
         self._read_bytes = 0
 
     def read(self) -> None:
-        """What has been written since the last call, in whole lines; one that a crash cut is left out."""
+        """Reads what has been written since the last call, in whole lines; one that a crash cut is left out."""
         if self._path is None:
             self._path = next(self._folder.glob(f"*/{EVENTS_FILE}"), None)
             if self._path is None:
@@ -141,7 +141,7 @@ def parsed(lines: Iterable[bytes]) -> Iterator[Event]:
 
 
 def read_events(path: Path) -> list[Event]:
-    """All whole lines; the one that is being written, or was cut by a crash, is left out."""
+    """Returns all whole lines; the one that is being written, or was cut by a crash, is left out."""
     return list(parsed(path.read_bytes().split(b"\n")[:-1])) if path.exists() else []
 
 

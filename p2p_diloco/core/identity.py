@@ -98,7 +98,8 @@ class Identity:
 
 
 def verify(peer_id: str, message: bytes, signature: bytes) -> bool:
-    """Whether ``signature`` is that of the key inside ``peer_id``. False, too, for anything that is no such id."""
+    """Returns whether ``signature`` is that of the key inside ``peer_id``. False, too, for anything that is no such
+    id."""
     public_key = public_key_of(peer_id)
     if public_key is None or len(signature) != SIGNATURE_BYTES:
         return False
@@ -111,7 +112,8 @@ def verify(peer_id: str, message: bytes, signature: bytes) -> bool:
 
 @lru_cache(maxsize=KEYS_KEPT)
 def public_key_of(peer_id: str) -> Ed25519PublicKey | None:
-    """None when ``peer_id`` is not *the* id of an Ed25519 key (RSA ids, garbage, another spelling of an id)."""
+    """Returns the key inside a peer id; None when ``peer_id`` is not *the* id of an Ed25519 key (RSA ids, garbage,
+    another spelling of an id)."""
     if not 0 < len(peer_id) <= MAX_PEER_ID_CHARS:
         return None
     try:

@@ -29,7 +29,8 @@ def ending_signals() -> tuple[signal.Signals, ...]:
 
 
 def is_echo(number: int, *, asked: bool) -> bool:
-    """Whether signal ``number`` only repeats that the terminal was closed, of a process that was ``asked`` to end."""
+    """Returns whether signal ``number`` only repeats that the terminal was closed, of a process that was ``asked`` to
+    end."""
     return asked and number == signal.SIGHUP
 
 
@@ -136,7 +137,7 @@ def interruptible() -> Iterator[list[int]]:
 
 @contextmanager
 def importing(command: str) -> Iterator[None]:
-    """For imports and checks, before there is anything to tidy up: a signal ends this process there and then. An
+    """Guards imports and checks, before there is anything to tidy up: a signal ends this process there and then. An
     exception may get lost in the midst of imports, and in torch's, which are also hivemind's, it would end in a page of
     C++."""
 
@@ -158,8 +159,8 @@ def undisturbed() -> Iterator[list[int]]:
 
 
 def run_cancellable(work: Coroutine[Any, Any, Result]) -> Result:
-    """As ``asyncio.run``, but a signal cancels ``work`` and comes through when that has tidied up: KeyboardInterrupt in
-    the midst of the loop's own work may lose a process that is being started."""
+    """Runs ``work`` as ``asyncio.run`` does, but a signal cancels ``work`` and comes through when that has tidied up:
+    KeyboardInterrupt in the midst of the loop's own work may lose a process that is being started."""
 
     async def cancellable(waiting: list[int]) -> Result:
         loop, task = asyncio.get_running_loop(), asyncio.current_task()

@@ -45,7 +45,7 @@ class OuterState:
         return [(self.theta[where], self.momentum[where]) for where in part_slices(len(self.theta))]
 
     def digest(self) -> bytes:
-        """Of all bits of the state, 32 bytes: equal digests, equal replicas."""
+        """Returns 32 bytes that name all bits of the state: equal digests, equal replicas."""
         return state_digest(self.step, self.head, self.chunk_hashes())
 
 

@@ -166,7 +166,7 @@ def open_record(data: bytes) -> Record:
 
 
 def is_current(record: Record, now_s: float) -> bool:
-    """Whether the record is of this time. Clocks of two peers may differ by up to a record's life."""
+    """Returns whether the record is of this time. Clocks of two peers may differ by up to a record's life."""
     return now_s - record.life_s < record.issued_s < now_s + record.life_s
 
 

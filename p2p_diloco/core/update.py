@@ -157,7 +157,7 @@ def update_to_bytes(update: Update) -> bytes:
 
 
 def update_pieces(update: Update) -> list[bytes]:
-    """What ``update_to_bytes`` joins, the start first; the parts' values are not copied."""
+    """Returns what ``update_to_bytes`` joins, the start first; the parts' values are not copied."""
     mask_bytes = _mask_bytes(update.header)
     pieces = [update_start(update.header)]
     for part in update.parts:
@@ -166,7 +166,7 @@ def update_pieces(update: Update) -> list[bytes]:
 
 
 def update_start(header: UpdateHeader) -> bytes:
-    """All of an update that comes before its parts."""
+    """Returns all of an update that comes before its parts."""
     packed = header.to_bytes()
     return b"".join((UPDATE_MAGIC, len(packed).to_bytes(4, "big"), packed, header.head))
 

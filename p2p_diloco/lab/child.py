@@ -149,7 +149,7 @@ def children_of(pid: int) -> list[int]:
 
 
 def is_alive(pid: int) -> bool:
-    """Whether a process runs; a zombie does not."""
+    """Returns whether a process runs; a zombie does not."""
     state = read_proc(pid, "stat").rpartition(b")")[2].split()[:1]
     return state not in ([], [b"Z"], [b"X"])
 

@@ -152,8 +152,8 @@ class Children:
     # -- faults --------------------------------------------------------------------------------------------------------
 
     def can_start(self, name: str) -> bool:
-        """Whether a peer can be started again: nothing is left of it, and somebody is there to be joined, or nobody is
-        even starting."""
+        """Returns whether a peer can be started again: nothing is left of it, and somebody is there to be joined, or
+        nobody is even starting."""
         child, others = self.named(name), [child for child in self.all if child.name != name and child.living]
         reachable = any(other.address for other in others) or not others
         return child.ended and (reachable or child is self.seed)

@@ -213,8 +213,8 @@ def act_of(fault: Fault, number: int, action: Action, peer: str, *, follows: boo
 
 
 def is_time(fault: Fault, turn: int, now_s: float, fresh: Sequence[Event]) -> bool:
-    """Whether this fault is due. ``turn``: how often it has been done before. ``fresh``: events that are new since the
-    last call."""
+    """Returns whether this fault is due. ``turn``: how often it has been done before. ``fresh``: events that are new
+    since the last call."""
     if turn and fault.every_s is None:
         return False
     if fault.at_s is not None:
@@ -224,12 +224,12 @@ def is_time(fault: Fault, turn: int, now_s: float, fresh: Sequence[Event]) -> bo
 
 
 def may_be_chosen(action: Action, plight: str | None, running: bool) -> bool:
-    """Whether it makes sense to do this to a peer of that plight."""
+    """Returns whether it makes sense to do this to a peer of that plight."""
     return plight == ENDS_PLIGHT[action] if action in ENDS_PLIGHT else plight is None and running
 
 
 def is_undone(past: Done, done: Sequence[Done]) -> bool:
-    """Whether the opposite has followed; nor has it to where nothing was hit."""
+    """Returns whether the opposite has followed; nor has it to where nothing was hit."""
     if past.act.action != "cut" and not past.pids:
         return True
     mine = [later for later in done if later.act.follows and later.at_s >= past.at_s]
@@ -250,7 +250,7 @@ def plights(done: Sequence[Done]) -> dict[str, str]:
 
 
 def restarts_to_come(plan: FaultPlan, done: Sequence[Done]) -> bool:
-    """Whether a peer that is killed now will be started again."""
+    """Returns whether a peer that is killed now will be started again."""
     if PLIGHT["kill"] not in plights(done).values():
         return False
     for number, fault in enumerate(plan.fault):
@@ -263,6 +263,6 @@ def restarts_to_come(plan: FaultPlan, done: Sequence[Done]) -> bool:
 
 
 def waits_for_phase(plan: FaultPlan, done: Sequence[Done]) -> bool:
-    """Whether a moment in an event log still has to be caught."""
+    """Returns whether a moment in an event log still has to be caught."""
     begun = {past.act.fault for past in done}
     return any(fault.phase is not None and number not in begun for number, fault in enumerate(plan.fault))

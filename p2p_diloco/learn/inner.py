@@ -60,8 +60,8 @@ def place_in_run(spec: RunSpec, outer_step: int, batch_step: int, inner_step: in
 
 
 def draws_drop(seed: int, peer_id: str, step: int, probability: float) -> bool:
-    """Whether this peer's contribution to outer step ``step`` is dropped, as in the paper's ablation (arXiv 2311.08105,
-    section 3): another draw for every peer and outer step, the same whenever it is asked for."""
+    """Returns whether this peer's contribution to outer step ``step`` is dropped, as in the paper's ablation (arXiv
+    2311.08105, section 3): another draw for every peer and outer step, the same whenever it is asked for."""
     return random.Random(f"{seed} {peer_id} {step}").random() < probability
 
 
@@ -97,8 +97,8 @@ def whole() -> Iterator[None]:
 
 
 def computes_in_bf16(capability: tuple[int, int]) -> bool:
-    """Whether a GPU of this CUDA capability has units for bf16, which Ampere (8.0) was the first to have. Earlier ones
-    (V100, T4, RTX 20) imitate it, more slowly than float32."""
+    """Returns whether a GPU of this CUDA capability has units for bf16, which Ampere (8.0) was the first to have.
+    Earlier ones (V100, T4, RTX 20) imitate it, more slowly than float32."""
     return capability >= (8, 0)
 
 

@@ -98,7 +98,7 @@ class NetworkHandle:
             return  # The network process is gone: the reader thread has seen it, and ``wait`` says it.
 
     def has_room(self) -> bool:
-        """Whether it would hear me at once; not while it is stopped."""
+        """Returns whether it would hear me at once; not while it is stopped."""
         return has_room(self._control)
 
     def wait(self, *kinds: type[Answer]) -> Answer:

@@ -117,8 +117,8 @@ def model_classes(config_class: Any) -> list[tuple[ModuleType, str]]:
 
 
 def is_given(thing: Any, config_class: Any) -> bool:
-    """Whether the ``config`` that this class or function of a model takes may be one of ``config_class``. Where it does
-    not say which it takes, it is the one of a model that has only one."""
+    """Returns whether the ``config`` that this class or function of a model takes may be one of ``config_class``. Where
+    it does not say which it takes, it is the one of a model that has only one."""
     from transformers import PreTrainedConfig
 
     taker = thing.__init__ if inspect.isclass(thing) else thing
@@ -141,7 +141,8 @@ def taken_from(thing: Any, name: str) -> Any:
 
 
 def is_key(name: str, config_class: Any) -> bool:
-    """Whether what is read by this name can be a key of a config: no method, and nothing that is its class's."""
+    """Returns whether what is read by this name can be a key of a config: no method, and nothing that is its
+    class's."""
     from transformers import PreTrainedConfig
 
     method = callable(getattr(config_class, name, None)) or hasattr(dict, name)

@@ -112,8 +112,8 @@ ESCAPE = b"\x1b$"
 
 
 def is_foreign(text: str) -> bool:
-    """Whether text that was read as UTF-8 is in another encoding after all: in UTF-16 and UTF-32, ASCII is valid UTF-8
-    with a NUL beside every character."""
+    """Returns whether text that was read as UTF-8 is in another encoding after all: in UTF-16 and UTF-32, ASCII is
+    valid UTF-8 with a NUL beside every character."""
     return "\0" in text or ESCAPE.decode() in text
 
 

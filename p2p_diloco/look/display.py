@@ -57,7 +57,8 @@ class Legible:
 
 
 def is_live(console: Console) -> bool:
-    """Whether a table can be kept up to date there: not in a file, and not on a terminal that cannot go back."""
+    """Returns whether a table can be kept up to date there: not in a file, and not on a terminal that cannot go
+    back."""
     return console.is_terminal and not console.is_dumb_terminal
 
 

@@ -220,5 +220,5 @@ def short_maddr(maddr: str) -> str:
 
 
 def is_global(ip: str) -> bool:
-    """Whether a peer that sees us at ``ip`` sees us from the internet; not where ``ip`` is empty."""
+    """Returns whether a peer that sees us at ``ip`` sees us from the internet; not where ``ip`` is empty."""
     return ipaddress.ip_address(ip).is_global if ip else False

@@ -304,7 +304,7 @@ async def dial_back(
 
 
 async def would_relay(transport: Transport, candidates: Sequence[Candidate]) -> bool:
-    """Whether one of them is a relay for others."""
+    """Returns whether one of them is a relay for others."""
     for candidate in candidates[:ASKED]:
         try:
             channel = await transport.open(candidate.peer_id, list(candidate.maddrs), RELAY_PROTOCOL)

@@ -286,7 +286,7 @@ def socket_pair() -> tuple[socket.socket, socket.socket]:
 
 
 def has_room(end: socket.socket) -> bool:
-    """Whether a line can be sent without waiting for the other end to read: it may be stopped."""
+    """Returns whether a line can be sent without waiting for the other end to read: it may be stopped."""
     poll = select.poll()
     poll.register(end, select.POLLOUT)
     return bool(poll.poll(0))

@@ -68,7 +68,7 @@ class Company:
             raise Misbehaved(source, f"sends {error}") from error
 
     def learn_own(self, source: str, sealed: bytes) -> Record | None:
-        """As ``learn``; the record has to be that of ``source`` itself."""
+        """Takes in a record as ``learn`` does; it has to be that of ``source`` itself."""
         try:
             return self.here.directory.learn_from(source, sealed, self.here.wall_s())
         except ValueError as error:

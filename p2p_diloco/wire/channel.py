@@ -28,7 +28,8 @@ DIAL_BACK_PROTOCOL = "p2p-diloco/1/dial-back"
 
 
 def run_protocol(run_id: str) -> str:
-    """All other streams. Handler names are global to a libp2p host, so the run's id is in them."""
+    """Returns the name of a run's streams, all but those that give its manifest. Handler names are global to a libp2p
+    host, so the run's id is in them."""
     return f"p2p-diloco/2/{run_id}"
 
 
