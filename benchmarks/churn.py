@@ -23,6 +23,7 @@ from benchmarks.histories import rounds
 from benchmarks.processes import Usage, usage_of
 from benchmarks.stage import GONE_S, SPEC, Stage
 from benchmarks.table import Table, markdown
+from p2p_diloco.core.event import TrainerStalled, of_kind
 from p2p_diloco.core.runfile import ModelSpec
 from p2p_diloco.core.update import max_update_bytes
 from p2p_diloco.lab.faults import RANDOM, Fault
@@ -114,10 +115,10 @@ def churn(stage: Stage, *, seconds: float, every_s: float, settling_s: float) ->
     stage.wait_until_calm(time.monotonic())
     stage.check_heads()
     logs = stage.logs.values()
-    stalls = [e["seconds"] for log in logs for e in log if e["event"] == "stall" and e["mono_s"] > began_s]
+    stalls = [e.seconds for log in logs for e in of_kind(log, TrainerStalled) if e.mono_s > began_s]
     first: dict[int, float] = {}
     for event in (event for log in logs for event in rounds(log)):
-        first[event["step"]] = min(event["mono_s"], first.get(event["step"], event["mono_s"]))
+        first[event.step] = min(event.mono_s, first.get(event.step, event.mono_s))
     during = sorted(mono_s for mono_s in first.values() if mono_s > began_s)
     for child in dead:
         stage.children.trainers.remove(child)

@@ -12,12 +12,13 @@ from typing import Any, TypeAlias
 
 from benchmarks.workers import Workers
 from p2p_diloco.core.config import PeerConfig
+from p2p_diloco.core.event import Event
 from p2p_diloco.core.events import EVENTS_FILE, read_events
 from p2p_diloco.core.identity import Identity
 from p2p_diloco.core.runfile import RunSpec
 from p2p_diloco.learn.swarm import Swarm
 
-Log: TypeAlias = list[dict[str, Any]]
+Log: TypeAlias = list[Event]
 """One peer's events, oldest first."""
 HOST_MADDRS = ("/ip4/127.0.0.1/tcp/0",)
 

@@ -25,6 +25,7 @@ from benchmarks.histories import began, first, first_commit, first_stall, missed
 from benchmarks.loopback import Log
 from benchmarks.stage import Stage
 from benchmarks.table import Cell, Table, markdown
+from p2p_diloco.core.event import DaemonRestarted, PeerJoined
 from p2p_diloco.lab import namespaces
 from p2p_diloco.lab.faults import RANDOM, Action, Done, Fault, FaultPhase, ProcessName
 
@@ -159,13 +160,13 @@ def try_case(stage: Stage, case: Case, victim: str, joiner_name: str, down_s: fl
         victim=fault.act.peer,
         late_s=fault.mono_s - began_s,
         hit=fault.mono_s - began_s < LATE_S if case.phase in WITHOUT_END else fault.phase == case.phase,
-        commit_s=max(0.0, *(commit["mono_s"] - fault.mono_s for commit in commits if commit)),
+        commit_s=max(0.0, *(commit.mono_s - fault.mono_s for commit in commits if commit)),
         missed=max(missed_rounds(other, fault.mono_s, step) for other in others),
         stall_s=median(stalls),
         worst_s=max(stalls),
         calm_s=calm_s,
-        back_s=back["mono_s"] - able_s,
-        back_steps=swarm_step(others, back["mono_s"]) - swarm_step(others, able_s),
+        back_s=back.mono_s - able_s,
+        back_steps=swarm_step(others, back.mono_s) - swarm_step(others, able_s),
     )
 
 
@@ -173,12 +174,12 @@ def able_since(done: Sequence[Done], log: Log) -> float | None:
     """When the victim was there again: resumed, connected, started again and joined, its p2pd started again."""
     fault, *opposite = done
     if (fault.act.action, fault.act.process) == ("kill", "p2pd"):
-        back = first(log, "p2pd_restarted", fault.mono_s)
-    elif not opposite or fault.act.action != "kill":
+        restarted = first(log, DaemonRestarted, fault.mono_s)
+        return restarted.mono_s if restarted else None
+    if not opposite or fault.act.action != "kill":
         return opposite[0].mono_s if opposite else None
-    else:
-        back = first(log, "joined", opposite[0].mono_s)
-    return back["mono_s"] if back else None
+    joined = first(log, PeerJoined, opposite[0].mono_s)
+    return joined.mono_s if joined else None
 
 
 # -- all of them -------------------------------------------------------------------------------------------------------

@@ -42,11 +42,11 @@ def kill_all(stage: Stage, generator: random.Random) -> Onslaught:
     stage.wait_until_calm(killed_s)
     stage.check_heads()
     logs = stage.logs.values()
-    committed = max(event["step"] for log in logs for event in rounds(log) if event["mono_s"] <= killed_s)
-    after = [event for log in logs for event in rounds(log) if event["mono_s"] > killed_s]
-    if min(event["step"] for event in after) <= committed:
+    committed = max(event.step for log in logs for event in rounds(log) if event.mono_s <= killed_s)
+    after = [event for log in logs for event in rounds(log) if event.mono_s > killed_s]
+    if min(event.step for event in after) <= committed:
         raise stage.failure(f"outer step {committed} was lost in {phases}")
-    seconds = max(min(event["mono_s"] for event in rounds(log) if event["mono_s"] > killed_s) for log in logs)
+    seconds = max(min(event.mono_s for event in rounds(log) if event.mono_s > killed_s) for log in logs)
     return Onslaught(phases, committed, seconds - killed_s)
 
 

@@ -13,6 +13,7 @@ from benchmarks.histories import newest, rounds
 from benchmarks.loopback import Log
 from benchmarks.stage import Stage
 from benchmarks.table import Table
+from p2p_diloco.core.event import PeerCaughtUp, of_kind
 from p2p_diloco.lab.faults import Fault
 
 TRAINERS = 4
@@ -49,16 +50,16 @@ def part_and_heal(stage: Stage) -> Healed:
     stage.plan(Fault(action="restore", at_s=0.0, peer=island))
     healed = stage.wait_until(lambda: stage.done, "they are connected again")[-1]
     stage.wait_until_calm(healed.mono_s)
-    together_s = min(rounds(log)[-1]["mono_s"] for log in logs.values())
+    together_s = min(rounds(log)[-1].mono_s for log in logs.values())
     stage.check_heads(together_s)  # before that, rounds of one half may have been under way
     given_up: Counter[str] = Counter()
     for name, log in logs.items():
-        for event in log:
-            if event["event"] != "caught_up" or not event["rolled_back"] or event["mono_s"] < parted.mono_s:
+        for event in of_kind(log, PeerCaughtUp):
+            if not event.rolled_back or event.mono_s < parted.mono_s:
                 continue
-            given_up[name] += event["rolled_back"]
-            if GIVEN_UP.format(event["rolled_back"]) not in stage.children.named(name).output:
-                raise stage.failure(f"{name} gave up {event['rolled_back']} outer steps without a word in its log")
+            given_up[name] += event.rolled_back
+            if GIVEN_UP.format(event.rolled_back) not in stage.children.named(name).output:
+                raise stage.failure(f"{name} gave up {event.rolled_back} outer steps without a word in its log")
     if not given_up:
         raise stage.failure("nothing was given up: were the halves apart?")
     return Healed(made=made, given_up=dict(given_up), seconds=together_s - healed.mono_s)
@@ -70,7 +71,7 @@ def last_common(logs: Mapping[str, Log], island: Collection[str]) -> int:
     inside: dict[int, str] = {}
     outside: dict[int, str] = {}
     for name, log in logs.items():
-        (inside if name in island else outside).update((event["step"], event["head"]) for event in rounds(log))
+        (inside if name in island else outside).update((event.step, event.head) for event in rounds(log))
     return max(inside.items() & outside.items())[0]
 
 

@@ -21,6 +21,7 @@ from benchmarks.table import Cell, Table
 from benchmarks.workers import Workers
 from p2p_diloco.core.config import PeerConfig, Timeouts
 from p2p_diloco.core.errors import RemoteError
+from p2p_diloco.core.event import OuterGradientOffered, PhaseBegan, TrainerStalled
 from p2p_diloco.core.identity import Identity
 from p2p_diloco.core.records import Record, open_record, peers_key
 from p2p_diloco.ledger.snapshot import chunk_slices
@@ -89,13 +90,13 @@ def row_of(name: str, stage: Stage, spans: Sequence[tuple[float, float]], served
 def inner_and_stall(log: Log, began_s: float, until_s: float) -> Iterator[tuple[float, float]]:
     """Of every outer step that lies between: seconds of its inner steps, and of the stall after them."""
     inner_s = lasted_s = None
-    for event in (event for event in log if began_s < event["mono_s"] < until_s):
-        if event["event"] == "phase" and event["phase"] == "inner":
-            inner_s = event["mono_s"]
-        elif event["event"] == "offered":
-            lasted_s = None if inner_s is None else event["mono_s"] - inner_s
-        elif event["event"] == "stall" and lasted_s is not None:
-            yield lasted_s, event["seconds"]
+    for event in (event for event in log if began_s < event.mono_s < until_s):
+        if isinstance(event, PhaseBegan) and event.phase == "inner":
+            inner_s = event.mono_s
+        elif isinstance(event, OuterGradientOffered):
+            lasted_s = None if inner_s is None else event.mono_s - inner_s
+        elif isinstance(event, TrainerStalled) and lasted_s is not None:
+            yield lasted_s, event.seconds
 
 
 # -- in a process of its own -------------------------------------------------------------------------------------------

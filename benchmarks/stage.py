@@ -176,9 +176,9 @@ class Stage:
         """Of one outer step there is one head. ``since_s``: a moment on the clock of the logs."""
         heads: dict[int, str] = {}
         for name, log in self.logs.items():
-            for event in (event for event in rounds(log) if event["mono_s"] >= since_s):
-                if heads.setdefault(event["step"], event["head"]) != event["head"]:
-                    raise self.failure(f"{name} has another head at outer step {event['step']}")
+            for event in (event for event in rounds(log) if event.mono_s >= since_s):
+                if heads.setdefault(event.step, event.head) != event.head:
+                    raise self.failure(f"{name} has another head at outer step {event.step}")
 
 
 @contextmanager

@@ -12,6 +12,7 @@ import torch
 from benchmarks.loopback import Log, Run, run_swarm
 from benchmarks.workers import Workers
 from p2p_diloco.core.config import cache_folder
+from p2p_diloco.core.event import InnerStepEnded, ThetaEvaluated, TrainerStalled, latest
 from p2p_diloco.core.interruption import Stop
 from p2p_diloco.core.runfile import RunSpec
 from p2p_diloco.learn.architecture import resolve_config
@@ -50,12 +51,12 @@ def swarm_tokens_per_s(run: Run) -> tuple[float, float]:
     outer step and evaluation; and in the inner steps alone."""
     in_cycles, in_inner_steps = 0.0, 0.0
     for log in run.logs:
-        ends = [i for i, event in enumerate(log) if event["event"] == "stall"]
+        ends = [i for i, event in enumerate(log) if isinstance(event, TrainerStalled)]
         first, last = ends[0], ends[-1]
         tokens = tokens_until(log, last) - tokens_until(log, first)
         cycle = log[first + 1 : last + 1]
-        other_s = sum(event["seconds"] for event in cycle if event["event"] in ("stall", "evaluated"))
-        seconds = log[last]["mono_s"] - log[first]["mono_s"]
+        other_s = sum(event.seconds for event in cycle if isinstance(event, TrainerStalled | ThetaEvaluated))
+        seconds = log[last].mono_s - log[first].mono_s
         in_cycles += tokens / seconds
         in_inner_steps += tokens / (seconds - other_s)
     return in_cycles, in_inner_steps
@@ -63,7 +64,8 @@ def swarm_tokens_per_s(run: Run) -> tuple[float, float]:
 
 def tokens_until(log: Log, i: int) -> int:
     """That the peer had trained on, by its last word before event ``i``."""
-    return next((int(event["tokens"]) for event in reversed(log[:i]) if event["event"] == "inner"), 0)
+    inner = latest(log[:i], InnerStepEnded)
+    return inner.tokens if inner else 0
 
 
 def plain_tokens_per_s() -> float:

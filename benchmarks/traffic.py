@@ -8,6 +8,7 @@ from benchmarks import sleepers, tiny
 from benchmarks.loopback import Run
 from benchmarks.table import Cell, Table
 from p2p_diloco.core.codecs import encoded_bytes
+from p2p_diloco.core.event import RoundEnded, of_kind
 from p2p_diloco.core.grid import part_slices
 
 
@@ -25,10 +26,10 @@ def main() -> Table:
 
 def traffic_row(name: str, run: Run) -> tuple[Cell, ...]:
     sent = [
-        event["bytes_sent"]
+        event.bytes_sent
         for log in run.logs
-        for event in log
-        if event["event"] == "round" and event["committed"] and len(event["group"]) == len(run.logs)
+        for event in of_kind(log, RoundEnded)
+        if event.committed and len(event.group) == len(run.logs)
     ]
     least = minimum_bytes(encoded_bytes(run.values, run.spec.outer.codec), len(run.logs))
     rounds, parts = len(sent) // len(run.logs), len(part_slices(run.values))

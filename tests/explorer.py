@@ -46,10 +46,11 @@ from multiprocessing.pool import Pool
 from pathlib import Path
 from typing import Any
 
-from p2p_diloco.core.events import EVENTS_FILE, read_events
+from p2p_diloco.core.events import EVENTS_FILE
 from tests.support.broken import VARIANTS
 from tests.support.builders import identity
 from tests.support.chronicle import MAX_PEERS, Violation
+from tests.support.events import lines_of
 from tests.support.instruments import instrumented
 from tests.support.schedules import Schedule, draw, shrink
 from tests.support.simloop import START_S, run_simulated
@@ -126,7 +127,7 @@ def timeline(world: World, logs: list[Path]) -> list[str]:
     names = {identity(i).peer_id: str(i) for i in range(MAX_PEERS)}
     lines = [(float(line[:8]), line) for line in world.timeline]
     for i, path in enumerate(logs):
-        for event in read_events(path):
+        for event in lines_of(path) if path.exists() else ():
             at_s = event["mono_s"] - START_S
             shown = [
                 f"{key}={_shown(value, names)}"

@@ -17,8 +17,9 @@ from benchmarks.__main__ import ALL, compare
 from benchmarks.against import TIMED, Comparison, Cost, Side, order
 from benchmarks.loopback import Run
 from benchmarks.processes import started_below
-from benchmarks.stall import PHASES
 from p2p_diloco.core.errors import UsageError
+from p2p_diloco.core.event import TrainerStalled
+from tests.support.events import COMMITTED
 
 ROOT = Path(__file__).parents[1]
 
@@ -62,9 +63,8 @@ def test_one_ratio_within_its_bound_is_enough(
 
 
 def test_what_is_timed_is_what_the_cases_return(monkeypatch: pytest.MonkeyPatch) -> None:
-    round_event = {"event": "round", "committed": True, **dict.fromkeys(PHASES, 0.0)}
-    stalls = [{"event": "stall", "step": step, "seconds": s} for step, s in ((1, 9.0), (2, 0.5), (3, 0.7), (4, 0.6))]
-    swarm = Run(spec=sleepers.SPEC, values=1, logs=[[round_event, *stalls]])
+    stalls = [TrainerStalled(step=step, seconds=s) for step, s in ((1, 9.0), (2, 0.5), (3, 0.7), (4, 0.6))]
+    swarm = Run(spec=sleepers.SPEC, values=1, logs=[[COMMITTED, *stalls]])
     monkeypatch.setattr(sleepers, "swarm_run", lambda: swarm)
     monkeypatch.setattr(tiny, "swarm_run", lambda: swarm)
     monkeypatch.setattr(compute, "VALUES", 1000)

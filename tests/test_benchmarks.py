@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -26,24 +26,41 @@ from benchmarks.serving import inner_and_stall
 from benchmarks.stall import stalls_of
 from benchmarks.table import Table, layout, markdown
 from p2p_diloco.core.codecs import encoded_bytes
+from p2p_diloco.core.event import LoggedPhase, PhaseBegan, RoundEnded, TrainerStalled
 from p2p_diloco.core.runfile import RunSpec
 from p2p_diloco.lab.faults import Act, Action, Done, ProcessName
 from p2p_diloco.lab.recount import Past
+from tests.support.events import CAUGHT_UP, COMMITTED, EVALUATED, INNER, JOINED, MISSED, OFFERED, RESTARTED
+
+ROUND = replace(
+    COMMITTED,
+    group=("a", "b"),
+    dropped=(),
+    lost=(),
+    gather_s=0.1,
+    reduce_s=0.2,
+    settle_s=0.0,
+    apply_s=0.0,
+    bytes_sent=0,
+)
 
 
-def round_event(step: int, **fields: Any) -> dict[str, Any]:
-    phases = {"gather_s": 0.1, "reduce_s": 0.2, "settle_s": 0.0, "apply_s": 0.0}
-    return {"event": "round", "step": step, "committed": True, "group": ["a", "b"], "bytes_sent": 0, **phases, **fields}
+def stalled(step: int, seconds: float, mono_s: float = 0.0) -> TrainerStalled:
+    return TrainerStalled(step=step, seconds=seconds, mono_s=mono_s)
+
+
+def began_at(phase: LoggedPhase, mono_s: float, step: int = 0) -> PhaseBegan:
+    return PhaseBegan(phase=phase, step=step, mono_s=mono_s)
 
 
 def two_cycles(tokens: int) -> Log:
     """Inner steps for 10 s, a stall of 2 s; 10 s and 2 s again, with an evaluation of 3 s between."""
     return [
-        {"event": "inner", "mono_s": 10.0, "tokens": tokens},
-        {"event": "stall", "mono_s": 12.0, "step": 1, "seconds": 2.0},
-        {"event": "evaluated", "mono_s": 15.0, "step": 1, "seconds": 3.0},
-        {"event": "inner", "mono_s": 25.0, "tokens": 2 * tokens},
-        {"event": "stall", "mono_s": 27.0, "step": 2, "seconds": 2.0},
+        replace(INNER, mono_s=10.0, tokens=tokens),
+        stalled(1, 2.0, mono_s=12.0),
+        replace(EVALUATED, mono_s=15.0, step=1, seconds=3.0),
+        replace(INNER, mono_s=25.0, tokens=2 * tokens),
+        stalled(2, 2.0, mono_s=27.0),
     ]
 
 
@@ -57,35 +74,35 @@ def test_inner_steps_and_stalls_that_lie_between_two_moments() -> None:
     log: Log = []
     for start_s in (0.0, 4.0, 8.0, 12.0):
         log += [
-            {"event": "phase", "phase": "inner", "mono_s": start_s},
-            {"event": "stall", "mono_s": start_s + 0.1, "seconds": 0.1 * start_s},
-            {"event": "phase", "phase": "serve", "mono_s": start_s + 1.0},
-            {"event": "offered", "mono_s": start_s + 3.0},
-            {"event": "phase", "phase": "gather", "mono_s": start_s + 3.1},
+            began_at("inner", start_s),
+            stalled(1, 0.1 * start_s, mono_s=start_s + 0.1),
+            began_at("serve", start_s + 1.0),
+            replace(OFFERED, mono_s=start_s + 3.0),
+            began_at("gather", start_s + 3.1),
         ]
     assert list(inner_and_stall(log, 1.0, 13.0)) == [(3.0, 0.8), (3.0, pytest.approx(1.2))]
 
 
 def test_a_stall_has_all_rounds_since_the_last_one() -> None:
-    log = [
-        round_event(0, committed=False),
-        round_event(1),
-        {"event": "stall", "step": 1, "seconds": 0.7},
-        round_event(2),
-        {"event": "stall", "step": 2, "seconds": 0.3},
+    log: Log = [
+        replace(ROUND, step=0, committed=False),
+        replace(ROUND, step=1),
+        stalled(1, 0.7),
+        replace(ROUND, step=2),
+        stalled(2, 0.3),
     ]
     first, second = stalls_of(log)
-    assert first["gather_s"] == pytest.approx(0.2)
-    assert first["reduce_s"] == pytest.approx(0.4)
-    assert first["rest_s"] == pytest.approx(0.1)
-    assert second["rest_s"] == pytest.approx(0.0)
+    assert first.gather_s == pytest.approx(0.2)
+    assert first.reduce_s == pytest.approx(0.4)
+    assert first.rest_s == pytest.approx(0.1)
+    assert second.rest_s == pytest.approx(0.0)
 
 
 def test_bytes_are_compared_with_the_butterflys_minimum_in_whole_groups_only() -> None:
     vector = encoded_bytes(1000, "int8")
     logs: list[Log] = [
-        [round_event(1, bytes_sent=vector), round_event(2, group=["a"], bytes_sent=7)],
-        [round_event(1, bytes_sent=2 * vector), round_event(2, committed=False, bytes_sent=7)],
+        [replace(ROUND, step=1, bytes_sent=vector), replace(ROUND, step=2, group=("a",), bytes_sent=7)],
+        [replace(ROUND, step=1, bytes_sent=2 * vector), replace(ROUND, step=2, committed=False, bytes_sent=7)],
     ]
     row = traffic.traffic_row("x", Run(spec=sleepers.SPEC, values=1000, logs=logs))
     assert row[:4] == ("x", 1000, 1, 1)
@@ -116,37 +133,37 @@ def test_a_table_in_markdown() -> None:
 # -- what is read from the logs of a swarm with faults -----------------------------------------------------------------
 
 
-def at(mono_s: float, kind: str, **fields: Any) -> dict[str, Any]:
-    return {"event": kind, "mono_s": mono_s, **fields}
+def made(mono_s: float, step: int, group: int = 2, lost: tuple[str, ...] = ()) -> RoundEnded:
+    return replace(COMMITTED, mono_s=mono_s, step=step, group=("x",) * group, lost=lost)
 
 
-def made(mono_s: float, step: int, group: int = 2, **fields: Any) -> dict[str, Any]:
-    return at(mono_s, "round", **{"step": step, "committed": True, "group": ["x"] * group, "lost": [], **fields})
+def missed(mono_s: float, step: int) -> RoundEnded:
+    return replace(MISSED, mono_s=mono_s, step=step)
 
 
 def test_calm_is_an_outer_step_that_all_have_made_together() -> None:
-    a: Log = [made(1.0, 1), at(1.1, "stall", step=1, seconds=0.2), made(5.0, 2), at(5.1, "stall", step=2, seconds=0.4)]
-    b: Log = [made(1.0, 1), at(1.1, "stall", step=1, seconds=0.3), made(5.0, 2), at(5.2, "stall", step=2, seconds=0.8)]
+    a: Log = [made(1.0, 1), stalled(1, 0.2, mono_s=1.1), made(5.0, 2), stalled(2, 0.4, mono_s=5.1)]
+    b: Log = [made(1.0, 1), stalled(1, 0.3, mono_s=1.1), made(5.0, 2), stalled(2, 0.8, mono_s=5.2)]
     assert calm_stall([a, b]) == pytest.approx(0.6)
     assert calm_stall([a, b], since_s=5.0) == pytest.approx(0.6)
     assert calm_stall([a, b], since_s=5.1) is None
     assert calm_stall([a, b[:-1]]) is None  # its trainer stands still
     assert calm_stall([a, b[:-2]]) is None  # another outer step
     assert calm_stall([a, b, []]) is None
-    assert calm_stall([a, [*b, at(6.0, "round", step=2, committed=False, group=[], lost=[])]]) is None
+    assert calm_stall([a, [*b, missed(6.0, 2)]]) is None
     assert calm_stall([a, [*b[:-2], made(5.0, 2, group=1), b[-1]]]) is None
-    assert calm_stall([a, [*b[:-2], made(5.0, 2, lost=["x"]), b[-1]]]) is None
+    assert calm_stall([a, [*b[:-2], made(5.0, 2, lost=("x",)), b[-1]]]) is None
 
 
 def test_the_first_outer_step_beyond_the_one_of_the_fault() -> None:
     log: Log = [
         made(1.0, 3),
-        at(1.1, "stall", step=3, seconds=0.1),
-        at(4.0, "round", step=3, committed=False, group=[], lost=[]),
+        stalled(3, 0.1, mono_s=1.1),
+        missed(4.0, 3),
         made(5.0, 4),
-        at(5.1, "stall", step=4, seconds=2.5),
+        stalled(4, 2.5, mono_s=5.1),
         made(8.0, 5),
-        at(8.1, "stall", step=5, seconds=0.3),
+        stalled(5, 0.3, mono_s=8.1),
     ]
     assert first_commit(log, 3) == log[3]
     assert first_stall(log, 3) == 2.5
@@ -161,16 +178,16 @@ def test_the_first_outer_step_beyond_the_one_of_the_fault() -> None:
 
 def test_a_peer_is_back_where_it_shows_itself_on_the_swarms_head() -> None:
     others: list[Log] = [[made(5.0, 4), made(9.0, 5)]]
-    resumed: Log = [at(3.0, "phase", phase="reduce", step=3), at(6.0, "phase", phase="inner", step=3)]
+    resumed: Log = [began_at("reduce", 3.0, step=3), began_at("inner", 6.0, step=3)]
     assert on_head(resumed, others, able_s=5.5, step=3) is None
-    behind = [*resumed, at(9.5, "caught_up", from_step=3, to_step=4)]
+    behind = [*resumed, replace(CAUGHT_UP, mono_s=9.5, from_step=3, to_step=4)]
     assert on_head(behind, others, able_s=5.5, step=3) is None  # the swarm has gone on
-    back = [*behind, at(9.9, "caught_up", from_step=4, to_step=5)]
+    back = [*behind, replace(CAUGHT_UP, mono_s=9.9, from_step=4, to_step=5)]
     assert on_head(back, others, able_s=5.5, step=3) == back[-1]
     assert on_head(back, others, able_s=10.0, step=3) is None
-    joined: Log = [at(7.0, "joined", step=4)]
+    joined: Log = [replace(JOINED, mono_s=7.0, step=4)]
     assert on_head(joined, others, able_s=7.0, step=4) == joined[0]
-    assert began([*resumed, at(7.0, "phase", phase="reduce", step=4)], "reduce", 6.0) == 3.0
+    assert began([*resumed, began_at("reduce", 7.0, step=4)], "reduce", 6.0) == 3.0
 
 
 def done(action: Action, mono_s: float, process: ProcessName = "all", *, follows: bool = False) -> Done:
@@ -179,11 +196,11 @@ def done(action: Action, mono_s: float, process: ProcessName = "all", *, follows
 
 
 def test_when_a_victim_can_act_again() -> None:
-    joined: Log = [at(1.0, "joined", step=0), at(9.0, "joined", step=3)]
+    joined: Log = [replace(JOINED, mono_s=1.0, step=0), replace(JOINED, mono_s=9.0, step=3)]
     assert able_since([done("stop", 2.0)], []) is None
     assert able_since([done("stop", 2.0), done("resume", 4.0, follows=True)], []) == 4.0
     assert able_since([done("kill", 2.0, "p2pd")], joined) is None
-    assert able_since([done("kill", 2.0, "p2pd")], [*joined, at(9.5, "p2pd_restarted")]) == 9.5
+    assert able_since([done("kill", 2.0, "p2pd")], [*joined, replace(RESTARTED, mono_s=9.5)]) == 9.5
     assert able_since([done("kill", 2.0), done("restart", 4.0, follows=True)], joined[:1]) is None
     assert able_since([done("kill", 2.0), done("restart", 4.0, follows=True)], joined) == 9.0
 

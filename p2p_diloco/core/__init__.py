@@ -34,5 +34,7 @@ Its files, from the bottom up:
     pace          how many inner steps a peer plans, and when its outer step is due
     waiting       waits that end, and can be cancelled
     buckets       token buckets: a rate that is kept, and how often a peer may ask
-    events        the event log, and what it adds up to
+    event         the events of a peer, and the line that each is in its log
+    totals        what a peer's events add up to
+    events        the event log
 """

@@ -18,7 +18,8 @@ from functools import partial
 from pathlib import Path
 from typing import IO
 
-from p2p_diloco.core.events import Event, EventTail
+from p2p_diloco.core.event import Event, PeerStarted, latest
+from p2p_diloco.core.events import EventTail
 from p2p_diloco.core.interpreter import python_command
 from p2p_diloco.lab.faults import ProcessName
 from p2p_diloco.ledger.disk import disk_errors
@@ -106,10 +107,10 @@ class Child:
     @property
     def address(self) -> str | None:
         """Where others reach it, once it has started."""
-        started = next((event for event in reversed(self.tail.log) if event["event"] == "started"), None)
-        if started is None or started["mono_s"] < self.started_s or not self.living:
+        started = latest(self.tail.log, PeerStarted)
+        if started is None or started.mono_s < self.started_s or not self.living:
             return None
-        return str(started["maddrs"][0])
+        return next(iter(started.maddrs), None)
 
     @property
     def log(self) -> Sequence[Event]:

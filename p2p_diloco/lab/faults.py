@@ -27,7 +27,7 @@ from typing import Annotated, Literal
 from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
 from p2p_diloco.core.errors import UsageError
-from p2p_diloco.core.events import Event
+from p2p_diloco.core.event import Event, PhaseBegan, of_kind
 from p2p_diloco.core.runfile import NotNegative, Positive, Section, explain
 from p2p_diloco.core.toml import read_toml
 
@@ -219,8 +219,8 @@ def is_time(fault: Fault, turn: int, now_s: float, fresh: Sequence[Event]) -> bo
         return False
     if fault.at_s is not None:
         return now_s >= fault.at_s + turn * (fault.every_s or 0.0)
-    begins = (event["step"] for event in fresh if event.get("phase") == fault.phase)
-    return any(fault.outer_step in (None, step) for step in begins)
+    begun = (event.step for event in of_kind(fresh, PhaseBegan) if event.phase == fault.phase)
+    return any(fault.outer_step in (None, step) for step in begun)
 
 
 def may_be_chosen(action: Action, plight: str | None, running: bool) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 
-from p2p_diloco.core.events import Event
+from p2p_diloco.core.event import Event, PhaseBegan, latest
 from p2p_diloco.lab.child import Child
 from p2p_diloco.lab.children import Children
 from p2p_diloco.lab.faults import Act, Done, FaultPlan, due, restarts_to_come, waits_for_phase
@@ -57,13 +57,17 @@ class Injector:
     def _fresh(self, child: Child) -> list[Event]:
         child.tail.read()
         seen, self._seen[child.name] = self._seen[child.name], len(child.log)
-        return [event for event in child.log[seen:] if event["mono_s"] >= self.started_s]
+        return [event for event in child.log[seen:] if event.mono_s >= self.started_s]
 
     def _carry_out(self, act: Act) -> Done:
         now_s = time.monotonic()
-        phases = (event for event in reversed(self.children.named(act.peer).log) if event["event"] == "phase")
-        last: Event = next(phases, {"phase": "", "step": 0})
+        last = latest(self.children.named(act.peer).log, PhaseBegan)
         pids = self.children.carry_out(act)
         return Done(
-            act=act, at_s=now_s - self.started_s, mono_s=now_s, pids=pids, phase=last["phase"], step=last["step"]
+            act=act,
+            at_s=now_s - self.started_s,
+            mono_s=now_s,
+            pids=pids,
+            phase=last.phase if last else "",
+            step=last.step if last else 0,
         )

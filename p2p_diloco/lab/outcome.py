@@ -1,6 +1,6 @@
 """What event logs tell of a swarm: where each trainer is now, and what became of the run, ``summary.json``. Pure.
 
-A *log* is one peer's events (``events`` lists them), oldest first. Steps are outer steps: where the peer stood after
+A *log* is one peer's events (``event`` has them), oldest first. Steps are outer steps: where the peer stood after
 the event.
 """
 
@@ -9,18 +9,29 @@ from __future__ import annotations
 import itertools
 import json
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 
-from p2p_diloco.core.events import Event
+from p2p_diloco.core.event import (
+    Event,
+    InnerStepEnded,
+    PeerJoined,
+    PeerLeft,
+    PeerStarted,
+    PhaseBegan,
+    RoundEnded,
+    ThetaEvaluated,
+    TrainerStalled,
+    latest,
+    of_kind,
+)
 from p2p_diloco.core.swarm_head import Evaluation, Standing, believed_losses, swarm_head
 from p2p_diloco.lab.faults import ToldFault
 
 Log = Sequence[Event]
 
-EVENTS_WITH_A_HEAD = ("joined", "round", "left")
-ROUND_PARTS = ("gather_s", "reduce_s", "settle_s", "apply_s")
+WithHead = PeerJoined | RoundEnded | PeerLeft
+"""Events that say at which head the peer stands."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,48 +52,52 @@ class TrainerNow:
     round_bytes: int = 0
 
 
-def latest(log: Log, kind: str) -> Event | None:
-    """Returns the last event of this kind."""
-    return next((event for event in reversed(log) if event["event"] == kind), None)
-
-
 def trainer_now(log: Log, fate: str | None = None) -> TrainerNow:
     """Returns where the trainer of this log is. ``fate``: what has become of the peer, if it does not run."""
-    started, inner, last_round = latest(log, "started"), latest(log, "inner"), latest(log, "round")
+    started = latest(log, PeerStarted)
     if started is None:
         return TrainerNow(phase=fate or "starting")
-    trained: dict[str, Any] = {}
+    now = TrainerNow(peer_id=started.peer_id, phase=fate or phase_of(log), step=max(heads(log), default=0))
+    ended = latest(log, RoundEnded)
+    if ended is not None:
+        now = replace(
+            now,
+            group=len(ended.group),
+            round_s=ended.gather_s + ended.reduce_s + ended.settle_s + ended.apply_s,
+            round_bytes=ended.bytes_sent + ended.bytes_received,
+        )
+    inner = latest(log, InnerStepEnded)
     if inner is not None:
         # The first inner step after an outer step has no speed yet.
-        speeds = (event["tokens_per_s"] for event in reversed(log) if event["event"] == "inner")
-        trained = {"loss": inner["loss"], "planned": inner["planned"], "tokens_per_s": next(filter(None, speeds), 0.0)}
+        speeds = (event.tokens_per_s for event in reversed(log) if isinstance(event, InnerStepEnded))
         # The inner steps of an outer step that is over do not count towards the next.
-        last = next(event["event"] for event in reversed(log) if event["event"] in ("inner", "round", "joined"))
-        trained["inner_step"] = inner["inner_step"] if last == "inner" else 0
-        if fate:
-            trained["tokens_per_s"] = 0.0
-    return TrainerNow(
-        peer_id=started["peer_id"],
-        phase=fate or phase_of(log),
-        step=max(heads(log), default=0),
-        group=len(last_round["group"]) if last_round else 0,
-        round_s=sum(last_round[name] for name in ROUND_PARTS) if last_round else 0.0,
-        round_bytes=last_round["bytes_sent"] + last_round["bytes_received"] if last_round else 0,
-        **trained,
-    )
+        last = next(event for event in reversed(log) if isinstance(event, InnerStepEnded | RoundEnded | PeerJoined))
+        now = replace(
+            now,
+            inner_step=inner.inner_step if last is inner else 0,
+            planned=inner.planned,
+            loss=inner.loss,
+            tokens_per_s=0.0 if fate else next(filter(None, speeds), 0.0),
+        )
+    return now
 
 
 def phase_of(log: Log) -> str:
     """Returns what the peer is doing, in words for a table."""
-    event = next(event for event in reversed(log) if event["event"] not in ("phase", "evaluated"))
-    if event["event"] == "inner" and event["inner_step"] >= event["planned"]:
-        return "outer step"
-    return {"started": "joining", "left": "left"}.get(event["event"], "training")
+    event = next(event for event in reversed(log) if not isinstance(event, PhaseBegan | ThetaEvaluated))
+    match event:
+        case InnerStepEnded() if event.inner_step >= event.planned:
+            return "outer step"
+        case PeerStarted():
+            return "joining"
+        case PeerLeft():
+            return "left"
+    return "training"
 
 
 def heads(log: Log) -> dict[int, str]:
     """Returns outer step -> head. Of a step that was rolled back and made again, the later one."""
-    return {event["step"]: event["head"] for event in log if event["event"] in EVENTS_WITH_A_HEAD}
+    return {event.step: event.head for event in log if isinstance(event, WithHead)}
 
 
 def held_out(logs: Mapping[str, Log]) -> list[tuple[int, float]]:
@@ -110,10 +125,10 @@ def history_of(log: Log) -> dict[int, str]:
     up."""
     history: dict[int, str] = {}
     for event in log:
-        if event["event"] in EVENTS_WITH_A_HEAD:
-            while history and next(reversed(history)) >= event["step"]:
+        if isinstance(event, WithHead):
+            while history and next(reversed(history)) >= event.step:
                 history.popitem()
-            history[event["step"]] = event["head"]
+            history[event.step] = event.head
     return history
 
 
@@ -129,34 +144,54 @@ def evaluated(log: Log) -> Iterator[tuple[int, str, float]]:
     """Yields (outer step, head at that time, held-out loss) of every evaluation that is a number."""
     known: dict[int, str] = {}
     for event in log:
-        if event["event"] in EVENTS_WITH_A_HEAD:
-            known[event["step"]] = event["head"]
-        elif event["event"] == "evaluated" and event["held_out_loss"] is not None and event["step"] in known:
-            yield event["step"], known[event["step"]], event["held_out_loss"]
+        if isinstance(event, WithHead):
+            known[event.step] = event.head
+        elif isinstance(event, ThetaEvaluated) and event.held_out_loss is not None and event.step in known:
+            yield event.step, known[event.step], event.held_out_loss
 
 
 def tokens_per_s(log: Log) -> float:
     """Returns the mean speed from the first to the last event about inner steps, stalls and evaluation included, times
     between a stop and the next start not."""
-    tokens, seconds, before = 0, 0.0, None
+    tokens, seconds = 0, 0.0
+    before: InnerStepEnded | None = None
     for event in log:
-        if event["event"] == "started":
+        if isinstance(event, PeerStarted):
             before = None
-        elif event["event"] == "inner":
+        elif isinstance(event, InnerStepEnded):
             if before is not None:
-                tokens += event["tokens"] - before["tokens"]
-                seconds += event["mono_s"] - before["mono_s"]
+                tokens += event.tokens - before.tokens
+                seconds += event.mono_s - before.mono_s
             before = event
     return tokens / seconds if seconds else 0.0
 
 
-def per_step(log: Log, kind: str, field: str) -> dict[int, float]:
-    """Returns outer step -> sum of a field over the events of one kind."""
+def per_step(figures: Iterable[tuple[int, float]]) -> dict[int, float]:
+    """Returns outer step -> sum of its figures. ``figures``: (outer step, figure)."""
     sums: dict[int, float] = {}
-    for event in log:
-        if event["event"] == kind:
-            sums[event["step"]] = sums.get(event["step"], 0) + event[field]
+    for step, figure in figures:
+        sums[step] = sums.get(step, 0) + figure
     return sums
+
+
+def stalled_s(log: Log) -> dict[int, float]:
+    """Returns outer step -> seconds for which the trainer waited at it."""
+    return per_step((event.step, event.seconds) for event in of_kind(log, TrainerStalled))
+
+
+def evaluated_s(log: Log) -> dict[int, float]:
+    """Returns outer step -> seconds that its evaluation took."""
+    return per_step((event.step, event.seconds) for event in of_kind(log, ThetaEvaluated))
+
+
+def sent(log: Log) -> dict[int, float]:
+    """Returns outer step -> bytes sent in rounds after which the peer stood there."""
+    return per_step((event.step, event.bytes_sent) for event in of_kind(log, RoundEnded))
+
+
+def received(log: Log) -> dict[int, float]:
+    """Returns outer step -> bytes received in rounds after which the peer stood there."""
+    return per_step((event.step, event.bytes_received) for event in of_kind(log, RoundEnded))
 
 
 def guests(logs: Mapping[str, Log]) -> dict[str, int]:
@@ -164,10 +199,10 @@ def guests(logs: Mapping[str, Log]) -> dict[str, int]:
     own = {trainer_now(log).peer_id for log in logs.values()}
     met: dict[str, int] = {}
     for log in logs.values():
-        for event in log:
-            if event["event"] == "round" and event["committed"]:
-                for peer_id in set(event["group"]) - own:
-                    met[peer_id] = max(met.get(peer_id, 0), event["step"])
+        for event in of_kind(log, RoundEnded):
+            if event.committed:
+                for peer_id in set(event.group) - own:
+                    met[peer_id] = max(met.get(peer_id, 0), event.step)
     return met
 
 
@@ -222,16 +257,16 @@ class SwarmOutcome:
 
 def outcome_of(logs: Mapping[str, Log]) -> SwarmOutcome:
     """Returns what became of the swarm of these trainers."""
-    rounds = [event for log in logs.values() for event in log if event["event"] == "round"]
+    rounds = [event for log in logs.values() for event in of_kind(log, RoundEnded)]
     trainers = {name: trainer_now(log) for name, log in logs.items()}
     all_heads = {name: heads(log) for name, log in logs.items()}
     of_step: dict[int, set[str]] = {}
     for peer_heads in all_heads.values():
         for step, head in peer_heads.items():
             of_step.setdefault(step, set()).add(head)
-    stalls = {name: per_step(log, "stall", "seconds") for name, log in logs.items()}
+    stalls = {name: stalled_s(log) for name, log in logs.items()}
     speeds = {name: tokens_per_s(log) for name, log in logs.items()}
-    lost = {(event["step"], peer_id) for event in rounds for peer_id in event["lost"]}
+    lost = {(event.step, peer_id) for event in rounds for peer_id in event.lost}
     waited_s = [seconds for steps in stalls.values() for seconds in steps.values()]
     return SwarmOutcome(
         outer_steps=max((trainer.step for trainer in trainers.values()), default=0),
@@ -242,12 +277,12 @@ def outcome_of(logs: Mapping[str, Log]) -> SwarmOutcome:
         held_out=held_out(logs),
         tokens_per_s=Speeds(total=sum(speeds.values()), peers=speeds),
         stalled_s=Stalls(median=statistics.median(waited_s or [0.0]), peers=stalls),
-        evaluate_s={name: per_step(log, "evaluated", "seconds") for name, log in logs.items()},
-        bytes_sent={name: per_step(log, "round", "bytes_sent") for name, log in logs.items()},
-        bytes_received={name: per_step(log, "round", "bytes_received") for name, log in logs.items()},
-        group={event["step"]: len(event["group"]) for event in rounds if event["committed"]},
+        evaluate_s={name: evaluated_s(log) for name, log in logs.items()},
+        bytes_sent={name: sent(log) for name, log in logs.items()},
+        bytes_received={name: received(log) for name, log in logs.items()},
+        group={event.step: len(event.group) for event in rounds if event.committed},
         lost=[LostMember(step=step, peer=peer_id) for step, peer_id in sorted(lost)],
-        missed_rounds=sum(not event["committed"] for event in rounds),
+        missed_rounds=sum(not event.committed for event in rounds),
     )
 
 

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from p2p_diloco.core.errors import UsageError
-from p2p_diloco.core.events import EVENTS_FILE, Event, read_events
+from p2p_diloco.core.event import Event, OuterGradientOffered, PeerStarted, RoundEnded, of_kind
+from p2p_diloco.core.events import EVENTS_FILE, read_events
 from p2p_diloco.core.manifest import RunManifest
 from p2p_diloco.ledger.folder import read_manifest
 
@@ -50,16 +51,16 @@ def recount(logs: Iterable[list[Event]], manifest: RunManifest, source: str) -> 
     heads: dict[int, str] = {}
     members: dict[int, set[str]] = {}
     for log in logs:
-        rounds = [event for event in log if event["event"] == "round"]
+        rounds = of_kind(log, RoundEnded)
         for event in rounds:
-            if event["lost"] or not (event["committed"] or event["reason"] == "alone"):
-                what = "lost somebody" if event["committed"] else f"failed ({event['reason']})"
-                raise UsageError(f"{source}: the round at outer step {event['step']} {what}; that cannot be done again")
-            if event["committed"]:
-                step = event["step"] - 1
-                members[step], dropped[step] = set(event["group"]), frozenset(event["dropped"])
-                heads[event["step"]] = event["head"]
-        started = [event["peer_id"] for event in log if event["event"] == "started"]
+            if event.lost or not (event.committed or event.reason == "alone"):
+                what = "lost somebody" if event.committed else f"failed ({event.reason})"
+                raise UsageError(f"{source}: the round at outer step {event.step} {what}; that cannot be done again")
+            if event.committed:
+                step = event.step - 1
+                members[step], dropped[step] = set(event.group), frozenset(event.dropped)
+                heads[event.step] = event.head
+        started = [event.peer_id for event in of_kind(log, PeerStarted)]
         if len(started) > 1 and rounds:
             raise UsageError(f"{source}: peer {started[0][-8:]} was restarted; that cannot be done again")
         if started:
@@ -84,13 +85,13 @@ def attempts_of(log: list[Event], peer_id: str, manifest: RunManifest) -> dict[i
     found: dict[int, tuple[int, ...]] = {}
     carried, before = 0, None
     for event in log:
-        if event["event"] == "offered":
-            step = event["step"]
+        if isinstance(event, OuterGradientOffered):
+            step = event.step
             carried = carried if before == step or before is None else 0
-            inner_steps = (event["tokens"] - carried) // manifest.spec.tokens_per_inner_step
+            inner_steps = (event.tokens - carried) // manifest.spec.tokens_per_inner_step
             found[step] = (*found.get(step, ()), inner_steps)
-            carried, before = event["tokens"], step
-        elif event["event"] == "round" and event["committed"]:
-            kept = keeps and peer_id in event["dropped"]
-            carried, before = (carried, None) if kept else (0, event["step"])
+            carried, before = event.tokens, step
+        elif isinstance(event, RoundEnded) and event.committed:
+            kept = keeps and peer_id in event.dropped
+            carried, before = (carried, None) if kept else (0, event.step)
     return found

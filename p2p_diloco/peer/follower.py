@@ -16,11 +16,12 @@ import asyncio
 import logging
 from dataclasses import dataclass, field
 
+from p2p_diloco.core.event import PeerCaughtUp
 from p2p_diloco.core.events import EventLog
 from p2p_diloco.core.swarm_head import from_nowhere, must_catch_up, swarm_head
 from p2p_diloco.core.waiting import now_s
 from p2p_diloco.ledger.replica import Replica
-from p2p_diloco.peer.catchup import Catchup
+from p2p_diloco.peer.catchup import Catchup, CaughtUp
 from p2p_diloco.peer.presence import Presence
 from p2p_diloco.peer.upkeep import Upkeep
 from p2p_diloco.round.here import Here
@@ -135,10 +136,22 @@ class Follower:
             snapshot = snapshot or caught_up.snapshot
             self.presence.take_standing()
             self.upkeep.moved()
-            self.events.write("caught_up", seconds=now_s() - started_s, **vars(caught_up))
+            self._log(caught_up, now_s() - started_s)
             if caught_up.rolled_back:
                 log.warning("gave up %d outer steps that the swarm did not share", caught_up.rolled_back)
             await self.presence.push_to_all()  # the answers say how far the swarm is by now
+
+    def _log(self, caught_up: CaughtUp, seconds: float) -> None:
+        event = PeerCaughtUp(
+            seconds=seconds,
+            from_step=caught_up.from_step,
+            to_step=caught_up.to_step,
+            rolled_back=caught_up.rolled_back,
+            snapshot=caught_up.snapshot,
+            bytes_received=caught_up.bytes_received,
+            donors=caught_up.donors,
+        )
+        self.events.write(event)
 
     def led_nowhere(self, target: tuple[int, bytes]) -> None:
         """Notes that ``target`` was claimed, and looking for it was in vain. After PATIENCE times in a row, those that

@@ -26,7 +26,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from p2p_diloco import __version__
 from p2p_diloco.core.addresses import METRICS_FLAG, Endpoint
 from p2p_diloco.core.errors import UsageError
-from p2p_diloco.core.events import LIMITS_S, Durations
+from p2p_diloco.core.totals import LIMITS_S, Durations
 from p2p_diloco.core.waiting import now_s
 from p2p_diloco.ledger.folder import folder_bytes
 from p2p_diloco.peer.peer import Peer

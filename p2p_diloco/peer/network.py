@@ -28,6 +28,7 @@ from p2p_diloco.core.addresses import METRICS_FLAG, Endpoint
 from p2p_diloco.core.codec import Vector
 from p2p_diloco.core.config import PeerConfig, Timeouts
 from p2p_diloco.core.errors import LocalError, disk_failure
+from p2p_diloco.core.event import DaemonRestarted, PeerStarted, TrainerStalled
 from p2p_diloco.core.events import EventLog
 from p2p_diloco.core.identity import Identity
 from p2p_diloco.core.manifest import open_manifest
@@ -143,16 +144,16 @@ class NetworkProcess:
         )
         self.trainer.send(Found(manifest_path=folder / MANIFEST_FILE, folder=folder))
         try:
-            events.write(
-                "started",
+            started = PeerStarted(
                 peer_id=identity.peer_id,
                 pid=os.getpid(),
                 run_id=manifest.run_id,
                 run_name=manifest.spec.name,
                 role=peer.role,
                 version=__version__,
-                maddrs=await node.maddrs(),
+                maddrs=tuple(await node.maddrs()),
             )
+            events.write(started)
             self._spawn(node.watch())
             self._spawn(log_restarts(node, events))
             self.peer = peer
@@ -203,7 +204,7 @@ class NetworkProcess:
             elif isinstance(line, OuterStep):
                 outer_step = self._spawn(self._outer_step(peer, line))
             elif isinstance(line, Stall):
-                peer.events.write("stall", step=line.step, seconds=line.seconds)
+                peer.events.write(TrainerStalled(step=line.step, seconds=line.seconds))
             elif isinstance(line, Evaluated):
                 self.trainer.on_evaluated(peer, line)
 
@@ -250,7 +251,7 @@ async def log_restarts(node: Node, events: EventLog) -> None:
     while True:
         await restarted.wait()
         restarted = node.restarted.event
-        events.write("p2pd_restarted", maddrs=await node.maddrs())
+        events.write(DaemonRestarted(maddrs=tuple(await node.maddrs())))
 
 
 def map_vectors(descriptor: int, n: int, *, resize: bool = False) -> tuple[Vector, Vector]:

@@ -20,6 +20,7 @@ import numpy as np
 from p2p_diloco.core.aggregate import Alignment, align
 from p2p_diloco.core.codec import Vector
 from p2p_diloco.core.errors import Gap
+from p2p_diloco.core.event import OuterGradientOffered, RoundEnded
 from p2p_diloco.core.events import EventLog
 from p2p_diloco.core.pace import planned_steps
 from p2p_diloco.core.roster import Group, evaluator, on_head
@@ -70,7 +71,7 @@ class OuterSteps:
         of it: at the latest when ATTEMPTS rounds have failed. ``dropped``: offer nothing, as if the contribution had
         been lost on its way. ``pace``: the trainer's speed in tokens per second; 0 where unknown."""
         self._pace = pace
-        self.events.write("offered", step=self._step, tokens=tokens)
+        self.events.write(OuterGradientOffered(step=self._step, tokens=tokens))
         result = await self._offer(tokens, dropped)
         result = replace(result, planned=self._planned_steps())
         seat = self.here.seat
@@ -111,7 +112,8 @@ class OuterSteps:
             log.error("training diverged: a parameter is not finite; going back to theta of outer step %d", self._step)
             with contextlib.suppress(Gap):
                 await self.upkeep.mend()  # a bit that flips in theta can make training diverge, again and again
-            self._log_round(Missed(reason="diverged", detail="a parameter is not finite"), None, 0.0)
+            missed = Missed(reason="diverged", detail="a parameter is not finite")
+            self.events.write(round_ended(self.here.seat.standing, missed))
             return self._result(adopted=True, reason="diverged")
         result = await self._try_rounds(tokens, dropped)
         keeps = self.replica.manifest.spec.round.on_missed == "keep" and self.upkeep.mends == mends
@@ -162,7 +164,7 @@ class OuterSteps:
         group = await self.matchmaker.find_group(tokens, dropped=dropped, tokens_per_s=self._pace)
         gather_s = now_s() - started_s
         if isinstance(group, Missed):
-            self._log_round(group, None, gather_s)
+            self.events.write(round_ended(self.here.seat.standing, group, gather_s=gather_s))
             return self._result(reason=group.reason, gather_s=gather_s)
         self._speeds = {member.peer_id: member.tokens_per_s for member in group.members}
         self.here.seat.in_round = True
@@ -176,7 +178,7 @@ class OuterSteps:
             if isinstance(outcome, Missed):
                 if group.leader in settlement.meeting.lost:
                     self.matchmaker.company.failed(group.head, group.members[group.leader].peer_id)
-                self._log_round(outcome, settlement, gather_s)
+                self.events.write(round_ended(self.here.seat.standing, outcome, settlement, gather_s=gather_s))
                 return self._result(reason=outcome.reason, group=len(group.members), gather_s=gather_s, cost=cost)
             self.presence.enter("apply")
             apply_started_s = now_s()
@@ -195,7 +197,10 @@ class OuterSteps:
             apply_s=apply_s,
             evaluate=evaluator(group, self.here.seat.standing.head) == self.here.peer_id,
         )
-        self._log_round(None, settlement, gather_s, apply_s, alignment)
+        ended = round_ended(
+            self.here.seat.standing, None, settlement, gather_s=gather_s, apply_s=apply_s, alignment=alignment
+        )
+        self.events.write(ended)
         return result
 
     def _meet(self, group: Group) -> Settlement:
@@ -250,41 +255,72 @@ class OuterSteps:
         moved = self.here.seat.standing != before
         if sound:
             return self._result(adopted=moved, reason="behind")
-        self._log_round(Missed(reason="repaired", detail="bits of the state had flipped"), None, 0.0)
+        missed = Missed(reason="repaired", detail="bits of the state had flipped")
+        self.events.write(round_ended(self.here.seat.standing, missed))
         return self._result(adopted=True, reason="repaired")
 
-    # -- what became of it -------------------------------------------------------------------------------------------
-
-    def _result(self, *, cost: RoundCost | None = None, reason: str = "", **fields: object) -> OuterResult:
-        state = self.replica.loaded
-        result = OuterResult(committed=False, adopted=False, reason=reason, step=state.step, head=state.head.hex())
-        return replace(result, **(vars(cost) if cost else {}), **fields)  # type: ignore[arg-type]
-
-    def _log_round(
+    def _result(
         self,
-        missed: Missed | None,
-        settlement: Settlement | None,
-        gather_s: float,
+        *,
+        committed: bool = False,
+        adopted: bool = False,
+        reason: str = "",
+        group: int = 0,
+        gather_s: float = 0.0,
+        cost: RoundCost | None = None,
         apply_s: float = 0.0,
-        alignment: Alignment | None = None,
-    ) -> None:
-        standing = self.here.seat.standing
-        members = settlement.group.members if settlement else ()
-        self.events.write(
-            "round",
-            step=standing.step,
-            head=standing.head.hex(),
-            committed=missed is None,
-            reason=missed.reason if missed else "",
-            detail=missed.detail if missed else "",
-            group=[member.peer_id for member in members],
-            dropped=[member.peer_id for member in members if member.dropped],
-            lost=[members[i].peer_id for i in sorted(settlement.meeting.lost)] if settlement else [],
+        evaluate: bool = False,
+    ) -> OuterResult:
+        state, cost = self.replica.loaded, cost or RoundCost()
+        return OuterResult(
+            committed=committed,
+            adopted=adopted,
+            reason=reason,
+            step=state.step,
+            head=state.head.hex(),
+            group=group,
             gather_s=gather_s,
+            reduce_s=cost.reduce_s,
+            settle_s=cost.settle_s,
             apply_s=apply_s,
-            **vars(settlement.cost() if settlement else RoundCost()),
-            **(vars(alignment) if alignment else {}),
+            bytes_sent=cost.bytes_sent,
+            bytes_received=cost.bytes_received,
+            evaluate=evaluate,
         )
+
+
+def round_ended(
+    standing: Standing,
+    missed: Missed | None,
+    settlement: Settlement | None = None,
+    *,
+    gather_s: float = 0.0,
+    apply_s: float = 0.0,
+    alignment: Alignment | None = None,
+) -> RoundEnded:
+    """Returns the event of a round after which I stand at ``standing``. ``missed``: why it did not commit, if it did
+    not. ``settlement``: where a group was found. ``alignment``: where it can be told."""
+    members = settlement.group.members if settlement else ()
+    cost = settlement.cost() if settlement else RoundCost()
+    return RoundEnded(
+        step=standing.step,
+        head=standing.head.hex(),
+        committed=missed is None,
+        reason=missed.reason if missed else "",
+        detail=missed.detail if missed else "",
+        group=tuple(member.peer_id for member in members),
+        dropped=tuple(member.peer_id for member in members if member.dropped),
+        lost=tuple(members[i].peer_id for i in sorted(settlement.meeting.lost)) if settlement else (),
+        gather_s=gather_s,
+        apply_s=apply_s,
+        reduce_s=cost.reduce_s,
+        settle_s=cost.settle_s,
+        bytes_sent=cost.bytes_sent,
+        bytes_received=cost.bytes_received,
+        contribution_norm=alignment.contribution_norm if alignment else None,
+        update_norm=alignment.update_norm if alignment else None,
+        cosine=alignment.cosine if alignment else None,
+    )
 
 
 def _all_finite(*vectors: Vector) -> bool:

@@ -20,6 +20,7 @@ from p2p_diloco.core.addresses import Endpoint
 from p2p_diloco.core.codec import Vector
 from p2p_diloco.core.directory import Directory
 from p2p_diloco.core.errors import NetworkError
+from p2p_diloco.core.event import PeerJoined, PeerLeft
 from p2p_diloco.core.events import EventLog
 from p2p_diloco.core.identity import Identity
 from p2p_diloco.core.records import Role
@@ -139,14 +140,14 @@ class Peer:
         self.presence.take_standing()
         if self.role == "seed":
             self.seat.phase = "inner"
-        self.events.write(
-            "joined",
+        joined = PeerJoined(
             step=self.seat.standing.step,
             head=self.seat.standing.head.hex(),
             from_step=from_step,
             snapshot=snapshot,
             seconds=now_s() - started_s,
         )
+        self.events.write(joined)
         await self.presence.publish()
         await self.presence.refresh()  # who joined meanwhile: of two that do so at once, the later one sees the other
         await self.presence.push_to_all()
@@ -186,7 +187,7 @@ class Peer:
         self.presence.enter("left")
         if self.outer_steps is not None:
             self.outer_steps.close()
-        self.events.write("left", step=self.step, head=self.seat.standing.head.hex(), reason=reason)
+        self.events.write(PeerLeft(step=self.step, head=self.seat.standing.head.hex(), reason=reason))
         await asyncio.gather(self.presence.publish(), self.presence.push_to_all())
         await self.upkeep.settled()
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from p2p_diloco import __version__
 from p2p_diloco.core.addresses import Endpoint
 from p2p_diloco.core.errors import Misbehaved, RemoteError
+from p2p_diloco.core.event import PhaseBegan
 from p2p_diloco.core.events import EventLog
 from p2p_diloco.core.records import HEADS_SHOWN, RUNS_KEY, Phase, Record, Role, peers_key, seal_record
 from p2p_diloco.core.roster import announces_run
@@ -154,7 +155,7 @@ class Presence:
     def enter(self, phase: Phase) -> None:
         """Begins a phase: the record, the event log and whatever waits for a change of the seat have it at once."""
         self.here.seat.phase = phase
-        self.events.write("phase", phase=phase, step=self.here.seat.standing.step)
+        self.events.write(PhaseBegan(phase=phase, step=self.here.seat.standing.step))
         self.seal()
         self.here.seat.changed.ring()
 

@@ -15,6 +15,7 @@ from collections.abc import Mapping
 
 from p2p_diloco.core.digest import HASH_BYTES
 from p2p_diloco.core.errors import Misbehaved, Refused, RemoteError
+from p2p_diloco.core.event import PhaseBegan
 from p2p_diloco.core.events import EventLog
 from p2p_diloco.core.outer import state_digest
 from p2p_diloco.core.records import Record
@@ -100,7 +101,7 @@ class Snapshots:
             log.info(
                 "downloading the snapshot of outer step %d, %.0f %% of %.1f MB", incoming.step, 100 * share, size_mb
             )
-            self.events.write("phase", phase="download", step=incoming.step)
+            self.events.write(PhaseBegan(phase="download", step=incoming.step))
             download = Download(
                 here=self.here,
                 wanted=Chunks(incoming=incoming, timeouts=self.here.timeouts),

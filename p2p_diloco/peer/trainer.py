@@ -9,6 +9,7 @@ import asyncio
 import logging
 import time
 
+from p2p_diloco.core.event import InnerStepEnded, ThetaEvaluated
 from p2p_diloco.core.pace import Progress
 from p2p_diloco.core.peer_row import PeerRow
 from p2p_diloco.core.swarm_head import newest_evaluation
@@ -79,8 +80,7 @@ class Trainer:
             peer.seat.phase = "inner"  # a trainer need not evaluate when it is its turn
         if came_s - self._inner_event_s >= INNER_EVENT_EVERY_S or inner_step >= planned:
             self._inner_event_s = came_s
-            peer.events.write(
-                "inner",
+            ended = InnerStepEnded(
                 step=peer.step,
                 inner_step=inner_step,
                 planned=planned,
@@ -88,6 +88,7 @@ class Trainer:
                 tokens=line.tokens,
                 tokens_per_s=line.tokens_per_s,
             )
+            peer.events.write(ended)
 
     def on_evaluated(self, peer: Peer, line: Evaluated) -> None:
         """Notes the loss that the trainer has found on held-out text, and has it published."""
@@ -95,7 +96,10 @@ class Trainer:
         if peer.seat.phase == "evaluate":
             peer.seat.phase = "inner"
         peer.presence.publish_now.ring()
-        peer.events.write("evaluated", **vars(line))
+        evaluated = ThetaEvaluated(
+            step=line.step, held_out_loss=line.held_out_loss, tokens=line.tokens, seconds=line.seconds
+        )
+        peer.events.write(evaluated)
 
     async def tell_news(self, peer: Peer) -> None:
         """Tells the trainer when a round closes or the swarm has gone on, and a seed's owner when the seed has

@@ -17,6 +17,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 
 from p2p_diloco.core.errors import Gap
+from p2p_diloco.core.event import DamageRepaired, PhaseBegan, StateDisputed
 from p2p_diloco.core.events import EventLog
 from p2p_diloco.core.swarm_head import Dispute, disputed
 from p2p_diloco.core.waiting import Bell, heard
@@ -70,7 +71,7 @@ class Upkeep:
     def _begin_snapshot(self) -> None:
         missing = self.replica.missing_snapshots()
         if missing and (self._snapshot is None or self._snapshot.done()):
-            self.events.write("phase", phase="snapshot", step=missing[0][0])
+            self.events.write(PhaseBegan(phase="snapshot", step=missing[0][0]))
             self._snapshot = asyncio.create_task(self._write_snapshot())
 
     async def settled(self) -> None:
@@ -137,11 +138,12 @@ class Upkeep:
             return
         if (mine.step, dispute) != self._told:
             self._told = (mine.step, dispute)
-            self.events.write("disputed", step=mine.step, others=dispute.others)
+            self.events.write(StateDisputed(step=mine.step, others=dispute.others))
             log.warning("the state at outer step %d has other bits at %s", mine.step, ", ".join(dispute.others))
         if dispute.majority is not None and await self.catchup.fetch_snapshot(mine.step, dispute.majority):
             self.replica.took_snapshot(mine.step)
 
     def _report(self) -> None:
         while self.replica.repairs:
-            self.events.write("repaired", **vars(self.replica.repairs.pop(0)))
+            repair = self.replica.repairs.pop(0)
+            self.events.write(DamageRepaired(what=repair.what, step=repair.step, how=repair.how))

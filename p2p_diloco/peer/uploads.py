@@ -18,6 +18,7 @@ from typing import TypeGuard
 from p2p_diloco.core.buckets import Rate
 from p2p_diloco.core.config import Timeouts
 from p2p_diloco.core.errors import Gone, Silent
+from p2p_diloco.core.event import PhaseBegan
 from p2p_diloco.core.events import EventLog
 from p2p_diloco.core.waiting import now_s
 from p2p_diloco.ledger.ledger import Ledger
@@ -59,7 +60,7 @@ class Uploads:
                 await channel.send(No(reason="busy serving others"))
                 return
             async with self._slots:
-                self.events.write("phase", phase="serve", step=request.step)
+                self.events.write(PhaseBegan(phase="serve", step=request.step))
                 while True:
                     await self._answer(channel, request)
                     request = await self._next(channel)

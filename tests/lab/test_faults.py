@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from p2p_diloco.core.errors import UsageError
-from p2p_diloco.core.events import Event
+from p2p_diloco.core.event import Event, LoggedPhase, PhaseBegan, TrainerStalled
 from p2p_diloco.lab.children import names_of
 from p2p_diloco.lab.faults import (
     OPPOSITE,
@@ -39,8 +39,8 @@ def plan_of(*faults: dict[str, Any], seed: int = 0) -> FaultPlan:
     return FaultPlan(seed=seed, fault=[Fault.model_validate(fault) for fault in faults])
 
 
-def begins(phase: str, step: int) -> Event:
-    return {"event": "phase", "phase": phase, "step": step}
+def begins(phase: LoggedPhase, step: int) -> Event:
+    return PhaseBegan(phase=phase, step=step)
 
 
 class Play:
@@ -160,7 +160,7 @@ def test_a_fault_at_a_phase_is_the_peers_own_and_at_its_outer_step() -> None:
     assert waits_for_phase(play.plan, play.done)
     assert play.at(1.0, peer_1=[begins("reduce", 3)]) == []
     assert play.at(2.0, peer_2=[begins("reduce", 2), begins("gather", 3)]) == []
-    assert play.at(3.0, peer_2=[{"event": "stall", "step": 3}]) == []
+    assert play.at(3.0, peer_2=[TrainerStalled(step=3, seconds=0.5)]) == []
     assert play.at(4.0, peer_2=[begins("gather", 3), begins("reduce", 3), begins("settle", 3)]) == [("kill", "peer-2")]
     assert not waits_for_phase(play.plan, play.done)
     assert play.at(5.0, peer_2=[begins("reduce", 3)]) == []

@@ -12,6 +12,7 @@ import pytest
 
 from benchmarks.stage import SPEC
 from p2p_diloco.core.errors import UsageError
+from p2p_diloco.core.event import PhaseBegan
 from p2p_diloco.core.events import EventLog
 from p2p_diloco.lab.child import is_alive, read_proc
 from p2p_diloco.lab.children import Children
@@ -22,13 +23,15 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="faults need Lin
 LIMIT_S = 20.0
 PEER = """
 import signal, sys, time
+from dataclasses import replace
 from pathlib import Path
 from p2p_diloco.core.events import EventLog
+from tests.support.events import STARTED
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored by all that a shell starts in the background
 folder = Path(sys.argv[sys.argv.index("--folder") + 1])
 events = EventLog(folder / "run")
-events.write("started", maddrs=["/ip4/127.0.0.1/tcp/1"], pid=0)
+events.write(replace(STARTED, maddrs=("/ip4/127.0.0.1/tcp/1",)))
 time.sleep(60)
 """
 
@@ -66,13 +69,13 @@ def injector_of(children: Children, **fault: object) -> Injector:
 def test_a_kill_at_a_phase_and_the_restart_that_follows(children: Children) -> None:
     victim = children.named("peer-2")
     log = EventLog(victim.folder / "run")
-    log.write("phase", phase="reduce", step=3)
+    log.write(PhaseBegan(phase="reduce", step=3))
     injector = injector_of(children, action="kill", phase="reduce", outer_step=3, peer="peer-2", for_s=0.01)
     assert injector.poll() == []  # that was before
-    log.write("phase", phase="gather", step=3)
+    log.write(PhaseBegan(phase="gather", step=3))
     assert injector.poll() == []
     pid = victim.process.pid
-    log.write("phase", phase="reduce", step=3)
+    log.write(PhaseBegan(phase="reduce", step=3))
     [kill] = injector.poll()
     assert (kill.act.action, kill.pids, kill.phase, kill.step) == ("kill", (pid,), "reduce", 3)
     wait_until(lambda: not is_alive(pid))

@@ -1,12 +1,19 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
-from typing import Any
+from dataclasses import asdict, replace
 
 import pytest
 
-from p2p_diloco.core.events import Event
+from p2p_diloco.core.event import (
+    Event,
+    InnerStepEnded,
+    PeerJoined,
+    PeerLeft,
+    RoundEnded,
+    ThetaEvaluated,
+    TrainerStalled,
+)
 from p2p_diloco.lab.faults import ToldFault
 from p2p_diloco.lab.outcome import (
     LocalRun,
@@ -18,40 +25,37 @@ from p2p_diloco.lab.outcome import (
     trainer_now,
 )
 from p2p_diloco.lab.screen import last_words
-
-
-def event(kind: str, mono_s: float = 0.0, **fields: Any) -> Event:
-    return {"event": kind, "wall_s": 1e9 + mono_s, "mono_s": mono_s, **fields}
+from tests.support.events import COMMITTED, STARTED
 
 
 def started(name: str, mono_s: float = 0.0) -> Event:
-    return event("started", mono_s, peer_id=f"id-{name}", role="trainer", maddrs=[])
+    return replace(STARTED, mono_s=mono_s, peer_id=f"id-{name}", maddrs=())
 
 
-def inner(mono_s: float, tokens: int, *, step: int = 0, inner_step: int = 1, planned: int = 10) -> Event:
-    return event(
-        "inner", mono_s, step=step, inner_step=inner_step, planned=planned, loss=2.5, tokens=tokens, tokens_per_s=100.0
+def inner(mono_s: float, tokens: int, *, step: int = 0, inner_step: int = 1, planned: int = 10) -> InnerStepEnded:
+    return InnerStepEnded(
+        mono_s=mono_s, step=step, inner_step=inner_step, planned=planned, loss=2.5, tokens=tokens, tokens_per_s=100.0
     )
 
 
-def made(step: int, head: str, group: list[str], *, committed: bool = True, lost: tuple[str, ...] = ()) -> Event:
-    parts = {"gather_s": 0.25, "reduce_s": 0.5, "settle_s": 0.125, "apply_s": 0.125}
-    return event(
-        "round", step=step, head=head, committed=committed, reason="" if committed else "failed", group=group,
-        lost=list(lost), bytes_sent=1000, bytes_received=2000, **parts,
+def made(step: int, head: str, group: list[str], *, committed: bool = True, lost: tuple[str, ...] = ()) -> RoundEnded:
+    return replace(
+        COMMITTED, step=step, head=head, committed=committed, reason="" if committed else "failed", group=tuple(group),
+        dropped=(), lost=lost, bytes_sent=1000, bytes_received=2000,
+        gather_s=0.25, reduce_s=0.5, settle_s=0.125, apply_s=0.125,
     )  # fmt: skip
 
 
 def stall(step: int, seconds: float) -> Event:
-    return event("stall", step=step, seconds=seconds)
+    return TrainerStalled(step=step, seconds=seconds)
 
 
-def evaluated(step: int, loss: float) -> Event:
-    return event("evaluated", step=step, held_out_loss=loss, tokens=1024, seconds=0.5)
+def evaluated(step: int, loss: float | None) -> Event:
+    return ThetaEvaluated(step=step, held_out_loss=loss, tokens=1024, seconds=0.5)
 
 
 def joined(step: int, head: str) -> Event:
-    return event("joined", step=step, head=head, from_step=None, snapshot=True, seconds=1.0)
+    return PeerJoined(step=step, head=head, from_step=None, snapshot=True, seconds=1.0)
 
 
 BOTH = ["id-a", "id-b"]
@@ -144,7 +148,7 @@ def test_held_out_is_that_of_the_history_which_the_swarm_kept(logs: dict[str, li
         joined(0, "h0"),
         made(1, "h1", BOTH),
         made(2, "h2", BOTH),
-        {**evaluated(2, 2.0), "held_out_loss": None},
+        evaluated(2, None),
     ]
     kept = [(0, 5.5), (1, 4.0), (2, 3.0)]
     assert held_out(logs) == kept
@@ -187,12 +191,12 @@ def test_row_follows_the_events() -> None:
     log += [joined(3, "h3"), inner(1.0, 100, step=3, inner_step=4)]
     row = trainer_now(log)
     assert (row.phase, row.step, row.inner_step, row.planned, row.loss) == ("training", 3, 4, 10, 2.5)
-    log.append({**inner(2.0, 200, step=3, inner_step=10), "tokens_per_s": 0.0})
+    log.append(replace(inner(2.0, 200, step=3, inner_step=10), tokens_per_s=0.0))
     assert (trainer_now(log).phase, trainer_now(log).tokens_per_s) == ("outer step", 100.0)
     log.append(made(4, "h4", BOTH))
     row = trainer_now(log)
     assert (row.phase, row.step, row.inner_step, row.group) == ("training", 4, 0, 2)
     assert (row.round_s, row.round_bytes) == (1.0, 3000)
     assert (trainer_now(log, "done").phase, trainer_now(log, "done").tokens_per_s) == ("done", 0.0)
-    log.append(event("left", step=4, head="h4", reason="done"))
+    log.append(PeerLeft(step=4, head="h4", reason="done"))
     assert trainer_now(log).phase == "left"

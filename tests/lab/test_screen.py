@@ -2,10 +2,11 @@ from __future__ import annotations
 
 import io
 import re
+from dataclasses import replace
 
 from rich.console import Console
 
-from p2p_diloco.core.events import Event
+from p2p_diloco.core.event import Event
 from p2p_diloco.lab.outcome import outcome_of, trainer_now
 from p2p_diloco.lab.screen import RunClock, last_words, packed, screen, step_line
 from tests.lab.test_outcome import inner, joined, logs, made, started
@@ -52,9 +53,9 @@ def test_columns_have_headings_with_units_and_nothing_is_cut_in_80_columns(logs:
     logs["peer-10"] = [
         started("c"),
         joined(99_999, "h1"),
-        {**inner(1.0, 100, inner_step=499, planned=500), "loss": 10.0},
+        replace(inner(1.0, 100, inner_step=499, planned=500), loss=10.0),
     ]
-    logs["peer-10"].append({**made(99_999, "h1", ["x"] * 64, committed=False), "bytes_sent": 123_450_000})
+    logs["peer-10"].append(replace(made(99_999, "h1", ["x"] * 64, committed=False), bytes_sent=123_450_000))
     lines = drawn(logs, 80).splitlines()
     assert all(len(line) <= 80 for line in lines)
     first = next(i for i, line in enumerate(lines) if line.startswith("peer "))

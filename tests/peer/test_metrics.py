@@ -16,6 +16,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from p2p_diloco.core.addresses import MAX_CHARS, Endpoint
 from p2p_diloco.core.config import Timeouts
 from p2p_diloco.core.errors import Misbehaved, UsageError
+from p2p_diloco.core.event import RoundEnded, TrainerStalled, of_kind, pack_event
 from p2p_diloco.core.events import read_events
 from p2p_diloco.core.pace import Progress
 from p2p_diloco.core.records import MAX_RECORD_BYTES, Record, open_record, seal_record
@@ -27,6 +28,7 @@ from p2p_diloco.peer.peer import Peer
 from p2p_diloco.peer.presence import MADDRS_BYTES, LastRound, Trained
 from tests.peer.test_peer import OWNER, Simulated, vectors
 from tests.support.builders import identity
+from tests.support.events import lines_of
 from tests.support.fakes import FakeNetwork, FakeTransport, SimPeer, make_manifest, run_simulated
 
 NAMES = {
@@ -104,7 +106,7 @@ def test_every_metric_has_its_name_type_help_and_labels(tmp_path: Path) -> None:
         peer = lone_peer(tmp_path)
         trained, peer.seat.progress = peer.presence.trained, Progress(inner_step=3, planned=10, step_s=0.5)
         trained.loss, trained.held_out_loss, trained.tokens, trained.tokens_per_s = 2.5, 2.75, 4000, 80.0
-        peer.events.write("stall", step=1, seconds=0.3)
+        peer.events.write(TrainerStalled(step=1, seconds=0.3))
         peer.events.close()
         return PeerMetrics(peer).render()
 
@@ -177,9 +179,11 @@ def test_a_swarm_with_a_death_and_a_catch_up_agrees_with_its_event_logs(tmp_path
         return [(sim, await scraped(sim.peer)) for sim in (*survivors, swarm.peers[0])]
 
     found = run_simulated(main())
-    logs = {sim: read_events(sim.peer.events.path) for sim, _ in found}
+    logs = {sim: lines_of(sim.peer.events.path) for sim, _ in found}
     for sim, values in found:
         check_against_the_log(values, logs[sim])
+        written = sim.peer.events.path.read_bytes()
+        assert b"".join(map(pack_event, read_events(sim.peer.events.path))) == written, "a reader misses something"
         assert values["outer_step"] == 9
         assert values["peers_seen"] == len(found) - 1
         assert values["connections direct"] == len(found) - 1
@@ -222,8 +226,8 @@ def test_bytes_are_counted_at_both_ends_and_by_what_they_were_for(tmp_path: Path
     sent, received = (in_all(f"bytes_total {direction} other") for direction in ("sent", "received"))
     assert abs(sent - received) < 4 * MAX_RECORD_BYTES < received
     for index, values in enumerate(found):
-        rounds = [event for event in read_events(tmp_path / str(index) / "events.jsonl") if event["event"] == "round"]
-        assert values["bytes_total sent reduce"] >= sum(event["bytes_sent"] for event in rounds)
+        rounds = of_kind(read_events(tmp_path / str(index) / "events.jsonl"), RoundEnded)
+        assert values["bytes_total sent reduce"] >= sum(event.bytes_sent for event in rounds)
         assert (values["bytes_total sent reduce"] > 0) == bool(rounds) == (index > 0)
     assert found[0]["bytes_total sent catchup"] > found[0]["bytes_total received catchup"]
 

@@ -8,7 +8,6 @@ import random
 from collections import Counter
 from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -19,6 +18,7 @@ from p2p_diloco.core.codec import Vector
 from p2p_diloco.core.codecs import CodecName
 from p2p_diloco.core.config import Timeouts
 from p2p_diloco.core.errors import Gone, NetworkError, Refused, RemoteError
+from p2p_diloco.core.event import E, LoggedPhase, PeerCaughtUp, PeerJoined, PhaseBegan, of_kind
 from p2p_diloco.core.events import EVENTS_FILE, read_events
 from p2p_diloco.core.grid import PART_VALUES
 from p2p_diloco.core.identity import Identity
@@ -117,7 +117,7 @@ class Simulated:
         newcomer = self.add(index)
         for _ in range(1000):
             await asyncio.sleep(0.01)
-            if any(event.get("phase") == "download" for event in self.events(index)):
+            if self.steps_of(index, "download"):
                 break
         return newcomer
 
@@ -127,8 +127,12 @@ class Simulated:
             assert asyncio.get_running_loop().time() < deadline_s, [(s.peer.step, s.peer.seat.phase) for s in sims]
             await asyncio.sleep(0.5)
 
-    def events(self, index: int) -> list[dict[str, Any]]:
-        return read_events(self.tmp_path / str(index) / EVENTS_FILE)
+    def events(self, index: int, kind: type[E]) -> list[E]:
+        return of_kind(read_events(self.tmp_path / str(index) / EVENTS_FILE), kind)
+
+    def steps_of(self, index: int, phase: LoggedPhase) -> list[int]:
+        """At which outer steps it was in this phase."""
+        return [event.step for event in self.events(index, PhaseBegan) if event.phase == phase]
 
     def headers(self, sim: SimPeer, first: int, last: int) -> list[UpdateHeader]:
         headers = [sim.peer.replica.ledger.header(step) for step in range(first, last)]
@@ -228,8 +232,7 @@ def test_most_stand_still_and_find_the_others_far_ahead(tmp_path: Path) -> None:
         await swarm.until(sims, 12, limit_s=400)
         swarm.check_identical(sims)
         for index in range(1, 6):
-            caught_up = [event for event in swarm.events(index) if event["event"] == "caught_up"]
-            assert not any(event["rolled_back"] for event in caught_up)
+            assert not any(event.rolled_back for event in swarm.events(index, PeerCaughtUp))
         assert all(len(open_record(sim.peer.seat.sealed_record).heads) == HEADS_SHOWN for sim in sims)
 
     run_simulated(main())
@@ -285,9 +288,9 @@ def test_a_joiner_contributes_within_one_outer_step_after_its_download(tmp_path:
         newcomer = swarm.add(4)
         await swarm.until([*sims, newcomer], 14)
         swarm.check_identical([*sims, newcomer])
-        downloads = [event["step"] for event in swarm.events(4) if event.get("phase") == "download"]
-        donors = [event["donors"] for event in swarm.events(4) if event["event"] == "caught_up"]
-        there = next(event["step"] for event in swarm.events(4) if event.get("phase") == "inner")
+        downloads = swarm.steps_of(4, "download")
+        donors = [event.donors for event in swarm.events(4, PeerCaughtUp)]
+        there = swarm.steps_of(4, "inner")[0]
         assert downloads == [5]
         assert donors[0] >= 2
         assert there > 7  # the swarm has made an outer step meanwhile, and another one
@@ -322,9 +325,9 @@ def test_a_seed_keeps_the_run_alive_when_every_trainer_leaves(tmp_path: Path) ->
         swarm.check_identical([*first, *late])
         for sim, index in zip(late, (4, 5)):
             assert min(sim.history) == left_at
-            joined = next(event for event in swarm.events(index) if event["event"] == "joined")
-            assert (joined["step"], joined["from_step"], joined["snapshot"]) == (left_at, None, True)
-        assert "serve" in {event.get("phase") for event in swarm.events(0)}
+            joined = swarm.events(index, PeerJoined)[0]
+            assert (joined.step, joined.from_step, joined.snapshot) == (left_at, None, True)
+        assert swarm.steps_of(0, "serve")
         everybody = {sim.peer.identity.peer_id for sim in first}
         members = {peer_id for result in swarm.headers(late[0], left_at, 12) for peer_id, _ in result.contributors}
         assert not members & everybody

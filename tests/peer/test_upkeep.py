@@ -6,7 +6,6 @@ import asyncio
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -14,6 +13,7 @@ import pytest
 from p2p_diloco.core.codec import Vector
 from p2p_diloco.core.config import Timeouts
 from p2p_diloco.core.errors import Misbehaved
+from p2p_diloco.core.event import DamageRepaired, E, PeerJoined, RoundEnded, StateDisputed, of_kind
 from p2p_diloco.core.events import read_events
 from p2p_diloco.core.outer import genesis_state
 from p2p_diloco.core.records import Phase
@@ -78,11 +78,11 @@ class Swarm:
     def file(self, index: int, name: str) -> Path:
         return self.replica(index).ledger.folder / name
 
-    def events(self, index: int, kind: str) -> list[dict[str, Any]]:
-        return [event for event in read_events(self.folder / str(index) / "events.jsonl") if event["event"] == kind]
+    def events(self, index: int, kind: type[E]) -> list[E]:
+        return of_kind(read_events(self.folder / str(index) / "events.jsonl"), kind)
 
     def repairs(self, index: int) -> Repairs:
-        return [(event["what"], event["step"], event["how"]) for event in self.events(index, "repaired")]
+        return [(event.what, event.step, event.how) for event in self.events(index, DamageRepaired)]
 
     async def check(self, hurt: int | None, repairs: Repairs) -> None:
         """In the end all have the same bits, in memory and on disk; the repairs were made where the damage was and
@@ -95,7 +95,7 @@ class Swarm:
             assert sorted(self.repairs(index)) == (sorted(repairs) if index == hurt else [])
             assert sim.peer.replica.sound
             assert not [error for error in sim.transport.complaints if isinstance(error, Misbehaved)]
-            assert not [event for event in self.events(index, "round") if event["lost"]]
+            assert not [event for event in self.events(index, RoundEnded) if event.lost]
             stored = np.full(N, 7, np.float32), np.full(N, 7, np.float32)
             state = load(sim.peer.replica.ledger, *stored)
             assert state is not None
@@ -235,7 +235,7 @@ def test_a_trainer_whose_theta_is_wrong_is_called_at_once(tmp_path: Path, phase:
         sim.peer.replica.sound = False
         await until(lambda: len(sim.results) > 6, limit_s=5)
         assert (sim.results[-1].reason, sim.results[-1].moved) == ("repaired", True)
-        assert [e["reason"] for e in swarm.events(1, "round")].count("repaired") == 1
+        assert [event.reason for event in swarm.events(1, RoundEnded)].count("repaired") == 1
         await swarm.check(1, [("state", 6, "replayed")])
 
     run_simulated(main())
@@ -410,18 +410,18 @@ def test_what_nobody_else_has_is_made_up_for_by_a_fresh_snapshot(
         await swarm.until(9)
         for name in names:
             flip_file(swarm.file(0, name), -1)
-        await until(lambda: len(swarm.events(1, "repaired")) == len(repairs))
+        await until(lambda: len(swarm.repairs(1)) == len(repairs))
         assert swarm.peers[0].peer.step < 14
         step, head = swarm.peers[0].peer.step, swarm.peers[0].peer.seat.standing.head
         swarm.network.kill(swarm.peers[0].peer.identity.peer_id)
-        assert [(e["what"], e["step"], e["how"]) for e in swarm.events(1, "repaired")] == repairs
+        assert swarm.repairs(1) == repairs
         await asyncio.sleep(60)
         swarm.network.dead.clear()
         swarm.peers.clear()
         swarm.add(1)
         await asyncio.sleep(1)
-        joined = swarm.events(1, "joined")[-1]
-        assert (joined["from_step"], joined["head"]) == (step, head.hex())
+        joined = swarm.events(1, PeerJoined)[-1]
+        assert (joined.from_step, joined.head) == (step, head.hex())
         await swarm.until(15)
 
     run_simulated(main())
@@ -434,7 +434,7 @@ def test_a_flip_in_the_memory_of_a_peer_alone(tmp_path: Path) -> None:
         await swarm.until(7)
         flip(swarm.replica(0).theta, 11, 12)
         await swarm.until(11)
-        assert [(e["what"], e["step"], e["how"]) for e in swarm.events(1, "repaired")] == [("state", 10, "replayed")]
+        assert swarm.repairs(1) == [("state", 10, "replayed")]
 
     run_simulated(main())
 
@@ -488,8 +488,8 @@ def test_of_two_that_differ_nobody_yields_and_both_say_so(tmp_path: Path) -> Non
         assert swarm.repairs(0) == swarm.repairs(1) == []
         ids = [sim.peer.identity.peer_id for sim in swarm.peers]
         for index in (0, 1):
-            said = [(event["step"], event["others"]) for event in swarm.events(index, "disputed")]
-            assert said == [(0, [ids[1 - index]]), (5, [ids[1 - index]])]
+            said = [(event.step, event.others) for event in swarm.events(index, StateDisputed)]
+            assert said == [(0, (ids[1 - index],)), (5, (ids[1 - index],))]
 
     run_simulated(main())
 

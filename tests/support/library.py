@@ -18,6 +18,7 @@ from p2p_diloco.core.codecs import encode
 from p2p_diloco.core.config import Timeouts
 from p2p_diloco.core.directory import Directory
 from p2p_diloco.core.errors import Gone
+from p2p_diloco.core.event import PhaseBegan, of_kind
 from p2p_diloco.core.events import EventLog, read_events
 from p2p_diloco.core.grid import part_slices
 from p2p_diloco.core.identity import Identity
@@ -154,7 +155,7 @@ class Donor:
         return [message.step for message in self.asked if isinstance(message, AskUpdate)]
 
     def phases(self) -> list[tuple[str, int]]:
-        return [(event["phase"], event["step"]) for event in read_events(self.log)]
+        return [(event.phase, event.step) for event in of_kind(read_events(self.log), PhaseBegan)]
 
 
 class Overheard(Channel):
@@ -242,7 +243,7 @@ class Library:
         return [i for i, donor in enumerate(self.donors) if donor.who.peer_id not in live]
 
     def phases(self) -> list[tuple[str, int]]:
-        return [(event["phase"], event["step"]) for event in read_events(self.events.path)]
+        return [(event.phase, event.step) for event in of_kind(read_events(self.events.path), PhaseBegan)]
 
     def incoming(self) -> list[Path]:
         return list(self.replica.ledger.folder.glob("incoming-*"))

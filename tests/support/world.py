@@ -18,6 +18,7 @@ import numpy as np
 from p2p_diloco.core.codec import Vector
 from p2p_diloco.core.config import Timeouts
 from p2p_diloco.core.errors import LedgerError, NetworkError
+from p2p_diloco.core.event import PeerCaughtUp, of_kind
 from p2p_diloco.core.events import EVENTS_FILE, read_events
 from p2p_diloco.core.manifest import RunManifest
 from p2p_diloco.core.records import open_record, peers_key, seal_record
@@ -313,10 +314,9 @@ class World:
                     raise Violation("never-lost", f"{name} was given up, and the log does not say so")
 
     def _says_it_gave_up(self, index: int) -> bool:
-        events = read_events(self.disks[index].folder / EVENTS_FILE)
-        caught_up = [event for event in events if event["event"] == "caught_up"]
+        caught_up = of_kind(read_events(self.disks[index].folder / EVENTS_FILE), PeerCaughtUp)
         # Who went on by a snapshot from beyond all that it had cannot know what it shared before.
-        return any(event["rolled_back"] > 0 or (event["snapshot"] and event["from_step"]) for event in caught_up)
+        return any(event.rolled_back > 0 or (event.snapshot and event.from_step) for event in caught_up)
 
     async def _watch(self) -> None:
         """Where enough trainers reach each other, outer steps must follow each other."""

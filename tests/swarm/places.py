@@ -19,7 +19,8 @@ from typing import Any
 
 from benchmarks.processes import started_below
 from benchmarks.stage import write_texts
-from p2p_diloco.core.events import EVENTS_FILE, Event, read_events
+from p2p_diloco.core.event import E, RoundEnded, of_kind
+from p2p_diloco.core.events import EVENTS_FILE, read_events
 from p2p_diloco.lab.child import children_of, read_proc
 
 RUN = """
@@ -124,13 +125,13 @@ class Place:
         mark = f" --folder {self.root / name} "
         return next((pid for pid, command in self.alive().items() if " -m " in command and mark in command), None)
 
-    def events(self, name: str, kind: str) -> list[Event]:
+    def events(self, name: str, kind: type[E]) -> list[E]:
         paths = list((self.root / name).glob(f"*/{EVENTS_FILE}"))
-        return [event for path in paths for event in read_events(path) if event["event"] == kind]
+        return [event for path in paths for event in of_kind(read_events(path), kind)]
 
     def committed(self, name: str) -> dict[int, str]:
         """Outer step -> head, of the rounds that this peer was in."""
-        return {event["step"]: event["head"] for event in self.events(name, "round") if event["committed"]}
+        return {event.step: event.head for event in self.events(name, RoundEnded) if event.committed}
 
     def step_of(self, name: str) -> int:
         return max(self.committed(name), default=0)

@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 
 from p2p_diloco.core.config import PeerConfig, Timeouts
+from p2p_diloco.core.event import PeerStarted
 from p2p_diloco.core.events import EventLog
 from p2p_diloco.core.identity import Identity
 from p2p_diloco.core.manifest import open_manifest
@@ -75,7 +76,7 @@ def doctor(place: Place, *arguments: str) -> tuple[int, dict[str, dict[str, str]
 
 
 def peer_id_of(program: Program, place: Place) -> str:
-    return str(place.events(program.name, "started")[0]["peer_id"])
+    return place.events(program.name, PeerStarted)[0].peer_id
 
 
 @contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 
+from p2p_diloco.core.event import PeerLeft
 from tests.swarm.places import Place, wait_until
 from tests.test_library import CODE
 
@@ -22,7 +23,7 @@ def test_the_loop_of_the_page_trains_with_a_peer_of_the_command_and_leaves_polit
         assert "Traceback" not in loop.text
         assert len(place.committed("own")) >= 2
         place.check_heads("own", "peer")
-        assert [event["reason"] for event in place.events("own", "left")] == ["KeyboardInterrupt"]
+        assert [event.reason for event in place.events("own", PeerLeft)] == ["KeyboardInterrupt"]
         assert place.alive() == {}
         left = [path.name for path in place.temporary.iterdir()]
         assert [name for name in left if not name.startswith("torchinductor_")] == []  # which is torch's own

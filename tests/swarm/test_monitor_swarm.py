@@ -10,6 +10,7 @@ from collections.abc import Iterator
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from p2p_diloco.core.event import PeerStarted, ThetaEvaluated
 from tests.support import chromium
 from tests.swarm.places import LEAVE_S, Place, Program, descendants, free_port, url_of, wait_until
 
@@ -96,14 +97,12 @@ def test_it_shows_everybody_as_they_see_themselves(place: Place, seed: Program, 
     scrape = Scrape(url)
     scrape.check_aggregates()
     assert sorted(scrape.names.values()) == sorted(["Ada", "<script>harm = 1</script>", "gnp.", "seed"])
-    ids = {place.events(folder, "started")[-1]["peer_id"] for folder in ("ada", "bob", "eve", "seed")}
+    ids = {place.events(folder, PeerStarted)[-1].peer_id for folder in ("ada", "bob", "eve", "seed")}
     assert set(scrape.names) == ids
     first = scrape["outer_step"]
     wait_until(lambda: Scrape(url)["outer_step"] >= first + 2, monitor, limit_s=SEEN_S)
     status = json.loads(get(url, "api/status.json"))
-    evaluated = {
-        event["step"]: event["held_out_loss"] for folder in NAMES for event in place.events(folder, "evaluated")
-    }
+    evaluated = {event.step: event.held_out_loss for folder in NAMES for event in place.events(folder, ThetaEvaluated)}
     shown = {
         step: loss for step, loss in zip(status["curve"]["step"], status["curve"]["held_out_loss"]) if loss is not None
     }
@@ -134,7 +133,7 @@ def test_a_killed_peers_series_end_and_the_others_count(
     place: Place, peers: dict[str, Program], monitor: Program
 ) -> None:
     url = url_of(monitor)
-    killed = place.events("bob", "started")[-1]["peer_id"]
+    killed = place.events("bob", PeerStarted)[-1].peer_id
     assert killed in Scrape(url).names
     peers["bob"].process.kill()
     wait_until(lambda: killed not in Scrape(url).names, monitor, limit_s=SEEN_S)

@@ -22,7 +22,8 @@ from typing import Any
 import pytest
 
 import monitoring
-from p2p_diloco.core.events import EVENTS_FILE, Event, read_events
+from p2p_diloco.core.event import Event, InnerStepEnded, PeerStarted, ThetaEvaluated, of_kind
+from p2p_diloco.core.events import EVENTS_FILE, read_events
 from p2p_diloco.lab.outcome import outcome_of
 from tests.swarm.places import Place, Program, wait_until
 
@@ -129,13 +130,11 @@ class Swarm:
 
     @cached_property
     def ids(self) -> dict[str, str]:
-        return {name: self.place.events(name, "started")[-1]["peer_id"] for name in TRAINERS}
+        return {name: self.place.events(name, PeerStarted)[-1].peer_id for name in TRAINERS}
 
     def logs(self, until_s: float) -> dict[str, list[Event]]:
         paths = {name: next((self.place.root / name).glob(f"*/{EVENTS_FILE}")) for name in TRAINERS}
-        return {
-            name: [event for event in read_events(path) if event["wall_s"] <= until_s] for name, path in paths.items()
-        }
+        return {name: [event for event in read_events(path) if event.wall_s <= until_s] for name, path in paths.items()}
 
     def query(self, expr: str, peer: str) -> Samples:
         """Of a panel, as Grafana would ask it."""
@@ -205,7 +204,7 @@ def panel_queries() -> Iterator[tuple[str, str]]:
 
 
 def test_every_query_of_every_panel_finds_data(swarm: Swarm) -> None:
-    evaluator = next(name for name in TRAINERS if swarm.place.events(name, "evaluated"))
+    evaluator = next(name for name in TRAINERS if swarm.place.events(name, ThetaEvaluated))
 
     def found(expr: str) -> bool:
         return any(math.isfinite(value) for value in swarm.query(expr, evaluator).values())
@@ -249,7 +248,7 @@ def test_the_values_agree_with_the_summary(swarm: Swarm) -> None:
     """Samples of one moment, between what the event logs say of a little earlier and of that moment."""
     at_s = swarm.all_answered_s()
     late_s = at_s + 3.0  # an inner step that is counted may be logged a second later
-    wait_until(lambda: all(log[-1]["wall_s"] > late_s for log in swarm.logs(at_s + LAG_S).values()), limit_s=SEEN_S)
+    wait_until(lambda: all(log[-1].wall_s > late_s for log in swarm.logs(at_s + LAG_S).values()), limit_s=SEEN_S)
     ask, before, after = swarm.prometheus, swarm.logs(at_s - LAG_S), swarm.logs(late_s)
     least, most = outcome_of(before), outcome_of(after)
     assert least.outer_steps <= ask.number("p2p_diloco_swarm_outer_step", at_s) <= most.outer_steps
@@ -264,7 +263,7 @@ def test_the_values_agree_with_the_summary(swarm: Swarm) -> None:
     ) == {*TRAINERS}
 
     def tokens(log: list[Event]) -> int:
-        return max((event["tokens"] for event in log if event["event"] == "inner"), default=0)
+        return max((event.tokens for event in of_kind(log, InnerStepEnded)), default=0)
 
     own = ask.by("instance", "p2p_diloco_tokens_total", at_s)
     told = ask.by("peer", "p2p_diloco_swarm_peer_tokens", at_s)

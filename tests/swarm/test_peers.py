@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 
-from p2p_diloco.core.events import Event
+from p2p_diloco.core.event import DamageRepaired, PeerCaughtUp, PeerJoined, PeerLeft, PeerStarted, RoundEnded
 from p2p_diloco.ledger.folder import find_run, load_state
 from tests.swarm.places import LEAVE_S, START_S, Place, Program, as_flags, wait_until
 
@@ -45,8 +45,8 @@ def flip_and_repair(place: Place) -> None:
     def between_snapshots() -> bool:
         return place.step_of("a") % EVERY == 1
 
-    def repaired(what: str) -> list[Event]:
-        return [event for event in place.events("a", "repaired") if event["what"] == what]
+    def repaired(what: str) -> list[DamageRepaired]:
+        return [event for event in place.events("a", DamageRepaired) if event.what == what]
 
     descriptors = Path(f"/proc/{programs[1].of_mine('p2p_diloco.peer.network')}/fd").iterdir()
     memory = next(path for path in descriptors if os.readlink(path).startswith("/memfd:p2p-diloco"))
@@ -57,16 +57,16 @@ def flip_and_repair(place: Place) -> None:
     update = max((ledger / "updates").glob("*.update"))
     flip(update, update.stat().st_size - 1)
     wait_until(lambda: repaired("update"), *programs)
-    assert repaired("update")[0]["how"] == "fetched"
+    assert repaired("update")[0].how == "fetched"
 
     wait_until(between_snapshots, *programs)
     snapshot = max((ledger / "snapshots").glob("*.safetensors"))
     flip(snapshot, snapshot.stat().st_size - 1)
     wait_until(lambda: repaired("snapshot"), *programs)
-    assert repaired("snapshot")[0]["how"] == "replayed"
+    assert repaired("snapshot")[0].how == "replayed"
 
-    assert len(place.events("a", "repaired")) == 3
-    assert place.events("b", "repaired") == place.events("seed", "repaired") == []
+    assert len(place.events("a", DamageRepaired)) == 3
+    assert place.events("b", DamageRepaired) == place.events("seed", DamageRepaired) == []
     aside = sorted(path.name for path in (ledger / "quarantine").iterdir())
     assert aside == sorted([f"{update.name}.0", f"{snapshot.name}.0"])
     step = max(map(place.step_of, names))
@@ -118,14 +118,14 @@ def test_a_peer_joins_a_running_swarm_with_the_address_of_any_peer(place: Place,
         metrics_addr = f"127.0.0.1:{free.getsockname()[1]}"
     newcomer = place.peer("newcomer", running["b"].address, **{"metrics-addr": metrics_addr})
     wait_until(lambda: place.step_of("newcomer") > 2, newcomer)
-    peer_id = place.events("newcomer", "started")[0]["peer_id"]
-    joined = place.events("newcomer", "joined")[0]
-    assert joined["snapshot"]
-    first = place.events("newcomer", "round")[0]
-    assert first["committed"]
-    before = [event for event in place.events("newcomer", "caught_up") if event["mono_s"] < first["mono_s"]]
-    assert first["step"] == before[-1]["to_step"] + 1
-    assert len(first["group"]) == 3
+    peer_id = place.events("newcomer", PeerStarted)[0].peer_id
+    joined = place.events("newcomer", PeerJoined)[0]
+    assert joined.snapshot
+    first = place.events("newcomer", RoundEnded)[0]
+    assert first.committed
+    before = [event for event in place.events("newcomer", PeerCaughtUp) if event.mono_s < first.mono_s]
+    assert first.step == before[-1].to_step + 1
+    assert len(first.group) == 3
 
     status = subprocess.run(
         [sys.executable, "-m", "p2p_diloco", "status", "--json", "--initial-peers", newcomer.address],
@@ -139,7 +139,7 @@ def test_a_peer_joins_a_running_swarm_with_the_address_of_any_peer(place: Place,
         metrics = answer.read().decode()
     assert f'p2p_diloco_peer_info{{name="newcomer",peer_id="{peer_id}",role="trainer"}} 1.0' in metrics
     committed = float(re.findall(r'^p2p_diloco_rounds_total\{result="committed"\} (\S+)$', metrics, re.MULTILINE)[0])
-    assert 2 < committed <= len(place.events("newcomer", "round"))
+    assert 2 < committed <= len(place.events("newcomer", RoundEnded))
     for purpose in ("reduce", "catchup", "dht", "other"):
         assert f'p2p_diloco_bytes_total{{direction="received",purpose="{purpose}"}} 0.0' not in metrics
 
@@ -148,9 +148,9 @@ def test_a_peer_joins_a_running_swarm_with_the_address_of_any_peer(place: Place,
     with pytest.raises(urllib.error.URLError):
         urllib.request.urlopen(f"http://{metrics_addr}/metrics", timeout=10)
     place.check_heads("a", "b", "newcomer")
-    left = place.events("newcomer", "left")[-1]
+    left = place.events("newcomer", PeerLeft)[-1]
     manifest, state = load_state(find_run(place.root / "newcomer"))
-    assert (state.step, state.head.hex()) == (left["step"], left["head"])
+    assert (state.step, state.head.hex()) == (left.step, left.head)
     _, other = load_state(find_run(place.root / "a"), state.step)
     assert (other.head, other.theta.tobytes()) == (state.head, state.theta.tobytes())
     assert manifest.n_params == len(state.theta)

@@ -15,6 +15,7 @@ from benchmarks.onslaught import kill_all
 from benchmarks.partition import APART, part_and_heal
 from benchmarks.processes import Usage, usage_of
 from benchmarks.stage import SPEC, Stage
+from p2p_diloco.core.event import PeerStarted
 from p2p_diloco.core.runfile import InnerSpec
 from p2p_diloco.lab.namespaces import why_not
 from tests.swarm.places import START_S, Place, wait_until
@@ -77,7 +78,7 @@ def swarm_with_faults(place: Place) -> None:
     stopped, resumed, killed, restarted = (fault["pids"] for fault in (*of_peer_1[:2], *of_peer_2))
     assert len(stopped) == len(killed) == len(restarted) == 1
     assert stopped == resumed
-    assert [event["pid"] for event in place.events("peer-2", "started")][:-1] == killed
+    assert [event.pid for event in place.events("peer-2", PeerStarted)][:-1] == killed
     assert f"kill peer-2 network ({killed[0]}), " in swarm.text
     assert "peer-3 failed with exit code -9: " in swarm.text
     assert "peer-2 failed" not in swarm.text

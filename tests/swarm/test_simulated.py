@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from p2p_diloco.core.event import RoundEnded
 from tests.swarm.places import START_S, Place
 
 STEPS = 5
@@ -62,7 +63,7 @@ def recounted(place: Place, codec: str, drop: str) -> bool:
     assert list(heads) == [str(step) for step in range(STEPS + 1)]
     for name in ("peer-1", "peer-2", "peer-3"):
         assert place.summary["heads"][name] == heads
-    dropped = sum(len(event["dropped"]) for event in place.events("peer-1", "round"))
+    dropped = sum(len(event.dropped) for event in place.events("peer-1", RoundEnded))
     assert 0 < dropped < 3 * STEPS if drop != "0" else dropped == 0
     held_out = dict(summary_of(folder)["held_out"])
     assert held_out == pytest.approx(dict(place.summary["held_out"]), rel=1e-4)

@@ -11,6 +11,7 @@ import sys
 
 import pytest
 
+from p2p_diloco.core.event import PeerLeft
 from tests.swarm.places import LEAVE_S, Place, wait_until
 
 
@@ -47,10 +48,10 @@ def test_a_closed_terminal(prefix: tuple[str, ...]) -> None:
             )
             with pytest.raises(subprocess.TimeoutExpired):
                 process.wait(1.0)
-            assert place.events("seed", "left") == []
+            assert place.events("seed", PeerLeft) == []
             os.kill(seed, signal.SIGTERM)
         assert process.wait(LEAVE_S) == 0
-        assert [event["reason"] for event in place.events("seed", "left")] == ["Stopped"]
+        assert [event.reason for event in place.events("seed", PeerLeft)] == ["Stopped"]
         place.assert_nothing_left()
     finally:
         process.kill()

@@ -1,0 +1,72 @@
+"""What a peer's events add up to, for its metrics."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections import Counter
+from dataclasses import dataclass, field
+
+from p2p_diloco.core.event import DamageRepaired, Event, PeerCaughtUp, RoundEnded, StateDisputed, TrainerStalled
+
+LIMITS_S = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 25.0, 60.0, 120.0)
+"""Up to which durations are told apart: from a round on one machine to one that takes all of its time."""
+ROUND_PHASES = ("gather", "reduce", "settle", "apply")
+
+
+@dataclass(kw_only=True)
+class Durations:
+    """``counts[i]``: those of at most ``LIMITS_S[i]`` that are longer than the limit before; the last one: the rest."""
+
+    counts: list[int] = field(default_factory=lambda: [0] * (len(LIMITS_S) + 1))
+    sum_s: float = 0.0
+
+    def add(self, seconds: float) -> None:
+        self.counts[bisect_left(LIMITS_S, seconds)] += 1
+        self.sum_s += seconds
+
+
+@dataclass(kw_only=True)
+class Totals:
+    """Of this process's events. Those of other kinds count for nothing."""
+
+    rounds: Counter[str] = field(default_factory=Counter)
+    """By result: "committed", or why not."""
+    phases: dict[str, Durations] = field(default_factory=lambda: {phase: Durations() for phase in ROUND_PHASES})
+    """Of the rounds that came so far."""
+    stalls: Durations = field(default_factory=Durations)
+    members_lost: int = 0
+    last_commit: RoundEnded | None = None
+    """The last round that committed here."""
+    catch_ups: int = 0
+    rolled_back: int = 0
+    """Outer steps given up."""
+    disputes: int = 0
+    """Times that others named another digest of a state."""
+    repairs: Counter[str] = field(default_factory=Counter)
+    """By what was repaired."""
+
+    def add(self, event: Event) -> None:
+        """Counts one event."""
+        match event:
+            case RoundEnded():
+                self._add_round(event)
+            case TrainerStalled():
+                self.stalls.add(event.seconds)
+            case PeerCaughtUp():
+                self.catch_ups += 1
+                self.rolled_back += event.rolled_back
+            case StateDisputed():
+                self.disputes += 1
+            case DamageRepaired():
+                self.repairs[event.what] += 1
+
+    def _add_round(self, event: RoundEnded) -> None:
+        self.rounds["committed" if event.committed else event.reason] += 1
+        self.members_lost += len(event.lost)
+        self.phases["gather"].add(event.gather_s)
+        if event.group:
+            self.phases["reduce"].add(event.reduce_s)
+            self.phases["settle"].add(event.settle_s)
+        if event.committed:
+            self.phases["apply"].add(event.apply_s)
+            self.last_commit = event

@@ -1,0 +1,83 @@
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from p2p_diloco.core.event import DamageRepaired, Event, PeerCaughtUp, RoundEnded, StateDisputed, TrainerStalled
+from p2p_diloco.core.totals import LIMITS_S, Durations, Totals
+from tests.support.events import CAUGHT_UP, COMMITTED, DISPUTED, EVENTS, REPAIRED, STALL
+
+ROUND = replace(
+    COMMITTED,
+    wall_s=7.0,
+    group=("a", "b", "c"),
+    dropped=(),
+    lost=(),
+    gather_s=0.01,
+    reduce_s=0.2,
+    settle_s=3.0,
+    apply_s=40.0,
+)
+
+
+def missed(reason: str, *, lost: tuple[str, ...] = ()) -> RoundEnded:
+    return replace(
+        ROUND, committed=False, reason=reason, lost=lost, apply_s=0.0,
+        contribution_norm=None, update_norm=None, cosine=None,
+    )  # fmt: skip
+
+
+def totals_of(*events: Event) -> Totals:
+    totals = Totals()
+    for event in events:
+        totals.add(event)
+    return totals
+
+
+def test_durations_are_counted_between_limits() -> None:
+    durations = Durations()
+    for seconds in (0.0, LIMITS_S[0], LIMITS_S[0] + 1e-9, LIMITS_S[-1], LIMITS_S[-1] + 1, 1e9):
+        durations.add(seconds)
+    assert durations.counts == [2, 1, *[0] * (len(LIMITS_S) - 3), 1, 2]
+    assert durations.sum_s == pytest.approx(1e9 + 2 * LIMITS_S[-1] + 1 + 2 * LIMITS_S[0])
+
+
+def test_rounds_by_result_with_the_phases_that_they_came_to() -> None:
+    second = replace(ROUND, wall_s=9.0, lost=("b",), cosine=-1.0)
+    alone = replace(missed("alone"), group=(), reduce_s=0.0, settle_s=0.0)
+    totals = totals_of(ROUND, second, missed("failed", lost=("a", "c")), alone)
+    assert totals.rounds == {"committed": 2, "failed": 1, "alone": 1}
+    assert totals.members_lost == 3
+    assert {phase: sum(durations.counts) for phase, durations in totals.phases.items()} == {
+        "gather": 4,
+        "reduce": 3,
+        "settle": 3,
+        "apply": 2,
+    }
+    assert totals.phases["settle"].sum_s == pytest.approx(9.0)
+    assert totals.last_commit == second
+    third = replace(missed(""), wall_s=10.0, committed=True)
+    totals.add(third)
+    assert totals.last_commit == third
+
+
+def test_the_other_events() -> None:
+    totals = totals_of(
+        replace(STALL, seconds=0.3),
+        replace(CAUGHT_UP, rolled_back=2, snapshot=False),
+        replace(CAUGHT_UP, rolled_back=0, snapshot=True),
+        replace(REPAIRED, what="state", how="replayed"),
+        replace(REPAIRED, what="update", how="fetched"),
+        DISPUTED,
+    )
+    assert (sum(totals.stalls.counts), totals.stalls.sum_s) == (1, 0.3)
+    assert (totals.catch_ups, totals.rolled_back, totals.disputes) == (2, 2, 1)
+    assert totals.repairs == {"state": 1, "update": 1}
+
+
+def test_all_others_count_for_nothing() -> None:
+    counted = (RoundEnded, TrainerStalled, PeerCaughtUp, DamageRepaired, StateDisputed)
+    others = [event for event in EVENTS if not isinstance(event, counted)]
+    assert len(others) == 9
+    assert totals_of(*others) == Totals()
