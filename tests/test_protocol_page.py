@@ -54,7 +54,7 @@ LOCAL = {
     **dict.fromkeys(("MAX_DAEMON_MESSAGE_BYTES", "MAX_SOCKET_PATH_BYTES", "MAX_LOSSES"), "between us and our p2pd"),
     **dict.fromkeys(("LOSS_WINDOW_S", "POLL_S", "TERMINATE_S", "MAX_OPEN_FILES"), "between us and our p2pd"),
     **dict.fromkeys(("PR_SET_PDEATHSIG", "MAX_UNREAD_BYTES", "PEERS_EVERY_S"), "between the processes of one peer"),
-    **dict.fromkeys(("INNER_EVENT_EVERY_S", "LOOK_EVERY_S", "RENDER_EVERY_S"), "events and metrics"),
+    **dict.fromkeys(("INNER_EVENT_EVERY_S", "NOT_YET", "LOOK_EVERY_S", "RENDER_EVERY_S"), "events and metrics"),
     **dict.fromkeys(("MAX_CONNECTIONS", "MAX_HEAD_BYTES", "READ_BYTES", "GZIP_FROM_BYTES"), "the web server"),
     **dict.fromkeys(("MAX_CHARS", "TYPE_CHECKING"), "what a user may write; the interpreter"),
     "STEP_GRACE_S": "how long Ctrl+C waits",
