@@ -27,6 +27,7 @@ Its files, from the bottom up:
     config        what a peer chooses alone; all time-outs
     addresses     multiaddrs and HOST:PORT: check, sort, encode
     records       what a peer says about itself, signed
+    places        a bounded number of places for peers, and who makes room
     directory     the newest record of every other peer; which to believe and wait for
     peer_row      a record as a table and JSON show it
     roster        who meets in a round: readiness, rank, weights, group

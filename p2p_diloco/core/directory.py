@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 from itertools import islice, pairwise
 
+from p2p_diloco.core.places import Places
 from p2p_diloco.core.records import Record, Unsound, is_current, open_record
 
 MAX_PEERS_KNOWN = 4096
@@ -15,11 +16,13 @@ MAX_DOUBTS = 4
 
 class Directory:
     """The newest record of every other peer, and which peers did not answer although their records say that they
-    live."""
+    live. Of at most MAX_PEERS_KNOWN: ``places`` says who makes room, and the peers that are ``favoured`` do so last."""
 
-    def __init__(self, peer_id: str, run_id: str) -> None:
+    def __init__(self, peer_id: str, run_id: str, favoured: Container[str] = ()) -> None:
         self.peer_id = peer_id
         self.run_id = run_id
+        self._favoured = favoured
+        self._places = Places(MAX_PEERS_KNOWN)
         self._records: dict[str, Record] = {}
         self._sealed: dict[str, bytes] = {}
         self._verified: dict[bytes, str] = {}
@@ -36,16 +39,23 @@ class Directory:
 
     def learn(self, sealed: bytes, now_s: float) -> Record | None:
         """Takes in a record from anywhere, and returns the newest one known of its peer. None when it is ours, out of
-        date, or of another run. Unsound when it is not sound."""
+        date, or of another run, or when there is no place for one more peer. Unsound when it is not sound."""
+        return self._learn(sealed, now_s, came=False)
+
+    def _learn(self, sealed: bytes, now_s: float, *, came: bool) -> Record | None:
         if sealed in self._verified:
             known = self._records[self._verified[sealed]]
+            self._places.take(known.peer_id, came=came, favoured=self._favoured)
             return known if is_current(known, now_s) else None
         known = open_record(sealed)
         if known.peer_id == self.peer_id or known.run_id != self.run_id or not is_current(known, now_s):
             return None
-        newest = self._records.get(known.peer_id)
-        if newest is None and len(self._records) >= MAX_PEERS_KNOWN:
+        has_place, made_room = self._places.take(known.peer_id, came=came, favoured=self._favoured)
+        if made_room is not None:
+            self._forget(made_room)
+        if not has_place:
             return None
+        newest = self._records.get(known.peer_id)
         if newest is None or newest.issued_s < known.issued_s:
             if newest is not None:
                 del self._verified[self._sealed[known.peer_id]]
@@ -60,7 +70,7 @@ class Directory:
         all."""
         if open_record(sealed).peer_id != peer_id:
             raise Unsound("other", "somebody else's record")
-        return self.learn(sealed, now_s)
+        return self._learn(sealed, now_s, came=True)
 
     def suspect(self, peer_id: str) -> None:
         """Counts on this peer no more until it signs a newer record."""
@@ -78,12 +88,17 @@ class Directory:
     def current(self, now_s: float) -> list[Record]:
         """Returns the same as ``live``, and those that did not answer."""
         for peer_id in [p for p, record in self._records.items() if not is_current(record, now_s)]:
-            del self._records[peer_id]
-            del self._verified[self._sealed.pop(peer_id)]
-            self._suspects.pop(peer_id, None)
-            self._doubts.pop(peer_id, None)
-            self._doubted.pop(peer_id, None)
+            self._places.leave(peer_id)
+            self._forget(peer_id)
         return [record for _, record in sorted(self._records.items()) if record.phase != "left"]
+
+    def _forget(self, peer_id: str) -> None:
+        """Forgets all about a peer that is gone, or has made room for another one."""
+        del self._records[peer_id]
+        del self._verified[self._sealed.pop(peer_id)]
+        self._suspects.pop(peer_id, None)
+        self._doubts.pop(peer_id, None)
+        self._doubted.pop(peer_id, None)
 
     def doubt(self, head: bytes, now_s: float, life_s: float) -> int:
         """Takes the vote of all peers that claim this head for ``life_s``, whatever newer records they sign. Returns

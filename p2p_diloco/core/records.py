@@ -21,7 +21,7 @@ MAX_RECORD_BYTES = 1024
 MAX_RECORD_LIFE_S = 900.0
 HEADS_SHOWN = 4
 """In a record, beside the head: there is no room for more."""
-OPENED_KEPT = 2048
+OPENED_KEPT = 8192
 MAX_ARRAY = 1 << 16
 MAX_MAP = 64
 """Items of one list, and keys of one dict, in anything that a peer sends."""

@@ -206,16 +206,56 @@ def test_own_and_foreign_records_are_not_taken() -> None:
 
 
 def test_the_number_of_peers_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(directory, "MAX_PEERS_KNOWN", 3)
+    monkeypatch.setattr(directory, "MAX_PEERS_KNOWN", 4)
     known = Known()
-    heard = [known.hear(i) for i in range(2, 7)]
-    assert [record is not None for record in heard] == [True] * 3 + [False] * 2
-    assert len(known.ids) == 3
+    assert all(known.hear(i) is not None for i in range(2, 8))
+    assert known.ids == sorted(identity(i).peer_id for i in (2, 3, 4, 7)), "a newcomer always gets in"
+    assert len(known._verified) == len(known._sealed) == 4
     known.now_s += 1
     assert known.hear(2, history="a") is not None, "who is known stays up to date"
     known.now_s += 30
     assert known.ids == []
-    assert known.hear(6) is not None
+    assert all(known.hear(i) is not None for i in range(6, 10))
+    assert len(known.ids) == 4
+
+
+def test_no_flood_of_invented_peers_hides_who_is_known_who_comes_or_who_is_favoured(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(directory, "MAX_PEERS_KNOWN", 16)
+    favoured = {identity(4).peer_id}
+    known = Directory(ME.peer_id, RUN_ID, favoured)
+
+    def heard(i: int) -> Record | None:
+        return known.learn(seal_record(record_of(identity(i)), identity(i)), NOW_S)
+
+    def flood(start: int) -> None:
+        for i in range(start, start + 40):
+            heard(i)
+
+    heard(2)
+    flood(100)
+    newcomer = identity(3)
+    assert known.learn_from(newcomer.peer_id, seal_record(record_of(newcomer), newcomer), NOW_S) is not None
+    heard(4)
+    flood(200)
+    live = {record.peer_id for record in known.live(NOW_S)}
+    assert len(live) == 16
+    assert {identity(i).peer_id for i in (2, 3, 4)} < live
+    assert not any(known.get(identity(i).peer_id) for i in range(130, 140)), "they had their turn"
+
+
+def test_who_was_heard_of_first_and_comes_then_is_one_that_came(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(directory, "MAX_PEERS_KNOWN", 8)
+    known = Known()
+    for i in range(2, 10):
+        known.hear(i)
+    sealed = known.sealed(identity(9).peer_id)
+    assert sealed is not None
+    assert known.learn_from(identity(9).peer_id, sealed, NOW_S) is not None, "the very record that was heard of"
+    for i in range(20, 40):
+        known.hear(i)
+    assert known.get(identity(9).peer_id) is not None
 
 
 def test_of_all_ways_that_were_shown_the_newest_links_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
