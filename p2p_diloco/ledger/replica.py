@@ -225,6 +225,12 @@ class Replica:
             way.append(header.parent)
         return Standing(step=state.step, head=state.head, heads=tuple(way[1:]))
 
+    def contributors(self, steps: int) -> set[str]:
+        """Returns the ids of the peers that have contributed to any of the last ``steps`` updates, as far as these are
+        in the ledger."""
+        headers = map(self.ledger.header, range(max(self.loaded.step - steps, 0), self.loaded.step))
+        return {peer_id for header in headers if header is not None for peer_id, _ in header.contributors}
+
     def newest_snapshot(self) -> SnapshotInfo:
         """Returns what is known of the newest snapshot. Raises LedgerError where there is none."""
         snapshots = self.ledger.snapshots()

@@ -71,7 +71,7 @@ class Peer:
         self.local = local
         self.events = events
         self.role: Role = "seed" if local is None else "trainer"
-        self.directory = Directory(identity.peer_id, self.manifest.run_id)
+        self.directory = Directory(identity.peer_id, self.manifest.run_id, favoured=transport.favoured)
         nowhere = Standing(step=0, head=bytes(32), heads=())
         self.seat = Seat(standing=nowhere, role_trainer=local is not None, client_mode=client_mode)
         self.here = here = Here(

@@ -27,6 +27,9 @@ from p2p_diloco.wire.messages import Push
 log = logging.getLogger(__name__)
 
 PUSHED_AT_ONCE = 32
+FAVOURED_STEPS = 16
+"""Who has contributed to one of so many last updates is favoured, and so is the run's owner, whose seed contributes
+nothing: they have places that strangers cannot take. A claim moves nobody in here; the ledger does."""
 MADDRS_BYTES = 320
 """Of all addresses in a record, that of the metrics included: the rest of it takes up to 690 of the 1024 bytes."""
 
@@ -163,6 +166,9 @@ class Presence:
         """Brings the seat and the record to where the state has moved."""
         standing = self.here.seat.standing = self.replica.standing()
         self.here.directory.show((standing.head, *standing.heads))
+        favoured, manifest = self.here.transport.favoured, self.replica.manifest
+        favoured.clear()
+        favoured.update(self.replica.contributors(FAVOURED_STEPS), (manifest.owner,))
         self.seal()
 
     def seal(self) -> None:

@@ -13,6 +13,7 @@ Its files, from the bottom up:
     hardening  limits put on hivemind
     daemon     one life of p2pd: started, asked, shut
     dht        our place in the DHT: neighbours, records stored and looked up
+    slots      which streams of others a peer takes, and which makes room
     streams    a node's streams: limited, served, ended
     node       one peer on the network: its p2pd, its place in the DHT, its streams
     discovery  from one address to a run

@@ -17,7 +17,7 @@ from typing import Protocol, TypeVar
 
 from p2p_diloco.core.config import Timeouts
 from p2p_diloco.core.errors import Gone, Misbehaved, Refused, Silent
-from p2p_diloco.core.waiting import deadline
+from p2p_diloco.core.waiting import deadline, now_s
 from p2p_diloco.wire.messages import CHUNK_BYTES, MAX_FRAME_BYTES, Message, No, Size, pack, parse
 from p2p_diloco.wire.traffic import Purpose, Traffic
 
@@ -69,6 +69,8 @@ class Channel:
     """Of a stream that came in: the address that it came from. Empty where a relay is between."""
     meter: Meter = field(default_factory=Meter)
     """Of this stream, or of all that are counted together."""
+    used_s: float = 0.0
+    """Loop time of the last frame, in either direction."""
 
     async def send_frame(self, *pieces: bytes | memoryview) -> None:
         """Sends ``pieces`` as one frame, and returns when they are handed over. Raises Silent when the peer does not
@@ -84,6 +86,7 @@ class Channel:
             await self.writer.drain()
 
         await self._bounded(write(), self.timeouts.write_s, "does not read what we send")
+        self.used_s = now_s()
         self.meter.sent += 4 + size
         self.traffic.sent[self.purpose] += 4 + size
 
@@ -104,6 +107,7 @@ class Channel:
         return await self._bounded(read(), timeout_s, f"has sent nothing for {timeout_s:g} s")
 
     def _count_received(self, frame: bytes) -> None:
+        self.used_s = now_s()
         self.meter.received += 4 + len(frame)
         self.traffic.received[self.purpose] += 4 + len(frame)
 
@@ -208,6 +212,9 @@ class Transport(Protocol):
     peer_id: str
     timeouts: Timeouts
     traffic: Traffic
+    favoured: set[str]
+    """Ids of the peers that have done something for us, which ``peer`` keeps up to date. Their streams and records have
+    places that no stranger can take."""
 
     async def serve(self, protocol: str, handler: Handler) -> None:
         """Has ``handler`` serve every incoming stream of this protocol from now on."""

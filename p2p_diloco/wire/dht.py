@@ -11,7 +11,7 @@ import logging
 import os
 import statistics
 import time
-from collections.abc import Coroutine
+from collections.abc import Container, Coroutine
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any, TypeVar
@@ -36,7 +36,7 @@ T = TypeVar("T")
 
 REPLICAS = 5
 """Nodes that hold every record; a look-up asks as many."""
-MAX_RECORDS = 4096
+MAX_RECORDS = kademlia.MAX_MERGED
 
 
 class Searches:
@@ -92,8 +92,10 @@ class Dht:
         client_mode: bool,
         validator: kademlia.RecordValidator,
         searches: Searches,
+        favoured: Container[str],
     ) -> Dht:
-        """Returns a place without neighbours; ``join`` finds some. Raises NetworkError."""
+        """Returns a place without neighbours; ``join`` finds some. ``favoured``: peers whose records are kept here
+        before others'. Raises NetworkError."""
         work = DHTNode.create(
             daemon.p2p,
             kademlia.node_id_of(daemon.peer_id),
@@ -107,8 +109,10 @@ class Dht:
             client_mode=client_mode,
             record_validator=validator,
         )
+        node = await own_daemon(work, timeouts.p2pd_start_s)
+        node.protocol.storage.favoured = favoured
         return cls(
-            node=await own_daemon(work, timeouts.p2pd_start_s),
+            node=node,
             peer_id=daemon.peer_id,
             client_mode=client_mode,
             timeouts=timeouts,

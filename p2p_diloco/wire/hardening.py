@@ -26,7 +26,7 @@ from hivemind.utils import MSGPackSerializer
 from hivemind.utils.logging import use_hivemind_log_handler
 
 from p2p_diloco.wire import guard
-from p2p_diloco.wire.kademlia import HardenedDHTProtocol, RecordStorage
+from p2p_diloco.wire.kademlia import MAX_MERGED, MAX_SUBKEYS, HardenedDHTProtocol, RecordStorage
 from p2p_diloco.wire.traffic import Traffic
 
 logger = logging.getLogger(__name__)
@@ -36,8 +36,6 @@ MAX_VALUE_BYTES = 4 * 1024 * 1024
 """Of one value that hivemind decodes."""
 MAX_EXTENSION_DEPTH = 3
 MAX_DAEMON_MESSAGE_BYTES = 8 * 1024 * 1024
-MAX_SUBKEYS = 1024
-"""Peers whose records one DHT key holds. Sealed records are at most 1 kB."""
 
 
 @functools.cache
@@ -89,9 +87,9 @@ def limit_dictionaries() -> None:
         known = self.data.get(key)
         if known is not None and known.expiration_time >= expiration_time:
             return False
-        if known is None and len(self.data) >= MAX_SUBKEYS and len(self) >= MAX_SUBKEYS:  # len() drops the outdated
+        if known is None and len(self.data) >= MAX_MERGED and len(self) >= MAX_MERGED:  # len() drops the outdated
             return False
-        if len(self.expiration_heap) >= 8 * MAX_SUBKEYS:
+        if len(self.expiration_heap) >= 2 * MAX_MERGED:
             self.expiration_heap = list(self.key_to_heap.values())
             heapq.heapify(self.expiration_heap)
         return bool(store(self, key, value, expiration_time))

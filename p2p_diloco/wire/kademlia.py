@@ -12,7 +12,7 @@ import logging
 import math
 import time
 from collections import Counter, OrderedDict
-from collections.abc import Collection
+from collections.abc import Collection, Container
 from itertools import islice
 from typing import Any
 
@@ -26,6 +26,7 @@ from hivemind.proto import dht_pb2
 from hivemind.utils.timed_storage import ValueWithExpiration, get_dht_time
 
 from p2p_diloco.core.buckets import Quota
+from p2p_diloco.core.places import Places
 from p2p_diloco.core.records import MAX_RECORD_LIFE_S, Fault, Unsound, open_record, unpack_plain
 
 logger = logging.getLogger(__name__)
@@ -40,7 +41,11 @@ MAX_FIND_KEYS = 1
 """Our own look-ups ask for one key at a time; every further one would add a full dictionary to the answer."""
 REQUESTS_PER_S = 20.0
 REQUEST_BURST = 100.0
-MAX_VERIFIED = 4096
+MAX_VERIFIED = 8192
+MAX_SUBKEYS = 1024
+"""Peers whose records one DHT key holds, at one node. Sealed records are at most 1 kB."""
+MAX_MERGED = 8 * MAX_SUBKEYS
+"""Records that a search takes under one key, from all nodes that answer: none of them can fill it alone."""
 EXPIRATION_TOLERANCE_S = 1.0
 
 
@@ -103,8 +108,17 @@ class RecordValidator(RecordValidatorBase):  # type: ignore[misc]
 
 
 class RecordStorage(DHTLocalStorage):  # type: ignore[misc]
-    """Hands out copies: a search merges what strangers answer into the dictionary that it is given, which would thus
+    """Keeps at most MAX_SUBKEYS records under one key; where that is full, ``places`` says which one makes room.
+
+    It hands out copies: a search merges what strangers answer into the dictionary that it is given, which would thus
     enter our storage past the limits of ``rpc_store``."""
+
+    favoured: Container[str] = ()
+    """Peers whose records are kept before others'; ``Dht`` sets it."""
+
+    def __init__(self, maxsize: int | None = None) -> None:
+        super().__init__(maxsize)
+        self._places: dict[Any, Places] = {}
 
     def get(self, key: Any) -> Any:
         """Returns a copy of what is stored under ``key``; None where there is nothing."""
@@ -121,11 +135,25 @@ class RecordStorage(DHTLocalStorage):  # type: ignore[misc]
         item = super().get(key)
         dictionary = DictionaryDHTValue() if item is None else item.value
         latest = -math.inf if item is None else item.expiration_time
-        if not dictionary.store(subkey, value, expiration_time):
+        known = dictionary.get(subkey)
+        if expiration_time < get_dht_time() or (known is not None and known.expiration_time >= expiration_time):
+            return False
+        if not self._take_place(key, subkey, dictionary) or not dictionary.store(subkey, value, expiration_time):
             return False
         if dictionary.latest_expiration_time > latest:
             self.store(key, dictionary, dictionary.latest_expiration_time)
         return True
+
+    def _take_place(self, key: Any, subkey: Any, dictionary: DictionaryDHTValue) -> bool:
+        """Returns whether the record of one more peer is taken under ``key``, and drops the one that makes room."""
+        places = self._places.setdefault(key, Places(MAX_SUBKEYS))
+        if subkey not in places and len(places) >= MAX_SUBKEYS:
+            for outdated in [held for held in places if held not in dictionary]:
+                places.leave(outdated)
+        has_place, made_room = places.take(subkey, came=True, favoured=self.favoured)
+        if made_room is not None:
+            del dictionary[made_room]
+        return has_place
 
 
 class HardenedDHTProtocol(DHTProtocol):  # type: ignore[misc]

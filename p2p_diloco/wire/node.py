@@ -66,6 +66,7 @@ class Node:
         self.peer_id = identity.peer_id
         self.timeouts = timeouts
         self.traffic = Traffic()
+        self.favoured: set[str] = set()
         self.restarted = Bell()
         """Rings whenever p2pd has been lost and is there again."""
         self._config = config
@@ -75,7 +76,7 @@ class Node:
         self._initial_peers = peers_of(config.initial_peers, self.peer_id)
         self._validator = kademlia.RecordValidator()
         self._validator.allow(RUNS_KEY)
-        self._streams = Streams(timeouts, self.traffic)
+        self._streams = Streams(timeouts, self.traffic, self.favoured)
         self._searches = Searches(timeouts)
         self._network: _Network | None = None
         self._maddrs: list[str] = []
@@ -272,6 +273,7 @@ class Node:
                 client_mode=self._config.client_mode,
                 validator=self._validator,
                 searches=self._searches,
+                favoured=self.favoured,
             )
             daemon.connected |= set(reached)
             await dht.join(reached, first=first)

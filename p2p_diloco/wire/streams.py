@@ -1,4 +1,4 @@
-"""A node's streams: those that it opens, and those that strangers open to it, which are limited and served.
+"""A node's streams: those that it opens, and those that others open to it, which are limited (``slots``) and served.
 
 A handler's failure is its stream's end and nothing else: a peer's fault is counted and told at debug level, ours is
 told with a traceback.
@@ -10,7 +10,8 @@ import asyncio
 import logging
 import weakref
 from collections import Counter
-from typing import Any
+from collections.abc import Container
+from typing import Any, NamedTuple
 
 from hivemind.p2p.p2p_daemon_bindings.datastructures import StreamInfo
 
@@ -18,30 +19,38 @@ from p2p_diloco.core.addresses import direct_ip
 from p2p_diloco.core.config import Timeouts
 from p2p_diloco.core.errors import RemoteError
 from p2p_diloco.core.identity import public_key_of
-from p2p_diloco.core.waiting import cancel_and_wait
+from p2p_diloco.core.waiting import cancel_and_wait, now_s
 from p2p_diloco.wire.channel import Channel, Handler
+from p2p_diloco.wire.slots import Slot, room_for
 from p2p_diloco.wire.traffic import Traffic
 
 logger = logging.getLogger(__name__)
 
-MAX_STREAMS = 128
-MAX_STREAMS_PER_PEER = 8
-"""That others open to us."""
 READ_BUFFER_BYTES = 512 * 1024
 """Of one stream; asyncio's own 64 kB cost a pause and a resume per 128 kB."""
+
+
+class _Served(NamedTuple):
+    """One stream that another peer has opened."""
+
+    channel: Channel
+    writer: asyncio.StreamWriter
 
 
 class Streams:
     """All streams of one node, through all lives of its p2pd."""
 
-    def __init__(self, timeouts: Timeouts, traffic: Traffic) -> None:
+    def __init__(self, timeouts: Timeouts, traffic: Traffic, favoured: Container[str]) -> None:
         self.handlers: dict[str, Handler] = {}
         """By protocol."""
         self.of_peers: Counter[str] = Counter()
         """How many each peer has opened to us."""
         self._timeouts = timeouts
         self._traffic = traffic
-        self._tasks: set[asyncio.Task[Any]] = set()
+        self._favoured = favoured
+        self._served: dict[asyncio.Task[Any], _Served] = {}
+        self._ended: weakref.WeakSet[asyncio.Task[Any]] = weakref.WeakSet()
+        """Tasks that we have cancelled, because their streams had to make room."""
         self._writers: weakref.WeakSet[asyncio.StreamWriter] = weakref.WeakSet()
         self._closed = False
 
@@ -63,21 +72,21 @@ class Streams:
         """Refuses a stream that another peer opens, or serves it to its end. p2pd's client calls it in a task of its
         own."""
         peer_id = info.peer_id.to_base58()
-        full = len(self._tasks) >= MAX_STREAMS or self.of_peers[peer_id] >= MAX_STREAMS_PER_PEER
         task = asyncio.current_task()
-        if full or self._closed or task is None or public_key_of(peer_id) is None:
+        if self._closed or task is None or public_key_of(peer_id) is None or not self._make_room(peer_id):
             logger.debug("peer %s: stream refused", peer_id[-8:])
             writer.transport.abort()
             return
         channel = self.channel(peer_id, reader, writer)
         channel.remote_ip = direct_ip(str(info.addr))
-        self._tasks.add(task)
+        channel.used_s = now_s()
+        self._served[task] = _Served(channel, writer)
         self.of_peers[peer_id] += 1
         try:
             await self.handlers[protocol](channel)
         except asyncio.CancelledError:
-            if not self._closed:  # else it is we who cancelled it, and asyncio's stream server would log a traceback
-                raise
+            if not (self._closed or task in self._ended):
+                raise  # else it is we who cancelled it, and asyncio's stream server would log a traceback
         except RemoteError as error:
             self._traffic.reject(error)
             logger.debug("%s", error)
@@ -85,7 +94,29 @@ class Streams:
             logger.exception("a stream of peer %s could not be served", peer_id[-8:])
         finally:
             channel.close()
-            self._tasks.discard(task)
+            self._release(task)
+
+    def _make_room(self, peer_id: str) -> bool:
+        """Returns whether one more stream of a peer is taken. Another one may be ended for it."""
+        tasks = list(self._served)
+        slots = [
+            Slot(peer_id=channel.peer_id, has_spoken=channel.meter.received > 0, used_s=channel.used_s)
+            for channel, _ in self._served.values()
+        ]
+        there_is, instead_of = room_for(peer_id, slots, self._favoured)
+        if instead_of is not None:
+            task = tasks[instead_of]
+            logger.debug("peer %s: a stream makes room for another peer's", slots[instead_of].peer_id[-8:])
+            self._served[task].writer.transport.abort()
+            self._release(task)
+            self._ended.add(task)
+            task.cancel()
+        return there_is
+
+    def _release(self, task: asyncio.Task[Any]) -> None:
+        served = self._served.pop(task, None)
+        if served is not None:
+            peer_id = served.channel.peer_id
             self.of_peers[peer_id] -= 1
             if not self.of_peers[peer_id]:
                 del self.of_peers[peer_id]
@@ -97,7 +128,7 @@ class Streams:
     async def end(self, within_s: float) -> None:
         """Ends all streams, in both directions; handlers that do not end ``within_s`` are left alone."""
         self.refuse()
-        await cancel_and_wait(self._tasks, within_s)
+        await cancel_and_wait(self._served.keys() | set(self._ended), within_s)
         for writer in self._writers:
             writer.transport.abort()
 

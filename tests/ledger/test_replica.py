@@ -98,6 +98,15 @@ def test_where_it_stands(replica: Replica) -> None:
     assert replica.newest_snapshot().step == 5
 
 
+def test_who_contributed_to_the_last_updates(replica: Replica) -> None:
+    assert replica.contributors(2) == set()
+    for names in ("ab", "bc", "ad"):
+        replica.commit(update_after(replica, contributors=tuple((name, 5) for name in names)))
+    assert [replica.contributors(steps) for steps in (0, 1, 2, 99)] == [set(), set("ad"), set("abcd"), set("abcd")]
+    replica.roll_back(1)
+    assert replica.contributors(2) == set("ab")
+
+
 @pytest.mark.parametrize("steps", [1, 5, 7])
 def test_memory_and_disk_move_together(replica: Replica, steps: int) -> None:
     advance(replica, steps)

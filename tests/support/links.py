@@ -344,6 +344,7 @@ class FakeTransport:
     complaints: list[RemoteError] = field(default_factory=list)
     """What handlers raised about their peers."""
     traffic: Traffic = field(default_factory=Traffic)
+    favoured: set[str] = field(default_factory=set)
     failures: list[LocalError] = field(default_factory=list)
     """What handlers raised about this peer itself; a stream handler ends nothing but its stream."""
 

@@ -19,7 +19,7 @@ from hivemind.proto import p2pd_pb2
 from hivemind.utils import MSGPackSerializer
 from hivemind.utils.timed_storage import TimedStorage
 
-from p2p_diloco.wire import guard, hardening
+from p2p_diloco.wire import guard, hardening, kademlia
 from p2p_diloco.wire.traffic import Traffic
 
 hardening.apply_hardening()
@@ -74,7 +74,7 @@ class TestDictionary:
     @pytest.mark.parametrize(
         "items",
         [
-            [["a", b"v", 9e9]] * (hardening.MAX_SUBKEYS + 1),
+            [["a", b"v", 9e9]] * (kademlia.MAX_SUBKEYS + 1),
             [[1, b"v", 9e9]],
             [["a", "v", 9e9]],
             [["a", b"v", 9]],
@@ -94,12 +94,12 @@ class TestDictionary:
 
     def test_bounded(self) -> None:
         dictionary, now_s = DictionaryDHTValue(), time.time()
-        for index in range(hardening.MAX_SUBKEYS):
+        for index in range(kademlia.MAX_MERGED):
             assert dictionary.store(str(index), b"v", now_s + 50)
         assert not dictionary.store("one more", b"v", now_s + 60)
-        for index in range(20 * hardening.MAX_SUBKEYS):
+        for index in range(3 * kademlia.MAX_MERGED):
             assert dictionary.store("7", b"v", now_s + 50 + (index + 1) / 1000)
-        assert len(dictionary.expiration_heap) <= 8 * hardening.MAX_SUBKEYS + 1
+        assert len(dictionary.expiration_heap) <= 2 * kademlia.MAX_MERGED + 1
 
     def test_a_late_store_does_not_move_the_deadline(self) -> None:
         dictionary, now_s = DictionaryDHTValue(), time.time()

@@ -12,13 +12,14 @@ import hivemind.dht.node
 import hivemind.dht.protocol
 import msgpack
 import pytest
+from hivemind.dht.node import _SearchState
 from hivemind.dht.protocol import DHTProtocol
 from hivemind.dht.routing import DHTID, KBucket, RoutingTable
 from hivemind.dht.storage import DHTLocalStorage, DictionaryDHTValue
 from hivemind.dht.validation import DHTRecord, RecordValidatorBase
 from hivemind.p2p import P2PContext, PeerID
 from hivemind.proto import dht_pb2
-from hivemind.utils import MSGPackSerializer
+from hivemind.utils import MSGPackSerializer, timed_storage
 from hivemind.utils.timed_storage import ValueWithExpiration
 
 from p2p_diloco.core.buckets import Quota
@@ -98,6 +99,59 @@ class TestStorage:
         found = storage.get(key)
         assert {subkey: value for subkey, (value, _) in found.value.items()} == {"a": b"1", "b": b"2"}
         assert found.expiration_time == now_s + 60
+
+    def test_a_flood_of_records_makes_room_for_newcomers_and_not_for_itself(self) -> None:
+        """1,024 subkeys, and a newcomer's record is taken; nobody's is lost that was there before the flood, nor that
+        of a favoured peer."""
+        storage, key, now_s = RecordStorage(), DHTID.generate(source=KEY), time.time()
+        storage.favoured = {"favoured"}
+
+        def held() -> set[str]:
+            return {subkey for subkey, _ in storage.get(key).value.items()}
+
+        def flood(name: str, count: int) -> None:
+            for i in range(count):
+                assert storage.store_subkey(key, f"{name}{i}", b"v", now_s + 50)
+
+        assert storage.store_subkey(key, "old", b"v", now_s + 50)
+        flood("a", kademlia.MAX_SUBKEYS)
+        assert storage.store_subkey(key, "newcomer", b"v", now_s + 50)
+        assert storage.store_subkey(key, "favoured", b"v", now_s + 50)
+        flood("b", 200)
+        assert {"old", "newcomer", "favoured"} < held()
+        flood("c", kademlia.MAX_SUBKEYS)
+        assert {"old", "favoured"} < held()
+        assert storage.store_subkey(key, "newcomer", b"v", now_s + 60), "it renews its record every few seconds"
+        assert storage.store_subkey(key, "old", b"newer", now_s + 60)
+        assert not storage.store_subkey(key, "old", b"older", now_s + 50)
+        assert len(held()) == kademlia.MAX_SUBKEYS == len(storage.data[key].value.data)
+
+    def test_what_is_outdated_has_no_place(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        storage, key, now_s = RecordStorage(), DHTID.generate(source=KEY), time.time()
+        for i in range(kademlia.MAX_SUBKEYS):
+            assert storage.store_subkey(key, f"a{i}", b"v", now_s + 50)
+        for module in (timed_storage, kademlia):
+            monkeypatch.setattr(module, "get_dht_time", lambda: now_s + 51)
+        assert not storage.store_subkey(key, "late", b"v", now_s + 50)
+        assert storage.store_subkey(key, "b", b"v", now_s + 100)
+        assert list(storage._places[key]) == ["b"] == [subkey for subkey, _ in storage.get(key).value.items()]
+
+    def test_a_search_takes_what_others_say_beside_one_that_floods_it(self) -> None:
+        """A node that answers with as many records as there may be, all sound, hides nobody's."""
+        now_s = time.time()
+        flood, honest = DictionaryDHTValue(), DictionaryDHTValue()
+        for i in range(kademlia.MAX_SUBKEYS):
+            flood.store(f"invented{i}", b"v", now_s + 50)
+        for i in range(100):
+            honest.store(f"honest{i}", b"v", now_s + 50)
+
+        async def main() -> set[str]:
+            search = _SearchState(DHTID.generate(source=KEY), math.inf)
+            for dictionary in (flood, honest):
+                search.add_candidate(ValueWithExpiration(dictionary, now_s + 50), DHTID.generate())
+            return {subkey for subkey, _ in search.binary_value.items()}
+
+        assert {f"honest{i}" for i in range(100)} < asyncio.run(main())
 
 
 class TestValidator:

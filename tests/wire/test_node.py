@@ -29,7 +29,7 @@ from p2p_diloco.core.errors import Gone, LocalError, Misbehaved, NetworkError, S
 from p2p_diloco.core.identity import Identity
 from p2p_diloco.core.records import Record, open_record, seal_record
 from p2p_diloco.lab.child import read_proc
-from p2p_diloco.wire import node, streams
+from p2p_diloco.wire import node, slots
 from p2p_diloco.wire.channel import Channel, Links
 from p2p_diloco.wire.daemon import private_socket_folder
 from p2p_diloco.wire.kademlia import node_id_of
@@ -319,7 +319,7 @@ def test_a_node_that_is_closed_leaves_nothing_behind_whoever_cancels_that(tmp_pa
 
 
 def test_streams_are_limited(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(streams, "MAX_STREAMS_PER_PEER", 2)
+    monkeypatch.setattr(slots, "MAX_STREAMS_PER_PEER", 2)
 
     async def main() -> None:
         async with nodes(tmp_path, 2) as (alice, bob):
@@ -338,6 +338,36 @@ def test_streams_are_limited(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
             channel.close()
 
     run(main())
+
+
+def test_who_has_most_streams_makes_room_for_a_newcomer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(slots, "MAX_STREAMS_OF_STRANGERS", 2)
+
+    async def main() -> None:
+        async with nodes(tmp_path, 3) as (alice, bob, carol):
+            await alice.serve(PROTOCOL, echo)
+            first, second = [await bob.open(alice.peer_id, [], PROTOCOL) for _ in range(2)]
+            await exchange(first, b"")
+            await eventually(lambda: alice._streams.of_peers[bob.peer_id] == 2)
+            newcomer = await carol.open(alice.peer_id, [], PROTOCOL)
+            await exchange(newcomer, b"")
+            with pytest.raises(Gone):
+                await exchange(second, b"")
+            await exchange(first, b"")
+            alice.favoured.add(bob.peer_id)
+            third = await bob.open(alice.peer_id, [], PROTOCOL)
+            for channel in (first, third, newcomer):
+                await exchange(channel, b"")
+                channel.close()
+            await eventually(lambda: not alice._streams.of_peers)
+            network = alice._network
+            assert network is not None
+            assert network.dht.node.protocol.storage.favoured is alice.favoured
+
+    run(main())
+    assert "Traceback" not in caplog.text
 
 
 def test_faults_of_handlers(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
