@@ -1,19 +1,59 @@
-"""From one address to a run: which runs are announced in this DHT, and the manifest of the one to join."""
+"""From one address to a run: the one that the initial peers are in, or else one that is announced in this DHT; and its
+manifest.
+
+Whoever gives a newcomer an address vouches for the peer there, whose id is in it: the run that it serves is the run.
+Records in the DHT are anybody's, and invented for nothing.
+"""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
 
 from p2p_diloco.core.config import Timeouts
-from p2p_diloco.core.errors import NetworkError, RemoteError, UsageError
-from p2p_diloco.core.manifest import MAX_MANIFEST_BYTES, open_manifest
+from p2p_diloco.core.errors import NetworkError, RemoteError, Silent, UsageError
+from p2p_diloco.core.manifest import MAX_MANIFEST_BYTES, RunManifest, open_manifest
 from p2p_diloco.core.records import RUNS_KEY, Record, is_current, open_record
-from p2p_diloco.core.waiting import now_s
+from p2p_diloco.core.waiting import deadline, now_s
 from p2p_diloco.wire.channel import MANIFEST_PROTOCOL, Transport
 from p2p_diloco.wire.messages import AskManifest
 
 RETRY_S = 1.0
+INITIAL_ASKED = 3
+"""So often the initial peers are asked before others' records are believed without them: they may be busy."""
+
+
+@dataclass(kw_only=True)
+class Answers:
+    """What peers have sent that were asked for their run's manifest."""
+
+    sound: dict[str, tuple[RunManifest, bytes]] = field(default_factory=dict)
+    """Run id -> its manifest, and the same as it was signed."""
+    peers: dict[str, int] = field(default_factory=dict)
+    """Run id -> how many peers have sent it."""
+    unsound: UsageError | None = None
+    """What is wrong with a manifest that is not sound; of another version, above all."""
+    trouble: str = ""
+    """Why a peer is of no use."""
+
+    async def ask(self, transport: Transport, peer_id: str, maddrs: list[str]) -> None:
+        """Asks one peer, and notes its answer."""
+        try:
+            data = await ask_manifest(transport, peer_id, maddrs)
+            manifest = open_manifest(data, f"peer {peer_id[-8:]}")
+        except RemoteError as error:
+            self.trouble = str(error)
+        except UsageError as error:
+            self.unsound = error
+        else:
+            self.trouble = f"peer {peer_id[-8:]} serves run {manifest.run_id}"
+            self.sound[manifest.run_id] = manifest, data
+            self.peers[manifest.run_id] = self.peers.get(manifest.run_id, 0) + 1
+
+    def of_run(self, run_id: str) -> bytes | None:
+        """Returns the signed manifest of a run; None where nobody has sent it."""
+        return self.sound[run_id][1] if run_id in self.sound else None
 
 
 async def find_manifest(
@@ -24,38 +64,34 @@ async def find_manifest(
     timeouts: Timeouts,
     wall_s: Callable[[], float],
 ) -> bytes:
-    """Returns the signed manifest of the only run in the DHT, or of ``run_id``, verified.
+    """Returns the signed manifest of the run that the initial peers are in, or of ``run_id``, verified.
 
-    ``initial_peers``: (peer id, multiaddr) of the peers that were named on the command line. They are asked directly
-    while nobody has announced a run, since records of another version of p2p-diloco do not even parse. Raises
-    UsageError when there are several runs and no ``run_id``, not this one, or no manifest is sound; NetworkError when
-    no run shows up within ``discover_s``. Both say what to do."""
-    deadline_s = now_s() + timeouts.discover_s
+    ``initial_peers``: (peer id, multiaddr) of the peers that were named on the command line. When none of them is in a
+    run, as nodes that do nothing but the DHT, the only run that is announced there is taken. Raises UsageError when
+    there are several runs and no ``run_id``, not this one, or no manifest is sound; NetworkError when no run shows up
+    within ``discover_s``. Both say what to do."""
+    began_s, tries = now_s(), 0
     trouble = "no peer of a run has announced itself there"
     while True:
-        runs = await announced_runs(transport, wall_s())
-        if run_id is None and len(runs) > 1:
-            listed = "; ".join(
-                f"--run-id {rid} ({peers[0].run_name}, {len(peers)} peers)" for rid, peers in runs.items()
-            )
-            raise UsageError(f"there are {len(runs)} runs at this address; choose one: {listed}")
-        announcers = runs.get(run_id, []) if run_id else next(iter(runs.values()), [])
-        sources = [(record.peer_id, record.maddrs) for record in announcers]
-        unsound: UsageError | None = None
-        for peer_id, maddrs in sources or [(peer_id, [maddr]) for peer_id, maddr in initial_peers]:
-            try:
-                data = await ask_manifest(transport, peer_id, maddrs)
-                manifest = open_manifest(data, f"peer {peer_id[-8:]}")
-                if manifest.run_id == (run_id or (announcers[0].run_id if announcers else manifest.run_id)):
-                    return data
-                trouble = f"peer {peer_id[-8:]} serves run {manifest.run_id}"
-            except RemoteError as error:
-                trouble = str(error)
-            except UsageError as error:
-                unsound = error
-        if unsound is not None:
+        direct = await _ask_initial(transport, initial_peers)
+        signed = direct.of_run(run_id or _the_only(direct))
+        if signed is not None:
+            return signed
+        tries += 1
+        late = now_s() - began_s >= timeouts.discover_s / 2
+        runs: dict[str, list[Record]] = {}
+        if run_id is not None or late or tries >= INITIAL_ASKED or not initial_peers:
+            runs = await announced_runs(transport, wall_s())
+        wanted = run_id or _choose((rid, peers[0].run_name, len(peers)) for rid, peers in runs.items())
+        found = Answers()
+        for record in runs.get(wanted, ()):
+            await found.ask(transport, record.peer_id, record.maddrs)
+            if (signed := found.of_run(wanted)) is not None:
+                return signed
+        if (unsound := found.unsound or direct.unsound) is not None:
             raise unsound
-        if now_s() >= deadline_s:
+        trouble = found.trouble or direct.trouble or trouble
+        if now_s() - began_s >= timeouts.discover_s:
             if run_id is not None and runs:
                 raise UsageError(f"no run {run_id} at this address; there is {', '.join(runs)}; check --run-id")
             raise NetworkError(
@@ -63,6 +99,45 @@ async def find_manifest(
                 f"in the run now, or start a run with 'p2p-diloco seed RUN.toml'"
             )
         await asyncio.sleep(RETRY_S)
+
+
+async def _ask_initial(transport: Transport, initial_peers: Sequence[tuple[str, str]]) -> Answers:
+    """Returns what the initial peers answer, all asked at once. When one has sent a manifest, the others have RETRY_S
+    to do so."""
+    answers = Answers()
+    asking = {asyncio.create_task(answers.ask(transport, peer_id, [maddr])) for peer_id, maddr in initial_peers}
+    try:
+        waiting = set(asking)
+        while waiting:
+            timeout_s = RETRY_S if answers.sound else None
+            done, waiting = await asyncio.wait(waiting, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
+            if not done:
+                break
+            for task in done:
+                task.result()
+    finally:
+        for task in asking:
+            task.cancel()
+        await asyncio.gather(*asking, return_exceptions=True)
+    return answers
+
+
+def _the_only(answers: Answers) -> str:
+    """Returns the id of the run that the initial peers are in; empty where they are in none. Raises UsageError when
+    they are in several, or in one that cannot be joined."""
+    if not answers.sound and answers.unsound is not None:
+        raise answers.unsound
+    return _choose((rid, manifest.spec.name, answers.peers[rid]) for rid, (manifest, _) in answers.sound.items())
+
+
+def _choose(runs: Iterable[tuple[str, str, int]]) -> str:
+    """Returns the id of the only one of ``runs`` (id, name, peers); empty where there is none. Raises UsageError where
+    there are several."""
+    found = list(runs)
+    if len(found) > 1:
+        listed = "; ".join(f"--run-id {run_id} ({name}, {peers} peers)" for run_id, name, peers in found)
+        raise UsageError(f"there are {len(found)} runs at this address; choose one: {listed}")
+    return found[0][0] if found else ""
 
 
 async def announced_runs(transport: Transport, wall_s: float) -> dict[str, list[Record]]:
@@ -79,10 +154,13 @@ async def announced_runs(transport: Transport, wall_s: float) -> dict[str, list[
 
 
 async def ask_manifest(transport: Transport, peer_id: str, maddrs: list[str]) -> bytes:
-    """Returns what a peer sends as its run's signed manifest, unverified. Raises RemoteError."""
+    """Returns what a peer sends as its run's signed manifest, unverified, within ``discover_s``. Raises RemoteError."""
     channel = await transport.open(peer_id, maddrs, MANIFEST_PROTOCOL)
     try:
-        await channel.send(AskManifest())
-        return await channel.receive_blob(MAX_MANIFEST_BYTES, channel.timeouts.request_s)
+        async with deadline(channel.timeouts.discover_s):
+            await channel.send(AskManifest())
+            return await channel.receive_blob(MAX_MANIFEST_BYTES, channel.timeouts.request_s)
+    except asyncio.TimeoutError:
+        raise Silent(peer_id, "takes too long to send its manifest") from None
     finally:
         channel.close()

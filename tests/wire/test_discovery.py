@@ -13,7 +13,7 @@ from p2p_diloco.core.manifest import MAX_MANIFEST_BYTES, RunManifest
 from p2p_diloco.core.records import RUNS_KEY, seal_record
 from p2p_diloco.wire.channel import MANIFEST_PROTOCOL, Channel
 from p2p_diloco.wire.discovery import announced_runs, find_manifest
-from p2p_diloco.wire.messages import AskManifest, Size
+from p2p_diloco.wire.messages import CHUNK_BYTES, AskManifest, Size
 from tests.support.builders import identity, record_of
 from tests.support.fakes import FakeNetwork, FakeTransport, make_manifest, run_simulated
 
@@ -153,6 +153,100 @@ def test_the_address_alone_is_enough_before_anybody_announced_the_run() -> None:
         assert await dht.find(None, 2) == SIGNED
         assert await dht.find(RUN.run_id, 2) == SIGNED
         await dht.fails(NetworkError, f"serves run {RUN.run_id}", run_id="cd" * 20, initial=2)
+
+    run_simulated(main())
+
+
+def test_the_run_is_the_one_that_the_initial_peer_is_in_whatever_others_announce() -> None:
+    """Records with run ids that nobody has, and with another run that is there."""
+
+    async def main() -> None:
+        dht = Dht()
+        dht.add(2, SIGNED)
+        dht.add(3, OTHER_SIGNED, run=OTHER_RUN)
+        for i in range(10, 40):
+            dht.announce(i, seal_record(record_of(identity(i), run_id=f"{i:040x}", life_s=900.0), identity(i)))
+        assert await dht.find(None, 2) == SIGNED
+        assert await dht.find(None, 3) == OTHER_SIGNED
+        assert await dht.find(RUN.run_id, 3) == SIGNED
+        assert asyncio.get_running_loop().time() - dht.began_s < 1
+
+    run_simulated(main())
+
+
+def test_an_initial_peer_that_is_busy_is_asked_again_before_others_are_believed() -> None:
+    async def main() -> None:
+        dht, refused = Dht(), 0
+
+        async def busy_at_first(channel: Channel) -> None:
+            nonlocal refused
+            refused += 1
+            if refused > 2:
+                await channel.send_blob(SIGNED)
+
+        dht.add(2, busy_at_first)
+        dht.add(3, OTHER_SIGNED, run=OTHER_RUN)
+        assert await dht.find(None, 2) == SIGNED
+        assert dht.asked == [2, 2, 2]
+
+    run_simulated(main())
+
+
+def test_an_initial_peer_that_is_in_no_run_leads_to_the_run_that_is_announced() -> None:
+    async def main() -> None:
+        dht = Dht()
+        FakeTransport(dht.network, identity(2).peer_id, TIMEOUTS)
+        dht.add(3, SIGNED)
+        assert await dht.find(None, 2) == SIGNED
+        assert asyncio.get_running_loop().time() - dht.began_s < 5
+        dht.add(4, OTHER_SIGNED, run=OTHER_RUN)
+        await dht.fails(UsageError, "there are 2 runs at this address; choose one", initial=2)
+        assert await dht.find(RUN.run_id, 2) == SIGNED
+
+    run_simulated(main())
+
+
+def test_initial_peers_in_several_runs() -> None:
+    async def main() -> None:
+        dht = Dht()
+        dht.add(2, SIGNED, run=None)
+        dht.add(3, OTHER_SIGNED, run=None)
+        dht.add(4, OTHER_SIGNED, run=None)
+        with pytest.raises(UsageError) as error:
+            await dht.find(None, 2, 3, 4)
+        text = str(error.value)
+        assert text.startswith("there are 2 runs at this address; choose one: ")
+        assert f"--run-id {RUN.run_id} (simulated, 1 peers)" in text
+        assert f"--run-id {OTHER_RUN.run_id} (simulated, 2 peers)" in text
+        assert await dht.find(OTHER_RUN.run_id, 2, 3) == OTHER_SIGNED
+
+    run_simulated(main())
+
+
+def test_an_initial_peer_that_does_not_answer_holds_up_no_other() -> None:
+    async def main() -> None:
+        dht = Dht()
+        dht.add(2, silent, run=None)
+        dht.add(3, SIGNED, run=None)
+        dht.add(4, b"garbage", run=None)
+        assert await dht.find(None, 2, 3, 4) == SIGNED
+        assert asyncio.get_running_loop().time() - dht.began_s < 2
+
+    run_simulated(main())
+
+
+def test_a_manifest_that_trickles_is_not_waited_for() -> None:
+    async def trickles(channel: Channel) -> None:
+        await channel.send(Size(size_bytes=MAX_MANIFEST_BYTES))
+        while True:
+            await channel.send_frame(bytes(CHUNK_BYTES))
+            await asyncio.sleep(9)
+
+    async def main() -> None:
+        dht = Dht()
+        dht.add(2, trickles, run=None)
+        took_s = await dht.fails(NetworkError, "takes too long to send its manifest", initial=2)
+        assert took_s < TIMEOUTS.discover_s + 2
 
     run_simulated(main())
 
