@@ -31,6 +31,24 @@ class Rate:
         return max(-self._level_bytes / self.bytes_per_s, 0.0)
 
 
+@dataclass(kw_only=True)
+class Allowance:
+    """A least rate that is asked of somebody: time that it may take, up to ``longest_s``, won back by what it takes in
+    that time at ``bytes_per_s``. So it may pause, and nothing that it did long ago lets it pause for longer."""
+
+    bytes_per_s: float
+    longest_s: float
+    left_s: float = field(init=False)
+    """Below zero: it has been slower than that."""
+
+    def __post_init__(self) -> None:
+        self.left_s = self.longest_s
+
+    def spend(self, taken_s: float, size_bytes: int) -> None:
+        """Counts that it has taken ``size_bytes`` in ``taken_s``."""
+        self.left_s = min(self.left_s + size_bytes / self.bytes_per_s - taken_s, self.longest_s)
+
+
 MAX_RATED_PEERS = 4096
 
 

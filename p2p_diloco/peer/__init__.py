@@ -9,6 +9,7 @@ Its files, from the bottom up:
     donors       which peers serve what, and the way that one of them shows
     snapshots    a snapshot from donors: which one to believe, its index, its chunks
     catchup      how it goes there: heads, updates and snapshots from donors
+    turns        who has one of a donor's upload slots, and when it loses it
     uploads      what a donor sends to those who catch up
     upkeep       snapshots in time, damage found and mended, bits compared with the others'
     presence     what a peer makes known about itself: records published and pushed

@@ -1,9 +1,9 @@
 """What a donor sends from its ledger to those who catch up: heads, updates, and snapshots in chunks.
 
 One stream carries any number of requests, answered one by one. It takes one of a few slots with its first update or
-chunk, and keeps it to its end; who finds none is told so, and asks another donor. Training goes on meanwhile: files are
-read and hashed in threads, a snapshot takes no memory but for the chunk that is being sent, and the rate can be
-limited. Known weakness: a stream that asks for a chunk every few seconds keeps its slot as well as one in a hurry.
+chunk, and keeps it to its end, unless it takes things too slowly (``turns``); who finds none is told so, and asks
+another donor. Training goes on meanwhile: files are read and hashed in threads, a snapshot takes no memory but for the
+chunk that is being sent, and the rate can be limited.
 """
 
 from __future__ import annotations
@@ -23,13 +23,14 @@ from p2p_diloco.core.events import EventLog
 from p2p_diloco.core.waiting import now_s
 from p2p_diloco.ledger.ledger import Ledger
 from p2p_diloco.ledger.snapshot import SnapshotInfo, chunk_hash, chunk_slices, read_chunk
+from p2p_diloco.peer.turns import Turn, Turns
 from p2p_diloco.wire.channel import Channel
 from p2p_diloco.wire.messages import CHUNK_BYTES, MAX_LINKS, AskChunk, AskHeads, AskIndex, AskUpdate, Heads, No, Size
 
 log = logging.getLogger(__name__)
 
 UPLOADS = 4
-"""Streams with updates or chunks at a time; others are sent to other donors."""
+"""Peers that updates or chunks are sent to at a time; others are sent to other donors."""
 
 Request = AskHeads | AskIndex | AskChunk | AskUpdate
 
@@ -47,7 +48,7 @@ class Uploads:
         self.timeouts = timeouts
         self.rate = None if max_bytes_per_s is None else Rate(bytes_per_s=max_bytes_per_s)
         self._slices = chunk_slices(n)
-        self._slots = asyncio.Semaphore(slots(max_bytes_per_s, timeouts))
+        self._turns = Turns(slots=slots(max_bytes_per_s, timeouts), timeouts=timeouts)
 
     async def serve(self, channel: Channel, request: Request) -> None:
         """Answers this request and those that follow it on the stream, until its other side closes it or asks nothing
@@ -56,14 +57,23 @@ class Uploads:
             while not self._is_upload(request):
                 await self._answer(channel, request)
                 request = await self._next(channel)
-            if self._slots.locked():
+            turn = self._turns.take(channel.peer_id, now_s())
+            if turn is None:
                 await channel.send(No(reason="busy serving others"))
                 return
-            async with self._slots:
-                self.events.write(PhaseBegan(phase="serve", step=request.step))
-                while True:
-                    await self._answer(channel, request)
-                    request = await self._next(channel)
+            self.events.write(PhaseBegan(phase="serve", step=request.step))
+            try:
+                await self._serve_turn(channel, request, turn)
+            finally:
+                self._turns.leave(turn, now_s())
+
+    async def _serve_turn(self, channel: Channel, request: Request, turn: Turn) -> None:
+        """Answers this request and those that follow it, until the peer's turn is over, which it is told."""
+        next_request: Request | None = request
+        while next_request is not None:
+            await self._answer(channel, next_request, turn)
+            next_request = await self._next_in_turn(channel, turn)
+        await channel.send(No(reason=turn.why_over))
 
     async def _next(self, channel: Channel) -> Request:
         try:
@@ -73,7 +83,22 @@ class Uploads:
         except Silent as error:
             raise Gone(channel.peer_id, "asks nothing more") from error
 
-    async def _answer(self, channel: Channel, request: Request) -> None:
+    async def _next_in_turn(self, channel: Channel, turn: Turn) -> Request | None:
+        """Returns what the peer asks for next; None when its turn is over."""
+        turn.wait(now_s())
+        asking, over = asyncio.create_task(self._next(channel)), asyncio.create_task(turn.over.wait())
+        try:
+            await asyncio.wait((asking, over), return_when=asyncio.FIRST_COMPLETED)
+            turn.go_on(now_s())
+            if turn.least.left_s < 0:
+                turn.end("you take things too slowly")
+            return asking.result() if asking.done() and not turn.why_over else None
+        finally:
+            for task in (asking, over):
+                task.cancel()
+            await asyncio.gather(asking, over, return_exceptions=True)
+
+    async def _answer(self, channel: Channel, request: Request, turn: Turn | None = None) -> None:
         if isinstance(request, AskHeads):
             await channel.send(await asyncio.to_thread(self._heads, request.since))
             return
@@ -86,7 +111,14 @@ class Uploads:
             frame = memoryview(data)[start : start + CHUNK_BYTES]
             if self.rate is not None:
                 await asyncio.sleep(self.rate.wait_s(len(frame), now_s()))
+            if turn is None:
+                await channel.send_frame(frame)
+                continue
+            if turn.cut_off:
+                raise Gone(channel.peer_id, "took too long over what others wait for")
+            turn.wait(now_s())
             await channel.send_frame(frame)
+            turn.go_on(now_s(), len(frame))
 
     # -- what there is -----------------------------------------------------------------------------------------------
 

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from p2p_diloco.core.buckets import BURST_S, MAX_RATED_PEERS, Quota, Rate
+from p2p_diloco.core.buckets import BURST_S, MAX_RATED_PEERS, Allowance, Quota, Rate
 
 
 def test_a_burst_goes_at_once_and_the_rest_at_the_rate() -> None:
@@ -67,3 +67,29 @@ def test_the_peers_that_were_quiet_longest_are_forgotten() -> None:
         quota.take(str(index), 2.0)
     assert len(quota._buckets) == MAX_RATED_PEERS
     assert "9" not in quota._buckets
+
+
+def test_an_allowance_is_time_that_is_won_back_at_the_rate() -> None:
+    allowance = Allowance(bytes_per_s=100.0, longest_s=10.0)
+    allowance.spend(9.0, 0)
+    assert allowance.left_s == 1.0
+    allowance.spend(5.0, 700)
+    assert allowance.left_s == 3.0
+    allowance.spend(1.0, 10**9)
+    assert allowance.left_s == 10.0, "however much it has taken"
+    allowance.spend(12.0, 100)
+    assert allowance.left_s == -1.0
+
+
+@given(
+    taken=st.lists(st.tuples(st.floats(0.01, 20.0), st.integers(0, 10**4)), max_size=40),
+    longest_s=st.floats(0.0, 30.0),
+)
+def test_what_is_left_is_what_the_worst_time_up_to_now_has_left(
+    taken: list[tuple[float, int]], longest_s: float
+) -> None:
+    allowance = Allowance(bytes_per_s=100.0, longest_s=longest_s)
+    for taken_s, size in taken:
+        allowance.spend(taken_s, size)
+    lags = [sum(taken_s - size / 100 for taken_s, size in taken[start:]) for start in range(len(taken) + 1)]
+    assert allowance.left_s == pytest.approx(longest_s - max(lags))

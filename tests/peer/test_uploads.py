@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,10 +12,11 @@ import pytest
 
 from p2p_diloco.core.buckets import BURST_S
 from p2p_diloco.core.config import MIN_UPLOAD_BYTES_PER_S, Timeouts
-from p2p_diloco.core.errors import Gone, Refused
+from p2p_diloco.core.errors import Gone, Refused, RemoteError
 from p2p_diloco.core.update import next_head
 from p2p_diloco.core.waiting import now_s
 from p2p_diloco.peer import uploads
+from p2p_diloco.peer.turns import FORGIVEN_AFTER_S
 from p2p_diloco.peer.uploads import UPLOADS, slots
 from p2p_diloco.wire.channel import Channel
 from p2p_diloco.wire.messages import AskChunk, AskHeads, AskIndex, AskUpdate, Heads, Message, Push, Size
@@ -130,7 +132,7 @@ def test_a_few_uploads_at_a_time(tmp_path: Path) -> None:
         library, donor = a_donor(tmp_path, 6)
         info = donor.replica.newest_snapshot()
         ask = AskChunk(step=5, digest=info.digest, chunk=0)
-        channels = [await library.open(donor) for _ in range(7)]
+        channels = [await library.open(donor, 100 + i) for i in range(7)]
         answers = await asyncio.gather(*(blob(channel, ask) for channel in channels), return_exceptions=True)
         refused = [answer for answer in answers if isinstance(answer, Refused)]
         assert [refusal.reason for refusal in refused] == ["busy serving others"] * (7 - UPLOADS)
@@ -138,7 +140,7 @@ def test_a_few_uploads_at_a_time(tmp_path: Path) -> None:
         for channel in served:
             await blob(channel, ask)
         assert donor.phases() == [("serve", 5)] * UPLOADS
-        small_one = await library.open(donor)
+        small_one = await library.open(donor, 99)
         await small_one.request(AskHeads(since=0), Heads)
         with pytest.raises(Refused, match="busy"):
             await blob(small_one, ask)
@@ -154,7 +156,7 @@ def test_who_asks_nothing_more_loses_its_place(tmp_path: Path) -> None:
         library, donor = a_donor(tmp_path, 6)
         info = donor.replica.newest_snapshot()
         ask = AskChunk(step=5, digest=info.digest, chunk=0)
-        idle = [await library.open(donor) for _ in range(UPLOADS)]
+        idle = [await library.open(donor, 100 + i) for i in range(UPLOADS)]
         for channel in idle:
             await blob(channel, ask)
         with pytest.raises(Refused, match="busy"):
@@ -163,8 +165,8 @@ def test_who_asks_nothing_more_loses_its_place(tmp_path: Path) -> None:
         await blob(await library.open(donor), ask)
         with pytest.raises(Gone):
             await idle[0].receive_frame(100, 1.0)
-        for _ in range(UPLOADS - 1):
-            await blob(await library.open(donor), ask)
+        for i in range(UPLOADS - 1):
+            await blob(await library.open(donor, 200 + i), ask)
 
     run_simulated(main())
 
@@ -179,8 +181,8 @@ def test_other_messages_are_not_served(tmp_path: Path) -> None:
             await channel.request(Push(record=b""), Push)
         transport = library.network.nodes[donor.who.peer_id]
         assert [error.reason for error in transport.complaints] == ["sends push out of turn"]
-        for _ in range(UPLOADS):
-            await blob(await library.open(donor), AskChunk(step=5, digest=info.digest, chunk=0))
+        for i in range(UPLOADS):
+            await blob(await library.open(donor, 100 + i), AskChunk(step=5, digest=info.digest, chunk=0))
 
     run_simulated(main())
 
@@ -191,13 +193,13 @@ def test_the_rate_holds_for_all_streams_together(tmp_path: Path) -> None:
         info = donor.replica.newest_snapshot()
         began_s, ends_s = now_s(), []
 
-        async def download() -> None:
-            channel = await library.open(donor)
+        async def download(asker: int) -> None:
+            channel = await library.open(donor, asker)
             for chunk in range(CHUNKS):
                 await blob(channel, AskChunk(step=5, digest=info.digest, chunk=chunk))
             ends_s.append(now_s() - began_s)
 
-        await asyncio.gather(download(), download())
+        await asyncio.gather(download(100), download(101))
         due_s = 2 * CHUNKS * CHUNK_BYTES / 500.0 - BURST_S
         assert due_s <= ends_s[1] < due_s + 1
         assert ends_s[0] > ends_s[1] - 1  # in turn
@@ -218,6 +220,128 @@ def test_an_update_goes_at_the_rate_frame_by_frame(tmp_path: Path) -> None:
         for _ in range(len(data) // FRAME_BYTES):
             await channel.receive_frame(FRAME_BYTES, 10.0)
         assert len(data) / 100 - BURST_S <= now_s() - began_s < len(data) / 100
+
+    run_simulated(main())
+
+
+SLOW_RATES = Timeouts(slow_rate_bytes_per_s=100.0, min_rate_bytes_per_s=10.0)
+"""A chunk of 200 bytes is worth two seconds; twenty, so that its reader's turn does not end."""
+
+
+def test_slow_readers_keep_no_newcomer_out(tmp_path: Path) -> None:
+    """Twenty identities, each of which asks for a chunk every nine seconds, and again for a place when it is told to
+    go. A newcomer downloads the snapshot and the updates since."""
+
+    async def main() -> None:
+        library = Library(tmp_path, new_replica(tmp_path / "me"), timeouts=SLOW_RATES)
+        donor = library.add(replica_at(tmp_path / "donor", 8))
+        ask = AskChunk(step=5, digest=donor.replica.newest_snapshot().digest, chunk=0)
+        chunks = 0
+
+        async def read_slowly(asker: int) -> None:
+            nonlocal chunks
+            while True:
+                channel = await library.open(donor, asker)
+                with contextlib.suppress(RemoteError):
+                    while True:
+                        await blob(channel, ask)
+                        chunks += 1
+                        await asyncio.sleep(9.0)
+                channel.close()
+                await asyncio.sleep(0.5)
+
+        readers = [asyncio.ensure_future(read_slowly(100 + i)) for i in range(20)]
+        await asyncio.sleep(60.0)
+        began_s = now_s()
+        caught_up = None
+        while caught_up is None:
+            caught_up = await library.to(donor.replica)
+            if caught_up is None:
+                await asyncio.sleep(2.5)
+                library.publish(donor)
+            assert now_s() - began_s < 30.0
+        assert chunks > 30, "they have been served meanwhile"
+        library.check_same(donor.replica)
+        for reader in readers:
+            reader.cancel()
+
+    run_simulated(main())
+
+
+def test_who_reads_faster_is_not_sent_away_for_others(tmp_path: Path) -> None:
+    """A chunk in less than two seconds; the first one takes longer from the twentieth on."""
+
+    async def main() -> None:
+        library = Library(tmp_path, new_replica(tmp_path / "me"), timeouts=SLOW_RATES)
+        donor = library.add(replica_at(tmp_path / "donor", 6))
+        ask = AskChunk(step=5, digest=donor.replica.newest_snapshot().digest, chunk=0)
+        channels = [await library.open(donor, 100 + i) for i in range(UPLOADS)]
+        for turn in range(20 + 9):
+            slow = turn >= 20 and turn % 3
+            await asyncio.gather(*(blob(channel, ask) for channel in channels[1 if slow else 0 :]))
+            with pytest.raises(Refused, match="busy"):
+                await blob(await library.open(donor), ask)
+            await asyncio.sleep(1.5)
+        await blob(await library.open(donor), ask)
+        with pytest.raises(Refused, match="busy serving others"):
+            await channels[0].receive(Size, timeout_s=1.0)
+        await asyncio.gather(*(blob(channel, ask) for channel in channels[1:]))
+
+    run_simulated(main())
+
+
+def test_a_peer_has_one_slot_and_its_newest_stream_has_it(tmp_path: Path) -> None:
+    async def main() -> None:
+        library, donor = a_donor(tmp_path, 6)
+        ask = AskChunk(step=5, digest=donor.replica.newest_snapshot().digest, chunk=0)
+        first, second = await library.open(donor), await library.open(donor)
+        await blob(first, ask)
+        await blob(second, ask)
+        with pytest.raises(Refused, match="another stream of yours"):
+            await first.receive(Size, timeout_s=1.0)
+        for i in range(UPLOADS - 1):
+            await blob(await library.open(donor, 100 + i), ask)
+        with pytest.raises(Refused, match="busy"):
+            await blob(await library.open(donor, 200), ask)
+        await blob(second, ask)
+
+    run_simulated(main())
+
+
+def test_the_time_that_the_donor_takes_is_not_the_reader_s(tmp_path: Path) -> None:
+    """It keeps to a rate far below what a reader must take, and its disk is slow; nobody's turn ends."""
+
+    async def main() -> None:
+        library, donor = a_donor(tmp_path, 6, max_bytes_per_s=20.0)
+        ask = AskChunk(step=5, digest=donor.replica.newest_snapshot().digest, chunk=0)
+        channel = await library.open(donor)
+        for _ in range(10):
+            await blob(channel, ask)
+        assert now_s() > 10 * CHUNK_BYTES / 20.0 - 2
+        with pytest.raises(Refused, match="busy"):
+            await blob(await library.open(donor, 100), ask)
+
+    run_simulated(main())
+
+
+def test_who_takes_less_than_the_least_rate_is_sent_away_and_not_let_in_for_a_while(tmp_path: Path) -> None:
+    """Nobody else asks. It takes the heads every few seconds, and holds a slot."""
+
+    async def main() -> None:
+        library, donor = a_donor(tmp_path, 6)
+        ask = AskChunk(step=5, digest=donor.replica.newest_snapshot().digest, chunk=0)
+        channel = await library.open(donor)
+        await blob(channel, ask)
+        await asyncio.sleep(6.0)
+        await channel.request(AskHeads(since=0), Heads)
+        await asyncio.sleep(6.0)
+        with pytest.raises(Refused, match="you take things too slowly"):
+            await channel.request(AskHeads(since=0), Heads)
+        with pytest.raises(Refused, match="busy"):
+            await blob(await library.open(donor), ask)
+        await blob(await library.open(donor, 100), ask)
+        await asyncio.sleep(FORGIVEN_AFTER_S)
+        await blob(await library.open(donor), ask)
 
     run_simulated(main())
 

@@ -202,9 +202,11 @@ class Library:
     ) -> Donor:
         """The next one to be asked."""
         who = DONORS[len(self.donors)]
-        transport = FakeTransport(self.network, who.peer_id, TIMEOUTS)
+        transport = FakeTransport(self.network, who.peer_id, self.timeouts)
         events = event_log(self.folder / f"events-{len(self.donors)}")
-        mine = Uploads(ledger=replica.ledger, n=N, events=events, timeouts=TIMEOUTS, max_bytes_per_s=max_bytes_per_s)
+        mine = Uploads(
+            ledger=replica.ledger, n=N, events=events, timeouts=self.timeouts, max_bytes_per_s=max_bytes_per_s
+        )
         donor = Donor(who, replica, mine, lie, events.path)
         transport.handlers[PROTOCOL] = donor.serve
         self.donors.append(donor)
@@ -235,8 +237,11 @@ class Library:
         assert record is not None
         await self.catchup.learn_way(record)
 
-    async def open(self, donor: Donor) -> Channel:
-        return await self.transport.open(donor.who.peer_id, [], PROTOCOL)
+    async def open(self, donor: Donor, asker: int = 1) -> Channel:
+        """A stream to a donor, of the joiner or of another peer."""
+        who = identity(asker).peer_id
+        transport = self.network.nodes.get(who) or FakeTransport(self.network, who, self.timeouts)
+        return await transport.open(donor.who.peer_id, [], PROTOCOL)
 
     def suspects(self) -> list[int]:
         live = {record.peer_id for record in self.directory.live(NOW_S)}
