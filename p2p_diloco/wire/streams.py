@@ -21,7 +21,7 @@ from p2p_diloco.core.errors import RemoteError
 from p2p_diloco.core.identity import public_key_of
 from p2p_diloco.core.waiting import cancel_and_wait, now_s
 from p2p_diloco.wire.channel import Channel, Handler
-from p2p_diloco.wire.slots import Slot, room_for
+from p2p_diloco.wire.slots import MAX_STREAMS, Slot, room_for
 from p2p_diloco.wire.traffic import Traffic
 
 logger = logging.getLogger(__name__)
@@ -49,8 +49,9 @@ class Streams:
         self._traffic = traffic
         self._favoured = favoured
         self._served: dict[asyncio.Task[Any], _Served] = {}
-        self._ended: weakref.WeakSet[asyncio.Task[Any]] = weakref.WeakSet()
-        """Tasks that we have cancelled, because their streams had to make room."""
+        self._ending: dict[asyncio.Task[Any], None] = {}
+        """Of streams that had to make room, until their handlers have seen that; the oldest first."""
+        self._cancelled: weakref.WeakSet[asyncio.Task[Any]] = weakref.WeakSet()
         self._writers: weakref.WeakSet[asyncio.StreamWriter] = weakref.WeakSet()
         self._closed = False
 
@@ -85,7 +86,7 @@ class Streams:
         try:
             await self.handlers[protocol](channel)
         except asyncio.CancelledError:
-            if not (self._closed or task in self._ended):
+            if not (self._closed or task in self._cancelled):
                 raise  # else it is we who cancelled it, and asyncio's stream server would log a traceback
         except RemoteError as error:
             self._traffic.reject(error)
@@ -95,6 +96,7 @@ class Streams:
         finally:
             channel.close()
             self._release(task)
+            self._ending.pop(task, None)
 
     def _make_room(self, peer_id: str) -> bool:
         """Returns whether one more stream of a peer is taken. Another one may be ended for it."""
@@ -107,11 +109,20 @@ class Streams:
         if instead_of is not None:
             task = tasks[instead_of]
             logger.debug("peer %s: a stream makes room for another peer's", slots[instead_of].peer_id[-8:])
-            self._served[task].writer.transport.abort()
-            self._release(task)
-            self._ended.add(task)
-            task.cancel()
+            self._end(task)
         return there_is
+
+    def _end(self, task: asyncio.Task[Any]) -> None:
+        """Resets a stream, as its peer could. Its handler takes it for that; only when very many are about to is the
+        oldest one cancelled."""
+        self._served[task].writer.transport.abort()
+        self._release(task)
+        self._ending[task] = None
+        if len(self._ending) > MAX_STREAMS:
+            oldest = next(iter(self._ending))
+            del self._ending[oldest]
+            self._cancelled.add(oldest)
+            oldest.cancel()
 
     def _release(self, task: asyncio.Task[Any]) -> None:
         served = self._served.pop(task, None)
@@ -128,7 +139,7 @@ class Streams:
     async def end(self, within_s: float) -> None:
         """Ends all streams, in both directions; handlers that do not end ``within_s`` are left alone."""
         self.refuse()
-        await cancel_and_wait(self._served.keys() | set(self._ended), within_s)
+        await cancel_and_wait(self._served.keys() | self._ending.keys(), within_s)
         for writer in self._writers:
             writer.transport.abort()
 
