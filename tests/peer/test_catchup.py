@@ -545,7 +545,7 @@ def test_a_busy_donor_is_left_alone_and_asked_another_time(tmp_path: Path) -> No
         library = Library(tmp_path, new_replica(tmp_path / "me"))
         donor = library.add(replica_at(tmp_path / "donor", 6))
         info = donor.replica.newest_snapshot()
-        others = [await library.open(donor) for _ in range(uploads.UPLOADS)]
+        others = [await library.open(donor, 100 + i) for i in range(uploads.UPLOADS)]
         for channel in others:
             await channel.request(AskChunk(step=5, digest=info.digest, chunk=0), Size)
         assert await library.to(donor.replica) is None
