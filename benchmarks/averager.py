@@ -16,6 +16,7 @@ from benchmarks import averager_hivemind
 from benchmarks.loopback import HOST_MADDRS
 from benchmarks.table import Cell, Table
 from benchmarks.workers import Workers
+from p2p_diloco.core.aggregate import AGGREGATIONS
 from p2p_diloco.core.codecs import CODECS, CodecName
 from p2p_diloco.core.config import PeerConfig, Timeouts
 from p2p_diloco.core.digest import digest
@@ -146,7 +147,14 @@ class Member:
         )
         pipe.send(seal_readiness(readiness, self.identity))
         roster: list[bytes] = await asyncio.to_thread(pipe.recv)
-        group = check_roster(roster, readiness, min_group=PEERS, max_group=PEERS, max_weight=WEIGHT_TOKENS)
+        group = check_roster(
+            roster,
+            readiness,
+            min_group=PEERS,
+            max_group=PEERS,
+            max_weight=WEIGHT_TOKENS,
+            aggregation=AGGREGATIONS["mean"],
+        )
         local = np.random.default_rng(group.me).standard_normal(task.values, np.float32)
         settlement = self.settlement = Settlement(
             Meeting(

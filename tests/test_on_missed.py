@@ -12,7 +12,7 @@ from typing import Literal
 
 import numpy as np
 
-from p2p_diloco.core.aggregate import weighted_mean
+from p2p_diloco.core.aggregate import AGGREGATIONS, weighted_mean
 from p2p_diloco.core.codec import Vector
 from p2p_diloco.core.codecs import decode, encode
 from p2p_diloco.core.grid import Grid
@@ -46,6 +46,7 @@ def group_of(head: bytes, step: int, tokens: dict[str, int], dropped: set[str], 
         min_group=2,
         max_group=K,
         max_weight=2**40,
+        aggregation=AGGREGATIONS["mean"],
         on_missed="keep" if policy == "keep" else "adopt",
     )
 

@@ -1,4 +1,7 @@
-"""What a reducer makes of contributions, and how one contribution lies to the mean of all.
+"""What a reducer makes of contributions, by the rule that the run names, and how one contribution lies to the mean.
+
+    Mean      the weighted mean of all that came, as in the paper
+    Robust    the same, but no contribution counts far more than the others, and a minority that opposes them does not
 
 The mean is part of what all replicas share: float32, each multiply and each add a ufunc of its own, in the order of the
 roster. The alignment is not: reductions are fine there, and the last bits may differ between machines.
@@ -9,12 +12,103 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
+from statistics import median_low
+from typing import Literal, Protocol
 
 import numpy as np
 
+from p2p_diloco.core.agreement import agreeing, bounded
 from p2p_diloco.core.codec import Vector
 from p2p_diloco.core.grid import Grid
+from p2p_diloco.core.norms import squared_norms
 from p2p_diloco.core.update import Part, Update, contributor_mask
+
+LARGEST_WEIGHT_OVER_MEDIAN = 4
+"""A weight counts as at most so many times the group's median."""
+LARGEST_ROBUST_WEIGHT_OVER_MEDIAN = 1.5
+"""The same where the run asks for ``robust``."""
+LARGEST_OVER_EXPECTED = 4
+"""How many times the norm that a member expects of a part's mean may have."""
+SMALLEST_SHARE = 2.0**-126
+"""Below float32's normal numbers, where machines may differ, a contribution counts for nothing."""
+
+
+class Aggregation(Protocol):
+    """How the contributions to a part become its mean. Instances hold no state."""
+
+    @property
+    def largest_weight(self) -> Fraction:
+        """The largest weight that counts, over the group's median."""
+        ...
+
+    def reduce(
+        self, came: Mapping[int, Vector], weights: Sequence[int], part: int, grid: Grid, total_weight: int | None = None
+    ) -> Part:
+        """Returns what the reducer of a part makes of the contributions that ``came``: index in the roster -> decoded
+        values. ``weights``: of the whole roster, in tokens. ``total_weight``: what the sum is divided by; without it,
+        the weights of those that count. Zeros where nothing came."""
+        ...
+
+    def largest_norm(self, mine: float, weights: Sequence[int], me: int, last: float | None) -> float:
+        """Returns the norm above which a part that another peer has made is refused. ``mine``: the norm of my own
+        contribution to it; ``weights``: of the whole roster, where I am ``me``; ``last``: the norm of this part in the
+        last update, None where unknown."""
+        ...
+
+
+class Mean:
+    """``aggregate = "mean"``: every contribution counts in full, by its tokens."""
+
+    largest_weight = Fraction(LARGEST_WEIGHT_OVER_MEDIAN)
+
+    def reduce(
+        self, came: Mapping[int, Vector], weights: Sequence[int], part: int, grid: Grid, total_weight: int | None = None
+    ) -> Part:
+        shares = shares_of({i: weights[i] for i in sorted(came)}, total_weight)
+        return part_of(came, shares, part, grid)
+
+    def largest_norm(self, mine: float, weights: Sequence[int], me: int, last: float | None) -> float:
+        """Without a bound on contributions there is none on what an honest reducer makes of them."""
+        return math.inf
+
+
+class Robust:
+    """``aggregate = "robust"``: norms are bounded by the group's, and who points away from the others is left out of
+    the part. ``agreement`` has both rules, docs/log.md what they cost and prevent."""
+
+    largest_weight = Fraction(LARGEST_ROBUST_WEIGHT_OVER_MEDIAN)
+
+    def reduce(
+        self, came: Mapping[int, Vector], weights: Sequence[int], part: int, grid: Grid, total_weight: int | None = None
+    ) -> Part:
+        inside = {i: came[i] for i in sorted(came)}
+        squares = dict(zip(inside, squared_norms(list(inside.values()))))
+        factors = dict(zip(inside, bounded([math.sqrt(square) for square in squares.values()])))
+        shares = shares_of({i: weights[i] for i in inside}, total_weight, factors)
+        whole = weighted_sum(inside, shares, grid.n_values(part))
+        stay = agreeing(inside, squares, {i: float(share) for i, share in shares.items()}, whole)
+        if len(stay) == len(inside):
+            return Part(mask=contributor_mask(inside), data=grid.encode(whole))
+        # Who is left out has taken part in the round, and will not come with this again: nothing stands in for it.
+        total = None if total_weight is None else total_weight - sum(weights[i] for i in inside if i not in stay)
+        return part_of(inside, shares_of({i: weights[i] for i in stay}, total, factors), part, grid)
+
+    def largest_norm(self, mine: float, weights: Sequence[int], me: int, last: float | None) -> float:
+        """What an honest reducer makes is no longer than the group's median. A peer that has trained on fewer tokens
+        than the median knows that by its own contribution, as much longer: in proportion at most, but while the
+        learning rate rises from zero, as it does before the first update, with the square of the tokens."""
+        slower = max(median_low(weights) / weights[me], 1.0)
+        if last is None:
+            return LARGEST_OVER_EXPECTED * mine * slower * slower if mine > 0 else math.inf
+        return LARGEST_OVER_EXPECTED * max(mine * slower, last)
+
+
+AggregateName = Literal["mean", "robust"]
+"""A key of AGGREGATIONS, as manifests and run files name it."""
+
+AGGREGATIONS: Mapping[AggregateName, Aggregation] = {"mean": Mean(), "robust": Robust()}
+"""A name is for ever: another rule gets another one."""
 
 
 def weighted_mean(contributions: Sequence[tuple[int, Vector]], total_weight: int | None = None) -> Vector:
@@ -23,22 +117,34 @@ def weighted_mean(contributions: Sequence[tuple[int, Vector]], total_weight: int
 
     The order is the roster's, so that a simulation without a network gets the same bits.
     """
-    if total_weight is None:
-        total_weight = sum(weight for weight, _ in contributions)
-    mean = np.zeros_like(contributions[0][1])
-    for weight, values in contributions:
-        np.add(mean, np.multiply(values, np.float32(weight / total_weight)), out=mean)
-    return mean
+    weights, values = zip(*contributions)
+    shares = shares_of(dict(enumerate(weights)), total_weight)
+    return weighted_sum(dict(enumerate(values)), shares, len(values[0]))
 
 
-def reduce_part(
-    came: Mapping[int, Vector], weights: Sequence[int], part: int, grid: Grid, total_weight: int | None = None
-) -> Part:
-    """Returns what the reducer of a part makes of the contributions that ``came``: index in the roster -> decoded
-    values. ``weights``: of the whole roster; ``total_weight`` as in ``weighted_mean``. Zeros where nothing came."""
-    contributions = [(weights[i], values) for i, values in sorted(came.items())]
-    mean = weighted_mean(contributions, total_weight) if came else np.zeros(grid.n_values(part), np.float32)
-    return Part(mask=contributor_mask(came), data=grid.encode(mean))
+def shares_of(
+    weights: Mapping[int, int], total_weight: int | None, factors: Mapping[int, float] | None = None
+) -> dict[int, np.float32]:
+    """Returns what each contribution is multiplied by: its weight over ``total_weight`` or, without it, over the sum of
+    the weights; times its factor, at most 1, where there are ``factors``."""
+    total = sum(weights.values()) if total_weight is None else total_weight
+    shares = {i: weight / total * (1.0 if factors is None else factors[i]) for i, weight in weights.items()}
+    return {i: np.float32(share if share >= SMALLEST_SHARE else 0.0) for i, share in shares.items()}
+
+
+def weighted_sum(contributions: Mapping[int, Vector], shares: Mapping[int, np.float32], n: int) -> Vector:
+    """Returns float32 [n]: the sum of share times contribution, in the order of ``shares``."""
+    total = np.zeros(n, np.float32)
+    for i, share in shares.items():
+        np.add(total, np.multiply(contributions[i], share), out=total)
+    return total
+
+
+def part_of(contributions: Mapping[int, Vector], shares: Mapping[int, np.float32], part: int, grid: Grid) -> Part:
+    """Returns the part that is the weighted sum of those contributions that have a share."""
+    return Part(
+        mask=contributor_mask(shares), data=grid.encode(weighted_sum(contributions, shares, grid.n_values(part)))
+    )
 
 
 SAMPLED_PARTS = 4
@@ -87,6 +193,12 @@ def dot(a: Vector, b: Vector) -> float:
     with np.errstate(over="ignore", invalid="ignore"):
         product = float(np.dot(a, b))
     return product if math.isfinite(product) else float(np.dot(a.astype(np.float64), b.astype(np.float64)))
+
+
+def norm_of(values: Vector) -> float:
+    """Returns the norm, as near as this machine's kernels have it: for a judgement of its own, no bits that others
+    share."""
+    return math.sqrt(dot(values, values))
 
 
 def sampled(n_parts: int) -> Iterator[int]:

@@ -18,6 +18,7 @@ from pydantic import (
     ValidationError,
 )
 
+from p2p_diloco.core.aggregate import AGGREGATIONS, Aggregation
 from p2p_diloco.core.digest import digest
 from p2p_diloco.core.errors import UsageError
 from p2p_diloco.core.grid import Grid
@@ -69,6 +70,11 @@ class RunManifest(Section):
     def grid(self) -> Grid:
         """The parts of the model, and the codec that they go through."""
         return Grid(n=self.n_params, codec=self.spec.outer.codec)
+
+    @property
+    def aggregation(self) -> Aggregation:
+        """The rule by which contributions become the mean of a part."""
+        return AGGREGATIONS[self.spec.outer.aggregate]
 
     @property
     def transformers_config(self) -> TransformersConfig:

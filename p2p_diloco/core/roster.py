@@ -9,6 +9,7 @@ Rules of this file:
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from typing import Annotated
 
 from pydantic import Field
 
+from p2p_diloco.core.aggregate import Aggregation
 from p2p_diloco.core.digest import digest
 from p2p_diloco.core.identity import Identity
 from p2p_diloco.core.records import Hash, Natural, Record, Signed, open_record, seal, unseal
@@ -24,7 +26,6 @@ from p2p_diloco.core.runfile import OnMissed
 from p2p_diloco.core.update import UpdateHeader
 
 READINESS_CONTEXT = b"p2p-diloco readiness\0"
-LARGEST_WEIGHT_OVER_MEDIAN = 4
 
 
 class Readiness(Signed):
@@ -69,10 +70,12 @@ class Group:
     head: bytes
     members: tuple[Readiness, ...]
     weights: tuple[int, ...]
-    """Tokens, at most four times the group's median: a false claim gains little."""
+    """Tokens, at most ``Aggregation.largest_weight`` times the group's median: a false claim gains little."""
     total_weight: int | None
     """What the weighted sum of the contributions is divided by, in tokens. None: by the weights of those that come in
     time."""
+    aggregation: Aggregation
+    """The run's rule for the mean of a part."""
     me: int
 
     @property
@@ -115,6 +118,7 @@ def check_roster(
     min_group: int,
     max_group: int,
     max_weight: int,
+    aggregation: Aggregation,
     on_missed: OnMissed = "adopt",
     absent: Sequence[bytes] = (),
 ) -> Group:
@@ -147,7 +151,8 @@ def check_roster(
         raise ValueError("a roster that names an absent peer twice")
     if any(record.run_id != mine.run_id for record in away) or len(on_head(away, mine.head)) != len(away):
         raise ValueError("a roster with an absent peer that does not train on this head")
-    weights, total_weight = counted_weights([member.weight for member in members], on_missed, absent=len(away))
+    claimed = [member.weight for member in members]
+    weights, total_weight = counted_weights(claimed, aggregation, on_missed, absent=len(away))
     return Group(
         round_id=digest(b"round", *sealed, *absent),
         step=mine.step,
@@ -155,15 +160,19 @@ def check_roster(
         members=members,
         weights=weights,
         total_weight=total_weight,
+        aggregation=aggregation,
         me=members.index(mine),
     )
 
 
-def counted_weights(tokens: Sequence[int], on_missed: OnMissed, absent: int) -> tuple[tuple[int, ...], int | None]:
+def counted_weights(
+    tokens: Sequence[int], aggregation: Aggregation, on_missed: OnMissed, absent: int
+) -> tuple[tuple[int, ...], int | None]:
     """Returns ``Group.weights`` and ``Group.total_weight`` of members that claim ``tokens`` each, where ``absent`` more
     peers train on their head."""
     usual = median_low(tokens)
-    weights = tuple(min(claimed, LARGEST_WEIGHT_OVER_MEDIAN * usual) for claimed in tokens)
+    largest = math.floor(aggregation.largest_weight * usual)
+    weights = tuple(min(claimed, largest) for claimed in tokens)
     return weights, sum(weights) + usual * absent if on_missed == "keep" else None
 
 

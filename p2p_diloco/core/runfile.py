@@ -24,6 +24,7 @@ from pydantic import (
     model_validator,
 )
 
+from p2p_diloco.core.aggregate import AggregateName
 from p2p_diloco.core.codecs import CodecName
 from p2p_diloco.core.errors import UsageError
 from p2p_diloco.core.toml import read_toml
@@ -164,6 +165,9 @@ class OuterSpec(Section):
     momentum: Fraction = 0.9
     codec: CodecName = "int8"
     """How parts of outer gradients and updates go over the wire."""
+    aggregate: AggregateName = "robust"
+    """What a reducer makes of contributions. ``mean``: their weighted mean, as in the paper. ``robust``: the same, with
+    bounds on the norm and the weight of each, and without a minority that points away from the others."""
 
 
 OnMissed = Literal["adopt", "keep"]

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from p2p_diloco.core.aggregate import reduce_part
+from p2p_diloco.core.aggregate import AGGREGATIONS
 from p2p_diloco.core.codec import Vector
 from p2p_diloco.core.manifest import RunManifest
 from p2p_diloco.core.outer import OuterState
@@ -130,12 +130,13 @@ class Simulation:
         grid, lossy = self.rule.grid, options.quantize
         policy = options.divided_by(spec.round.on_missed)
         claimed = [min(replica.tokens, spec.max_weight_tokens) for replica in members]
-        weights, total_weight = counted_weights(claimed, policy, absent=0)
+        aggregation = AGGREGATIONS[spec.outer.aggregate]
+        weights, total_weight = counted_weights(claimed, aggregation, policy, absent=0)
         offered = {i: self._outer_gradient(replica) for i, replica in enumerate(members) if replica.name not in dropped}
         parts = []
         for i, where in enumerate(grid.slices):
             came = {who: grid.decode(i, grid.encode(gradient[where])) for who, gradient in offered.items()}
-            part = reduce_part(came, weights, i, grid, total_weight)
+            part = aggregation.reduce(came, weights, i, grid, total_weight)
             if lossy != "none":
                 part = Part(mask=part.mask, data=grid.encode(quantize(grid.decode(i, part.data), lossy)))
             parts.append(part)

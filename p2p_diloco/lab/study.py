@@ -118,7 +118,11 @@ class Trial:
         """The name of what is simulated: studies that have the same arm have the same simulation, which is made
         once."""
         files = [canonical_json(self.files)] if self.files else []
-        return digest(b"trial", canonical_json(self.what.model_dump(mode="json")), *files)[:8].hex()
+        what = self.what.model_dump(mode="json")
+        if what["run"]["outer"]["aggregate"] == "mean":
+            # As before there was another rule: simulations that were made then are still those of their studies.
+            del what["run"]["outer"]["aggregate"]
+        return digest(b"trial", canonical_json(what), *files)[:8].hex()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from p2p_diloco.core.aggregate import Alignment, align
+from p2p_diloco.core.aggregate import Alignment, align, norm_of
 from p2p_diloco.core.codec import Vector
 from p2p_diloco.core.errors import Gap
 from p2p_diloco.core.event import OuterGradientOffered, RoundEnded
@@ -27,6 +27,7 @@ from p2p_diloco.core.roster import Group, evaluator, on_head
 from p2p_diloco.core.swarm_head import Standing, must_catch_up
 from p2p_diloco.core.update import Update, parts_with
 from p2p_diloco.core.waiting import now_s
+from p2p_diloco.ledger.ledger import Ledger
 from p2p_diloco.ledger.replica import Replica
 from p2p_diloco.peer.control import OuterResult
 from p2p_diloco.peer.follower import Follower
@@ -63,6 +64,8 @@ class OuterSteps:
     """Peer id -> tokens per second, as it said in the last round."""
     _pace: float = 0.0
     """Tokens per second of this peer's trainer; 0 where unknown."""
+    _last_norms: tuple[bytes, tuple[float, ...]] | None = None
+    """A head, and the norms of the parts of the update that led there."""
     _telling: asyncio.Task[None] | None = None
     """The round that I led last is being told to the seeds."""
 
@@ -159,6 +162,7 @@ class OuterSteps:
 
     async def _round(self, tokens: int, dropped: bool) -> OuterResult:
         """Makes one attempt: gather, reduce, settle, apply."""
+        last_norms = await self._norms_of_last()
         started_s = now_s()
         self.presence.enter("gather")
         group = await self.matchmaker.find_group(tokens, dropped=dropped, tokens_per_s=self._pace)
@@ -168,7 +172,7 @@ class OuterSteps:
             return self._result(reason=group.reason, gather_s=gather_s)
         self._speeds = {member.peer_id: member.tokens_per_s for member in group.members}
         self.here.seat.in_round = True
-        settlement = self._meet(group)
+        settlement = self._meet(group, last_norms)
         try:
             self.presence.enter("reduce")
             await settlement.reduce()
@@ -203,7 +207,15 @@ class OuterSteps:
         self.events.write(ended)
         return result
 
-    def _meet(self, group: Group) -> Settlement:
+    async def _norms_of_last(self) -> tuple[float, ...] | None:
+        """Returns the norm of each part of the update that led here; None where my ledger does not have it."""
+        standing = self.here.seat.standing
+        if self._last_norms is None or self._last_norms[0] != standing.head:
+            found = await asyncio.to_thread(_update_norms, self.replica.ledger, standing)
+            self._last_norms = None if found is None else (standing.head, found)
+        return None if self._last_norms is None else self._last_norms[1]
+
+    def _meet(self, group: Group, last_norms: tuple[float, ...] | None) -> Settlement:
         """Opens the round: its members are served from now on."""
         settlement = Settlement(
             Meeting(
@@ -216,6 +228,7 @@ class OuterSteps:
                 theta=self.replica.theta,
                 local=self.local,
                 min_group=self.replica.manifest.spec.round.min_group,
+                last_norms=last_norms,
             )
         )
         self.reception.open_round(settlement)
@@ -227,6 +240,7 @@ class OuterSteps:
         meeting = settlement.meeting
         alignment = await asyncio.to_thread(align, meeting.theta, meeting.local, update, meeting.grid)
         await self._commit(update)
+        self._last_norms = self.here.seat.standing.head, tuple(meeting.norms)
         met = (member.peer_id for i, member in enumerate(settlement.group.members) if i not in meeting.lost)
         self.here.directory.met(met, self._step, self.here.seat.standing.head)
         return alignment
@@ -321,6 +335,13 @@ def round_ended(
         update_norm=alignment.update_norm if alignment else None,
         cosine=alignment.cosine if alignment else None,
     )
+
+
+def _update_norms(ledger: Ledger, standing: Standing) -> tuple[float, ...] | None:
+    update = ledger.update(standing.step - 1) if standing.step else None
+    if update is None or update.header.head != standing.head:
+        return None
+    return tuple(norm_of(ledger.grid.decode(i, part.data)) for i, part in enumerate(update.parts))
 
 
 def _all_finite(*vectors: Vector) -> bool:

@@ -1,7 +1,7 @@
 """One all-reduce: some parts of the vector, among some members of a round.
 
 Every part has one reducer. A sender streams its contributions to a reducer's parts over one stream and reads the means
-back on the same stream. The reducer decodes, checks, takes the weighted mean in the order of the roster, encodes it
+back on the same stream. The reducer decodes, checks, takes the mean by the run's rule (``core.aggregate``), encodes it
 once and sends *these bytes* to everybody; it uses the decoded bytes itself.
 
 A contribution goes through the codec even where sender and reducer are the same peer, so that the result does not
@@ -17,7 +17,7 @@ import asyncio
 from collections.abc import Coroutine, Sequence
 from typing import Any
 
-from p2p_diloco.core.aggregate import reduce_part
+from p2p_diloco.core.aggregate import norm_of
 from p2p_diloco.core.codec import Vector
 from p2p_diloco.core.errors import Gone, Misbehaved, RemoteError
 from p2p_diloco.core.waiting import deadline, now_s
@@ -107,7 +107,8 @@ class Butterfly:
             came = {sender: values for sender, values in zip(self.queues, others) if values is not None}
             if not group.members[self.me].dropped:
                 came[self.me] = meeting.grid.decode(part, meeting.contribution(part))
-            reduced = reduce_part(came, group.weights, part, meeting.grid, group.total_weight)
+            reduced = group.aggregation.reduce(came, group.weights, part, meeting.grid, group.total_weight)
+            meeting.norms[part] = norm_of(meeting.grid.decode(part, reduced.data))
             meeting.hold(part, reduced)
 
     async def _next_contribution(self, sender: int, part: int) -> Vector | None:

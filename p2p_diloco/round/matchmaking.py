@@ -155,6 +155,7 @@ class Matchmaker:
                 min_group=limits.min_group,
                 max_group=limits.max_group,
                 max_weight=self.manifest.spec.max_weight_tokens,
+                aggregation=self.manifest.aggregation,
                 on_missed=limits.on_missed,
                 absent=roster.absent,
             )

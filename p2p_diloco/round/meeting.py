@@ -4,10 +4,12 @@ lost."""
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
+from p2p_diloco.core.aggregate import norm_of
 from p2p_diloco.core.codec import Vector
 from p2p_diloco.core.config import Timeouts
 from p2p_diloco.core.directory import Directory
@@ -37,8 +39,12 @@ class Meeting:
     theta: Vector
     local: Vector
     min_group: int
+    last_norms: Sequence[float] | None = None
+    """The norm of each part of the update that led to theta; None where I do not have it."""
     parts: list[Part | None] = field(init=False)
     """What I hold of the update; None for a part that I do not hold."""
+    norms: list[float] = field(init=False)
+    """Of the parts that I have reduced or received; 0 for the others."""
     lost: set[int] = field(default_factory=set)
     """Members that failed me in this round."""
     meter: Meter = field(default_factory=Meter)
@@ -50,6 +56,7 @@ class Meeting:
 
     def __post_init__(self) -> None:
         self.parts = [None] * self.grid.n_parts
+        self.norms = [0.0] * self.grid.n_parts
 
     def contribution(self, part: int) -> bytes:
         """Returns a part of my outer gradient, encoded. ValueError when training has made it infinite or NaN."""
@@ -90,8 +97,8 @@ class Meeting:
         await channel.send_frame(bytes([len(part.mask)]), part.mask, part.data)
 
     async def receive_part(self, channel: Channel, part: int, timeout_s: float) -> Part:
-        """Returns a part of the update that a member sends. Misbehaved unless it is a sound part of this round; Refused
-        for a No in its place."""
+        """Returns a part of the update that a member sends. Misbehaved unless it is a sound part of this round, and no
+        longer than what honest members would make of their contributions; Refused for a No in its place."""
         size = self.grid.part_bytes(part)
         data = await channel.receive_frame(1 + MAX_MASK_BYTES + size, timeout_s)
         if not data or len(data) != 1 + data[0] + size or data[0] > MAX_MASK_BYTES:
@@ -99,10 +106,21 @@ class Meeting:
         received = Part(mask=data[1 : 1 + data[0]], data=data[1 + data[0] :])
         try:
             check_mask(received.mask, len(self.group.members))
-            self.grid.decode(part, received.data)
+            values = self.grid.decode(part, received.data)
         except ValueError as error:
             raise Misbehaved(channel.peer_id, f"sends part {part} that does not decode: {error}") from error
+        norm, largest = norm_of(values), self._largest_norm(part)
+        if norm > largest:
+            raise Misbehaved(channel.peer_id, f"sends part {part} with a norm of {norm:.2g}, more than {largest:.2g}")
+        self.norms[part] = norm
         return received
+
+    def _largest_norm(self, part: int) -> float:
+        """Returns the norm above which a part is refused."""
+        where, group = self.grid.slices[part], self.group
+        mine = norm_of(np.subtract(self.theta[where], self.local[where]))
+        last = None if self.last_norms is None else self.last_norms[part]
+        return group.aggregation.largest_norm(mine, group.weights, group.me, last)
 
     def lose(self, member: int, error: RemoteError | None) -> None:
         """Gives a member up for the rest of this round, and counts on it no more until it signs a newer record.

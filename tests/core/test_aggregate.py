@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
+import math
 from itertools import pairwise
+from statistics import median_low
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from p2p_diloco.core.aggregate import SAMPLED_PARTS, Alignment, align, reduce_part, sampled, weighted_mean
+from p2p_diloco.core.aggregate import (
+    AGGREGATIONS,
+    SAMPLED_PARTS,
+    AggregateName,
+    Alignment,
+    align,
+    sampled,
+    weighted_mean,
+)
 from p2p_diloco.core.codec import Vector
 from p2p_diloco.core.codecs import CODECS, CodecName, encode
 from p2p_diloco.core.grid import PART_VALUES, Grid, part_slices
+from p2p_diloco.core.roster import counted_weights
 from p2p_diloco.core.update import (
     Part,
     Update,
@@ -42,17 +53,131 @@ def test_a_mean_over_all_who_train_is_shorter_by_those_who_sent_nothing() -> Non
 
 @pytest.mark.parametrize("codec", CODECS)
 @pytest.mark.parametrize("total", [None, 1000])
-def test_a_reduced_part_is_the_encoded_mean_of_what_came_in_the_order_of_the_roster(
+def test_a_part_of_the_plain_mean_is_the_encoded_mean_of_what_came_in_the_order_of_the_roster(
     codec: CodecName, total: int | None
 ) -> None:
     generator = np.random.default_rng(3)
     first, third = (generator.standard_normal(99).astype(np.float32) for _ in range(2))
     grid = Grid(n=99, codec=codec)
-    part = reduce_part({2: third, 0: first}, [100, 200, 300], 0, grid, total)
+    mean = AGGREGATIONS["mean"]
+    part = mean.reduce({2: third, 0: first}, [100, 200, 300], 0, grid, total)
     assert part.mask == b"\x05"
     assert part.data == encode(weighted_mean([(100, first), (300, third)], total), codec)
-    nothing = reduce_part({}, [100, 200, 300], 0, grid, total)
+    nothing = mean.reduce({}, [100, 200, 300], 0, grid, total)
     assert (nothing.mask, nothing.data) == (b"", encode(np.zeros(99, np.float32), codec))
+
+
+ROBUST = AGGREGATIONS["robust"]
+
+
+def robust(came: dict[int, Vector], weights: list[int] | None = None, total: int | None = None) -> tuple[bytes, Vector]:
+    """The mask and the values of the part that is made of what came."""
+    grid = Grid(n=len(next(iter(came.values()))), codec="fp32")
+    part = ROBUST.reduce(came, weights or [100] * (max(came) + 1), 0, grid, total)
+    return part.mask, grid.decode(0, part.data)
+
+
+def test_where_all_are_alike_robust_is_the_mean() -> None:
+    common = normal(0, 200)
+    came = {i: common + np.float32(0.1) * normal(i + 1, 200) for i in range(6)}
+    came = {i: values / np.float32(np.linalg.norm(values)) for i, values in came.items()}
+    weights = [100, 120, 140, 150, 90, 80]
+    mask, values = robust(came, weights)
+    assert mask == b"\x3f"
+    np.testing.assert_allclose(values, weighted_mean(list(zip(weights, came.values()))), atol=1e-7)
+
+
+@pytest.mark.parametrize("count", [3, 4, 5, 9])
+@pytest.mark.parametrize("hostile", [np.float32(1e30), np.float32(-1e30), np.float32(100)])
+def test_the_mean_is_never_longer_than_the_median(count: int, hostile: np.float32) -> None:
+    came = {i: normal(0, 500) + normal(i, 500) for i in range(count)}
+    came[1] = np.full(500, hostile, np.float32)
+    _, values = robust(came)
+    usual = median_low([float(np.linalg.norm(one.astype(np.float64))) for one in came.values()])
+    assert np.linalg.norm(values) <= usual * (1 + 1e-6)
+
+
+def test_of_two_neither_moves_the_mean_by_more_than_so_many_times_the_other() -> None:
+    mine, other = normal(0, 500), np.full(500, 1e30, np.float32)
+    for came in ({0: mine, 1: other}, {0: other, 1: mine}):
+        _, values = robust(came)
+        assert np.linalg.norm(values) <= 4 * np.linalg.norm(mine)
+    _, values = robust({0: mine, 1: 3 * mine})
+    np.testing.assert_allclose(values, 2 * mine, rtol=1e-5, atol=1e-6)
+
+
+def test_who_is_left_out_is_not_in_the_mask_and_divides_nothing() -> None:
+    came = {i: normal(0, 500) + normal(i + 1, 500) for i in (0, 2, 3, 5, 6)}
+    came[3] = -came[3]
+    came = {i: values / np.float32(np.linalg.norm(values)) for i, values in came.items()}
+    others = {i: values for i, values in came.items() if i != 3}
+    mask, values = robust(came, [100, 1, 120, 150, 1, 90, 80])
+    assert mask == bytes([0b1100101])
+    _, without = robust(others, [100, 1, 120, 150, 1, 90, 80])
+    np.testing.assert_allclose(values, without, atol=1e-7)
+    _, kept = robust(came, [100, 1, 120, 150, 1, 90, 80], total=1000)
+    _, kept_without = robust(others, [100, 1, 120, 150, 1, 90, 80], total=850)
+    np.testing.assert_allclose(kept, kept_without, atol=1e-7)
+
+
+def test_nothing_that_came_is_zeros() -> None:
+    grid = Grid(n=99, codec="int4")
+    nothing = ROBUST.reduce({}, [1, 2], 0, grid)
+    assert (nothing.mask, nothing.data) == (b"", grid.encode(np.zeros(99, np.float32)))
+
+
+LARGEST = float(np.float32(1e30))
+ANY_VALUE = st.floats(-LARGEST, LARGEST, width=32) | st.sampled_from([0.0, LARGEST, -LARGEST, 1e-45, -1e-38, 1.0])
+
+
+@given(
+    st.lists(st.lists(ANY_VALUE, min_size=3, max_size=3), min_size=1, max_size=8),
+    st.lists(st.integers(1, 2**60), min_size=8, max_size=8),
+    st.sampled_from(["mean", "robust"]),
+    st.sampled_from(sorted(CODECS)),
+    st.booleans(),
+)
+def test_whatever_came_the_mean_is_finite(
+    came: list[list[float]], claimed: list[int], aggregate: AggregateName, codec: CodecName, keep: bool
+) -> None:
+    grid, rule = Grid(n=3, codec=codec), AGGREGATIONS[aggregate]
+    weights, total = counted_weights(claimed[: len(came)], rule, "keep" if keep else "adopt", absent=1)
+    decoded = {i: grid.decode(0, grid.encode(np.array(values, np.float32))) for i, values in enumerate(came)}
+    part = rule.reduce(decoded, weights, 0, grid, total)
+    values = grid.decode(0, part.data)
+    assert np.isfinite(values).all()
+    if aggregate == "robust" and len(came) > 2:
+        norms = [float(np.linalg.norm(one.astype(np.float64))) for one in decoded.values()]
+        assert np.linalg.norm(values.astype(np.float64)) <= 1.3 * median_low(norms) + 1e-30
+
+
+def test_what_a_member_takes_of_a_reducer() -> None:
+    """Four times what it expects: of its own contribution or of the last update; of a slower peer's, as much more as
+    it is slower, and with the square of that before the first update, while learning rates rise."""
+    even, slow = [100] * 5, [100, 100, 25, 100, 100]
+    assert ROBUST.largest_norm(1.0, even, 2, 0.5) == 4.0
+    assert ROBUST.largest_norm(1.0, even, 2, 3.0) == 12.0
+    assert ROBUST.largest_norm(1.0, even, 2, None) == 4.0
+    assert ROBUST.largest_norm(1.0, slow, 2, 0.5) == 16.0
+    assert ROBUST.largest_norm(1.0, slow, 2, None) == 64.0
+    assert ROBUST.largest_norm(1.0, slow, 1, 0.5) == 4.0
+    assert ROBUST.largest_norm(0.0, even, 2, 0.5) == 2.0
+    assert ROBUST.largest_norm(0.0, even, 2, None) == math.inf, "it has nothing to go by"
+    assert AGGREGATIONS["mean"].largest_norm(1.0, even, 2, 0.5) == math.inf
+
+
+@pytest.mark.parametrize("slower", [1, 2, 4, 10, 100])
+@pytest.mark.parametrize(("tokens_power", "last"), [(2.0, None), (1.0, None), (1.0, 0.3), (0.5, 0.3), (0.5, 0.0)])
+def test_an_honest_slow_peer_takes_what_honest_reducers_make(
+    slower: int, tokens_power: float, last: float | None
+) -> None:
+    """The norm of a contribution rises with the tokens: in proportion at most, and with their square in a warm-up."""
+    weights = [1000, 1000, 1000, 1000 // slower]
+    norms = [(weight / 1000) ** tokens_power for weight in weights]
+    common = np.full(100, 0.1, np.float32)
+    _, mean = robust({i: common * np.float32(norm) for i, norm in enumerate(norms)}, weights)
+    for me in range(4):
+        assert np.linalg.norm(mean) <= ROBUST.largest_norm(norms[me], weights, me, last)
 
 
 def update_of(mean: Vector, codec: CodecName) -> Update:

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from p2p_diloco.core.aggregate import AGGREGATIONS, AggregateName
 from p2p_diloco.core.records import seal, seal_record
 from p2p_diloco.core.roster import (
     READINESS_CONTEXT,
@@ -46,7 +47,12 @@ SEALED = [seal_readiness(readiness, who) for readiness, who in zip(READINESS, ME
 
 
 def check(sealed: list[bytes], me: int = 0, **changes: Any) -> Group:
-    limits: dict[str, Any] = {"min_group": 2, "max_group": 5, "max_weight": MAX_WEIGHT}
+    limits: dict[str, Any] = {
+        "min_group": 2,
+        "max_group": 5,
+        "max_weight": MAX_WEIGHT,
+        "aggregation": AGGREGATIONS["mean"],
+    }
     return check_roster(sealed, READINESS[me], **limits | changes)
 
 
@@ -97,21 +103,28 @@ def test_the_limits_of_a_roster_are_inclusive() -> None:
 
 
 @pytest.mark.parametrize(
-    ("claimed", "counted"),
+    ("aggregate", "claimed", "counted"),
     [
-        ([100, 100, 100, 400], (100, 100, 100, 400)),
-        ([100, 100, 100, 401], (100, 100, 100, 400)),
-        ([1, 10, 1000, 1000], (1, 10, 40, 40)),
-        ([1, 1, 1, 1], (1, 1, 1, 1)),
-        ([1, 1000], (1, 4)),
+        ("mean", [100, 100, 100, 400], (100, 100, 100, 400)),
+        ("mean", [100, 100, 100, 401], (100, 100, 100, 400)),
+        ("mean", [1, 10, 1000, 1000], (1, 10, 40, 40)),
+        ("mean", [1, 1, 1, 1], (1, 1, 1, 1)),
+        ("mean", [1, 1000], (1, 4)),
+        ("robust", [100, 100, 100, 150], (100, 100, 100, 150)),
+        ("robust", [100, 100, 100, 151], (100, 100, 100, 150)),
+        ("robust", [3, 1000], (3, 4)),
+        ("robust", [1, 1000], (1, 1)),
     ],
 )
-def test_a_weight_counts_for_at_most_four_times_the_lower_median(claimed: list[int], counted: tuple[int, ...]) -> None:
+def test_a_weight_counts_for_so_many_times_the_lower_median_at_most(
+    aggregate: AggregateName, claimed: list[int], counted: tuple[int, ...]
+) -> None:
     members = MEMBERS[: len(claimed)]
     readiness = [readiness_of(who, HISTORY, weight=weight) for who, weight in zip(members, claimed)]
     sealed = [seal_readiness(one, who) for one, who in zip(readiness, members)]
-    group = check_roster(sealed, readiness[0], min_group=2, max_group=5, max_weight=MAX_WEIGHT)
-    assert group.weights == counted
+    aggregation = AGGREGATIONS[aggregate]
+    group = check_roster(sealed, readiness[0], min_group=2, max_group=5, max_weight=MAX_WEIGHT, aggregation=aggregation)
+    assert (group.weights, group.aggregation) == (counted, aggregation)
     assert group.header([]).contributors == tuple(zip((who.peer_id for who in members), counted))
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import msgpack
 from hypothesis import strategies as st
 
+from p2p_diloco.core.aggregate import AGGREGATIONS, AggregateName
 from p2p_diloco.core.config import Timeouts
 from p2p_diloco.core.digest import digest
 from p2p_diloco.core.identity import Identity
@@ -103,14 +104,20 @@ def readiness_of(who: Identity, history: str = "", **changes: Any) -> Readiness:
     return Readiness(**fields | changes)
 
 
-def groups_of(members: Sequence[Identity], history: str = "", **changes: Sequence[Any]) -> list[Group]:
+def groups_of(
+    members: Sequence[Identity], history: str = "", aggregate: AggregateName = "mean", **changes: Sequence[Any]
+) -> list[Group]:
     """One group as each of its members sees it. ``members`` in the order of rank; ``changes``: a value for each."""
     readiness = [
         readiness_of(who, history, **{name: values[i] for name, values in changes.items()})
         for i, who in enumerate(members)
     ]
     sealed = [seal_readiness(mine, who) for mine, who in zip(readiness, members)]
-    return [check_roster(sealed, mine, min_group=1, max_group=256, max_weight=2**60) for mine in readiness]
+    aggregation = AGGREGATIONS[aggregate]
+    return [
+        check_roster(sealed, mine, min_group=1, max_group=256, max_weight=2**60, aggregation=aggregation)
+        for mine in readiness
+    ]
 
 
 def sealed_anyhow(values: object, context: bytes, who: Identity) -> bytes:

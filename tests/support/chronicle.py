@@ -15,12 +15,12 @@ from statistics import median_low
 import numpy as np
 import numpy.typing as npt
 
+from p2p_diloco.core.aggregate import LARGEST_WEIGHT_OVER_MEDIAN
 from p2p_diloco.core.codec import Vector
 from p2p_diloco.core.codecs import decode
 from p2p_diloco.core.grid import part_slices
 from p2p_diloco.core.outer import OuterState
 from p2p_diloco.core.records import Record
-from p2p_diloco.core.roster import LARGEST_WEIGHT_OVER_MEDIAN
 from p2p_diloco.core.runfile import OnMissed
 from p2p_diloco.core.swarm_head import Standing, way_of
 from p2p_diloco.core.update import Update

@@ -11,6 +11,7 @@ from typing import TypeVar
 
 import numpy as np
 
+from p2p_diloco.core.aggregate import AggregateName
 from p2p_diloco.core.codec import Vector
 from p2p_diloco.core.codecs import CodecName
 from p2p_diloco.core.config import Timeouts
@@ -47,15 +48,17 @@ def make_manifest(
     on_missed: OnMissed = "adopt",
     max_group: int = 64,
     snapshot_every: int = 5,
+    aggregate: AggregateName = "mean",
 ) -> RunManifest:
-    """A sound manifest for vectors of ``n`` values that belong to no real model."""
+    """A sound manifest for vectors of ``n`` values that belong to no real model. ``mean``: what an update holds can be
+    counted exactly."""
     return RunManifest(
         spec=RunSpec(
             name="simulated",
             model=ModelSpec(config={"model_type": "llama"}),
             data=DataSpec(seq_len=8),
             inner=InnerSpec(steps=inner_steps, batch_size=1),
-            outer=OuterSpec(steps=outer_steps, lr=lr, momentum=momentum, codec=codec),
+            outer=OuterSpec(steps=outer_steps, lr=lr, momentum=momentum, codec=codec, aggregate=aggregate),
             round=RoundSpec(
                 min_group=min_group,
                 max_group=max_group,

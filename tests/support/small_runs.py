@@ -24,7 +24,7 @@ SMALL: dict[str, Any] = {
     },
     "data": {"source": "path", "path": "text", "seq_len": 16, "held_out": 0.2, "eval_tokens": 512},
     "inner": {"steps": 4, "batch_size": 4, "lr": 3e-3, "warmup_steps": 2},
-    "outer": {"steps": 3, "lr": 0.7, "momentum": 0.5, "codec": "fp32"},
+    "outer": {"steps": 3, "lr": 0.7, "momentum": 0.5, "codec": "fp32", "aggregate": "mean"},
     "round": {"min_group": 1, "snapshot_every": 100},
 }
 
