@@ -5,21 +5,22 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import replace
 
 import msgpack
 import numpy as np
 import pytest
 
-from p2p_diloco.core.codecs import CodecName, encode
+from p2p_diloco.core.codecs import CodecName, decode, encode
 from p2p_diloco.core.errors import Gone, RemoteError
-from p2p_diloco.core.update import Part
+from p2p_diloco.core.update import Part, contributor_mask
 from p2p_diloco.core.waiting import now_s
 from p2p_diloco.round.butterfly import run_all
 from p2p_diloco.wire.channel import Channel
-from p2p_diloco.wire.messages import AskCommit, AskPart, Contribute, Message, Receipt
+from p2p_diloco.wire.messages import AskCommit, AskPart, Commit, Contribute, Message, Receipt, Took
 from tests.support.builders import identity
 from tests.support.fakes import run_simulated
-from tests.support.meetings import N_PARTS, PROTOCOL, TIMEOUTS, Losses, Round, Transport, frame_of
+from tests.support.meetings import N_PARTS, PROTOCOL, SMALL_PART_VALUES, TIMEOUTS, Losses, Round, Transport, frame_of
 
 pytestmark = pytest.mark.usefixtures("small_parts")
 
@@ -42,6 +43,64 @@ def test_all_commit_the_weighted_mean(count: int, codec: CodecName) -> None:
             assert not meeting.complaints(i)
             cost = settlement.cost()
             assert min(cost.bytes_sent, cost.bytes_received) > 0 or count == 1
+
+    run_simulated(main())
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 5, 8])
+def test_all_commit_the_robust_mean(count: int) -> None:
+    """One of five and more points away from the others: it is in no part, and blamed for nothing."""
+
+    async def main() -> None:
+        meeting = Round(count, aggregate="robust", codec="int4", min_group=1)
+        common = np.random.default_rng(2).standard_normal(meeting.n).astype(np.float32)
+        for i, local in enumerate(meeting.locals):
+            local -= 2 * common if i != count - 2 or count < 5 else -4 * common
+        await meeting.run()
+        update = meeting.update()
+        assert list(update.parts) == meeting.means(range(count))
+        inside = [i for i in range(count) if i != count - 2 or count < 5]
+        assert {part.mask for part in update.parts} == {contributor_mask(inside)}
+        meeting.check_blamed()
+
+    run_simulated(main())
+
+
+@pytest.mark.parametrize("last", [None, 0.3])
+def test_a_slow_member_takes_what_faster_ones_made(last: float | None) -> None:
+    """In the first outer step learning rates rise from zero: who makes a tenth of the inner steps comes a hundredth of
+    the way, and everybody else's mean looks long to it."""
+
+    async def main() -> None:
+        meeting = Round(4, aggregate="robust")
+        slow_first = [10, 200, 300, 400]
+        for group, local in zip(meeting.groups, meeting.locals):
+            tokens = slow_first[group.me]
+            share = (tokens / 300) ** (1 if last else 2)
+            local[:] = meeting.theta - np.float32(share) * np.ones(meeting.n, np.float32)
+        for settlement in meeting.settlements.values():
+            group = replace(settlement.group, weights=(10, 200, 300, 300))
+            settlement.meeting.group = settlement.group = settlement.member.group = settlement.leader.group = group
+            settlement.meeting.last_norms = None if last is None else [last] * N_PARTS
+        await meeting.run()
+        assert len(meeting.update().parts) == N_PARTS
+        meeting.check_blamed()
+
+    run_simulated(main())
+
+
+@pytest.mark.parametrize("count", [2, 3, 5])
+def test_a_contribution_of_any_size_moves_the_mean_no_further_than_the_others_go(count: int) -> None:
+    async def main() -> None:
+        meeting = Round(count, aggregate="robust", codec="fp32", n=N_PARTS * SMALL_PART_VALUES)
+        honest = [meeting.theta - local for local in meeting.locals[:-1]]
+        meeting.locals[-1][:] = -1e30
+        await meeting.run()
+        longest = 4 if count == 2 else 1
+        for where, part in zip(meeting.slices, meeting.update().parts):
+            norm = np.linalg.norm(decode(part.data, SMALL_PART_VALUES, "fp32").astype(np.float64))
+            usual = max(float(np.linalg.norm(values[where])) for values in honest)
+            assert norm <= longest * usual * (1 + 1e-6)
 
     run_simulated(main())
 
@@ -361,6 +420,84 @@ def test_a_reducer_whose_means_are_no_parts(losses: Losses, spoil: Callable[[Par
         assert [len(losses.by(i)) for i in (0, 1)] == [1, 1]
         assert all(reason.startswith(why) for _, _, reason in losses), losses
         await meeting.all_streams_end()
+
+    run_simulated(main())
+
+
+def scaled(meeting: Round, part: Part, factor: float) -> Part:
+    """All values of a part that is not the last, times a factor."""
+    values = decode(part.data, SMALL_PART_VALUES, meeting.codec)
+    return Part(mask=part.mask, data=encode(values * np.float32(factor), meeting.codec))
+
+
+@pytest.mark.parametrize("factor", [-100.0, 100.0, 1e28])
+def test_a_reducer_whose_mean_is_longer_than_honest_ones_are(losses: Losses, factor: float) -> None:
+    """Who receives it is without that part, and blames the reducer."""
+
+    async def main() -> None:
+        meeting = Round(3, by_hand=(2,), aggregate="robust", n=N_PARTS * SMALL_PART_VALUES)
+        await meeting.run(
+            reduce_by_hand(meeting, lambda _, part: frame_of(scaled(meeting, part, factor)), receipt=None)
+        )
+        assert list(meeting.update().parts) == meeting.means(range(3), but=(2, 5), of=(0, 1))
+        meeting.check_blamed(2)
+        assert all(reason.startswith("Misbehaved: sends part 2 with a norm of") for _, _, reason in losses), losses
+
+    run_simulated(main())
+
+
+def test_a_mean_of_what_the_last_update_was_is_no_lie(losses: Losses) -> None:
+    """The same lie, where the last update was as long."""
+
+    async def main() -> None:
+        meeting = Round(3, by_hand=(2,), aggregate="robust", n=N_PARTS * SMALL_PART_VALUES)
+        for settlement in meeting.settlements.values():
+            settlement.meeting.last_norms = [100.0] * N_PARTS
+        lied = [part if i in (2, 5) else None for i, part in enumerate(meeting.means(range(3)))]
+        lied = [part and scaled(meeting, part, -10.0) for part in lied]
+        await meeting.run(
+            reduce_by_hand(
+                meeting,
+                lambda _, part: frame_of(scaled(meeting, part, -10.0)),
+                receipt=[part.hash if part else b"" for part in lied],
+            )
+        )
+        assert [part for i, part in enumerate(meeting.update().parts) if i in (2, 5)] == [lied[2], lied[5]]
+        assert not losses
+
+    run_simulated(main())
+
+
+def test_a_committed_part_that_is_too_long_is_not_taken_from_who_holds_it(losses: Losses) -> None:
+    """A leader whose means were sound commits others, which it has made up."""
+
+    async def main() -> None:
+        meeting = Round(3, by_hand=(0,), aggregate="robust", n=N_PARTS * SMALL_PART_VALUES)
+        lied = [scaled(meeting, part, 1e28) for part in meeting.means(range(3))]
+
+        async def hand(channel: Channel, message: Message) -> None:
+            if isinstance(message, Receipt):
+                hashes, holders = [part.hash for part in lied], [0] * N_PARTS
+                await channel.send(Commit(part_hashes=hashes, holders=holders))
+                await channel.receive(Took, timeout_s=10.0)
+            elif isinstance(message, AskPart):
+                await meeting.answer_part(channel, lied[message.part])
+            else:
+                for part in meeting.parts_of(0):
+                    await channel.receive_frame(1000, 10.0)
+                    await channel.send_frame(frame_of(meeting.mean(part, range(3))))
+
+        async def contribute() -> None:
+            for i in meeting.honest:
+                await meeting.contribute(0, i)
+
+        meeting.serve(0, hand)
+        await meeting.run(contribute())
+        assert meeting.committed() == []
+        assert meeting.missed() == {("behind", "the round committed, but parts of the update could not be fetched")}
+        assert {(member, why.split(" norm")[0]) for _, member, why in losses} == {
+            (0, "Misbehaved: sends part 0 with a")
+        }
 
     run_simulated(main())
 

@@ -12,13 +12,13 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from p2p_diloco.core.aggregate import weighted_mean
-from p2p_diloco.core.codecs import CodecName, decode, encode
+from p2p_diloco.core.aggregate import AggregateName
+from p2p_diloco.core.codecs import CodecName, encode
 from p2p_diloco.core.config import Timeouts
 from p2p_diloco.core.directory import Directory
 from p2p_diloco.core.grid import Grid, part_slices
 from p2p_diloco.core.records import seal_record
-from p2p_diloco.core.update import Part, Update, contributor_mask
+from p2p_diloco.core.update import Part, Update
 from p2p_diloco.core.waiting import Bell, heard, now_s
 from p2p_diloco.round.meeting import Meeting
 from p2p_diloco.round.missed import Missed
@@ -116,6 +116,7 @@ class Round:
     dropped: tuple[int, ...] = ()
     codec: CodecName = "int8"
     n: int = (N_PARTS - 1) * SMALL_PART_VALUES + 7
+    aggregate: AggregateName = "mean"
     min_group: int = 2
     timeouts: Timeouts = TIMEOUTS
     network: FakeNetwork = field(default_factory=FakeNetwork)
@@ -133,6 +134,7 @@ class Round:
         self.groups = groups_of(
             self.members,
             HISTORY,
+            self.aggregate,
             weight=[100 * (i + 1) for i in range(self.count)],
             client_mode=[i in self.clients for i in range(self.count)],
             dropped=[i in self.dropped for i in range(self.count)],
@@ -246,11 +248,9 @@ class Round:
 
     def mean(self, part: int, members: Sequence[int]) -> Part:
         """The part of the update to which ``members`` contributed."""
-        where = self.slices[part]
-        values = [
-            (100 * (i + 1), decode(self.contribution(i, part), where.stop - where.start, self.codec)) for i in members
-        ]
-        return Part(mask=contributor_mask(members), data=encode(weighted_mean(values), self.codec))
+        grid, group = Grid(n=self.n, codec=self.codec), self.groups[0]
+        came = {i: grid.decode(part, self.contribution(i, part)) for i in members}
+        return group.aggregation.reduce(came, group.weights, part, grid, group.total_weight)
 
     def means(self, members: Sequence[int], *, but: Sequence[int] = (), of: Sequence[int] = ()) -> list[Part]:
         """All parts with ``members`` in them, but for those in ``but``, which have only ``of``."""
