@@ -12,7 +12,9 @@ import blake3
 import numpy as np
 import pytest
 
+from p2p_diloco.core.aggregate import AGGREGATIONS
 from p2p_diloco.core.codecs import CodecName
+from p2p_diloco.core.grid import Grid
 from p2p_diloco.core.manifest import RunManifest
 from p2p_diloco.core.records import seal_record
 from p2p_diloco.core.runfile import OnMissed
@@ -138,6 +140,25 @@ def make_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> MakeRun:
         return run
 
     return make
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 5, 8])
+@pytest.mark.parametrize("total", [None, 4000])
+@pytest.mark.parametrize("k", [77, 9000])
+def test_the_robust_mean_is_that_of_the_page(count: int, total: int | None, k: int) -> None:
+    """One is flipped, and one is long; the roster has others between them, of whom nothing came."""
+    generator, grid = np.random.default_rng(count), Grid(n=k, codec="int4")
+    common, weights = generator.standard_normal(k), [100 + 7 * i for i in range(2 * count)]
+    left_out = 0
+    for trial in range(5):
+        came = {2 * i: (0.3 * common + generator.standard_normal(k)).astype(np.float32) for i in range(count)}
+        came[2 * (trial % count)] *= np.float32(-1.25)
+        came[2 * ((trial + 1) % count)] *= np.float32(1e20)
+        members, mean = decoder.robust_mean_of(came, weights, total, k)
+        part = AGGREGATIONS["robust"].reduce(came, weights, 0, grid, total)
+        assert (part.mask, part.data) == (decoder.mask_of(members), decoder.encode(mean, "int4"))
+        left_out += count - len(members)
+    assert (left_out > 0) == (count >= 5)
 
 
 def decoded_by(run: Run, story: Callable[[], Awaitable[None]]) -> tuple[Decoder, list[Decoded]]:

@@ -20,7 +20,9 @@ Its files, from the bottom up:
     codecs        the codecs that a run may name
     grid          which values of all parameters are which part
     update        the update of an outer step: what names it, and its bytes
-    aggregate     contributions to their weighted mean; the angle between one of them and it
+    norms         norms and inner products that are the same bits everywhere
+    agreement     which contributions count, and how much of each
+    aggregate     contributions to their mean, by the run's rule; the angle between one of them and it
     outer         the outer state, and how an update leads to the next one
     runfile       what a person writes about a run
     manifest      what all peers of a run must agree on, signed by its owner

@@ -34,6 +34,10 @@ class UsageError(LocalError):
     exit_code = 2
 
 
+class OtherProtocol(UsageError):
+    """A run is of another protocol than this version of p2p-diloco speaks. It is left as it is."""
+
+
 class DataError(LocalError):
     pass
 

@@ -2,14 +2,16 @@
 
     RunManifest  the run file (``runfile.RunSpec``), and what follows from it and from the genesis: the model's full
                  config and layout, the fingerprint of the data, the digest of S_0, the owner's peer id
-    run id       hash of the manifest's canonical bytes
+    run id       hash of the manifest's bytes, as its owner wrote them
 
-A manifest travels as JSON with the owner's signature. Any peer may serve it; none can change it.
+A manifest travels as JSON with the owner's signature. Any peer may serve it; none can change it. What is signed is
+never written anew: a key that a later version knows would come into an older manifest with its default.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from functools import cached_property
 from typing import Annotated, Any
 
@@ -20,12 +22,12 @@ from pydantic import (
 
 from p2p_diloco.core.aggregate import AGGREGATIONS, Aggregation
 from p2p_diloco.core.digest import digest
-from p2p_diloco.core.errors import UsageError
+from p2p_diloco.core.errors import OtherProtocol, UsageError
 from p2p_diloco.core.grid import Grid
-from p2p_diloco.core.identity import Identity, verify
+from p2p_diloco.core.identity import SIGNATURE_BYTES, Identity, verify
 from p2p_diloco.core.runfile import Count, RunSpec, Section, explain
 
-PROTOCOL = 2
+PROTOCOL = 3
 """Raised with every change after which old and new peers cannot train together."""
 MAX_MANIFEST_BYTES = 32 * 1024 * 1024
 """A tokenizer of 256 Ki tokens, which travels inside, fits."""
@@ -59,7 +61,8 @@ class RunManifest(Section):
 
     @cached_property
     def canonical_bytes(self) -> bytes:
-        """One byte string for one manifest: JSON with sorted keys, no spaces, ASCII."""
+        """The bytes that the owner signs: JSON with sorted keys, no spaces, ASCII. Of a manifest that
+        ``open_manifest`` has read, those that came."""
         return canonical_json(self.model_dump(mode="json"))
 
     @cached_property
@@ -81,6 +84,14 @@ class RunManifest(Section):
         config: TransformersConfig = json.loads(self.model_config_json)
         return config
 
+    def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> RunManifest:
+        """Returns a copy. One with other values is another manifest, with bytes of its own."""
+        copied = super().model_copy(update=update, deep=deep)
+        if update:
+            vars(copied).pop("canonical_bytes", None)
+            vars(copied).pop("run_id", None)
+        return copied
+
     def with_genesis(self, state_digest: bytes) -> RunManifest:
         """The same run from another S_0."""
         return self.model_validate({**self.model_dump(), "genesis": state_digest.hex()})
@@ -88,10 +99,11 @@ class RunManifest(Section):
     def signed(self, owner: Identity) -> bytes:
         """The manifest as it travels and lies on disk."""
         signature = owner.sign(SIGNATURE_CONTEXT + self.canonical_bytes).hex()
-        return canonical_json({"manifest": self.model_dump(mode="json"), "signature": signature})
+        return b"".join((BEFORE_MANIFEST, self.canonical_bytes, BEFORE_SIGNATURE, signature.encode(), AFTER_SIGNATURE))
 
 
 SIGNATURE_CONTEXT = b"p2p-diloco manifest\0"
+BEFORE_MANIFEST, BEFORE_SIGNATURE, AFTER_SIGNATURE = b'{"manifest":', b',"signature":"', b'"}'
 
 
 def open_manifest(data: bytes, source: str) -> RunManifest:
@@ -101,26 +113,50 @@ def open_manifest(data: bytes, source: str) -> RunManifest:
     """
     if len(data) > MAX_MANIFEST_BYTES:
         raise UsageError(f"{source}: the manifest has {len(data)} bytes, more than {MAX_MANIFEST_BYTES}")
-    try:
-        envelope = json.loads(data)
-        body, signature = canonical_json(envelope["manifest"]), bytes.fromhex(envelope["signature"])
-        protocol = int(envelope["manifest"]["protocol"])
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise UsageError(f"{source}: not a signed manifest") from error
+    protocol = protocol_of(data)
+    if protocol is None:
+        raise UsageError(f"{source}: not a signed manifest")
     if protocol != PROTOCOL:
-        raise UsageError(
+        raise OtherProtocol(
             f"{source}: the run speaks protocol {protocol}, this is p2p-diloco with protocol {PROTOCOL}; "
             f"install the version of p2p-diloco that the run's owner uses"
         )
     try:
+        body, signature = split_signed(data)
         manifest = RunManifest.model_validate_json(body)
     except ValidationError as error:
         raise UsageError(f"{source}: {explain(error, RunManifest)}") from error
-    if not verify(manifest.owner, SIGNATURE_CONTEXT + manifest.canonical_bytes, signature):
+    except ValueError as error:
+        raise UsageError(f"{source}: not a signed manifest") from error
+    if not verify(manifest.owner, SIGNATURE_CONTEXT + body, signature):
         raise UsageError(f"{source}: the manifest's signature is not its owner's; somebody changed it, do not join")
     if not names_a_model_type(manifest.model_config_json):
         raise UsageError(f"{source}: key 'model_config_json': not a transformers config with a model_type")
+    vars(manifest)["canonical_bytes"] = body  # where the property keeps it
     return manifest
+
+
+def protocol_of(data: bytes) -> int | None:
+    """Returns the protocol that a signed manifest names, of whatever version; None where it is none."""
+    try:
+        protocol = json.loads(data, parse_constant=refuse_constant)["manifest"]["protocol"]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return None
+    return protocol if type(protocol) is int else None
+
+
+def refuse_constant(name: str) -> None:
+    """Raises ValueError: NaN and Infinity are no JSON."""
+    raise ValueError(f"{name} is no JSON")
+
+
+def split_signed(data: bytes) -> tuple[bytes, bytes]:
+    """Returns what is signed, and the signature, of a manifest as it travels. ValueError for any other bytes."""
+    start, stop = len(BEFORE_MANIFEST), -len(AFTER_SIGNATURE) - 2 * SIGNATURE_BYTES
+    body, between = data[start : stop - len(BEFORE_SIGNATURE)], data[stop - len(BEFORE_SIGNATURE) : stop]
+    if not (data.startswith(BEFORE_MANIFEST) and between == BEFORE_SIGNATURE and data.endswith(AFTER_SIGNATURE)):
+        raise ValueError("not a signed manifest")
+    return body, bytes.fromhex(data[stop : -len(AFTER_SIGNATURE)].decode())
 
 
 def names_a_model_type(config_json: str) -> bool:

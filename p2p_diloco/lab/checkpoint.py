@@ -73,7 +73,9 @@ class Checkpoint:
 
     def check_what(self, what: SimulatedRun) -> None:
         """Raises UsageError when it is of another simulation than ``what``."""
-        if SimulatedRun.model_validate_json(json.dumps(self.facts["what"])) != what:
+        begun = self.facts["what"]
+        begun["run"]["outer"].setdefault("aggregate", "mean")  # as it was before there was another rule
+        if SimulatedRun.model_validate_json(json.dumps(begun)) != what:
             raise UsageError(
                 f"{self.folder}: holds another simulation, or this one before its file changed; choose another"
             )

@@ -39,7 +39,7 @@ from p2p_diloco.learn.textreport import log_report
 from p2p_diloco.learn.tokenizer import open_tokenizer
 from p2p_diloco.learn.train import good_threads
 from p2p_diloco.ledger.disk import disk_errors, write_whole
-from p2p_diloco.ledger.folder import MANIFEST_FILE, open_ledger
+from p2p_diloco.ledger.folder import MANIFEST_FILE, open_ledger, read_manifest
 
 log = logging.getLogger(__name__)
 
@@ -68,6 +68,8 @@ def open_simulation(
     with open_checkpoint(folder) as checkpoint:
         if checkpoint is not None:
             checkpoint.check_what(what)
+    if (folder / MANIFEST_FILE).exists():
+        read_manifest(folder)  # what another protocol's simulation has left stays as it is
     manifest, theta = begin(what, folder, base)
     torch.set_num_threads(threads or good_threads(manifest.n_params))
     names = list(past.names) if past else replica_names(options.most_replicas)

@@ -15,7 +15,7 @@ import torch
 
 from p2p_diloco.core.codec import Vector
 from p2p_diloco.core.config import cache_folder
-from p2p_diloco.core.errors import LedgerError, UsageError
+from p2p_diloco.core.errors import LedgerError, OtherProtocol, UsageError
 from p2p_diloco.core.identity import Identity
 from p2p_diloco.core.manifest import MAX_MANIFEST_BYTES, RunManifest, TransformersConfig, canonical_json, open_manifest
 from p2p_diloco.core.outer import genesis_state
@@ -42,7 +42,11 @@ def start_run(run_file: Path, folder: Path, owner: Identity, identity_path: Path
     ``identity_path``: where the owner's identity is kept once there is something to own."""
     spec, base = RunSpec.load(run_file), run_file.parent
     for path in sorted(folder.glob(f"{spec.name}-*/{MANIFEST_FILE}")):
-        manifest = open_manifest(path.read_bytes(), str(path))
+        try:
+            manifest = open_manifest(path.read_bytes(), str(path))
+        except OtherProtocol:
+            log.info("%s: a run of another protocol; it stays as it is, and a new one is started beside it", path)
+            continue
         if manifest.spec == spec and manifest.owner == owner.peer_id:
             return path
     manifest, theta = make_manifest(spec, base, owner, str(run_file))

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from p2p_diloco.core.errors import UsageError
+from p2p_diloco.core.errors import OtherProtocol, UsageError
 from p2p_diloco.core.manifest import RunManifest, open_manifest
 from p2p_diloco.core.outer import OuterState
 from p2p_diloco.ledger.disk import disk_errors
@@ -52,12 +52,20 @@ def open_ledger(folder: Path, manifest: RunManifest) -> Ledger:
 
 def find_run(folder: Path, run_id: str | None = None) -> Path:
     """Returns the folder of the run: ``folder`` itself, or the one in it. UsageError when there is none, or more than
-    one."""
+    one; runs of another protocol do not count beside one of this."""
     candidates = [folder] if (folder / MANIFEST_FILE).is_file() else sorted(folder.glob(f"*/{MANIFEST_FILE}"))
     found = {path if path.is_dir() else path.parent: None for path in candidates}
-    runs = {run: read_manifest(run).run_id for run in found}
+    runs: dict[Path, str] = {}
+    others: list[OtherProtocol] = []
+    for run in found:
+        try:
+            runs[run] = read_manifest(run).run_id
+        except OtherProtocol as error:
+            others.append(error)
     if run_id is not None:
         runs = {run: found_id for run, found_id in runs.items() if found_id == run_id}
+    if not runs and others:
+        raise others[0]
     if not runs:
         which = "run" if run_id is None else f"run {run_id}"
         raise UsageError(

@@ -1,13 +1,15 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from p2p_diloco.core.errors import UsageError
+from p2p_diloco.core.digest import digest
+from p2p_diloco.core.errors import OtherProtocol, UsageError
 from p2p_diloco.core.identity import Identity
 from p2p_diloco.core.manifest import MAX_MANIFEST_BYTES, SIGNATURE_CONTEXT, RunManifest, canonical_json, open_manifest
 from p2p_diloco.core.runfile import RunSpec
@@ -38,7 +40,7 @@ def sealed(body: dict[str, Any], signer: Identity = OWNER) -> bytes:
 
 def test_the_run_id_of_a_manifest_is_pinned() -> None:
     """Changes only together with PROTOCOL, or with a default that changes what peers agree on."""
-    assert manifest().run_id == "91f7c57bcf95b8a5db0951c49b71e0702b8034c7"
+    assert manifest().run_id == "b0eb1e8772a33158a4a3308a9de13fa049bf0e93"
 
 
 def test_an_end_token_that_is_not_given_leaves_no_trace() -> None:
@@ -63,6 +65,38 @@ def test_a_manifest_comes_back_from_its_bytes() -> None:
     assert opened.transformers_config == {"model_type": "llama"}
 
 
+def test_what_is_signed_is_what_came_not_what_this_version_would_write() -> None:
+    """An older manifest lacks keys that this version knows, a newer writer may write numbers otherwise; each has the
+    run id, and the bytes that are served on, that its owner gave it."""
+    body = manifest().model_dump(mode="json")
+    del body["spec"]["outer"]["aggregate"], body["spec"]["round"]
+    opened = open_manifest(sealed(body), "here")
+    assert opened == manifest()
+    assert opened.canonical_bytes == canonical_json(body)
+    assert opened.run_id == digest(b"run", canonical_json(body))[:20].hex() != manifest().run_id
+    assert opened.signed(OWNER) == sealed(body)
+
+    written = json.dumps(body, indent=1).encode()
+    signature = OWNER.sign(SIGNATURE_CONTEXT + written).hex().encode()
+    opened = open_manifest(b'{"manifest":' + written + b',"signature":"' + signature + b'"}', "here")
+    assert opened.canonical_bytes == written
+    with pytest.raises(UsageError, match="signature is not its owner's"):
+        open_manifest(b'{"manifest":' + canonical_json(body) + b',"signature":"' + signature + b'"}', "here")
+
+
+def test_a_copy_with_other_values_is_another_manifest() -> None:
+    opened = open_manifest(manifest().signed(OWNER), "here")
+    assert opened.run_id == opened.model_copy().run_id == manifest().run_id
+    changed = opened.model_copy(update={"n_params": 1001})
+    assert open_manifest(changed.signed(OWNER), "here").run_id == changed.run_id == manifest(n_params=1001).run_id
+
+
+@pytest.mark.parametrize("spoil", [lambda data: data + b" ", lambda data: b" " + data, lambda data: data[:-3] + b'"}'])
+def test_nothing_stands_before_between_or_after(spoil: Callable[[bytes], bytes]) -> None:
+    with pytest.raises(UsageError, match="here: not a signed manifest"):
+        open_manifest(spoil(manifest().signed(OWNER)), "here")
+
+
 def test_every_field_counts_for_the_run_id() -> None:
     ids = {manifest().run_id, manifest(genesis="3" * 64).run_id, manifest(n_params=1001).run_id}
     other_spec = RunSpec.model_validate(SPEC | {"outer": {"lr": 0.8}})
@@ -74,16 +108,16 @@ def test_a_changed_manifest_is_not_its_owners() -> None:
     envelope = json.loads(manifest().signed(OWNER))
     envelope["manifest"]["genesis"] = "3" * 64
     with pytest.raises(UsageError, match="here: the manifest's signature is not its owner's"):
-        open_manifest(json.dumps(envelope).encode(), "here")
+        open_manifest(canonical_json(envelope), "here")
     stranger = Identity.from_seed(bytes([1] * 32))
     with pytest.raises(UsageError, match="signature"):
         open_manifest(manifest().signed(stranger), "here")
 
 
-@pytest.mark.parametrize("protocol", [0, 1, 3, 10**30])
+@pytest.mark.parametrize("protocol", [0, 1, 2, 4, 10**30])
 def test_another_protocol_is_named_before_anything_else(protocol: int) -> None:
     with pytest.raises(
-        UsageError, match=f"here: the run speaks protocol {protocol}, this is p2p-diloco with protocol 2"
+        OtherProtocol, match=f"here: the run speaks protocol {protocol}, this is p2p-diloco with protocol 3"
     ):
         open_manifest(sealed({"protocol": protocol, "field of the future": 1}), "here")
 

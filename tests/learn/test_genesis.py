@@ -19,7 +19,7 @@ from p2p_diloco.learn import genesis, train
 from p2p_diloco.learn.genesis import make_start, start_run
 from p2p_diloco.learn.model import build_model
 from p2p_diloco.learn.parameters import layout_of, read_parameters
-from p2p_diloco.ledger.folder import load_state
+from p2p_diloco.ledger.folder import MANIFEST_FILE, load_state
 
 OWNER = Identity.from_seed(bytes(32))
 LLAMA = {"model_type": "llama", "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1}
@@ -157,3 +157,27 @@ def test_who_starts_a_run_is_told_of_its_text(
     read, skipped = (record.getMessage() for record in caplog.records if record.getMessage().startswith("text: "))
     assert read.startswith("text: 1 file, 450 documents, each followed by </s> (token 1); 1800 tokens, ")
     assert skipped == "text: skipped files with a suffix that is not read: 1, 5 bytes (notes.md)"
+
+
+def test_a_run_of_another_protocol_stays_as_it_is_and_another_starts_beside_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(genesis, "cache_folder", lambda: tmp_path / "cache")
+    caplog.set_level("INFO")
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set/rows.jsonl").write_text("".join(f'{{"body": "row says {word}"}}\n' for word in WORDS * 9))
+    text = RUN_FILE.replace('"hub"', '"path"').replace('path = "start"', f"config = {INLINE}")
+    (tmp_path / "run.toml").write_text(text)
+    write_start(tmp_path / "start")
+    first = start_run(tmp_path / "run.toml", tmp_path / "owner", OWNER)
+    older = first.parent.with_name("test-of-before")
+    first.parent.rename(older)
+    manifest = open_manifest((older / MANIFEST_FILE).read_bytes(), "test")
+    (older / MANIFEST_FILE).write_bytes(manifest.model_copy(update={"protocol": 2}).signed(OWNER))
+    before = {path: path.read_bytes() for path in older.rglob("*") if path.is_file()}
+    assert start_run(tmp_path / "run.toml", tmp_path / "owner", OWNER) == first
+    assert start_run(tmp_path / "run.toml", tmp_path / "owner", OWNER) == first
+    lines = [record.getMessage() for record in caplog.records if "another protocol" in record.getMessage()]
+    said = f"{older / MANIFEST_FILE}: a run of another protocol; it stays as it is, and a new one is started beside it"
+    assert lines == [said]
+    assert {path: path.read_bytes() for path in older.rglob("*") if path.is_file()} == before

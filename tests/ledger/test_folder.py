@@ -11,7 +11,7 @@ from p2p_diloco.core.codecs import encode
 from p2p_diloco.core.errors import UsageError
 from p2p_diloco.core.grid import Grid
 from p2p_diloco.core.identity import Identity
-from p2p_diloco.core.manifest import RunManifest
+from p2p_diloco.core.manifest import PROTOCOL, RunManifest
 from p2p_diloco.core.outer import apply, genesis_state
 from p2p_diloco.core.runfile import RunSpec
 from p2p_diloco.core.update import Part, Update, UpdateHeader
@@ -129,6 +129,19 @@ def test_of_two_runs_one_is_to_be_chosen(run: Path) -> None:
     with pytest.raises(UsageError, match=f"there are 2 runs here; choose one: .*--run-id {manifest().run_id}"):
         find_run(run.parent)
     assert find_run(run.parent, manifest().run_id) == run
+
+
+def test_a_run_of_another_protocol_is_left_alone(run: Path) -> None:
+    """Beside one of this it does not count; alone, it is named in a line."""
+    older = run.parent / "tiny-of-before"
+    older.mkdir()
+    (older / MANIFEST_FILE).write_bytes(manifest().model_copy(update={"protocol": PROTOCOL - 1}).signed(OWNER))
+    before = files(older)
+    assert find_run(run.parent) == run
+    for path in (older, older / MANIFEST_FILE):
+        with pytest.raises(UsageError, match=f"the run speaks protocol {PROTOCOL - 1}, this is p2p-diloco with"):
+            load_run(path)
+    assert files(older) == before
 
 
 def test_what_a_folder_holds(tmp_path: Path) -> None:

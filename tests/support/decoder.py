@@ -7,6 +7,7 @@ library nor numpy has, is an argument where it is needed.
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
@@ -218,6 +219,61 @@ def mean_of(contributions: Sequence[tuple[int, Vector]], total: int, k: int) -> 
     for weight, values in contributions:
         mean = mean + values * np.float32(weight / total)
     return mean
+
+
+def product(x: Vector, y: Vector) -> float:
+    lanes = 4096
+    products = np.zeros(-(-len(x) // lanes) * lanes)
+    products[: len(x)] = x.astype(np.float64) * y.astype(np.float64)
+    sums = np.zeros(lanes)
+    for row in products.reshape(-1, lanes):
+        sums = sums + row
+    while len(sums) > 1:
+        sums = sums[: len(sums) // 2] + sums[len(sums) // 2 :]
+    return float(sums[0])
+
+
+def weighted(g: Mapping[int, Vector], shares: Mapping[int, float], k: int) -> Vector:
+    mean = np.zeros(k, np.float32)
+    for i, share in shares.items():
+        mean = mean + g[i] * np.float32(share)
+    return mean
+
+
+def robust_mean_of(g: Mapping[int, Vector], w: Sequence[int], total: int | None, k: int) -> tuple[list[int], Vector]:
+    """Who counts, and the mean. ``total``: None for adopt."""
+    order = sorted(g)
+    norms = {i: math.sqrt(product(g[i], g[i])) for i in order}
+    ranked = sorted(norms.values())
+    bound = math.inf if len(order) == 1 else 4 * ranked[0] if len(order) == 2 else ranked[(len(order) - 1) // 2]
+    factors = {i: bound / norms[i] if norms[i] > bound else 1.0 for i in order}
+
+    def shares_of(among: Sequence[int]) -> dict[int, float]:
+        away = sum(w[i] for i in order if i not in among)
+        whole = sum(w[i] for i in among) if total is None else total - away
+        shares = {i: (w[i] / whole) * factors[i] for i in among}
+        return {i: float(np.float32(share)) if share >= 2.0**-126 else 0.0 for i, share in shares.items()}
+
+    shares = shares_of(order)
+    mean = weighted(g, shares, k)
+    left = list(order)
+    if len(order) >= 5:
+        q = {i: product(g[i], g[i]) for i in order}
+        d = {i: product(g[i], mean) for i in order}
+        m = product(mean, mean)
+        while 2 * (len(left) - 1) > len(order):
+            c = {}
+            for i in left:
+                a = d[i] - shares[i] * q[i]
+                o = m - (2 * shares[i]) * d[i] + (shares[i] * shares[i]) * q[i]
+                c[i] = a / (math.sqrt(q[i]) * math.sqrt(o)) if q[i] > 0 and o > 0 else 0.0
+            j = min(left, key=lambda i: c[i])
+            if c[j] >= 0:
+                break
+            m = m - (2 * shares[j]) * d[j] + (shares[j] * shares[j]) * q[j]
+            d = {i: d[i] - shares[j] * product(g[i], g[j]) for i in left}
+            left.remove(j)
+    return left, weighted(g, shares_of(left), k) if left != order else mean
 
 
 def mask_of(members: Sequence[int]) -> bytes:

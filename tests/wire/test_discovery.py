@@ -280,7 +280,7 @@ REMOTE: dict[str, bytes | Serve | None] = {
 BAD_SIGNATURE = SIGNED.replace(b'"name":"simulated"', b'"name":"simulates"')
 UNSOUND: dict[str, tuple[bytes, str]] = {
     "signature": (BAD_SIGNATURE, "the manifest's signature is not its owner's"),
-    "version": (manifest_of(0.0, protocol=3).signed(OWNER), "the run speaks protocol 3"),
+    "version": (manifest_of(0.0, protocol=2).signed(OWNER), "the run speaks protocol 2"),
     "garbage": (b"garbage", "not a signed manifest"),
     "nothing": (b"", "not a signed manifest"),
     "signed by another": (RUN.signed(identity(7)), "the manifest's signature is not its owner's"),
