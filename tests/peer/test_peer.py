@@ -13,12 +13,13 @@ import numpy as np
 import pytest
 import torch
 
+from p2p_diloco.core.aggregate import AggregateName
 from p2p_diloco.core.buckets import Rate
 from p2p_diloco.core.codec import Vector
 from p2p_diloco.core.codecs import CodecName
 from p2p_diloco.core.config import Timeouts
-from p2p_diloco.core.errors import Gone, NetworkError, Refused, RemoteError
-from p2p_diloco.core.event import E, LoggedPhase, PeerCaughtUp, PeerJoined, PhaseBegan, of_kind
+from p2p_diloco.core.errors import Gone, Misbehaved, NetworkError, Refused, RemoteError
+from p2p_diloco.core.event import E, LoggedPhase, PeerCaughtUp, PeerJoined, PhaseBegan, RoundEnded, of_kind
 from p2p_diloco.core.events import EVENTS_FILE, read_events
 from p2p_diloco.core.grid import PART_VALUES
 from p2p_diloco.core.identity import Identity
@@ -76,6 +77,7 @@ class Simulated:
         outer_steps: int = 5,
         inner_steps: int = 10,
         on_missed: OnMissed = "adopt",
+        aggregate: AggregateName = "mean",
     ) -> None:
         self.tmp_path = tmp_path
         self.genesis, *self.targets = vectors(k + 1, n)
@@ -87,6 +89,7 @@ class Simulated:
             outer_steps=outer_steps,
             inner_steps=inner_steps,
             on_missed=on_missed,
+            aggregate=aggregate,
         )
         self.network = FakeNetwork()
         self.peers: list[SimPeer] = []
@@ -189,6 +192,47 @@ def test_eight_peers_for_fifty_outer_steps(tmp_path: Path) -> None:
         assert all(result.committed and result.group == 8 for sim in sims for result in sim.results)
         complaints = [complaint for sim in sims for complaint in sim.transport.complaints]
         assert not [complaint for complaint in complaints if not isinstance(complaint, Gone)], "or it had its answer"
+
+    run_simulated(main())
+
+
+def test_peers_of_uneven_speed_take_each_others_robust_means(tmp_path: Path) -> None:
+    """From the first outer step on, when nobody knows a last update; after a restart, by the ledger."""
+
+    async def main() -> None:
+        swarm = Simulated(tmp_path, 5, n=2000, codec="int4", outer_steps=9, inner_steps=20, aggregate="robust")
+        swarm.add(0, seed=True)
+        await asyncio.sleep(1)
+        sims = [swarm.add(i + 1, step_s=step_s) for i, step_s in enumerate((1.0, 1.0, 2.0, 5.0, 20.0))]
+        await swarm.until(sims, 4)
+        swarm.network.kill(sims[1].peer.identity.peer_id)
+        await asyncio.sleep(5)
+        again = swarm.add(2)
+        sims = [sims[0], again, *sims[2:]]
+        await swarm.until(sims, 9)
+        swarm.check_identical(sims)
+        killed = identity(2).peer_id
+        for i in range(1, 6):
+            assert {lost for event in swarm.events(i, RoundEnded) for lost in event.lost} <= {killed}
+        complaints = [complaint for sim in sims for complaint in sim.transport.complaints]
+        assert not [complaint for complaint in complaints if isinstance(complaint, Misbehaved)]
+
+    run_simulated(main())
+
+
+@pytest.mark.parametrize("honest", [1, 2, 4])
+def test_a_peer_whose_numbers_are_huge_moves_theta_no_further_than_the_others_do(tmp_path: Path, honest: int) -> None:
+    """Beside a single honest one it has its sign, and four times the length."""
+
+    async def main() -> None:
+        swarm = Simulated(tmp_path, honest + 1, outer_steps=4, aggregate="robust")
+        swarm.targets[honest][:] = 1e30
+        sims = await swarm.start(honest + 1)
+        await swarm.until(sims[:honest], 4)
+        furthest = max(np.linalg.norm(target - swarm.genesis) for target in swarm.targets[:honest])
+        for sim in sims[:honest]:
+            gone = np.linalg.norm(sim.peer.replica.theta - swarm.genesis)
+            assert gone < (60 if honest == 1 else 5) * furthest
 
     run_simulated(main())
 
