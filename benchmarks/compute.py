@@ -12,7 +12,7 @@ from typing import ParamSpec
 import numpy as np
 
 from benchmarks.table import Cell, Table
-from p2p_diloco.core.aggregate import align, weighted_mean
+from p2p_diloco.core.aggregate import AGGREGATIONS, align, weighted_mean
 from p2p_diloco.core.codec import Vector
 from p2p_diloco.core.codecs import CODECS, CodecName, decode, encode
 from p2p_diloco.core.grid import Grid, part_slices
@@ -37,6 +37,7 @@ def main() -> Table:
         rows.append(timed(f"encode {codec}", encode_all, vector, codec))
         rows.append(timed(f"decode {codec}", decode_all, parts, codec))
     rows.append(timed(f"weighted mean of {PEERS}", mean_all, vector))
+    rows.append(timed(f"robust mean of {PEERS}", robust_all, vector))
     with tempfile.TemporaryDirectory(prefix="p2p-diloco-bench-") as folder:
         rows += ledger_rows(vector, Path(folder))
     return Table(
@@ -102,6 +103,13 @@ def decode_all(parts: list[bytes], codec: CodecName) -> None:
 def mean_all(vector: Vector) -> None:
     for where in part_slices(len(vector)):
         weighted_mean([(1000, vector[where])] * PEERS)
+
+
+def robust_all(vector: Vector) -> None:
+    """Nobody is left out: they are all alike."""
+    grid = Grid(n=len(vector), codec="fp32")
+    for part, where in enumerate(grid.slices):
+        AGGREGATIONS["robust"].reduce(dict.fromkeys(range(PEERS), vector[where]), [1000] * PEERS, part, grid)
 
 
 def timed(what: str, work: Callable[P, object], *arguments: P.args, **options: P.kwargs) -> tuple[Cell, ...]:

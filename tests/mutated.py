@@ -38,6 +38,8 @@ TESTS: dict[str, tuple[str, ...]] = {
     "p2p_diloco/core/outer.py": ("tests/core/test_outer.py",),
     "p2p_diloco/core/update.py": ("tests/core/test_update.py", "tests/core/test_outer.py"),
     "p2p_diloco/core/aggregate.py": ("tests/core/test_aggregate.py",),
+    "p2p_diloco/core/agreement.py": ("tests/core/test_agreement.py", "tests/core/test_aggregate.py"),
+    "p2p_diloco/core/norms.py": ("tests/core/test_norms.py",),
     "p2p_diloco/core/codec.py": ("tests/core/test_codecs.py",),
     "p2p_diloco/core/floats.py": ("tests/core/test_codecs.py",),
     "p2p_diloco/core/blocks.py": ("tests/core/test_codecs.py",),

@@ -68,10 +68,10 @@ def exactly(vectors: dict[int, Vector]) -> list[int]:
 def test_who_stays_is_who_stays_by_the_exact_rule(seed: int, count: int, common: float) -> None:
     generator = np.random.default_rng(seed)
     direction = generator.standard_normal(20)
-    vectors = {
-        3 * i: (common * direction * generator.choice([-1, 1, 1]) + generator.standard_normal(20)).astype(np.float32)
-        for i in range(count)
-    }
+    vectors: dict[int, Vector] = {}
+    for i in range(count):
+        towards = common * direction * generator.choice([-1, 1, 1]) + generator.standard_normal(20)
+        vectors[3 * i] = (towards * generator.uniform(0.2, 5)).astype(np.float32)
     assert stay(vectors) == exactly(vectors)
 
 
