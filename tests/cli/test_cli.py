@@ -383,10 +383,8 @@ def test_a_manifest_that_its_owner_did_not_sign_is_refused(refused: Refused, tmp
     path = manifest_file(tmp_path, signer=Identity.generate())
     assert f"{path}: the manifest's signature is not its owner's" in refused("manifest", str(path))
     assert f"{path}: the manifest's signature is not its owner's" in refused("manifest", str(tmp_path))
-    envelope = json.loads(manifest_file(tmp_path).read_bytes())
-    envelope["manifest"]["n_params"] = 1001
-    path.write_text(json.dumps(envelope))
-    assert "signature" in refused("manifest", str(path))
+    path.write_bytes(manifest_file(tmp_path).read_bytes().replace(b'"n_params":', b'"n_params":1'))
+    assert "signature is not its owner's" in refused("manifest", str(path))
     path.write_text("not a manifest")
     assert f"{path}: not a signed manifest" in refused("manifest", str(path))
 
