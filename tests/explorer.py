@@ -4,6 +4,8 @@
     python -m tests.explorer --seed 123 --verbose         one of them, with what each peer did
     python -m tests.explorer --seed 123 --shrink          the smallest schedule that fails in the same way
     python -m tests.explorer --broken                     after how many schedules it finds protocols broken on purpose
+    python -m tests.explorer --liars --seeds 0:200        for each kind of lie, which seeds fail, and how
+    python -m tests.explorer --liars "two commits" --seed 3 --verbose       one of them
 
 Peers, ledgers and protocol are the real ones; clock, links and DHT are ``fakes``. The invariants:
 
@@ -25,6 +27,24 @@ Peers, ledgers and protocol are the real ones; clock, links and DHT are ``fakes`
     progress        while ``min_group`` trainers can reach each other, outer steps follow each other in bounded time
     waits-end       no outer step takes longer than the time-outs add up to; nothing is left behind by what is over;
                     nothing but a failing disk ends a peer; no exception is unheard
+
+With liars among the peers (``liars``) all of these judge honest peers alone, and there are more (``witness``):
+
+    same-bytes      also: the state at a head is what the updates that lead there make of S_0
+    one-outcome     also: no two honest members of a round that could talk all the time take two updates of it
+    no-invention    an honest peer that has taken part in a round, not as the only honest one, applies no update unless
+                    each of its parts came out of a butterfly to an honest member of its round
+    bounded         no part of an update is more than LARGEST_OVER_HONEST times as large as the largest honest
+                    contribution to it, or that part of the update before
+    astray          at most ASTRAY_STEPS updates go against honest peers: in some part, less than LEAST_SHARE of what
+                    they contributed on average is left
+    no-blame        no honest peer takes another honest peer for one that misbehaves
+    pace            honest peers make at least LEAST_PACE of the outer steps that they make without the liars
+    work            and in each of them at least LEAST_WORK of the inner steps
+
+Protocol 2 cannot hold no-invention (who has committed is believed), bounded and astray (nobody bounds a mean or looks
+at what a reducer does), one-outcome against a leader that lies, nor pace and work against claims: docs/reliability.md
+says which schedules show that. counted-once is not judged where liars make values up.
 """
 
 from __future__ import annotations
@@ -39,7 +59,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from hashlib import blake2b
 from multiprocessing.pool import Pool
@@ -52,13 +72,18 @@ from tests.support.builders import identity
 from tests.support.chronicle import MAX_PEERS, Violation
 from tests.support.events import lines_of
 from tests.support.instruments import instrumented
+from tests.support.liars import KINDS
 from tests.support.schedules import Schedule, draw, shrink
+from tests.support.schedules_with_liars import draw_with_liars, without_liars
 from tests.support.simloop import START_S, run_simulated
 from tests.support.world import World
 
 PROGRESS_EVERY = 100
 BROKEN_WITHIN = 500
 """So many schedules at most find a broken protocol."""
+LEAST_PACE = 0.5
+"""Outer steps take some ten seconds here, and so do time-outs: a liar that is waited for once in a while costs much."""
+LEAST_WORK = 0.7
 SHARED_MEMORY = Path("/dev/shm")
 FOLDER_OF_ALL = "P2P_DILOCO_EXPLORER_FOLDER"
 """Set in workers."""
@@ -80,6 +105,12 @@ class Verdict:
     """Between two outer steps of trainers that could reach each other."""
     agreed_s: float
     """From the last fault until all stood on one head."""
+    honest_steps: int
+    """Outer steps that honest peers had made when all that is planned was over."""
+    stock_s: float
+    """When that was."""
+    inner_steps: float
+    """Of one honest peer, in one of those outer steps."""
 
     @property
     def ok(self) -> bool:
@@ -104,6 +135,14 @@ def explore(schedule: Schedule, *, keep_timeline: bool = False) -> Verdict:
         return _verdict(world, world.violation or violation, keep_timeline)
 
 
+def _is_plenty(verdict: Verdict) -> bool:
+    """Whether honest peers did so much that they could not have done too much more without liars."""
+    schedule = verdict.schedule
+    fastest_s = schedule.inner_steps * min(plan.step_s for plan in schedule.peers if not plan.lie)
+    steps_enough = verdict.honest_steps >= LEAST_PACE * verdict.stock_s / fastest_s
+    return steps_enough and verdict.inner_steps >= LEAST_WORK * schedule.inner_steps
+
+
 def _verdict(world: World, violation: Violation | None, keep_timeline: bool) -> Verdict:
     logs = [world.disks[i].folder / EVENTS_FILE for i in range(MAX_PEERS)]
     told = blake2b("\n".join(world.timeline).encode(), digest_size=8)
@@ -115,11 +154,33 @@ def _verdict(world: World, violation: Violation | None, keep_timeline: bool) -> 
         text=str(violation or ""),
         timeline=tuple(timeline(world, logs)) if keep_timeline else (),
         fingerprint=told.hexdigest(),
-        outer_steps=max((sim.peer.step for sim in world.sims.values()), default=0),
+        outer_steps=max((sim.peer.step for i, sim in world.sims.items() if i not in world.liars), default=0),
         slowest_step_s=world.slowest_step_s,
         longest_stall_s=world.longest_stall_s,
         agreed_s=world.agreed_s,
+        honest_steps=world.honest_steps,
+        stock_s=world.stock_s,
+        inner_steps=world.inner_steps,
     )
+
+
+def explore_with_liars(schedule: Schedule, *, keep_timeline: bool = False) -> Verdict:
+    """Run a schedule with liars and, where that violates nothing, once more without them: they may not cost much."""
+    verdict = explore(schedule, keep_timeline=keep_timeline)
+    if not verdict.ok or not schedule.liars or _is_plenty(verdict):
+        return verdict
+    alone = explore(without_liars(schedule))
+    if not alone.ok:
+        return replace(verdict, invariant=alone.invariant, text=f"without liars: {alone.text}")
+    for invariant, least, with_them, without in (
+        ("pace", LEAST_PACE, verdict.honest_steps, alone.honest_steps),
+        ("work", LEAST_WORK, verdict.inner_steps, min(alone.inner_steps, schedule.inner_steps)),
+    ):
+        if with_them < least * without:
+            what = "outer steps" if invariant == "pace" else "inner steps in each of them"
+            text = f"{invariant}: honest peers make {with_them:.3g} {what}, and {without:.3g} without the liars"
+            return replace(verdict, invariant=invariant, text=text)
+    return verdict
 
 
 def timeline(world: World, logs: list[Path]) -> list[str]:
@@ -153,6 +214,33 @@ def _shown(value: Any, names: dict[str, str]) -> str:
 
 def explore_seed(seed: int) -> Verdict:
     return explore(draw(seed))
+
+
+def explore_lie(lie: tuple[str, int]) -> tuple[str, Verdict]:
+    """``lie``: its kind, and a seed."""
+    return lie[0], explore_with_liars(draw_with_liars(*lie))
+
+
+def explore_lies(kinds: list[str], seeds: range, jobs: int) -> list[str]:
+    """Says of each kind of lie how many of the schedules of ``seeds`` fail, and how. The kinds that have any."""
+    failed: dict[str, list[Verdict]] = {kind: [] for kind in kinds}
+    with workers(jobs) as pool:
+        work = [(kind, seed) for kind in kinds for seed in seeds]
+        for kind, verdict in pool.imap(explore_lie, work, chunksize=4):
+            failed[kind] += [] if verdict.ok else [verdict]
+            if verdict.schedule.seed == seeds[-1]:
+                print(told_of_lie(kind, failed[kind], len(seeds)), flush=True)
+    return [kind for kind, verdicts in failed.items() if verdicts]
+
+
+def told_of_lie(kind: str, failed: list[Verdict], count: int) -> str:
+    """One line: the invariants that were violated, the most frequent one first, each with its first schedule."""
+    firsts: dict[str, list[int]] = {}
+    for verdict in sorted(failed, key=lambda one: one.schedule.seed):
+        firsts.setdefault(verdict.invariant, []).append(verdict.schedule.seed)
+    ways = sorted(firsts.items(), key=lambda one: -len(one[1]))
+    told = ", ".join(f"{invariant} {len(found)} (first {found[0]})" for invariant, found in ways)
+    return f"{kind}: {len(failed)} of {count} schedules fail" + (f": {told}" if told else "")
 
 
 def explore_many(seeds: range, jobs: int) -> list[Verdict]:
@@ -213,9 +301,10 @@ def _begin(folder: str) -> None:
 
 
 def explain(schedule: Schedule) -> Verdict:
-    verdict = explore(schedule, keep_timeline=True)
+    verdict = explore_with_liars(schedule, keep_timeline=True)
     print(*verdict.timeline, sep="\n")
-    print(f"\n{len(schedule.peers)} peers: {', '.join(f'{plan.role} {plan.step_s:g} s' for plan in schedule.peers)}")
+    told = ", ".join(f"{plan.lie or plan.role} {plan.step_s:g} s" for plan in schedule.peers)
+    print(f"\n{len(schedule.peers)} peers: {told}")
     print(*schedule.faults, sep="\n")
     print(
         f"{verdict.outer_steps} outer steps; slowest call of outer_step {verdict.slowest_step_s:.1f} s; longest stall "
@@ -233,20 +322,26 @@ def main() -> int:
     parser.add_argument("--schedule", type=Path, help="one schedule, from a JSON file")
     parser.add_argument("--shrink", action="store_true", help="make it smaller as long as it fails in the same way")
     parser.add_argument("--broken", action="store_true", help="find protocols that are broken on purpose")
+    parser.add_argument("--liars", nargs="*", metavar="KIND", choices=KINDS, help=f"with liars: {', '.join(KINDS)}")
     parser.add_argument("--verbose", action="store_true", help="tell what each peer did")
     options = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that what was started is ended
     if options.broken:
         return int(bool(find_broken(options.jobs)))
+    first, last = map(int, options.seeds.split(":"))
+    if options.seed is None and options.schedule is None and options.liars is not None:
+        return int(bool(explore_lies(options.liars or list(KINDS), range(first, last), options.jobs)))
     if options.seed is None and options.schedule is None:
-        first, last = map(int, options.seeds.split(":"))
         failed = explore_many(range(first, last), options.jobs)
         print("failed:", *sorted(verdict.schedule.seed for verdict in failed))
         return int(bool(failed))
-    schedule = Schedule.from_json(options.schedule.read_text()) if options.schedule else draw(options.seed)
-    verdict = explore(schedule)
+    if options.schedule:
+        schedule = Schedule.from_json(options.schedule.read_text())
+    else:
+        schedule = draw_with_liars(options.liars[0], options.seed) if options.liars else draw(options.seed)
+    verdict = explore_with_liars(schedule)
     if options.shrink and not verdict.ok:
-        schedule = shrink(schedule, lambda smaller: explore(smaller).invariant == verdict.invariant)
+        schedule = shrink(schedule, lambda smaller: explore_with_liars(smaller).invariant == verdict.invariant)
         print(schedule.to_json())
     if options.verbose or options.shrink:
         explain(schedule)

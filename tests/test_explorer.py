@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from tests.explorer import explain, explore, explore_seed, workers
+from tests.explorer import explain, explore, explore_seed, explore_with_liars, told_of_lie, workers
 from tests.support.broken import VARIANTS
+from tests.support.known_wanting import KNOWN_WANTING
+from tests.support.liars import KINDS
 from tests.support.schedules import Fault, PeerPlan, Schedule, draw, shrink
+from tests.support.schedules_with_liars import draw_with_liars
 
 BATCH = 10
 BATCHES = 6
@@ -126,6 +130,46 @@ def test_a_protocol_that_is_broken_on_purpose_is_found(name: str) -> None:
     with VARIANTS[name]():
         assert explore(draw(seed)).invariant == invariant
     assert explore(draw(seed)).ok
+
+
+HELD = 2
+"""So many schedules are played of a kind of lie that the protocol stands."""
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_the_protocol_makes_of_a_lie(kind: str) -> None:
+    """Where it is known to be wanting, it is so in exactly this way: a protocol that is mended changes the table."""
+    if kind in KNOWN_WANTING:
+        seed, invariant = KNOWN_WANTING[kind]
+        verdict = explore_with_liars(draw_with_liars(kind, seed))
+        assert verdict.invariant == invariant, f"{kind}, seed {seed}: {verdict.text or 'mended?'}"
+        return
+    for seed in range(HELD):
+        verdict = explore_with_liars(draw_with_liars(kind, seed))
+        assert verdict.ok, (
+            f'{verdict.text}; python -m tests.explorer --liars "{kind}" --seed {seed} --verbose tells how'
+        )
+
+
+def test_liars_are_compared_with_a_swarm_without_them() -> None:
+    """One liar here does what all do, but four times as slowly."""
+    honest = [PeerPlan(starts_s=0.1 * i) for i in range(3)]
+    slow = PeerPlan(lie="stale", lies_from_s=1e6, step_s=4.0)
+    schedule = Schedule(seed=1, peers=(*honest, slow), lasts_s=60.0)
+    verdict = explore_with_liars(schedule)
+    assert verdict.ok, verdict.text
+    assert verdict.honest_steps > 3
+    assert verdict.inner_steps > 3
+
+
+def test_what_is_told_of_a_lie() -> None:
+    verdict = explore(CALM)
+    failed = [replace(verdict, schedule=replace(CALM, seed=seed), invariant=name) for seed, name in FAILURES]
+    assert told_of_lie("x", failed, 9) == "x: 3 of 9 schedules fail: pace 2 (first 3), bounded 1 (first 5)"
+    assert told_of_lie("x", [], 9) == "x: 0 of 9 schedules fail"
+
+
+FAILURES = ((7, "pace"), (5, "bounded"), (3, "pace"))
 
 
 def test_workers_leave_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -80,6 +80,8 @@ class Chronicle:
     on_missed: OnMissed = "adopt"
     largest_weight: int = 2**60
     """What a contribution may weigh at most."""
+    liars: frozenset[int] = frozenset()
+    """Peers whose inner steps nobody counts. What the others do is told here, and nothing of them."""
     digests: dict[bytes, tuple[bytes, int]] = field(default_factory=dict)
     """Head -> the digest of the state there, and the peer that was first there."""
     updates: dict[bytes, Update] = field(default_factory=dict)
@@ -164,6 +166,10 @@ class Chronicle:
         if now.head is not None and now.total_weight is not None:
             self.total_weights[now.head] = now.total_weight
         others = self.rounds.setdefault(round_id, [])
+        for one in others if self.liars else ():
+            well = well_since_s(one.peer, now.peer) <= min(one.began_s, now.began_s)
+            if well and None not in (one.head, now.head) and one.head != now.head:
+                raise Violation("one-outcome", f"peers {one.peer} and {now.peer} have two updates of one round")
         for one in others:
             for leader, member in ((now, one), (one, now)):
                 if leader.peer != member.peer and leader.leads and member.head is not None:
@@ -248,7 +254,7 @@ class Chronicle:
         name, named = f"part {index} of update {update.header.step}", self._named(update, index)
         total_weight = sum(named.values()) if self.on_missed == "adopt" else self._total_weight(update, n)
         values = self._values(update, index, n) * total_weight
-        for peer in range(MAX_PEERS):
+        for peer in (one for one in range(MAX_PEERS) if one not in self.liars):
             count, numbers = values[2 * peer : 2 * peer + 2] / named.get(peer, total_weight)
             if peer not in named:
                 if abs(count) > LARGEST_ERROR:

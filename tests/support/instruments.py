@@ -7,30 +7,37 @@ import contextlib
 import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextvars import ContextVar
 from hashlib import blake2b
 from typing import Any
 from unittest import mock
 
+from p2p_diloco.core.errors import Misbehaved, RemoteError
 from p2p_diloco.core.identity import Identity
 from p2p_diloco.core.records import Record
 from p2p_diloco.core.swarm_head import Standing
-from p2p_diloco.core.update import Update
+from p2p_diloco.core.update import Part, Update
 from p2p_diloco.ledger.ledger import Ledger
 from p2p_diloco.ledger.replica import Replica
 from p2p_diloco.peer import follower
+from p2p_diloco.round.meeting import Meeting
 from p2p_diloco.round.missed import Missed
 from p2p_diloco.round.settle import Settlement
 from p2p_diloco.round.settle_member import Member
 from p2p_diloco.wire.channel import Channel
-from p2p_diloco.wire.messages import Message
+from p2p_diloco.wire.messages import Commit, Message
+from p2p_diloco.wire.traffic import Traffic
 from tests.support.chronicle import PART_VALUES, Chronicle, Settled, Violation
 from tests.support.schedules import WAITED_FOR
 from tests.support.simloop import RUNNING
+from tests.support.witness import Witness
 from tests.support.world import World
 
 TRAVELLING = frozenset(message for message, _ in WAITED_FOR)
 LINKS = 5
 """Of a history, in one message."""
+FETCHING: ContextVar[bool] = ContextVar("FETCHING", default=False)
+"""A member fetches parts that a commit names."""
 
 
 class _SimClock:
@@ -50,6 +57,8 @@ def instrumented(world: World) -> Iterator[None]:
     real_replace, real_commit, real_load = os.replace, Replica.commit, Replica.load
     real_roll_back, real_truncate, real_send = Replica.roll_back, Ledger.truncate, Channel.send
     real_settle, real_answer = Settlement.settle, Member.on_ask_commit
+    real_contribution, real_hold, real_fetch = Meeting.contribution, Meeting.hold, Member._fetch
+    real_reject = Traffic.reject
     real_swarm_head = vars(follower)["swarm_head"]  # which may be that of a broken protocol
 
     def replace_file(source: Any, target: Any) -> None:
@@ -61,8 +70,10 @@ def instrumented(world: World) -> Iterator[None]:
         world.on_disk()
 
     def commit(replica: Replica, update: Update) -> None:
-        tell(lambda chronicle, _: chronicle.writes(update))
+        tell(lambda chronicle, _: chronicle.writes(update), of_liars=True)
         real_commit(replica, update)
+        show(lambda witness, peer: witness.writes(peer, update, replica), of_liars=True)
+        show(lambda witness, peer: witness.applies(peer, update, replica))
         tell(lambda chronicle, peer: chronicle.commits(peer, replica.loaded, update))
 
     def load(replica: Replica, at_most: int | None = None) -> bool:
@@ -72,6 +83,7 @@ def instrumented(world: World) -> Iterator[None]:
             tell(lambda chronicle, peer: chronicle.starts(peer, replica.state))
         else:
             tell(lambda chronicle, peer: chronicle.moves(peer, replica.state))
+        show(lambda witness, peer: witness.stands(peer, replica.loaded) if loaded else None)
         return loaded
 
     def roll_back(replica: Replica, step: int) -> None:
@@ -91,6 +103,8 @@ def instrumented(world: World) -> Iterator[None]:
     async def settle(settlement: Settlement) -> Update | Missed:
         outcome = await real_settle(settlement)
         group, member = settlement.group, settlement.member
+        if isinstance(outcome, Update):
+            show(lambda witness, peer: witness.settled(group, peer))
         tell(
             lambda chronicle, peer: chronicle.settles(
                 group.round_id,
@@ -123,13 +137,41 @@ def instrumented(world: World) -> Iterator[None]:
         tell(lambda chronicle, _: chronicle.follows(records, mine, before, target))
         return target
 
-    def tell(what: Callable[[Chronicle, int], None]) -> None:
+    def tell(what: Callable[[Chronicle, int], None], *, of_liars: bool = False) -> None:
         owner = RUNNING.get()
-        if owner is not None:
+        if owner is not None and (of_liars or int(owner.name) not in world.liars):
             try:
                 what(world.chronicle, int(owner.name))
             except Violation as violation:
                 world.fail(violation)
+
+    def show(what: Callable[[Witness, int], None], *, of_liars: bool = False) -> None:
+        """Only a swarm with liars needs a witness."""
+        if world.liars:
+            tell(lambda _, peer: what(world.witness, peer), of_liars=of_liars)
+
+    def contribution(meeting: Meeting, part: int) -> bytes:
+        encoded = real_contribution(meeting, part)
+        values = meeting.grid.decode(part, encoded)
+        show(lambda witness, peer: witness.contributes(meeting.group, peer, part, values))
+        return encoded
+
+    def hold(meeting: Meeting, part: int, held: Part) -> None:
+        real_hold(meeting, part, held)
+        if not FETCHING.get():
+            show(lambda witness, _: witness.reduced(meeting.group, held.hash))
+
+    async def fetch(member: Member, commit: Commit, source: int, parts: list[int]) -> None:
+        fetching = FETCHING.set(True)
+        try:
+            await real_fetch(member, commit, source, parts)
+        finally:
+            FETCHING.reset(fetching)
+
+    def reject(traffic: Traffic, error: RemoteError) -> None:
+        real_reject(traffic, error)
+        if isinstance(error, Misbehaved):
+            show(lambda witness, peer: witness.blames(peer, error.peer_id, error.reason))
 
     def nonce() -> bytes:
         return world.random.randbytes(8)
@@ -159,6 +201,13 @@ def instrumented(world: World) -> Iterator[None]:
         mock.patch.object(Member, "on_ask_commit", answer),
         mock.patch("p2p_diloco.peer.follower.swarm_head", swarm_head),
     ]
+    if world.liars:
+        patches += [
+            mock.patch.object(Meeting, "contribution", contribution),
+            mock.patch.object(Meeting, "hold", hold),
+            mock.patch.object(Member, "_fetch", fetch),
+            mock.patch.object(Traffic, "reject", reject),
+        ]
     disabled = logging.root.manager.disable
     with contextlib.ExitStack() as stack:
         for patch in patches:

@@ -15,7 +15,9 @@ from p2p_diloco.core.codecs import CodecName
 from p2p_diloco.core.runfile import OnMissed
 
 T = TypeVar("T")
-Kind = Literal["kill", "blackout", "leave", "join", "stop", "cut", "partition", "slow", "disk", "echo", "dht", "liar"]
+Kind = Literal[
+    "kill", "blackout", "leave", "join", "stop", "cut", "partition", "slow", "disk", "echo", "dht", "liar", "misled"
+]
 Role = Literal["trainer", "client", "seed"]
 Travelling = Literal["", "contribute", "receipt", "again", "commit", "took", "ask-commit"]
 """Tags of messages between the members of a round."""
@@ -35,9 +37,11 @@ KINDS: tuple[tuple[Kind, int], ...] = (
     ("liar", 2),
 )
 """How often a schedule has a kind of fault, relative to the others."""
-ORDERLY: frozenset[Kind] = frozenset(("kill", "blackout", "leave", "join", "slow", "disk", "echo", "dht", "liar"))
+ORDERLY: frozenset[Kind] = frozenset(
+    ("kill", "blackout", "leave", "join", "slow", "disk", "echo", "dht", "liar", "misled")
+)
 """Faults after which nobody takes a living peer for dead: who died did so for all."""
-EVERYBODYS: frozenset[Kind] = frozenset(("blackout", "partition", "echo", "dht", "liar"))
+EVERYBODYS: frozenset[Kind] = frozenset(("blackout", "partition", "echo", "dht", "liar", "misled"))
 """Faults that do not happen to one peer."""
 AMBUSHES: tuple[tuple[Kind, int], ...] = (("kill", 4), ("partition", 6), ("stop", 2), ("cut", 6), ("slow", 3))
 """How often each kind of fault waits for a message, where one does."""
@@ -65,14 +69,15 @@ class Fault:
     other: int = 0
     """At the other end of the link."""
     side: tuple[int, ...] = ()
-    """Of a partition."""
+    """Of a partition. misled: liars, and newcomers who hear of nobody else as long as it lasts."""
     for_s: float = 0.0
     """Until it is over: the link restored, the peer started again. 0: for good."""
     phase: str = ""
     """Waits, from ``at_s`` on, until ``who`` is in this phase."""
     message: Travelling = ""
     """Waits, from ``at_s`` on, until a message of this kind is sent in a round, and strikes just before: ``who`` is the
-    one that sends it, ``other`` the one that it is sent to."""
+    one that sends it, ``other`` the one that it is sent to. Where ``other`` is a liar, only one that is sent to it
+    counts."""
     after_s: float = 0.0
     """Since the phase began, or the message was sent."""
     how: str = ""
@@ -100,6 +105,10 @@ class PeerPlan:
     """How slow its disk and processor are: the time that each work of a thread takes."""
     clock_s: float = 0.0
     """How fast its clock is."""
+    lie: str = ""
+    """What it does other than the protocol says, one of ``liars.LIES``. Empty: it is honest."""
+    lies_from_s: float = 0.0
+    """Until then it is honest."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,6 +129,13 @@ class Schedule:
     latency_s: float = 0.03
     jitter: float = 3.0
     buffer_bytes: int = 65536
+    lasts_s: float = 0.0
+    """So long it goes on at least, also where nothing is planned any more."""
+
+    @property
+    def liars(self) -> frozenset[int]:
+        """The peers that lie."""
+        return frozenset(i for i, plan in enumerate(self.peers) if plan.lie)
 
     @property
     def orderly(self) -> bool:
@@ -319,7 +335,7 @@ def smaller(schedule: Schedule) -> Iterator[Schedule]:
         if getattr(schedule, name) != value:
             yield replace(schedule, **{name: value})
     for i, plan in enumerate(schedule.peers):
-        plain = PeerPlan(role=plan.role, starts_s=plan.starts_s, clock_s=plan.clock_s)
+        plain = replace(plan, step_s=1.0, thread_s=0.01)
         for simpler in (replace(plan, role="trainer"), plain, replace(plan, starts_s=0.0), replace(plan, clock_s=0.0)):
             if simpler != plan:
                 yield replace(schedule, peers=(*schedule.peers[:i], simpler, *schedule.peers[i + 1 :]))
@@ -336,7 +352,7 @@ def smaller(schedule: Schedule) -> Iterator[Schedule]:
 def without_peer(schedule: Schedule, index: int) -> Schedule | None:
     """None where that leaves no swarm."""
     peers = schedule.peers[:index] + schedule.peers[index + 1 :]
-    if sum(plan.role != "seed" for plan in peers) < 2:
+    if sum(plan.role != "seed" and not plan.lie for plan in peers) < 2:
         return None
     faults = []
     for fault in schedule.faults:

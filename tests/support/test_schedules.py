@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 
+from tests.support.liars import IDLE, INVENTED_SNAPSHOT, KINDS, RETURNING, SILENT
 from tests.support.schedules import (
     AMBUSHES,
     MAX_PEERS,
@@ -18,6 +19,7 @@ from tests.support.schedules import (
     smaller,
     without_peer,
 )
+from tests.support.schedules_with_liars import draw_with_liars, without_liars
 
 SEEDS = range(300)
 
@@ -120,3 +122,35 @@ def test_every_smaller_schedule_is_one_that_can_be_run(seed: int) -> None:
     for candidate in smaller(draw(seed)):
         for one in candidate.faults:
             assert max(one.who, one.other, *one.side, 0) < len(candidate.peers)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_schedules_with_liars(kind: str) -> None:
+    """Honest peers are enough for a round, and nothing is planned for a liar; without liars, the rest is the same."""
+    for seed in range(50):
+        schedule = draw_with_liars(kind, seed)
+        assert schedule == draw_with_liars(kind, seed) == Schedule.from_json(schedule.to_json())
+        assert len(schedule.peers) <= MAX_PEERS
+        assert {schedule.peers[i].lie for i in schedule.liars} == ({kind} if kind != RETURNING else set())
+        honest = [plan for plan in schedule.peers if not plan.lie]
+        assert len(honest) > max(schedule.min_group, 2)
+        assert (
+            not {fault.who for fault in schedule.faults if fault.kind != "misled" and not fault.message}
+            & schedule.liars
+        )
+        alone = without_liars(schedule)
+        assert not alone.liars
+        assert list(alone.peers) == honest
+        struck = [schedule.peers[fault.who] for fault in schedule.faults if fault.kind in ("kill", "leave", "join")]
+        assert struck == [alone.peers[fault.who] for fault in alone.faults if fault.kind in ("kill", "leave", "join")]
+
+
+def test_some_lies_take_many() -> None:
+    drawn = {kind: [draw_with_liars(kind, seed) for seed in range(50)] for kind in KINDS}
+    assert {len(schedule.liars) for schedule in drawn[IDLE]} >= {6, 8}
+    assert min(len(schedule.liars) for schedule in drawn[SILENT]) >= 5
+    for schedule in drawn[INVENTED_SNAPSHOT]:
+        assert len(schedule.liars) > sum(not plan.lie for plan in schedule.peers) - 2
+        assert {schedule.peers[i].role for i in schedule.liars} == {"seed"}
+    late = {kind for kind in KINDS for schedule in drawn[kind] for plan in schedule.peers if plan.lies_from_s}
+    assert len(late) >= len(KINDS) - 3

@@ -21,7 +21,8 @@ from p2p_diloco.core.errors import LedgerError, NetworkError
 from p2p_diloco.core.event import PeerCaughtUp, of_kind
 from p2p_diloco.core.events import EVENTS_FILE, read_events
 from p2p_diloco.core.manifest import RunManifest
-from p2p_diloco.core.records import open_record, peers_key, seal_record
+from p2p_diloco.core.outer import genesis_state
+from p2p_diloco.core.records import HEADS_SHOWN, open_record, peers_key, seal_record
 from p2p_diloco.core.waiting import heard
 from p2p_diloco.peer.control import OuterResult
 from p2p_diloco.peer.outer_steps import ATTEMPTS
@@ -32,8 +33,11 @@ from p2p_diloco.wire.messages import No, Push
 from tests.support.builders import identity, record_of
 from tests.support.chronicle import MAX_PEERS, PART_VALUES, TOKENS, Chronicle, Violation
 from tests.support.fakes import FakeNetwork, FakeTransport, SimPeer, make_manifest
-from tests.support.schedules import AMBUSHES, Fault, Schedule
+from tests.support.liars import A_AGAIN_B, CORRUPT, GHOSTS, SILENT, VALUES_LIED_ABOUT
+from tests.support.lying import Liar
+from tests.support.schedules import AMBUSHES, Fault, PeerPlan, Schedule
 from tests.support.simloop import NOBODY, RUNNING, START_S, Cut, Incarnation
+from tests.support.witness import Witness
 
 OWNER = identity(1000)
 LIAR = identity(1001)
@@ -61,6 +65,8 @@ LONGEST_TAIL_S = 400.0
 DISK_S = 5.0
 """So soon a peer whose disk has failed ends."""
 LIAR_EVERY_S = 4.0
+DISAGREEMENT = np.float32(0.2)
+"""Where there are liars, the others want nearly the same."""
 
 
 @dataclass(eq=False)
@@ -138,11 +144,18 @@ class World:
         self.n = schedule.parts * PART_VALUES - 5
         values = np.random.default_rng(schedule.seed).standard_normal((MAX_PEERS + 1, self.n)).astype(np.float32)
         self.genesis, self.targets = values[0], values[1:]
+        if schedule.liars:
+            self.targets = values[1] + DISAGREEMENT * self.targets
         self.chronicle = Chronicle(
             names={identity(i).peer_id: i for i in range(MAX_PEERS)},
             on_missed=schedule.on_missed,
             largest_weight=4 * schedule.inner_steps * TOKENS,
         )
+        self.liars = schedule.liars
+        self.chronicle.liars = self.liars
+        self.witness = Witness(names=self.chronicle.names, genesis=genesis_state(self.genesis.copy()), liars=self.liars)
+        self.strict = any(plan.lie == A_AGAIN_B for plan in schedule.peers)
+        """No honest peer may have taken what most of its group have not, although it stood still since."""
         self.sims: dict[int, CountedPeer] = {}
         """Index -> the newest life of that peer."""
         self.disks = {i: Disk(folder / str(i)) for i in range(MAX_PEERS)}
@@ -153,12 +166,21 @@ class World:
         self.failed = asyncio.Event()
         self.healed = False
         self.over = False
+        self.over_for_liars = False
         self.lies: asyncio.Task[None] | None = None
+        self.silent: list[asyncio.Task[None]] = []
+        """Each signs the records of a peer that answers nothing."""
         self.ambushes: list[Ambush] = []
         self.sent: Counter[tuple[bytes, str]] = Counter()
         """Round and kind of message -> how many of them were sent."""
         self.last_change_s = START_S
         self.slowest_step_s = self.longest_stall_s = self.agreed_s = 0.0
+        self.honest_steps = 0
+        """Outer steps of honest peers when all that is planned was over."""
+        self.stock_s = 0.0
+        """When that was."""
+        self.inner_steps = 0.0
+        """Of one honest peer in one of those."""
 
     @cached_property
     def manifest(self) -> RunManifest:
@@ -199,12 +221,15 @@ class World:
             self.failed.set()
 
     def offered(self, sim: CountedPeer, took_s: float) -> None:
+        if sim.index in self.liars:
+            return
         self.slowest_step_s = max(self.slowest_step_s, took_s)
         if took_s > self.offer_limit_s:
             self.fail(Violation("waits-end", f"an outer step of peer {sim.index} took {took_s:.0f} s"))
 
     def living(self) -> list[CountedPeer]:
-        return [sim for sim in self.sims.values() if sim.alive]
+        """All honest peers that live."""
+        return [sim for sim in self.sims.values() if sim.alive and sim.index not in self.liars]
 
     # -- the run -----------------------------------------------------------------------------------------------------
 
@@ -212,19 +237,20 @@ class World:
         schedule, timeouts = self.schedule, Timeouts()
         gather_s = self.manifest.spec.round.gather_s + MAX_GATHER_EXTENSION_S + timeouts.request_s
         attempt_s = gather_s + timeouts.round_limit_s(8 * self.n)
-        inner_s = schedule.inner_steps * max(plan.step_s for plan in schedule.peers)
+        inner_s = schedule.inner_steps * max(plan.step_s for plan in schedule.peers if not plan.lie)
         self.stall_limit_s = inner_s + attempt_s
         self.offer_limit_s = ATTEMPTS * attempt_s
         self.failed = asyncio.Event()
         watch = asyncio.ensure_future(self._watch())
         joining = {fault.who for fault in schedule.faults if fault.kind == "join"}
         starts = [self._start_later(i, plan.starts_s) for i, plan in enumerate(schedule.peers) if i not in joining]
-        faults = asyncio.gather(*starts, *(self._fault(fault) for fault in schedule.faults))
+        waits = [asyncio.sleep(schedule.lasts_s)] if schedule.lasts_s else []
+        faults = asyncio.gather(*starts, *(self._fault(fault) for fault in schedule.faults), *waits)
         failed = asyncio.ensure_future(self.failed.wait())
         story = asyncio.ensure_future(self._story(faults))
         await asyncio.wait((story, failed), return_when=asyncio.FIRST_COMPLETED)
         self.over = True
-        for task in (watch, story, failed, faults, self.lies):
+        for task in (watch, story, failed, faults, self.lies, *self.silent):
             if task is not None:
                 task.cancel()
         if self.violation is None:
@@ -232,6 +258,7 @@ class World:
 
     async def _story(self, faults: asyncio.Future[list[None]]) -> None:
         await faults
+        self._take_stock()
         self.change("all is well again")
         self.healed = True
         healed_s = self.now_s
@@ -249,10 +276,28 @@ class World:
             await asyncio.sleep(POLL_S)
         self.agreed_s = self.now_s - healed_s
         self.note("all stand on one head")
+        self._end_liars()
         last = max(sim.peer.step for sim in self.living()) + self.schedule.outer_steps
         await self._until(last)
         await self._quiet()
         self._check_history()
+
+    def _end_liars(self) -> None:
+        """The last outer steps are honest peers' alone: none of them is led elsewhere at the last moment."""
+        for index in [i for i in sorted(self.liars & self.sims.keys()) if self.sims[i].alive]:
+            self.network.kill(self.sims[index].transport.peer_id)
+        for task in self.silent:
+            task.cancel()
+        self.over_for_liars = True
+
+    def _take_stock(self) -> None:
+        """What honest peers have made until now: outer steps of their own rounds, and inner steps of each of them."""
+        self.stock_s = self.now_s
+        head = max((sim.peer.seat.standing for sim in self.living()), key=lambda standing: standing.step).head
+        updates = [self.chronicle.updates[past] for past in self.chronicle.history(head)[:-1]]
+        self.honest_steps = sum(not self.liars or self.witness.is_made(update) for update in updates)
+        trained = [self.chronicle.trained.get(sim.index, 0) for sim in self.living()]
+        self.inner_steps = sum(trained) / len(trained) / max(self.honest_steps, 1)
 
     async def _until(self, step: int) -> None:
         end_s = self.now_s + LONGEST_TAIL_S
@@ -299,14 +344,14 @@ class World:
         for sim in living:
             if sim.peer.seat.standing.head not in history:
                 raise Violation("agreement", f"peer {sim.index} ends elsewhere than {final.index}")
-        if self.schedule.codec == "fp32":
+        if self.schedule.codec == "fp32" and not any(plan.lie in VALUES_LIED_ABOUT for plan in self.schedule.peers):
             chronicle.check_once(head, self.n)
         gave_up = {sim.index for sim in living if self._says_it_gave_up(sim.index)}
         for peer, heads in chronicle.committed.items():
             for given_up in set(heads) - history - chronicle.lost:
                 step = chronicle.updates[given_up].header.step + 1
                 name = f"outer step {step}, head {given_up.hex()[:8]}, of peer {peer}"
-                if self.schedule.orderly:
+                if self.schedule.orderly or self.strict:
                     raise Violation("never-lost", f"{name} is not in the history, although one that held it lived")
                 if step > final.peer.step:
                     raise Violation("never-lost", f"{name} was given up for nothing")
@@ -369,15 +414,19 @@ class World:
         self._start(index)
 
     def _start(self, index: int) -> None:
-        if index in self.sims and self.sims[index].alive:
+        if (index in self.sims and self.sims[index].alive) or (index in self.liars and self.over_for_liars):
             return
         plan, disk = self.schedule.peers[index], self.disks[index]
+        if plan.lie == SILENT:
+            self.network.mute.add(identity(index).peer_id)
+            self.silent.append(asyncio.ensure_future(self._sign_records(index)))
+            return
         disk.dying, disk.failed_s = False, None
         disk.operations_left = -1
         if (frozen := disk.folder.with_suffix(".frozen")).exists():
             shutil.rmtree(disk.folder)
             frozen.rename(disk.folder)
-        seeds = [i for i, other in enumerate(self.schedule.peers) if other.role == "seed"]
+        seeds = [i for i, other in enumerate(self.schedule.peers) if other.role == "seed" and not other.lie]
         sim = CountedPeer.create(
             self.network,
             self.manifest,
@@ -385,27 +434,59 @@ class World:
             self.folder,
             index,
             target=None if plan.role == "seed" else self.targets[index],
-            genesis=self.genesis if index == (seeds or [0])[0] else None,
+            genesis=self.genesis if index == (seeds or [0])[0] or plan.lie == GHOSTS else None,
             client_mode=plan.role == "client",
             step_s=plan.step_s,
             clock_s=plan.clock_s,
         )
         sim.transport.incarnation.thread_s = plan.thread_s
         sim.bind(self, index)
+        if plan.lie:
+            self._corrupt(sim, plan)
         self.sims[index] = sim
         sim.start()
         sim.life.add_done_callback(lambda life: self._ended(sim, life), context=NOBODY)
         self.change(f"peer {index} starts")
 
+    def _corrupt(self, sim: CountedPeer, plan: PeerPlan) -> None:
+        tell_it = [i for i, other in enumerate(self.schedule.peers) if other.lie == plan.lie]
+        liar = Liar(
+            sim=sim,
+            lying=lambda: self.now_s >= plan.lies_from_s,
+            accomplices=tuple(identity(i).peer_id for i in tell_it),
+        )
+        CORRUPT[plan.lie](liar)
+
+    async def _sign_records(self, index: int) -> None:
+        """Records of a peer that stands where most do, and answers nothing."""
+        while True:
+            standings = [sim.peer.seat.standing for sim in self.living() if sim.head is not None]
+            if standings:
+                newest = max(standings, key=lambda standing: standing.step)
+                record = record_of(
+                    identity(index),
+                    run_id=self.manifest.run_id,
+                    issued_s=asyncio.get_running_loop().time(),
+                    step=newest.step,
+                    head=newest.head,
+                    committed=newest.beyond_genesis,
+                    heads=list(newest.heads[:HEADS_SHOWN]),
+                )
+                sealed = seal_record(record, identity(index))
+                self.network.store(peers_key(self.manifest.run_id), record.peer_id, (sealed, record.expires_s))
+            await asyncio.sleep(LIAR_EVERY_S)
+
     def _ended(self, sim: CountedPeer, life: asyncio.Task[None]) -> None:
         """Nobody killed it: it ended by itself."""
-        if life.cancelled() or self.violation is not None:
+        if life.cancelled() or self.violation is not None or (sim.index in self.liars and self.over_for_liars):
             return
         self._count_the_living()
         why = str(sim.ended_by).replace(str(self.folder), "")
         if life.exception() is not None:
             self.fail(Violation("waits-end", f"peer {sim.index} fails: {life.exception()!r}"))
-        elif isinstance(sim.ended_by, LedgerError) and self.disks[sim.index].failed_s is not None:
+        elif isinstance(sim.ended_by, LedgerError) and (
+            self.disks[sim.index].failed_s is not None or sim.index in self.liars
+        ):
             self.change(f"peer {sim.index} ends: {why}")
         elif isinstance(sim.ended_by, NetworkError) and not self.over:
             self.change(f"peer {sim.index} ends: {why}")
@@ -439,7 +520,7 @@ class World:
         """What is left to do of a fault that has struck when its message was sent."""
         ambush = Ambush(fault)
         self.ambushes.append(ambush)
-        await heard(ambush.sprung, AMBUSH_S)
+        await heard(ambush.sprung, max(AMBUSH_S, self.schedule.lasts_s - self.now_s))
         if not ambush.sprung.is_set():
             self.ambushes.remove(ambush)
             self.note(f"{fault}: no such message was sent")
@@ -453,6 +534,8 @@ class World:
         which = rounds[-1].group.round_id, tag
         self.sent[which] += 1
         for ambush in [one for one in self.ambushes if (one.fault.message, one.fault.nth) == (tag, self.sent[which])]:
+            if ambush.fault.other in self.liars - {other}:
+                continue
             self.ambushes.remove(ambush)
             self.note(f"peer {index} sends {tag} {ambush.fault.nth} of the round to {other}")
             steps, after_s = self._strike(replace(ambush.fault, who=index, other=other)), ambush.fault.after_s
@@ -560,6 +643,10 @@ class World:
         self.change(f"{fault.kind} is over")
         for a, b in ends:
             self.network.restore(a, b)
+
+    async def _misled(self, fault: Fault) -> None:
+        for wait_s in self._partition(fault):
+            await asyncio.sleep(wait_s)
 
     def _slow(self, fault: Fault) -> Iterator[float]:
         self.change(f"{fault}")

@@ -1,0 +1,30 @@
+"""Which lies the protocol does not stand today: kind -> a seed of ``draw_with_liars``, and which invariant it violates.
+
+The tests want each of them to be violated exactly so. Whoever mends the protocol takes the kind out of this table; from
+then on its first schedules have to hold.
+"""
+
+from __future__ import annotations
+
+KNOWN_WANTING: dict[str, tuple[int, str]] = {
+    "flipped": (0, "astray"),
+    "flipped, largest weight": (0, "astray"),
+    "x100": (0, "bounded"),
+    "1e30": (0, "bounded"),
+    "mean x-10": (1, "bounded"),
+    "zeros for a mean": (0, "astray"),
+    "two means": (0, "astray"),
+    "invented parts": (0, "no-invention"),
+    "two commits": (0, "one-outcome"),
+    "A-Again-B": (1, "never-lost"),
+    "two rosters": (1, "never-lost"),
+    "extends alone": (0, "no-invention"),
+    "invented history": (2, "no-invention"),
+    "invented snapshot": (0, "same-bytes"),
+    "idle members": (0, "progress"),
+    "Eta(86400)": (0, "pace"),
+    "always busy": (0, "progress"),
+    "claimed speed": (0, "work"),
+    "slow readers": (0, "agreement"),
+    "silent records": (0, "progress"),
+}

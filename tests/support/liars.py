@@ -1,0 +1,58 @@
+"""All kinds of lies that the fault explorer knows, by what they are told about."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from tests.support import lies_beside, lies_in_rounds
+from tests.support.lying import Liar
+
+SILENT = "silent records"
+"""Signed records of peers that answer nothing: there is nobody behind them."""
+GHOSTS = "invented history"
+"""Liars that come with a history of their own."""
+IDLE = "idle members"
+INVENTED_SNAPSHOT = "invented snapshot"
+SLOW_READERS = "slow readers"
+TWO_ROSTERS = "two rosters"
+A_AGAIN_B = "A-Again-B"
+RETURNING = "returning majority"
+"""Nobody lies: most of the group come back, and the few have gone on meanwhile."""
+
+CONTRIBUTIONS: dict[str, Callable[[Liar], None]] = {
+    "flipped": lies_in_rounds.flipped,
+    "flipped, largest weight": lies_in_rounds.heavy,
+    "x100": lies_in_rounds.hundredfold,
+    "1e30": lies_in_rounds.huge,
+    "stale": lies_in_rounds.stale,
+}
+REDUCERS: dict[str, Callable[[Liar], None]] = {
+    "mean x-10": lies_in_rounds.reduces_tenfold,
+    "zeros for a mean": lies_in_rounds.reduces_to_zeros,
+    "two means": lies_in_rounds.reduces_differently,
+}
+LEADERS: dict[str, Callable[[Liar], None]] = {
+    "invented parts": lies_in_rounds.commits_invented,
+    "two commits": lies_in_rounds.commits_twice,
+    A_AGAIN_B: lies_in_rounds.commits_and_asks_again,
+    TWO_ROSTERS: lies_in_rounds.sends_two_rosters,
+}
+HISTORIES: dict[str, Callable[[Liar], None]] = {
+    "extends alone": lies_beside.extends,
+    GHOSTS: lies_beside.extends,
+    INVENTED_SNAPSHOT: lies_beside.invents_snapshots,
+}
+BESIDE: dict[str, Callable[[Liar], None]] = {
+    IDLE: lies_in_rounds.idle,
+    "Eta(86400)": lies_beside.promises,
+    "always busy": lies_beside.busy,
+    "claimed speed": lies_beside.claims_speed,
+    "silent streams": lies_beside.opens_streams,
+    SLOW_READERS: lies_beside.reads_slowly,
+}
+CORRUPT = CONTRIBUTIONS | REDUCERS | LEADERS | HISTORIES | BESIDE
+LIES = (*CORRUPT, SILENT)
+KINDS = (*LIES, RETURNING)
+"""All that ``draw_with_liars`` knows."""
+VALUES_LIED_ABOUT = frozenset((*REDUCERS, *LEADERS, *HISTORIES)) - {A_AGAIN_B, TWO_ROSTERS}
+"""An update's values do not tell there whose inner steps are in it."""

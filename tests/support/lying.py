@@ -1,0 +1,67 @@
+"""How a peer is made to lie: it is a real ``Peer``, one thing of which is patched.
+
+It is honest until ``PeerPlan.lies_from_s``, and wherever it does not lie: its ledger, its records and its answers are
+those of the protocol. What it lies about is in ``lies_in_rounds`` and ``lies_beside``; all kinds are in ``liars``.
+Nothing of this runs by itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from p2p_diloco.core.roster import Group
+from p2p_diloco.peer.outer_steps import OuterSteps
+from p2p_diloco.round.settle import Settlement
+
+if TYPE_CHECKING:
+    from tests.support.world import CountedPeer
+
+FOR_EVER_S = 10_000.0
+IDLES_S = 12.0
+"""After this a liar that is silent in a round looks for the next one."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Liar:
+    """A peer that lies, as those who patch it see it."""
+
+    sim: CountedPeer
+    lying: Callable[[], bool]
+    """Whether it lies by now."""
+    accomplices: tuple[str, ...]
+    """Peer ids of all that tell this lie, itself included, in order."""
+
+    @property
+    def steps(self) -> OuterSteps:
+        """The part of it that makes outer steps: liars train."""
+        assert self.sim.peer.outer_steps is not None
+        return self.sim.peer.outer_steps
+
+    @property
+    def me(self) -> str:
+        return self.sim.peer.identity.peer_id
+
+
+def override(target: object, name: str, make: Callable[[Any], Any]) -> None:
+    """In place of a method of this one object: what ``make`` makes of it."""
+    setattr(target, name, make(getattr(target, name)))
+
+
+def in_rounds(change: Callable[[Liar, Settlement], None]) -> Callable[[Liar], None]:
+    """A lie that is told in each round that the liar is a member of."""
+
+    def corrupt(liar: Liar) -> None:
+        def meet(real: Callable[[Group], Settlement]) -> Callable[[Group], Settlement]:
+            def met(group: Group) -> Settlement:
+                settlement = real(group)
+                if liar.lying():
+                    change(liar, settlement)
+                return settlement
+
+            return met
+
+        override(liar.steps, "_meet", meet)
+
+    return corrupt
