@@ -63,10 +63,21 @@ RELIABILITY: dict[str, Callable[[], Table]] = {
 """For an hour or so; only when they are asked for."""
 PAPER: dict[str, Callable[[], Table]] = {"dropped": dropped.main}
 """For 20 minutes; only when it is asked for."""
-ALL = CASES | RELIABILITY | PAPER
+
+
+def liars() -> Table:
+    """Imported only when it is asked for: the liars are the tests', which need more than the package does."""
+    from benchmarks import liars
+
+    return liars.main()
+
+
+IN_MEMORY: dict[str, Callable[[], Table]] = {"liars": liars}
+"""For some minutes; only when it is asked for."""
+ALL = CASES | RELIABILITY | PAPER | IN_MEMORY
 DESCRIPTION = (
     f"By default {', '.join(CASES)}: 9 to 13 minutes. {', '.join(RELIABILITY)}: an hour. "
-    f"{', '.join(PAPER)}: 20 minutes."
+    f"{', '.join(PAPER)}: 20 minutes. {', '.join(IN_MEMORY)}: some minutes."
 )
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import dropped, sleepers, tiny, traffic
+from benchmarks import dropped, liars, sleepers, tiny, traffic
 from benchmarks.churn import SPARE_MB, growth_of
 from benchmarks.histories import (
     began,
@@ -253,3 +253,17 @@ def test_an_outer_step_is_empty_where_all_who_made_it_were_dropped() -> None:
     )
     assert dropped.empty_steps(past) == 2
     assert dropped.inner_steps_of(past) == 5
+
+
+@pytest.mark.parametrize("case", liars.CASES, ids=str)
+def test_a_swarm_with_liars_and_the_one_that_it_is_compared_with(case: liars.Case) -> None:
+    """The newcomer comes after them, where there is room for one."""
+    for known in (False, True):
+        schedule = liars.schedule_of(case, known=known)
+        assert len(schedule.liars) == case.liars
+        assert {schedule.peers[i].lie for i in schedule.liars} == {case.kind}
+        joins = [fault for fault in schedule.faults if fault.kind == "join"]
+        assert [fault.who for fault in joins] == [len(schedule.peers) - 1] * (len(schedule.peers) - case.liars - 4)
+        alone = liars.without_liars(schedule)
+        assert len(alone.peers) == liars.HONEST + len(joins)
+        assert all(fault.at_s < schedule.lasts_s for fault in schedule.faults)

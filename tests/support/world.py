@@ -416,11 +416,12 @@ class World:
     def _start(self, index: int) -> None:
         if (index in self.sims and self.sims[index].alive) or (index in self.liars and self.over_for_liars):
             return
-        plan, disk = self.schedule.peers[index], self.disks[index]
+        plan = self.schedule.peers[index]
         if plan.lie == SILENT:
             self.network.mute.add(identity(index).peer_id)
             self.silent.append(asyncio.ensure_future(self._sign_records(index)))
             return
+        disk = self.disks[index]
         disk.dying, disk.failed_s = False, None
         disk.operations_left = -1
         if (frozen := disk.folder.with_suffix(".frozen")).exists():
