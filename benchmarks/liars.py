@@ -20,7 +20,7 @@ import numpy as np
 from benchmarks.table import Cell, Table
 from tests.support.chronicle import MAX_PEERS, Violation
 from tests.support.instruments import instrumented
-from tests.support.liars import GHOSTS, IDLE, INVENTED_SNAPSHOT, SILENT
+from tests.support.liars import GHOSTS, HISTORIES, IDLE, INVENTED_SNAPSHOT, SILENT
 from tests.support.schedules import Fault, PeerPlan, Schedule
 from tests.support.schedules_with_liars import without_liars
 from tests.support.simloop import run_simulated
@@ -37,6 +37,8 @@ KNOWN_AFTER = 20
 """Outer steps."""
 JOINS_AFTER = 4
 """A newcomer comes so many outer steps after the lying has begun, where there is room for one."""
+INVENTS_EVERY_S = 10.0
+"""Seconds for an outer step of a history that is invented."""
 OUTER_S = INNER_STEPS * STEP_S + ROUND_S
 
 
@@ -136,7 +138,7 @@ def schedule_of(case: Case, *, known: bool) -> Schedule:
     liar = PeerPlan(
         lie=case.kind,
         role="seed" if case.kind == INVENTED_SNAPSHOT else "trainer",
-        step_s=STEP_S,
+        step_s=INVENTS_EVERY_S if case.kind in HISTORIES else STEP_S,
         starts_s=lies_from_s if case.kind == SILENT else 2.0,
         lies_from_s=lies_from_s,
     )

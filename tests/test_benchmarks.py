@@ -31,6 +31,7 @@ from p2p_diloco.core.runfile import RunSpec
 from p2p_diloco.lab.faults import Act, Action, Done, ProcessName
 from p2p_diloco.lab.recount import Past
 from tests.support.events import CAUGHT_UP, COMMITTED, EVALUATED, INNER, JOINED, MISSED, OFFERED, RESTARTED
+from tests.support.schedules_with_liars import without_liars
 
 ROUND = replace(
     COMMITTED,
@@ -264,6 +265,6 @@ def test_a_swarm_with_liars_and_the_one_that_it_is_compared_with(case: liars.Cas
         assert {schedule.peers[i].lie for i in schedule.liars} == {case.kind}
         joins = [fault for fault in schedule.faults if fault.kind == "join"]
         assert [fault.who for fault in joins] == [len(schedule.peers) - 1] * (len(schedule.peers) - case.liars - 4)
-        alone = liars.without_liars(schedule)
+        alone = without_liars(schedule)
         assert len(alone.peers) == liars.HONEST + len(joins)
         assert all(fault.at_s < schedule.lasts_s for fault in schedule.faults)
