@@ -25,6 +25,5 @@ KNOWN_WANTING: dict[str, tuple[int, str]] = {
     "Eta(86400)": (0, "pace"),
     "always busy": (0, "progress"),
     "claimed speed": (0, "work"),
-    "slow readers": (0, "agreement"),
     "silent records": (0, "progress"),
 }
