@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 
-from p2p_diloco.core.aggregate import reduce_part
+from p2p_diloco.core.aggregate import AGGREGATIONS
 from p2p_diloco.core.codec import Vector
 from p2p_diloco.core.grid import Grid
 from p2p_diloco.core.identity import Identity
@@ -39,7 +39,16 @@ def witness() -> Witness:
 def group(history: str = "", who: Sequence[Identity] = MEMBERS) -> Group:
     members = tuple(readiness_of(one, history) for one in who)
     step, at, weights = len(history), head(history), (100,) * len(members)
-    return Group(round_id=at, step=step, head=at, members=members, weights=weights, total_weight=None, me=0)
+    return Group(
+        round_id=at,
+        step=step,
+        head=at,
+        members=members,
+        weights=weights,
+        total_weight=None,
+        aggregation=AGGREGATIONS["mean"],
+        me=0,
+    )
 
 
 def update_of(group: Group, seen: Witness, contributions: dict[int, Vector], *, held: bool = True) -> Update:
@@ -49,7 +58,7 @@ def update_of(group: Group, seen: Witness, contributions: dict[int, Vector], *, 
         came = {i: values[where] for i, values in contributions.items()}
         for peer in came.keys() - {LIAR}:
             seen.contributes(group, peer, part, came[peer])
-        parts.append(reduce_part(came, group.weights, part, GRID))
+        parts.append(group.aggregation.reduce(came, group.weights, part, GRID))
         if held:
             seen.reduced(group, parts[part].hash)
     return Update(header=group.header([part.hash for part in parts]), parts=tuple(parts))
