@@ -30,6 +30,8 @@ Its files, from the bottom up:
     addresses     multiaddrs and HOST:PORT: check, sort, encode
     records       what a peer says about itself, signed
     places        a bounded number of places for peers, and who makes room
+    proven        which peers have answered since they last failed
+    credit        what each peer may still cost
     directory     the newest record of every other peer; which to believe and wait for
     peer_row      a record as a table and JSON show it
     roster        who meets in a round: readiness, rank, weights, group

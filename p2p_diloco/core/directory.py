@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Container, Iterable, Sequence
 from itertools import islice, pairwise
 
+from p2p_diloco.core.config import Timeouts
 from p2p_diloco.core.places import Places
+from p2p_diloco.core.proven import Proven
 from p2p_diloco.core.records import Record, Unsound, is_current, open_record
 
+DEFAULT_TIMEOUTS = Timeouts()
 MAX_PEERS_KNOWN = 4096
 MAX_LINKS_KNOWN = 16384
 MAX_DOUBTS = 4
@@ -18,9 +21,13 @@ class Directory:
     """The newest record of every other peer, and which peers did not answer although their records say that they
     live. Of at most MAX_PEERS_KNOWN: ``places`` says who makes room, and the peers that are ``favoured`` do so last."""
 
-    def __init__(self, peer_id: str, run_id: str, favoured: Container[str] = ()) -> None:
+    def __init__(
+        self, peer_id: str, run_id: str, timeouts: Timeouts = DEFAULT_TIMEOUTS, favoured: Container[str] = ()
+    ) -> None:
         self.peer_id = peer_id
         self.run_id = run_id
+        self.proven = Proven(least_pause_s=timeouts.refresh_s, most_pause_s=timeouts.record_life_s)
+        """Who is waited for. A vote does not depend on it."""
         self._favoured = favoured
         self._places = Places(MAX_PEERS_KNOWN)
         self._records: dict[str, Record] = {}
@@ -73,7 +80,8 @@ class Directory:
         return self._learn(sealed, now_s, came=True)
 
     def suspect(self, peer_id: str) -> None:
-        """Counts on this peer no more until it signs a newer record."""
+        """Counts on this peer no more until it signs a newer record, and waits for it no more until it answers."""
+        self.proven.failed(peer_id)
         if peer_id in self._records:
             self._suspects[peer_id] = self._records[peer_id].issued_s
 

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from statistics import median_low
+from dataclasses import dataclass, field
 
-LARGEST_SPEED_OVER_MEDIAN = 4
 NEARLY = 0.9
 
 
@@ -50,19 +48,90 @@ def ready_in_s(*, remaining_steps: int, step_s: float, since_step_s: float, gath
     return next_end_s + steps_in_time * step_s
 
 
-def planned_steps(inner_steps: int, mine: float, others: Sequence[float]) -> int:
-    """Returns how many inner steps a peer plans, so that all finish together.
+def planned_steps(inner_steps: int, *, trained_s: float, second: int, step_s: float) -> int:
+    """Returns how many inner steps a peer plans, so that all finish together (dynamic local updates, arXiv 2401.09135,
+    section 4): as many as it makes in the time in which the second fastest peer makes all.
 
-    They are in proportion to its speed (dynamic local updates, arXiv 2401.09135, section 4). ``inner_steps``: H, the
-    number that the fastest peer makes. Speeds are in tokens per second, 0 where unknown; one that is more than four
-    times the median counts as four times the median: a false claim gains little. A peer that is nearly as fast as the
-    fastest makes all H: speeds measured on a shared processor differ by as much from one round to the next.
+    ``inner_steps``: H, what the fastest ones make. ``trained_s``: how long this peer has trained between two heads.
+    ``second``: how many inner steps the second fastest made in that time, as ``second_most_steps`` has it; what is
+    beyond H counts as H. ``step_s``: an inner step of this peer. 0 where one of them is not known: all H.
+
+    Nobody can shorten the time, and one false weight cannot make ``second`` larger than the largest true one. A peer
+    that is nearly as fast makes all H: speeds measured on a shared processor differ by as much from one round to the
+    next.
     """
-    known = [speed for speed in (mine, *others) if speed > 0]
-    if mine <= 0 or len(known) < 2:
+    if trained_s <= 0 or step_s <= 0 or second <= 0:
         return inner_steps
-    fastest = min(max(known), LARGEST_SPEED_OVER_MEDIAN * median_low(known))
-    return inner_steps if mine >= NEARLY * fastest else max(1, round(inner_steps * mine / fastest))
+    planned = trained_s * inner_steps / min(second, inner_steps) / step_s
+    return inner_steps if planned >= NEARLY * inner_steps else max(1, round(planned))
+
+
+def second_most_steps(weights: Sequence[int], tokens_per_inner_step: int) -> int:
+    """Returns the second largest number of inner steps behind an update, or the only one, from the ``weights`` in its
+    header: tokens, at most a multiple of their median. Of one that keeps its parameters when it misses a round, they
+    are those of several phases."""
+    ranked = sorted(weights, reverse=True)
+    return ranked[min(1, len(ranked) - 1)] // tokens_per_inner_step if ranked else 0
+
+
+def likely_steps(inner_steps: int, mine: float, others: Sequence[float]) -> int:
+    """Returns how many inner steps a peer of the speed ``mine`` is likely to plan among ``others``, for the doctor: in
+    tokens per second, as their records claim, 0 where unknown."""
+    fastest = sorted((speed for speed in others if speed > 0), reverse=True)
+    if mine <= 0 or not fastest:
+        return inner_steps
+    share = mine / fastest[min(1, len(fastest) - 1)]
+    return inner_steps if share >= NEARLY else max(1, round(inner_steps * share))
+
+
+@dataclass(kw_only=True)
+class Phase:
+    """How long a trainer has trained since the last head, as its network side sees it, and how many inner steps it
+    plans. Times are the event loop's."""
+
+    inner_steps: int
+    """H."""
+    planned: int = field(init=False)
+    trained_s: float = 0.0
+    """Until it last came for an outer step; without rounds."""
+    called_s: float = 0.0
+    """The same, until it was called to the last round; all of it where it came by itself."""
+    _whole: bool = False
+    """Whether all that the trainer offers was made in that time."""
+    _began_s: float | None = None
+
+    def __post_init__(self) -> None:
+        self.planned = self.inner_steps
+
+    def end(self, now_s: float, called_s: float | None, likely_s: float, *, whole_plan: bool = False) -> None:
+        """Notes that the trainer comes for an outer step. ``called_s``: when it was called to the round; None when it
+        was not. ``likely_s``: what the steps that it offers should have taken; where that is longer than it has
+        trained, some are from before it joined, or of another head, and nothing follows from the time. ``whole_plan``:
+        it has made all H, so the call has not cut it short."""
+        if self._began_s is not None:
+            until_s = now_s if called_s is None or whole_plan else min(max(called_s, self._began_s), now_s)
+            self.called_s = self.trained_s + until_s - self._began_s
+            self.trained_s += now_s - self._began_s
+            self._began_s = None
+            self._whole = self._whole and self.trained_s >= NEARLY * likely_s
+
+    def plan(self, second: int, step_s: float) -> None:
+        """Plans the next phase, after an update has committed. ``second`` and ``step_s``: as ``planned_steps`` has
+        them.
+
+        Where the second fastest had time for all H, others may have waited for this peer since it was called: that time
+        is left out. But no more than half: a round may have been called long before anybody was ready.
+        """
+        full = second >= NEARLY * self.inner_steps
+        trained_s = max(self.called_s, self.trained_s / 2) if full else self.trained_s
+        if self._whole:
+            self.planned = planned_steps(self.inner_steps, trained_s=trained_s, second=second, step_s=step_s)
+
+    def go_on(self, now_s: float, *, moved: bool) -> None:
+        """Notes that the trainer trains again. ``moved``: from another head."""
+        self._began_s = now_s
+        if moved:
+            self.trained_s, self.called_s, self._whole = 0.0, 0.0, True
 
 
 def outer_step_due(*, inner_step: int, planned: int, step_s: float, closes_in_s: float | None, behind: bool) -> bool:

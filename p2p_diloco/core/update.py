@@ -129,6 +129,14 @@ def parts_with(update: Update, peer_id: str) -> set[int]:
     return {i for i, part in enumerate(update.parts) if int.from_bytes(part.mask, "little") & bit}
 
 
+def contributors_in_full(update: Update) -> list[str]:
+    """Returns the peers whose contributions are in every part of an update."""
+    in_all = -1
+    for part in update.parts:
+        in_all &= int.from_bytes(part.mask, "little")
+    return [name for i, (name, _) in enumerate(update.header.contributors) if in_all >> i & 1]
+
+
 def contributor_mask(indices: Iterable[int]) -> bytes:
     return sum(1 << i for i in set(indices)).to_bytes(MAX_CONTRIBUTORS // 8, "little").rstrip(b"\0")
 

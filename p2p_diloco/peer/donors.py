@@ -25,9 +25,11 @@ class Donors:
     here: Here
 
     def serving(self) -> list[Record]:
-        """Returns the records of all live peers that serve. Everybody gets another order, so the load is spread."""
+        """Returns the records of all live peers that serve. Everybody gets another order, so the load is spread; those
+        that are not proven come last."""
         serving = [record for record in self.here.live() if record.phase != "joining"]
-        return sorted(serving, key=lambda record: rank(self.here.peer_id.encode(), record.peer_id))
+        me, proven = self.here.peer_id.encode(), self.here.directory.proven
+        return sorted(serving, key=lambda record: (record.peer_id not in proven, rank(me, record.peer_id)))
 
     def of_head(self, head: bytes) -> list[Record]:
         """Returns those whose record has ``head`` in it: they have the update that leads there."""

@@ -88,10 +88,10 @@ class Follower:
                 if (target := self.target()) is not None:
                     await self.catchup.fetch_ahead(target)
 
-    async def ask_ways(self) -> None:
+    async def ask_ways(self, *, failed: bool = True) -> None:
         """Asks peers whose records do not show that we share a history how they came there: a group that went on while
         most stood still is ahead of them, and not elsewhere, however far that is. Each is asked once in a record's
-        life."""
+        life. ``failed``: also those that did not answer when they were last asked for anything."""
         if self.replica.state is None:
             return
         asked_s = now_s()
@@ -99,7 +99,11 @@ class Follower:
         directory = self.here.directory
         voters = directory.believed(self.here.wall_s())
         claims = from_nowhere(voters, self.here.seat.standing, directory.before)
-        unasked = {record.head: record for record in claims if record.peer_id not in self._ways_asked}
+        unasked = {
+            record.head: record
+            for record in claims
+            if record.peer_id not in self._ways_asked and (failed or not directory.proven.has_failed(record.peer_id))
+        }
         chosen = list(unasked.values())[:WAYS_ASKED]
         self._ways_asked |= {record.peer_id: asked_s + self.here.timeouts.record_life_s for record in chosen}
         await asyncio.gather(*(self.catchup.learn_way(record) for record in chosen))

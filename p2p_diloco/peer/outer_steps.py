@@ -22,10 +22,10 @@ from p2p_diloco.core.codec import Vector
 from p2p_diloco.core.errors import Gap
 from p2p_diloco.core.event import OuterGradientOffered, RoundEnded
 from p2p_diloco.core.events import EventLog
-from p2p_diloco.core.pace import planned_steps
-from p2p_diloco.core.roster import Group, evaluator, on_head
+from p2p_diloco.core.pace import Phase, second_most_steps
+from p2p_diloco.core.roster import Group, evaluator
 from p2p_diloco.core.swarm_head import Standing, must_catch_up
-from p2p_diloco.core.update import Update, parts_with
+from p2p_diloco.core.update import Update, contributors_in_full, parts_with
 from p2p_diloco.core.waiting import now_s
 from p2p_diloco.ledger.ledger import Ledger
 from p2p_diloco.ledger.replica import Replica
@@ -60,8 +60,8 @@ class OuterSteps:
     presence: Presence
     reception: Reception
     events: EventLog
-    _speeds: dict[str, float] = field(default_factory=dict)
-    """Peer id -> tokens per second, as it said in the last round."""
+    _phase: Phase = field(init=False)
+    """How long the trainer trains, and how many inner steps it plans."""
     _pace: float = 0.0
     """Tokens per second of this peer's trainer; 0 where unknown."""
     _last_norms: tuple[bytes, tuple[float, ...]] | None = None
@@ -69,15 +69,23 @@ class OuterSteps:
     _telling: asyncio.Task[None] | None = None
     """The round that I led last is being told to the seeds."""
 
+    def __post_init__(self) -> None:
+        self._phase = Phase(inner_steps=self.replica.manifest.spec.inner.steps)
+
     async def outer_step(self, tokens: int, *, dropped: bool, pace: float) -> OuterResult:
         """Offers what the trainer learned from ``tokens`` tokens, takes what the group learned, and returns what became
         of it: at the latest when ATTEMPTS rounds have failed. ``dropped``: offer nothing, as if the contribution had
         been lost on its way. ``pace``: the trainer's speed in tokens per second; 0 where unknown."""
         self._pace = pace
+        seat = self.here.seat
+        gather_s = self.replica.manifest.spec.round.gather_s
+        called_s = None if seat.closes_s is None else seat.closes_s - gather_s
+        whole_plan = seat.progress.inner_step >= self.replica.manifest.spec.inner.steps
+        self._phase.end(now_s(), called_s, tokens / pace if pace > 0 else 0.0, whole_plan=whole_plan)
         self.events.write(OuterGradientOffered(step=self._step, tokens=tokens))
         result = await self._offer(tokens, dropped)
-        result = replace(result, planned=self._planned_steps())
-        seat = self.here.seat
+        result = replace(result, planned=self._phase.planned)
+        self._phase.go_on(now_s(), moved=result.moved)
         seat.closes_s = None
         self.follower.behind = False
         seat.progress = replace(seat.progress, inner_step=0, reported_s=now_s())
@@ -92,6 +100,10 @@ class OuterSteps:
         self.presence.publish_now.ring()
         return result
 
+    def begin(self) -> None:
+        """Notes that the trainer takes theta now."""
+        self._phase.go_on(now_s(), moved=True)
+
     def close(self) -> None:
         """Tells the seeds no more."""
         if self._telling is not None:
@@ -100,13 +112,6 @@ class OuterSteps:
     @property
     def _step(self) -> int:
         return self.here.seat.standing.step
-
-    def _planned_steps(self) -> int:
-        """Returns the inner steps that this peer plans, by its speed and the others'."""
-        expected = self.here.directory.expected(self.here.wall_s())
-        around = on_head(expected, self.here.seat.standing.head)
-        speeds = [self._speeds[record.peer_id] for record in around if record.peer_id in self._speeds]
-        return planned_steps(self.replica.manifest.spec.inner.steps, self._pace, speeds)
 
     async def _offer(self, tokens: int, dropped: bool) -> OuterResult:
         """Tries rounds, unless training has diverged; then the trainer goes back to theta."""
@@ -146,7 +151,7 @@ class OuterSteps:
     async def _try_rounds(self, tokens: int, dropped: bool) -> OuterResult:
         """Tries rounds until one does not fail, at most ATTEMPTS, or catches up where nobody waits for me here."""
         for _ in range(ATTEMPTS):
-            await self.follower.ask_ways()
+            await self.follower.ask_ways(failed=False)
             if self.follower.must_move():
                 result = await self._adopt()
                 if result.moved or self.follower.must_move():
@@ -170,18 +175,18 @@ class OuterSteps:
         if isinstance(group, Missed):
             self.events.write(round_ended(self.here.seat.standing, group, gather_s=gather_s))
             return self._result(reason=group.reason, gather_s=gather_s)
-        self._speeds = {member.peer_id: member.tokens_per_s for member in group.members}
         self.here.seat.in_round = True
         settlement = self._meet(group, last_norms)
         try:
             self.presence.enter("reduce")
             await settlement.reduce()
+            lost, silent = frozenset(settlement.meeting.lost), frozenset(settlement.meeting.silent)
             self.presence.enter("settle")
             outcome = await settlement.settle()
             cost = settlement.cost()
+            idle = lost if isinstance(outcome, Missed) else silent  # who is gone costs little where others commit
+            self._judge(settlement, outcome, idle, cost.reduce_s + cost.settle_s)
             if isinstance(outcome, Missed):
-                if group.leader in settlement.meeting.lost:
-                    self.matchmaker.company.failed(group.head, group.members[group.leader].peer_id)
                 self.events.write(round_ended(self.here.seat.standing, outcome, settlement, gather_s=gather_s))
                 return self._result(reason=outcome.reason, group=len(group.members), gather_s=gather_s, cost=cost)
             self.presence.enter("apply")
@@ -215,6 +220,16 @@ class OuterSteps:
             self._last_norms = None if found is None else (standing.head, found)
         return None if self._last_norms is None else self._last_norms[1]
 
+    def _judge(self, settlement: Settlement, outcome: Update | Missed, idle: frozenset[int], took_s: float) -> None:
+        """Remembers who failed me in a round, and who contributed in full. ``idle``: those whom I lost in the
+        butterfly, and who count as idle."""
+        company, group = self.matchmaker.company, settlement.group
+        ids = [member.peer_id for member in group.members]
+        contributed = [] if isinstance(outcome, Missed) else contributors_in_full(outcome)
+        company.judge_round({ids[i] for i in idle}, len(ids) - 1, took_s, contributed)
+        if isinstance(outcome, Missed) and group.leader in settlement.meeting.lost:
+            company.failed(group.head, ids[group.leader], cost_s=0.0)
+
     def _meet(self, group: Group, last_norms: tuple[float, ...] | None) -> Settlement:
         """Opens the round: its members are served from now on."""
         settlement = Settlement(
@@ -229,6 +244,7 @@ class OuterSteps:
                 local=self.local,
                 min_group=self.replica.manifest.spec.round.min_group,
                 last_norms=last_norms,
+                lapsed=frozenset(self.matchmaker.company.lapsed),
             )
         )
         self.reception.open_round(settlement)
@@ -243,6 +259,8 @@ class OuterSteps:
         self._last_norms = self.here.seat.standing.head, tuple(meeting.norms)
         met = (member.peer_id for i, member in enumerate(settlement.group.members) if i not in meeting.lost)
         self.here.directory.met(met, self._step, self.here.seat.standing.head)
+        tokens, weights = self.replica.manifest.spec.tokens_per_inner_step, [w for _, w in update.header.contributors]
+        self._phase.plan(second_most_steps(weights, tokens), tokens / self._pace if self._pace > 0 else 0.0)
         return alignment
 
     async def _commit(self, update: Update) -> None:

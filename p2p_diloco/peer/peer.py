@@ -71,7 +71,9 @@ class Peer:
         self.local = local
         self.events = events
         self.role: Role = "seed" if local is None else "trainer"
-        self.directory = Directory(identity.peer_id, self.manifest.run_id, favoured=transport.favoured)
+        self.directory = Directory(
+            identity.peer_id, self.manifest.run_id, transport.timeouts, favoured=transport.favoured
+        )
         nowhere = Standing(step=0, head=bytes(32), heads=())
         self.seat = Seat(standing=nowhere, role_trainer=local is not None, client_mode=client_mode)
         self.here = here = Here(
@@ -162,6 +164,8 @@ class Peer:
         self.presence.enter("inner")
         await self.presence.publish()
         await self.presence.push_to_all()
+        if self.outer_steps is not None:
+            self.outer_steps.begin()
 
     async def run(self) -> None:
         """Keeps my record in the DHT, the others' here, and what I hold sound, until it is cancelled."""
@@ -189,6 +193,7 @@ class Peer:
             self.outer_steps.close()
         self.events.write(PeerLeft(step=self.step, head=self.seat.standing.head.hex(), reason=reason))
         await asyncio.gather(self.presence.publish(), self.presence.push_to_all())
+        await self.presence.close()
         await self.upkeep.settled()
 
     async def _hand_over(self) -> None:

@@ -18,7 +18,7 @@ from p2p_diloco.core.event import PhaseBegan
 from p2p_diloco.core.events import EventLog
 from p2p_diloco.core.records import HEADS_SHOWN, RUNS_KEY, Phase, Record, Role, peers_key, seal_record
 from p2p_diloco.core.roster import announces_run
-from p2p_diloco.core.waiting import Bell, heard
+from p2p_diloco.core.waiting import Bell, heard, now_s
 from p2p_diloco.ledger.replica import Replica
 from p2p_diloco.round.here import Here
 from p2p_diloco.wire.channel import Channel
@@ -30,6 +30,8 @@ PUSHED_AT_ONCE = 32
 FAVOURED_STEPS = 16
 """Who has contributed to one of so many last updates is favoured, and so is the run's owner, whose seed contributes
 nothing: they have places that strangers cannot take. A claim moves nobody in here; the ledger does."""
+MAX_BESIDE = 64
+"""Peers that are called at a time and not waited for."""
 MADDRS_BYTES = 320
 """Of all addresses in a record, that of the metrics included: the rest of it takes up to 690 of the 1024 bytes."""
 
@@ -75,6 +77,8 @@ class Presence:
     def __post_init__(self) -> None:
         self._run_id = self.replica.manifest.run_id
         self._maddrs: list[str] = []
+        self._beside: dict[str, asyncio.Task[None]] = {}
+        """Peer id -> my record on its way to a peer that nothing waits for."""
         self._last_issued_s = 0.0
 
     async def publish_loop(self) -> None:
@@ -109,6 +113,17 @@ class Presence:
         while True:
             await asyncio.sleep(self.here.timeouts.refresh_s)
             await self.refresh()
+            self._call_unproven()
+
+    def _call_unproven(self) -> None:
+        """Tells the live peers that are not proven where I stand, beside all else: who answers is waited for from now
+        on. Each is called with a pause that grows with every failure."""
+        proven, called_s = self.here.directory.proven, now_s()
+        for record in self.here.live():
+            if len(self._beside) >= PUSHED_AT_ONCE:
+                return
+            if record.peer_id not in proven and proven.call(record.peer_id, called_s):
+                self._push_beside(record)
 
     async def push_to_all(self) -> None:
         """Tells all live peers at once where I stand: I have joined, caught up, or am leaving. They answer with where
@@ -122,9 +137,29 @@ class Presence:
 
     async def push(self, to: Iterable[Record]) -> None:
         """Sends my record to peers, PUSHED_AT_ONCE at a time, and takes theirs. One that does not answer is not counted
-        on until it signs a newer record."""
-        some = asyncio.Semaphore(PUSHED_AT_ONCE)
-        await asyncio.gather(*(self._push(record, some) for record in to))
+        on until it signs a newer record. Those that have failed me are not waited for, until they answer."""
+        some, proven = asyncio.Semaphore(PUSHED_AT_ONCE), self.here.directory.proven
+        waited_for: list[Record] = []
+        for record in to:
+            if proven.has_failed(record.peer_id):
+                self._push_beside(record)
+            else:
+                waited_for.append(record)
+        await asyncio.gather(*(self._push(record, some) for record in waited_for))
+
+    def _push_beside(self, record: Record) -> None:
+        """Begins to send my record to a peer that nothing waits for, unless that is being done, or too many others
+        are."""
+        if record.peer_id not in self._beside and len(self._beside) < MAX_BESIDE:
+            task = self._beside[record.peer_id] = asyncio.create_task(self._tell(record))
+            task.add_done_callback(lambda _: self._beside.pop(record.peer_id, None))
+
+    async def close(self) -> None:
+        """Calls nobody any more."""
+        beside = list(self._beside.values())
+        for task in beside:
+            task.cancel()
+        await asyncio.gather(*beside, return_exceptions=True)
 
     async def _push(self, record: Record, some: asyncio.Semaphore) -> None:
         async with some:
@@ -136,6 +171,7 @@ class Presence:
             try:
                 answer: Push = await channel.request(Push(record=self.here.seat.sealed_record), Push)
                 self._learn(record.peer_id, answer.record)
+                self.here.directory.proven.answered(record.peer_id)
             finally:
                 channel.close()
         except RemoteError as error:

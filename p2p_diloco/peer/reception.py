@@ -76,6 +76,7 @@ class Reception:
         message: Message = await channel.receive(
             *REQUESTS, timeout_s=self.here.timeouts.first_message_s, max_bytes=self._max_request_bytes
         )
+        self.here.directory.proven.answered(channel.peer_id)
         if self.here.seat.phase == "left":
             await channel.send(No(reason="leaving"))
         elif isinstance(message, Push):

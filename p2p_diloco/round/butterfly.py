@@ -47,7 +47,7 @@ class Butterfly:
             i: asyncio.Queue(QUEUED_PARTS) for i in others if not meeting.group.members[i].dropped
         }
         """Reducer only: sender -> its decoded contributions to my parts, in order; None when there will be no more."""
-        self.patience_s = dict.fromkeys(self.queues, meeting.timeouts.part_s)
+        self.patience_s = {i: meeting.patience_s(i) for i in self.queues}
         """Reducer only: how long a sender is still waited for, in all."""
         self.gone: set[int] = set()
         """Reducer only: senders that failed."""
@@ -113,13 +113,14 @@ class Butterfly:
 
     async def _next_contribution(self, sender: int, part: int) -> Vector | None:
         """Returns a sender's next contribution, or None when the sender is gone. It may keep a reducer waiting for
-        ``Timeouts.part_s`` at a time, and in all for not much longer than its bytes take at
-        ``Timeouts.min_rate_bytes_per_s``: else its reducers, which wait, were slow in everybody's eyes."""
+        ``Timeouts.part_s`` at a time (a quarter of it, when I lost it in an earlier round), and in all for not much
+        longer than its bytes take at ``Timeouts.min_rate_bytes_per_s``: else its reducers, which wait, were slow in
+        everybody's eyes."""
         if sender in self.gone:
             return None
         timeouts, began_s = self.meeting.timeouts, now_s()
         try:
-            async with deadline(min(self.patience_s[sender], timeouts.part_s)):
+            async with deadline(min(self.patience_s[sender], self.meeting.patience_s(sender))):
                 values = await self.queues[sender].get()
             self.meeting.changed.ring()
         except asyncio.TimeoutError:

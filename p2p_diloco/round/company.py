@@ -1,14 +1,23 @@
 """The peers that a peer may form a round with, as it sees the swarm: which ranks first, which has failed it, and where
-they are."""
+they are.
+
+Others cost time when they fail: when they do not answer, do not come when they said, lead badly, or come to a round and
+contribute nothing. What a peer has cost is remembered (``core.credit``), in two accounts: ``waits`` for what was waited
+for in vain while a round gathers, ``rounds`` for rounds that it led or was in and failed. Views of this differ
+between honest peers. So they decide who is asked first, and for how long, but not who leads: whoever finds others at a
+leader goes there, too, unless that one has failed it twice on this very head.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 
+from p2p_diloco.core.credit import Credit
 from p2p_diloco.core.errors import Misbehaved
 from p2p_diloco.core.manifest import RunManifest
 from p2p_diloco.core.records import Record
-from p2p_diloco.core.roster import Readiness, leader_order, open_readiness
+from p2p_diloco.core.roster import Group, Readiness, leader_order, on_head, open_readiness
 from p2p_diloco.core.swarm_head import must_catch_up, swarm_head, way_of
 from p2p_diloco.core.waiting import now_s
 from p2p_diloco.round.here import Here
@@ -17,6 +26,8 @@ from p2p_diloco.wire.messages import Ready
 CHANCES = 2
 """After so many failures on one head a leader is asked no more there. Not after the first, for it may just have been
 stopped, and others may be with it again."""
+CLOSING_MARGIN_S = 1.0
+"""A leader waits this much longer than a peer said that it needs."""
 MAX_GATHER_EXTENSION_S = 30.0
 """So much longer than the manifest's ``round.gather_s`` a gathering may wait for a peer in the middle of a long inner
 step."""
@@ -29,35 +40,108 @@ class Company:
 
     here: Here
     manifest: RunManifest
-    failures: dict[tuple[bytes, str], list[float]] = field(default_factory=dict)
-    """(head, peer id) -> loop times until which each failure of this leader there counts; of my head only."""
+    failures: dict[str, list[tuple[bytes, float]]] = field(default_factory=dict)
+    """Peer id -> (head, loop time until which it counts) of each time that it failed me as a leader."""
+    waits: Credit = field(init=False)
+    """What each peer may still be waited for in vain while rounds gather."""
+    rounds: Credit = field(init=False)
+    """What each peer may still cost as a leader, and as a member that contributes nothing."""
+    lapsed: dict[str, float] = field(default_factory=dict)
+    """Peer that I lost in a round, and that has not contributed in full to one since -> loop time of the last loss."""
+
+    def __post_init__(self) -> None:
+        life_s = self.here.timeouts.record_life_s
+        self.waits, self.rounds = Credit(life_s), Credit(life_s)
 
     @property
     def me(self) -> str:
         """My peer id."""
         return self.here.peer_id
 
-    def leaders(self, head: bytes) -> list[str]:
+    def leaders(self, head: bytes, vouched: Collection[str] = ()) -> list[str]:
         """Returns the peers that may lead on ``head``, in the order in which they are asked: all live trainers there
         that can be dialled, by rank, without those that have failed me there. I am one of them, unless in client
-        mode."""
+        mode. Those that I do not trust come last, but the ``vouched`` ones, which others name as their leader."""
         expected = self.here.directory.expected(self.here.wall_s())
         order = leader_order(expected, head, self.me, self.here.seat.client_mode)
-        return [peer_id for peer_id in order if self.is_fit(head, peer_id)]
+        fit = [peer_id for peer_id in order if self.is_fit(head, peer_id)]
+        first = {peer_id for peer_id in fit if peer_id == self.me or peer_id in vouched or self.is_trusted(peer_id)}
+        return sorted(fit, key=lambda peer_id: peer_id not in first)
 
-    def failed(self, head: bytes, leader: str, *, lied: bool = False) -> None:
-        """Notes that a peer has failed me as the leader on ``head``. It counts for ``Timeouts.record_life_s``, and as
-        CHANCES failures when it ``lied``."""
+    def is_trusted(self, leader: str) -> bool:
+        """Returns whether a peer is asked to lead in the order of its rank: it is proven, has failed no lead within
+        ``Timeouts.record_life_s``, on whatever head, and is not in debt."""
+        recent = any(until_s > now_s() for _, until_s in self.failures.get(leader, ()))
+        return leader in self.here.directory.proven and not recent and not self.is_idle(leader)
+
+    def failed(self, head: bytes, leader: str, *, cost_s: float, lied: bool = False) -> None:
+        """Notes that a peer has failed me as the leader on ``head``, which has cost ``cost_s``. It counts for
+        ``Timeouts.record_life_s``, and as CHANCES failures when it ``lied``."""
         until_s = now_s() + self.here.timeouts.record_life_s
-        self.failures.setdefault((head, leader), []).extend([until_s] * (CHANCES if lied else 1))
+        self.failures.setdefault(leader, []).extend([(head, until_s)] * (CHANCES if lied else 1))
+        self.rounds.charge(leader, cost_s, now_s())
 
     def is_fit(self, head: bytes, leader: str) -> bool:
         """Returns whether a peer may still lead me on ``head``: it has failed me there less often than CHANCES."""
-        return sum(until_s > now_s() for until_s in self.failures.get((head, leader), ())) < CHANCES
+        failures = self.failures.get(leader, ())
+        return sum(where == head and until_s > now_s() for where, until_s in failures) < CHANCES
 
-    def forget_failures(self, head: bytes) -> None:
-        """Forgets which leaders have failed me on any other head."""
-        self.failures = {which: until_s for which, until_s in self.failures.items() if which[0] == head}
+    def forget_failures(self) -> None:
+        """Forgets failures of leaders that count no more."""
+        counting = {
+            leader: [(head, until_s) for head, until_s in failures if until_s > now_s()]
+            for leader, failures in self.failures.items()
+        }
+        self.failures = {leader: failures for leader, failures in counting.items() if failures}
+
+    def judge_gathering(self, group: Group, took_s: float) -> None:
+        """Notes how long I have waited for a roster that somebody else made. Where that was longer than a round waits
+        for those who come in time, it was for proven peers on this head that are not in it, as far as I can know: what
+        one peer costs all shall not be charged by one leader after another."""
+        if took_s > self.manifest.spec.round.gather_s + 2 * CLOSING_MARGIN_S:
+            present, directory = {member.peer_id for member in group.members}, self.here.directory
+            for record in on_head(directory.expected(self.here.wall_s()), group.head):
+                if record.peer_id not in present and record.peer_id in directory.proven:
+                    self.waits.charge(record.peer_id, took_s, now_s())
+
+    def judge_round(self, lost: Collection[str], others: int, took_s: float, contributed: Iterable[str]) -> None:
+        """Notes what became of a round with so many ``others``: whom I ``lost`` while it was reduced, and who has
+        contributed to every part. Who is lost later may only have waited for others, too, so that is not held against
+        it. The round's time is taken from the credit of the lost; but whoever loses all others has most likely been
+        cut off itself."""
+        if len(lost) < others:
+            for peer_id in lost:
+                self.rounds.charge(peer_id, took_s, now_s())
+        known = {record.peer_id for record in self.here.directory.current(self.here.wall_s())} - set(contributed)
+        kept = {peer_id: at_s for peer_id, at_s in self.lapsed.items() if peer_id in known}
+        self.lapsed = kept | dict.fromkeys(lost, now_s())
+
+    def is_idle(self, peer_id: str) -> bool:
+        """Returns whether a peer shall be in no roster as long as others are enough: I lost it in a round within
+        ``Timeouts.record_life_s``, or it is in debt for rounds."""
+        lapsed_s = self.lapsed.get(peer_id)
+        lately = lapsed_s is not None and now_s() < lapsed_s + self.here.timeouts.record_life_s
+        return lately or self.rounds.in_debt(peer_id, now_s())
+
+    def is_waited_for(self, peer_id: str) -> bool:
+        """Returns whether a round waits for a peer that is not ready: it is proven, and in no debt."""
+        return peer_id in self.here.directory.proven and self.is_believed(peer_id)
+
+    def waits_until_s(self, peer_id: str, opened_s: float, *, busy: bool) -> float:
+        """Returns the latest loop time until which a round that opened at ``opened_s`` waits for a peer that has
+        answered. ``busy``: it says that it is in another one."""
+        if not self.is_waited_for(peer_id):
+            return opened_s
+        if busy and self.waits.is_good(peer_id, now_s()):
+            return opened_s + self.longest_s(busy=True)
+        left_s = self.waits.left_s(peer_id, now_s())
+        extension_s = max(min(left_s, MAX_GATHER_EXTENSION_S), CLOSING_MARGIN_S)
+        return opened_s + self.manifest.spec.round.gather_s + extension_s
+
+    def is_believed(self, peer_id: str) -> bool:
+        """Returns whether a peer's word counts about which leader it waits for. It does when I have lost it once: two
+        sides of a network that was cut have lost each other."""
+        return not self.waits.in_debt(peer_id, now_s()) and not self.rounds.in_debt(peer_id, now_s())
 
     def learn(self, source: str, sealed: bytes) -> Record | None:
         """Takes in a record that ``source`` has sent, as ``Directory.learn`` does, and returns the newest one of its
@@ -107,3 +191,9 @@ class Company:
         ``Timeouts.round_limit_s`` of two vectors of float32."""
         longest_s = self.manifest.spec.round.gather_s + MAX_GATHER_EXTENSION_S
         return longest_s + self.here.timeouts.round_limit_s(8 * self.manifest.n_params) if busy else longest_s
+
+    def patience_s(self, leader: str, *, busy: bool) -> float:
+        """Returns how long a leader may keep me waiting for a roster, in seconds. ``busy``: it says that it is in
+        another round, or waits for one; then it may take what credit it has left in addition."""
+        left_s = max(self.rounds.left_s(leader, now_s()), 0.0) if busy else 0.0
+        return min(self.longest_s(busy=False) + left_s, self.longest_s(busy=True))

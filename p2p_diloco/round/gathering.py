@@ -4,27 +4,36 @@ same answer.
 A gathering opens when the leader's own trainer is ready, or when the first peer that is ready asks it to lead
 (``Gathering.opened_s``). It calls every live trainer on this head that is not ready yet with ``closing``.
 
-**Which peers are waited for.** Every live trainer on this head is expected when the gathering opens, and has a deadline
-of its own (``Gathering.deadlines_s``):
+**Which peers are waited for.** A live trainer on this head is expected when it is proven: it has answered the leader,
+or has come to it by itself, since it last failed it (``core.proven``). Each one that is expected when the gathering
+opens has a deadline of its own (``Gathering.deadlines_s``):
 
     before it has answered the call     opened_s + gather_s + CLOSING_MARGIN_S
     it says that it needs ``eta_s``     when it said so + eta_s + CLOSING_MARGIN_S, at most opened_s + gather_s +
-                                        MAX_GATHER_EXTENSION_S
+                                        what credit it has left, of MAX_GATHER_EXTENSION_S; at least CLOSING_MARGIN_S
     it is busy with another round       the same, at most opened_s + gather_s + MAX_GATHER_EXTENSION_S + the longest
-    on this head                        time of a round (``Company.longest_s``)
-    the leader's own trainer            as a peer that says what it needs
+    on this head                        time of a round (``Company.longest_s``), if half of its credit is left
+    the leader's own trainer            as a peer that says what it needs and has all its credit
 
 ``gather_s`` is the manifest's ``round.gather_s``. A trainer asks for no more than that, unless one inner step alone
-takes longer. A peer is not waited for any more as soon as it refuses, stands on another head, cannot be dialled, does
-not answer the call within ``Timeouts.request_s``, or closes its stream after it was ready. When a busy peer waits for
-the roster of another leader on this head, that one is called as well.
+takes longer. What was waited for a peer in vain, or beyond ``gather_s`` + CLOSING_MARGIN_S, is taken from its credit
+(``Company.waits``); a peer that is in debt, there or for rounds, is called, and not waited for. A peer is not waited
+for any more as soon as it refuses, stands on another head, cannot be dialled, does not answer the call within
+``Timeouts.request_s``, or closes its stream after it was ready. When a busy peer waits for the roster of another leader
+on this head, that one is called as well.
+
+A peer that is not proven is called, too, but has no deadline before it answers. While fewer than ``round.min_group``
+are ready, the round waits for such an answer until opened_s + gather_s + CLOSING_MARGIN_S: there is nothing to lose.
 
 **When the round closes.** It closes when everybody that is expected is ready or past its deadline. So it closes at once
 when all are ready, usually ``gather_s`` + CLOSING_MARGIN_S after it opened at the latest, and never later than the
 deadline of a busy peer. A deadline beyond MAX_GATHER_EXTENSION_S holds only while at least ``round.min_group`` peers on
 this head are not known to be free for this round: fewer cannot be in another one. Then everybody that is ready hears
-the same: the roster of the ``round.max_group`` best-ranked ones, or that fewer than ``round.min_group`` came. It ends
-early when a better-ranked leader gathers on this head (all are sent there), or when this head is left behind.
+the same: the roster of the ``round.max_group`` best-ranked ones, or that fewer than ``round.min_group`` came. Whoever
+was lost in a round a moment ago, or is in debt for such rounds (``Company.is_idle``), is left out of the roster, unless
+there are fewer than ``round.min_group`` without it: it is treated as if it came too late. The gathering ends early when
+a better-ranked leader gathers on this head (all are sent there), or when this head is left behind. A leader that is in
+debt for rounds is believed that it gathers only when somebody else says that it waits there.
 """
 
 from __future__ import annotations
@@ -37,7 +46,7 @@ from typing import TypeAlias
 from p2p_diloco.core.errors import Misbehaved, Refused, RemoteError
 from p2p_diloco.core.roster import form_roster, on_head, open_readiness, rank
 from p2p_diloco.core.waiting import Bell, heard, now_s
-from p2p_diloco.round.company import Company
+from p2p_diloco.round.company import CLOSING_MARGIN_S, Company
 from p2p_diloco.wire.channel import Channel
 from p2p_diloco.wire.messages import Behind, Closing, Eta, Redirect, Roster, TooFew
 
@@ -47,8 +56,6 @@ MAX_ABSENT = 64
 """Absent peers in one roster."""
 MAX_CALLED = 1024
 """Where so many have been called, nobody is called any more because another peer names it."""
-CLOSING_MARGIN_S = 1.0
-"""A leader waits this much longer than a peer said that it needs."""
 
 Answer: TypeAlias = Roster | TooFew | Behind | Redirect
 
@@ -74,6 +81,12 @@ class Gathering:
     """Peers that have said that they are in no other round on this head."""
     notices: dict[str, asyncio.Task[None]] = field(default_factory=dict)
     """Peer id -> the talk with a peer that has been called."""
+    claims: dict[str, Redirect] = field(default_factory=dict)
+    """Better-ranked peer -> what leads to it, since it says that it gathers."""
+    awaited: set[str] = field(default_factory=set)
+    """Peers whose roster somebody else waits for."""
+    declined: set[str] = field(default_factory=set)
+    """Peers that were ready and are left out, since I lost them in earlier rounds."""
 
 
 class Gatherings:
@@ -107,15 +120,18 @@ class Gatherings:
     async def _gather(self, gathering: Gathering) -> None:
         """Calls everybody that is expected, waits until the round closes, and gives all that are ready one answer."""
         limits, me = self.limits, self.company.me
-        records = self.directory.expected(self.here.wall_s())
+        company, proven = self.company, self.directory.proven
         closes_s = gathering.opened_s + limits.gather_s + CLOSING_MARGIN_S
-        gathering.deadlines_s = {record.peer_id: closes_s for record in on_head(records, gathering.head)}
-        for peer_id in [p for p in gathering.deadlines_s if p not in gathering.ready]:
-            self._call(gathering, peer_id)
+        for record in on_head(self.directory.expected(self.here.wall_s()), gathering.head):
+            peer_id = record.peer_id
+            if company.is_waited_for(peer_id):
+                gathering.deadlines_s[peer_id] = closes_s
+            if peer_id not in gathering.ready and (peer_id in proven or len(gathering.notices) < MAX_CALLED):
+                self._call(gathering, peer_id)
         if self.seat.role_trainer and self.seat.phase in ("inner", "evaluate"):
             called_s = now_s()
             own_s = called_s + self.seat.call_trainer(called_s, limits.gather_s) + CLOSING_MARGIN_S
-            gathering.deadlines_s[me] = min(own_s, self._latest_s(gathering, busy=False))
+            gathering.deadlines_s[me] = min(own_s, gathering.opened_s + company.longest_s(busy=False))
         while gathering.answer is None:
             if (beyond := self.company.beyond(gathering.head)) is not None:
                 gathering.answer = Behind(record=beyond)
@@ -130,19 +146,36 @@ class Gatherings:
             notice.cancel()
         del self.by_head[gathering.head]
         if gathering.answer is None:
-            if len(gathering.ready) >= limits.min_group:
-                members = form_roster(gathering.ready.values(), gathering.head, limits.max_group)
-                gathering.answer = Roster(members=members, absent=self._absent(gathering, members))
-            else:
-                gathering.answer = TooFew(ready=len(gathering.ready))
+            self._charge_absent(gathering)
+            gathering.answer = self._decide(gathering)
         gathering.changed.ring()
+
+    def _decide(self, gathering: Gathering) -> Roster | TooFew:
+        """Returns what everybody hears that is ready now that the round closes, but those that are declined."""
+        ready, limits = gathering.ready, self.limits
+        if len(ready) < limits.min_group:
+            return TooFew(ready=len(ready))
+        idle = {peer_id for peer_id in ready if self.company.is_idle(peer_id)}
+        if len(ready) - len(idle) >= limits.min_group:
+            gathering.declined = idle
+        taken = [sealed for peer_id, sealed in ready.items() if peer_id not in gathering.declined]
+        members = form_roster(taken, gathering.head, limits.max_group)
+        return Roster(members=members, absent=self._absent(gathering, members))
+
+    def _charge_absent(self, gathering: Gathering) -> None:
+        """Takes what the round has waited for those that did not come from their credit."""
+        for peer_id, until_s in gathering.deadlines_s.items():
+            if peer_id not in gathering.ready and peer_id != self.company.me:
+                self.company.waits.charge(peer_id, min(until_s, now_s()) - gathering.opened_s, now_s())
 
     def _closes_s(self, gathering: Gathering) -> float:
         """Returns the loop time at which the round closes: the latest deadline of those that are not ready, or a time
         that is past when all are. A peer that is busy is waited for as long as its round may take, but not by its word
         alone: fewer than the run's smallest group cannot be in a round. Those that I cannot ask may be in it."""
         missing_s = [until_s for p, until_s in gathering.deadlines_s.items() if p not in gathering.ready]
-        closes_s, latest_s = max(missing_s, default=0.0), self._latest_s(gathering, busy=False)
+        if len(gathering.ready) < self.limits.min_group and any(not one.done() for one in gathering.notices.values()):
+            missing_s.append(gathering.opened_s + self.limits.gather_s + CLOSING_MARGIN_S)
+        closes_s, latest_s = max(missing_s, default=0.0), gathering.opened_s + self.company.longest_s(busy=False)
         if closes_s <= latest_s:
             return closes_s
         around = {record.peer_id for record in on_head(self.directory.current(self.here.wall_s()), gathering.head)}
@@ -162,10 +195,6 @@ class Gatherings:
             sealed.append(self.seat.sealed_record)
         return [one for one in sealed if one is not None][:MAX_ABSENT]
 
-    def _latest_s(self, gathering: Gathering, *, busy: bool) -> float:
-        """Returns the latest deadline that a peer can have in this gathering. ``busy``: one in another round."""
-        return gathering.opened_s + self.company.longest_s(busy=busy)
-
     def _call(self, gathering: Gathering, peer_id: str) -> None:
         """Calls a peer to the round, once."""
         if peer_id not in gathering.notices:
@@ -180,6 +209,7 @@ class Gatherings:
             try:
                 closing = Closing(head=gathering.head, gather_s=gather_s, record=self.seat.sealed_record)
                 answer: Eta | Behind | Redirect = await channel.request(closing, Eta, Behind, Redirect)
+                self.directory.proven.answered(peer_id)
                 self._on_notice(gathering, peer_id, answer)
                 while isinstance(answer, Eta) and answer.busy:
                     answer = await channel.receive(Eta, Behind, Redirect, timeout_s=self.here.timeouts.request_s)
@@ -187,25 +217,31 @@ class Gatherings:
             finally:
                 channel.close()
         except Refused:
+            self.directory.proven.answered(peer_id)
             gathering.idle.add(peer_id)
             gathering.deadlines_s.pop(peer_id, None)
         except RemoteError as error:
             log.info("not waiting for %s: %s", peer_id[-8:], error.reason)
             self.here.transport.traffic.reject(error)
             self.directory.suspect(peer_id)
-            gathering.deadlines_s.pop(peer_id, None)
+            if gathering.deadlines_s.pop(peer_id, None) is not None and peer_id not in gathering.ready:
+                self.company.waits.charge(peer_id, now_s() - gathering.opened_s, now_s())
         gathering.changed.ring()
 
     def _on_notice(self, gathering: Gathering, peer_id: str, answer: Eta | Behind | Redirect) -> None:
         """Takes in what a peer answers to the call. Misbehaved when it claims to lead and ranks after me."""
         if isinstance(answer, Eta):
             until_s = now_s() + answer.eta_s + CLOSING_MARGIN_S
-            gathering.deadlines_s[peer_id] = min(until_s, self._latest_s(gathering, busy=answer.busy))
+            latest_s = self.company.waits_until_s(peer_id, gathering.opened_s, busy=answer.busy)
+            gathering.deadlines_s[peer_id] = min(until_s, latest_s)
             (gathering.idle.discard if answer.busy else gathering.idle.add)(peer_id)
             if answer.leader:
                 other = self.company.learn(peer_id, answer.leader)
                 if other is not None and on_head([other], gathering.head) and len(gathering.notices) < MAX_CALLED:
                     self._call(gathering, other.peer_id)
+                    if self.company.is_believed(peer_id):
+                        gathering.awaited.add(other.peer_id)
+                        self._yield(gathering, other.peer_id)
         elif isinstance(answer, Behind):
             self.company.learn(peer_id, answer.record)
             gathering.idle.add(peer_id)
@@ -214,23 +250,39 @@ class Gatherings:
             self.company.learn_own(peer_id, answer.record)
             if rank(gathering.head, peer_id) > rank(gathering.head, self.company.me):
                 raise Misbehaved(peer_id, "claims to lead where I do")
-            if self.company.is_fit(gathering.head, peer_id):
-                gathering.answer = answer
-            else:
-                gathering.deadlines_s.pop(peer_id, None)
+            gathering.deadlines_s.pop(peer_id, None)
+            self.claim(gathering, peer_id, answer)
         gathering.changed.ring()
 
-    async def join(self, channel: Channel, head: bytes, sealed: bytes) -> None:
+    def claim(self, gathering: Gathering, leader: str, redirect: Redirect) -> None:
+        """Takes in that a better-ranked peer says that it gathers on this head."""
+        gathering.claims[leader] = redirect
+        self._yield(gathering, leader)
+
+    def _yield(self, gathering: Gathering, leader: str) -> None:
+        """Sends all that have come here to a better-ranked peer that gathers and may lead me on this head: two leaders
+        on one head would make two histories. One that is in debt for rounds need be waited for by others, too."""
+        believed = not self.company.rounds.in_debt(leader, now_s()) or leader in gathering.awaited
+        if leader in gathering.claims and believed and self.company.is_fit(gathering.head, leader):
+            gathering.answer = gathering.answer or gathering.claims[leader]
+            gathering.changed.ring()
+
+    async def join(self, channel: Channel, head: bytes, sealed: bytes) -> bool:
         """Takes in a peer that is ready, and tells it when the round closes, whenever that changes and every
-        ``Timeouts.heartbeat_s``; then gives it the answer. It takes no part any more when it closes its stream."""
+        ``Timeouts.heartbeat_s``; then gives it the answer. It takes no part any more when it closes its stream. Returns
+        False when it has got no answer, for it is left out of the roster."""
         gathering = self._at(head)
         gathering.ready[channel.peer_id] = sealed
+        late_s = now_s() - gathering.opened_s - self.limits.gather_s - CLOSING_MARGIN_S
+        if late_s > 0 and channel.peer_id in gathering.deadlines_s:
+            self.company.waits.charge(channel.peer_id, late_s, now_s())
         gathering.changed.ring()
         closed = asyncio.create_task(channel.reader.read(1))  # A member says nothing more: this ends when it leaves.
         try:
             while gathering.answer is None:
                 changed = gathering.changed.event
-                await channel.send(Eta(eta_s=max(gathering.closes_s - now_s(), 0.0)))
+                busy = gathering.closes_s > gathering.opened_s + self.company.longest_s(busy=False)
+                await channel.send(Eta(eta_s=max(gathering.closes_s - now_s(), 0.0), busy=busy))
                 change = asyncio.create_task(changed.wait())
                 every_s = self.here.timeouts.heartbeat_s
                 await asyncio.wait((closed, change), timeout=every_s, return_when=asyncio.FIRST_COMPLETED)
@@ -240,8 +292,10 @@ class Gatherings:
                         gathering.ready.pop(channel.peer_id)
                         gathering.deadlines_s.pop(channel.peer_id, None)
                         gathering.changed.ring()
-                    return
-            await channel.send(gathering.answer)
+                    return True
+            if channel.peer_id not in gathering.declined:
+                await channel.send(gathering.answer)
+            return channel.peer_id not in gathering.declined
         finally:
             closed.cancel()
 

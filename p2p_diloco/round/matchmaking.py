@@ -12,9 +12,11 @@ they call, and the better ranked one takes over what the other has gathered. A p
 another leader, or is in a round, is waited for: two groups on one head would make two histories.
 
 A member waits for a roster as long as its leader says something every ``Timeouts.request_s``, but not longer than
-``Company.longest_s(busy=True)``. A leader that stops without closing its streams (SIGSTOP) thus costs the members
+``Company.patience_s``. A leader that stops without closing its streams (SIGSTOP) thus costs the members
 ``request_s``: while it runs, it says every ``Timeouts.heartbeat_s`` that it is still there. Then the next one in rank
-is asked, up to MAX_LEADERS_ASKED in all.
+is asked, up to MAX_LEADERS_ASKED in all. A peer that has failed as a leader, on whatever head, is asked after the
+others for a while, and so is one that is not proven (``Company.is_trusted``). Peers differ in that. So whoever asks a
+leader hears from it where others are, and goes there.
 
 What others say ends no gathering by itself. That the swarm is past a head has to follow from records, by the rule that
 catches up; a peer that names another leader must rank after it; and a peer that has failed twice as a leader on a head,
@@ -26,6 +28,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from dataclasses import dataclass, field
 
 from p2p_diloco.core.errors import Misbehaved, Refused, RemoteError, Silent
 from p2p_diloco.core.manifest import RunManifest
@@ -52,6 +55,18 @@ log = logging.getLogger(__name__)
 MAX_LEADERS_ASKED = 16
 
 
+@dataclass(kw_only=True)
+class Search:
+    """What a peer has heard so far while it looks for a leader on one head."""
+
+    useless: set[str] = field(default_factory=set)
+    """Peers that do not lead."""
+    claims: set[str] = field(default_factory=set)
+    """Peers to which I have left the lead, because they said that they gather."""
+    named: dict[str, str] = field(default_factory=dict)
+    """Peer -> who has named it as the leader."""
+
+
 class Matchmaker:
     """One peer's part in forming rounds: it finds a group for its own trainer, and answers the peers that ask it."""
 
@@ -75,40 +90,58 @@ class Matchmaker:
         company = self.company
         mine = self._readiness(weight, dropped, tokens_per_s)
         sealed = seal_readiness(mine, self.identity)
-        company.forget_failures(mine.head)
-        useless: set[str] = set()
-        claims: set[str] = set()
-        """Peers to which I have left the lead, because they said that they gather."""
+        company.forget_failures()
+        search = Search()
         for _ in range(MAX_LEADERS_ASKED):
             if company.beyond(self.seat.standing.head) is not None:
                 return Missed(reason="behind", detail="the swarm went on meanwhile")
-            leader = next((peer_id for peer_id in company.leaders(mine.head) if peer_id not in useless), None)
+            order = company.leaders(mine.head, search.named)
+            leader = next((peer_id for peer_id in order if peer_id not in search.useless), None)
             if leader is None:
                 break
+            began_s = now_s()
             try:
                 if leader == mine.peer_id:
                     answer = await self.gatherings.lead(sealed)
                 else:
                     answer = await self._ask(leader, sealed)
-                if leader == mine.peer_id and isinstance(answer, Redirect):
-                    company.learn(leader, answer.record)
-                    better = open_record(answer.record).peer_id
-                    useless.discard(better)
-                    claims.add(better)
+                if isinstance(answer, Redirect):
+                    self._redirected(leader, answer, mine.head, search)
                     continue
-                return self._outcome(leader, answer, mine, sealed)
+                group = self._outcome(leader, answer, mine, sealed)
+                if isinstance(group, Group) and leader != mine.peer_id:
+                    company.judge_gathering(group, now_s() - began_s)
+                return group
             except Refused as error:
                 log.debug("%s does not lead: %s", leader[-8:], error.reason)
-                useless.add(leader)
-                if leader in claims:
-                    company.failed(mine.head, leader)
+                company.here.directory.proven.answered(leader)
+                search.useless.add(leader)
+                if leader in search.claims:
+                    company.failed(mine.head, leader, cost_s=now_s() - began_s)
             except RemoteError as error:
                 log.info("cannot meet at %s: %s", leader[-8:], error.reason)
                 company.here.transport.traffic.reject(error)
                 company.here.directory.suspect(leader)
-                company.failed(mine.head, leader, lied=isinstance(error, Misbehaved))
-                useless.add(leader)
+                cost_s = now_s() - began_s
+                company.failed(mine.head, leader, cost_s=cost_s, lied=isinstance(error, Misbehaved))
+                search.useless.add(leader)
+                if search.named.get(leader, mine.peer_id) != mine.peer_id:
+                    company.rounds.charge(search.named[leader], cost_s, now_s())
         return Missed(reason="alone", detail="nobody to meet")
+
+    def _redirected(self, leader: str, answer: Redirect, head: bytes, search: Search) -> None:
+        """Takes in that a leader, or somebody that I have called as the leader, names a better one. Misbehaved when
+        that one does not rank before it."""
+        self.company.learn(leader, answer.record)
+        better = open_record(answer.record).peer_id
+        if leader == self.company.me:
+            search.useless.discard(better)
+            search.claims.add(better)
+        elif rank(head, better) >= rank(head, leader):
+            raise Misbehaved(leader, "names a leader that does not rank before it")
+        else:
+            search.useless.add(leader)
+        search.named[better] = leader
 
     def _readiness(self, weight: int, dropped: bool, tokens_per_s: float) -> Readiness:
         """Returns what I shall sign: that I am ready for one round on the head where I stand."""
@@ -124,7 +157,7 @@ class Matchmaker:
             nonce=new_nonce(),
         )
 
-    def _outcome(self, leader: str, answer: Answer, mine: Readiness, sealed: bytes) -> Group | Missed:
+    def _outcome(self, leader: str, answer: Roster | TooFew | Behind, mine: Readiness, sealed: bytes) -> Group | Missed:
         """Returns what a leader's answer makes of my search. Refused when another leader has to be asked, Misbehaved
         when the answer is a lie."""
         company, limits = self.company, self.manifest.spec.round
@@ -135,12 +168,6 @@ class Matchmaker:
             if company.beyond(mine.head) is None:
                 raise Refused(leader, "it says that the swarm is past this head, which no record shows")
             return Missed(reason="behind", detail=f"peer {leader[-8:]} is past this head")
-        if isinstance(answer, Redirect):
-            company.learn(leader, answer.record)
-            better = open_record(answer.record).peer_id
-            if rank(mine.head, better) >= rank(mine.head, leader):
-                raise Misbehaved(leader, "names a leader that does not rank before it")
-            raise Refused(leader, "it names another leader")
         if len(answer.members) == limits.max_group and sealed not in answer.members:
             raise Refused(leader, "its group is full")
         return self._check(leader, answer, mine)
@@ -164,20 +191,21 @@ class Matchmaker:
 
     async def _ask(self, leader: str, sealed: bytes) -> Answer:
         """Tells a leader that I am ready, and returns what comes of its gathering. Silent when no word comes for
-        ``Timeouts.request_s``, or when nothing has come of it after ``Company.longest_s(busy=True)``."""
+        ``Timeouts.request_s``, or when nothing has come of it after ``Company.patience_s``."""
         channel = await self.company.here.open(leader)
         self.waiting_at = self.seat.standing.head, leader
         try:
             await channel.send(Ready(readiness=sealed, record=self.seat.sealed_record))
-            longest_s = self.company.longest_s(busy=True)
-            deadline_s = now_s() + longest_s
-            while now_s() < deadline_s:
+            began_s = now_s()
+            while True:
                 answer: Eta | Answer = await channel.receive(
                     Eta, Roster, TooFew, Redirect, Behind, timeout_s=self.timeouts.request_s
                 )
+                self.company.here.directory.proven.answered(leader)
                 if not isinstance(answer, Eta):
                     return answer
-            raise Silent(leader, f"gathers for more than {longest_s:.0f} s")
+                if now_s() - began_s >= self.company.patience_s(leader, busy=answer.busy):
+                    raise Silent(leader, f"gathers for more than {now_s() - began_s:.0f} s")
         finally:
             self.waiting_at = None
             self.seat.changed.ring()
@@ -194,11 +222,18 @@ class Matchmaker:
         if awaited is not None and readiness.head == self.seat.standing.head and not self.seat.in_round:
             await channel.send(Redirect(record=awaited))
             return
+        while not await self._take_in(channel, readiness, message.readiness):
+            await channel.send(Eta(eta_s=self.timeouts.request_s, busy=True))
+            await heard(self.seat.changed.event, self.timeouts.heartbeat_s)
+
+    async def _take_in(self, channel: Channel, readiness: Readiness, sealed: bytes) -> bool:
+        """Answers a peer that is ready once I am in no round on its head. Returns False when it is left out of the
+        round that I lead: it has to wait until that is over."""
         await self._round_over(channel, readiness.head)
         standing = self.seat.standing
         if readiness.head != standing.head:
             await channel.send(self._elsewhere(readiness.head))
-            return
+            return True
         if readiness.step != standing.step:
             raise Misbehaved(channel.peer_id, f"says that this head is outer step {readiness.step}")
         if readiness.head not in self.gatherings.by_head:
@@ -212,11 +247,11 @@ class Matchmaker:
                 looking.cancel()
             if better is not None:
                 await channel.send(Redirect(record=better))
-                return
+                return True
             if self.seat.client_mode or self.seat.standing.head != readiness.head:
                 await channel.send(No(reason="cannot lead"))
-                return
-        await self.gatherings.join(channel, readiness.head, message.readiness)
+                return True
+        return await self.gatherings.join(channel, readiness.head, sealed)
 
     async def _better_leader(self, head: bytes) -> bytes | None:
         """Returns the sealed record of a peer that ranks before me on ``head`` and answers a dial, or None."""
@@ -249,9 +284,8 @@ class Matchmaker:
             await channel.send(Redirect(record=self.seat.sealed_record))
         else:
             comes = leader is not None and on_head([leader], message.head)
-            if gathering is not None and comes and self.company.is_fit(message.head, channel.peer_id):
-                gathering.answer = gathering.answer or Redirect(record=message.record)
-                gathering.changed.ring()
+            if gathering is not None and comes:
+                self.gatherings.claim(gathering, channel.peer_id, Redirect(record=message.record))
             gather_s = self.manifest.spec.round.gather_s
             await channel.send(Eta(eta_s=self.seat.call_trainer(now_s(), gather_s)))
 

@@ -23,6 +23,8 @@ from p2p_diloco.wire.channel import Channel, Meter, Transport
 log = logging.getLogger(__name__)
 
 MAX_MASK_BYTES = MAX_CONTRIBUTORS // 8
+LAPSED_SHARE = 0.25
+"""Of ``Timeouts.part_s``: so long a reducer waits for a sender that was lost in an earlier round."""
 
 
 @dataclass(kw_only=True, eq=False)
@@ -41,12 +43,16 @@ class Meeting:
     min_group: int
     last_norms: Sequence[float] | None = None
     """The norm of each part of the update that led to theta; None where I do not have it."""
+    lapsed: frozenset[str] = frozenset()
+    """Peers that I lost in an earlier round, and that have not contributed in full since."""
     parts: list[Part | None] = field(init=False)
     """What I hold of the update; None for a part that I do not hold."""
     norms: list[float] = field(init=False)
     """Of the parts that I have reduced or received; 0 for the others."""
     lost: set[int] = field(default_factory=set)
     """Members that failed me in this round."""
+    silent: set[int] = field(default_factory=set)
+    """Those of them that were silent, which takes time; the others were gone, or broke the protocol."""
     meter: Meter = field(default_factory=Meter)
     """The bytes of all streams of this round. The streams are not kept: a member may open any number of them."""
     changed: Bell = field(default_factory=Bell)
@@ -85,6 +91,11 @@ class Meeting:
         channel = await self.transport.open(peer_id, self.directory.maddrs(peer_id), self.protocol)
         self.count(channel)
         return channel
+
+    def patience_s(self, sender: int) -> float:
+        """Returns how long a reducer waits for a sender, in seconds."""
+        lapsed = self.group.members[sender].peer_id in self.lapsed
+        return self.timeouts.part_s * LAPSED_SHARE if lapsed else self.timeouts.part_s
 
     def count(self, channel: Channel) -> None:
         """Counts all bytes of a stream as this round's."""
@@ -128,6 +139,8 @@ class Meeting:
         if member in self.lost:
             return
         self.lost.add(member)
+        if error is None or isinstance(error, Silent):
+            self.silent.add(member)
         self.changed.ring()
         peer_id = self.group.members[member].peer_id
         self.transport.traffic.reject(error or Silent(peer_id, "silent"))

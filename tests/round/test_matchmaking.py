@@ -20,8 +20,8 @@ from p2p_diloco.core.records import open_record, seal_record
 from p2p_diloco.core.roster import Group, seal_readiness
 from p2p_diloco.core.swarm_head import Standing
 from p2p_diloco.core.waiting import now_s
-from p2p_diloco.round.company import CHANCES, MAX_GATHER_EXTENSION_S
-from p2p_diloco.round.gathering import CLOSING_MARGIN_S
+from p2p_diloco.round.company import CHANCES, CLOSING_MARGIN_S, MAX_GATHER_EXTENSION_S
+from p2p_diloco.round.gathering import Gathering
 from p2p_diloco.round.here import Here
 from p2p_diloco.round.matchmaking import Matchmaker
 from p2p_diloco.round.missed import Missed
@@ -59,6 +59,8 @@ class Table:
     count: int
     by_hand: tuple[int, ...] = ()
     clients: tuple[int, ...] = ()
+    strangers: tuple[int, ...] = ()
+    """Members of whom nobody knows more than the record; the others have met before."""
     manifest: RunManifest = MANIFEST
     histories: dict[int, str] = field(default_factory=dict)
     """Where a member stands, if not at ``abc``; the others do not know yet."""
@@ -85,6 +87,8 @@ class Table:
         directory = Directory(self.ids[i], self.manifest.run_id)
         for j in range(self.count):
             directory.learn(self.record(j), NOW_S)
+            if j not in self.strangers:
+                directory.proven.answered(self.ids[j])
         here = Here(
             transport=self.transports[i],
             identity=self.members[i],
@@ -97,6 +101,7 @@ class Table:
 
         async def serve(channel: Channel) -> None:
             message: Message = await channel.receive(Ready, Closing, timeout_s=TIMEOUTS.first_message_s)
+            directory.proven.answered(channel.peer_id)
             if isinstance(message, Ready):
                 await matchmaker.on_ready(channel, message)
             elif isinstance(message, Closing):
@@ -278,10 +283,6 @@ def test_who_trains_on_is_waited_for_until_it_said_and_no_longer() -> None:
 def test_nobody_is_waited_for_longer_than_the_longest_extension() -> None:
     async def main() -> None:
         table = Table(3, by_hand=(2,))
-
-        async def promise(table: Table, channel: Channel, message: Message) -> None:
-            await channel.send(Eta(eta_s=86400.0))
-
         table.serve(2, promise)
         began_s = now_s()
         table.groups(await table.meet(), 0, 1)
@@ -863,30 +864,241 @@ def test_who_claims_the_lead_and_does_not_lead_has_two_chances(leads: Hand, cost
         assert table.members_of(table.groups(await table.meet(), 1, 2)) == [1, 2]
         assert costs_s <= now_s() - began_s < costs_s + TIMEOUTS.request_s
         assert max(asked.count(1), asked.count(2)) <= 3
-        assert len(table.matchmakers[1].company.failures[AT, table.ids[0]]) == failures <= CHANCES
+        assert len(table.matchmakers[1].company.failures[table.ids[0]]) == failures <= CHANCES
 
     run_simulated(main())
 
 
-def test_failures_are_remembered_for_as_long_as_their_head_is_mine() -> None:
-    """A peer may train for months: what it knows of leaders on heads that have passed is of no use."""
+def test_failures_of_leaders_are_forgotten_after_a_records_life() -> None:
+    """A peer may train for months: what it knows of leaders long ago is of no use."""
 
     async def main() -> None:
         table = Table(1)
         matchmaker, others = table.matchmakers[0], [identity(100 + i).peer_id for i in range(3)]
         company = matchmaker.company
-        for step in range(1, 1001):
+        for step in range(1, 101):
             at = digest(step.to_bytes(4, "big"))
             matchmaker.seat.standing = Standing(step=step, head=at, heads=())
             for attempt in range(2):
                 found = await matchmaker.find_group(100)
                 assert isinstance(found, Missed)
                 assert found.reason == "alone"
-                assert len(company.failures) == attempt * len(others), "those of this head are there for the next try"
+                assert len(company.failures) == attempt * len(others), "those of a moment ago are there"
                 for leader in others:
-                    company.failed(at, leader)
-        assert {which[0] for which in company.failures} == {at}
-        assert [len(until_s) for until_s in company.failures.values()] == [2] * len(others)
+                    company.failed(at, leader, cost_s=0.0)
+            assert [len(failures) for failures in company.failures.values()] == [2] * len(others)
+            await asyncio.sleep(TIMEOUTS.record_life_s)
+
+    run_simulated(main())
+
+
+def test_a_leader_that_failed_on_one_head_is_asked_last_on_the_next() -> None:
+    async def main() -> None:
+        table = Table(3)
+        company = table.matchmakers[2].company
+        assert company.leaders(AT) == table.ids
+        company.failed(head("ab"), table.ids[0], cost_s=10.0)
+        assert company.leaders(AT) == [table.ids[1], table.ids[2], table.ids[0]]
+        assert company.leaders(AT, {table.ids[0]}) == table.ids, "others say that they wait there"
+        await asyncio.sleep(TIMEOUTS.record_life_s)
+        assert company.leaders(AT) == table.ids
+
+    run_simulated(main())
+
+
+def test_who_is_known_by_its_record_alone_is_asked_to_lead_last() -> None:
+    async def main() -> None:
+        table = Table(3, strangers=(0,))
+        company = table.matchmakers[2].company
+        assert company.leaders(AT) == [table.ids[1], table.ids[2], table.ids[0]]
+        table.directory(2).proven.answered(table.ids[0])
+        assert company.leaders(AT) == table.ids
+
+    run_simulated(main())
+
+
+def test_strangers_all_of_them_meet_at_once() -> None:
+    """As when a whole swarm was started again: each takes itself for the leader, and hears of the better ones."""
+
+    async def main() -> None:
+        table = Table(4, strangers=(0, 1, 2, 3))
+        began_s = now_s()
+        assert table.members_of(table.groups(await table.meet(), 0, 1, 2, 3)) == [0, 1, 2, 3]
+        assert now_s() - began_s < 1.0
+
+    run_simulated(main())
+
+
+def test_a_silent_stranger_is_not_waited_for_and_costs_nothing() -> None:
+    async def main() -> None:
+        table = Table(4, by_hand=(0, 3), strangers=(0, 3))
+        for i in (0, 3):
+            table.serve(i, stay_silent)
+        began_s = now_s()
+        assert table.members_of(table.groups(await table.meet(), 1, 2)) == [1, 2]
+        assert now_s() - began_s < 1.0
+
+    run_simulated(main())
+
+
+def test_a_stranger_that_answers_is_waited_for() -> None:
+    async def main() -> None:
+        table = Table(3, strangers=(2,))
+        seat = table.matchmakers[2].seat
+        seat.phase, seat.progress = "inner", Progress(inner_step=9, planned=10, step_s=1.5, reported_s=now_s())
+
+        async def late() -> Group | Missed:
+            await asyncio.sleep(1.5)
+            return await table.matchmakers[2].find_group(100)
+
+        table.matchmakers[1].seat.phase = "inner"
+        table.matchmakers[1].seat.progress = Progress(inner_step=9, planned=10, step_s=1.0, reported_s=now_s())
+
+        async def second() -> Group | Missed:
+            await asyncio.sleep(1.0)
+            return await table.matchmakers[1].find_group(100)
+
+        found = await asyncio.gather(table.matchmakers[0].find_group(100), second(), late())
+        assert table.members_of(table.groups(dict(enumerate(found)), 0, 1, 2)) == [0, 1, 2]
+
+    run_simulated(main())
+
+
+def test_a_lone_peer_waits_for_strangers_as_long_as_a_round_gathers() -> None:
+    """Fewer than the run's smallest group have nothing to lose."""
+
+    async def main() -> None:
+        table = Table(2, by_hand=(1,), strangers=(1,))
+        table.serve(1, stay_silent)
+        began_s = now_s()
+        assert await table.meet() == {0: Missed(reason="alone", detail="1 ready, 2 needed")}
+        assert now_s() - began_s == pytest.approx(GATHER_S + CLOSING_MARGIN_S, abs=0.1)
+
+    run_simulated(main())
+
+
+async def promise(table: Table, channel: Channel, message: Message) -> None:
+    await channel.send(Eta(eta_s=86400.0))
+    await asyncio.sleep(500)
+
+
+async def is_busy(table: Table, channel: Channel, message: Message) -> None:
+    while True:
+        await channel.send(Eta(eta_s=10.0, busy=True))
+        await asyncio.sleep(3)
+
+
+@pytest.mark.parametrize("hand", [promise, is_busy])
+def test_a_promise_that_is_not_kept_is_not_waited_for_again(hand: Hand) -> None:
+    async def main() -> None:
+        table = Table(3, by_hand=(2,))
+        table.serve(2, hand)
+        costs_s = []
+        for _ in range(4):
+            began_s = now_s()
+            table.groups(await table.meet(), 0, 1)
+            costs_s.append(now_s() - began_s)
+            for i in table.honest:
+                table.matchmakers[i].seat.in_round = False
+        assert costs_s[0] == pytest.approx(GATHER_S + MAX_GATHER_EXTENSION_S, abs=0.5)
+        assert sum(costs_s[1:]) < GATHER_S + CLOSING_MARGIN_S + 1.0
+
+    run_simulated(main())
+
+
+def test_all_who_have_waited_remember_for_whom() -> None:
+    """What one peer costs all shall not be charged by one leader after another."""
+
+    async def main() -> None:
+        table = Table(3, by_hand=(2,))
+        table.serve(2, promise)
+        table.groups(await table.meet(), 0, 1)
+        for i in table.honest:
+            waits = table.matchmakers[i].company.waits
+            assert waits.left_s(table.ids[2], now_s()) == pytest.approx(0.0, abs=0.1)
+            assert waits.left_s(table.ids[1 - i], now_s()) == waits.full_s
+
+    run_simulated(main())
+
+
+def test_who_was_lost_in_a_round_sits_out_the_next_and_is_told_when_it_is_over() -> None:
+    async def main() -> None:
+        table = Table(4)
+        company = table.matchmakers[0].company
+        company.judge_round([table.ids[3]], 3, 30.0, ())
+        assert company.is_idle(table.ids[3])
+
+        async def over_soon() -> None:
+            await asyncio.sleep(5)
+            for i in (0, 1, 2):
+                seat = table.matchmakers[i].seat
+                seat.standing, seat.in_round = standing(HISTORY + "d"), False
+                seat.sealed_record = table.record(i, HISTORY + "d", issued_s=NOW_S + 0.7)
+                seat.changed.ring()
+
+        found, _ = await asyncio.gather(table.meet(), over_soon())
+        assert table.members_of(table.groups(found, 0, 1, 2)) == [0, 1, 2]
+        assert found[3] == Missed(reason="behind", detail=f"peer {table.ids[0][-8:]} is past this head")
+        await asyncio.sleep(TIMEOUTS.record_life_s)
+        assert not company.is_idle(table.ids[3])
+
+    run_simulated(main())
+
+
+def test_who_was_lost_is_taken_where_there_are_too_few_without_it() -> None:
+    async def main() -> None:
+        table = Table(2)
+        table.matchmakers[0].company.judge_round([table.ids[1]], 3, 30.0, ())
+        assert table.members_of(table.groups(await table.meet(), 0, 1)) == [0, 1]
+
+    run_simulated(main())
+
+
+def test_who_loses_everybody_blames_nobody() -> None:
+    async def main() -> None:
+        table = Table(3)
+        company = table.matchmakers[0].company
+        company.judge_round(table.ids[1:], 2, 1000.0, ())
+        assert all(company.rounds.left_s(peer_id, now_s()) == company.rounds.full_s for peer_id in table.ids)
+
+    run_simulated(main())
+
+
+def test_who_was_lost_has_less_patience_until_it_has_contributed_in_full() -> None:
+    async def main() -> None:
+        table = Table(3)
+        company = table.matchmakers[0].company
+        company.judge_round([table.ids[1]], 2, 30.0, [table.ids[2]])
+        company.judge_round([], 2, 1.0, [table.ids[2]])
+        assert set(company.lapsed) == {table.ids[1]}
+        company.judge_round([], 2, 1.0, [table.ids[1]])
+        assert not company.lapsed
+
+    run_simulated(main())
+
+
+def test_a_leader_in_debt_is_followed_only_where_others_wait() -> None:
+    async def main() -> None:
+        table = Table(3, by_hand=(0,))
+
+        async def hand(table: Table, channel: Channel, message: Message) -> None:
+            await channel.send(Redirect(record=table.record(0)))
+            await asyncio.sleep(500)
+
+        table.serve(0, hand)
+        for i in (1, 2):
+            for _ in range(2):
+                table.matchmakers[i].company.rounds.charge(table.ids[0], 40.0, now_s())
+        began_s = now_s()
+        assert table.members_of(table.groups(await table.meet(), 1, 2)) == [1, 2]
+        assert now_s() - began_s < 1.0
+        gatherings = table.matchmakers[1].gatherings
+        gathering = Gathering(head=AT, opened_s=now_s())
+        gatherings.claim(gathering, table.ids[0], Redirect(record=table.record(0)))
+        assert gathering.answer is None
+        gathering.awaited.add(table.ids[0])
+        gatherings.claim(gathering, table.ids[0], Redirect(record=table.record(0)))
+        assert gathering.answer is not None
 
     run_simulated(main())
 
@@ -895,10 +1107,10 @@ def test_a_leader_that_fails_has_a_second_chance_and_one_that_lies_has_none() ->
     async def main() -> None:
         table = Table(3)
         company = table.matchmakers[0].company
-        company.failed(AT, table.ids[1])
+        company.failed(AT, table.ids[1], cost_s=0.0)
         assert company.is_fit(AT, table.ids[1])
-        company.failed(AT, table.ids[1])
-        company.failed(AT, table.ids[2], lied=True)
+        company.failed(AT, table.ids[1], cost_s=0.0)
+        company.failed(AT, table.ids[2], cost_s=0.0, lied=True)
         assert not company.is_fit(AT, table.ids[1])
         assert not company.is_fit(AT, table.ids[2])
 
@@ -911,7 +1123,7 @@ def test_who_has_failed_as_a_leader_leads_again_later() -> None:
     async def main() -> None:
         table = Table(2)
         for me, other in ((0, 1), (1, 0)):
-            table.matchmakers[me].company.failed(AT, table.ids[other], lied=True)
+            table.matchmakers[me].company.failed(AT, table.ids[other], cost_s=0.0, lied=True)
         assert {found.reason for found in (await table.meet()).values() if isinstance(found, Missed)} == {"alone"}
         await asyncio.sleep(TIMEOUTS.record_life_s)
         assert table.members_of(table.groups(await table.meet(), 0, 1)) == [0, 1]

@@ -1,0 +1,72 @@
+"""Which peers are proven: they have answered me, or have come by themselves, since they last failed me. Pure: times are
+arguments.
+
+A record proves nothing: whoever signs one need not be there. Nor does a newer record make up for a failure, as it does
+for a vote (``Directory.suspect``). Only proven peers are waited for; the others are called beside that, with a pause
+that grows with every failure, and are proven as soon as they answer.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+MAX_PROVEN = 4096
+"""Peers of which it is remembered. Those of which nothing was heard longest are forgotten first."""
+
+
+@dataclass(kw_only=True)
+class Proof:
+    """What is known of one peer."""
+
+    proven: bool = False
+    failures: int = 0
+    """Since it last answered."""
+    called_s: float = float("-inf")
+    """When it was last called beside a round."""
+
+
+class Proven:
+    """Which peers have answered me since they last failed me. ``least_pause_s``, ``most_pause_s``: between two calls of
+    one that is not proven."""
+
+    def __init__(self, *, least_pause_s: float, most_pause_s: float) -> None:
+        self.least_pause_s = least_pause_s
+        self.most_pause_s = most_pause_s
+        self._proofs: dict[str, Proof] = {}
+
+    def __contains__(self, peer_id: str) -> bool:
+        proof = self._proofs.get(peer_id)
+        return proof is not None and proof.proven
+
+    def has_failed(self, peer_id: str) -> bool:
+        """Returns whether a peer has failed me, and has not answered since."""
+        proof = self._proofs.get(peer_id)
+        return proof is not None and proof.failures > 0
+
+    def answered(self, peer_id: str) -> None:
+        """Notes that a peer has answered me, or has come by itself."""
+        proof = self._of(peer_id)
+        proof.proven, proof.failures = True, 0
+
+    def failed(self, peer_id: str) -> None:
+        """Notes that a peer did not answer me, or broke the protocol."""
+        proof = self._of(peer_id)
+        proof.proven, proof.failures = False, proof.failures + 1
+
+    def call(self, peer_id: str, now_s: float) -> bool:
+        """Returns whether a peer may be called now: always when it is proven, else when the pause since its last call
+        is over, which is noted as called."""
+        if peer_id in self:
+            return True
+        proof = self._of(peer_id)
+        pause_s = min(self.least_pause_s * 2 ** min(max(proof.failures - 1, 0), 16), self.most_pause_s)
+        if now_s < proof.called_s + pause_s:
+            return False
+        proof.called_s = now_s
+        return True
+
+    def _of(self, peer_id: str) -> Proof:
+        proof = self._proofs[peer_id] = self._proofs.pop(peer_id, Proof())
+        if len(self._proofs) > MAX_PROVEN:
+            del self._proofs[next(iter(self._proofs))]
+        return proof
