@@ -224,7 +224,7 @@ def test_no_flood_of_invented_peers_hides_who_is_known_who_comes_or_who_is_favou
 ) -> None:
     monkeypatch.setattr(directory, "MAX_PEERS_KNOWN", 16)
     favoured = {identity(4).peer_id}
-    known = Directory(ME.peer_id, favoured=RUN_ID, favoured)
+    known = Directory(ME.peer_id, RUN_ID, favoured=favoured)
 
     def heard(i: int) -> Record | None:
         return known.learn(seal_record(record_of(identity(i)), identity(i)), NOW_S)
