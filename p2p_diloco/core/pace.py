@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from statistics import median_low
 
+LARGEST_SPEED_OVER_MEDIAN = 4
 NEARLY = 0.9
 
 
@@ -74,14 +76,18 @@ def second_most_steps(weights: Sequence[int], tokens_per_inner_step: int) -> int
     return ranked[min(1, len(ranked) - 1)] // tokens_per_inner_step if ranked else 0
 
 
-def likely_steps(inner_steps: int, mine: float, others: Sequence[float]) -> int:
-    """Returns how many inner steps a peer of the speed ``mine`` is likely to plan among ``others``, for the doctor: in
-    tokens per second, as their records claim, 0 where unknown."""
-    fastest = sorted((speed for speed in others if speed > 0), reverse=True)
-    if mine <= 0 or not fastest:
+def claimed_steps(inner_steps: int, mine: float, others: Sequence[float]) -> int:
+    """Returns how many inner steps a peer makes while the fastest makes all, as far as others are believed. It may
+    plan more for what they claim, and never fewer.
+
+    Speeds are in tokens per second, 0 where unknown; one that is more than four times the median counts as four times
+    the median.
+    """
+    known = [speed for speed in (mine, *others) if speed > 0]
+    if mine <= 0 or len(known) < 2:
         return inner_steps
-    share = mine / fastest[min(1, len(fastest) - 1)]
-    return inner_steps if share >= NEARLY else max(1, round(inner_steps * share))
+    fastest = min(max(known), LARGEST_SPEED_OVER_MEDIAN * median_low(known))
+    return inner_steps if mine >= NEARLY * fastest else max(1, round(inner_steps * mine / fastest))
 
 
 @dataclass(kw_only=True)
@@ -115,9 +121,10 @@ class Phase:
             self._began_s = None
             self._whole = self._whole and self.trained_s >= NEARLY * likely_s
 
-    def plan(self, second: int, step_s: float) -> None:
+    def plan(self, second: int, step_s: float, claimed: int = 1) -> None:
         """Plans the next phase, after an update has committed. ``second`` and ``step_s``: as ``planned_steps`` has
-        them.
+        them. ``claimed``: as ``claimed_steps`` has it; no fewer are planned, in case the time says less, as after a
+        phase that began later than the others'.
 
         Where the second fastest had time for all H, others may have waited for this peer since it was called: that time
         is left out. But no more than half: a round may have been called long before anybody was ready.
@@ -125,7 +132,8 @@ class Phase:
         full = second >= NEARLY * self.inner_steps
         trained_s = max(self.called_s, self.trained_s / 2) if full else self.trained_s
         if self._whole:
-            self.planned = planned_steps(self.inner_steps, trained_s=trained_s, second=second, step_s=step_s)
+            timed = planned_steps(self.inner_steps, trained_s=trained_s, second=second, step_s=step_s)
+            self.planned = max(timed, claimed)
 
     def go_on(self, now_s: float, *, moved: bool) -> None:
         """Notes that the trainer trains again. ``moved``: from another head."""

@@ -40,7 +40,7 @@ class Readiness(Signed):
     dropped: bool = False
     """It reduces for the others and takes the update, but contributes nothing this time."""
     tokens_per_s: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
-    """Its speed, as it claims. No plan follows from it."""
+    """Its speed, as it claims: others may plan more for it, and never fewer."""
     nonce: Annotated[bytes, Field(min_length=8, max_length=8)]
     """New for every attempt, so that no two rounds have the same id."""
 

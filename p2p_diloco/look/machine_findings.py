@@ -11,7 +11,7 @@ from pathlib import Path
 
 from p2p_diloco.core.config import Timeouts
 from p2p_diloco.core.manifest import RunManifest
-from p2p_diloco.core.pace import likely_steps
+from p2p_diloco.core.pace import claimed_steps
 from p2p_diloco.core.records import Record
 from p2p_diloco.core.update import max_update_bytes
 from p2p_diloco.learn.hub import DATA_SET_NAME
@@ -168,7 +168,7 @@ def outer_step_finding(
         kind: Kind = "problem" if trial.trouble else "warning"
         return Finding(kind=kind, what="outer step", measured=measured, remedy=remedy or "see device and memory")
     speeds = [record.tokens_per_s for record in records if record.role == "trainer"]
-    steps = likely_steps(spec.inner.steps, spec.tokens_per_inner_step / step_s, speeds)
+    steps = claimed_steps(spec.inner.steps, spec.tokens_per_inner_step / step_s, speeds)
     inner_s = steps * step_s
     measured = f"{steps} inner steps of {span(step_s)}"
     if steps < spec.inner.steps:

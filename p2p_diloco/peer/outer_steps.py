@@ -22,7 +22,7 @@ from p2p_diloco.core.codec import Vector
 from p2p_diloco.core.errors import Gap
 from p2p_diloco.core.event import OuterGradientOffered, RoundEnded
 from p2p_diloco.core.events import EventLog
-from p2p_diloco.core.pace import Phase, second_most_steps
+from p2p_diloco.core.pace import Phase, claimed_steps, second_most_steps
 from p2p_diloco.core.roster import Group, evaluator
 from p2p_diloco.core.swarm_head import Standing, must_catch_up
 from p2p_diloco.core.update import Update, contributors_in_full, parts_with
@@ -259,9 +259,16 @@ class OuterSteps:
         self._last_norms = self.here.seat.standing.head, tuple(meeting.norms)
         met = (member.peer_id for i, member in enumerate(settlement.group.members) if i not in meeting.lost)
         self.here.directory.met(met, self._step, self.here.seat.standing.head)
-        tokens, weights = self.replica.manifest.spec.tokens_per_inner_step, [w for _, w in update.header.contributors]
-        self._phase.plan(second_most_steps(weights, tokens), tokens / self._pace if self._pace > 0 else 0.0)
+        self._plan(settlement.group, update)
         return alignment
+
+    def _plan(self, group: Group, update: Update) -> None:
+        """Plans the inner steps up to the next outer step."""
+        spec, weights = self.replica.manifest.spec, [weight for _, weight in update.header.contributors]
+        tokens = spec.tokens_per_inner_step
+        speeds = [member.tokens_per_s for i, member in enumerate(group.members) if i != group.me]
+        claimed = claimed_steps(spec.inner.steps, self._pace, speeds)
+        self._phase.plan(second_most_steps(weights, tokens), tokens / self._pace if self._pace > 0 else 0.0, claimed)
 
     async def _commit(self, update: Update) -> None:
         """Writes the update to the ledger first, and then moves theta. A snapshot, where one is due, is written while

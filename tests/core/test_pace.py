@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from p2p_diloco.core.pace import (
     Phase,
     Progress,
-    likely_steps,
+    claimed_steps,
     outer_step_due,
     planned_steps,
     ready_in_s,
@@ -229,6 +229,18 @@ def test_what_came_before_the_first_head_is_not_known() -> None:
     assert peer.planned == 40
 
 
+@given(claims=st.lists(st.floats(0, 1e300), max_size=4), step_s=st.floats(0.1, 100.0))
+def test_no_claim_makes_anybody_plan_fewer(claims: list[float], step_s: float) -> None:
+    def plan(claimed: int) -> int:
+        peer = Phase(inner_steps=100)
+        peer.go_on(0.0, moved=True)
+        peer.end(100.0, None, 100.0)
+        peer.plan(100, step_s, claimed)
+        return peer.planned
+
+    assert plan(1) <= plan(claimed_steps(100, 8 / step_s, claims)) <= 100
+
+
 def test_steps_from_before_it_joined_say_nothing_about_the_time() -> None:
     peer = Phase(inner_steps=100)
     peer.go_on(0.0, moved=True)
@@ -262,8 +274,8 @@ def test_time_adds_up_over_rounds_that_fail() -> None:
         (9.0, [10.0, 10.0], 100),
         (8.9, [10.0], 89),
         (0.001, [10.0, 10.0], 1),
-        (10.0, [10.0, 10.0, 1e9], 100),  # one that is faster than all others is no measure
+        (10.0, [10.0, 10.0, 1e9], 25),  # as if it were four times as fast as most
     ],
 )
-def test_likely_steps(mine: float, others: list[float], planned: int) -> None:
-    assert likely_steps(100, mine, others) == planned
+def test_claimed_steps(mine: float, others: list[float], planned: int) -> None:
+    assert claimed_steps(100, mine, others) == planned
