@@ -118,7 +118,7 @@ FOUND_BY: dict[str, tuple[int, str]] = {
     "kept although it arrived": (7, "counted-once"),
     "endless patience": (4, "agreement"),
     "half settles": (8, "one-outcome"),
-    "half of the voters": (74, "head-choice"),
+    "half of the voters": (81, "head-choice"),
     "denied at once": (26, "one-outcome"),
 }
 """Broken protocol -> the first seed from 0 on whose schedule finds it, and the invariant that is violated."""
