@@ -92,10 +92,12 @@ class Butterfly:
             await channel.send_frame(self.meeting.contribution(part))
 
     async def _receive_means(self, channel: Channel, parts: list[int]) -> None:
+        meeting = self.meeting
         for part in parts:
-            self.meeting.hold(
-                part, await self.meeting.receive_part(channel, part, self.meeting.timeouts.reduced_part_s)
-            )
+            received = await meeting.receive_part(channel, part, meeting.timeouts.reduced_part_s)
+            if objection := meeting.objection(part):
+                raise Misbehaved(channel.peer_id, f"sends part {part} {objection}")
+            meeting.hold(part, received)
 
     # -- as a reducer ------------------------------------------------------------------------------------------------
 

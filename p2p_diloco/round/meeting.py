@@ -49,6 +49,8 @@ class Meeting:
     """What I hold of the update; None for a part that I do not hold."""
     norms: list[float] = field(init=False)
     """Of the parts that I have reduced or received; 0 for the others."""
+    refused: set[bytes] = field(default_factory=set)
+    """Hashes of parts that members hold, and that I do not take: see ``objection``."""
     lost: set[int] = field(default_factory=set)
     """Members that failed me in this round."""
     silent: set[int] = field(default_factory=set)
@@ -108,8 +110,8 @@ class Meeting:
         await channel.send_frame(bytes([len(part.mask)]), part.mask, part.data)
 
     async def receive_part(self, channel: Channel, part: int, timeout_s: float) -> Part:
-        """Returns a part of the update that a member sends. Misbehaved unless it is a sound part of this round, and no
-        longer than what honest members would make of their contributions; Refused for a No in its place."""
+        """Returns a part of the update that a member sends. Misbehaved unless it is a sound part of this round; Refused
+        for a No in its place."""
         size = self.grid.part_bytes(part)
         data = await channel.receive_frame(1 + MAX_MASK_BYTES + size, timeout_s)
         if not data or len(data) != 1 + data[0] + size or data[0] > MAX_MASK_BYTES:
@@ -120,11 +122,15 @@ class Meeting:
             values = self.grid.decode(part, received.data)
         except ValueError as error:
             raise Misbehaved(channel.peer_id, f"sends part {part} that does not decode: {error}") from error
-        norm, largest = norm_of(values), self._largest_norm(part)
-        if norm > largest:
-            raise Misbehaved(channel.peer_id, f"sends part {part} with a norm of {norm:.2g}, more than {largest:.2g}")
-        self.norms[part] = norm
+        self.norms[part] = norm_of(values)
         return received
+
+    def objection(self, part: int) -> str:
+        """Returns what is wrong with the part that was just received: it is longer than what honest members would make
+        of their contributions. Empty where it is not. It is the word of the reducer that made it, and of nobody who
+        has taken it: a slower member, whose own contribution is shorter, refuses more or less than others do."""
+        norm, largest = self.norms[part], self._largest_norm(part)
+        return f"with a norm of {norm:.2g}, more than {largest:.2g}" if norm > largest else ""
 
     def _largest_norm(self, part: int) -> float:
         """Returns the norm above which a part is refused."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from typing import TypeAlias
 
 from p2p_diloco.core.config import Timeouts
@@ -50,6 +50,11 @@ def decide(
     if newest + 1 >= group_size:
         return No(reason=f"{len(missing)} parts were lost again and again")
     return Again(number=newest + 1, members=sorted(held), parts=missing)
+
+
+def without_refused(held: Mapping[int, Sequence[bytes]], refused: Set[bytes]) -> dict[int, list[bytes]]:
+    """Returns the same as ``held`` without the hashes of parts that this leader refuses: nobody holds them for it."""
+    return {i: [b"" if one in refused else one for one in hashes] for i, hashes in held.items()}
 
 
 def choose_parts(held: Mapping[int, Sequence[bytes]], n_parts: int) -> tuple[list[bytes], list[int]]:

@@ -27,6 +27,7 @@ from p2p_diloco.round.settle_decide import (
     decide,
     is_quorum,
     receipt_fits,
+    without_refused,
 )
 from p2p_diloco.round.settle_member import Member
 from p2p_diloco.wire.channel import Channel
@@ -60,7 +61,7 @@ class Leader:
             held = {i: receipt.part_hashes for i, receipt in self.receipts.items() if receipt.number >= number}
             held[me] = meeting.hashes()
             decision = decide(
-                held,
+                without_refused(held, meeting.refused),
                 group_size=len(self.group.members),
                 min_group=meeting.min_group,
                 n_parts=len(meeting.parts),

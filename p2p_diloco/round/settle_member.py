@@ -57,8 +57,10 @@ class Member:
         await self._run(self.butterflies[0])
 
     async def reduce_again(self, again: Again) -> None:
-        """Runs another butterfly, as a leader wants it."""
+        """Runs another butterfly, as a leader wants it. What I hold of its parts is forgotten, for it is refused."""
         log.info("outer step %d: %d parts are reduced again", self.group.step, len(again.parts))
+        for part in again.parts:
+            self.meeting.parts[part] = None
         butterfly = Butterfly(self.meeting, again.number, again.members, again.parts)
         self.butterflies[again.number] = butterfly
         self.meeting.changed.ring()
@@ -146,12 +148,14 @@ class Member:
             for part, (held, wanted) in enumerate(zip(self.meeting.parts, commit.part_hashes)):
                 if held is None or held.hash != wanted:
                     self.meeting.parts[part] = None
-                    wanted_from.setdefault(sources[part], []).append(part)
+                    if wanted not in self.meeting.refused:
+                        wanted_from.setdefault(sources[part], []).append(part)
             others = [i for i in wanted_from if i != self.group.me]
             await run_all(*(self._fetch(commit, source, wanted_from[source]) for source in others))
 
     async def _fetch(self, commit: Commit, source: int, parts: list[int]) -> None:
-        """Fetches some parts of a commit from one member, which is lost when it fails or sends other bytes."""
+        """Fetches some parts of a commit from one member, which is lost when it fails or sends other bytes. It is not
+        to blame for a part that I refuse: it may have taken it in good faith."""
         meeting = self.meeting
         try:
             for part in parts:
@@ -164,6 +168,10 @@ class Member:
                     channel.close()
                 if received.hash != wanted:
                     raise Misbehaved(channel.peer_id, f"sends other bytes for part {part} than it said that it holds")
+                if objection := meeting.objection(part):
+                    log.warning("outer step %d: part %d is refused: it comes %s", self.group.step, part, objection)
+                    meeting.refused.add(wanted)
+                    continue
                 meeting.hold(part, received)
         except RemoteError as error:
             meeting.lose(source, error)

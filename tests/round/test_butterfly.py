@@ -468,8 +468,25 @@ def test_a_mean_of_what_the_last_update_was_is_no_lie(losses: Losses) -> None:
     run_simulated(main())
 
 
+def test_a_mean_that_another_member_took_is_refused_without_blaming_that_one(losses: Losses) -> None:
+    """The leader expects shorter means than 1 does, who has the last update: it settles on others."""
+
+    async def main() -> None:
+        meeting = Round(3, by_hand=(2,), aggregate="robust", n=N_PARTS * SMALL_PART_VALUES)
+        meeting.settlements[1].meeting.last_norms = [1000.0] * N_PARTS
+        await meeting.run(
+            reduce_by_hand(meeting, lambda _, part: frame_of(scaled(meeting, part, -100.0)), receipt=None)
+        )
+        assert meeting.settlements[0].meeting.refused, "1 held what the leader refuses"
+        assert list(meeting.update().parts) == meeting.means(range(3), but=(2, 5), of=(0, 1))
+        assert {(by, member) for by, member, _ in losses} == {(0, 2)}, "who believed it had no reason to complain"
+
+    run_simulated(main())
+
+
 def test_a_committed_part_that_is_too_long_is_not_taken_from_who_holds_it(losses: Losses) -> None:
-    """A leader whose means were sound commits others, which it has made up."""
+    """A leader whose means were sound commits others, which it has made up. Who holds a part need not have made it, so
+    nobody is blamed."""
 
     async def main() -> None:
         meeting = Round(3, by_hand=(0,), aggregate="robust", n=N_PARTS * SMALL_PART_VALUES)
@@ -495,9 +512,9 @@ def test_a_committed_part_that_is_too_long_is_not_taken_from_who_holds_it(losses
         await meeting.run(contribute())
         assert meeting.committed() == []
         assert meeting.missed() == {("behind", "the round committed, but parts of the update could not be fetched")}
-        assert {(member, why.split(" norm")[0]) for _, member, why in losses} == {
-            (0, "Misbehaved: sends part 0 with a")
-        }
+        assert not losses
+        refused = [settlement.meeting.refused for settlement in meeting.settlements.values()]
+        assert refused == [{part.hash for part in lied}] * 2
 
     run_simulated(main())
 

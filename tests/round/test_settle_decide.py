@@ -16,6 +16,7 @@ from p2p_diloco.round.settle_decide import (
     decide,
     is_quorum,
     receipt_fits,
+    without_refused,
 )
 from p2p_diloco.wire.messages import Again, Commit, No, Receipt
 from tests.support.builders import groups_of, head, ranked
@@ -47,6 +48,12 @@ def test_a_quorum_is_more_than_half() -> None:
 )
 def test_a_leader_decides_by_the_receipts_of_a_quorum(held: dict[int, list[bytes]], decided: Decision) -> None:
     assert decide(held, group_size=5, min_group=2, n_parts=2, newest=1) == decided
+
+
+def test_what_a_leader_refuses_is_held_by_nobody() -> None:
+    held = {0: [A, b""], 1: [B, A]}
+    assert without_refused(held, {A}) == {0: [b"", b""], 1: [B, b""]}
+    assert without_refused(held, set()) == held
 
 
 def test_fewer_than_the_smallest_group_commit_nothing() -> None:

@@ -80,6 +80,9 @@ class Chronicle:
     on_missed: OnMissed = "adopt"
     largest_weight: int = 2**60
     """What a contribution may weigh at most."""
+    counts: bool = True
+    """Whether contributions count inner steps. Where norms are bounded they say nothing, and make a peer that has
+    trained for long much louder than a newcomer."""
     liars: frozenset[int] = frozenset()
     """Peers whose inner steps nobody counts. What the others do is told here, and nothing of them."""
     digests: dict[bytes, tuple[bytes, int]] = field(default_factory=dict)
@@ -150,8 +153,9 @@ class Chronicle:
         """One inner step of a peer. ``local``, ``target``: float32 [n]."""
         number = self.trained[peer] = self.trained.get(peer, 0) + 1
         for where in part_slices(len(local)):
-            local[where.start + 2 * peer] += np.float32(1)
-            local[where.start + 2 * peer + 1] += np.float32(number)
+            if self.counts:
+                local[where.start + 2 * peer] += np.float32(1)
+                local[where.start + 2 * peer + 1] += np.float32(number)
             rest = slice(where.start + 2 * MAX_PEERS, where.stop)
             local[rest] -= np.float32(0.1) * (local[rest] - target[rest])
 

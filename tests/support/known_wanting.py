@@ -7,11 +7,6 @@ then on its first schedules have to hold.
 from __future__ import annotations
 
 KNOWN_WANTING: dict[str, tuple[int, str]] = {
-    "flipped": (0, "astray"),
-    "flipped, largest weight": (0, "astray"),
-    "x100": (0, "bounded"),
-    "1e30": (0, "bounded"),
-    "mean x-10": (1, "bounded"),
     "zeros for a mean": (0, "astray"),
     "two means": (0, "astray"),
     "invented parts": (0, "no-invention"),

@@ -11,7 +11,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from p2p_diloco.core.roster import Group
 from p2p_diloco.peer.outer_steps import OuterSteps
 from p2p_diloco.round.settle import Settlement
 
@@ -53,9 +52,9 @@ def in_rounds(change: Callable[[Liar, Settlement], None]) -> Callable[[Liar], No
     """A lie that is told in each round that the liar is a member of."""
 
     def corrupt(liar: Liar) -> None:
-        def meet(real: Callable[[Group], Settlement]) -> Callable[[Group], Settlement]:
-            def met(group: Group) -> Settlement:
-                settlement = real(group)
+        def meet(real: Callable[..., Settlement]) -> Callable[..., Settlement]:
+            def met(*round_of: Any) -> Settlement:
+                settlement = real(*round_of)
                 if liar.lying():
                     change(liar, settlement)
                 return settlement

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, TypeVar
 
+from p2p_diloco.core.aggregate import AggregateName
 from p2p_diloco.core.codecs import CodecName
 from p2p_diloco.core.runfile import OnMissed
 
@@ -118,6 +119,7 @@ class Schedule:
     """The last ones, as many as there are faults of kind join, come with those."""
     faults: tuple[Fault, ...] = ()
     codec: CodecName = "fp32"
+    aggregate: AggregateName = "mean"
     on_missed: OnMissed = "adopt"
     min_group: int = 2
     max_group: int = 64

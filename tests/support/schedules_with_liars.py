@@ -39,6 +39,7 @@ def draw_with_liars(kind: str, seed: int) -> Schedule:
         seed=seed,
         peers=tuple(_honest(r, step_s) for _ in range(honest)),
         codec=r.choice(("fp32", "fp32", "fp32", "int8")),
+        aggregate="robust",
         snapshot_every=r.choice((2, 5)),
         parts=r.choice((3, 5, 9)),
         inner_steps=r.choice((8, 12)),
