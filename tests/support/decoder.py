@@ -222,10 +222,16 @@ def mean_of(contributions: Sequence[tuple[int, Vector]], total: int, k: int) -> 
 
 
 def product(x: Vector, y: Vector) -> float:
-    lanes = 4096
-    products = np.zeros(-(-len(x) // lanes) * lanes)
-    products[: len(x)] = x.astype(np.float64) * y.astype(np.float64)
-    sums = np.zeros(lanes)
+    with np.errstate(over="ignore", invalid="ignore"):
+        found = product_in(x, y)
+    return found if 2.0**-64 <= abs(found) <= 2.0**64 else product_in(x.astype(np.float64), y.astype(np.float64))
+
+
+def product_in(x: npt.NDArray[np.floating], y: npt.NDArray[np.floating]) -> float:
+    lanes = 16384
+    products = np.zeros(-(-len(x) // lanes) * lanes, x.dtype)
+    products[: len(x)] = x * y
+    sums = np.zeros(lanes, x.dtype)
     for row in products.reshape(-1, lanes):
         sums = sums + row
     while len(sums) > 1:
