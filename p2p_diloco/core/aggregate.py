@@ -18,7 +18,7 @@ from typing import Literal, Protocol
 
 import numpy as np
 
-from p2p_diloco.core.agreement import agreeing, bounded
+from p2p_diloco.core.agreement import agreeing, bounded, bounded_by_weight
 from p2p_diloco.core.codec import Vector
 from p2p_diloco.core.grid import Grid
 from p2p_diloco.core.norms import squared_norms
@@ -75,7 +75,7 @@ class Mean:
 
 class Robust:
     """``aggregate = "robust"``: norms are bounded by the group's, and who points away from the others is left out of
-    the part. ``agreement`` has both rules, docs/log.md what they cost and prevent."""
+    the part. ``agreement`` has the rules, docs/log.md what they cost and prevent."""
 
     largest_weight = Fraction(LARGEST_ROBUST_WEIGHT_OVER_MEDIAN)
 
@@ -84,20 +84,24 @@ class Robust:
     ) -> Part:
         inside = {i: came[i] for i in sorted(came)}
         squares = dict(zip(inside, squared_norms(list(inside.values()))))
-        factors = dict(zip(inside, bounded([math.sqrt(square) for square in squares.values()])))
-        shares = shares_of({i: weights[i] for i in inside}, total_weight, factors)
+        norms = [math.sqrt(square) for square in squares.values()]
+        alike = dict(zip(inside, bounded(norms)))
+        usual = median_low(weights)
+        factors = dict(zip(inside, bounded_by_weight(norms, [weights[i] / usual for i in inside])))
+        shares = shares_of({i: weights[i] for i in inside}, total_weight, alike)
         whole = weighted_sum(inside, shares, grid.n_values(part))
         stay = agreeing(inside, squares, {i: float(share) for i, share in shares.items()}, whole)
-        if len(stay) == len(inside):
+        if len(stay) == len(inside) and factors == alike:
             return Part(mask=contributor_mask(inside), data=grid.encode(whole))
         # Who is left out has taken part in the round, and will not come with this again: nothing stands in for it.
         total = None if total_weight is None else total_weight - sum(weights[i] for i in inside if i not in stay)
         return part_of(inside, shares_of({i: weights[i] for i in stay}, total, factors), part, grid)
 
     def largest_norm(self, mine: float, weights: Sequence[int], me: int, last: float | None) -> float:
-        """What an honest reducer makes is no longer than the group's median. A peer that has trained on fewer tokens
-        than the median knows that by its own contribution, as much longer: in proportion at most, but while the
-        learning rate rises from zero, as it does before the first update, with the square of the tokens."""
+        """What an honest reducer makes is no longer than the group's median, times the largest weight where five and
+        more contribute. A peer that has trained on fewer tokens than the median knows that by its own contribution, as
+        much longer: in proportion at most, but while the learning rate rises from zero, as it does before the first
+        update, with the square of the tokens."""
         slower = max(median_low(weights) / weights[me], 1.0)
         if last is None:
             return LARGEST_OVER_EXPECTED * mine * slower * slower if mine > 0 else math.inf

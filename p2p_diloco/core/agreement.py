@@ -1,9 +1,12 @@
 """Which contributions to one part count, and how much of each: no single one may move the mean far, or turn it round.
 
-    bounded    none is much longer than the others are
-    agreeing   of five and more, a minority that points away from the others is left out
+    bounded            none is longer than the others are
+    agreeing           of five and more, a minority that points away from the others is left out
+    bounded_by_weight  of those that stay, who has trained on more tokens may be longer than the others
 
-Both are exact rules, the same bits everywhere (``norms``): whoever has the contributions comes to the same mean.
+Who agrees is asked where all are bounded alike: two hostile ones of five that are longer, too, would outweigh three
+honest ones. All are exact rules, the same bits everywhere (``norms``): whoever has the contributions comes to the same
+mean.
 """
 
 from __future__ import annotations
@@ -33,6 +36,19 @@ def bounded(norms: Sequence[float]) -> list[float]:
         return [1.0] * len(norms)
     longest = median_low(norms) if len(norms) > 2 else LARGEST_OF_TWO * min(norms)
     return [longest / norm if norm > longest else 1.0 for norm in norms]
+
+
+def bounded_by_weight(norms: Sequence[float], weights: Sequence[float]) -> list[float]:
+    """Returns the factors of those that are in the mean. ``weights``: over the group's median.
+
+    As ``bounded``, but with AGREES_FROM and more, who weighs more than the median may be as many times longer: it has
+    made more steps, and come farther. With fewer, one that flips its outer gradient could turn the mean round.
+    """
+    if len(norms) < AGREES_FROM:
+        return bounded(norms)
+    longest = median_low(norms)
+    most = [longest * max(weight, 1.0) for weight in weights]
+    return [limit / norm if norm > limit else 1.0 for norm, limit in zip(norms, most)]
 
 
 def agreeing(

@@ -89,12 +89,62 @@ def test_where_all_are_alike_robust_is_the_mean() -> None:
 
 @pytest.mark.parametrize("count", [3, 4, 5, 9])
 @pytest.mark.parametrize("hostile", [np.float32(1e30), np.float32(-1e30), np.float32(100)])
-def test_the_mean_is_never_longer_than_the_median(count: int, hostile: np.float32) -> None:
+def test_the_mean_is_no_longer_than_the_median_times_the_largest_weight(count: int, hostile: np.float32) -> None:
     came = {i: normal(0, 500) + normal(i, 500) for i in range(count)}
     came[1] = np.full(500, hostile, np.float32)
-    _, values = robust(came)
     usual = median_low([float(np.linalg.norm(one.astype(np.float64))) for one in came.values()])
-    assert np.linalg.norm(values) <= usual * (1 + 1e-6)
+    _, values = robust(came)
+    assert np.linalg.norm(values) <= usual * (1 + 1e-5)
+    _, values = robust(came, [100, 150, *[100] * (count - 2)])
+    assert np.linalg.norm(values) <= usual * (1.5 if count >= 5 else 1) * (1 + 1e-5)
+
+
+UNEVEN = [150, 150, 100, 100, 50]
+"""As they count, of peers of speeds 1, 3/4, 1/2, 1/2 and 1/4."""
+
+
+def uneven(*norms: float) -> dict[int, Vector]:
+    """So long each; they have much in common."""
+    came = {i: normal(0, 500) + normal(i + 1, 500) for i in range(len(norms))}
+    return {i: values * np.float32(norm / np.linalg.norm(values)) for (i, values), norm in zip(came.items(), norms)}
+
+
+def test_of_five_a_faster_peer_counts_with_as_much_longer_a_contribution_as_its_weight() -> None:
+    came = uneven(2, 1.5, 1, 1, 0.5)
+    mask, values = robust(came, UNEVEN)
+    assert mask == b"\x1f"
+    lengths = [1.5, 1.5, 1, 1, 0.5]
+    units = [one / np.linalg.norm(one) for one in came.values()]
+    expected = sum(weight * length * unit for weight, length, unit in zip(UNEVEN, lengths, units)) / sum(UNEVEN)
+    np.testing.assert_allclose(values, expected, atol=1e-6)
+    _, by_others = robust({i: came[i] for i in range(4)}, UNEVEN)
+    fewer = sum(weight * unit for weight, unit in zip(UNEVEN[:4], units)) / sum(UNEVEN[:4])
+    np.testing.assert_allclose(by_others, fewer, atol=1e-6, err_msg="of four, all as long as the median at most")
+
+
+def test_the_weights_that_count_are_over_the_median_of_the_whole_roster() -> None:
+    """Also where only the slower ones' contributions to a part came: here those that weigh 100 are no faster ones."""
+    roster = [150, 150, 100, 100, 50, 50, 50, 100, 100]
+    came = {i + 2: values for i, values in uneven(1, 1, 0.5, 0.5, 0.5).items()}
+    _, values = robust(came, roster)
+    units = {i: one / np.linalg.norm(one) for i, one in came.items()}
+    expected = sum(roster[i] * 0.5 * unit for i, unit in units.items()) / 350
+    np.testing.assert_allclose(values, expected, atol=1e-6)
+
+
+def test_two_of_five_that_flip_are_left_out_though_they_are_long_and_claim_the_largest_weight() -> None:
+    came = uneven(150, 150, 1, 1, 1)
+    mask, _ = robust({i: -one if i < 2 else one for i, one in came.items()}, [150, 150, 100, 100, 100])
+    assert mask == b"\x1c"
+
+
+@pytest.mark.parametrize("count", [3, 4, 5, 9])
+def test_one_that_flips_and_claims_the_largest_weight_does_not_turn_the_mean_round(count: int) -> None:
+    came = uneven(*[1.0] * count)
+    came[0] = came[0] * np.float32(-100)
+    _, values = robust(came, [150] + [100] * (count - 1))
+    others = sum(came[i] for i in range(1, count))
+    assert np.dot(values, others) > 0
 
 
 def test_of_two_neither_moves_the_mean_by_more_than_so_many_times_the_other() -> None:
@@ -148,7 +198,7 @@ def test_whatever_came_the_mean_is_finite(
     assert np.isfinite(values).all()
     if aggregate == "robust" and len(came) > 2:
         norms = [float(np.linalg.norm(one.astype(np.float64))) for one in decoded.values()]
-        assert np.linalg.norm(values.astype(np.float64)) <= 1.3 * median_low(norms) + 1e-30
+        assert np.linalg.norm(values.astype(np.float64)) <= 1.3 * 1.5 * median_low(norms) + 1e-30
 
 
 def test_what_a_member_takes_of_a_reducer() -> None:
@@ -166,17 +216,19 @@ def test_what_a_member_takes_of_a_reducer() -> None:
     assert AGGREGATIONS["mean"].largest_norm(1.0, even, 2, 0.5) == math.inf
 
 
+@pytest.mark.parametrize("faster", [[], [1500, 1500], [4000, 4000, 4000]])
 @pytest.mark.parametrize("slower", [1, 2, 4, 10, 100])
 @pytest.mark.parametrize(("tokens_power", "last"), [(2.0, None), (1.0, None), (1.0, 0.3), (0.5, 0.3), (0.5, 0.0)])
 def test_an_honest_slow_peer_takes_what_honest_reducers_make(
-    slower: int, tokens_power: float, last: float | None
+    slower: int, tokens_power: float, last: float | None, faster: list[int]
 ) -> None:
     """The norm of a contribution rises with the tokens: in proportion at most, and with their square in a warm-up."""
-    weights = [1000, 1000, 1000, 1000 // slower]
-    norms = [(weight / 1000) ** tokens_power for weight in weights]
+    tokens = [1000, 1000, 1000, 1000 // slower, *faster]
+    norms = [(trained / 1000) ** tokens_power for trained in tokens]
     common = np.full(100, 0.1, np.float32)
-    _, mean = robust({i: common * np.float32(norm) for i, norm in enumerate(norms)}, weights)
-    for me in range(4):
+    weights, _ = counted_weights(tokens, ROBUST, "adopt", absent=0)
+    _, mean = robust({i: common * np.float32(norm) for i, norm in enumerate(norms)}, list(weights))
+    for me in range(len(tokens)):
         assert np.linalg.norm(mean) <= ROBUST.largest_norm(norms[me], weights, me, last)
 
 

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from p2p_diloco.core.agreement import AGREES_FROM, LARGEST_OF_TWO, LEAST_COSINE, agreeing, bounded
+from p2p_diloco.core.agreement import AGREES_FROM, LARGEST_OF_TWO, LEAST_COSINE, agreeing, bounded, bounded_by_weight
 from p2p_diloco.core.codec import Vector
 from p2p_diloco.core.norms import squared_norms
 
@@ -34,7 +34,16 @@ def test_a_norm_counts_up_to_the_median_or_of_two_up_to_so_many_times_the_other(
     norms: list[float], factors: list[float]
 ) -> None:
     assert bounded(norms) == factors
+    assert bounded_by_weight(norms, [1.0] * len(norms)) == factors
     assert LARGEST_OF_TWO == 4
+
+
+def test_of_five_and_more_who_weighs_more_than_the_median_may_be_as_much_longer() -> None:
+    norms, weights = [3.0, 1.0, 2.0, 4.0, 2.0], [1.5, 0.5, 1.0, 1.25, 0.25]
+    assert bounded_by_weight(norms, weights) == [1.0, 1.0, 1.0, 0.625, 1.0]
+    assert bounded_by_weight(norms[:4], weights[:4]) == bounded(norms[:4]) == [2 / 3, 1.0, 1.0, 0.5]
+    assert bounded_by_weight([8.0, 1.0], [1.5, 1.0]) == [0.5, 1.0]
+    assert bounded_by_weight([2.0, 1.0, 2.0, 1.0, 1.0], [0.5] * 5) == [0.5, 1.0, 0.5, 1.0, 1.0], "and no less long"
 
 
 def stay(vectors: dict[int, Vector], shares: dict[int, float] | None = None) -> list[int]:

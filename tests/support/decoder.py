@@ -252,18 +252,22 @@ def robust_mean_of(g: Mapping[int, Vector], w: Sequence[int], total: int | None,
     norms = {i: math.sqrt(product(g[i], g[i])) for i in order}
     ranked = sorted(norms.values())
     bound = math.inf if len(order) == 1 else 4 * ranked[0] if len(order) == 2 else ranked[(len(order) - 1) // 2]
-    factors = {i: bound / norms[i] if norms[i] > bound else 1.0 for i in order}
+    alike = {i: bound / norms[i] if norms[i] > bound else 1.0 for i in order}
 
-    def shares_of(among: Sequence[int]) -> dict[int, float]:
+    def shares_of(among: Sequence[int], factors: Mapping[int, float]) -> dict[int, float]:
         away = sum(w[i] for i in order if i not in among)
         whole = sum(w[i] for i in among) if total is None else total - away
         shares = {i: (w[i] / whole) * factors[i] for i in among}
         return {i: float(np.float32(share)) if share >= 2.0**-126 else 0.0 for i, share in shares.items()}
 
-    shares = shares_of(order)
+    shares = shares_of(order, alike)
     mean = weighted(g, shares, k)
-    left = list(order)
+    left, factors = list(order), dict(alike)
     if len(order) >= 5:
+        usual = sorted(w)[(len(w) - 1) // 2]
+        for i in order:
+            most = bound * max(1.0, w[i] / usual)
+            factors[i] = most / norms[i] if norms[i] > most else 1.0
         q = {i: product(g[i], g[i]) for i in order}
         d = {i: product(g[i], mean) for i in order}
         m = product(mean, mean)
@@ -279,7 +283,7 @@ def robust_mean_of(g: Mapping[int, Vector], w: Sequence[int], total: int | None,
             m = m - (2 * shares[j]) * d[j] + (shares[j] * shares[j]) * q[j]
             d = {i: d[i] - shares[j] * product(g[i], g[j]) for i in left}
             left.remove(j)
-    return left, weighted(g, shares_of(left), k) if left != order else mean
+    return left, weighted(g, shares_of(left, factors), k)
 
 
 def mask_of(members: Sequence[int]) -> bytes:
