@@ -100,6 +100,7 @@ class Daemon:
                 )
                 return cls(p2p=p2p, timeouts=timeouts)
             except (P2PDaemonError, OSError, EOFError, ValueError) as error:
+                remove_dead_sockets(socket_folder)  # of one whose guard was killed
                 if attempt == 2:
                     raise NetworkError(f"p2pd does not start: {error}") from error
                 logger.warning("p2pd does not start (%s); trying once more", error)
@@ -128,12 +129,13 @@ class Daemon:
             # the reason is in the exit code, which comes a moment after the pipes are closed
             await asyncio.wait({child}, timeout=0.5)
             errors = [task.exception() for task in done if not task.cancelled()]
-            return f"exit code {child.result()}" if child.done() else f"its connection broke: {errors}"
+            return exit_reason(child.result()) if child.done() else f"its connection broke: {errors}"
         finally:
             child.cancel()
 
     async def shut(self) -> None:
-        """Ends p2pd within a quarter of ``leave_s``: politely, or by killing it."""
+        """Ends p2pd within a quarter of ``leave_s``: politely, or by killing it. Its sockets are gone then, also where
+        its guard was killed and could not remove them."""
         try:
             async with deadline(self.timeouts.leave_s / 4):
                 await self.p2p.shutdown()
@@ -143,6 +145,9 @@ class Daemon:
             await self.p2p._child.wait()
         finally:
             self.p2p._child._transport.close()  # its pipe, too, whose end may not have been seen yet
+            for maddr in (self.p2p._daemon_listen_maddr, self.p2p._client_listen_maddr):
+                with contextlib.suppress(OSError):
+                    os.unlink(maddr["unix"])
 
     # -- requests ----------------------------------------------------------------------------------------------------
 
@@ -229,6 +234,12 @@ class Daemon:
 
 
 FAILURES = (DialError, OSError, EOFError, ValueError)
+
+
+def exit_reason(code: int) -> str:
+    """Returns what the exit code of p2pd's guard tells: the guard ends with p2pd's own, unless a signal has ended the
+    guard itself."""
+    return f"exit code {code}" if code >= 0 else f"its guard was ended by signal {-code}"
 
 
 def is_relayed(addr: bytes) -> bool:

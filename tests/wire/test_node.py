@@ -247,6 +247,36 @@ def test_p2pd_starts_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> 
     assert "p2pd is lost (exit code 137)" in caplog.text
 
 
+@pytest.mark.parametrize("noticed", [True, False], ids=["noticed", "closed at once"])
+@pytest.mark.parametrize("name", ["near", "far" * 30], ids=["in the peer's folder", "in the temporary folder"])
+def test_a_killed_guard_leaves_no_socket(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, name: str, noticed: bool
+) -> None:
+    """It is a process of its own, which else removes the sockets."""
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+
+    def sockets() -> set[str]:
+        return {path.name for path in tmp_path.rglob("*.sock")}
+
+    async def main() -> None:
+        alice = await start(config_of(tmp_path / name))
+        assert alice._network is not None
+        before, restarted = sockets(), alice.restarted.event
+        watching = asyncio.create_task(alice.watch())
+        os.kill(alice._network.daemon.p2p._child.pid, signal.SIGKILL)
+        if noticed:
+            await eventually(restarted.is_set)
+            assert sockets()
+            assert not sockets() & before
+        await alice.close()
+        await watching
+        assert not alice._socket_folder.exists()
+
+    run(main())
+    assert not sockets()
+    assert ("its guard was ended by signal 9" in caplog.text) == noticed
+
+
 def test_p2pd_that_does_not_stay_alive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(node, "MAX_LOSSES", 2)
 
