@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import math
+import os
 import random
 import signal
 import threading
@@ -27,7 +29,11 @@ from p2p_diloco.learn.data import Corpus
 from p2p_diloco.learn.model import losses_of
 from p2p_diloco.ledger.disk import whole_file
 
+log = logging.getLogger(__name__)
+
 INNER_FILE = "inner.safetensors"
+DAMAGED = ".damaged"
+"""Ends the name of one that cannot be used."""
 MOST_STEPS = 1e15
 """No parameter has made more inner steps: the file's header has room for that number."""
 
@@ -225,19 +231,44 @@ class InnerOptimizer:
 
     def load(self, path: Path) -> tuple[Vector, str, int, int] | None:
         """Restores the moments, and returns (local, head, inner_step, tokens), or None when there is nothing sound to
-        restore: the moments then start from zero, which costs some steps and nothing else."""
+        restore: the moments then start from zero, which costs some steps and nothing else. A file that is not sound is
+        put aside, with a warning."""
         if not path.exists():
             return None
         try:
             with safe_open(path, "pt") as file:
                 metadata = file.metadata() or {}
                 steps = json.loads(metadata["steps"])
-                if not isinstance(steps, dict):
-                    return None
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
                 local = tensors["local"].numpy()
                 found = local, metadata["head"], int(metadata["inner_step"]), int(metadata["tokens"])
-            restored = self.restore(tensors, steps)
-        except (SafetensorError, OSError, KeyError, ValueError):
-            return None
-        return found if restored else None
+            if not isinstance(steps, dict) or not all(map(is_finite_number, steps.values())):
+                raise ValueError("how many steps each parameter has made is not told")
+            if not self.restore(tensors, steps):
+                raise ValueError("the moments are not finite, or of another model")
+        except OSError as error:
+            put_aside(path, error.strerror or str(error))
+        except KeyError as error:
+            put_aside(path, f"{error} is missing")
+        except (SafetensorError, ValueError) as error:
+            put_aside(path, str(error))
+        else:
+            return found
+        return None
+
+
+def is_finite_number(value: object) -> bool:
+    """Returns whether a value of JSON is a number, and finite."""
+    return type(value) in (int, float) and math.isfinite(value)  # type: ignore[arg-type]
+
+
+def put_aside(path: Path, reason: str) -> None:
+    """Moves a file of inner state that cannot be used out of the way of the next one. The one that was put aside before
+    it, if any, is deleted: it may be as large as four models."""
+    aside = path.with_name(path.name + DAMAGED)
+    try:
+        os.replace(path, aside)
+    except OSError as error:
+        log.warning("inner state: %s cannot be used (%s), nor moved (%s)", path, reason, error.strerror)
+    else:
+        log.warning("inner state: %s moved to %s: %s; the moments start from zero", path, aside, reason)

@@ -1,9 +1,11 @@
 from __future__ import annotations
 
 import math
+import re
 import signal
 import socket
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from p2p_diloco.core.interruption import stop_signals
 from p2p_diloco.core.runfile import DataSpec, InnerSpec, ModelSpec, OuterSpec, RunSpec
 from p2p_diloco.learn.data import Corpus
 from p2p_diloco.learn.inner import (
+    DAMAGED,
     INNER_FILE,
     InnerOptimizer,
     Place,
@@ -198,19 +201,57 @@ def test_a_parameter_that_never_has_a_gradient_has_no_moments(tmp_path: Path) ->
     assert all(torch.equal(kept[name], moment) for name, moment in moments.items())
 
 
-@pytest.mark.parametrize("damage", [b"", b"\0" * 100, None])
-def test_a_damaged_or_missing_file_costs_the_moments_and_nothing_else(tmp_path: Path, damage: bytes | None) -> None:
+def test_where_no_file_is_the_moments_start_from_zero(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    inner, _ = trainer()
+    assert inner.load(tmp_path / INNER_FILE) is None
+    assert not inner.optimizer.state
+    assert caplog.text == ""
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (lambda data: data[:50], "header"),
+        (lambda data: data[:50] + b"\0" * 100, "header"),
+        (lambda data: data[:-4], "not cover|incomplete"),
+        (lambda data: data.replace(b'"tokens"', b'"tokenz"', 1), "'tokens' is missing"),
+        (lambda data: data.replace(b"exp_avg.0", b"exp_avg_0", 1), "'exp_avg.0' is missing"),
+        (lambda data: data.replace(b'"inner_step": "2"', b'"inner_step": "x"', 1), "invalid literal"),
+        (lambda data: data.replace(b'\\"0\\": 2.0', b'\\"0\\": NaN', 1), "not told"),
+        (lambda data: data.replace(b'\\"0\\": 2.0', b'\\"0\\": [2]', 1), "not told"),
+        (lambda data: data[:-4] + np.float32(np.inf).tobytes(), "not finite"),
+    ],
+)
+def test_a_damaged_file_costs_the_moments_and_is_put_aside_with_a_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, damage: Callable[[bytes], bytes], said: str
+) -> None:
     inner, local = trainer()
     run(inner, range(2))
     path = tmp_path / INNER_FILE
     inner.save(path, local, head="ab", inner_step=2, tokens=32)
-    if damage is None:
-        path.unlink()
-    else:
-        path.write_bytes(path.read_bytes()[:50] + damage)
-    again, _ = trainer()
-    assert again.load(path) is None
-    assert not again.optimizer.state
+    damaged = damage(path.read_bytes())
+    assert damaged != path.read_bytes()
+    for _ in range(2):  # the second one takes the place of the first
+        path.write_bytes(damaged)
+        caplog.clear()
+        again, _ = trainer()
+        assert again.load(path) is None
+        assert not again.optimizer.state
+        (record,) = caplog.records
+        assert re.search(said, record.getMessage())
+        assert [one.read_bytes() for one in tmp_path.iterdir()] == [damaged]
+        assert not path.exists()
+
+
+def test_what_cannot_be_read_is_not_passed_over_in_silence(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = tmp_path / INNER_FILE
+    path.mkdir()
+    (tmp_path / (INNER_FILE + DAMAGED)).touch()  # in the way
+    inner, _ = trainer()
+    assert inner.load(path) is None
+    (record,) = caplog.records
+    assert "cannot be used" in record.getMessage()
+    assert path.is_dir()
 
 
 def test_what_is_forgotten_is_as_before_the_first_step() -> None:
