@@ -219,6 +219,8 @@ class PeerLeft(Moment):
     step: int
     head: str
     reason: str
+    """"done" after the run's last outer step, "asked" where it was asked to leave before, by Ctrl+C for example; "could
+    not join", "the trainer is gone"; or the name of the exception that ended it."""
 
 
 Event = (

@@ -33,7 +33,7 @@ import numpy as np
 from p2p_diloco.core.addresses import check_maddr
 from p2p_diloco.core.codec import Vector
 from p2p_diloco.core.config import PeerConfig, Timeouts
-from p2p_diloco.core.errors import UsageError
+from p2p_diloco.core.errors import Stopped, UsageError
 from p2p_diloco.core.manifest import RunManifest, open_manifest
 from p2p_diloco.core.pace import outer_step_due
 from p2p_diloco.core.peer_row import PeerRow
@@ -154,7 +154,10 @@ class Swarm:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self.close("done" if error is None else type(error).__name__)
+        if error is None and self.done:
+            self.close("done")
+        else:  # who leaves the block before the run is over was asked to as well, by the user or by its own loop
+            self.close("asked" if error is None or isinstance(error, Stopped) else type(error).__name__)
 
     def close(self, reason: str) -> None:
         """Says goodbye and ends the network process; within 10 s, whatever it does."""

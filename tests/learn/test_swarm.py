@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,7 +16,7 @@ import torch
 
 from p2p_diloco.core.codec import Vector
 from p2p_diloco.core.config import PeerConfig
-from p2p_diloco.core.errors import NetworkError, UsageError
+from p2p_diloco.core.errors import NetworkError, Stopped, UsageError
 from p2p_diloco.learn.parameters import write_parameters
 from p2p_diloco.learn.process import NetworkHandle
 from p2p_diloco.learn.swarm import Swarm
@@ -390,8 +390,21 @@ def test_nothing_of_the_shared_memory_is_left_open(tmp_path: Path) -> None:
         os.fstat(network.memory)
 
 
-def test_a_trainer_that_leaves_says_why(tmp_path: Path) -> None:
-    with training(tmp_path) as one:
+@pytest.mark.parametrize(
+    ("step", "error", "said"),
+    [
+        (10, None, "done"),
+        (9, None, "asked"),
+        (9, Stopped("stopped"), "asked"),
+        (10, Stopped("stopped"), "asked"),
+        (10, NetworkError("x"), "NetworkError"),
+    ],
+)
+def test_who_leaves_says_why(tmp_path: Path, step: int, error: Exception | None, said: str) -> None:
+    """A reader of the log tells the end of the run, after 10 outer steps, from Ctrl+C."""
+    with suppress(Stopped, NetworkError), training(tmp_path, step=step) as one:
         network = one.network
-    assert network.lines(Leave) == [Leave(reason="done")]
+        if error is not None:
+            raise error
+    assert network.lines(Leave) == [Leave(reason=said)]
     assert not network.killed

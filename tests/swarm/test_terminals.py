@@ -51,7 +51,7 @@ def test_a_closed_terminal(prefix: tuple[str, ...]) -> None:
             assert place.events("seed", PeerLeft) == []
             os.kill(seed, signal.SIGTERM)
         assert process.wait(LEAVE_S) == 0
-        assert [event.reason for event in place.events("seed", PeerLeft)] == ["Stopped"]
+        assert [event.reason for event in place.events("seed", PeerLeft)] == ["asked"]
         place.assert_nothing_left()
     finally:
         process.kill()
