@@ -217,8 +217,10 @@ class NetworkProcess:
 
     async def _begin(self, peer: Peer) -> None:
         await peer.begin()
-        standing = peer.seat.standing
-        self.trainer.send(Begun(step=standing.step, head=standing.head.hex(), evaluate=peer.evaluates_genesis()))
+        standing, evaluate = peer.seat.standing, peer.evaluates_genesis()
+        if evaluate:
+            peer.presence.enter("evaluate")
+        self.trainer.send(Begun(step=standing.step, head=standing.head.hex(), evaluate=evaluate))
 
     async def _outer_step(self, peer: Peer, line: OuterStep) -> None:
         self.trainer.send(await peer.outer_step(line.tokens, dropped=line.dropped, pace=line.pace))

@@ -130,7 +130,7 @@ class Peer:
         from_step = self.replica.state.step if self.replica.state else None
         if self.replica.state is not None:
             self.presence.take_standing()
-        self.presence.seal()
+        self.presence.enter("joining")
         await self.here.transport.serve(MANIFEST_PROTOCOL, self.reception.give_manifest)
         await self.here.transport.serve(self.here.protocol, self.reception.receive)
         await self.presence.refresh()
@@ -140,8 +140,6 @@ class Peer:
                 "no peer of the run could give us its state; try again when a seed or another peer is up"
             )
         self.presence.take_standing()
-        if self.role == "seed":
-            self.seat.phase = "inner"
         joined = PeerJoined(
             step=self.seat.standing.step,
             head=self.seat.standing.head.hex(),
@@ -150,6 +148,8 @@ class Peer:
             seconds=now_s() - started_s,
         )
         self.events.write(joined)
+        if self.role == "seed":
+            self.presence.enter("inner")
         await self.presence.publish()
         await self.presence.refresh()  # who joined meanwhile: of two that do so at once, the later one sees the other
         await self.presence.push_to_all()

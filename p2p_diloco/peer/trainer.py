@@ -77,7 +77,7 @@ class Trainer:
         peer.presence.trained.loss, peer.presence.trained.tokens = line.loss, line.tokens
         peer.presence.trained.tokens_per_s = line.tokens_per_s
         if peer.seat.phase == "evaluate":
-            peer.seat.phase = "inner"  # a trainer need not evaluate when it is its turn
+            peer.presence.enter("inner")  # a trainer need not evaluate when it is its turn
         if came_s - self._inner_event_s >= INNER_EVENT_EVERY_S or inner_step >= planned:
             self._inner_event_s = came_s
             ended = InnerStepEnded(
@@ -93,13 +93,13 @@ class Trainer:
     def on_evaluated(self, peer: Peer, line: Evaluated) -> None:
         """Notes the loss that the trainer has found on held-out text, and has it published."""
         peer.presence.trained.held_out_loss, peer.presence.trained.held_out_step = line.held_out_loss, line.step
-        if peer.seat.phase == "evaluate":
-            peer.seat.phase = "inner"
-        peer.presence.publish_now.ring()
         evaluated = ThetaEvaluated(
             step=line.step, held_out_loss=line.held_out_loss, tokens=line.tokens, seconds=line.seconds
         )
         peer.events.write(evaluated)
+        if peer.seat.phase == "evaluate":
+            peer.presence.enter("inner")
+        peer.presence.publish_now.ring()
 
     async def tell_news(self, peer: Peer) -> None:
         """Tells the trainer when a round closes or the swarm has gone on, and a seed's owner when the seed has

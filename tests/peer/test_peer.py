@@ -822,6 +822,25 @@ def test_who_joins_answers_a_push_with_a_sound_record(tmp_path: Path) -> None:
     run_simulated(main())
 
 
+def test_the_log_has_every_phase_of_a_first_join(tmp_path: Path) -> None:
+    """A fault of ``swarm --faults`` waits for them there."""
+
+    async def main() -> None:
+        swarm = Simulated(tmp_path, 2, outer_steps=3)
+        sims = await swarm.start(2)
+        await swarm.until(sims, 1)
+        newcomer = await swarm.newcomer_in_download(3)
+        await swarm.until([newcomer], 3)
+        await newcomer.leave()
+        phases = [(event.phase, event.step) for event in swarm.events(3, PhaseBegan)]
+        there = newcomer.results[0].step - 1
+        assert phases[:4] == [("joining", 0), ("download", 0), ("inner", there), ("gather", there)]
+        assert phases[-1] == ("left", 3)
+        assert [event.phase for event in swarm.events(0, PhaseBegan)][:2] == ["joining", "inner"]
+
+    run_simulated(main())
+
+
 def test_whoever_asks_may_measure_with_a_peer_that_has_a_state(tmp_path: Path) -> None:
     async def main() -> None:
         swarm = Simulated(tmp_path, 2)
