@@ -241,6 +241,7 @@ class Swarm:
         """Tells that an inner step ended: its mean loss in nats per token, and the tokens it took. It never waits.
         Raises what ended the network process, if it has ended."""
         self._network.check()
+        loss, tokens = float(loss), int(tokens)  # of whatever library
         self.inner_step += 1
         self.tokens += tokens
         self._tokens_since_theta += tokens
@@ -305,8 +306,8 @@ class Swarm:
         """Tells the swarm the loss of this outer step's theta on held-out text, in nats per token."""
         self._evaluate = False
         self._speed.begin(time.monotonic(), self.tokens)
-        finite = held_out_loss if np.isfinite(held_out_loss) else None
-        self._network.say(Evaluated(step=self.step, held_out_loss=finite, tokens=tokens, seconds=seconds))
+        finite = float(held_out_loss) if np.isfinite(held_out_loss) else None
+        self._network.say(Evaluated(step=self.step, held_out_loss=finite, tokens=int(tokens), seconds=float(seconds)))
 
     def serve(self) -> None:
         """Follows the swarm, on a seed, until a signal handler raises. Raises what ended the network process, if that

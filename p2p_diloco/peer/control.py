@@ -16,13 +16,15 @@ import socket
 from dataclasses import dataclass, fields, is_dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import BaseModel, TypeAdapter
+from pydantic import BaseModel, Field, TypeAdapter
 
 from p2p_diloco.core.config import PeerConfig, Timeouts
 from p2p_diloco.core.peer_row import PeerRow
-from p2p_diloco.core.records import Role
+from p2p_diloco.core.records import Natural, Role
+
+NotNegative = Annotated[float, Field(ge=0.0)]
 
 # -- trainer -> network ------------------------------------------------------------------------------------------------
 
@@ -42,7 +44,7 @@ class Start:
 class Begin:
     """The trainer takes theta now."""
 
-    planned: int
+    planned: Natural
     """Inner steps until its first outer step."""
 
 
@@ -50,27 +52,27 @@ class Begin:
 class InnerStep:
     """An inner step ended."""
 
-    inner_step: int
+    inner_step: Natural
     """Since the last outer step."""
-    planned: int
-    step_s: float
+    planned: Natural
+    step_s: NotNegative
     """Mean seconds of the last ones."""
     loss: float | None
     """Nats per token; None where it is not finite."""
-    tokens: int
+    tokens: Natural
     """Trained on since joining."""
-    tokens_per_s: float
+    tokens_per_s: NotNegative
 
 
 @dataclass(frozen=True, kw_only=True)
 class OuterStep:
     """The inner steps are done, ``local`` holds what was learned: make the outer step."""
 
-    tokens: int
+    tokens: Natural
     """That the contribution stands for."""
     dropped: bool
     """Contribute nothing."""
-    pace: float
+    pace: NotNegative
     """The trainer's speed in tokens per second; 0 where unknown."""
 
 
@@ -78,19 +80,19 @@ class OuterStep:
 class Stall:
     """How long the outer step that led to ``step`` kept the trainer from learning."""
 
-    step: int
-    seconds: float
+    step: Natural
+    seconds: NotNegative
 
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluated:
     """Theta of outer step ``step`` was evaluated on held-out text."""
 
-    step: int
+    step: Natural
     held_out_loss: float | None
     """Nats per token; None where it is not finite."""
-    tokens: int
-    seconds: float
+    tokens: Natural
+    seconds: NotNegative
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,7 +109,7 @@ class Leave:
 class LogLine:
     """A record of ``logging``: the trainer alone writes to the terminal."""
 
-    level: int
+    level: Natural
     name: str
     text: str
 
@@ -126,7 +128,7 @@ class Joined:
 
     peer_id: str
     maddrs: list[str]
-    step: int
+    step: Natural
     head: str
 
 
@@ -134,7 +136,7 @@ class Joined:
 class Begun:
     """Theta moves at outer steps only from now on."""
 
-    step: int
+    step: Natural
     head: str
     evaluate: bool
     """It is this peer's turn to evaluate theta."""
@@ -164,7 +166,7 @@ class Peers:
 class Moved:
     """A seed followed the swarm."""
 
-    step: int
+    step: Natural
     head: str
 
 
@@ -180,30 +182,30 @@ class OuterResult:
     """Why no round committed: ``alone`` (not enough peers were ready), ``behind`` (the swarm had gone on), ``failed``
     (the group did not agree on an update in time), ``diverged`` (a parameter of the model is not finite), ``repaired``
     (bits of this peer's state had flipped). Empty if one did."""
-    step: int
+    step: Natural
     """The outer step at which this peer stands now."""
     head: str
     """The hash, in hex, that names the history up to ``step``: peers with the same head have the same theta."""
-    group: int = 0
+    group: Natural = 0
     """Peers in the round, this one too; 0 if there was none."""
-    gather_s: float = 0.0
+    gather_s: NotNegative = 0.0
     """How long it took until the group stood."""
-    reduce_s: float = 0.0
+    reduce_s: NotNegative = 0.0
     """How long the group averaged outer gradients."""
-    settle_s: float = 0.0
+    settle_s: NotNegative = 0.0
     """How long it took until all members agreed on the update."""
-    apply_s: float = 0.0
+    apply_s: NotNegative = 0.0
     """How long it took to apply the update, and to keep it on the disk."""
-    stall_s: float = 0.0
+    stall_s: NotNegative = 0.0
     """From the end of the last inner step until the next one can begin. The trainer measures it: 0 before."""
-    bytes_sent: int = 0
+    bytes_sent: Natural = 0
     """In the round, to other members."""
-    bytes_received: int = 0
+    bytes_received: Natural = 0
     evaluate: bool = False
     """It is this peer's turn to evaluate theta."""
     kept: bool = False
     """The model goes on from its own parameters, although theta is new: this peer's contribution is not in it."""
-    planned: int = 0
+    planned: Natural = 0
     """Inner steps until the next outer step."""
 
     @property
@@ -222,7 +224,7 @@ class Failed:
     """The network process ends."""
 
     message: str
-    exit_code: int
+    exit_code: Natural
 
 
 # -- lines -------------------------------------------------------------------------------------------------------------
@@ -252,19 +254,41 @@ NAMES = {line_type: kind for kind, line_type in KINDS.items()}
 
 
 def pack_line(line: FromTrainer | FromNetwork) -> bytes:
-    """Returns ``line`` as JSON, with the end of the line."""
-    return json.dumps({"kind": NAMES[type(line)], **shallow(line)}, default=shallow).encode() + b"\n"
+    """Returns ``line`` as JSON, with the end of the line. ValueError where a number in it is not finite."""
+    table = {"kind": NAMES[type(line)], **shallow(line)}
+    return json.dumps(table, default=shallow, allow_nan=False).encode() + b"\n"
 
 
 def unpack_line(data: bytes) -> FromTrainer | FromNetwork:
-    """Returns the line that ``data`` is. ValueError for anything that ``pack_line`` does not write."""
-    table = json.loads(data)
-    kind = table.pop("kind", None) if isinstance(table, dict) else None
+    """Returns the line that ``data`` is. ValueError for any that ``pack_line`` does not write, but for
+    blanks, and the order of keys."""
+    table = json.loads(data.decode(), object_pairs_hook=without_repetition)
+    kind = table.get("kind") if isinstance(table, dict) else None
     if not isinstance(kind, str) or kind not in KINDS:
         raise ValueError(f"a line of kind {kind!r}")
-    if unknown := table.keys() - {field.name for field in fields(KINDS[kind])}:
-        raise ValueError(f"a line of kind {kind!r} with {', '.join(sorted(unknown))}")
-    return reader_of(kind).validate_python(table)
+    line = reader_of(kind).validate_python({key: value for key, value in table.items() if key != "kind"})
+    if not says(table, json.loads(pack_line(line))):
+        raise ValueError(f"a line of kind {kind!r} that says something else than it means")
+    return line
+
+
+def without_repetition(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    """Returns the object of these pairs. ValueError where a key comes twice."""
+    table = dict(pairs)
+    if len(table) < len(pairs):
+        raise ValueError("a key that comes twice")
+    return table
+
+
+def says(said: object, meant: object) -> bool:
+    """Returns whether JSON says what was read out of it, as ``meant`` has it, in values of the same types. pydantic
+    takes a text for a number, for example; its strict mode takes no list for a tuple. A whole number may stand for a
+    float: callers in Python may give one."""
+    if isinstance(said, dict) and isinstance(meant, dict):
+        return said.keys() == meant.keys() and all(says(value, meant[key]) for key, value in said.items())
+    if isinstance(said, list) and isinstance(meant, list):
+        return len(said) == len(meant) and all(map(says, said, meant))
+    return said == meant and (type(said) is type(meant) or (type(said), type(meant)) == (int, float))
 
 
 @cache
@@ -277,7 +301,11 @@ def shallow(value: object) -> Any:
     say a path with bytes that are no text."""
     if is_dataclass(value):
         return {field.name: getattr(value, field.name) for field in fields(value)}
-    return dict(value) if isinstance(value, BaseModel) else str(value)
+    if isinstance(value, BaseModel):
+        return dict(value)
+    if isinstance(value, Path):
+        return str(value)
+    raise TypeError(f"a line cannot say {value!r}")
 
 
 def socket_pair() -> tuple[socket.socket, socket.socket]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -234,7 +236,7 @@ def test_news_may_be_taken_back_and_a_round_that_closes_late_is_no_hurry(trainer
 def test_speeds_are_those_of_the_last_inner_steps_without_what_came_between(
     trainer: Trainer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    clock = SimpleNamespace(now_s=100.0)
+    clock = SimpleNamespace(now_s=float(math.ceil(time.monotonic())))  # a clock is never set back
     monkeypatch.setattr("p2p_diloco.learn.swarm.time", SimpleNamespace(monotonic=lambda: clock.now_s))
     network, swarm = trainer.network, trainer.swarm
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from p2p_diloco.core.config import PeerConfig, Timeouts
@@ -86,11 +87,41 @@ def test_every_kind_of_line_has_a_class_and_is_tried_here() -> None:
         b'{"kind": "begin", "planned": "four"}',
         b'{"kind": "begin", "planned": null}',
         b'{"kind": "begin", "planned"',
+        b'{"kind": "begin", "planned": "4"}',
+        b'{"kind": "begin", "planned": 4.0}',
+        b'{"kind": "begin", "planned": true}',
+        b'{"kind": "begin", "planned": -4}',
+        b'{"kind": "begin", "planned": 4, "planned": 4}',
+        b'{"kind": "begin", "kind": "begin", "planned": 4}',
+        '{"kind": "begin", "planned": 4}'.encode("utf-16"),
+        b'{"kind": "stall", "step": 2, "seconds": "0.5"}',
+        b'{"kind": "stall", "step": 2, "seconds": -0.5}',
+        b'{"kind": "stall", "step": 2, "seconds": NaN}',
+        b'{"kind": "stall", "step": 2, "seconds": 1e999}',
+        b'{"kind": "news", "closes_in_s": NaN, "behind": true}',
+        b'{"kind": "news", "closes_in_s": 0.1, "behind": 1}',
+        b'{"kind": "news", "closes_in_s": 0.1, "behind": "true"}',
+        b'{"kind": "leave", "reason": null}',
+        b'{"kind": "peers", "rows": [], "evaluation": ["3", 2.5]}',
+        pack_line(LINES[0]).replace(b'"client_mode": false', b'"client_mode": "no"'),
+        pack_line(LINES[0]).replace(b'"client_mode": false, ', b""),
+        pack_line(LINES[14]).replace(b', "planned": 4', b""),
     ],
 )
 def test_a_line_that_nobody_writes_is_refused(line: bytes) -> None:
-    with pytest.raises(ValueError, match=r"a line of kind|validation error|delimiter"):
+    assert line not in map(pack_line, LINES)
+    with pytest.raises(ValueError, match=r"a line of kind|validation error|delimiter|twice|not finite|compliant|utf-8"):
         unpack_line(line)
+
+
+def test_a_whole_number_of_seconds_is_one() -> None:
+    assert unpack_line(b'{"kind": "stall", "step": 2, "seconds": 3}\n') == Stall(step=2, seconds=3.0)
+
+
+@pytest.mark.parametrize("seconds", [float("nan"), float("inf"), np.float32(1.0)])
+def test_what_no_line_can_say_is_not_written(seconds: float) -> None:
+    with pytest.raises((ValueError, TypeError), match=r"compliant|cannot say"):
+        pack_line(Stall(step=2, seconds=seconds))
 
 
 def test_where_there_is_room_nobody_waits_and_where_nobody_reads_there_is_none() -> None:
