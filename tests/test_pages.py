@@ -19,7 +19,7 @@ from __future__ import annotations
 import ast
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, get_args, get_origin
 
@@ -27,7 +27,10 @@ import pytest
 from pydantic import BaseModel
 
 from p2p_diloco.cli.cli import app
+from p2p_diloco.cli.options import NODE, Patience
 from p2p_diloco.core.codecs import CODECS
+from p2p_diloco.core.event import Event
+from p2p_diloco.core.records import Phase
 from p2p_diloco.core.runfile import ModelSpec, RunSpec, Section
 from p2p_diloco.core.toml import read_toml
 from p2p_diloco.lab.faults import FaultPlan
@@ -290,12 +293,24 @@ def test_what_people_are_warned_of_is_explained() -> None:
     ] == []
 
 
-@pytest.mark.parametrize("head", [("event", "when, and what it tells"), ("phase", "what the peer does")])
-def test_events_and_phases_are_those_of_the_code(head: tuple[str, str]) -> None:
-    printed = {text for path in SOURCES for text in texts_of(path)}
+@pytest.mark.parametrize(
+    ("head", "there"),
+    [
+        (("event", "when, and what it tells"), [kind.event for kind in get_args(Event)]),
+        (("phase", "what the peer does"), get_args(Phase)),
+    ],
+    ids=["events", "phases"],
+)
+def test_events_and_phases_are_those_of_the_code(head: tuple[str, str], there: Sequence[str]) -> None:
     named = [name for row in rows_under(*head) for name in named_in(row.cells[0])]
-    assert named
-    assert set(named) <= printed
+    assert sorted(named) == sorted(there)
+
+
+def test_the_range_of_patience_is_told() -> None:
+    """It stands in the text of its row, where no other test looks."""
+    (allowed,) = Patience.__metadata__[0].validator  # type: ignore[attr-defined]
+    said = f"{allowed.gte:g} to {allowed.lte:g} (default {NODE.patience:g})"
+    assert said in (ROOT / "docs" / "join.md").read_text(encoding="utf-8")
 
 
 # -- what is named of the code -----------------------------------------------------------------------------------------

@@ -368,3 +368,12 @@ def test_every_name_in_the_text_is_one_of_the_tables() -> None:
     fields |= {*Record.model_fields, *Readiness.model_fields, *DialConsent.model_fields, *RunManifest.model_fields}
     named = set(re.findall(r"`([A-Z][A-Z_]+)`", page())) | set(re.findall(r"`([a-z_]+_s)`", page()))
     assert named <= known | fields
+
+
+def test_seconds_in_the_text_are_those_of_the_limit_that_is_named_behind_them() -> None:
+    """Up to the sections on the limits themselves, which the tables' tests read."""
+    limits = {row[0]: row[1] for row in rows("Limits", 2)}
+    text = re.sub(r"(?s)## 12.*", "", page())
+    found = re.findall(r"(?<![\w.])(\d+(?:\.\d+)?) s\b(?: \(`([A-Z_]+)`\))?", text)
+    assert found
+    assert [(seconds, name) for seconds, name in found if limits.get(name) != seconds] == []

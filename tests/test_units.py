@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from p2p_diloco.cli import cli
+from p2p_diloco.core.toml import read_toml
 from tests.support.containerfile import read_instructions
 from tests.swarm.places import LEAVE_S
 
@@ -95,6 +96,14 @@ def test_a_unit_leaves_politely_and_comes_back_only_where_that_helps(role: str) 
 
 
 @pytest.mark.parametrize("role", ROLES)
+def test_a_unit_is_started_again_for_as_long_as_it_takes(role: str) -> None:
+    settings = settings_of(role)
+    assert settings["StartLimitIntervalSec"] == "0"
+    assert "StartLimitBurst" not in settings
+    assert f"started again {settings['RestartSec']} s later" in (ROOT / "docs" / "service.md").read_text()
+
+
+@pytest.mark.parametrize("role", ROLES)
 def test_every_variable_of_an_environment_file_is_an_option(role: str, monkeypatch: pytest.MonkeyPatch) -> None:
     text = (PEERS / f"p2p-diloco-{role}.env").read_text()
     variables = dict(re.findall(r"(?m)^(?:# )?(P2P_DILOCO_\w+)=(.*)$", text))
@@ -146,3 +155,12 @@ def test_a_container_is_no_roots_and_keeps_one_folder() -> None:
     assert {"HOME", "XDG_CACHE_HOME", "P2P_DILOCO_FOLDER"} <= set(variables)
     assert all(Path(kept) in (Path(path), *Path(path).parents) for path in variables.values())
     assert (instructions["ENTRYPOINT"].words, instructions["STOPSIGNAL"].text) == (["p2p-diloco"], "SIGTERM")
+
+
+def test_a_container_has_all_that_runs_may_need() -> None:
+    """Text on the hub and in parquet files, and the monitor's page. ``tokenizers`` is a part of ``hf``; the others are
+    for who studies or develops."""
+    project = read_toml(ROOT / "pyproject.toml", "project")["project"]
+    extras = set(project["optional-dependencies"]) - {"dev", "experiments", "mutants", "tokenizers"}
+    installed = [one.text for one in read_instructions(CONTAINERFILE) if one.name == "RUN" and "'.[" in one.text]
+    assert [set(re.findall(r"\w+", text.partition("[")[2].partition("]")[0])) for text in installed] == [extras]

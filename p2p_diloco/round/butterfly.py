@@ -96,7 +96,7 @@ class Butterfly:
         for part in parts:
             received = await meeting.receive_part(channel, part, meeting.timeouts.reduced_part_s)
             if objection := meeting.objection(part):
-                raise Misbehaved(channel.peer_id, f"sends part {part} {objection}")
+                raise Misbehaved(channel.peer_id, f"sends {objection}")
             meeting.hold(part, received)
 
     # -- as a reducer ------------------------------------------------------------------------------------------------

@@ -130,7 +130,7 @@ class Meeting:
         of their contributions. Empty where it is not. It is the word of the reducer that made it, and of nobody who
         has taken it: a slower member, whose own contribution is shorter, refuses more or less than others do."""
         norm, largest = self.norms[part], self._largest_norm(part)
-        return f"with a norm of {norm:.2g}, more than {largest:.2g}" if norm > largest else ""
+        return f"part {part} with a norm of {norm:.2g}, more than {largest:.2g}" if norm > largest else ""
 
     def _largest_norm(self, part: int) -> float:
         """Returns the norm above which a part is refused."""

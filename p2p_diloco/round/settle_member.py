@@ -169,7 +169,7 @@ class Member:
                 if received.hash != wanted:
                     raise Misbehaved(channel.peer_id, f"sends other bytes for part {part} than it said that it holds")
                 if objection := meeting.objection(part):
-                    log.warning("outer step %d: part %d is refused: it comes %s", self.group.step, part, objection)
+                    log.warning("outer step %d: the group holds what I refuse: %s", self.group.step, objection)
                     meeting.refused.add(wanted)
                     continue
                 meeting.hold(part, received)

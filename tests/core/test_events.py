@@ -193,3 +193,12 @@ def test_event_log_is_read_as_it_grows(tmp_path: Path) -> None:
     assert [event.event for event in tail.log] == ["started", "joined", "joined"]
     assert [event.step for event in of_kind(tail.log, PeerJoined)] == [0, 1]
     events.close()
+
+
+def test_what_cannot_be_written_counts_all_the_same(tmp_path: Path, full: Path) -> None:
+    log = EventLog(tmp_path)
+    log.close()
+    log._file = full.open("ab", buffering=0)
+    log.write(COMMITTED)
+    assert (log.unwritten, log.totals.rounds) == (1, {"committed": 1})
+    log.close()

@@ -24,6 +24,14 @@ def test_a_grid_knows_the_size_of_each_part() -> None:
     assert grid.vector_bytes == PART_VALUES * 9 // 8 + 9
 
 
+@pytest.mark.parametrize("n", [1, PART_VALUES - 1, PART_VALUES, PART_VALUES + 1, 3 * PART_VALUES])
+def test_the_parts_of_a_grid_have_all_its_values(n: int) -> None:
+    """Also where the last part is as large as the others."""
+    grid = Grid(n=n, codec="fp32")
+    assert [grid.n_values(part) for part in range(grid.n_parts)] == [len(range(n)[where]) for where in part_slices(n)]
+    assert grid.vector_bytes == 4 * n
+
+
 def test_a_part_is_decoded_as_the_part_that_it_is() -> None:
     grid = Grid(n=PART_VALUES + 10, codec="fp16")
     values = np.arange(10, dtype=np.float32)

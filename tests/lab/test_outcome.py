@@ -200,3 +200,13 @@ def test_row_follows_the_events() -> None:
     assert (trainer_now(log, "done").phase, trainer_now(log, "done").tokens_per_s) == ("done", 0.0)
     log.append(PeerLeft(step=4, head="h4", reason="done"))
     assert trainer_now(log).phase == "left"
+
+
+def test_who_was_lost_to_several_is_told_once(logs: dict[str, list[Event]]) -> None:
+    logs["c"] = [started("c"), made(1, "h1", BOTH, committed=False, lost=("id-a",))]
+    assert [(one.step, one.peer) for one in outcome_of(logs).lost] == [(1, "id-a")]
+
+
+def test_who_made_no_outer_step_is_no_guest(logs: dict[str, list[Event]]) -> None:
+    logs["b"].append(made(2, "h2", ["id-b", "id-stranger"], committed=False))
+    assert guests(logs) == {"id-guest": 2}

@@ -108,3 +108,9 @@ def test_a_folder_without_a_swarm(tmp_path: Path) -> None:
     (tmp_path / "peer-1" / "run" / EVENTS_FILE).write_bytes(pack_event(round_of(1)))
     with pytest.raises(UsageError, match="no swarm has run here"):
         past_of(tmp_path)
+
+
+def test_a_seed_that_was_restarted_changes_nothing() -> None:
+    a, b = (log_of(name, offered(0, 3), round_of(1)) for name in "ab")
+    seed = [*log_of("seed"), *log_of("seed")]
+    assert recount([a, b, seed], MANIFEST, "FOLDER") == recount([a, b], MANIFEST, "FOLDER")

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from p2p_diloco.learn.parameters import (
     bind_parameters,
     layout_of,
     parameters_of,
+    read_parameters,
     tie,
     write_parameters,
 )
@@ -157,3 +159,19 @@ def test_whose_parameters_lie_in_local_is_seen() -> None:
     assert isinstance(parameters_of(torch.nn.Sequential(model), local), Bound), "a wrapper has the same parameters"
     assert isinstance(parameters_of(model, local.copy()), Copied)
     assert isinstance(parameters_of(llama(0), local), Copied)
+
+
+def test_the_layout_tells_parameters_of_one_shape_apart() -> None:
+    a, b = (torch.nn.ModuleDict({name: torch.nn.Linear(2, 2)}) for name in ("a", "b"))
+    assert layout_of(a).shapes == layout_of(b).shapes
+    assert layout_of(a).digest != layout_of(b).digest
+
+
+@pytest.mark.parametrize(
+    "change",
+    [lambda out: out[:-1], lambda out: np.append(out, out[:1]), lambda out: out.astype(np.float64)],
+    ids=["short", "long", "float64"],
+)
+def test_what_is_read_into_has_to_fit(change: Callable[[Vector], Vector]) -> None:
+    with pytest.raises(ValueError, match="the model has"):
+        read_parameters(llama(), change(vector_of(llama())))

@@ -1,12 +1,14 @@
-"""What the network process does when the trainer reads nothing."""
+"""What the network process does when the trainer reads nothing, and what it tells of what the trainer says."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
+from types import SimpleNamespace
+from typing import Any
 
-from p2p_diloco.peer.control import socket_pair
-from p2p_diloco.peer.trainer import MAX_UNREAD_BYTES, ToTrainer, is_read
+from p2p_diloco.peer.control import InnerStep, socket_pair
+from p2p_diloco.peer.trainer import MAX_UNREAD_BYTES, ToTrainer, Trainer, is_read
 
 
 def test_what_a_stopped_trainer_does_not_read_is_not_kept() -> None:
@@ -23,3 +25,23 @@ def test_what_a_stopped_trainer_does_not_read_is_not_kept() -> None:
             writer.close()
 
     asyncio.run(main())
+
+
+def test_the_last_inner_step_is_told_however_soon_it_comes() -> None:
+    told: list[Any] = []
+    nothing: Any = None
+    peer: Any = SimpleNamespace(
+        step=3,
+        seat=SimpleNamespace(phase="inner"),
+        presence=SimpleNamespace(trained=SimpleNamespace()),
+        events=SimpleNamespace(write=told.append),
+    )
+
+    async def main() -> None:
+        trainer = Trainer(nothing, nothing)
+        for i in (1, 2, 3):
+            line = InnerStep(inner_step=i, planned=3, step_s=0.1, loss=None, tokens=i, tokens_per_s=1.0)
+            trainer.on_inner_step(peer, line)
+
+    asyncio.run(main())
+    assert [event.inner_step for event in told] == [1, 3]
