@@ -8,9 +8,10 @@ import logging
 import os
 import signal
 import socket
+import tempfile
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager, closing
 from pathlib import Path
 from typing import Any
@@ -247,19 +248,26 @@ def test_p2pd_starts_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> 
     assert "p2pd is lost (exit code 137)" in caplog.text
 
 
+@pytest.fixture
+def short_path() -> Iterator[Path]:
+    """A folder whose path leaves room for the name of a socket: pytest's own may be too long."""
+    with tempfile.TemporaryDirectory(prefix="p2p-") as folder:
+        yield Path(folder)
+
+
 @pytest.mark.parametrize("noticed", [True, False], ids=["noticed", "closed at once"])
 @pytest.mark.parametrize("name", ["near", "far" * 30], ids=["in the peer's folder", "in the temporary folder"])
 def test_a_killed_guard_leaves_no_socket(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, name: str, noticed: bool
+    short_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, name: str, noticed: bool
 ) -> None:
     """It is a process of its own, which else removes the sockets."""
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setattr("tempfile.tempdir", str(short_path))
 
     def sockets() -> set[str]:
-        return {path.name for path in tmp_path.rglob("*.sock")}
+        return {path.name for path in short_path.rglob("*.sock")}
 
     async def main() -> None:
-        alice = await start(config_of(tmp_path / name))
+        alice = await start(config_of(short_path / name))
         assert alice._network is not None
         before, restarted = sockets(), alice.restarted.event
         watching = asyncio.create_task(alice.watch())
