@@ -2,6 +2,7 @@
 
 A line has the fields in the order of the class, ``event`` first, which names the kind. ``pack_event`` alone writes it,
 and ``parse_event`` alone reads it. Steps are outer steps, heads are hex, losses are nats per token.
+Each class says at its end from which module of the network process it comes.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ class Moment:
 
 @dataclass(frozen=True, kw_only=True)
 class PeerStarted(Moment):
-    """The network process of a peer runs, and has an address."""
+    """The network process of a peer runs, and has an address. From ``network``."""
 
     event: Literal["started"] = "started"
     peer_id: str
@@ -54,7 +55,7 @@ class PeerStarted(Moment):
 
 @dataclass(frozen=True, kw_only=True)
 class PeerJoined(Moment):
-    """The peer has the state."""
+    """The peer has the state. From ``peer``."""
 
     event: Literal["joined"] = "joined"
     step: int
@@ -68,7 +69,7 @@ class PeerJoined(Moment):
 
 @dataclass(frozen=True, kw_only=True)
 class PhaseBegan(Moment):
-    """A phase begins."""
+    """A phase begins. From ``presence``, ``snapshots``, ``upkeep`` and ``uploads``."""
 
     event: Literal["phase"] = "phase"
     phase: LoggedPhase
@@ -77,7 +78,8 @@ class PhaseBegan(Moment):
 
 @dataclass(frozen=True, kw_only=True)
 class InnerStepEnded(Moment):
-    """The trainer has made an inner step. Told about once a second, and of the last one before an outer step."""
+    """The trainer has made an inner step. Told about once a second, and of the last one before an outer step. From
+    ``trainer``."""
 
     event: Literal["inner"] = "inner"
     step: int
@@ -93,7 +95,7 @@ class InnerStepEnded(Moment):
 
 @dataclass(frozen=True, kw_only=True)
 class OuterGradientOffered(Moment):
-    """The trainer offers what it learned."""
+    """The trainer offers what it learned. From ``outer_steps``."""
 
     event: Literal["offered"] = "offered"
     step: int
@@ -103,7 +105,7 @@ class OuterGradientOffered(Moment):
 
 @dataclass(frozen=True, kw_only=True)
 class RoundEnded(Moment):
-    """One attempt at an outer step is over, well or not."""
+    """One attempt at an outer step is over, well or not. From ``outer_steps``."""
 
     event: Literal["round"] = "round"
     step: int
@@ -133,7 +135,7 @@ class RoundEnded(Moment):
 
 @dataclass(frozen=True, kw_only=True)
 class TrainerStalled(Moment):
-    """The trainer learns again after an outer step."""
+    """The trainer learns again after an outer step. From ``network``."""
 
     event: Literal["stall"] = "stall"
     step: int
@@ -143,7 +145,7 @@ class TrainerStalled(Moment):
 
 @dataclass(frozen=True, kw_only=True)
 class PeerCaughtUp(Moment):
-    """The peer has reached the swarm's head with what others gave it."""
+    """The peer has reached the swarm's head with what others gave it. From ``follower``."""
 
     event: Literal["caught_up"] = "caught_up"
     seconds: float
@@ -161,7 +163,7 @@ class PeerCaughtUp(Moment):
 
 @dataclass(frozen=True, kw_only=True)
 class DamageRepaired(Moment):
-    """Something of the peer's was damaged, and is whole again."""
+    """Something of the peer's was damaged, and is whole again. From ``upkeep``."""
 
     event: Literal["repaired"] = "repaired"
     what: str
@@ -174,7 +176,7 @@ class DamageRepaired(Moment):
 
 @dataclass(frozen=True, kw_only=True)
 class StateDisputed(Moment):
-    """Peers that came the same way have a state with other bits there."""
+    """Peers that came the same way have a state with other bits there. From ``upkeep``."""
 
     event: Literal["disputed"] = "disputed"
     step: int
@@ -184,7 +186,7 @@ class StateDisputed(Moment):
 
 @dataclass(frozen=True, kw_only=True)
 class DaemonRestarted(Moment):
-    """p2pd was lost, and is there again."""
+    """p2pd was lost, and is there again. From ``network``."""
 
     event: Literal["p2pd_restarted"] = "p2pd_restarted"
     maddrs: tuple[str, ...]
@@ -192,7 +194,7 @@ class DaemonRestarted(Moment):
 
 @dataclass(frozen=True, kw_only=True)
 class ThetaEvaluated(Moment):
-    """The trainer has evaluated theta of ``step`` on held-out text."""
+    """The trainer has evaluated theta of ``step`` on held-out text. From ``trainer``."""
 
     event: Literal["evaluated"] = "evaluated"
     step: int
@@ -204,7 +206,7 @@ class ThetaEvaluated(Moment):
 
 @dataclass(frozen=True, kw_only=True)
 class EventsLost(Moment):
-    """The disk was full, or failed."""
+    """The disk was full, or failed. From ``events``."""
 
     event: Literal["unwritten"] = "unwritten"
     lines: int
@@ -213,7 +215,7 @@ class EventsLost(Moment):
 
 @dataclass(frozen=True, kw_only=True)
 class PeerLeft(Moment):
-    """The peer leaves the run."""
+    """The peer leaves the run. From ``peer``."""
 
     event: Literal["left"] = "left"
     step: int

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import random
+import re
 from dataclasses import MISSING, fields, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -54,6 +56,7 @@ LINES = r"""
 {"event": "left", "wall_s": 1700000000.5, "mono_s": 12.25, "step": 9, "head": "0c", "reason": "done \ud83e\uddec"}
 """.lstrip().replace("@\n", "")  # fmt: skip
 NAMES = [event.event for event in EVENTS]
+PACKAGE = Path(events.__file__).parents[1]
 
 
 def test_the_log_writes_every_kind_as_it_always_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -171,3 +174,15 @@ def test_events_of_one_kind() -> None:
     assert of_kind(log, InnerStepEnded) == [INNER]
     assert latest(log, RoundEnded) == COMMITTED
     assert latest(log[:1], PeerLeft) is None
+
+
+@pytest.mark.parametrize("kind", get_args(Event), ids=lambda kind: kind.event)
+def test_its_docstring_says_where_an_event_comes_from(kind: type) -> None:
+    """A module that makes one; patterns of ``match`` look alike, and are none."""
+    found = set[str]()
+    for path in PACKAGE.rglob("*.py"):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        if any(isinstance(node, ast.Call) and ast.unparse(node.func) == kind.__name__ for node in ast.walk(tree)):
+            found.add(path.stem)
+    assert kind.__doc__ is not None
+    assert set(re.findall(r"``(\w+)``", re.split(r"\sFrom\s", kind.__doc__)[-1])) == found
