@@ -8,12 +8,13 @@ from __future__ import annotations
 import math
 import re
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from p2p_diloco.cli.options import NodeOptions
-from p2p_diloco.core.errors import UsageError, disk_failure
+from p2p_diloco.core.errors import LocalError, UsageError, disk_failure
 
 if TYPE_CHECKING:
     from p2p_diloco.core.config import PeerConfig
@@ -91,6 +92,22 @@ def peer_config(
         max_upload_bytes_per_s=max_upload,
         metrics_addr=node.metrics_addr,
     )
+
+
+@contextmanager
+def nothing_left(folder: Path | None, kind: str) -> Iterator[None]:
+    """Removes the folder that ``own_folder`` has made in the block, where the block is refused with nothing in it."""
+    from p2p_diloco.core.config import default_folder
+
+    folder = default_folder() / kind if folder is None else folder
+    fresh = not folder.exists()
+    try:
+        yield
+    except LocalError:
+        if fresh:
+            with suppress(OSError):
+                folder.rmdir()
+        raise
 
 
 def own_folder(folder: Path | None, kind: str) -> Path:

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import logging
 import sys
-from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from p2p_diloco.cli.arguments import check_run_id, peer_config, require
+from p2p_diloco.cli.arguments import check_run_id, nothing_left, peer_config, require
 from p2p_diloco.cli.options import (
     NODE,
     OUTPUT,
@@ -20,7 +19,7 @@ from p2p_diloco.cli.options import (
     Patience,
     Probability,
 )
-from p2p_diloco.core.errors import LocalError, UsageError
+from p2p_diloco.core.errors import UsageError
 from p2p_diloco.core.interruption import importing, stop_signals
 from p2p_diloco.look.display import STDOUT, join_line, live_table
 
@@ -47,25 +46,19 @@ def seed(
     initial_peers
         Peers of an existing network to be part of.
     """
-    with importing("seed"):
-        from p2p_diloco.core.identity import Identity
-        from p2p_diloco.core.runfile import RunSpec
+    with nothing_left(node.folder, "seed"):
+        with importing("seed"):
+            from p2p_diloco.core.identity import Identity
+            from p2p_diloco.core.runfile import RunSpec
 
-        RunSpec.load(run_file)
-        fresh = node.folder is None or not node.folder.exists()
-        config = peer_config(node, "seed", initial_peers)
-        from p2p_diloco.core.config import Timeouts
-        from p2p_diloco.learn.genesis import start_run
-        from p2p_diloco.learn.swarm import Swarm
+            RunSpec.load(run_file)
+            config = peer_config(node, "seed", initial_peers)
+            from p2p_diloco.core.config import Timeouts
+            from p2p_diloco.learn.genesis import start_run
+            from p2p_diloco.learn.swarm import Swarm
 
-    owner = Identity.load(config.identity_path) or Identity.generate()
-    try:
+        owner = Identity.load(config.identity_path) or Identity.generate()
         manifest_path = start_run(run_file, config.folder, owner, config.identity_path)
-    except LocalError:
-        if fresh:  # it is there since the options were read; what is refused leaves no empty folder
-            with suppress(OSError):
-                config.folder.rmdir()
-        raise
     timeouts = Timeouts().scaled(node.patience)
     with stop_signals(), Swarm.join(config, timeouts=timeouts, role="seed", manifest_path=manifest_path) as swarm:
         log.info("serving run %s from %s", swarm.manifest.run_id, swarm.folder)
@@ -109,21 +102,23 @@ def peer(
     check_run_id(run_id)
     if data is not None and not data.exists():
         raise UsageError(f"--data {data}: no such file or folder")
-    with importing("peer"):
-        config = peer_config(node, "peer", initial_peers, run_id=run_id, client_mode=client_mode)
-        from p2p_diloco.core.config import Timeouts
-        from p2p_diloco.learn.model import pick_device
-        from p2p_diloco.learn.swarm import Swarm
-        from p2p_diloco.learn.train import TrainConfig, require_text, train
+    with nothing_left(node.folder, "peer"):
+        with importing("peer"):
+            config = peer_config(node, "peer", initial_peers, run_id=run_id, client_mode=client_mode)
+            from p2p_diloco.core.config import Timeouts
+            from p2p_diloco.learn.model import pick_device
+            from p2p_diloco.learn.swarm import Swarm
+            from p2p_diloco.learn.train import TrainConfig, require_text, train
 
-    pick_device(device)
-    log.info("looking for the run at %s", ", ".join(initial_peers))
-    with stop_signals() as stop, Swarm.find(config, timeouts=Timeouts().scaled(node.patience)) as swarm:
-        require_text(swarm.manifest, data)
-        swarm.wait_for_state()
-        print_join_line(swarm)
-        with live_table(swarm, STDOUT):
-            train(swarm, TrainConfig(device=device, threads=threads, data=data, drop=drop), stop)
+        pick_device(device)
+        log.info("looking for the run at %s", ", ".join(initial_peers))
+        with stop_signals() as stop, Swarm.find(config, timeouts=Timeouts().scaled(node.patience)) as swarm:
+            require_text(swarm.manifest, data)
+            swarm.wait_for_state()
+            print_join_line(swarm)
+            with live_table(swarm, STDOUT):
+                train(swarm, TrainConfig(device=device, threads=threads, data=data, drop=drop), stop)
+    stop.check()  # it ends with the same line wherever it was asked to
 
 
 def swarm(

@@ -49,8 +49,11 @@ def export(
         raise UsageError("--step goes with --folder: a swarm serves its newest outer step")
 
     with importing("export"):
+        from p2p_diloco.ledger.folder import find_run, load_state
+    if folder is not None:
+        find_run(folder, run_id)  # refuse it before torch is imported, which takes seconds
+    with importing("export"):
         from p2p_diloco.learn.export import export_model, refuse_taken
-        from p2p_diloco.ledger.folder import load_state
 
     refuse_taken(to)
     with run_of(folder, initial_peers, run_id) as run:

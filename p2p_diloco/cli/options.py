@@ -94,7 +94,9 @@ def settings(_app: App, commands: tuple[str, ...], arguments: ArgumentCollection
                 if name in options:
                     table[name] = value.split() if options[name].token_count()[1] else value
                 elif strict:
-                    raise UsageError(f"unknown environment variable {variable}; {hint(name, options, environment)}")
+                    raise UsageError(
+                        f"unknown environment variable {variable}; {hint(name, options, spelt_with(prefix))}"
+                    )
     Dict(table, source="environment")(_app, (), arguments)
     if "config" in options and options["config"].tokens:
         path = at_home(options["config"].tokens[-1].value, "--config")
@@ -116,9 +118,9 @@ def option_name(text: str) -> str:
     return text.lower().replace("_", "-")
 
 
-def environment(option: str) -> str:
-    """Returns how an option is spelt in the environment."""
-    return ENVIRONMENT + option.upper().replace("-", "_")
+def spelt_with(prefix: str) -> Callable[[str], str]:
+    """Returns what tells how an option is spelt in the environment, behind ``prefix``."""
+    return lambda option: prefix + option.upper().replace("-", "_")
 
 
 def hint(name: str, known: Sequence[str] | Mapping[str, Any], spell: Callable[[str], str]) -> str:

@@ -11,8 +11,10 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -24,6 +26,7 @@ from p2p_diloco.core.addresses import Endpoint
 from p2p_diloco.core.config import PeerConfig
 from p2p_diloco.core.errors import Stopped, UsageError
 from p2p_diloco.core.identity import Identity
+from p2p_diloco.core.interruption import Stop
 from p2p_diloco.core.manifest import RunManifest
 from p2p_diloco.core.runfile import RunSpec
 from p2p_diloco.look import monitor
@@ -589,7 +592,7 @@ def test_a_mistake_in_a_config_file_is_one_line(
         (
             "P2P_DILOCO_PEER_THREDS",
             "1",
-            "unknown environment variable P2P_DILOCO_PEER_THREDS; did you mean P2P_DILOCO_",
+            "unknown environment variable P2P_DILOCO_PEER_THREDS; did you mean P2P_DILOCO_PEER_THREADS?",
         ),
         ("P2P_DILOCO_THREADS", "two", 'unable to convert "two" into int'),
         ("P2P_DILOCO_CONFIG", "nowhere.toml", "--config nowhere.toml: no such file"),
@@ -721,3 +724,52 @@ def test_the_log_shows_what_peers_say_as_text(capsys: pytest.CaptureFixture[str]
     assert err.endswith(" INFO peer says [2J\n")
     assert len(err.splitlines()) == 1
     assert out == ""
+
+
+@pytest.mark.parametrize("there", [True, False])
+@pytest.mark.parametrize("command", ["peer", "seed"])
+def test_a_refused_identity_leaves_no_empty_folder(
+    refused: Refused, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str, there: bool
+) -> None:
+    """One that was there before stays, also when it is empty."""
+    error = UsageError("identity bad.key: not an Ed25519 libp2p key")
+
+    def refuse(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr("p2p_diloco.learn.swarm.Swarm.find", refuse)
+    monkeypatch.setattr("p2p_diloco.learn.genesis.start_run", refuse)
+    run_file(tmp_path)
+    if there:
+        (tmp_path / "own").mkdir()
+    argv = ("run.toml",) if command == "seed" else ("--initial-peers", MADDR)
+    assert refused(command, *argv, "--folder", "own") == str(error)
+    assert (tmp_path / "own").exists() == there
+
+
+@pytest.mark.parametrize("asked", [True, False])
+def test_a_peer_that_was_asked_to_stop_says_so_when_it_has_left(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], asked: bool
+) -> None:
+    """As a seed does."""
+
+    def train(_swarm: object, _choices: object, stop: Stop) -> None:
+        stop.requested = asked
+
+    swarm = SimpleNamespace(manifest=None, maddrs=[], wait_for_state=lambda: None)
+    monkeypatch.setattr("p2p_diloco.learn.swarm.Swarm.find", lambda *_, **__: nullcontext(swarm))
+    monkeypatch.setattr("p2p_diloco.learn.train.require_text", lambda *_: None)
+    monkeypatch.setattr("p2p_diloco.learn.train.train", train)
+    assert cli.main(["peer", "--initial-peers", MADDR]) == 0
+    assert capsys.readouterr().err.endswith("INFO stopped\n") == asked
+
+
+def test_a_folder_without_a_run_is_refused_before_torch_is_imported() -> None:
+    script = (
+        "import sys; from p2p_diloco.cli import cli; "
+        "code = cli.main(['export', '--folder', 'nowhere', '--to', 'x']); "
+        "sys.exit(9 if 'torch' in sys.modules else code)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("error: nowhere: no run here")
