@@ -1,4 +1,4 @@
-"""What peers cost that do not answer, are idle in rounds, or promise: a share of the issue's bounds, in memory."""
+"""What peers cost that do not answer, are idle in rounds, or promise: a short form of what docs/reliability.md says."""
 
 from __future__ import annotations
 
