@@ -128,3 +128,8 @@ def test_a_path_is_bytes_whatever_the_locale(tmp_path: Path, name: bytes) -> Non
     assert done.stderr == b""
     shown = name.decode("utf-8", "surrogateescape").encode("utf-8", "backslashreplace")
     assert done.stdout == shown + f"\nutf-8 {name!r}\n".encode()
+
+
+def test_python_looks_for_no_garbage_at_the_end(tmp_path: Path) -> None:
+    program = "import gc; end(0); print(gc.get_freeze_count() > 0)"
+    assert python(program, tmp_path).stdout.split() == [b"True"]
