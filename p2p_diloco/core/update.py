@@ -6,6 +6,7 @@ it in ``head_{t+1} = H(head_t, U_t)``, so that 32 bytes name the whole history.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -135,6 +136,18 @@ def contributors_in_full(update: Update) -> list[str]:
     for part in update.parts:
         in_all &= int.from_bytes(part.mask, "little")
     return [name for i, (name, _) in enumerate(update.header.contributors) if in_all >> i & 1]
+
+
+def in_most_parts(masks: Sequence[bytes]) -> bytes:
+    """Returns the mask of the contributors that are in more than half of the parts with these masks."""
+    counts = Counter(i for mask in masks for i in bits_of(mask))
+    return contributor_mask(i for i, count in counts.items() if 2 * count > len(masks))
+
+
+def bits_of(mask: bytes) -> list[int]:
+    """Returns the indices of the contributors that a mask names, rising."""
+    bits = int.from_bytes(mask, "little")
+    return [i for i in range(bits.bit_length()) if bits >> i & 1]
 
 
 def contributor_mask(indices: Iterable[int]) -> bytes:

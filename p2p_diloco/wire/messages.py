@@ -11,6 +11,9 @@ from typing import Annotated, ClassVar, Literal
 import msgpack
 from pydantic import AfterValidator, BaseModel, ConfigDict, FailFast, Field, ValidationError
 
+from p2p_diloco.core.certificate import MAX_CERTIFICATE_BYTES, MAX_FULL_BYTES
+from p2p_diloco.core.group import MAX_ABSENT, MAX_MEMBERS
+from p2p_diloco.core.identity import SIGNATURE_BYTES
 from p2p_diloco.core.records import MAX_RECORD_BYTES, Hash, Natural, unpack_plain
 from p2p_diloco.wire.traffic import Purpose
 
@@ -24,6 +27,10 @@ MAX_LINKS = 1024
 MAX_TRANSFER_BYTES = 2 * 1024 * 1024
 """In one direction, of one exchange that measures a connection."""
 
+MAX_CHAIN_BYTES = 16 * 1024 * 1024
+"""Of headers and certificates in one answer; one pair may be larger."""
+
+Signature = Annotated[bytes, Field(min_length=SIGNATURE_BYTES, max_length=SIGNATURE_BYTES)]
 Sealed = Annotated[bytes, Field(max_length=MAX_RECORD_BYTES)]
 Reason = Annotated[str, Field(max_length=200)]
 
@@ -61,13 +68,15 @@ class Ready(Message):
 
 
 class Roster(Message):
-    """Leader to member: the signed readiness of every member, in the order of rank."""
+    """Leader to member: the signed readiness of every member, in the order of rank, and the leader's signature over the
+    whole."""
 
     tag = "roster"
-    members: Annotated[list[Sealed], FailFast(), Field(max_length=128)]
-    absent: Annotated[list[Sealed], FailFast(), Field(max_length=64)] = []
+    members: Annotated[list[Sealed], FailFast(), Field(max_length=MAX_MEMBERS)]
+    absent: Annotated[list[Sealed], FailFast(), Field(max_length=MAX_ABSENT)] = []
     """Records of trainers on this head that do not come. Only in runs that keep missed rounds, where they count in the
     total weight."""
+    signature: Signature
 
 
 class TooFew(Message):
@@ -143,6 +152,8 @@ class Receipt(Message):
     round_id: Hash
     number: Annotated[int, Field(ge=0, lt=256)] = 0
     part_hashes: Annotated[list[Hash | Literal[b""]], FailFast(), Field(max_length=MAX_PARTS)]
+    state: Hash | Literal[b""] = b""
+    """The digest of my outer state, at an outer step at which a snapshot is due."""
 
 
 class Again(Message):
@@ -158,27 +169,74 @@ class Again(Message):
 
 class Commit(Message):
     """Leader to member: this is the update. ``holders[i]`` is the index in the roster of one who holds part ``i``.
-    Answered by Took."""
+    Answered by Took, when the member holds all of it and signs it, or by No, when it does not sign; then by Eta, any
+    number, and Certifies or No."""
 
     tag = "commit"
     max_bytes = MAX_FRAME_BYTES
     part_hashes: Annotated[list[Hash], FailFast(), Field(max_length=MAX_PARTS)]
     holders: Annotated[list[Annotated[int, Field(ge=0, lt=256)]], FailFast(), Field(max_length=MAX_PARTS)]
+    state: Hash | Literal[b""] = b""
+    """The digest of the state that the update leads on from, where a snapshot is due and most members agree on it."""
 
 
 class Took(Message):
-    """Member to leader: I shall apply this update, and no other in this round."""
+    """Member to leader: my signature over the update (``core.certificate.Taken``). I sign no other in this round."""
 
     tag = "took"
+    signature: Signature
 
 
 class AskCommit(Message):
     """A later leader to a member that has not come: have you taken a commit? Answered by Eta while the member is with
-    an earlier leader, and then by the commit, or by No: then the member takes none from an earlier leader any more."""
+    an earlier leader, and then by TookBefore, or by No: then the member takes none from an earlier leader any more."""
 
     tag = "ask-commit"
     purpose = "reduce"
     round_id: Hash
+
+
+class TookBefore(Message):
+    """Member to a later leader: the commit that I have taken, and my signature over it."""
+
+    tag = "took-before"
+    max_bytes = MAX_FRAME_BYTES
+    part_hashes: Annotated[list[Hash], FailFast(), Field(max_length=MAX_PARTS)]
+    state: Hash | Literal[b""] = b""
+    signature: Signature
+
+
+class Certifies(Message):
+    """Leader to member: the update is certified by these. Who has it applies the update."""
+
+    tag = "certifies"
+    full: Annotated[bytes, Field(max_length=MAX_FULL_BYTES)]
+    members: Annotated[list[Annotated[int, Field(ge=0, lt=256)]], FailFast(), Field(max_length=MAX_MEMBERS)]
+    """Indices in the roster of those who have signed, rising."""
+    signatures: Annotated[list[Signature], FailFast(), Field(max_length=MAX_MEMBERS)]
+    """In the order of ``members``."""
+    witness: Signature | Literal[b""] = b""
+    """Of the run's owner, where it has witnessed the update and is no member."""
+
+
+class AskWitness(Message):
+    """Leader to the owner's seed: too few of us are known; witness this update. Answered by Eta while the seed catches
+    up, and then by Witnessed or No: it witnesses one update on a head."""
+
+    tag = "ask-witness"
+    purpose = "reduce"
+    link: Hash
+    """The update's."""
+    certificate: Annotated[bytes, Field(max_length=MAX_CERTIFICATE_BYTES)]
+    """As it would be without a witness."""
+    max_bytes = MAX_CERTIFICATE_BYTES + 1024
+
+
+class Witnessed(Message):
+    """The owner's seed to a leader: my signature over the update that you named."""
+
+    tag = "witnessed"
+    signature: Signature
 
 
 class AskPart(Message):
@@ -207,6 +265,15 @@ class Heads(Message):
     first: Natural
     head: Hash
     links: Annotated[list[Hash], FailFast(), Field(max_length=MAX_LINKS)]
+
+
+class AskChain(Message):
+    """Answered by Size and then as many bytes in frames of CHUNK_BYTES: the headers and certificates of as many updates
+    from outer step ``since`` on as fit into MAX_CHAIN_BYTES, in order; or by No, when there is none."""
+
+    tag = "ask-chain"
+    purpose = "catchup"
+    since: Natural
 
 
 class AskUpdate(Message):

@@ -1,0 +1,232 @@
+"""The group of a round: what follows from a roster that its leader signed, and from the ledger, for whoever reads it.
+
+A roster is believed only as far as its members signed it themselves, for the very leader that signed the whole. Members
+check it before they meet, and whoever takes the update later checks it again, beside the certificate.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+from p2p_diloco.core.aggregate import Aggregation
+from p2p_diloco.core.digest import digest
+from p2p_diloco.core.identity import MAX_PEER_ID_CHARS, SIGNATURE_BYTES, Identity, verify
+from p2p_diloco.core.known import LEAST_KNOWN, Known, most_unknown
+from p2p_diloco.core.manifest import RunManifest
+from p2p_diloco.core.records import MAX_RECORD_BYTES, open_record
+from p2p_diloco.core.roster import Readiness, counted_weights, on_head, open_readiness, rank
+from p2p_diloco.core.runfile import OnMissed
+from p2p_diloco.core.update import UpdateHeader
+
+ROSTER_CONTEXT = b"p2p-diloco roster\0"
+MAX_MEMBERS = 128
+MAX_ABSENT = 64
+"""Absent peers in one roster."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SealedRoster:
+    """A roster as the leader that gathered it has signed it. Two of one leader with the same readiness in them are a
+    proof that it lies."""
+
+    leader: str
+    """The peer id of who gathered it. It need be no member: its trainer may not have been ready."""
+    members: tuple[bytes, ...]
+    """The sealed readiness of every member, in the order of rank."""
+    absent: tuple[bytes, ...]
+    """Sealed records of trainers on this head that do not come, in a run that keeps missed rounds."""
+    signature: bytes
+
+    @cached_property
+    def round_id(self) -> bytes:
+        """32 bytes that name the round."""
+        return round_id_of(self.leader, self.members, self.absent)
+
+    def is_sound(self) -> bool:
+        """Returns whether every field is of its type and size. Nothing is verified."""
+        pieces = (*self.members, *self.absent)
+        return (
+            type(self.leader) is str
+            and 0 < len(self.leader) <= MAX_PEER_ID_CHARS
+            and len(self.members) <= MAX_MEMBERS
+            and len(self.absent) <= MAX_ABSENT
+            and all(type(piece) is bytes and len(piece) <= MAX_RECORD_BYTES for piece in pieces)
+            and type(self.signature) is bytes
+            and len(self.signature) == SIGNATURE_BYTES
+        )
+
+
+def round_id_of(leader: str, members: Sequence[bytes], absent: Sequence[bytes]) -> bytes:
+    """Returns the id of the round that ``leader`` forms of these members."""
+    return digest(b"round", leader.encode(), *members, b"absent", *absent)
+
+
+def seal_roster(members: Sequence[bytes], absent: Sequence[bytes], leader: Identity) -> SealedRoster:
+    """Returns a roster as ``leader`` signs it."""
+    round_id = round_id_of(leader.peer_id, members, absent)
+    signature = leader.sign(ROSTER_CONTEXT + round_id)
+    return SealedRoster(leader=leader.peer_id, members=tuple(members), absent=tuple(absent), signature=signature)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RosterRules:
+    """What a run's manifest says of rosters."""
+
+    run_id: str
+    owner: str
+    """The peer id of the run's owner, whose seed witnesses what too few known members make."""
+    min_group: int
+    max_group: int
+    max_weight_tokens: int
+    aggregation: Aggregation
+    on_missed: OnMissed
+
+    @classmethod
+    def of(cls, manifest: RunManifest) -> RosterRules:
+        """Returns the rules of a run."""
+        spec = manifest.spec
+        return cls(
+            run_id=manifest.run_id,
+            owner=manifest.owner,
+            min_group=spec.round.min_group,
+            max_group=spec.round.max_group,
+            max_weight_tokens=spec.max_weight_tokens,
+            aggregation=manifest.aggregation,
+            on_missed=spec.round.on_missed,
+        )
+
+    @property
+    def least_known(self) -> int:
+        """So many known members of a roster can do without the owner's witness."""
+        return min(LEAST_KNOWN, self.min_group)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Group:
+    """The members of a round, in the order of rank, and everything about the round that follows from the roster and
+    the ledger alone."""
+
+    sealed: SealedRoster
+    step: int
+    head: bytes
+    members: tuple[Readiness, ...]
+    weights: tuple[int, ...]
+    """Tokens, at most ``Aggregation.largest_weight`` times the group's median: a false claim gains little."""
+    total_weight: int | None
+    """What the weighted sum of the contributions is divided by, in tokens. None: by the weights of those that come in
+    time."""
+    aggregation: Aggregation
+    """The run's rule for the mean of a part."""
+    counting: frozenset[int]
+    """Indices of the members that lead, reduce and certify: the known ones; all, where these are too few."""
+    needs_witness: bool
+    """Too few members are known: the certificate needs the signature of the run's owner."""
+
+    @property
+    def round_id(self) -> bytes:
+        """Names the round."""
+        return self.sealed.round_id
+
+    @property
+    def leader(self) -> int:
+        """Index of the member that settles the round: the first that can be dialled."""
+        return self.reducers[0]
+
+    @property
+    def reducers(self) -> tuple[int, ...]:
+        """Indices of the members that reduce, by rank. The same ones settle the round, one after the other fails."""
+        return self.reducers_among(range(len(self.members)))
+
+    def reducers_among(self, members: Sequence[int]) -> tuple[int, ...]:
+        """Returns the indices of those of ``members`` that reduce for them: all that count and can be dialled; all that
+        count, when none of them can; all, when none counts."""
+        counting = [i for i in members if i in self.counting] or list(members)
+        return tuple(i for i in counting if not self.members[i].client_mode) or tuple(counting)
+
+    def index_of(self, peer_id: str) -> int:
+        """Returns the index of a member. ValueError for any other peer."""
+        return [member.peer_id for member in self.members].index(peer_id)
+
+    @property
+    def contributors(self) -> tuple[tuple[str, int], ...]:
+        """Returns (peer id, weight) of every member, as an update's header names them."""
+        return tuple((member.peer_id, weight) for member, weight in zip(self.members, self.weights))
+
+    def header(self, part_hashes: Sequence[bytes]) -> UpdateHeader:
+        """Returns the header of the update that this round makes of these parts."""
+        return UpdateHeader(
+            step=self.step, parent=self.head, contributors=self.contributors, part_hashes=tuple(part_hashes)
+        )
+
+
+def open_roster(sealed: SealedRoster, rules: RosterRules, known: Known) -> Group:
+    """Returns the group of a roster. ValueError unless its leader signed it, every member signed, once, for this leader
+    and one head of the run; every absent peer signed that it trains there; and there are no more unknown members than
+    the known ones allow. ``known``: at that head.
+
+    ``RosterRules.on_missed`` "keep": a peer that misses a round comes to the next one with the progress of both, so the
+    sum is divided by the weights of all that train on this head, absent ones at the group's median (docs/log.md has the
+    figures).
+    """
+    if not rules.min_group <= len(sealed.members) <= rules.max_group:
+        raise ValueError(f"a roster of {len(sealed.members)}")
+    if not verify(sealed.leader, ROSTER_CONTEXT + sealed.round_id, sealed.signature):
+        raise ValueError("a roster that its leader did not sign")
+    members = tuple(open_readiness(one) for one in sealed.members)
+    step, head = members[0].step, members[0].head
+    check_members(members, rules, sealed.leader, step, head)
+    away = check_absent(sealed.absent, members, rules, head)
+    familiar = frozenset(i for i, member in enumerate(members) if member.peer_id in known.peers)
+    needs_witness = len(familiar) < rules.least_known
+    if not needs_witness and len(members) - len(familiar) > most_unknown(len(familiar)):
+        raise ValueError(f"a roster with {len(members) - len(familiar)} newcomers beside {len(familiar)} known members")
+    claimed = [member.weight for member in members]
+    weights, total_weight = counted_weights(claimed, rules.aggregation, rules.on_missed, absent=away)
+    return Group(
+        sealed=sealed,
+        step=step,
+        head=head,
+        members=members,
+        weights=weights,
+        total_weight=total_weight,
+        aggregation=rules.aggregation,
+        counting=frozenset(range(len(members))) if needs_witness else familiar,
+        needs_witness=needs_witness,
+    )
+
+
+def check_members(members: Sequence[Readiness], rules: RosterRules, leader: str, step: int, head: bytes) -> None:
+    """Raises ValueError unless these are the members of one round that ``leader`` gathered, in the order of rank."""
+    ids = [member.peer_id for member in members]
+    if len(set(ids)) != len(ids):
+        raise ValueError("a roster that names a peer twice")
+    for member in members:
+        if (member.run_id, member.step, member.head) != (rules.run_id, step, head):
+            raise ValueError("a roster with a member on another head")
+        if member.leader != leader:
+            raise ValueError("a roster with a member that is ready for another leader")
+        if member.weight > rules.max_weight_tokens:
+            raise ValueError(f"a roster with a weight of {member.weight}")
+    if ids != sorted(ids, key=lambda peer_id: rank(head, peer_id)):
+        raise ValueError("a roster that is not in the order of rank")
+
+
+def check_absent(absent: Sequence[bytes], members: Sequence[Readiness], rules: RosterRules, head: bytes) -> int:
+    """Returns how many absent peers a roster names. ValueError unless each of them signed that it trains on this head,
+    and is named once."""
+    away = [open_record(one) for one in absent]
+    if away and rules.on_missed != "keep":
+        raise ValueError("a roster with absent peers")
+    ids = [one.peer_id for one in (*members, *away)]
+    if len(set(ids)) != len(ids):
+        raise ValueError("a roster that names an absent peer twice")
+    if any(record.run_id != rules.run_id for record in away) or len(on_head(away, head)) != len(away):
+        raise ValueError("a roster with an absent peer that does not train on this head")
+    return len(away)
+
+
+def evaluator(group: Group, head: bytes) -> str:
+    """Returns the member that evaluates theta after an outer step: another one every time."""
+    return min((member.peer_id for member in group.members), key=lambda peer_id: rank(head, peer_id))

@@ -1,0 +1,48 @@
+"""Which peers are known at a head: those that the updates up to there have in them. Pure.
+
+A name costs nothing, work does. Who has contributed to most parts of at least LEAST_STEPS of the last WINDOW_STEPS
+updates is known there, to everybody who has that history, and whatever anybody claims. Known members lead and reduce,
+and most of them have to sign an update; unknown ones are few in a roster. This bounds how fast strangers can become the
+majority of a run, and not whether they can: only invitations do.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+
+WINDOW_STEPS = 16
+"""Before there are so many updates, nobody is known."""
+LEAST_STEPS = 4
+LEAST_KNOWN = 2
+"""Known members of a roster that can do without the owner's witness; one, in a run whose smallest group is one."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Known:
+    """Who is known where an outer step begins."""
+
+    step: int
+    """The outer step."""
+    peers: frozenset[str]
+
+    @property
+    def early(self) -> bool:
+        """Whether the run has made too few outer steps for anybody to be known."""
+        return self.step < WINDOW_STEPS
+
+
+def known_at(step: int, last: Sequence[Collection[str]]) -> Known:
+    """Returns who is known at outer step ``step``. ``last``: of each of the last WINDOW_STEPS updates, or of all where
+    there are fewer, the peers that have contributed to most of its parts."""
+    if step < WINDOW_STEPS:
+        return Known(step=step, peers=frozenset())
+    steps = Counter(peer_id for contributed in last for peer_id in set(contributed))
+    return Known(step=step, peers=frozenset(peer_id for peer_id, count in steps.items() if count >= LEAST_STEPS))
+
+
+def most_unknown(known: int) -> int:
+    """Returns how many unknown members a roster with so many ``known`` ones may have: fewer than half as many. One in
+    any case, or two peers would stay two for ever; it then has at most a third of the weight."""
+    return max(1, (known - 1) // 2)
