@@ -26,7 +26,7 @@ from p2p_diloco.core.identity import Identity
 from p2p_diloco.core.records import MAX_RECORD_LIFE_S, Record, seal_record
 from p2p_diloco.core.roster import Readiness, check_roster, form_roster, new_nonce, seal_readiness
 from p2p_diloco.round.meeting import Meeting
-from p2p_diloco.round.missed import Missed
+from p2p_diloco.round.outcome import Missed
 from p2p_diloco.round.settle import Settlement
 from p2p_diloco.wire.channel import Channel, run_protocol
 from p2p_diloco.wire.daemon import private_socket_folder

@@ -10,7 +10,7 @@ head without a member in common, both may be: a certificate says who has made an
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
@@ -124,9 +124,9 @@ class Certificate:
             and len(self.witness) in (0, SIGNATURE_BYTES)
         )
 
-    def taken(self, header: UpdateHeader) -> Taken:
-        """Returns what is signed here, if it is the certificate of ``header``."""
-        return Taken(round_id=self.roster.round_id, link=header.link, full=self.full, state=self.state)
+    def taken(self, link: bytes) -> Taken:
+        """Returns what is signed here, if it is the certificate of the update with this link."""
+        return Taken(round_id=self.roster.round_id, link=link, full=self.full, state=self.state)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,12 +158,10 @@ class Certified:
         return certified
 
 
-def is_certified(group: Group, signers: Collection[int], *, witnessed: bool) -> bool:
-    """Returns whether the signatures of these members of a round make a certificate: most of those that count have
-    signed, and the owner's witness is there where one is needed. ``witnessed``: the owner has signed, as a member or
-    not."""
-    counting = group.counting
-    return 2 * sum(member in counting for member in signers) > len(counting) and (witnessed or not group.needs_witness)
+def is_witnessed(group: Group, owner: str, signers: Iterable[int], witness: bytes) -> bool:
+    """Returns whether the run's owner is among those who have signed. ``witness``: its signature as no member; empty
+    where there is none."""
+    return bool(witness) or any(group.members[member].peer_id == owner for member in signers)
 
 
 def check_certificate(certified: Certified, rules: RosterRules, known: Known) -> Group:
@@ -173,26 +171,34 @@ def check_certificate(certified: Certified, rules: RosterRules, known: Known) ->
     group = open_roster(certificate.roster, rules, known)
     if (group.step, group.head) != (header.step, header.parent) or group.contributors != header.contributors:
         raise ValueError("a certificate of another update")
-    check_mask(certificate.full, len(header.contributors))
-    taken = certificate.taken(header)
-    for member, signature in certificate.signatures:
-        if member >= len(group.members) or not taken.is_signed(group.members[member].peer_id, signature):
-            raise ValueError(f"a certificate with a signature that is not that of member {member}")
-    if certificate.witness and not taken.is_signed(rules.owner, certificate.witness):
-        raise ValueError("a certificate with a witness that is not the owner")
-    signers = [member for member, _ in certificate.signatures]
-    if not is_certified(group, signers, witnessed=is_witnessed(group, rules.owner, signers, certificate.witness)):
-        raise ValueError(f"a certificate with {len(signers)} signatures, too few of those that count")
+    check_signatures(certificate, group, header.link, rules.owner)
     return group
 
 
-def is_witnessed(group: Group, owner: str, signers: Iterable[int], witness: bytes) -> bool:
-    """Returns whether the run's owner is among those who have signed. ``witness``: its signature as no member; empty
-    where there is none."""
-    return bool(witness) or any(group.members[member].peer_id == owner for member in signers)
+def check_signatures(certificate: Certificate, group: Group, link: bytes, owner: str) -> None:
+    """Raises ValueError unless these signatures, all of them sound, certify the update with this link. ``owner``: the
+    peer id of the run's."""
+    check_most(certificate, group, link, owner)
+    signers = [member for member, _ in certificate.signatures]
+    if group.needs_witness and not is_witnessed(group, owner, signers, certificate.witness):
+        raise ValueError("a certificate without the witness of the run's owner, which so few known members need")
 
 
-def certificate_of(group: Group, taken: Taken, signatures: Mapping[int, bytes], witness: bytes) -> Certificate:
+def check_most(certificate: Certificate, group: Group, link: bytes, owner: str) -> None:
+    """Does the same as ``check_signatures``, but for the owner's witness, which may be missing."""
+    check_mask(certificate.full, len(group.members))
+    taken = certificate.taken(link)
+    for member, signature in certificate.signatures:
+        if member >= len(group.members) or not taken.is_signed(group.members[member].peer_id, signature):
+            raise ValueError(f"a certificate with a signature that is not that of member {member}")
+    if certificate.witness and not taken.is_signed(owner, certificate.witness):
+        raise ValueError("a certificate with a witness that is not the run's owner")
+    signers = [member for member, _ in certificate.signatures]
+    if not group.is_most(signers):
+        raise ValueError(f"a certificate with {len(signers)} signatures, too few of those that count")
+
+
+def certificate_of(group: Group, taken: Taken, signatures: Mapping[int, bytes], witness: bytes = b"") -> Certificate:
     """Returns the certificate that these signatures over ``taken`` make: member -> signature."""
     return Certificate(
         roster=group.sealed,

@@ -6,7 +6,7 @@ check it before they meet, and whoever takes the update later checks it again, b
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -145,6 +145,10 @@ class Group:
         counting = [i for i in members if i in self.counting] or list(members)
         return tuple(i for i in counting if not self.members[i].client_mode) or tuple(counting)
 
+    def is_most(self, members: Collection[int]) -> bool:
+        """Returns whether these members are most of those that count."""
+        return 2 * len(self.counting.intersection(members)) > len(self.counting)
+
     def index_of(self, peer_id: str) -> int:
         """Returns the index of a member. ValueError for any other peer."""
         return [member.peer_id for member in self.members].index(peer_id)
@@ -180,6 +184,9 @@ def open_roster(sealed: SealedRoster, rules: RosterRules, known: Known) -> Group
     away = check_absent(sealed.absent, members, rules, head)
     familiar = frozenset(i for i, member in enumerate(members) if member.peer_id in known.peers)
     needs_witness = len(familiar) < rules.least_known
+    dialable = any(not members[i].client_mode for i in familiar)
+    if not needs_witness and dialable and sealed.leader not in known.peers:
+        raise ValueError("a roster that a newcomer gathered")
     if not needs_witness and len(members) - len(familiar) > most_unknown(len(familiar)):
         raise ValueError(f"a roster with {len(members) - len(familiar)} newcomers beside {len(familiar)} known members")
     claimed = [member.weight for member in members]

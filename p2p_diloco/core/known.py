@@ -27,10 +27,9 @@ class Known:
     """The outer step."""
     peers: frozenset[str]
 
-    @property
-    def early(self) -> bool:
-        """Whether the run has made too few outer steps for anybody to be known."""
-        return self.step < WINDOW_STEPS
+
+NOBODY_KNOWN = Known(step=0, peers=frozenset())
+"""At the beginning of a run."""
 
 
 def known_at(step: int, last: Sequence[Collection[str]]) -> Known:

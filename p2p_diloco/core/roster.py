@@ -68,6 +68,11 @@ def rank(head: bytes, peer_id: str) -> bytes:
     return digest(head, peer_id.encode())
 
 
+def precedence(head: bytes, peer_id: str, known: Known) -> tuple[bool, bytes]:
+    """Returns what peers are sorted by when they lead on a head: the known ones first, and then by rank."""
+    return peer_id not in known.peers, rank(head, peer_id)
+
+
 def form_roster(sealed: Iterable[bytes], head: bytes, max_group: int, known: Known, least_known: int) -> list[bytes]:
     """Returns the members of a round in the order of rank, the best-ranked ones when there are too many: the known ones
     first, and then as many others as these allow. ``least_known``: fewer known ones count as none."""
@@ -76,7 +81,7 @@ def form_roster(sealed: Iterable[bytes], head: bytes, max_group: int, known: Kno
     familiar = [one for one in ranked if ids[one] in known.peers][:max_group]
     if len(familiar) < least_known:
         return ranked[:max_group]
-    strangers = [one for one in ranked if one not in familiar and ids[one] not in known.peers]
+    strangers = [one for one in ranked if ids[one] not in known.peers]
     drawn = {*familiar, *strangers[: min(most_unknown(len(familiar)), max_group - len(familiar))]}
     return [one for one in ranked if one in drawn]
 
@@ -97,12 +102,19 @@ def on_head(records: Iterable[Record], head: bytes) -> list[Record]:
     return [r for r in records if r.head == head and r.role == "trainer" and r.phase not in ("joining", "left")]
 
 
-def leader_order(records: Iterable[Record], head: bytes, me: str, client_mode: bool) -> list[str]:
-    """Returns the peers that may lead a round on ``head``, the first choice first. I am one unless in client mode."""
-    leaders = {r.peer_id for r in on_head(records, head) if not r.client_mode}
+def leader_order(
+    records: Iterable[Record], head: bytes, me: str, client_mode: bool, known: Known, least_known: int
+) -> list[str]:
+    """Returns the peers that may lead a round on ``head``, the first choice first. I am one unless in client mode.
+    Where at least ``least_known`` of all that are there are known, unknown ones lead only if none of these can be
+    dialled."""
+    here = on_head(records, head)
+    leaders = frozenset(r.peer_id for r in here if not r.client_mode)
     if not client_mode:
-        leaders.add(me)
-    return sorted(leaders, key=lambda peer_id: rank(head, peer_id))
+        leaders |= {me}
+    if len(known.peers.intersection({me, *(r.peer_id for r in here)})) >= least_known:
+        leaders = known.peers & leaders or leaders
+    return sorted(leaders, key=lambda peer_id: precedence(head, peer_id, known))
 
 
 def announces_run(records: Iterable[Record], me: str) -> bool:

@@ -31,7 +31,7 @@ from p2p_diloco.core.waiting import now_s
 from p2p_diloco.ledger.folder import folder_bytes
 from p2p_diloco.peer.peer import Peer
 from p2p_diloco.peer.web import Response, serving
-from p2p_diloco.round.missed import MissedReason
+from p2p_diloco.round.outcome import MissedReason
 from p2p_diloco.wire.channel import Links
 from p2p_diloco.wire.traffic import Purpose
 

@@ -22,8 +22,8 @@ from p2p_diloco.core.codec import Vector
 from p2p_diloco.core.errors import Gap
 from p2p_diloco.core.event import OuterGradientOffered, RoundEnded
 from p2p_diloco.core.events import EventLog
+from p2p_diloco.core.group import Group, evaluator
 from p2p_diloco.core.pace import Phase, claimed_steps, second_most_steps
-from p2p_diloco.core.roster import Group, evaluator
 from p2p_diloco.core.swarm_head import Standing, must_catch_up
 from p2p_diloco.core.update import Update, contributors_in_full, parts_with
 from p2p_diloco.core.waiting import now_s
@@ -37,7 +37,7 @@ from p2p_diloco.peer.upkeep import Upkeep
 from p2p_diloco.round.here import Here
 from p2p_diloco.round.matchmaking import Matchmaker
 from p2p_diloco.round.meeting import Meeting
-from p2p_diloco.round.missed import Missed
+from p2p_diloco.round.outcome import Missed, Settled
 from p2p_diloco.round.settle import RoundCost, Settlement
 
 log = logging.getLogger(__name__)
@@ -167,7 +167,7 @@ class OuterSteps:
 
     async def _round(self, tokens: int, dropped: bool) -> OuterResult:
         """Makes one attempt: gather, reduce, settle, apply."""
-        last_norms = await self._norms_of_last()
+        last_norms, state = await self._norms_of_last(), await self._digest_due()
         started_s = now_s()
         self.presence.enter("gather")
         group = await self.matchmaker.find_group(tokens, dropped=dropped, tokens_per_s=self._pace)
@@ -176,7 +176,7 @@ class OuterSteps:
             self.events.write(round_ended(self.here.seat.standing, group, gather_s=gather_s))
             return self._result(reason=group.reason, gather_s=gather_s)
         self.here.seat.in_round = True
-        settlement = self._meet(group, last_norms)
+        settlement = self._meet(group, last_norms, state)
         try:
             self.presence.enter("reduce")
             await settlement.reduce()
@@ -220,21 +220,28 @@ class OuterSteps:
             self._last_norms = None if found is None else (standing.head, found)
         return None if self._last_norms is None else self._last_norms[1]
 
-    def _judge(self, settlement: Settlement, outcome: Update | Missed, idle: frozenset[int], took_s: float) -> None:
+    def _judge(self, settlement: Settlement, outcome: Settled | Missed, idle: frozenset[int], took_s: float) -> None:
         """Remembers who failed me in a round, and who contributed in full. ``idle``: those whom I lost in the
         butterfly, and who count as idle."""
         company, group = self.matchmaker.company, settlement.group
         ids = [member.peer_id for member in group.members]
-        contributed = [] if isinstance(outcome, Missed) else contributors_in_full(outcome)
+        contributed = [] if isinstance(outcome, Missed) else contributors_in_full(outcome.update)
         company.judge_round({ids[i] for i in idle}, len(ids) - 1, took_s, contributed)
         if isinstance(outcome, Missed) and group.leader in settlement.meeting.lost:
             company.failed(group.head, ids[group.leader], cost_s=0.0)
 
-    def _meet(self, group: Group, last_norms: tuple[float, ...] | None) -> Settlement:
+    async def _digest_due(self) -> bytes:
+        """Returns the digest of the outer state, at an outer step at which a snapshot is due; empty elsewhere."""
+        await self.upkeep.settled()
+        return await asyncio.to_thread(self.replica.digest_due)
+
+    def _meet(self, group: Group, last_norms: tuple[float, ...] | None, state: bytes) -> Settlement:
         """Opens the round: its members are served from now on."""
         settlement = Settlement(
             Meeting(
                 group=group,
+                identity=self.here.identity,
+                owner=self.replica.manifest.owner,
                 transport=self.here.transport,
                 protocol=self.here.protocol,
                 directory=self.here.directory,
@@ -243,6 +250,7 @@ class OuterSteps:
                 theta=self.replica.theta,
                 local=self.local,
                 min_group=self.replica.manifest.spec.round.min_group,
+                state=state,
                 last_norms=last_norms,
                 lapsed=frozenset(self.matchmaker.company.lapsed),
             )
@@ -250,12 +258,12 @@ class OuterSteps:
         self.reception.open_round(settlement)
         return settlement
 
-    async def _apply(self, settlement: Settlement, update: Update) -> Alignment | None:
+    async def _apply(self, settlement: Settlement, settled: Settled) -> Alignment | None:
         """Commits the update that the group has agreed on. Returns how it compares with my own
         contribution, where it can be compared."""
-        meeting = settlement.meeting
+        meeting, update = settlement.meeting, settled.update
         alignment = await asyncio.to_thread(align, meeting.theta, meeting.local, update, meeting.grid)
-        await self._commit(update)
+        await self._commit(settled)
         self._last_norms = self.here.seat.standing.head, tuple(meeting.norms)
         met = (member.peer_id for i, member in enumerate(settlement.group.members) if i not in meeting.lost)
         self.here.directory.met(met, self._step, self.here.seat.standing.head)
@@ -266,17 +274,17 @@ class OuterSteps:
         """Plans the inner steps up to the next outer step."""
         spec, weights = self.replica.manifest.spec, [weight for _, weight in update.header.contributors]
         tokens = spec.tokens_per_inner_step
-        speeds = [member.tokens_per_s for i, member in enumerate(group.members) if i != group.me]
+        speeds = [member.tokens_per_s for member in group.members if member.peer_id != self.here.peer_id]
         claimed = claimed_steps(spec.inner.steps, self._pace, speeds)
         self._phase.plan(second_most_steps(weights, tokens), tokens / self._pace if self._pace > 0 else 0.0, claimed)
 
-    async def _commit(self, update: Update) -> None:
+    async def _commit(self, settled: Settled) -> None:
         """Writes the update to the ledger first, and then moves theta. A snapshot, where one is due, is written while
         training goes on."""
         await self.upkeep.settled()
         if not self.replica.sound:
             await self.upkeep.mend()
-        await asyncio.to_thread(self.replica.commit, update)
+        await asyncio.to_thread(self.replica.commit, settled.update, settled.certificate)
         self.presence.take_standing()
         self.upkeep.moved()
 

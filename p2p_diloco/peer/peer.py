@@ -37,6 +37,7 @@ from p2p_diloco.peer.probes import Probes
 from p2p_diloco.peer.reception import Reception
 from p2p_diloco.peer.upkeep import Upkeep
 from p2p_diloco.peer.uploads import Uploads
+from p2p_diloco.peer.witness import Witness
 from p2p_diloco.round.here import Here
 from p2p_diloco.round.matchmaking import Matchmaker
 from p2p_diloco.round.seat import Seat
@@ -106,6 +107,7 @@ class Peer:
             presence=self.presence,
             uploads=self.uploads,
             probes=Probes(here=here, rate=self.uploads.rate),
+            witness=Witness(here=here, replica=replica),
         )
         self.outer_steps = None if local is None else self._outer_steps(local)
 

@@ -201,6 +201,8 @@ class Presence:
     def take_standing(self) -> None:
         """Brings the seat and the record to where the state has moved."""
         standing = self.here.seat.standing = self.replica.standing()
+        self.here.seat.known = self.replica.known()
+        self.here.seat.changed.ring()
         self.here.directory.show((standing.head, *standing.heads))
         favoured, manifest = self.here.transport.favoured, self.replica.manifest
         favoured.clear()

@@ -10,6 +10,7 @@ from p2p_diloco.ledger.replica import Replica
 from p2p_diloco.peer.presence import Presence
 from p2p_diloco.peer.probes import Probes
 from p2p_diloco.peer.uploads import Uploads
+from p2p_diloco.peer.witness import Witness
 from p2p_diloco.round.here import Here
 from p2p_diloco.round.matchmaking import Matchmaker
 from p2p_diloco.round.settle import Settlement
@@ -24,6 +25,7 @@ from p2p_diloco.wire.messages import (
     AskPart,
     AskTransfer,
     AskUpdate,
+    AskWitness,
     Closing,
     Contribute,
     Message,
@@ -37,7 +39,7 @@ ROUNDS_KEPT = 2
 """Finished rounds whose parts are still served to members that are late."""
 OF_A_ROUND = (Contribute, Receipt, AskPart, AskCommit)
 OF_A_DONOR = (AskHeads, AskIndex, AskChunk, AskUpdate)
-REQUESTS = (Ready, Closing, *OF_A_ROUND, *OF_A_DONOR, AskDialBack, AskTransfer, Push)
+REQUESTS = (Ready, Closing, *OF_A_ROUND, AskWitness, *OF_A_DONOR, AskDialBack, AskTransfer, Push)
 MAX_REQUEST_BYTES = 4096
 RECEIPT_BYTES = 34
 """Of one part in a receipt: the only request that is larger in larger runs."""
@@ -54,12 +56,14 @@ class Reception:
     presence: Presence
     uploads: Uploads
     probes: Probes
+    witness: Witness
     rounds: deque[Settlement] = field(default_factory=lambda: deque(maxlen=ROUNDS_KEPT))
     _round_opened: Bell = field(default_factory=Bell)
 
     def __post_init__(self) -> None:
-        n_parts = self.replica.ledger.grid.n_parts
-        self._max_request_bytes = MAX_REQUEST_BYTES + RECEIPT_BYTES * n_parts
+        n_parts, is_owner = self.replica.ledger.grid.n_parts, self.here.peer_id == self.replica.manifest.owner
+        largest = AskWitness.max_bytes if is_owner else 0
+        self._max_request_bytes = max(MAX_REQUEST_BYTES + RECEIPT_BYTES * n_parts, largest)
 
     def open_round(self, settlement: Settlement) -> None:
         """Serves the members of a round from now on."""
@@ -89,6 +93,8 @@ class Reception:
             await self.matchmaker.on_closing(channel, message)
         elif isinstance(message, OF_A_ROUND):
             await self._serve_round(channel, message)
+        elif isinstance(message, AskWitness):
+            await self.witness.on_ask_witness(channel, message)
         elif isinstance(message, OF_A_DONOR):
             await self.uploads.serve(channel, message)
         elif isinstance(message, AskDialBack):

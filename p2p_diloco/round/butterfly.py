@@ -37,7 +37,7 @@ class Butterfly:
     def __init__(self, meeting: Meeting, number: int, members: Sequence[int], parts: Sequence[int]) -> None:
         self.meeting = meeting
         self.number = number
-        self.me = meeting.group.me
+        self.me = meeting.me
         self.reducers = meeting.group.reducers_among(members)
         self.parts = parts
         others = [i for i in members if i != self.me]
@@ -97,7 +97,7 @@ class Butterfly:
             received = await meeting.receive_part(channel, part, meeting.timeouts.reduced_part_s)
             if objection := meeting.objection(part):
                 raise Misbehaved(channel.peer_id, f"sends {objection}")
-            meeting.hold(part, received)
+            meeting.hold_reduced(part, received)
 
     # -- as a reducer ------------------------------------------------------------------------------------------------
 
@@ -111,7 +111,7 @@ class Butterfly:
                 came[self.me] = meeting.grid.decode(part, meeting.contribution(part))
             reduced = group.aggregation.reduce(came, group.weights, part, meeting.grid, group.total_weight)
             meeting.norms[part] = norm_of(meeting.grid.decode(part, reduced.data))
-            meeting.hold(part, reduced)
+            meeting.hold_reduced(part, reduced)
 
     async def _next_contribution(self, sender: int, part: int) -> Vector | None:
         """Returns a sender's next contribution, or None when the sender is gone. It may keep a reducer waiting for

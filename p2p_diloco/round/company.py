@@ -15,9 +15,10 @@ from dataclasses import dataclass, field
 
 from p2p_diloco.core.credit import Credit
 from p2p_diloco.core.errors import Misbehaved
+from p2p_diloco.core.group import Group, RosterRules
 from p2p_diloco.core.manifest import RunManifest
 from p2p_diloco.core.records import Record
-from p2p_diloco.core.roster import Group, Readiness, leader_order, on_head, open_readiness
+from p2p_diloco.core.roster import Readiness, leader_order, on_head, open_readiness, precedence
 from p2p_diloco.core.swarm_head import must_catch_up, swarm_head, way_of
 from p2p_diloco.core.waiting import now_s
 from p2p_diloco.round.here import Here
@@ -52,6 +53,7 @@ class Company:
     def __post_init__(self) -> None:
         life_s = self.here.timeouts.record_life_s
         self.waits, self.rounds = Credit(life_s), Credit(life_s)
+        self.rules = RosterRules.of(self.manifest)
 
     @property
     def me(self) -> str:
@@ -63,10 +65,23 @@ class Company:
         that can be dialled, by rank, without those that have failed me there. I am one of them, unless in client
         mode. Those that I do not trust come last, but the ``vouched`` ones, which others name as their leader."""
         expected = self.here.directory.expected(self.here.wall_s())
-        order = leader_order(expected, head, self.me, self.here.seat.client_mode)
+        seat = self.here.seat
+        order = leader_order(expected, head, self.me, seat.client_mode, seat.known, self.rules.least_known)
         fit = [peer_id for peer_id in order if self.is_fit(head, peer_id)]
         first = {peer_id for peer_id in fit if peer_id == self.me or peer_id in vouched or self.is_trusted(peer_id)}
         return sorted(fit, key=lambda peer_id: peer_id not in first)
+
+    def precedes(self, head: bytes, one: str, other: str) -> bool:
+        """Returns whether one peer comes before another one, as a leader on ``head``."""
+        known = self.here.seat.known
+        return precedence(head, one, known) < precedence(head, other, known)
+
+    def lacks_witness(self, members: Collection[str]) -> bool:
+        """Returns whether an update of these members would need the witness of the run's owner, who is not there."""
+        owner, known = self.rules.owner, self.here.seat.known.peers.intersection(members)
+        if len(known) >= self.rules.least_known or owner in (self.me, *members):
+            return False
+        return all(record.peer_id != owner for record in self.here.live())
 
     def is_trusted(self, leader: str) -> bool:
         """Returns whether a peer is asked to lead in the order of its rank: it is proven, has failed no lead within
@@ -168,6 +183,8 @@ class Company:
         self.learn_own(source, message.record)
         if readiness.peer_id != source or readiness.run_id != self.manifest.run_id:
             raise Misbehaved(source, "sends somebody else's readiness")
+        if readiness.leader != self.me:
+            raise Misbehaved(source, "sends a readiness for another leader")
         if readiness.weight > self.manifest.spec.max_weight_tokens:
             raise Misbehaved(source, f"claims a weight of {readiness.weight} tokens")
         return readiness

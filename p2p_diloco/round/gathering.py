@@ -44,20 +44,19 @@ from dataclasses import dataclass, field
 from typing import TypeAlias
 
 from p2p_diloco.core.errors import Misbehaved, Refused, RemoteError
-from p2p_diloco.core.roster import form_roster, on_head, open_readiness, rank
+from p2p_diloco.core.group import MAX_ABSENT, seal_roster
+from p2p_diloco.core.roster import form_roster, on_head, open_readiness
 from p2p_diloco.core.waiting import Bell, heard, now_s
 from p2p_diloco.round.company import CLOSING_MARGIN_S, Company
 from p2p_diloco.wire.channel import Channel
-from p2p_diloco.wire.messages import Behind, Closing, Eta, Redirect, Roster, TooFew
+from p2p_diloco.wire.messages import Behind, Closing, Eta, NoWitness, Redirect, Roster, TooFew
 
 log = logging.getLogger(__name__)
 
-MAX_ABSENT = 64
-"""Absent peers in one roster."""
 MAX_CALLED = 1024
 """Where so many have been called, nobody is called any more because another peer names it."""
 
-Answer: TypeAlias = Roster | TooFew | Behind | Redirect
+Answer: TypeAlias = Roster | TooFew | NoWitness | Behind | Redirect
 
 
 @dataclass(kw_only=True)
@@ -150,7 +149,7 @@ class Gatherings:
             gathering.answer = self._decide(gathering)
         gathering.changed.ring()
 
-    def _decide(self, gathering: Gathering) -> Roster | TooFew:
+    def _decide(self, gathering: Gathering) -> Roster | TooFew | NoWitness:
         """Returns what everybody hears that is ready now that the round closes, but those that are declined."""
         ready, limits = gathering.ready, self.limits
         if len(ready) < limits.min_group:
@@ -159,8 +158,14 @@ class Gatherings:
         if len(ready) - len(idle) >= limits.min_group:
             gathering.declined = idle
         taken = [sealed for peer_id, sealed in ready.items() if peer_id not in gathering.declined]
-        members = form_roster(taken, gathering.head, limits.max_group)
-        return Roster(members=members, absent=self._absent(gathering, members))
+        known, least_known = self.seat.known, self.company.rules.least_known
+        members = form_roster(taken, gathering.head, limits.max_group, known, least_known)
+        if len(members) < limits.min_group:
+            return TooFew(ready=len(members))
+        if self.company.lacks_witness([open_readiness(one).peer_id for one in members]):
+            return NoWitness()
+        roster = seal_roster(members, self._absent(gathering, members), self.here.identity)
+        return Roster(members=members, absent=list(roster.absent), signature=roster.signature)
 
     def _charge_absent(self, gathering: Gathering) -> None:
         """Takes what the round has waited for those that did not come from their credit."""
@@ -248,7 +253,7 @@ class Gatherings:
             gathering.deadlines_s.pop(peer_id, None)
         else:
             self.company.learn_own(peer_id, answer.record)
-            if rank(gathering.head, peer_id) > rank(gathering.head, self.company.me):
+            if self.company.precedes(gathering.head, self.company.me, peer_id):
                 raise Misbehaved(peer_id, "claims to lead where I do")
             gathering.deadlines_s.pop(peer_id, None)
             self.claim(gathering, peer_id, answer)

@@ -31,28 +31,24 @@ import logging
 from dataclasses import dataclass, field
 
 from p2p_diloco.core.errors import Misbehaved, Refused, RemoteError, Silent
+from p2p_diloco.core.group import Group, SealedRoster, open_roster
 from p2p_diloco.core.manifest import RunManifest
 from p2p_diloco.core.records import open_record
-from p2p_diloco.core.roster import (
-    Group,
-    Readiness,
-    check_roster,
-    new_nonce,
-    on_head,
-    rank,
-    seal_readiness,
-)
+from p2p_diloco.core.roster import Readiness, new_nonce, on_head, seal_readiness
 from p2p_diloco.core.waiting import heard, now_s
 from p2p_diloco.round.company import Company
 from p2p_diloco.round.gathering import Answer, Gatherings
 from p2p_diloco.round.here import Here
-from p2p_diloco.round.missed import Missed
+from p2p_diloco.round.outcome import Missed
 from p2p_diloco.wire.channel import Channel
-from p2p_diloco.wire.messages import Behind, Closing, Eta, No, Ready, Redirect, Roster, TooFew
+from p2p_diloco.wire.messages import Behind, Closing, Eta, No, NoWitness, Ready, Redirect, Roster, TooFew
 
 log = logging.getLogger(__name__)
 
 MAX_LEADERS_ASKED = 16
+NO_WITNESS = (
+    "fewer than two known members are here, and neither is the run's owner, whose seed has to witness the update"
+)
 
 
 @dataclass(kw_only=True)
@@ -88,28 +84,29 @@ class Matchmaker:
         ``dropped``: I contribute nothing.
         """
         company = self.company
-        mine = self._readiness(weight, dropped, tokens_per_s)
-        sealed = seal_readiness(mine, self.identity)
+        head = self.seat.standing.head
         company.forget_failures()
         search = Search()
         for _ in range(MAX_LEADERS_ASKED):
             if company.beyond(self.seat.standing.head) is not None:
                 return Missed(reason="behind", detail="the swarm went on meanwhile")
-            order = company.leaders(mine.head, search.named)
+            order = company.leaders(head, search.named)
             leader = next((peer_id for peer_id in order if peer_id not in search.useless), None)
             if leader is None:
                 break
             began_s = now_s()
+            mine = self._readiness(weight, dropped, tokens_per_s, leader)
+            sealed = seal_readiness(mine, self.identity)
             try:
-                if leader == mine.peer_id:
+                if leader == company.me:
                     answer = await self.gatherings.lead(sealed)
                 else:
                     answer = await self._ask(leader, sealed)
                 if isinstance(answer, Redirect):
-                    self._redirected(leader, answer, mine.head, search)
+                    self._redirected(leader, answer, head, search)
                     continue
                 group = self._outcome(leader, answer, mine, sealed)
-                if isinstance(group, Group) and leader != mine.peer_id:
+                if isinstance(group, Group) and leader != company.me:
                     company.judge_gathering(group, now_s() - began_s)
                 return group
             except Refused as error:
@@ -117,15 +114,15 @@ class Matchmaker:
                 company.here.directory.proven.answered(leader)
                 search.useless.add(leader)
                 if leader in search.claims:
-                    company.failed(mine.head, leader, cost_s=now_s() - began_s)
+                    company.failed(head, leader, cost_s=now_s() - began_s)
             except RemoteError as error:
                 log.info("cannot meet at %s: %s", leader[-8:], error.reason)
                 company.here.transport.traffic.reject(error)
                 company.here.directory.suspect(leader)
                 cost_s = now_s() - began_s
-                company.failed(mine.head, leader, cost_s=cost_s, lied=isinstance(error, Misbehaved))
+                company.failed(head, leader, cost_s=cost_s, lied=isinstance(error, Misbehaved))
                 search.useless.add(leader)
-                if search.named.get(leader, mine.peer_id) != mine.peer_id:
+                if search.named.get(leader, company.me) != company.me:
                     company.rounds.charge(search.named[leader], cost_s, now_s())
         return Missed(reason="alone", detail="nobody to meet")
 
@@ -137,16 +134,17 @@ class Matchmaker:
         if leader == self.company.me:
             search.useless.discard(better)
             search.claims.add(better)
-        elif rank(head, better) >= rank(head, leader):
+        elif not self.company.precedes(head, better, leader):
             raise Misbehaved(leader, "names a leader that does not rank before it")
         else:
             search.useless.add(leader)
         search.named[better] = leader
 
-    def _readiness(self, weight: int, dropped: bool, tokens_per_s: float) -> Readiness:
-        """Returns what I shall sign: that I am ready for one round on the head where I stand."""
+    def _readiness(self, weight: int, dropped: bool, tokens_per_s: float, leader: str) -> Readiness:
+        """Returns what I shall sign: that I am ready for one round on the head where I stand, with this leader."""
         return Readiness(
             run_id=self.manifest.run_id,
+            leader=leader,
             step=self.seat.standing.step,
             head=self.seat.standing.head,
             peer_id=self.identity.peer_id,
@@ -157,35 +155,37 @@ class Matchmaker:
             nonce=new_nonce(),
         )
 
-    def _outcome(self, leader: str, answer: Roster | TooFew | Behind, mine: Readiness, sealed: bytes) -> Group | Missed:
+    def _outcome(
+        self, leader: str, answer: Roster | TooFew | NoWitness | Behind, mine: Readiness, sealed: bytes
+    ) -> Group | Missed:
         """Returns what a leader's answer makes of my search. Refused when another leader has to be asked, Misbehaved
         when the answer is a lie."""
         company, limits = self.company, self.manifest.spec.round
         if isinstance(answer, TooFew):
             return Missed(reason="alone", detail=f"{answer.ready} ready, {limits.min_group} needed")
+        if isinstance(answer, NoWitness):
+            return Missed(reason="alone", detail=NO_WITNESS)
         if isinstance(answer, Behind):
             company.learn(leader, answer.record)
             if company.beyond(mine.head) is None:
                 raise Refused(leader, "it says that the swarm is past this head, which no record shows")
             return Missed(reason="behind", detail=f"peer {leader[-8:]} is past this head")
-        if len(answer.members) == limits.max_group and sealed not in answer.members:
+        if sealed not in answer.members and len(answer.members) == limits.max_group:
             raise Refused(leader, "its group is full")
-        return self._check(leader, answer, mine)
+        group = self._check(leader, answer)
+        if sealed not in answer.members and not group.needs_witness and company.me not in self.seat.known.peers:
+            raise Refused(leader, "its group has as many newcomers as it may have")
+        if mine not in group.members or (group.step, group.head) != (mine.step, mine.head):
+            raise Misbehaved(leader, "sends a roster without me")
+        return group
 
-    def _check(self, leader: str, roster: Roster, mine: Readiness) -> Group:
+    def _check(self, leader: str, answer: Roster) -> Group:
         """Returns the group of a roster. Misbehaved when the roster is not sound."""
-        limits = self.manifest.spec.round
+        sealed = SealedRoster(
+            leader=leader, members=tuple(answer.members), absent=tuple(answer.absent), signature=answer.signature
+        )
         try:
-            return check_roster(
-                roster.members,
-                mine,
-                min_group=limits.min_group,
-                max_group=limits.max_group,
-                max_weight=self.manifest.spec.max_weight_tokens,
-                aggregation=self.manifest.aggregation,
-                on_missed=limits.on_missed,
-                absent=roster.absent,
-            )
+            return open_roster(sealed, self.company.rules, self.seat.known)
         except ValueError as error:
             raise Misbehaved(leader, f"sends {error}") from error
 
@@ -199,7 +199,7 @@ class Matchmaker:
             began_s = now_s()
             while True:
                 answer: Eta | Answer = await channel.receive(
-                    Eta, Roster, TooFew, Redirect, Behind, timeout_s=self.timeouts.request_s
+                    Eta, Roster, TooFew, NoWitness, Redirect, Behind, timeout_s=self.timeouts.request_s
                 )
                 self.company.here.directory.proven.answered(leader)
                 if not isinstance(answer, Eta):
@@ -280,7 +280,7 @@ class Matchmaker:
             await channel.send(self._elsewhere(message.head))
         elif not self.seat.role_trainer or self.seat.phase == "joining":
             await channel.send(No(reason="not training"))
-        elif gathering is not None and rank(message.head, self.company.me) < rank(message.head, channel.peer_id):
+        elif gathering is not None and self.company.precedes(message.head, self.company.me, channel.peer_id):
             await channel.send(Redirect(record=self.seat.sealed_record))
         else:
             comes = leader is not None and on_head([leader], message.head)

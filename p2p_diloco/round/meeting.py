@@ -15,7 +15,8 @@ from p2p_diloco.core.config import Timeouts
 from p2p_diloco.core.directory import Directory
 from p2p_diloco.core.errors import Misbehaved, RemoteError, Silent
 from p2p_diloco.core.grid import Grid
-from p2p_diloco.core.roster import Group
+from p2p_diloco.core.group import Group
+from p2p_diloco.core.identity import Identity
 from p2p_diloco.core.update import MAX_CONTRIBUTORS, Part, check_mask
 from p2p_diloco.core.waiting import Bell
 from p2p_diloco.wire.channel import Channel, Meter, Transport
@@ -33,6 +34,9 @@ class Meeting:
     made again at any time, part by part as theta - local, and no buffer of outer gradients exists."""
 
     group: Group
+    identity: Identity
+    owner: str
+    """The peer id of the run's owner."""
     transport: Transport
     protocol: str
     directory: Directory
@@ -41,12 +45,16 @@ class Meeting:
     theta: Vector
     local: Vector
     min_group: int
+    state: bytes = b""
+    """The digest of my outer state, at an outer step at which a snapshot is due; empty elsewhere."""
     last_norms: Sequence[float] | None = None
     """The norm of each part of the update that led to theta; None where I do not have it."""
     lapsed: frozenset[str] = frozenset()
     """Peers that I lost in an earlier round, and that have not contributed in full since."""
     parts: list[Part | None] = field(init=False)
     """What I hold of the update; None for a part that I do not hold."""
+    reduced: list[bytes] = field(init=False)
+    """The hash of each part as its reducer has sent it to me, or I have reduced it; empty for the others."""
     norms: list[float] = field(init=False)
     """Of the parts that I have reduced or received; 0 for the others."""
     refused: set[bytes] = field(default_factory=set)
@@ -63,7 +71,9 @@ class Meeting:
     """Nothing more will be reduced or committed; what there is can still be served."""
 
     def __post_init__(self) -> None:
+        self.me = self.group.index_of(self.identity.peer_id)
         self.parts = [None] * self.grid.n_parts
+        self.reduced = [b""] * self.grid.n_parts
         self.norms = [0.0] * self.grid.n_parts
 
     def contribution(self, part: int) -> bytes:
@@ -75,17 +85,26 @@ class Meeting:
         """Returns the hashes of the parts that I hold, an empty one for each that I do not hold."""
         return [part.hash if part else b"" for part in self.parts]
 
+    def hold_reduced(self, part: int, held: Part) -> None:
+        """Keeps a part of the update that I have reduced, or that its reducer has sent me."""
+        self.reduced[part] = held.hash
+        self.hold(part, held)
+
     def hold(self, part: int, held: Part) -> None:
-        """Keeps a part of the update that has been reduced or fetched."""
+        """Keeps a part of the update."""
         self.parts[part] = held
         self.changed.ring()
 
+    def forget(self, part: int) -> None:
+        """Holds a part no more: it is reduced once more."""
+        self.parts[part], self.reduced[part] = None, b""
+
     def index_of(self, peer_id: str) -> int:
         """Returns the index of a member in the roster. Misbehaved for any other peer."""
-        for i, member in enumerate(self.group.members):
-            if member.peer_id == peer_id:
-                return i
-        raise Misbehaved(peer_id, "meddles with a round that it is no member of")
+        try:
+            return self.group.index_of(peer_id)
+        except ValueError:
+            raise Misbehaved(peer_id, "meddles with a round that it is no member of") from None
 
     async def open(self, member: int) -> Channel:
         """Opens a stream to a member."""
@@ -137,7 +156,7 @@ class Meeting:
         where, group = self.grid.slices[part], self.group
         mine = norm_of(np.subtract(self.theta[where], self.local[where]))
         last = None if self.last_norms is None else self.last_norms[part]
-        return group.aggregation.largest_norm(mine, group.weights, group.me, last)
+        return group.aggregation.largest_norm(mine, group.weights, self.me, last)
 
     def lose(self, member: int, error: RemoteError | None) -> None:
         """Gives a member up for the rest of this round, and counts on it no more until it signs a newer record.

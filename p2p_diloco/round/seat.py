@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from p2p_diloco.core.known import NOBODY_KNOWN, Known
 from p2p_diloco.core.pace import Progress
 from p2p_diloco.core.records import Phase
 from p2p_diloco.core.swarm_head import Standing
@@ -19,6 +20,8 @@ class Seat:
     know, and reads the rest."""
 
     standing: Standing
+    known: Known = NOBODY_KNOWN
+    """Who is known where I stand."""
     role_trainer: bool
     client_mode: bool
     phase: Phase = "joining"

@@ -36,10 +36,9 @@ from __future__ import annotations
 import asyncio
 from dataclasses import dataclass
 
-from p2p_diloco.core.update import Update
 from p2p_diloco.core.waiting import deadline, now_s
 from p2p_diloco.round.meeting import Meeting
-from p2p_diloco.round.missed import Missed
+from p2p_diloco.round.outcome import Missed, Settled
 from p2p_diloco.round.settle_leader import Leader
 from p2p_diloco.round.settle_member import Member
 from p2p_diloco.wire.channel import Channel
@@ -72,7 +71,7 @@ class Settlement:
         await self.member.reduce()
         self.reduce_s = now_s() - self.member.started_s
 
-    async def settle(self) -> Update | Missed:
+    async def settle(self) -> Settled | Missed:
         """Agrees with the others on the outcome, and returns it, at the latest when the round must have ended. Nothing
         is reduced or committed here after that."""
         started_s = now_s()
@@ -86,14 +85,14 @@ class Settlement:
             self.meeting.over = True
             self.meeting.changed.ring()
 
-    async def _settle(self) -> Update | Missed:
+    async def _settle(self) -> Settled | Missed:
         """Holds to one leader after another, in the order of rank, until one of them, or this peer, has an outcome."""
         for place, leader in enumerate(self.group.reducers):
             if leader in self.meeting.lost:
                 continue
             self.member.place = place
             self.meeting.changed.ring()
-            i_lead = leader == self.group.me
+            i_lead = leader == self.meeting.me
             outcome = await (self.leader.lead() if i_lead else self.member.follow(leader))
             if outcome is not None:
                 return outcome
@@ -101,7 +100,7 @@ class Settlement:
 
     @property
     def leads(self) -> bool:
-        """Whether it was my commit that a quorum took."""
+        """Whether it was my commit that was certified."""
         return self.leader.committed
 
     def cost(self) -> RoundCost:

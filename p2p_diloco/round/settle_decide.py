@@ -12,8 +12,8 @@ from collections.abc import Mapping, Sequence, Set
 from typing import TypeAlias
 
 from p2p_diloco.core.config import Timeouts
-from p2p_diloco.core.roster import Group
-from p2p_diloco.wire.messages import Again, Commit, No, Receipt
+from p2p_diloco.core.group import Group
+from p2p_diloco.wire.messages import Again, Commit, No, Receipt, TookBefore
 
 log = logging.getLogger(__name__)
 
@@ -21,35 +21,39 @@ Decision: TypeAlias = Again | Commit | No
 """A leader's: reduce some parts again, this is the update, or the round has failed."""
 
 
-def is_quorum(count: int, group_size: int) -> bool:
-    """Returns whether ``count`` members are more than half of a group of ``group_size``."""
-    return 2 * count > group_size
-
-
 # -- what a leader decides ---------------------------------------------------------------------------------------------
 
 
 def decide(
-    held: Mapping[int, Sequence[bytes]], *, group_size: int, min_group: int, n_parts: int, newest: int
+    held: Mapping[int, Sequence[bytes]], group: Group, *, min_group: int, n_parts: int, newest: int, state: bytes
 ) -> Decision:
     """Returns what a leader tells the members that have sent a receipt.
 
-    It is a commit when a quorum has sent receipts and every part is held by one of them. Parts that none of them holds
-    are reduced again by all of them, in a butterfly of a new number; there are fewer of these than members. The round
-    fails otherwise.
+    It is a commit when most of the members that count have sent receipts, and every part is held by one of them. Parts
+    that none of them holds are reduced again by all of them, in a butterfly of a new number; there are fewer of these
+    than members. The round fails otherwise.
 
     ``held``: member -> the hashes of the parts that it holds, the leader among them. ``newest``: the highest number of
-    a butterfly that the leader has heard of.
+    a butterfly that the leader has heard of. ``state``: as ``agreed_state`` has it.
     """
-    if len(held) < min_group or not is_quorum(len(held), group_size):
-        return No(reason=f"{len(held)} of {group_size} members are left, too few to commit")
+    size = len(group.members)
+    if len(held) < min_group or not group.is_most(held.keys()):
+        return No(reason=f"{len(held)} of {size} members are left, too few to commit")
     hashes, holders = choose_parts(held, n_parts)
     missing = [part for part, chosen in enumerate(hashes) if not chosen]
     if not missing:
-        return Commit(part_hashes=hashes, holders=holders)
-    if newest + 1 >= group_size:
+        return Commit(part_hashes=hashes, holders=holders, state=state)
+    if newest + 1 >= size:
         return No(reason=f"{len(missing)} parts were lost again and again")
     return Again(number=newest + 1, members=sorted(held), parts=missing)
+
+
+def agreed_state(states: Mapping[int, bytes], group: Group) -> bytes:
+    """Returns the digest of the outer state that most of the members that count name, of those in ``states``: member ->
+    digest. Empty where they do not agree: then none is certified, and the run goes on."""
+    named = Counter(state for member, state in states.items() if member in group.counting)
+    most = min(named, key=lambda state: (-named[state], state), default=b"")
+    return most if 2 * named[most] > len(group.counting) else b""
 
 
 def without_refused(held: Mapping[int, Sequence[bytes]], refused: Set[bytes]) -> dict[int, list[bytes]]:
@@ -75,16 +79,16 @@ def choose_parts(held: Mapping[int, Sequence[bytes]], n_parts: int) -> tuple[lis
     return chosen, holders
 
 
-def collects_until_s(now: float, *, began_s: float, timeouts: Timeouts, all_came: bool, quorum: bool) -> float | None:
+def collects_until_s(now: float, *, began_s: float, timeouts: Timeouts, all_came: bool, most: bool) -> float | None:
     """Returns the time until which a leader goes on waiting for receipts, or None when it has waited enough.
 
-    It waits for all members that it has not lost, for ``Timeouts.settle_s``. Where no quorum has sent receipts by then,
+    It waits for all members that it has not lost, for ``Timeouts.settle_s``. Where most have sent no receipt by then,
     the others may still wait for a reducer that is silent: it waits for ``Timeouts.reduced_part_s`` more, and only
-    until there is a quorum.
+    until most have. ``most``: of the members that count.
     """
     deadline_s = began_s + timeouts.settle_s
     last_deadline_s = deadline_s + timeouts.reduced_part_s
-    if all_came or now >= last_deadline_s or (now >= deadline_s and quorum):
+    if all_came or now >= last_deadline_s or (now >= deadline_s and most):
         return None
     return deadline_s if now < deadline_s else last_deadline_s
 
@@ -93,28 +97,28 @@ def collects_until_s(now: float, *, began_s: float, timeouts: Timeouts, all_came
 
 
 def answer_to_receipt(
-    member: int, number: int, *, decision: Decision | None, taken: Commit | None, over: bool
+    member: int, number: int, *, decision: Decision | None, applied: Commit | None, over: bool
 ) -> Decision | None:
     """Returns what ``member`` is told about its receipt of butterfly ``number``, or None while there is nothing yet.
 
     ``decision``: what I have decided as the leader, if I lead. Otherwise the member hears, when the round is over for
-    me, which commit I have taken. A butterfly that it shall join is news to it only once.
+    me, which commit I have applied, if any. A butterfly that it shall join is news to it only once.
     """
     if isinstance(decision, Again):
         return decision if decision.number > number and member in decision.members else None
     if decision is not None:
         return decision
     if over:
-        return taken or No(reason="the round is over")
+        return applied or No(reason="the round is over")
     return None
 
 
-def answer_to_later_leader(asker: int, *, place: int, taken: Commit | None, over: bool) -> Commit | No | None:
+def answer_to_later_leader(asker: int, *, place: int, taken: TookBefore | None, over: bool) -> TookBefore | No | None:
     """Returns what a later leader that asks for a commit is told, or None while there is nothing yet.
 
-    It is told the commit that I have taken. A No promises that I take none from a leader before the asker, so it comes
-    only when I have given up all of those, or when the round is over for me. ``asker`` and ``place``: where the asker,
-    and the leader that I am with, stand in the order of leaders.
+    It is told the commit that I have signed, with my signature. A No promises that I sign none of a leader before the
+    asker, so it comes only when I have given up all of those, or when the round is over for me. ``asker`` and
+    ``place``: where the asker, and the leader that I am with, stand in the order of leaders.
     """
     if taken is not None:
         return taken
@@ -124,6 +128,21 @@ def answer_to_later_leader(asker: int, *, place: int, taken: Commit | None, over
 
 
 # -- what fits the round -----------------------------------------------------------------------------------------------
+
+
+def objection_to(commit: Commit, *, reduced: Sequence[bytes], state: bytes) -> str:
+    """Returns why a member does not sign a commit; empty where it does. A leader counts what the members hold, and
+    decides nothing: a commit that names other bytes for a part than its reducer has sent me is not what was reduced.
+
+    ``reduced``: the hash of each part as its reducer gave it to me, empty for the others. ``state``: the digest of my
+    outer state, where one is due.
+    """
+    other = [i for i, (mine, named) in enumerate(zip(reduced, commit.part_hashes)) if mine not in (b"", named)]
+    if other:
+        return f"part {other[0]} is not what its reducer sent me"
+    if commit.state and commit.state != state:
+        return "my outer state has other bits"
+    return ""
 
 
 def commit_fits(commit: Commit, *, group_size: int, n_parts: int) -> bool:
@@ -148,11 +167,11 @@ def again_fits(again: Again, *, me: int, newest: int, group_size: int, n_parts: 
     )
 
 
-def receipt_fits(receipt: Receipt, group: Group, *, newest: int, n_parts: int) -> bool:
+def receipt_fits(receipt: Receipt, group: Group, *, me: int, newest: int, n_parts: int) -> bool:
     """Returns whether a member may send me this receipt as its leader.
 
     Only a leader begins butterflies: the first one knows them all (``newest`` is its last), those after it at least how
     many there may be. A number that never was would use up those that are left.
     """
-    highest = newest if group.leader == group.me else len(group.members) - 1
-    return group.me in group.reducers and len(receipt.part_hashes) == n_parts and receipt.number <= highest
+    highest = newest if group.leader == me else len(group.members) - 1
+    return me in group.reducers and len(receipt.part_hashes) == n_parts and receipt.number <= highest

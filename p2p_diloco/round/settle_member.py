@@ -1,8 +1,9 @@
-"""One member of a round: it reduces, gives its receipt to a leader, takes one commit, and fetches what it misses.
+"""One member of a round: it reduces, gives its receipt to a leader, fetches what it misses, and signs one commit.
 
 A member holds to one leader at a time, in the order of ``Group.reducers``, and never goes back to one that it has given
-up. It takes one commit in a round. When a later leader asks for it, the member tells the commit that it has taken, or
-denies it as soon as it has given up all leaders before that one.
+up. It signs one commit in a round, and only when it holds all of its parts. When a later leader asks, the member tells
+the commit that it has signed, or denies it as soon as it has given up all leaders before that one. It applies what is
+certified, whether it has signed that or not.
 
 What it says and answers is here; whether a word fits the round is decided in ``settle_decide``.
 """
@@ -11,18 +12,41 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Coroutine
+from typing import Any, TypeVar
 
+from p2p_diloco.core.certificate import Certificate, Taken, check_signatures
 from p2p_diloco.core.errors import Misbehaved, RemoteError, Silent
-from p2p_diloco.core.update import Update
+from p2p_diloco.core.update import Update, in_most_parts
 from p2p_diloco.core.waiting import deadline, heard, now_s
 from p2p_diloco.round.butterfly import Butterfly, run_all
 from p2p_diloco.round.meeting import Meeting
-from p2p_diloco.round.missed import Missed
-from p2p_diloco.round.settle_decide import Decision, again_fits, answer_to_later_leader, commit_fits
+from p2p_diloco.round.outcome import Missed, Settled
+from p2p_diloco.round.settle_decide import (
+    Decision,
+    again_fits,
+    answer_to_later_leader,
+    commit_fits,
+    objection_to,
+)
 from p2p_diloco.wire.channel import Channel
-from p2p_diloco.wire.messages import Again, AskPart, Commit, Eta, No, Receipt, Size, Took
+from p2p_diloco.wire.messages import (
+    Again,
+    AskPart,
+    Certifies,
+    Commit,
+    Eta,
+    Message,
+    No,
+    Receipt,
+    Size,
+    Took,
+    TookBefore,
+)
 
 log = logging.getLogger(__name__)
+M = TypeVar("M", bound=Message)
+T = TypeVar("T")
 
 LEADERS_SHARE = 0.75
 """Of the time that a round has left, for one decision: the leader may reduce for half of that, and then it collects."""
@@ -39,8 +63,10 @@ class Member:
         """Number -> the butterfly. 0 is the round's own; a leader begins the others."""
         self.place = 0
         """Of the leader that I hold to, in the order of leaders: I have given up those before it."""
-        self.taken: Commit | None = None
-        """The commit that I have taken or, as the leader, given. There is never another one in this round."""
+        self.taken: TookBefore | None = None
+        """The commit that I have signed. There is never another one in this round."""
+        self.settled: Settled | None = None
+        """What the round has come to, as soon as I know that it is certified."""
         limit_s = meeting.timeouts.round_limit_s(2 * meeting.grid.vector_bytes)
         self.started_s = now_s()
         self.ends_s = self.started_s + limit_s
@@ -60,7 +86,7 @@ class Member:
         """Runs another butterfly, as a leader wants it. What I hold of its parts is forgotten, for it is refused."""
         log.info("outer step %d: %d parts are reduced again", self.group.step, len(again.parts))
         for part in again.parts:
-            self.meeting.parts[part] = None
+            self.meeting.forget(part)
         butterfly = Butterfly(self.meeting, again.number, again.members, again.parts)
         self.butterflies[again.number] = butterfly
         self.meeting.changed.ring()
@@ -78,9 +104,9 @@ class Member:
 
     # -- with a leader -----------------------------------------------------------------------------------------------
 
-    async def follow(self, leader: int) -> Update | Missed | None:
-        """Gives my receipt to a leader, takes its commit, and returns the update. None when the leader fails me before
-        that: the next one leads."""
+    async def follow(self, leader: int) -> Settled | Missed | None:
+        """Gives my receipt to a leader, signs its commit, and returns the update with its certificate. None when the
+        leader fails me before that: the next one leads."""
         meeting = self.meeting
         try:
             channel = await meeting.open(leader)
@@ -88,26 +114,25 @@ class Member:
                 commit = await self._ask_commit(channel)
                 if isinstance(commit, No):
                     return Missed(reason="failed", detail=commit.reason)
-                self.taken = commit
-                await channel.send(Took())
+                return await self._take(channel, commit, leader)
             finally:
                 channel.close()
         except RemoteError as error:
             meeting.lose(leader, error)
-            if self.taken is None:
-                return None
-        return await self.complete(self.taken, leader)
+            return None
 
     async def _ask_commit(self, channel: Channel) -> Commit | No:
         """Returns a leader's last word, after as many butterflies as it asks for. Misbehaved when a word of it does not
         fit the round."""
         meeting, group_size, number = self.meeting, len(self.group.members), max(self.butterflies)
         while True:
-            receipt = Receipt(round_id=self.group.round_id, number=number, part_hashes=meeting.hashes())
+            receipt = Receipt(
+                round_id=self.group.round_id, number=number, part_hashes=meeting.hashes(), state=meeting.state
+            )
             answer = await self._hear_decision(channel, receipt)
             if isinstance(answer, Again):
                 newest, n_parts = max(self.butterflies), len(meeting.parts)
-                if not again_fits(answer, me=self.group.me, newest=newest, group_size=group_size, n_parts=n_parts):
+                if not again_fits(answer, me=meeting.me, newest=newest, group_size=group_size, n_parts=n_parts):
                     raise Misbehaved(channel.peer_id, "asks to reduce again what does not fit the round")
                 await self.reduce_again(answer)
                 number = answer.number
@@ -119,25 +144,106 @@ class Member:
             return answer
 
     async def _hear_decision(self, channel: Channel, receipt: Receipt) -> Decision:
-        """Returns what a leader decides about a receipt. Silent when no word comes for ``Timeouts.request_s``, or only
-        promises do for LEADERS_SHARE of the time that the round has left."""
+        """Returns what a leader decides about a receipt."""
+        await channel.send(receipt)
+        return await self._hear(channel, Again, Commit)
+
+    async def _hear(self, channel: Channel, *kinds: type[M]) -> M | No:
+        """Returns a leader's next word but any Eta. Silent when none comes for ``Timeouts.request_s``, or only promises
+        do for LEADERS_SHARE of the time that the round has left."""
+        request_s = self.meeting.timeouts.request_s
         try:
             async with deadline(self.left_s() * LEADERS_SHARE):
-                answer: Eta | Decision = await channel.request(receipt, Eta, Again, Commit, No)
+                answer: Eta | M | No = await channel.receive(Eta, *kinds, No, timeout_s=request_s)
                 while isinstance(answer, Eta):
-                    answer = await channel.receive(Eta, Again, Commit, No, timeout_s=self.meeting.timeouts.request_s)
+                    answer = await channel.receive(Eta, *kinds, No, timeout_s=request_s)
                 return answer
         except asyncio.TimeoutError:
-            raise Silent(channel.peer_id, "promises a decision, and does not come to one") from None
+            raise Silent(channel.peer_id, "promises a word, and does not come to it") from None
 
     # -- with a commit -----------------------------------------------------------------------------------------------
 
-    async def complete(self, commit: Commit, leader: int) -> Update | Missed:
-        """Returns the update of a commit that I have taken, after fetching the parts that I do not hold."""
+    async def _take(self, channel: Channel, commit: Commit, leader: int) -> Settled | Missed:
+        """Fetches what I miss of a commit, signs it if I may, and waits until it is certified. Misbehaved when it is
+        not, and I have not signed it: the next leader may do better."""
+        update = await self._telling(channel, self.complete(commit, leader))
+        if update is None:
+            await channel.send(No(reason="parts of it do not come"))
+            return Missed(reason="behind", detail="the round committed, but parts of the update could not be fetched")
+        word = self.sign(commit)
+        await channel.send(word)
+        answer = await self._hear(channel, Certifies)
+        if isinstance(answer, No) and isinstance(word, No):
+            raise Misbehaved(channel.peer_id, f"commits what most do not sign: {word.reason}")
+        if isinstance(answer, No):
+            return Missed(reason="failed", detail=answer.reason)
+        if len(answer.members) != len(answer.signatures):
+            raise Misbehaved(channel.peer_id, "sends a certificate that does not fit the round")
+        certificate = Certificate(
+            roster=self.group.sealed,
+            full=answer.full,
+            state=commit.state,
+            signatures=tuple(zip(answer.members, answer.signatures)),
+            witness=answer.witness,
+        )
+        return self.certify(update, certificate, channel.peer_id)
+
+    def sign(self, commit: Commit) -> Took | No:
+        """Returns my signature over a commit, all of which I hold; or why I do not sign it."""
+        taken = self.taken
+        if taken is None:
+            if objection := self.objection(commit):
+                log.warning("outer step %d: not signed: %s", self.group.step, objection)
+                return No(reason=objection)
+            signature = self.what_is_taken(commit).sign(self.meeting.identity)
+            taken = TookBefore(part_hashes=commit.part_hashes, state=commit.state, signature=signature)
+            self.taken = taken
+            self.meeting.changed.ring()
+        if (taken.part_hashes, taken.state) != (commit.part_hashes, commit.state):
+            return No(reason="I have signed another commit in this round")
+        return Took(signature=taken.signature)
+
+    def objection(self, commit: Commit) -> str:
+        """Returns why I do not sign a commit; empty where I do."""
+        return objection_to(commit, reduced=self.meeting.reduced, state=self.meeting.state)
+
+    def what_is_taken(self, commit: Commit | TookBefore) -> Taken:
+        """Returns what is signed of a commit, all of which I hold."""
+        link = self.group.header(commit.part_hashes).link
+        full = in_most_parts([part.mask for part in self.meeting.parts if part is not None])
+        return Taken(round_id=self.group.round_id, link=link, full=full, state=commit.state)
+
+    def certify(self, update: Update, certificate: Certificate, source: str) -> Settled:
+        """Takes in the certificate of an update that I hold. Misbehaved of ``source`` when it is not sound."""
+        try:
+            if certificate.full != in_most_parts([part.mask for part in update.parts]):
+                raise ValueError("a certificate that names other contributors than the update has")
+            check_signatures(certificate, self.group, update.header.link, self.meeting.owner)
+        except ValueError as error:
+            raise Misbehaved(source, f"sends {error}") from error
+        self.settled = Settled(update=update, certificate=certificate)
+        self.meeting.changed.ring()
+        return self.settled
+
+    async def _telling(self, channel: Channel, work: Coroutine[Any, Any, T]) -> T:
+        """Does what may take a while, and tells the other side every ``Timeouts.heartbeat_s`` that I am still here."""
+        task, every_s = asyncio.create_task(work), self.meeting.timeouts.heartbeat_s
+        try:
+            while not task.done():
+                await asyncio.wait((task,), timeout=every_s)
+                if not task.done():
+                    await channel.send(Eta(eta_s=every_s))
+            return task.result()
+        finally:
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+
+    async def complete(self, commit: Commit, leader: int) -> Update | None:
+        """Returns the update of a commit, after fetching the parts that I do not hold. None when some do not come."""
         await self.fetch_missing(commit, leader)
         held = [part for part in self.meeting.parts if part is not None]
         if [part.hash for part in held] != commit.part_hashes:
-            return Missed(reason="behind", detail="the round committed, but parts of the update could not be fetched")
+            return None
         return Update(header=self.group.header(commit.part_hashes), parts=tuple(held))
 
     async def fetch_missing(self, commit: Commit, leader: int) -> None:
@@ -150,7 +256,7 @@ class Member:
                     self.meeting.parts[part] = None
                     if wanted not in self.meeting.refused:
                         wanted_from.setdefault(sources[part], []).append(part)
-            others = [i for i in wanted_from if i != self.group.me]
+            others = [i for i in wanted_from if i != self.meeting.me]
             await run_all(*(self._fetch(commit, source, wanted_from[source]) for source in others))
 
     async def _fetch(self, commit: Commit, source: int, parts: list[int]) -> None:
@@ -201,7 +307,7 @@ class Member:
         await self.meeting.send_part(channel, part)
 
     async def on_ask_commit(self, channel: Channel, asker: int) -> None:
-        """Tells a later leader which commit I have taken, as soon as ``answer_to_later_leader`` has an answer. Until
+        """Tells a later leader which commit I have signed, as soon as ``answer_to_later_leader`` has an answer. Until
         then it hears from time to time that I am still here."""
         if asker not in self.group.reducers:
             raise Misbehaved(channel.peer_id, "asks for a commit, and cannot lead")

@@ -59,7 +59,7 @@ class Message(BaseModel):
 
 class Ready(Message):
     """Member to leader: I am ready for a round. Answered by Eta, as often as the time changes, and then by
-    Roster, TooFew, Redirect, Behind or No."""
+    Roster, TooFew, NoWitness, Redirect, Behind or No."""
 
     tag = "ready"
     purpose = "other"
@@ -84,6 +84,13 @@ class TooFew(Message):
 
     tag = "too-few"
     ready: Natural
+
+
+class NoWitness(Message):
+    """Leader to member: too few of those who are ready are known, and the run's owner, whose seed would have to witness
+    the update, is not there."""
+
+    tag = "no-witness"
 
 
 class Redirect(Message):

@@ -24,7 +24,7 @@ from p2p_diloco.round.company import CHANCES, CLOSING_MARGIN_S, MAX_GATHER_EXTEN
 from p2p_diloco.round.gathering import Gathering
 from p2p_diloco.round.here import Here
 from p2p_diloco.round.matchmaking import Matchmaker
-from p2p_diloco.round.missed import Missed
+from p2p_diloco.round.outcome import Missed
 from p2p_diloco.round.seat import Seat
 from p2p_diloco.wire.channel import Channel, run_protocol
 from p2p_diloco.wire.messages import Behind, Closing, Eta, Message, No, Ready, Redirect, Roster, TooFew

@@ -14,12 +14,15 @@ from hypothesis import strategies as st
 from p2p_diloco.core.aggregate import AGGREGATIONS, AggregateName
 from p2p_diloco.core.config import Timeouts
 from p2p_diloco.core.digest import digest
+from p2p_diloco.core.group import Group, RosterRules, open_roster, seal_roster
 from p2p_diloco.core.identity import Identity
+from p2p_diloco.core.known import Known
 from p2p_diloco.core.records import Record, Signed
-from p2p_diloco.core.roster import Group, Readiness, check_roster, rank, seal_readiness
+from p2p_diloco.core.roster import Readiness, rank, seal_readiness
 from p2p_diloco.wire.channel import Channel
 from p2p_diloco.wire.messages import (
     Again,
+    AskChain,
     AskChunk,
     AskCommit,
     AskDialBack,
@@ -29,7 +32,9 @@ from p2p_diloco.wire.messages import (
     AskPart,
     AskTransfer,
     AskUpdate,
+    AskWitness,
     Behind,
+    Certifies,
     Closing,
     Commit,
     Contribute,
@@ -39,6 +44,7 @@ from p2p_diloco.wire.messages import (
     Heads,
     Message,
     No,
+    NoWitness,
     Push,
     Ready,
     Receipt,
@@ -47,7 +53,9 @@ from p2p_diloco.wire.messages import (
     Size,
     TooFew,
     Took,
+    TookBefore,
     Transferred,
+    Witnessed,
 )
 
 RUN_ID = "ab" * 20
@@ -57,6 +65,10 @@ NOW_S = 1_000_000.0
 @cache
 def identity(index: int) -> Identity:
     return Identity.from_seed(index.to_bytes(32, "big"))
+
+
+OWNER = identity(1000)
+"""Of a run."""
 
 
 def head(name: str) -> bytes:
@@ -92,8 +104,10 @@ def record_of(who: Identity, history: str = "", **changes: Any) -> Record:
 
 
 def readiness_of(who: Identity, history: str = "", **changes: Any) -> Readiness:
+    """Given to itself, unless ``leader`` says to whom."""
     fields: dict[str, Any] = {
         "run_id": RUN_ID,
+        "leader": who.peer_id,
         "step": len(history),
         "head": head(history),
         "peer_id": who.peer_id,
@@ -104,20 +118,43 @@ def readiness_of(who: Identity, history: str = "", **changes: Any) -> Readiness:
     return Readiness(**fields | changes)
 
 
-def groups_of(
-    members: Sequence[Identity], history: str = "", aggregate: AggregateName = "mean", **changes: Sequence[Any]
-) -> list[Group]:
-    """One group as each of its members sees it. ``members`` in the order of rank; ``changes``: a value for each."""
+def rules_of(aggregate: AggregateName = "mean", **changes: Any) -> RosterRules:
+    fields: dict[str, Any] = {
+        "run_id": RUN_ID,
+        "owner": OWNER.peer_id,
+        "min_group": 1,
+        "max_group": 256,
+        "max_weight_tokens": 2**60,
+        "aggregation": AGGREGATIONS[aggregate],
+        "on_missed": "adopt",
+    }
+    return RosterRules(**fields | changes)
+
+
+def known(*members: Identity, step: int = 99) -> Known:
+    """So many are known, and nobody else."""
+    return Known(step=step, peers=frozenset(who.peer_id for who in members))
+
+
+def group_of(
+    members: Sequence[Identity],
+    history: str = "",
+    aggregate: AggregateName = "mean",
+    *,
+    familiar: Sequence[Identity] | None = None,
+    **changes: Sequence[Any],
+) -> Group:
+    """The group of ``members``, in the order of rank, whom the first of them has gathered; ``changes``: a value for
+    each. ``familiar``: those that are known; all, if None."""
+    leader = members[0]
     readiness = [
-        readiness_of(who, history, **{name: values[i] for name, values in changes.items()})
+        readiness_of(who, history, leader=leader.peer_id, **{name: values[i] for name, values in changes.items()})
         for i, who in enumerate(members)
     ]
     sealed = [seal_readiness(mine, who) for mine, who in zip(readiness, members)]
-    aggregation = AGGREGATIONS[aggregate]
-    return [
-        check_roster(sealed, mine, min_group=1, max_group=256, max_weight=2**60, aggregation=aggregation)
-        for mine in readiness
-    ]
+    return open_roster(
+        seal_roster(sealed, [], leader), rules_of(aggregate), known(*(members if familiar is None else familiar))
+    )
 
 
 def sealed_anyhow(values: object, context: bytes, who: Identity) -> bytes:
@@ -202,24 +239,31 @@ def pipe(timeouts: Timeouts | None = None) -> tuple[Channel, Channel]:
 
 
 HASH = bytes(range(32))
+SIGNATURE = bytes(range(64))
 MESSAGE_EXAMPLES: list[Message] = [
     Ready(readiness=b"a" * 300, record=b"b" * 1024),
-    Roster(members=[b"a" * 300] * 128, absent=[b"b" * 1024] * 64),
+    Roster(members=[b"a" * 300] * 128, absent=[b"b" * 1024] * 64, signature=SIGNATURE),
     TooFew(ready=1),
+    NoWitness(),
     Redirect(record=b"b"),
     Behind(record=b"b"),
     No(reason="not in my ledger"),
     Closing(head=HASH, gather_s=5.0, record=b"r" * 1024),
     Eta(eta_s=0.25),
     Contribute(round_id=HASH, number=255),
-    Receipt(round_id=HASH, number=255, part_hashes=[HASH, b"", HASH]),
+    Receipt(round_id=HASH, number=255, part_hashes=[HASH, b"", HASH], state=HASH),
     Again(number=1, members=list(range(256)), parts=[0, 2**16 - 1]),
-    Commit(part_hashes=[HASH] * 3, holders=[0, 255, 3]),
-    Took(),
+    Commit(part_hashes=[HASH] * 3, holders=[0, 255, 3], state=HASH),
+    Took(signature=SIGNATURE),
     AskCommit(round_id=HASH),
+    TookBefore(part_hashes=[HASH] * 3, state=b"", signature=SIGNATURE),
+    Certifies(full=b"\xff" * 32, members=list(range(128)), signatures=[SIGNATURE] * 128, witness=SIGNATURE),
+    AskWitness(link=HASH, certificate=b"c" * 512 * 1024),
+    Witnessed(signature=SIGNATURE),
     AskPart(round_id=HASH, part=7, hash=HASH),
     AskHeads(since=0),
     Heads(first=5, head=HASH, links=[HASH] * 1024),
+    AskChain(since=2**59),
     AskUpdate(step=2**59, head=HASH),
     AskIndex(step=10, digest=HASH),
     AskChunk(step=10, digest=HASH, chunk=2**40),

@@ -21,7 +21,7 @@ from p2p_diloco.ledger.ledger import Ledger
 from p2p_diloco.ledger.replica import Replica
 from p2p_diloco.peer import follower
 from p2p_diloco.round.meeting import Meeting
-from p2p_diloco.round.missed import Missed
+from p2p_diloco.round.outcome import Missed
 from p2p_diloco.round.settle import Settlement
 from p2p_diloco.round.settle_member import Member
 from p2p_diloco.wire.channel import Channel

@@ -11,7 +11,7 @@ import numpy as np
 from p2p_diloco.core.codec import Vector
 from p2p_diloco.core.roster import open_readiness
 from p2p_diloco.core.update import Part, Update
-from p2p_diloco.round.missed import Missed
+from p2p_diloco.round.outcome import Missed
 from p2p_diloco.round.settle import Settlement
 from p2p_diloco.wire.channel import Channel
 from p2p_diloco.wire.messages import Again, AskPart, Commit, Message, Roster, Size

@@ -21,7 +21,7 @@ from p2p_diloco.core.records import seal_record
 from p2p_diloco.core.update import Part, Update
 from p2p_diloco.core.waiting import Bell, heard, now_s
 from p2p_diloco.round.meeting import Meeting
-from p2p_diloco.round.missed import Missed
+from p2p_diloco.round.outcome import Missed, Settled
 from p2p_diloco.round.settle import Settlement
 from p2p_diloco.wire.channel import Channel, Writer, run_protocol
 from p2p_diloco.wire.messages import (
@@ -37,7 +37,7 @@ from p2p_diloco.wire.messages import (
     Size,
     Took,
 )
-from tests.support.builders import NOW_S, RUN_ID, DeafWriter, groups_of, head, ranked, record_of
+from tests.support.builders import NOW_S, OWNER, RUN_ID, DeafWriter, group_of, head, ranked, record_of
 from tests.support.fakes import FakeNetwork, FakeTransport
 from tests.support.simloop import SimLoop
 
@@ -120,7 +120,7 @@ class Round:
     min_group: int = 2
     timeouts: Timeouts = TIMEOUTS
     network: FakeNetwork = field(default_factory=FakeNetwork)
-    outcomes: dict[int, Update | Missed] = field(default_factory=dict)
+    outcomes: dict[int, Settled | Missed] = field(default_factory=dict)
     took_s: dict[int, float] = field(default_factory=dict)
     """Member -> how long the round took at it."""
     killed: set[int] = field(default_factory=set)
@@ -131,7 +131,7 @@ class Round:
         self.trouble = Trouble()
         self.members = ranked(head(HISTORY), self.count)
         self.ids = [who.peer_id for who in self.members]
-        self.groups = groups_of(
+        self.group = group_of(
             self.members,
             HISTORY,
             self.aggregate,
@@ -139,7 +139,7 @@ class Round:
             client_mode=[i in self.clients for i in range(self.count)],
             dropped=[i in self.dropped for i in range(self.count)],
         )
-        self.round_id = self.groups[0].round_id
+        self.round_id = self.group.round_id
         self.slices = part_slices(self.n)
         self.theta = np.random.default_rng(0).standard_normal(self.n).astype(np.float32)
         # No two are multiples of one vector: a codec's rounding would be the same for all of them.
@@ -159,7 +159,9 @@ class Round:
         for who in self.members:
             directory.learn(seal_record(record_of(who, HISTORY, life_s=900.0), who), NOW_S)
         return Meeting(
-            group=self.groups[i],
+            group=self.group,
+            identity=self.members[i],
+            owner=OWNER.peer_id,
             transport=self.transports[i],
             protocol=PROTOCOL,
             directory=directory,
@@ -239,7 +241,7 @@ class Round:
     # -- a member's part, played by hand ---------------------------------------------------------------------------
 
     def parts_of(self, reducer: int) -> list[int]:
-        reducers = self.groups[0].reducers
+        reducers = self.group.reducers
         return list(range(len(self.slices)))[reducers.index(reducer) :: len(reducers)] if reducer in reducers else []
 
     def contribution(self, member: int, part: int) -> bytes:
@@ -248,7 +250,7 @@ class Round:
 
     def mean(self, part: int, members: Sequence[int]) -> Part:
         """The part of the update to which ``members`` contributed."""
-        grid, group = Grid(n=self.n, codec=self.codec), self.groups[0]
+        grid, group = Grid(n=self.n, codec=self.codec), self.group
         came = {i: grid.decode(part, self.contribution(i, part)) for i in members}
         return group.aggregation.reduce(came, group.weights, part, grid, group.total_weight)
 

@@ -17,7 +17,7 @@ from p2p_diloco.core.update import Update
 from p2p_diloco.core.waiting import now_s
 from p2p_diloco.peer.control import OuterResult
 from p2p_diloco.peer.reception import REQUESTS
-from p2p_diloco.round.missed import Missed
+from p2p_diloco.round.outcome import Missed
 from p2p_diloco.round.settle import Settlement
 from p2p_diloco.wire.channel import Channel, run_protocol
 from p2p_diloco.wire.messages import Closing, Contribute, Eta, Message, No, Push, Ready, Receipt, Redirect

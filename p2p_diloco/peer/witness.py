@@ -1,0 +1,90 @@
+"""The witness of the run's owner over updates that too few known members make: in the first outer steps, and whenever
+most of those that were known have left.
+
+Where nobody is known, most of a roster says nothing: names cost nothing. So the owner's seed signs such an update as
+well, and only one on a head. It says nothing about what is in the update, and its own history follows it like anybody
+else's. A round may fail after it has signed, and nobody have the update; so it signs another one on the same head when
+nobody has shown it the first one for ``Timeouts.record_life_s``.
+
+Known weakness: whoever holds back such an update for longer than that can bring it out later, and then there are two.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, field
+
+from p2p_diloco.core.certificate import Certificate, check_most
+from p2p_diloco.core.errors import Misbehaved
+from p2p_diloco.core.group import Group, RosterRules, open_roster
+from p2p_diloco.core.waiting import heard, now_s
+from p2p_diloco.ledger.replica import Replica
+from p2p_diloco.round.here import Here
+from p2p_diloco.wire.channel import Channel
+from p2p_diloco.wire.messages import AskWitness, Eta, No, Witnessed
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Signed:
+    """The update that was witnessed last."""
+
+    head: bytes
+    """Where it leads on from."""
+    link: bytes
+    until_s: float
+    """Loop time until which no other one is witnessed there."""
+
+
+@dataclass(kw_only=True, eq=False)
+class Witness:
+    """Witnesses updates, at the run's owner; anybody else refuses."""
+
+    here: Here
+    replica: Replica
+    _signed: Signed | None = field(default=None, init=False)
+
+    def __post_init__(self) -> None:
+        self._rules = RosterRules.of(self.replica.manifest)
+
+    async def on_ask_witness(self, channel: Channel, message: AskWitness) -> None:
+        """Answers a leader that asks for the owner's witness."""
+        if self.here.peer_id != self._rules.owner:
+            await channel.send(No(reason="not the run's owner"))
+            return
+        try:
+            certificate = Certificate.from_bytes(message.certificate)
+            group = open_roster(certificate.roster, self._rules, self.here.seat.known)
+            check_most(certificate, group, message.link, self._rules.owner)
+        except ValueError as error:
+            raise Misbehaved(channel.peer_id, f"asks to witness {error}") from error
+        await self._catch_up(channel, group)
+        refusal = self._refusal(group, message.link)
+        if refusal:
+            log.warning("outer step %d: not witnessed: %s", group.step, refusal)
+            await channel.send(No(reason=refusal))
+            return
+        until_s = now_s() + self.here.timeouts.record_life_s
+        self._signed = Signed(head=group.head, link=message.link, until_s=until_s)
+        signature = certificate.taken(message.link).sign(self.here.identity)
+        log.info("outer step %d: witnessed", group.step)
+        await channel.send(Witnessed(signature=signature))
+
+    async def _catch_up(self, channel: Channel, group: Group) -> None:
+        """Waits until I stand where a group does, for ``Timeouts.request_s`` at most."""
+        seat, timeouts = self.here.seat, self.here.timeouts
+        deadline_s = now_s() + timeouts.request_s
+        while seat.standing.step <= group.step and seat.standing.head != group.head and now_s() < deadline_s:
+            changed = seat.changed.event
+            await channel.send(Eta(eta_s=timeouts.heartbeat_s))
+            await heard(changed, timeouts.heartbeat_s)
+
+    def _refusal(self, group: Group, link: bytes) -> str:
+        """Returns why an update is not witnessed; empty where it is."""
+        signed = self._signed
+        if self.here.seat.standing.head != group.head:
+            return "the run's owner stands on another head"
+        if signed is not None and signed.head == group.head and signed.link != link and now_s() < signed.until_s:
+            return "the run's owner has just witnessed another update of this head"
+        return ""

@@ -1,0 +1,27 @@
+"""What comes of a round, as a value: an update that is certified, or why there is none."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from p2p_diloco.core.certificate import Certificate
+from p2p_diloco.core.update import Update
+
+MissedReason = Literal["alone", "behind", "failed", "leaving", "diverged", "repaired"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Missed:
+    """A round that did not commit here, and why. There is nothing to clean up."""
+
+    reason: MissedReason
+    detail: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settled:
+    """The update that a round has agreed on, and its certificate."""
+
+    update: Update
+    certificate: Certificate

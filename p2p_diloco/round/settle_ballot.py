@@ -1,0 +1,98 @@
+"""The ballot on one commit, at its leader: who has signed it, and when that is enough for a certificate.
+
+Most of the members that count have to sign. Where fewer of them are known than can stand for the run, the run's owner
+has to witness the update, too: it is asked last, with the signatures that there are.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, field, replace
+
+from p2p_diloco.core.certificate import Certificate, Taken, certificate_of, is_witnessed
+from p2p_diloco.core.errors import Misbehaved, RemoteError
+from p2p_diloco.core.update import Update
+from p2p_diloco.round.meeting import Meeting
+from p2p_diloco.wire.messages import AskWitness, Certifies, Eta, No, Took, Witnessed
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(kw_only=True, eq=False)
+class Ballot:
+    """The signatures over one commit."""
+
+    meeting: Meeting
+    taken: Taken
+    """What is signed."""
+    update: Update
+    signatures: dict[int, bytes] = field(default_factory=dict)
+    """Member that counts -> its signature."""
+    answered: set[int] = field(default_factory=set)
+    """Members that have signed, or have said that they do not."""
+
+    def hear(self, member: int, word: Took | No) -> None:
+        """Takes a member's word on the commit. Misbehaved when it has signed something else."""
+        if isinstance(word, Took):
+            self.count(member, word.signature)
+        self.answered.add(member)
+        self.meeting.changed.ring()
+
+    def count(self, member: int, signature: bytes) -> None:
+        """Counts a member's signature. Misbehaved when it is of something else."""
+        peer_id = self.meeting.group.members[member].peer_id
+        if not self.taken.is_signed(peer_id, signature):
+            raise Misbehaved(peer_id, "signs something else than the commit")
+        if member in self.meeting.group.counting:
+            self.signatures[member] = signature
+
+    @property
+    def has_most(self) -> bool:
+        """Whether most of the members that count have signed."""
+        return self.meeting.group.is_most(self.signatures)
+
+    @property
+    def is_over(self) -> bool:
+        """Whether nobody's word is still to come."""
+        others = set(range(len(self.meeting.group.members))) - {self.meeting.me}
+        return others <= self.answered | self.meeting.lost
+
+    async def certificate(self) -> Certificate | None:
+        """Returns the certificate that the signatures make. None when the run's owner has to witness it, and does
+        not."""
+        meeting, group = self.meeting, self.meeting.group
+        certificate = certificate_of(group, self.taken, self.signatures)
+        if not group.needs_witness or is_witnessed(group, meeting.owner, self.signatures, b""):
+            return certificate
+        try:
+            witness = await self._ask_witness(certificate)
+        except RemoteError as error:
+            log.warning("outer step %d: no witness: %s", group.step, error.reason)
+            meeting.transport.traffic.reject(error)
+            return None
+        return replace(certificate, witness=witness)
+
+    async def _ask_witness(self, certificate: Certificate) -> bytes:
+        """Returns the signature of the run's owner."""
+        meeting, owner = self.meeting, self.meeting.owner
+        channel = await meeting.transport.open(owner, meeting.directory.maddrs(owner), meeting.protocol)
+        try:
+            ask = AskWitness(link=self.update.header.link, certificate=certificate.to_bytes())
+            answer: Eta | Witnessed = await channel.request(ask, Eta, Witnessed)
+            while isinstance(answer, Eta):
+                answer = await channel.receive(Eta, Witnessed, timeout_s=meeting.timeouts.request_s)
+        finally:
+            channel.close()
+        if not self.taken.is_signed(owner, answer.signature):
+            raise Misbehaved(owner, "witnesses something else than the commit")
+        return answer.signature
+
+
+def certifies(certificate: Certificate) -> Certifies:
+    """Returns the message that gives a certificate to a member, which has its roster."""
+    return Certifies(
+        full=certificate.full,
+        members=[member for member, _ in certificate.signatures],
+        signatures=[signature for _, signature in certificate.signatures],
+        witness=certificate.witness,
+    )
