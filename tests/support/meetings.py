@@ -121,6 +121,8 @@ class Round:
     n: int = (N_PARTS - 1) * SMALL_PART_VALUES + 7
     aggregate: AggregateName = "mean"
     min_group: int = 2
+    weights: tuple[int, ...] = ()
+    """In place of those."""
     timeouts: Timeouts = TIMEOUTS
     network: FakeNetwork = field(default_factory=FakeNetwork)
     outcomes: dict[int, Settled | Missed] = field(default_factory=dict)
@@ -138,7 +140,7 @@ class Round:
             self.members,
             HISTORY,
             self.aggregate,
-            weight=[100 * (i + 1) for i in range(self.count)],
+            weight=self.weights or [100 * (i + 1) for i in range(self.count)],
             client_mode=[i in self.clients for i in range(self.count)],
             dropped=[i in self.dropped for i in range(self.count)],
         )
