@@ -129,7 +129,7 @@ class Member:
         while True:
             hashes, round_id = meeting.hashes(), self.group.round_id
             await channel.send(Receipt(round_id=round_id, number=number, part_hashes=hashes, state=meeting.state))
-            answer = await self._hear(channel, Again, Commit)
+            answer: Again | Commit | No = await self._hear(channel, Again, Commit)
             if isinstance(answer, Again):
                 newest, n_parts = max(self.butterflies), len(meeting.parts)
                 if not again_fits(answer, me=meeting.me, newest=newest, group_size=group_size, n_parts=n_parts):
