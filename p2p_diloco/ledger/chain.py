@@ -102,11 +102,10 @@ class Chain:
             raise ValueError(f"update {new.step} does not follow from the chain, which leads to outer step {self.end}")
         return new.step
 
-    def check_leads_to(self, step: int, head: bytes) -> None:
-        """Raises ValueError unless the chain leads to ``head`` at an outer step. As long as it has no entry, it may
-        begin at any genesis."""
-        if self.head_at(step) != head and (step or self.end):
-            raise ValueError(f"the chain does not lead to it, at outer step {step}")
+    def contradicts(self, step: int, head: bytes) -> bool:
+        """Returns whether the chain leads to another head at an outer step. It says nothing about those beyond its
+        end."""
+        return self.head_at(step) not in (None, head)
 
     def last_contributors(self, step: int) -> list[tuple[str, ...]]:
         """Returns of each of the last WINDOW_STEPS updates before ``step`` who contributed to most of its parts. Raises

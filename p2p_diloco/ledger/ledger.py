@@ -4,8 +4,8 @@
     U_10, U_11, ...  updates, every one from the oldest of these snapshots on
     the chain        header and certificate of every update from the genesis on (``chain``)
 
-Rules of this file: nothing is here that the chain does not lead to, and an update's entry is in the chain before its
-file is written; a file is written under a temporary name, synced and renamed, so that it is whole or not there; the
+Rules of this file: no update is here that the chain does not have, and it has one before the update's file is written;
+a file is written under a temporary name, synced and renamed, so that it is whole or not there; the
 same state makes the same bytes, so that a joiner can put a snapshot together from several donors; no file is believed
 because of its name; a damaged one costs what it holds and no more. Not safe for two processes at a time.
 """
@@ -145,17 +145,19 @@ class Ledger:
         contradicts them is abandoned. Raises ValueError, with nothing changed, when they do not follow."""
         step = self.chain.changed_from(entries)
         if step is not None:
-            self._abandon(step, step)
+            if step < self.chain.end:
+                self.truncate(step)
             self.chain.extend(entries)
-            genesis = self._snapshots.get(0)
-            if genesis is not None and genesis.head != self.chain.head_at(0):
-                self._files.quarantine(self._snapshots.pop(0).path, "the chain begins at another genesis")
+            for info in self.snapshots():
+                if self.chain.contradicts(info.step, info.head):
+                    self._snapshots.pop(info.step)
+                    self._files.quarantine(info.path, "the chain does not lead to it")
 
     def go_back(self, step: int, entries: Sequence[Certified]) -> None:
         """Abandons the updates from outer step ``step`` on, and later snapshots. The chain leads on from there, with
         ``entries`` in it, as ``extend`` has them."""
         changed_from = self.chain.changed_from(entries)
-        self._abandon(step, self.chain.end if changed_from is None else changed_from)
+        self.truncate(step, cut=self.chain.end if changed_from is None else changed_from)
         self.chain.extend(entries)
 
     def write_snapshot(self, state: OuterState) -> None:
@@ -171,15 +173,20 @@ class Ledger:
         path = self._files.snapshot_path(step)
         self._add_snapshot(save_snapshot(parts, path, step=step, head=head, n=self.grid.n, run_id=self.run_id))
 
-    def adopt_snapshot(self, path: Path, digest: bytes | None = None) -> SnapshotInfo:
-        """Verifies a downloaded file on the same disk, moves it into place, and returns what is known of it. Raises
-        ValueError, with the file untouched, when its values do not have the digest that it names, or not ``digest``,
-        when it is of another model or run, or when the chain does not lead to it."""
+    def adopt_snapshot(
+        self, path: Path, digest: bytes | None = None, entries: Sequence[Certified] = ()
+    ) -> SnapshotInfo:
+        """Verifies a downloaded file on the same disk, leads the chain on as ``extend`` does, moves the file into place,
+        and returns what is known of it. Raises ValueError, with the file untouched, when its values do not have the
+        digest that it names, or not ``digest``, when it is of another model or run, or when the chain does not lead to
+        it."""
         with disk_errors(path, snapshot_bytes(self.grid.n)):
             info = check_snapshot(path, n=self.grid.n, run_id=self.run_id)
             if digest not in (None, info.digest):
                 raise ValueError(f"another snapshot, of outer step {info.step}")
-            self.chain.check_leads_to(info.step, info.head)
+            self.extend(entries)
+            if info.step > self.chain.end or self.chain.contradicts(info.step, info.head):
+                raise ValueError(f"the chain does not lead to the snapshot of outer step {info.step}")
             held = self._snapshots.get(info.step)
             if held is not None and held.digest != info.digest:
                 self._files.quarantine(held.path, "its certificate names other bits")
@@ -210,12 +217,10 @@ class Ledger:
         self._files.quarantine(self.update_path(header.step), reason)
         return True
 
-    def truncate(self, step: int) -> None:
-        """Abandons the updates from outer step ``step`` on, and later snapshots: the swarm did not share them."""
-        self._abandon(step, step)
-
-    def _abandon(self, step: int, cut: int) -> None:
-        """Does that, and cuts the chain at outer step ``cut``."""
+    def truncate(self, step: int, *, cut: int | None = None) -> None:
+        """Abandons the updates from outer step ``step`` on, and later snapshots: the swarm did not share them. The
+        chain is cut there, or at outer step ``cut``."""
+        cut = step if cut is None else cut
         # The newest first, and the chain last, so that a crash in the middle leaves an unbroken history.
         snapshots = [s for s in sorted(self._snapshots, reverse=True) if s > step]
         updates = [s for s in sorted(self._headers, reverse=True) if s >= step]
@@ -250,7 +255,8 @@ class Ledger:
             info = check_snapshot(path, n=self.grid.n, run_id=self.run_id)
             if path != self._files.snapshot_path(info.step):
                 raise ValueError(f"it is the snapshot of outer step {info.step}")
-            self.chain.check_leads_to(info.step, info.head)
+            if self.chain.contradicts(info.step, info.head):
+                raise ValueError("the chain does not lead to it")
         except ValueError as error:
             self._files.quarantine(path, str(error))
         else:

@@ -67,11 +67,14 @@ class Replica:
         self._lock = threading.Lock()
 
     def load(self, at_most: int | None = None) -> bool:
-        """Takes the newest state that the ledger leads to, or that at outer step ``at_most``. False: there is none."""
+        """Takes the newest state that ledger and chain lead to, or that at outer step ``at_most``. False: there is
+        none."""
         with self._lock:
             return self._load(at_most)
 
     def _load(self, at_most: int | None) -> bool:
+        end = self.ledger.chain.end  # who is known beyond cannot be told
+        at_most = end if at_most is None else min(at_most, end)
         self.state = load(self.ledger, self.theta, self.momentum, at_most=at_most)
         self.sound = True
         return self.state is not None
@@ -161,10 +164,9 @@ class Replica:
 
     def adopt_snapshot(self, path: Path, digest: bytes, entries: Sequence[Certified] = ()) -> None:
         """Takes in a downloaded snapshot as ``Ledger.adopt_snapshot`` does; the state in memory stays what it is.
-        ``entries``: of the chain, verified, which lead to the snapshot and are not in the ledger yet."""
+        ``entries`` have been verified."""
         with self._lock:
-            self.ledger.extend(entries)
-            self.ledger.adopt_snapshot(path, digest)
+            self.ledger.adopt_snapshot(path, digest, entries)
 
     def digest_due(self) -> bytes:
         """Returns the digest of the state where a snapshot of it is due, and nothing elsewhere. It is that of the
@@ -184,6 +186,15 @@ class Replica:
             return bytes.fromhex(self.manifest.genesis)
         entry = self.ledger.chain.entry(step)
         return b"" if entry is None else entry.certificate.state
+
+    def signers(self, step: int) -> tuple[str, ...]:
+        """Returns the ids of the members that have signed the certificate of the update that leads on from an outer
+        step; none where there is none."""
+        entry = self.ledger.chain.entry(step)
+        if entry is None:
+            return ()
+        ids = [peer_id for peer_id, _ in entry.header.contributors]
+        return tuple(ids[member] for member, _ in entry.certificate.signatures)
 
     # -- repairs -----------------------------------------------------------------------------------------------------
 
