@@ -34,8 +34,12 @@ Its files, from the bottom up:
     credit        what each peer may still cost
     directory     the newest record of every other peer; which to believe and wait for
     peer_row      a record as a table and JSON show it
-    roster        who meets in a round: readiness, rank, weights, group
-    swarm_head    which head is the swarm's; held-out losses; disputes about bits
+    roster        who meets in a round: readiness, rank, weights
+    known         which peers are known at a head
+    group         the group of a round, from the roster that its leader signed
+    certificate   who has made an update: roster, and the members' signatures
+    lineage       a chain of headers and certificates, followed from one to the next
+    swarm_head    which head is the swarm's; held-out losses
     pace          how many inner steps a peer plans, and when its outer step is due
     waiting       waits that end, and can be cancelled
     buckets       token buckets: a rate that is kept, and how often a peer may ask
