@@ -34,7 +34,10 @@ Its files, from the bottom up:
     credit        what each peer may still cost
     directory     the newest record of every other peer; which to believe and wait for
     peer_row      a record as a table and JSON show it
-    roster        who meets in a round: readiness, rank, weights, group
+    known         which peers are known at a head: those that have contributed to the updates before it
+    roster        who may meet in a round: readiness, who leads, whom a leader takes in
+    group         a roster that its leader has signed, and what follows from it for all that read it
+    certificate   who has made an update, and the signatures of most of them
     swarm_head    which head is the swarm's; held-out losses; disputes about bits
     pace          how many inner steps a peer plans, and when its outer step is due
     waiting       waits that end, and can be cancelled

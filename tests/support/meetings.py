@@ -24,19 +24,8 @@ from p2p_diloco.round.meeting import Meeting
 from p2p_diloco.round.outcome import Missed, Settled
 from p2p_diloco.round.settle import Settlement
 from p2p_diloco.wire.channel import Channel, Writer, run_protocol
-from p2p_diloco.wire.messages import (
-    Again,
-    AskCommit,
-    AskPart,
-    Commit,
-    Contribute,
-    Eta,
-    Message,
-    No,
-    Receipt,
-    Size,
-    Took,
-)
+from p2p_diloco.wire.message import Message
+from p2p_diloco.wire.messages import Again, AskCommit, AskPart, Commit, Contribute, Eta, No, Receipt, Size, Took
 from tests.support.builders import NOW_S, OWNER, RUN_ID, DeafWriter, group_of, head, ranked, record_of
 from tests.support.fakes import FakeNetwork, FakeTransport
 from tests.support.simloop import SimLoop
