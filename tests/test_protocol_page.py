@@ -26,8 +26,10 @@ import p2p_diloco
 from p2p_diloco.core import manifest, records
 from p2p_diloco.core.blocks import Int4, Int8
 from p2p_diloco.core.buckets import Quota
+from p2p_diloco.core.certificate import TAKEN_CONTEXT
 from p2p_diloco.core.codecs import CODECS, known
 from p2p_diloco.core.config import Timeouts
+from p2p_diloco.core.group import ROSTER_CONTEXT
 from p2p_diloco.core.identity import PEER_ID_PREFIX, PRIVATE_KEY_PREFIX
 from p2p_diloco.core.manifest import PROTOCOL, RunManifest
 from p2p_diloco.core.records import RUNS_KEY, Record, peers_key
@@ -38,7 +40,9 @@ from p2p_diloco.peer.probes import CONSENT_CONTEXT, DialConsent, Probes
 from p2p_diloco.peer.reception import REQUESTS
 from p2p_diloco.wire.channel import DIAL_BACK_PROTOCOL, MANIFEST_PROTOCOL, run_protocol
 from p2p_diloco.wire.kademlia import HardenedDHTProtocol, node_id_of
-from p2p_diloco.wire.messages import MESSAGES, AskManifest, DialBack, Message, Took, pack
+from p2p_diloco.wire.message import Message
+from p2p_diloco.wire.messages import MESSAGES, AskManifest, NoWitness, pack
+from p2p_diloco.wire.probe_messages import DialBack
 from tests.support import decoder
 from tests.support.builders import identity
 from tests.support.decoder import public_key
@@ -205,7 +209,7 @@ def test_every_message_and_each_of_its_fields() -> None:
 def test_where_a_message_may_come_and_how_long_it_is() -> None:
     streams: dict[type[Message], str] = dict.fromkeys(REQUESTS, "run")
     streams |= {AskManifest: "manifest", DialBack: "dial-back"}
-    largest = {1 << 18: "256 KiB", 1 << 22: "4 MiB"}
+    largest = {1 << 18: "256 KiB", 513 << 10: "513 KiB", 1 << 22: "4 MiB"}
     code = [(tag, streams.get(kind, "-"), largest[kind.max_bytes]) for tag, kind in MESSAGES.items()]
     assert rows("All messages", 3) == code
     assert [kind for kind in MESSAGES.values() if kind.purpose is not None] == [
@@ -296,6 +300,8 @@ def test_names_and_prefixes() -> None:
         "context of a record": text(records.SIGNATURE_CONTEXT),
         "context of a readiness": text(READINESS_CONTEXT),
         "context of a consent": text(CONSENT_CONTEXT),
+        "context of a roster": text(ROSTER_CONTEXT),
+        "context of a commit that is taken": text(TAKEN_CONTEXT),
         "context of a manifest": text(manifest.SIGNATURE_CONTEXT),
         "stream of a run": run_protocol("RUN-ID"),
         "stream of manifests": MANIFEST_PROTOCOL,
@@ -309,7 +315,7 @@ def test_names_and_prefixes() -> None:
     }
     assert f"`PROTOCOL` = {PROTOCOL}." in page()
     assert f"    {UPDATE_MAGIC.hex(' ')} " in page()
-    packed = pack(Took())
+    packed = pack(NoWitness())
     assert f"`{(len(packed).to_bytes(4, 'big') + packed).hex(' ')}`" in page()
 
 

@@ -34,10 +34,10 @@ Its files, from the bottom up:
     credit        what each peer may still cost
     directory     the newest record of every other peer; which to believe and wait for
     peer_row      a record as a table and JSON show it
-    roster        who meets in a round: readiness, rank, weights
-    known         which peers are known at a head
-    group         the group of a round, from the roster that its leader signed
-    certificate   who has made an update: roster, and the members' signatures
+    known         which peers are known at a head: those that have contributed to the updates before it
+    roster        who may meet in a round: readiness, who leads, whom a leader takes in
+    group         a roster that its leader has signed, and what follows from it for all that read it
+    certificate   who has made an update, and the signatures of most of them
     lineage       a chain of headers and certificates, followed from one to the next
     swarm_head    which head is the swarm's; held-out losses
     pace          how many inner steps a peer plans, and when its outer step is due

@@ -28,7 +28,8 @@ from p2p_diloco.peer.probes import MAX_PORTS, DialConsent, seal_consent
 from p2p_diloco.wire.channel import DIAL_BACK_PROTOCOL, Channel, Transport
 from p2p_diloco.wire.daemon import private_socket_folder
 from p2p_diloco.wire.discovery import ask_manifest
-from p2p_diloco.wire.messages import (
+from p2p_diloco.wire.node import Node
+from p2p_diloco.wire.probe_messages import (
     MAX_TRANSFER_BYTES,
     AskDialBack,
     AskTransfer,
@@ -36,7 +37,6 @@ from p2p_diloco.wire.messages import (
     DialedBack,
     Transferred,
 )
-from p2p_diloco.wire.node import Node
 
 log = logging.getLogger(__name__)
 

@@ -16,6 +16,7 @@ Its files, from the bottom up:
     presence     what a peer makes known about itself: records published and pushed
     follower     when a peer goes to where the swarm is, and when it gives that up
     probes       what others may measure with a peer: dial backs, transfers, its clock
+    witness      the run's owner signs updates that too few known members make
     reception    streams that others open, and who answers them
     outer_steps  a trainer's outer steps: rounds tried, an update committed, or the swarm's state taken
     peer         the network side of one peer, on any transport: its parts and its life

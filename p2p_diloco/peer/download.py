@@ -30,7 +30,8 @@ from p2p_diloco.core.waiting import Bell, heard, now_s
 from p2p_diloco.ledger.snapshot import IncomingSnapshot
 from p2p_diloco.round.here import Here
 from p2p_diloco.wire.channel import Channel
-from p2p_diloco.wire.messages import AskChunk, AskUpdate, Message
+from p2p_diloco.wire.message import Message
+from p2p_diloco.wire.messages import AskChunk, AskUpdate
 
 log = logging.getLogger(__name__)
 

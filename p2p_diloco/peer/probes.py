@@ -27,7 +27,15 @@ from p2p_diloco.core.records import Signed, seal, unseal
 from p2p_diloco.core.waiting import deadline, now_s
 from p2p_diloco.round.here import Here
 from p2p_diloco.wire.channel import DIAL_BACK_PROTOCOL, Channel
-from p2p_diloco.wire.messages import MAX_TRANSFER_BYTES, AskDialBack, AskTransfer, DialBack, DialedBack, No, Transferred
+from p2p_diloco.wire.messages import No
+from p2p_diloco.wire.probe_messages import (
+    MAX_TRANSFER_BYTES,
+    AskDialBack,
+    AskTransfer,
+    DialBack,
+    DialedBack,
+    Transferred,
+)
 
 CONSENT_CONTEXT = b"p2p-diloco dial consent\0"
 MAX_PORTS = 4

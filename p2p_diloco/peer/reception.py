@@ -15,26 +15,25 @@ from p2p_diloco.round.here import Here
 from p2p_diloco.round.matchmaking import Matchmaker
 from p2p_diloco.round.settle import Settlement
 from p2p_diloco.wire.channel import Channel
+from p2p_diloco.wire.message import Message
 from p2p_diloco.wire.messages import (
     AskChain,
     AskChunk,
     AskCommit,
-    AskDialBack,
     AskHeads,
     AskIndex,
     AskManifest,
     AskPart,
-    AskTransfer,
     AskUpdate,
     AskWitness,
     Closing,
     Contribute,
-    Message,
     No,
     Push,
     Ready,
     Receipt,
 )
+from p2p_diloco.wire.probe_messages import AskDialBack, AskTransfer
 
 ROUNDS_KEPT = 2
 """Finished rounds whose parts are still served to members that are late."""

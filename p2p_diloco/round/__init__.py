@@ -5,7 +5,7 @@ applies what comes of it.
 
 Its files, from the bottom up:
 
-    missed         a round that did not commit, as a value
+    outcome        what comes of a round, as a value: a certified update, or why there is none
     seat           this peer, as its own network side sees it
     here           what all parts of one peer share: network, key, records, seat, clock
     company        whom a peer may form a round with: who ranks first, who has failed it
@@ -13,8 +13,9 @@ Its files, from the bottom up:
     matchmaking    the roster of a round: whom a peer asks to lead, what it answers who asks
     meeting        one round at one member: who meets, what it holds, whom it lost
     butterfly      one all-reduce: some parts, among some members of a round
-    settle_decide  what makes a commit, which wait ends, whose word fits the round: pure decisions
-    settle_member  one member: it follows a leader, takes one commit, and fetches what it misses
-    settle_leader  the leader: it collects receipts, decides, and gives the commit to everybody
+    settle_decide  which commit a leader proposes, who signs it, which wait ends, whose word fits: pure decisions
+    settle_ballot  the signatures over one commit, and the owner's witness where that is needed
+    settle_member  one member: it follows a leader, fetches what it misses, and signs one commit
+    settle_leader  the leader: it collects receipts, proposes a commit, and has it certified
     settle         how the members of a round agree on its outcome: the rules, and who leads next
 """

@@ -33,17 +33,7 @@ from p2p_diloco.round.settle_decide import (
 )
 from p2p_diloco.round.settle_member import Member
 from p2p_diloco.wire.channel import Channel
-from p2p_diloco.wire.messages import (
-    Again,
-    AskCommit,
-    Certifies,
-    Commit,
-    Eta,
-    No,
-    Receipt,
-    Took,
-    TookBefore,
-)
+from p2p_diloco.wire.messages import Again, AskCommit, Certifies, Commit, Eta, No, Receipt, Took, TookBefore
 
 log = logging.getLogger(__name__)
 

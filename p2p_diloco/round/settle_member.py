@@ -30,19 +30,8 @@ from p2p_diloco.round.settle_decide import (
     objection_to,
 )
 from p2p_diloco.wire.channel import Channel
-from p2p_diloco.wire.messages import (
-    Again,
-    AskPart,
-    Certifies,
-    Commit,
-    Eta,
-    Message,
-    No,
-    Receipt,
-    Size,
-    Took,
-    TookBefore,
-)
+from p2p_diloco.wire.message import Message
+from p2p_diloco.wire.messages import Again, AskPart, Certifies, Commit, Eta, No, Receipt, Size, Took, TookBefore
 
 log = logging.getLogger(__name__)
 M = TypeVar("M", bound=Message)

@@ -1,60 +1,33 @@
-"""What peers say to each other: every message of our streams, its size and the schema that checks it.
+"""What peers say to each other about rounds and states: each message, its size and the schema that checks it; and the
+bytes of every message there is.
 
 Rules of this file: every list and every string is bounded; one class, one tag; nothing is ever unpickled.
 """
 
 from __future__ import annotations
 
-import ipaddress
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Literal
 
 import msgpack
-from pydantic import AfterValidator, BaseModel, ConfigDict, FailFast, Field, ValidationError
+from pydantic import FailFast, Field, ValidationError
 
 from p2p_diloco.core.certificate import MAX_CERTIFICATE_BYTES, MAX_FULL_BYTES
 from p2p_diloco.core.group import MAX_ABSENT, MAX_MEMBERS
 from p2p_diloco.core.identity import SIGNATURE_BYTES
-from p2p_diloco.core.records import MAX_RECORD_BYTES, Hash, Natural, unpack_plain
-from p2p_diloco.wire.traffic import Purpose
+from p2p_diloco.core.records import Hash, Natural, unpack_plain
+from p2p_diloco.wire.message import Message, Reason, Sealed
+from p2p_diloco.wire.probe_messages import PROBES
 
 MAX_FRAME_BYTES = 4 * 1024 * 1024
-MAX_MESSAGE_BYTES = 256 * 1024
 CHUNK_BYTES = 1024 * 1024
 """Updates, and whatever else is larger than a message, go in frames of this size; a snapshot's chunk is one."""
 MAX_PARTS = 1 << 16
 """A model of 17 billion parameters."""
 MAX_LINKS = 1024
-MAX_TRANSFER_BYTES = 2 * 1024 * 1024
-"""In one direction, of one exchange that measures a connection."""
-
 MAX_CHAIN_BYTES = 16 * 1024 * 1024
 """Of headers and certificates in one answer; one pair may be larger."""
 
 Signature = Annotated[bytes, Field(min_length=SIGNATURE_BYTES, max_length=SIGNATURE_BYTES)]
-Sealed = Annotated[bytes, Field(max_length=MAX_RECORD_BYTES)]
-Reason = Annotated[str, Field(max_length=200)]
-
-
-def check_ip(text: str) -> str:
-    """Returns ``text`` if it is an IP address. Raises ValueError if not, or with a zone, whose name could be
-    anything."""
-    if "%" in text:
-        raise ValueError("an address with a zone")
-    ipaddress.ip_address(text)
-    return text
-
-
-IpAddress = Annotated[str, Field(max_length=45), AfterValidator(check_ip)]
-
-
-class Message(BaseModel):
-    """One message of a stream; each kind is a class, and its fields are checked when it is parsed."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
-    tag: ClassVar[str]
-    max_bytes: ClassVar[int] = MAX_MESSAGE_BYTES
-    purpose: ClassVar[Purpose | None] = None
-    """Of a stream that begins with this message; None for an answer."""
 
 
 class Ready(Message):
@@ -73,7 +46,7 @@ class Roster(Message):
 
     tag = "roster"
     members: Annotated[list[Sealed], FailFast(), Field(max_length=MAX_MEMBERS)]
-    absent: Annotated[list[Sealed], FailFast(), Field(max_length=MAX_ABSENT)] = []
+    absent: Annotated[list[Sealed], FailFast(), Field(max_length=MAX_ABSENT)] = Field(default=[])
     """Records of trainers on this head that do not come. Only in runs that keep missed rounds, where they count in the
     total weight."""
     signature: Signature
@@ -335,51 +308,10 @@ class Push(Message):
     record: Sealed
 
 
-class AskDialBack(Message):
-    """Who signed ``consent`` listens where this stream comes from: can you reach it? Answered by DialedBack or No."""
-
-    tag = "ask-dial-back"
-    purpose = "other"
-    consent: Sealed
-
-
-class DialBack(Message):
-    """To the one that I was asked to dial: here I am. Not answered."""
-
-    tag = "dial-back"
-    purpose = "other"
-
-
-class DialedBack(Message):
-    """Whether I could dial you back."""
-
-    tag = "dialed-back"
-    reached: bool
-    ip: IpAddress
-    """Where the asking stream comes from, as I see it: the only address that I dial."""
-    reason: Reason = ""
-    """Why not reached."""
-
-
-class AskTransfer(Message):
-    """Then a frame of ``up_bytes``. Answered by Transferred and a frame of ``down_bytes``, and another AskTransfer may
-    follow; or by No."""
-
-    tag = "ask-transfer"
-    purpose = "other"
-    up_bytes: Annotated[int, Field(ge=0, le=MAX_TRANSFER_BYTES)]
-    down_bytes: Annotated[int, Field(ge=0, le=MAX_TRANSFER_BYTES)]
-
-
-class Transferred(Message):
-    """I have your bytes, and mine follow in one frame."""
-
-    tag = "transferred"
-    wall_s: Annotated[float, Field(ge=0, le=1e11, allow_inf_nan=False)]
-    """The answering peer's clock: Unix time."""
-
-
-MESSAGES: dict[str, type[Message]] = {kind.tag: kind for kind in Message.__subclasses__()}
+MESSAGES: dict[str, type[Message]] = {
+    kind.tag: kind for kind in sorted(Message.__subclasses__(), key=lambda kind: kind in PROBES)
+}
+"""Tag -> message, of every message there is; those that measure come last."""
 
 
 def pack(message: Message) -> bytes:

@@ -13,7 +13,8 @@ from p2p_diloco.core.update import next_head
 from p2p_diloco.core.waiting import now_s
 from p2p_diloco.peer import donors, uploads
 from p2p_diloco.wire.channel import Channel
-from p2p_diloco.wire.messages import AskChunk, AskHeads, AskUpdate, Heads, Message, No, Size
+from p2p_diloco.wire.message import Message
+from p2p_diloco.wire.messages import AskChunk, AskHeads, AskUpdate, Heads, No, Size
 from tests.support.builders import NOW_S
 from tests.support.fakes import run_simulated
 from tests.support.library import (

@@ -29,28 +29,24 @@ from p2p_diloco.core.runfile import OnMissed
 from p2p_diloco.core.swarm_head import Standing
 from p2p_diloco.core.update import UpdateHeader, parts_with
 from p2p_diloco.wire.channel import Channel
+from p2p_diloco.wire.message import Message
 from p2p_diloco.wire.messages import (
-    MAX_TRANSFER_BYTES,
     AskCommit,
-    AskDialBack,
     AskHeads,
     AskIndex,
     AskPart,
-    AskTransfer,
     Behind,
     Closing,
     Commit,
     Contribute,
-    DialedBack,
     Eta,
-    Message,
     No,
     Push,
     Ready,
     Receipt,
     Redirect,
-    Transferred,
 )
+from p2p_diloco.wire.probe_messages import MAX_TRANSFER_BYTES, AskDialBack, AskTransfer, DialedBack, Transferred
 from tests.support.builders import identity, record_of
 from tests.support.fakes import FakeNetwork, FakeTransport, SimPeer, make_manifest, run_simulated
 from tests.support.reference import diloco

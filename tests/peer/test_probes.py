@@ -43,14 +43,14 @@ from p2p_diloco.peer.probes import (
 from p2p_diloco.round.here import Here
 from p2p_diloco.round.seat import Seat
 from p2p_diloco.wire.channel import DIAL_BACK_PROTOCOL, Channel, Handler
-from p2p_diloco.wire.messages import (
+from p2p_diloco.wire.message import Message
+from p2p_diloco.wire.messages import No
+from p2p_diloco.wire.probe_messages import (
     MAX_TRANSFER_BYTES,
     AskDialBack,
     AskTransfer,
     DialBack,
     DialedBack,
-    Message,
-    No,
     Transferred,
 )
 from tests.support.builders import RUN_ID, damaged, head, identity, sealed_anyhow, values_of

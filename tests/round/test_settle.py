@@ -16,7 +16,8 @@ import pytest
 from p2p_diloco.round.outcome import Settled
 from p2p_diloco.round.settle import RoundCost
 from p2p_diloco.wire.channel import Channel
-from p2p_diloco.wire.messages import AskCommit, Commit, Contribute, Eta, Message, No, TookBefore
+from p2p_diloco.wire.message import Message
+from p2p_diloco.wire.messages import AskCommit, Commit, Contribute, Eta, No, TookBefore
 from tests.support.fakes import run_simulated
 from tests.support.meetings import N_PARTS, PROTOCOL, TIMEOUTS, Round, frame_of, server
 

@@ -11,6 +11,7 @@ from p2p_diloco.core.errors import RemoteError
 from p2p_diloco.core.waiting import now_s
 from p2p_diloco.round.settle_member import LEADERS_SHARE
 from p2p_diloco.wire.channel import Channel
+from p2p_diloco.wire.message import Message
 from p2p_diloco.wire.messages import (
     Again,
     AskCommit,
@@ -19,7 +20,6 @@ from p2p_diloco.wire.messages import (
     Commit,
     Contribute,
     Eta,
-    Message,
     No,
     Receipt,
     Size,

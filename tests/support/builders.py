@@ -20,17 +20,16 @@ from p2p_diloco.core.known import Known
 from p2p_diloco.core.records import Record, Signed
 from p2p_diloco.core.roster import Readiness, rank, seal_readiness
 from p2p_diloco.wire.channel import Channel
+from p2p_diloco.wire.message import Message
 from p2p_diloco.wire.messages import (
     Again,
     AskChain,
     AskChunk,
     AskCommit,
-    AskDialBack,
     AskHeads,
     AskIndex,
     AskManifest,
     AskPart,
-    AskTransfer,
     AskUpdate,
     AskWitness,
     Behind,
@@ -38,11 +37,8 @@ from p2p_diloco.wire.messages import (
     Closing,
     Commit,
     Contribute,
-    DialBack,
-    DialedBack,
     Eta,
     Heads,
-    Message,
     No,
     NoWitness,
     Push,
@@ -54,9 +50,9 @@ from p2p_diloco.wire.messages import (
     TooFew,
     Took,
     TookBefore,
-    Transferred,
     Witnessed,
 )
+from p2p_diloco.wire.probe_messages import AskDialBack, AskTransfer, DialBack, DialedBack, Transferred
 
 RUN_ID = "ab" * 20
 NOW_S = 1_000_000.0

@@ -26,7 +26,8 @@ from p2p_diloco.round.outcome import Missed
 from p2p_diloco.round.settle import Settlement
 from p2p_diloco.round.settle_member import Member
 from p2p_diloco.wire.channel import Channel
-from p2p_diloco.wire.messages import Commit, Message
+from p2p_diloco.wire.message import Message
+from p2p_diloco.wire.messages import Commit
 from p2p_diloco.wire.traffic import Traffic
 from tests.support.chronicle import PART_VALUES, Chronicle, Settled, Violation
 from tests.support.schedules import WAITED_FOR

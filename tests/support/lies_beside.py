@@ -16,7 +16,8 @@ from p2p_diloco.peer.control import OuterResult
 from p2p_diloco.peer.outer_steps import OuterSteps
 from p2p_diloco.peer.uploads import UPLOADS
 from p2p_diloco.wire.channel import Channel
-from p2p_diloco.wire.messages import AskChunk, Closing, Eta, Message, No, Ready, Size
+from p2p_diloco.wire.message import Message
+from p2p_diloco.wire.messages import AskChunk, Closing, Eta, No, Ready, Size
 from tests.support.lying import Liar, override
 
 FASTEST_TOKENS_PER_S = 1e9

@@ -14,7 +14,8 @@ from p2p_diloco.core.update import Part, Update
 from p2p_diloco.round.outcome import Missed
 from p2p_diloco.round.settle import Settlement
 from p2p_diloco.wire.channel import Channel
-from p2p_diloco.wire.messages import Again, AskPart, Commit, Message, Roster, Size
+from p2p_diloco.wire.message import Message
+from p2p_diloco.wire.messages import Again, AskPart, Commit, Roster, Size
 from tests.support.lying import FOR_EVER_S, IDLES_S, Liar, in_rounds, override
 
 TENFOLD = np.float32(-10)

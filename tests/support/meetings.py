@@ -25,6 +25,7 @@ from p2p_diloco.round.meeting import Meeting
 from p2p_diloco.round.outcome import Missed, Settled
 from p2p_diloco.round.settle import Settlement
 from p2p_diloco.wire.channel import Channel, Writer, run_protocol
+from p2p_diloco.wire.message import Message
 from p2p_diloco.wire.messages import (
     Again,
     AskCommit,
@@ -33,7 +34,6 @@ from p2p_diloco.wire.messages import (
     Commit,
     Contribute,
     Eta,
-    Message,
     No,
     Receipt,
     Size,

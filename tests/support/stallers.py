@@ -20,7 +20,8 @@ from p2p_diloco.peer.reception import REQUESTS
 from p2p_diloco.round.outcome import Missed
 from p2p_diloco.round.settle import Settlement
 from p2p_diloco.wire.channel import Channel, run_protocol
-from p2p_diloco.wire.messages import Closing, Contribute, Eta, Message, No, Push, Ready, Receipt, Redirect
+from p2p_diloco.wire.message import Message
+from p2p_diloco.wire.messages import Closing, Contribute, Eta, No, Push, Ready, Receipt, Redirect
 from tests.support.builders import identity, record_of
 from tests.support.fakes import FakeNetwork, FakeTransport, SimPeer, make_manifest
 

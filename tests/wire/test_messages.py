@@ -5,11 +5,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from p2p_diloco.wire.messages import MESSAGES, Message, pack, parse
+from p2p_diloco.wire.message import Message
+from p2p_diloco.wire.messages import MESSAGES, pack, parse
 from tests.support.builders import MESSAGE_EXAMPLES as EXAMPLES
 from tests.support.builders import damaged, plain_values
 
 HASH = bytes(range(32))
+SIGNATURE = bytes(range(64))
 
 
 def packed(tag: object, content: object) -> bytes:
@@ -52,17 +54,37 @@ HOSTILE: dict[str, bytes] = {
     "timestamp": packed("eta", {"eta_s": msgpack.Timestamp(1)}),
     "nested": b"\x91" * 100_000 + b"\x90",
     "nested field": b"\x92\xa3eta\x81\xa5eta_s" + b"\x91" * 500 + b"\x90",
-    "256 members at most": packed("roster", {"members": [b""] * 257}),
-    "member too large": packed("roster", {"members": [b"x" * 1025]}),
+    "128 members at most": packed("roster", {"members": [b""] * 129, "signature": SIGNATURE}),
+    "64 absent ones at most": packed("roster", {"members": [], "absent": [b""] * 65, "signature": SIGNATURE}),
+    "member too large": packed("roster", {"members": [b"x" * 1025], "signature": SIGNATURE}),
+    "a roster without a signature": packed("roster", {"members": [b"x"]}),
+    "short signature of a roster": packed("roster", {"members": [b"x"], "signature": SIGNATURE[1:]}),
     "reason too long": packed("no", {"reason": "x" * 201}),
     "short hash": packed("contribute", {"round_id": bytes(31)}),
     "short hash in a receipt": packed("receipt", {"round_id": HASH, "part_hashes": [b"x"]}),
+    "short state in a receipt": packed("receipt", {"round_id": HASH, "part_hashes": [], "state": b"x"}),
     "too many links": packed("heads", {"first": 0, "head": HASH, "links": [HASH] * 1025}),
     "a short link": packed("heads", {"first": 0, "head": HASH, "links": [HASH, bytes(31)]}),
     "no head": packed("heads", {"first": 0, "head": b"", "links": []}),
     "holder out of range": packed("commit", {"part_hashes": [HASH], "holders": [256]}),
     "negative holder": packed("commit", {"part_hashes": [HASH], "holders": [-1]}),
     "hash too short in a commit": packed("commit", {"part_hashes": [b""], "holders": [0]}),
+    "state too long in a commit": packed("commit", {"part_hashes": [], "holders": [], "state": bytes(33)}),
+    "no signature": packed("took", {}),
+    "an empty signature": packed("took", {"signature": b""}),
+    "signature too long": packed("took", {"signature": bytes(65)}),
+    "no signature over an earlier commit": packed("took-before", {"part_hashes": [HASH]}),
+    "no hash in an earlier commit": packed("took-before", {"part_hashes": [b""], "signature": SIGNATURE}),
+    "256 contributors at most": packed("certifies", {"full": bytes(33), "members": [], "signatures": []}),
+    "signer out of range": packed("certifies", {"full": b"", "members": [256], "signatures": [SIGNATURE]}),
+    "128 signers at most": packed("certifies", {"full": b"", "members": [0] * 129, "signatures": []}),
+    "128 signatures at most": packed("certifies", {"full": b"", "members": [], "signatures": [SIGNATURE] * 129}),
+    "short signature of a signer": packed("certifies", {"full": b"", "members": [0], "signatures": [b"x"]}),
+    "half a witness": packed("certifies", {"full": b"", "members": [], "signatures": [], "witness": SIGNATURE[:32]}),
+    "a large certificate": packed("ask-witness", {"link": HASH, "certificate": bytes(512 * 1024 + 1)}),
+    "no link": packed("ask-witness", {"link": b"", "certificate": b""}),
+    "an empty witness": packed("witnessed", {"signature": b""}),
+    "negative outer step": packed("ask-chain", {"since": -1}),
     "huge part": packed("ask-part", {"round_id": HASH, "part": 2**63, "hash": HASH}),
     "negative chunk": packed("ask-chunk", {"step": 0, "digest": HASH, "chunk": -1}),
     "huge chunk": packed("ask-chunk", {"step": 0, "digest": HASH, "chunk": 2**60}),
