@@ -797,11 +797,11 @@ def test_a_new_stream_of_a_member_outlives_its_old_one() -> None:
         first.close()
         found = await table.meet()
         assert table.members_of(table.groups(found, 0)) == [0, 2]
-        members = roster_of(found[0], table, b"another.")
-        answer = await again
+        members, group, answer = roster_of(found[0], table, b"another."), found[0], await again
+        assert isinstance(group, Group)
         assert isinstance(answer, Roster)
         assert answer.members == members
-        assert found[0].sealed == seal_roster(members, [], table.members[0])
+        assert group.sealed == seal_roster(members, [], table.members[0])
 
     run_simulated(main())
 
