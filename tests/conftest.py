@@ -29,7 +29,7 @@ def losses(monkeypatch: pytest.MonkeyPatch) -> Losses:
 
     def noted(self: Meeting, member: int, error: RemoteError | None) -> None:
         if member not in self.lost:
-            found.append((self.group.me, member, f"{type(error).__name__}: {error.reason}" if error else "silent"))
+            found.append((self.me, member, f"{type(error).__name__}: {error.reason}" if error else "silent"))
         lose(self, member, error)
 
     monkeypatch.setattr(Meeting, "lose", noted)

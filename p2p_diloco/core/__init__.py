@@ -38,7 +38,8 @@ Its files, from the bottom up:
     roster        who may meet in a round: readiness, who leads, whom a leader takes in
     group         a roster that its leader has signed, and what follows from it for all that read it
     certificate   who has made an update, and the signatures of most of them
-    swarm_head    which head is the swarm's; held-out losses; disputes about bits
+    lineage       a chain of headers and certificates, followed from one to the next
+    swarm_head    which head is the swarm's; held-out losses
     pace          how many inner steps a peer plans, and when its outer step is due
     waiting       waits that end, and can be cancelled
     buckets       token buckets: a rate that is kept, and how often a peer may ask

@@ -122,43 +122,6 @@ def from_nowhere(records: Iterable[Record], mine: Standing, before: Mapping[byte
     return [r for r in records if r.beyond_genesis and here.isdisjoint(way_of(r, before))]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Dispute:
-    """Peers that came the same way as I name another digest of the same state."""
-
-    others: tuple[str, ...]
-    """Peer ids of all who do, in the order of the records."""
-    majority: bytes | None
-    """Another digest than mine that more than half of all name, me counted in: two others at least. None: there is no
-    such digest."""
-
-
-def disputed(step: int, digest: bytes, heads: Mapping[int, bytes], records: Iterable[Record]) -> Dispute | None:
-    """Returns which peers' newest snapshots, at ``step`` like mine, are of another state than mine, of ``digest``; None
-    where all agree.
-
-    ``heads``: outer step -> head of my history. Heads name updates, not what came out of them; so peers on the same
-    head ought to have the same bits, and one that has other bits cannot tell by its head. Only peers are compared that
-    have ever committed and came to ``step`` and beyond by my heads.
-    """
-    same_way = [
-        r
-        for r in records
-        if r.beyond_genesis
-        and r.snapshot_step == step
-        and any(
-            heads.get(r.step - back) == head for back, head in enumerate((r.head, *r.heads)) if r.step - back >= step
-        )
-    ]
-    others = tuple(r.peer_id for r in same_way if r.snapshot_digest != digest)
-    if not others:
-        return None
-    named = Counter(r.snapshot_digest for r in same_way if r.snapshot_digest != digest)
-    most = min(named, key=lambda candidate: (-named[candidate], candidate))
-    outvoted = 2 * named[most] > len(same_way) + 1
-    return Dispute(others=others, majority=most if outvoted else None)
-
-
 def must_catch_up(mine: Standing, target: tuple[int, bytes] | None) -> bool:
     """Returns whether the swarm's head is neither mine nor one that I have passed."""
     return target is not None and target[1] != mine.head and target[1] not in mine.heads

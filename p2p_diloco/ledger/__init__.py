@@ -7,7 +7,8 @@ Its files, from the bottom up:
     disk      how a file gets there whole or not at all, and stays there
     snapshot  one outer state as a file, whole or not at all
     files     the files of a ledger, by name, and where those go that do not belong there
-    ledger    snapshots and updates on disk
+    chain     header and certificate of every update, from the genesis on
+    ledger    snapshots, updates and the chain on disk
     replay    a later state from a snapshot and the updates since, part by part
     replica   this peer's copy of the outer state, in memory and on disk
     folder    a run as it lies in a peer's folder

@@ -118,7 +118,7 @@ def load_state(run: Path, step: int | None = None) -> tuple[RunManifest, OuterSt
 @contextmanager
 def same_files(run: Path) -> Iterator[Path]:
     """Yields a folder with the same ledger: opening a ledger tidies it up, which its own peer alone may do. Hard links
-    where the file system has them, copies elsewhere."""
+    where the file system has them, copies elsewhere; always a copy of the chain, which its peer writes on in place."""
     try:
         temporary = tempfile.TemporaryDirectory(prefix=".view-", dir=run)
     except OSError:
@@ -130,6 +130,10 @@ def same_files(run: Path) -> Iterator[Path]:
                 with disk_errors(target), contextlib.suppress(FileNotFoundError):  # the peer removes old ones
                     target.parent.mkdir(parents=True, exist_ok=True)
                     link_or_copy(path, target)
+        chain = Path(folder) / "ledger" / "chain"  # the last, for it has all updates that are there
+        with disk_errors(chain), contextlib.suppress(FileNotFoundError):
+            chain.parent.mkdir(exist_ok=True)
+            shutil.copyfile(run / "ledger" / chain.name, chain)
         yield Path(folder)
 
 

@@ -2,8 +2,10 @@
 
     S_10, S_20       snapshots, one every so many outer steps: the last two are kept
     U_10, U_11, ...  updates, every one from the oldest of these snapshots on
+    the chain        header and certificate of every update from the genesis on (``chain``)
 
-Rules of this file: a file is written under a temporary name, synced and renamed, so that it is whole or not there; the
+Rules of this file: no update is here that the chain does not have, and it has one before the update's file is written;
+a file is written under a temporary name, synced and renamed, so that it is whole or not there; the
 same state makes the same bytes, so that a joiner can put a snapshot together from several donors; no file is believed
 because of its name; a damaged one costs what it holds and no more. Not safe for two processes at a time.
 """
@@ -12,11 +14,12 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import takewhile
 from pathlib import Path
 
+from p2p_diloco.core.certificate import Certificate, Certified
 from p2p_diloco.core.codec import Vector
 from p2p_diloco.core.grid import Grid
 from p2p_diloco.core.outer import OuterState
@@ -28,6 +31,7 @@ from p2p_diloco.core.update import (
     update_from_bytes,
     update_pieces,
 )
+from p2p_diloco.ledger.chain import Chain
 from p2p_diloco.ledger.disk import disk_errors, sync, write_whole
 from p2p_diloco.ledger.files import LedgerFiles, move_into
 from p2p_diloco.ledger.snapshot import SnapshotInfo, check_snapshot, save_snapshot, snapshot_bytes
@@ -63,6 +67,7 @@ class Ledger:
         self._snapshots: dict[int, SnapshotInfo] = {}
         self._files = LedgerFiles(folder)
         self.quarantined = self._files.quarantined
+        self.chain = Chain(self._files, grid)
         with disk_errors(folder):
             for path in self._files.updates():
                 self._open_update(path)
@@ -92,25 +97,20 @@ class Ledger:
         heads: dict[int, bytes] = {}
         for snapshot in self.snapshots():
             heads[snapshot.step] = snapshot.head
-            heads.update((header.step + 1, header.head) for header in self._following(snapshot.step, snapshot.head))
+            leading_on = following(self._headers, snapshot.step, snapshot.head)
+            heads.update((header.step + 1, header.head) for header in leading_on)
         return heads
 
     def way_to(self, step: int, head: bytes) -> tuple[SnapshotInfo, list[UpdateHeader]] | None:
         """Returns the newest snapshot from which updates lead to ``head`` at outer step ``step``, and these updates;
         None where no snapshot does."""
         for snapshot in reversed(self.snapshots()):
-            following = self._following(snapshot.step, snapshot.head)
-            updates = list(takewhile(lambda header: header.step < step, following))
+            leading_on = following(self._headers, snapshot.step, snapshot.head)
+            updates = list(takewhile(lambda header: header.step < step, leading_on))
             reached = (updates[-1].step + 1, updates[-1].head) if updates else (snapshot.step, snapshot.head)
             if reached == (step, head):
                 return snapshot, updates
         return None
-
-    def _following(self, step: int, head: bytes) -> Iterator[UpdateHeader]:
-        """Yields the updates that lead on from ``head`` at outer step ``step``, one after the other."""
-        while (header := self._headers.get(step)) is not None and header.parent == head:
-            yield header
-            step, head = step + 1, header.head
 
     def update_bytes(self, step: int) -> bytes | None:
         """Returns the update that leads from ``step`` to ``step + 1`` as it is served. It is read and verified at every
@@ -123,26 +123,42 @@ class Ledger:
         checked = self._read_update(step)
         return checked[1] if checked else None
 
-    def append(self, update: Update) -> None:
-        """Writes the update, which is durable on return. A history that contradicts it is abandoned. Raises ValueError
+    def append(self, update: Update, certificate: Certificate) -> None:
+        """Writes the update's entry in the chain, and then the update; both are durable on return. A history that
+        contradicts it is abandoned. Raises ValueError for an update of another model, or that does not follow."""
+        if self._headers.get(update.header.step) != update.header:
+            sound_pieces(update, self.grid)
+            self.extend([Certified(header=update.header, certificate=certificate)])
+            self.restore(update)
+
+    def restore(self, update: Update) -> None:
+        """Writes an update that the chain has, which is durable on return; any other is left aside. Raises ValueError
         for an update of another model."""
-        header = update.header
-        step, held, next_held = header.step, self._headers.get(header.step), self._headers.get(header.step + 1)
-        if held == header:
-            return
-        pieces = update_pieces(update)
-        size = sum(len(piece) for piece in pieces)
-        open_update(pieces[0], size, self.grid)  # refuse what opening would quarantine
-        snapshot = self._snapshots.get(step + 1)
-        if (
-            held is not None
-            or (next_held is not None and next_held.parent != header.head)
-            or (snapshot is not None and snapshot.head != header.head)
-        ):
-            self.truncate(step)
-        write_whole(self.update_path(step), pieces, size)
-        self._headers[step] = header
-        self.lost_updates.pop(step, None)
+        if self.chain.has(update.header) and self._headers.get(update.header.step) != update.header:
+            pieces = sound_pieces(update, self.grid)
+            write_whole(self.update_path(update.header.step), pieces, sum(len(piece) for piece in pieces))
+            self._headers[update.header.step] = update.header
+            self.lost_updates.pop(update.header.step, None)
+
+    def extend(self, entries: Sequence[Certified]) -> None:
+        """Leads the chain on with ``entries``, which follow one from the other; it is durable on return. A history that
+        contradicts them is abandoned. Raises ValueError, with nothing changed, when they do not follow."""
+        step = self.chain.changed_from(entries)
+        if step is not None:
+            if step < self.chain.end:
+                self.truncate(step)
+            self.chain.extend(entries)
+            for info in self.snapshots():
+                if self.chain.contradicts(info.step, info.head):
+                    self._snapshots.pop(info.step)
+                    self._files.quarantine(info.path, "the chain does not lead to it")
+
+    def go_back(self, step: int, entries: Sequence[Certified]) -> None:
+        """Abandons the updates from outer step ``step`` on, and later snapshots. The chain leads on from there, with
+        ``entries`` in it, as ``extend`` has them."""
+        changed_from = self.chain.changed_from(entries)
+        self.truncate(step, cut=self.chain.end if changed_from is None else changed_from)
+        self.chain.extend(entries)
 
     def write_snapshot(self, state: OuterState) -> None:
         """Writes a snapshot of ``state``, which must not change meanwhile. It is durable on return; what it makes
@@ -157,33 +173,29 @@ class Ledger:
         path = self._files.snapshot_path(step)
         self._add_snapshot(save_snapshot(parts, path, step=step, head=head, n=self.grid.n, run_id=self.run_id))
 
-    def adopt_snapshot(self, path: Path, digest: bytes | None = None) -> SnapshotInfo:
-        """Verifies a downloaded file on the same disk, moves it into place, and returns what is known of it. Raises
-        ValueError, with the file untouched, when its values do not have the digest that it names, or not ``digest``, or
-        when it is of another model or run."""
+    def adopt_snapshot(
+        self, path: Path, digest: bytes | None = None, entries: Sequence[Certified] = ()
+    ) -> SnapshotInfo:
+        """Verifies a downloaded file on the same disk, leads the chain on as ``extend`` does, moves the file into place,
+        and returns what is known of it. Raises ValueError, with the file untouched, when its values do not have the
+        digest that it names, or not ``digest``, when it is of another model or run, or when the chain does not lead to
+        it."""
         with disk_errors(path, snapshot_bytes(self.grid.n)):
             info = check_snapshot(path, n=self.grid.n, run_id=self.run_id)
             if digest not in (None, info.digest):
                 raise ValueError(f"another snapshot, of outer step {info.step}")
-            if not self._leads_on(info.step, info.head):
-                self.truncate(info.step)
+            self.extend(entries)
+            if info.step > self.chain.end or self.chain.contradicts(info.step, info.head):
+                raise ValueError(f"the chain does not lead to the snapshot of outer step {info.step}")
             held = self._snapshots.get(info.step)
-            if held is not None and held.head == info.head and held.digest != info.digest:
-                self._files.quarantine(held.path, "most peers have other bits there")
+            if held is not None and held.digest != info.digest:
+                self._files.quarantine(held.path, "its certificate names other bits")
             sync(path)
             os.replace(path, self._files.snapshot_path(info.step))
             sync(self.folder / "snapshots")
         info = replace(info, path=self._files.snapshot_path(info.step))
         self._add_snapshot(info)
         return info
-
-    def _leads_on(self, step: int, head: bytes) -> bool:
-        """Whether the snapshots after outer step ``step`` are of a history that passed ``head`` there."""
-        lost, later = self.lost_snapshots.get(step), [s for s in sorted(self._snapshots) if s > step]
-        if not later or (lost is not None and lost.head == head):
-            return True
-        there = (later[0], self._snapshots[later[0]].head)
-        return any((header.step + 1, header.head) == there for header in self._following(step, head))
 
     def lose_update(self, header: UpdateHeader, reason: str) -> None:
         """Goes on without an update whose file is damaged or gone, and remembers that it ought to be here."""
@@ -205,31 +217,34 @@ class Ledger:
         self._files.quarantine(self.update_path(header.step), reason)
         return True
 
-    def truncate(self, step: int) -> None:
-        """Abandons the updates from outer step ``step`` on, and later snapshots: the swarm did not share them."""
-        # The newest first, so that a crash in the middle leaves an unbroken history.
+    def truncate(self, step: int, *, cut: int | None = None) -> None:
+        """Abandons the updates from outer step ``step`` on, and later snapshots: the swarm did not share them. The
+        chain is cut there, or at outer step ``cut``."""
+        cut = step if cut is None else cut
+        # The newest first, and the chain last, so that a crash in the middle leaves an unbroken history.
         snapshots = [s for s in sorted(self._snapshots, reverse=True) if s > step]
         updates = [s for s in sorted(self._headers, reverse=True) if s >= step]
         self.lost_snapshots = {s: lost for s, lost in self.lost_snapshots.items() if s <= step}
         self.lost_updates = {s: lost for s, lost in self.lost_updates.items() if s < step}
-        if not snapshots and not updates:
-            return
-        with self._files.abandoning() as history:
-            for s in snapshots:
-                move_into(history, self._files.snapshot_path(s))
-                self._snapshots.pop(s, None)
-            for s in updates:
-                move_into(history, self.update_path(s))
-                self._headers.pop(s, None)
-        logger.warning("ledger: %d updates from outer step %d on moved to %s", len(updates), step, history)
+        if snapshots or updates:
+            with self._files.abandoning() as history:
+                self.chain.save_from(cut, history / self.chain.path.name)
+                for s in snapshots:
+                    move_into(history, self._files.snapshot_path(s))
+                    self._snapshots.pop(s, None)
+                for s in updates:
+                    move_into(history, self.update_path(s))
+                    self._headers.pop(s, None)
+            logger.warning("ledger: %d updates from outer step %d on moved to %s", len(updates), step, history)
+        self.chain.truncate(cut)
 
     def _open_update(self, path: Path) -> None:
-        with path.open("rb") as file:
-            start = file.read(max_update_start_bytes(self.grid))
         try:
-            header = open_update(start, path.stat().st_size, self.grid)
+            header = read_header(path, self.grid)
             if path != self.update_path(header.step):
                 raise ValueError(f"it is update {header.step}")
+            if not self.chain.has(header):
+                raise ValueError("the chain has no certificate of it")
         except ValueError as error:
             self._files.quarantine(path, str(error))
         else:
@@ -240,6 +255,8 @@ class Ledger:
             info = check_snapshot(path, n=self.grid.n, run_id=self.run_id)
             if path != self._files.snapshot_path(info.step):
                 raise ValueError(f"it is the snapshot of outer step {info.step}")
+            if self.chain.contradicts(info.step, info.head):
+                raise ValueError("the chain does not lead to it")
         except ValueError as error:
             self._files.quarantine(path, str(error))
         else:
@@ -264,9 +281,6 @@ class Ledger:
     def _add_snapshot(self, info: SnapshotInfo) -> None:
         self._snapshots[info.step] = info
         self.lost_snapshots.pop(info.step, None)
-        following = self._headers.get(info.step)
-        if following is not None and following.parent != info.head:
-            self.truncate(info.step)
         self._prune()
 
     def _prune(self) -> None:
@@ -280,3 +294,25 @@ class Ledger:
             for step in [s for s in sorted(self._headers) if s < oldest]:
                 self._headers.pop(step, None)
                 self.update_path(step).unlink(missing_ok=True)
+
+
+def following(headers: Mapping[int, UpdateHeader], step: int, head: bytes) -> Iterator[UpdateHeader]:
+    """Yields the updates that lead on from ``head`` at outer step ``step``, one after the other."""
+    while (header := headers.get(step)) is not None and header.parent == head:
+        yield header
+        step, head = step + 1, header.head
+
+
+def sound_pieces(update: Update, grid: Grid) -> list[bytes]:
+    """Returns the bytes of an update, in pieces. Raises ValueError for what opening a ledger would quarantine."""
+    pieces = update_pieces(update)
+    open_update(pieces[0], sum(len(piece) for piece in pieces), grid)
+    return pieces
+
+
+def read_header(path: Path, grid: Grid) -> UpdateHeader:
+    """Returns the header of an update's file. Raises ValueError when the file is none, or of another size than its
+    header makes it."""
+    with path.open("rb") as file:
+        start = file.read(max_update_start_bytes(grid))
+    return open_update(start, path.stat().st_size, grid)

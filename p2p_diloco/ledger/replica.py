@@ -1,28 +1,31 @@
 """One peer's copy of the outer state: in memory, and on disk as a ledger. The two move together or not at all.
 
-An update is on the disk before it is applied, so a crash at any instant leaves a state that the ledger leads to.
-Memory and disk are compared at every snapshot, which is made from the files alone: a bit that flips in memory gets
-neither onto the disk nor to other peers. Methods block (disk, hashing); the network side calls them in a thread, one at
-a time.
+Certificate and update are on the disk before the update is applied, so a crash at any instant leaves a state that the
+ledger leads to. Memory and disk are compared at every snapshot, which is made from the files alone: a bit that flips in
+memory gets neither onto the disk nor to other peers. Methods block (disk, hashing); the network side calls them in a
+thread, one at a time.
 """
 
 from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 
+from p2p_diloco.core.certificate import Certificate, Certified
 from p2p_diloco.core.codec import Vector
 from p2p_diloco.core.errors import Gap, LedgerError
+from p2p_diloco.core.group import RosterRules
+from p2p_diloco.core.known import Known
 from p2p_diloco.core.manifest import RunManifest
 from p2p_diloco.core.outer import OuterState, apply_checked, check_update
 from p2p_diloco.core.swarm_head import Standing
-from p2p_diloco.core.update import Update, UpdateHeader
+from p2p_diloco.core.update import Update, UpdateHeader, in_most_parts
 from p2p_diloco.ledger.ledger import Ledger
 from p2p_diloco.ledger.replay import Replay, load
 from p2p_diloco.ledger.snapshot import SnapshotInfo
@@ -59,31 +62,46 @@ class Replica:
         """Made since somebody last looked, who takes them out."""
         self._flipped = 0
         """Values that a ``mend`` under way has found to be wrong."""
+        self.rules = RosterRules.of(manifest)
+        """What the run says of rosters, and with that of certificates."""
         self._lock = threading.Lock()
 
     def load(self, at_most: int | None = None) -> bool:
-        """Takes the newest state that the ledger leads to, or that at outer step ``at_most``. False: there is none."""
+        """Takes the newest state that ledger and chain lead to, or that at outer step ``at_most``. False: there is
+        none."""
         with self._lock:
             return self._load(at_most)
 
     def _load(self, at_most: int | None) -> bool:
+        end = self.ledger.chain.end  # who is known beyond cannot be told
+        at_most = end if at_most is None else min(at_most, end)
         self.state = load(self.ledger, self.theta, self.momentum, at_most=at_most)
         self.sound = True
         return self.state is not None
 
-    def commit(self, update: Update) -> None:
-        """Writes the update, then applies it. Raises ValueError, with nothing changed, when it does not follow from the
-        state."""
+    def commit(self, update: Update, certificate: Certificate) -> None:
+        """Writes certificate and update, then applies it. The certificate's signatures have been verified before.
+        Raises ValueError, with nothing changed, when the update does not follow from the state, or others are in most
+        of its parts than the certificate has."""
         with self._lock:
             state, outer = self.loaded, self.manifest.spec.outer
+            if certificate.full != in_most_parts([part.mask for part in update.parts]):
+                raise ValueError(f"update {update.header.step} has others in most of its parts than its certificate")
             check_update(state, update, self.ledger.grid)
-            self.ledger.append(update)
+            self.ledger.append(update, certificate)
             apply_checked(state, update, self.ledger.grid, lr=outer.lr, momentum=outer.momentum)
 
-    def roll_back(self, step: int) -> None:
-        """Goes back to outer step ``step``, which the ledger leads to, and put aside what came after."""
+    def extend(self, entries: Sequence[Certified]) -> None:
+        """Takes verified headers and certificates into the chain, as ``Ledger.extend`` does. What it abandons may be
+        what led to the state in memory."""
         with self._lock:
-            self.ledger.truncate(step)
+            self.ledger.extend(entries)
+
+    def roll_back(self, step: int, entries: Sequence[Certified] = ()) -> None:
+        """Goes back to outer step ``step``, which the ledger leads to, and puts aside what came after. The chain leads
+        on from there by ``entries``, which have been verified."""
+        with self._lock:
+            self.ledger.go_back(step, entries)
             self._load(step)
             if self.state is None or self.state.step != step:
                 raise Gap(f"{self.ledger.folder}: no longer leads to outer step {step}; restart to download it")
@@ -144,10 +162,39 @@ class Replica:
             )
         return second
 
-    def adopt_snapshot(self, path: Path, digest: bytes) -> None:
-        """Takes in a downloaded snapshot as ``Ledger.adopt_snapshot`` does; the state in memory stays what it is."""
+    def adopt_snapshot(self, path: Path, digest: bytes, entries: Sequence[Certified] = ()) -> None:
+        """Takes in a downloaded snapshot as ``Ledger.adopt_snapshot`` does; the state in memory stays what it is.
+        ``entries`` have been verified."""
         with self._lock:
-            self.ledger.adopt_snapshot(path, digest)
+            self.ledger.adopt_snapshot(path, digest, entries)
+
+    def digest_due(self) -> bytes:
+        """Returns the digest of the state where a snapshot of it is due, and nothing elsewhere. It is that of the
+        snapshot, which was made from the files, where there is one. Blocks: it hashes 8 bytes for each parameter
+        otherwise, or waits for a snapshot that is being made."""
+        with self._lock:
+            state = self.loaded
+            if self.ledger.newest_due(state.step) != state.step:
+                return b""
+            made = (s.digest for s in self.ledger.snapshots() if (s.step, s.head) == (state.step, state.head))
+            return next(made, None) or state.digest()
+
+    def certified_digest(self, step: int) -> bytes:
+        """Returns the digest of the state at an outer step, as the manifest names it, or the certificate of the update
+        that leads on from there; empty where none does."""
+        if step == 0:
+            return bytes.fromhex(self.manifest.genesis)
+        entry = self.ledger.chain.entry(step)
+        return b"" if entry is None else entry.certificate.state
+
+    def signers(self, step: int) -> tuple[str, ...]:
+        """Returns the ids of the members that have signed the certificate of the update that leads on from an outer
+        step; none where there is none."""
+        entry = self.ledger.chain.entry(step)
+        if entry is None:
+            return ()
+        ids = [peer_id for peer_id, _ in entry.header.contributors]
+        return tuple(ids[member] for member, _ in entry.certificate.signatures)
 
     # -- repairs -----------------------------------------------------------------------------------------------------
 
@@ -175,10 +222,10 @@ class Replica:
         return [header for step, header in sorted(self.ledger.lost_updates.items()) if step < self.loaded.step]
 
     def fill(self, update: Update) -> None:
-        """Takes in an update that is lost; one that is not, changes nothing."""
+        """Takes in an update that is lost, whose certificate the chain has; one that is not, changes nothing."""
         with self._lock:
             if update.header in self.lost_updates():
-                self.ledger.append(update)
+                self.ledger.restore(update)
                 self._note(Repair(what="update", step=update.header.step, how="fetched"))
 
     def do_without(self) -> None:
@@ -224,6 +271,10 @@ class Replica:
                 break
             way.append(header.parent)
         return Standing(step=state.step, head=state.head, heads=tuple(way[1:]))
+
+    def known(self) -> Known:
+        """Returns who is known where the state stands."""
+        return self.ledger.chain.known_at(self.loaded.step)
 
     def contributors(self, steps: int) -> set[str]:
         """Returns the ids of the peers that have contributed to any of the last ``steps`` updates, as far as these are

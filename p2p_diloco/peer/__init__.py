@@ -7,8 +7,9 @@ Its files, from the bottom up:
     control      what trainer and network process say to each other
     download     chunks or updates from several donors at a time
     donors       which peers serve what, and the way that one of them shows
+    chains       the chain from a donor, verified before anything is taken along it
     snapshots    a snapshot from donors: which one to believe, its index, its chunks
-    catchup      how it goes there: heads, updates and snapshots from donors
+    catchup      how it goes there: chain, updates and snapshots from donors
     turns        who has one of a donor's upload slots, and when it loses it
     uploads      what a donor sends to those who catch up
     upkeep       snapshots in time, damage found and mended, bits compared with the others'

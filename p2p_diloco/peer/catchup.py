@@ -1,14 +1,17 @@
-"""How a peer gets to the swarm's head: heads, updates and snapshots from donors. What donors do is in ``uploads``, and
+"""How a peer gets to the swarm's head: chain, updates and snapshots from donors. What donors do is in ``uploads``, and
 when a peer sets out is in ``follower``.
 
 ``Catchup.to`` is the one procedure for a newcomer, for a peer that was away or missed a round, and for one that went
 another way:
 
-    1. ask a donor, the guide, which heads lead to the target: it can leave some out, but invent none (``donors``)
-    2. find the newest outer step at which its ledger and mine agree; where there is none, download a snapshot
-       (``snapshots``)
-    3. go back there, if I am elsewhere
-    4. fetch the updates that lead along those heads, and commit them in order (``download``)
+    1. ask a donor, the guide, from which outer step on it has updates to the target, and what their heads are: it can
+       leave some out, but invent none (``donors``)
+    2. follow its chain to the target from where it leaves mine, or from the genesis: each certificate is verified
+       (``chains``)
+    3. find the newest outer step at which its ledger and mine agree; where there is none, download a snapshot whose
+       digest a certificate names (``snapshots``)
+    4. go back there, if I am elsewhere
+    5. fetch the updates that lead along those heads, and commit them in order (``download``)
 
 Snapshots and updates come from several donors at a time, each piece verified alone: a chunk by its hash, which the
 snapshot's digest vouches for, an update by the head that it leads to. What has been downloaded stays, whatever comes
@@ -21,12 +24,14 @@ import asyncio
 import logging
 from dataclasses import dataclass
 
-from p2p_diloco.core.errors import Misbehaved, Refused, RemoteError
+from p2p_diloco.core.certificate import Certificate
+from p2p_diloco.core.errors import LedgerError, Misbehaved, Refused, RemoteError
 from p2p_diloco.core.events import EventLog
 from p2p_diloco.core.records import Record
 from p2p_diloco.core.update import Update
 from p2p_diloco.core.waiting import deadline, heard
 from p2p_diloco.ledger.replica import Replica
+from p2p_diloco.peer.chains import Chains, Way
 from p2p_diloco.peer.donors import Donors
 from p2p_diloco.peer.download import Download, Tally, Updates, drop
 from p2p_diloco.peer.snapshots import Snapshots
@@ -51,6 +56,16 @@ class CaughtUp:
     """Peers that chunks or updates came from."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Ahead:
+    """An update that was fetched before it is committed."""
+
+    update: Update
+    certificate: Certificate
+    donor: str
+    """Peer id of who sent the update."""
+
+
 class Catchup:
     """Brings the replica to the swarm's head. The caller sees to it that nobody else moves it while ``to`` runs."""
 
@@ -58,13 +73,14 @@ class Catchup:
         self.here = here
         self.replica = replica
         self.donors = Donors(here=here)
+        self.chains = Chains(here=here, replica=replica)
         self.snapshots = Snapshots(here=here, replica=replica, events=events, donors=self.donors)
         self.promising = False
         """After a ``to`` that did not succeed: something came, or a donor was busy, so it is worth asking again."""
         self._given_up = 0
         """Outer steps that were rolled back since the last catch-up that succeeded."""
-        self._ahead: tuple[Update, str] | None = None
-        """The update that ``fetch_ahead`` got, and the id of the peer that sent it."""
+        self._ahead: Ahead | None = None
+        """What ``fetch_ahead`` got."""
         self._grid = replica.ledger.grid
 
     async def to(self, target: tuple[int, bytes]) -> CaughtUp | None:
@@ -91,12 +107,17 @@ class Catchup:
         return None
 
     async def fetch_ahead(self, target: tuple[int, bytes]) -> None:
-        """Fetches the update to ``target``, where it is the only one that is missing, for ``to`` to commit later. While
-        the trainer ends its inner step the state must not move; a peer that fetched only then could be one outer step
-        late for ever."""
-        state = self.replica.loaded
-        if target[0] == state.step + 1 and (self._ahead is None or self._ahead[0].header.head != target[1]):
-            self._ahead = await self._fetch_one(state.step, target[1], self.donors.of_head(target[1]))
+        """Fetches the update to ``target`` and its certificate, where it is the only one that is missing, for ``to`` to
+        commit later. While the trainer ends its inner step the state must not move; a peer that fetched only then could
+        be one outer step late for ever."""
+        step = self.replica.loaded.step
+        if target[0] != step + 1 or (self._ahead is not None and self._ahead.update.header.head == target[1]):
+            return
+        entry = await self.chains.entry_after(step, target[1], self.donors.of_head(target[1]))
+        if entry is not None:
+            found = await self._fetch_one(step, target[1], self.donors.of_head(target[1]))
+            if found is not None:
+                self._ahead = Ahead(update=found[0], certificate=entry.certificate, donor=found[1])
 
     async def learn_way(self, record: Record) -> None:
         """Asks a peer how it came to where its record says that it stands, and tells the directory. It ends within
@@ -127,22 +148,24 @@ class Catchup:
     # -- the way -----------------------------------------------------------------------------------------------------
 
     async def _go(self, guide: Record, target: tuple[int, bytes], tally: Tally) -> bool:
-        """Follows one guide: steps 1 to 4 of this file. Returns whether the replica is at the target now."""
+        """Follows one guide: steps 1 to 5 of this file. Returns whether the replica is at the target now."""
         path = await self.donors.ask_path(guide, target)
-        if path is None:
+        way = None if path is None else await self.chains.follow(guide, path, target, tally)
+        if path is None or way is None:
             return False
         common = await asyncio.to_thread(self._common_step, path)
         if common is None:
-            given_up = self._beside(path)
-            if not await self.snapshots.fetch_newest(path, target, tally):
+            start = self.replica.state
+            if not await self.snapshots.fetch_newest(path, way, tally):
                 return False
             await asyncio.to_thread(self.replica.load)
             tally.snapshot = True
-            self._given_up += given_up
+            self._given_up += max(start.step - way.step, 0) if start and way.entries else 0
+            way = Way(step=target[0])  # all of it is in my chain now
             common = await asyncio.to_thread(self._common_step, path)
             if common is None:
                 return False  # the disk has lost it again
-        return await self._commit_updates(path, common, target, tally)
+        return await self._commit_updates(path, common, way, tally)
 
     def _arrived(self, from_step: int | None, target: tuple[int, bytes], tally: Tally) -> CaughtUp:
         rolled_back, self._given_up = self._given_up, 0
@@ -161,23 +184,15 @@ class Catchup:
         agreed = [step for step, head in mine.items() if path.get(step) == head]
         return max(agreed, default=None)
 
-    def _beside(self, path: dict[int, bytes]) -> int:
-        """Counts the outer steps of mine that ``path`` leads past: the fork may be older than what either of us
-        keeps."""
-        since = min(path)
-        return sum(path.get(step) != head for step, head in self.replica.ledger.heads().items() if step >= since)
-
     # -- updates -----------------------------------------------------------------------------------------------------
 
-    async def _commit_updates(
-        self, path: dict[int, bytes], common: int, target: tuple[int, bytes], tally: Tally
-    ) -> bool:
-        """Fetches and commits the updates from ``common`` along ``path``. Returns whether that has led to the target.
-        What the replica has committed beyond ``common`` is given up no sooner than there is something to take in its
+    async def _commit_updates(self, path: dict[int, bytes], common: int, way: Way, tally: Tally) -> bool:
+        """Fetches and commits the updates from ``common`` along ``path``. Returns whether that has led to its end. What
+        the replica has committed beyond ``common`` is given up no sooner than there is something to take in its
         place."""
-        step, last = common, target[0]
+        step, last = common, max(path)
         wanted = self._updates(path, step)
-        donors = self.donors.of_head(target[1])
+        donors = self.donors.of_head(path[last])
         download = Download(
             here=self.here, wanted=wanted, items=range(step, last), limit=step + wanted.ahead, donors=donors
         )
@@ -187,15 +202,15 @@ class Catchup:
                 changed = download.changed.event
                 found = wanted.take()
                 if found is not None:
-                    await self._roll_back(step)
-                    await self._commit(*found)
+                    await self._roll_back(step, way)
+                    await self._commit_along(*found)
                     step += 1
                     download.allow(step + wanted.ahead)
                 elif download.over:
                     return await running
                 else:
                     await heard(changed, self.here.timeouts.reduced_part_s)
-            await self._roll_back(last)
+            await self._roll_back(last, way)
             return True
         finally:
             running.cancel()
@@ -204,28 +219,37 @@ class Catchup:
 
     async def _commit_ahead(self, target: tuple[int, bytes], tally: Tally) -> bool:
         """Commits what was fetched ahead, if it leads to the target. Returns whether the replica is there now."""
-        (found, self._ahead), state = (self._ahead, None), self.replica.state
-        if found is None or state is None or (found[0].header.parent, found[0].header.head) != (state.head, target[1]):
+        (ahead, self._ahead), state = (self._ahead, None), self.replica.state
+        found = None if ahead is None else (ahead.update.header.parent, ahead.update.header.head)
+        if ahead is None or state is None or found != (state.head, target[1]):
             return False
         try:
-            await self._commit(*found)
+            await self._commit(ahead.update, ahead.certificate, ahead.donor)
         except RemoteError as error:
             drop(error, self.here)
             return False
-        tally.donors.add(found[1])
+        tally.donors.add(ahead.donor)
         return True
 
-    async def _roll_back(self, step: int) -> None:
-        """Takes the replica back to an outer step of the ledger; where it stands there, nothing happens."""
+    async def _roll_back(self, step: int, way: Way) -> None:
+        """Takes the replica back to an outer step of the ledger, and its chain to ``way``; where it stands there,
+        nothing happens."""
         state = self.replica.state
         if state is not None and state.step == step:
             return
         self._given_up += 0 if state is None else max(state.step - step, 0)
-        await asyncio.to_thread(self.replica.roll_back, step)
+        await asyncio.to_thread(self.replica.roll_back, step, way.entries)
 
-    async def _commit(self, update: Update, donor: str) -> None:
+    async def _commit_along(self, update: Update, donor: str) -> None:
+        """Commits an update of which my chain has the entry."""
+        entry = await asyncio.to_thread(self.replica.ledger.chain.entry, update.header.step)
+        if entry is None:
+            raise LedgerError(f"{self.replica.ledger.chain.path}: is damaged; restart to mend it")
+        await self._commit(update, entry.certificate, donor)
+
+    async def _commit(self, update: Update, certificate: Certificate, donor: str) -> None:
         try:
-            await asyncio.to_thread(self.replica.commit, update)
+            await asyncio.to_thread(self.replica.commit, update, certificate)
         except ValueError as error:
             raise Misbehaved(donor, f"serves {error}") from error
 

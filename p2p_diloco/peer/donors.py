@@ -6,8 +6,6 @@ What a record says that its peer has is a reason to ask, and no more: everything
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 from p2p_diloco.core.errors import Misbehaved
@@ -46,17 +44,6 @@ class Donors:
         serving = self.serving()
         naming = [r for r in serving if (r.snapshot_step, r.snapshot_digest) == (step, digest)]
         return naming + [r for r in serving if r.snapshot_step > step]
-
-    def snapshots(self, head: bytes, path: Mapping[int, bytes], genesis: bytes) -> list[tuple[int, bytes]]:
-        """Returns (outer step, digest) of the snapshots along ``path`` that donors of ``head`` offer, the most credible
-        one first: the one that most peers name, then the newest. Outer step 0 is believed only with the digest
-        ``genesis``, which the manifest names.
-
-        Known weakness: where a snapshot is so new that few have it yet, few can lie about it."""
-        named = Counter((record.snapshot_step, record.snapshot_digest) for record in self.serving())
-        offered = {(record.snapshot_step, record.snapshot_digest) for record in self.of_head(head)}
-        believed = [(step, digest) for step, digest in offered if step in path and (step > 0 or digest == genesis)]
-        return sorted(believed, key=lambda one: (-named[one], -one[0], one[1]))
 
     async def ask_path(self, guide: Record, target: tuple[int, bytes]) -> dict[int, bytes] | None:
         """Asks one donor which heads lead to the target. Returns outer step -> head, without a gap and up to the

@@ -17,6 +17,7 @@ from p2p_diloco.round.settle import Settlement
 from p2p_diloco.wire.channel import Channel
 from p2p_diloco.wire.message import Message
 from p2p_diloco.wire.messages import (
+    AskChain,
     AskChunk,
     AskCommit,
     AskHeads,
@@ -37,7 +38,7 @@ from p2p_diloco.wire.probe_messages import AskDialBack, AskTransfer
 ROUNDS_KEPT = 2
 """Finished rounds whose parts are still served to members that are late."""
 OF_A_ROUND = (Contribute, Receipt, AskPart, AskCommit)
-OF_A_DONOR = (AskHeads, AskIndex, AskChunk, AskUpdate)
+OF_A_DONOR = (AskHeads, AskChain, AskIndex, AskChunk, AskUpdate)
 REQUESTS = (Ready, Closing, *OF_A_ROUND, AskWitness, *OF_A_DONOR, AskDialBack, AskTransfer, Push)
 MAX_REQUEST_BYTES = 4096
 RECEIPT_BYTES = 34

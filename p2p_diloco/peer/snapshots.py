@@ -4,7 +4,8 @@
     chunks   from several donors at a time, each verified by its hash; what has come stays on the disk, also when the
              download breaks off, and the next one goes on from there
 
-A snapshot is believed when its digest is the manifest's (outer step 0) or the one that most peers name.
+A snapshot is believed when its digest is the manifest's (outer step 0), or that in the certificate of the update that
+leads on from it.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from p2p_diloco.core.outer import state_digest
 from p2p_diloco.core.records import Record
 from p2p_diloco.ledger.replica import Replica
 from p2p_diloco.ledger.snapshot import IncomingSnapshot, chunk_slices, remove_incoming, snapshot_bytes
+from p2p_diloco.peer.chains import Way
 from p2p_diloco.peer.donors import Donors
 from p2p_diloco.peer.download import Chunks, Download, Tally, drop
 from p2p_diloco.round.here import Here
@@ -43,19 +45,18 @@ class Snapshots:
     async def fetch(self, step: int, digest: bytes, tally: Tally) -> bool:
         """Downloads the snapshot with this digest, whoever has it. Returns whether it is in the ledger now."""
         incoming = await self._ask_index(step, digest, tally)
-        return incoming is not None and await self._download(incoming, tally)
+        return incoming is not None and await self._download(incoming, Way(step=step), tally)
 
-    async def fetch_newest(self, path: Mapping[int, bytes], target: tuple[int, bytes], tally: Tally) -> bool:
-        """Downloads the most credible snapshot from which the updates along ``path`` lead to the target. Returns
-        whether there is one in the ledger now."""
-        genesis = bytes.fromhex(self.replica.manifest.genesis)
-        for step, digest in self.donors.snapshots(target[1], path, genesis):
-            incoming = await self._ask_index(step, digest, tally)
-            if incoming is None:
-                return False  # who has it cannot serve now; that is no reason to believe fewer others
-            if incoming.head == path[step]:
-                return await self._download(incoming, tally)
-            log.info("the snapshot of outer step %d that most donors name is of another history", step)
+    async def fetch_newest(self, path: Mapping[int, bytes], way: Way, tally: Tally) -> bool:
+        """Downloads the newest snapshot that a donor gives of those from which the updates along ``path`` lead on, and
+        whose digest ``way`` vouches for. Returns whether there is one in the ledger now."""
+        for step in sorted(path, reverse=True):
+            if self.replica.ledger.newest_due(step) != step:
+                continue
+            digest = await asyncio.to_thread(way.state_at, step, self.replica)
+            incoming = await self._ask_index(step, digest, tally) if digest else None
+            if incoming is not None and incoming.head == path[step]:
+                return await self._download(incoming, way, tally)
         return False
 
     async def tidy(self) -> None:
@@ -91,8 +92,8 @@ class Snapshots:
             raise Misbehaved(donor.peer_id, "serves the index of another snapshot")
         return index
 
-    async def _download(self, incoming: IncomingSnapshot, tally: Tally) -> bool:
-        """Returns whether all chunks came, and the snapshot is in the ledger now."""
+    async def _download(self, incoming: IncomingSnapshot, way: Way, tally: Tally) -> bool:
+        """Returns whether all chunks came, and the snapshot is in the ledger now, whose chain is on ``way`` then."""
         async with self._downloading:
             held = await asyncio.to_thread(incoming.open)
             chunks = range(len(incoming.slices))
@@ -115,7 +116,7 @@ class Snapshots:
             finally:
                 tally.add(download)
             try:
-                await asyncio.to_thread(self.replica.adopt_snapshot, incoming.path, incoming.digest)
+                await asyncio.to_thread(self.replica.adopt_snapshot, incoming.path, incoming.digest, way.entries)
             except ValueError as error:
                 log.warning("what was downloaded is not what the disk gives back (%s); look at the disk", error)
                 await asyncio.to_thread(remove_incoming, incoming.path.parent)

@@ -2,7 +2,7 @@
 
     snapshot   when one is due: the files since the last one are verified, and memory is compared with what they lead to
     gaps       an update whose file was damaged is fetched again; if nobody has it, a fresh snapshot stands in for it
-    dispute    peers that came the same way name other digests of the same state: what most of them name is taken
+    dispute    the certificate of an update names another digest of the state that it leads on from: that state is taken
 
 Files are read in threads, while training goes on; memory is mended only when its owner (``Peer``) says that nobody uses
 it. All bytes that a restart needs are read once between two snapshots: 8 a parameter for the older one, and what the
@@ -19,7 +19,6 @@ from dataclasses import dataclass, field
 from p2p_diloco.core.errors import Gap
 from p2p_diloco.core.event import DamageRepaired, PhaseBegan, StateDisputed
 from p2p_diloco.core.events import EventLog
-from p2p_diloco.core.swarm_head import Dispute, disputed
 from p2p_diloco.core.waiting import Bell, heard
 from p2p_diloco.ledger.replica import Replica
 from p2p_diloco.peer.catchup import Catchup
@@ -44,8 +43,8 @@ class Upkeep:
     _snapshot: asyncio.Task[None] | None = None
     _due: Bell = field(default_factory=Bell)
     """There is something to do now."""
-    _told: tuple[int, Dispute] | None = None
-    """The last dispute, and the outer step that it was about."""
+    _told: tuple[int, bytes] | None = None
+    """Outer step and digest of my last snapshot that was found to be wrong."""
 
     async def run(self) -> None:
         """Mends what there is to mend, every ``record_every_s``, after each snapshot and when an update is lost, until
@@ -129,19 +128,19 @@ class Upkeep:
         return bool(lost)
 
     async def _compare(self) -> None:
-        """Compares my newest snapshot with the others'. Everybody's follows from their own files, so one that differs
-        has been wrong since its peer joined, or is of a machine that computes otherwise."""
-        mine = self.replica.newest_snapshot()
-        records = self.here.live()
-        dispute = disputed(mine.step, mine.digest, self.replica.ledger.heads(), records)
-        if dispute is None:
-            return
-        if (mine.step, dispute) != self._told:
-            self._told = (mine.step, dispute)
-            self.events.write(StateDisputed(step=mine.step, others=dispute.others))
-            log.warning("the state at outer step %d has other bits at %s", mine.step, ", ".join(dispute.others))
-        if dispute.majority is not None and await self.catchup.fetch_snapshot(mine.step, dispute.majority):
-            self.replica.took_snapshot(mine.step)
+        """Compares my snapshots with the digests that manifest and certificates name. Mine follow from my own files, so
+        one that differs has been wrong since I joined, or my machine computes otherwise than those that signed."""
+        for mine in self.replica.ledger.snapshots():
+            digest = await asyncio.to_thread(self.replica.certified_digest, mine.step)
+            if digest in (b"", mine.digest):
+                continue
+            if (mine.step, mine.digest) != self._told:
+                self._told = mine.step, mine.digest
+                others = await asyncio.to_thread(self.replica.signers, mine.step)
+                self.events.write(StateDisputed(step=mine.step, others=others))
+                log.warning("the state at outer step %d has other bits at %s", mine.step, ", ".join(others))
+            if await self.catchup.fetch_snapshot(mine.step, digest):
+                self.replica.took_snapshot(mine.step)
 
     def _report(self) -> None:
         while self.replica.repairs:

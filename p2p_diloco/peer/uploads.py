@@ -1,9 +1,9 @@
-"""What a donor sends from its ledger to those who catch up: heads, updates, and snapshots in chunks.
+"""What a donor sends from its ledger to those who catch up: heads, the chain, updates, and snapshots in chunks.
 
 One stream carries any number of requests, answered one by one. It takes one of a few slots with its first update or
-chunk, and keeps it to its end, unless it takes things too slowly (``turns``); who finds none is told so, and asks
-another donor. Training goes on meanwhile: files are read and hashed in threads, a snapshot takes no memory but for the
-chunk that is being sent, and the rate can be limited.
+chunk, or much of the chain, and keeps it to its end, unless it takes things too slowly (``turns``); who finds none is
+told so, and asks another donor. Training goes on meanwhile: files are read and hashed in threads, a snapshot takes no
+memory but for the chunk that is being sent, and the rate can be limited.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from collections import deque
 from itertools import islice
 from typing import TypeGuard
 
+import msgpack
+
 from p2p_diloco.core.buckets import Rate
 from p2p_diloco.core.config import Timeouts
 from p2p_diloco.core.errors import Gone, Silent
@@ -25,14 +27,29 @@ from p2p_diloco.ledger.ledger import Ledger
 from p2p_diloco.ledger.snapshot import SnapshotInfo, chunk_hash, chunk_slices, read_chunk
 from p2p_diloco.peer.turns import Turn, Turns
 from p2p_diloco.wire.channel import Channel
-from p2p_diloco.wire.messages import CHUNK_BYTES, MAX_LINKS, AskChunk, AskHeads, AskIndex, AskUpdate, Heads, No, Size
+from p2p_diloco.wire.messages import (
+    CHUNK_BYTES,
+    MAX_CHAIN_BYTES,
+    MAX_LINKS,
+    AskChain,
+    AskChunk,
+    AskHeads,
+    AskIndex,
+    AskUpdate,
+    Heads,
+    No,
+    Size,
+)
 
 log = logging.getLogger(__name__)
 
 UPLOADS = 4
 """Peers that updates or chunks are sent to at a time; others are sent to other donors."""
 
-Request = AskHeads | AskIndex | AskChunk | AskUpdate
+SMALL_CHAIN_BYTES = 1024 * 1024
+"""So much of the chain is sent without a slot: who missed a few rounds asks for little."""
+
+Request = AskHeads | AskChain | AskIndex | AskChunk | AskUpdate
 
 
 class Uploads:
@@ -61,7 +78,8 @@ class Uploads:
             if turn is None:
                 await channel.send(No(reason="busy serving others"))
                 return
-            self.events.write(PhaseBegan(phase="serve", step=request.step))
+            step = request.since if isinstance(request, AskChain) else request.step
+            self.events.write(PhaseBegan(phase="serve", step=step))
             try:
                 await self._serve_turn(channel, request, turn)
             finally:
@@ -78,7 +96,7 @@ class Uploads:
     async def _next(self, channel: Channel) -> Request:
         try:
             return await channel.receive(
-                AskHeads, AskIndex, AskChunk, AskUpdate, timeout_s=self.timeouts.first_message_s
+                AskHeads, AskChain, AskIndex, AskChunk, AskUpdate, timeout_s=self.timeouts.first_message_s
             )
         except Silent as error:
             raise Gone(channel.peer_id, "asks nothing more") from error
@@ -122,8 +140,10 @@ class Uploads:
 
     # -- what there is -----------------------------------------------------------------------------------------------
 
-    def _is_upload(self, request: Request) -> TypeGuard[AskChunk | AskUpdate]:
+    def _is_upload(self, request: Request) -> TypeGuard[AskChain | AskChunk | AskUpdate]:
         """Tells whether a request is for something large that is there."""
+        if isinstance(request, AskChain):
+            return self.ledger.chain.packed_bytes(request.since) > SMALL_CHAIN_BYTES
         if isinstance(request, AskUpdate):
             return self._has_update(request)
         return isinstance(request, AskChunk) and self._snapshot(request) is not None
@@ -136,9 +156,12 @@ class Uploads:
         held = (s for s in self.ledger.snapshots() if (s.step, s.digest) == (request.step, request.digest))
         return next(held, None)
 
-    def _find(self, request: AskIndex | AskChunk | AskUpdate) -> bytes | No:
+    def _find(self, request: AskChain | AskIndex | AskChunk | AskUpdate) -> bytes | No:
         """Returns what is asked for, verified again, whatever the disk has made of it: an honest donor sends no wrong
         chunk."""
+        if isinstance(request, AskChain):
+            entries = self.ledger.chain.pieces(request.since, MAX_CHAIN_BYTES)
+            return bytes(msgpack.packb(entries)) if entries else No(reason="not in my chain")
         if isinstance(request, AskUpdate):
             if not self._has_update(request):
                 return No(reason="not in my ledger")

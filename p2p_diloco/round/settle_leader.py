@@ -26,6 +26,7 @@ from p2p_diloco.round.settle_decide import (
     agreed_state,
     answer_to_receipt,
     collects_until_s,
+    commit_fits,
     decide,
     receipt_fits,
     without_refused,
@@ -50,6 +51,8 @@ class Leader:
         """What members with a receipt are told."""
         self.before: dict[int, TookBefore] = {}
         """Member -> what it has signed with a leader before me."""
+        self.certified: tuple[int, Commit, Certifies] | None = None
+        """A commit that is certified, and the member that has told me so."""
         self.ballot: Ballot | None = None
         """On my commit."""
         self.committed = False
@@ -61,6 +64,8 @@ class Leader:
         member, meeting, me = self.member, self.meeting, self.meeting.me
         number = max(member.butterflies)
         await self._hear_members()
+        if self.certified is not None:
+            return await self._pass_on(*self.certified)
         while (commit := self._heard()) is None:
             held = {i: receipt.part_hashes for i, receipt in self.receipts.items() if receipt.number >= number}
             held[me] = meeting.hashes()
@@ -86,6 +91,10 @@ class Leader:
                 self.receipts.pop(holder, None)
         return await self._give(commit)
 
+    def _knows(self) -> bool:
+        """Tells whether I know of a commit that I shall give on."""
+        return self.certified is not None or self._heard() is not None
+
     def _heard(self) -> Commit | None:
         """Returns the commit that members have signed before, as far as I know; None where there is none, or only such
         as I should not sign."""
@@ -96,6 +105,20 @@ class Leader:
             if mine is not None or not self.member.objection(commit):
                 return commit
         return None
+
+    async def _pass_on(self, source: int, commit: Commit, certifies: Certifies) -> Settled | Missed:
+        """Gives everybody a commit that was certified before I came to lead, and returns its update."""
+        try:
+            outcome = await self.member.certify(commit, certifies, source)
+        except Misbehaved as error:
+            self.meeting.lose(source, error)
+            return self._fail("a commit that was said to be certified is not")
+        if isinstance(outcome, Missed):
+            self._fail(outcome.detail)
+        else:
+            self.decision = self.member.applied()
+        self.meeting.changed.ring()
+        return outcome
 
     def _agreed_state(self) -> bytes:
         """Returns the digest of the outer state that most members name, as ``agreed_state`` has it."""
@@ -160,7 +183,7 @@ class Leader:
         or until a commit is heard of. Members that have sent none by then are given up, unless a commit ended the
         wait."""
         began_s = now_s()
-        while self._heard() is None:
+        while not self._knows():
             changed, now = self.meeting.changed.event, now_s()
             came = {i for i, receipt in self.receipts.items() if receipt.number >= number}
             until_s = collects_until_s(
@@ -173,7 +196,7 @@ class Leader:
             if until_s is None:
                 break
             await heard(changed, until_s - now)
-        if self._heard() is not None:
+        if self._knows():
             return
         for member in expected - self.receipts.keys():
             self.meeting.lose(member, None)
@@ -184,7 +207,7 @@ class Leader:
         asking = asyncio.create_task(self._ask_late())
         try:
             await self._collect(expected, 0)
-            if self._heard() is not None or asking.done():
+            if self._knows() or asking.done():
                 await asking
         finally:
             asking.cancel()
@@ -214,9 +237,11 @@ class Leader:
                 async with deadline(first_s):
                     channel = await meeting.open(asked)
                     ask = AskCommit(round_id=self.group.round_id)
-                    answer: Eta | TookBefore | No = await channel.request(ask, Eta, TookBefore, No)
+                    answer: Eta | TookBefore | Commit | No = await channel.request(ask, Eta, TookBefore, Commit, No)
                 while isinstance(answer, Eta):
-                    answer = await channel.receive(Eta, TookBefore, No, timeout_s=timeouts.request_s)
+                    answer = await channel.receive(Eta, TookBefore, Commit, No, timeout_s=timeouts.request_s)
+                if isinstance(answer, Commit):
+                    certifies: Certifies = await channel.receive(Certifies, timeout_s=timeouts.request_s)
         except asyncio.TimeoutError:
             meeting.lose(asked, None)
         except RemoteError as error:
@@ -224,6 +249,9 @@ class Leader:
         else:
             if isinstance(answer, TookBefore) and len(answer.part_hashes) == n_parts:
                 self.before[asked] = answer
+                meeting.changed.ring()
+            if isinstance(answer, Commit) and commit_fits(answer, group_size=len(self.group.members), n_parts=n_parts):
+                self.certified = asked, answer, certifies
                 meeting.changed.ring()
         finally:
             if channel is not None:
@@ -263,19 +291,11 @@ class Leader:
         meeting, member = self.meeting, self.member
         next_word_s = now_s() + meeting.timeouts.heartbeat_s
         while True:
-            changed, applied = meeting.changed.event, self._applied()
+            changed, applied = meeting.changed.event, member.applied()
             answer = answer_to_receipt(sender, number, decision=self.decision, applied=applied, over=meeting.over)
             if answer is not None:
                 return answer
             next_word_s = await member.keep_waiting(channel, changed, next_word_s)
-
-    def _applied(self) -> Commit | None:
-        """Returns the commit of the update that I know to be certified; None while I know of none."""
-        settled = self.member.settled
-        if settled is None:
-            return None
-        hashes, me = list(settled.update.header.part_hashes), self.meeting.me
-        return Commit(part_hashes=hashes, holders=[me] * len(hashes), state=settled.certificate.state)
 
     async def _hear_signature(self, channel: Channel, sender: int) -> None:
         """Takes a member's signature over the commit that I gave it, which it may have to complete first."""

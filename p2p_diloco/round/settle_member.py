@@ -22,8 +22,8 @@ from p2p_diloco.core.waiting import deadline, heard, now_s
 from p2p_diloco.round.butterfly import Butterfly, run_all
 from p2p_diloco.round.meeting import Meeting
 from p2p_diloco.round.outcome import Missed, Settled
+from p2p_diloco.round.settle_ballot import certifies
 from p2p_diloco.round.settle_decide import (
-    Decision,
     again_fits,
     answer_to_later_leader,
     commit_fits,
@@ -37,6 +37,7 @@ log = logging.getLogger(__name__)
 M = TypeVar("M", bound=Message)
 T = TypeVar("T")
 
+COULD_NOT_FETCH = "the round committed, but parts of the update could not be fetched"
 LEADERS_SHARE = 0.75
 """Of the time that a round has left, for one decision: the leader may reduce for half of that, and then it collects."""
 
@@ -115,10 +116,9 @@ class Member:
         fit the round."""
         meeting, group_size, number = self.meeting, len(self.group.members), max(self.butterflies)
         while True:
-            receipt = Receipt(
-                round_id=self.group.round_id, number=number, part_hashes=meeting.hashes(), state=meeting.state
-            )
-            answer = await self._hear_decision(channel, receipt)
+            hashes, round_id = meeting.hashes(), self.group.round_id
+            await channel.send(Receipt(round_id=round_id, number=number, part_hashes=hashes, state=meeting.state))
+            answer: Again | Commit | No = await self._hear(channel, Again, Commit)
             if isinstance(answer, Again):
                 newest, n_parts = max(self.butterflies), len(meeting.parts)
                 if not again_fits(answer, me=meeting.me, newest=newest, group_size=group_size, n_parts=n_parts):
@@ -131,11 +131,6 @@ class Member:
             ):
                 raise Misbehaved(channel.peer_id, "sends a commit that does not fit the round")
             return answer
-
-    async def _hear_decision(self, channel: Channel, receipt: Receipt) -> Decision:
-        """Returns what a leader decides about a receipt."""
-        await channel.send(receipt)
-        return await self._hear(channel, Again, Commit)
 
     async def _hear(self, channel: Channel, *kinds: type[M]) -> M | No:
         """Returns a leader's next word but any Eta. Silent when none comes for ``Timeouts.request_s``, or only promises
@@ -155,35 +150,25 @@ class Member:
     async def _take(self, channel: Channel, commit: Commit, leader: int) -> Settled | Missed:
         """Fetches what I miss of a commit, signs it if I may, and waits until it is certified. Misbehaved when it is
         not, and I have not signed it: the next leader may do better."""
-        update = await self._telling(channel, self.complete(commit, leader))
-        if update is None:
+        objection = self.objection(commit)
+        update = None if objection else await self._telling(channel, self.complete(commit, leader))
+        if update is None and not objection:
             await channel.send(No(reason="parts of it do not come"))
-            return Missed(reason="behind", detail="the round committed, but parts of the update could not be fetched")
-        word = self.sign(commit)
+            return Missed(reason="behind", detail=COULD_NOT_FETCH)
+        word = No(reason=objection) if objection else self.sign(commit)
         await channel.send(word)
         answer = await self._hear(channel, Certifies)
         if isinstance(answer, No) and isinstance(word, No):
             raise Misbehaved(channel.peer_id, f"commits what most do not sign: {word.reason}")
         if isinstance(answer, No):
             return Missed(reason="failed", detail=answer.reason)
-        if len(answer.members) != len(answer.signatures):
-            raise Misbehaved(channel.peer_id, "sends a certificate that does not fit the round")
-        certificate = Certificate(
-            roster=self.group.sealed,
-            full=answer.full,
-            state=commit.state,
-            signatures=tuple(zip(answer.members, answer.signatures)),
-            witness=answer.witness,
-        )
-        return self.certify(update, certificate, channel.peer_id)
+        return await self.certify(commit, answer, leader)
 
     def sign(self, commit: Commit) -> Took | No:
-        """Returns my signature over a commit, all of which I hold; or why I do not sign it."""
+        """Returns my signature over a commit that I hold all of and do not object to; No when I have signed another one
+        in this round."""
         taken = self.taken
         if taken is None:
-            if objection := self.objection(commit):
-                log.warning("outer step %d: not signed: %s", self.group.step, objection)
-                return No(reason=objection)
             signature = self.what_is_taken(commit).sign(self.meeting.identity)
             taken = TookBefore(part_hashes=commit.part_hashes, state=commit.state, signature=signature)
             self.taken = taken
@@ -193,8 +178,11 @@ class Member:
         return Took(signature=taken.signature)
 
     def objection(self, commit: Commit) -> str:
-        """Returns why I do not sign a commit; empty where I do."""
-        return objection_to(commit, reduced=self.meeting.reduced, state=self.meeting.state)
+        """Returns what speaks against signing a commit; empty where nothing does."""
+        objection = objection_to(commit, reduced=self.meeting.reduced, state=self.meeting.state)
+        if objection:
+            log.warning("outer step %d: not signed: %s", self.group.step, objection)
+        return objection
 
     def what_is_taken(self, commit: Commit | TookBefore) -> Taken:
         """Returns what is signed of a commit, all of which I hold."""
@@ -202,20 +190,41 @@ class Member:
         full = in_most_parts([part.mask for part in self.meeting.parts if part is not None])
         return Taken(round_id=self.group.round_id, link=link, full=full, state=commit.state)
 
-    def certify(self, update: Update, certificate: Certificate, source: str) -> Settled:
-        """Takes in the certificate of an update that I hold. Misbehaved of ``source`` when it is not sound."""
+    async def certify(self, commit: Commit, certifies: Certifies, source: int) -> Settled | Missed:
+        """Takes in what certifies a commit, and returns its update, after fetching the parts that I do not hold.
+        Misbehaved of ``source``, a member, when it is not certified so."""
+        peer_id, link = self.group.members[source].peer_id, self.group.header(commit.part_hashes).link
+        if len(certifies.members) != len(certifies.signatures):
+            raise Misbehaved(peer_id, "sends a certificate that does not fit the round")
+        certificate = Certificate(
+            roster=self.group.sealed,
+            full=certifies.full,
+            state=commit.state,
+            signatures=tuple(zip(certifies.members, certifies.signatures)),
+            witness=certifies.witness,
+        )
         try:
-            if certificate.full != in_most_parts([part.mask for part in update.parts]):
-                raise ValueError("a certificate that names other contributors than the update has")
-            check_signatures(certificate, self.group, update.header.link, self.meeting.owner)
+            check_signatures(certificate, self.group, link, self.meeting.owner)
         except ValueError as error:
-            raise Misbehaved(source, f"sends {error}") from error
+            raise Misbehaved(peer_id, f"sends {error}") from error
+        update = await self.complete(commit, source)
+        if update is None:
+            return Missed(reason="behind", detail=COULD_NOT_FETCH)
+        if certificate.full != in_most_parts([part.mask for part in update.parts]):
+            raise Misbehaved(peer_id, "sends a certificate that names other contributors than the update has")
         self.settled = Settled(update=update, certificate=certificate)
         self.meeting.changed.ring()
         return self.settled
 
+    def applied(self) -> Commit | None:
+        """Returns the commit of the update that I know to be certified; None while I know of none."""
+        if self.settled is None:
+            return None
+        hashes = list(self.settled.update.header.part_hashes)
+        return Commit(part_hashes=hashes, holders=[self.meeting.me] * len(hashes), state=self.settled.certificate.state)
+
     async def _telling(self, channel: Channel, work: Coroutine[Any, Any, T]) -> T:
-        """Does what may take a while, and tells the other side every ``Timeouts.heartbeat_s`` that I am still here."""
+        """Does what may take a while; the other side hears every ``Timeouts.heartbeat_s`` that I am still here."""
         task, every_s = asyncio.create_task(work), self.meeting.timeouts.heartbeat_s
         try:
             while not task.done():
@@ -304,6 +313,10 @@ class Member:
         asker_place = self.group.reducers.index(asker)
         while True:
             changed = meeting.changed.event
+            if self.settled is not None and (applied := self.applied()) is not None:
+                await channel.send(applied)
+                await channel.send(certifies(self.settled.certificate))
+                return
             answer = answer_to_later_leader(asker_place, place=self.place, taken=self.taken, over=meeting.over)
             if answer is not None:
                 await channel.send(answer)

@@ -169,7 +169,8 @@ class Took(Message):
 
 class AskCommit(Message):
     """A later leader to a member that has not come: have you taken a commit? Answered by Eta while the member is with
-    an earlier leader, and then by TookBefore, or by No: then the member takes none from an earlier leader any more."""
+    an earlier leader, and then by TookBefore; by Commit and Certifies, when the member knows that it is certified; or
+    by No: then the member signs none of an earlier leader any more."""
 
     tag = "ask-commit"
     purpose = "reduce"

@@ -24,6 +24,7 @@ from p2p_diloco.ledger.folder import (
     open_ledger,
     run_folder,
 )
+from tests.support.certificates import unsigned
 
 OWNER = Identity.from_seed(bytes(32))
 N = 1000
@@ -57,7 +58,7 @@ def run(tmp_path: Path) -> Path:
         part = Part(mask=b"\x01", data=encode(np.full(N, step, np.float32), outer.codec))
         header = UpdateHeader(step=step, parent=state.head, contributors=(("a", 5),), part_hashes=(part.hash,))
         update = Update(header=header, parts=(part,))
-        ledger.append(update)
+        ledger.append(update, unsigned(update))
         apply(state, update, Grid(n=len(state.theta), codec=outer.codec), lr=outer.lr, momentum=outer.momentum)
         if ledger.newest_due(state.step) == state.step:
             ledger.write_snapshot(state)

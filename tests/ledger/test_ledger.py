@@ -16,6 +16,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file
 
+from p2p_diloco.core.certificate import Certified
 from p2p_diloco.core.codec import Vector
 from p2p_diloco.core.codecs import CodecName, encode
 from p2p_diloco.core.errors import LedgerError
@@ -26,6 +27,7 @@ from p2p_diloco.ledger import replay
 from p2p_diloco.ledger.files import ABANDONED_KEPT
 from p2p_diloco.ledger.ledger import Ledger
 from p2p_diloco.ledger.snapshot import check_snapshot, snapshot_bytes
+from tests.support.certificates import unsigned
 
 N = 300
 EVERY = 3
@@ -47,6 +49,10 @@ def update_after(state: OuterState, seed: int = 0) -> Update:
     return Update(header=header, parts=(part,))
 
 
+def append(ledger: Ledger, update: Update) -> None:
+    ledger.append(update, unsigned(update))
+
+
 def copy_of(state: OuterState) -> OuterState:
     return replace(state, theta=state.theta.copy(), momentum=state.momentum.copy())
 
@@ -58,7 +64,7 @@ def advance(ledger: Ledger | None, state: OuterState, steps: int, seed: int = 0)
         update = update_after(state, seed)
         apply(state, update, Grid(n=len(state.theta), codec="int8"), lr=0.7, momentum=0.9)
         if ledger is not None:
-            ledger.append(update)
+            ledger.append(update, unsigned(update))
             if ledger.newest_due(state.step) == state.step:
                 ledger.write_snapshot(state)
         states.append(copy_of(state))
@@ -89,6 +95,11 @@ def names(folder: Path) -> list[str]:
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
 
 
+def chain_in(folder: Path, steps: int) -> list[Certified]:
+    entries = [open_ledger(folder).chain.entry(step) for step in range(steps)]
+    return [entry for entry in entries if entry is not None]
+
+
 def copied(source: Path, target: Path) -> Path:
     target.write_bytes(source.read_bytes())
     return target
@@ -96,7 +107,7 @@ def copied(source: Path, target: Path) -> Path:
 
 UPDATE = "updates/{:010d}.update".format
 SNAPSHOT = "snapshots/{:010d}.safetensors".format
-SOUND = [*(SNAPSHOT(s) for s in (3, 6)), *(UPDATE(s) for s in range(3, 8))]
+SOUND = ["chain", *(SNAPSHOT(s) for s in (3, 6)), *(UPDATE(s) for s in range(3, 8))]
 """What there is after eight outer steps."""
 
 
@@ -168,7 +179,7 @@ def test_writing_again_changes_nothing(tmp_path: Path) -> None:
     states = history(tmp_path)
     ledger = open_ledger(tmp_path)
     before = {name: (tmp_path / name).stat() for name in names(tmp_path)}
-    ledger.append(update_after(states[7]))
+    append(ledger, update_after(states[7]))
     ledger.write_snapshot(states[6])
     assert {name: (tmp_path / name).stat() for name in names(tmp_path)} == before
 
@@ -176,7 +187,7 @@ def test_writing_again_changes_nothing(tmp_path: Path) -> None:
 def test_an_update_of_another_model_is_not_appended(tmp_path: Path) -> None:
     ledger = open_ledger(tmp_path)
     with pytest.raises(ValueError, match="expected"):
-        ledger.append(update_after(genesis(N + 1)))
+        append(ledger, update_after(genesis(N + 1)))
     assert names(tmp_path) == []
 
 
@@ -250,13 +261,13 @@ def test_a_write_cut_short_was_never_there(
     with monkeypatch.context() as patch:
         patch.setattr(os, kill_at, killed)
         with pytest.raises(KeyboardInterrupt):
-            ledger.append(update_after(states[8]))
+            append(ledger, update_after(states[8]))
         with pytest.raises(KeyboardInterrupt):
             ledger.write_snapshot(states[8])
     assert names(folder) == SOUND
     for each in (ledger, open_ledger(folder)):
         same(load(each), states[8])
-    ledger.append(update_after(states[8]))
+    append(ledger, update_after(states[8]))
     assert step_of(load(open_ledger(folder))) == 9
 
 
@@ -278,9 +289,9 @@ def test_nothing_is_renamed_before_it_is_synced(
 
     monkeypatch.setattr(os, "fsync", noted_fsync)
     monkeypatch.setattr(os, "replace", noted_replace)
-    ledger.append(update_after(states[8]))
-    update, updates = (path.stat().st_ino for path in (folder / UPDATE(8), folder / "updates"))
-    assert calls == [f"sync {update}", f"rename {update} to 0000000008.update", f"sync {updates}"]
+    append(ledger, update_after(states[8]))
+    chain, update, updates = (path.stat().st_ino for path in (folder / "chain", folder / UPDATE(8), folder / "updates"))
+    assert calls == [f"sync {chain}", f"sync {update}", f"rename {update} to 0000000008.update", f"sync {updates}"]
     calls.clear()
     download = copied(folder / SNAPSHOT(6), tmp_path / "download")
     ledger.adopt_snapshot(download)
@@ -358,7 +369,7 @@ def test_a_gap_ends_the_replay_and_can_be_filled(damaged: tuple[Path, list[Outer
     (folder / UPDATE(5)).unlink()
     ledger = open_ledger(folder)
     same(load(ledger), states[5])
-    ledger.append(update_after(states[5]))
+    append(ledger, update_after(states[5]))
     same(load(ledger), states[8])
 
 
@@ -438,7 +449,7 @@ def test_what_is_lost_is_remembered_until_it_is_there_again_or_belongs_no_more(
     ledger.lose_snapshot(ledger.snapshots()[0], "test")
     assert (list(ledger.lost_updates), list(ledger.lost_snapshots)) == ([3, 4, 7], [3])
     assert len(ledger.quarantined) == 4
-    ledger.append(update_after(states[4]))
+    append(ledger, update_after(states[4]))
     ledger.write_snapshot(states[3])
     assert (list(ledger.lost_updates), list(ledger.lost_snapshots)) == ([3, 7], [])
     ledger.truncate(7)
@@ -454,7 +465,7 @@ def test_an_update_that_has_been_replaced_is_not_lost(damaged: tuple[Path, list[
     ledger = open_ledger(folder)
     stale, fresh = ledger.header(7), update_after(states[7], seed=1)
     assert stale is not None
-    ledger.append(fresh)
+    append(ledger, fresh)
     ledger.lose_update(stale, "test")
     assert not ledger.put_aside(stale, "test")
     assert (ledger.lost_updates, ledger.quarantined) == ({}, [])
@@ -504,7 +515,9 @@ def test_truncate_forgets_what_came_after(damaged: tuple[Path, list[OuterState]]
         "0000000006.safetensors",
         "0000000006.update",
         "0000000007.update",
+        "chain",
     ]
+    assert open_ledger(folder).chain.end == 5
     ledger.truncate(5)
     assert len(list((folder / "abandoned").iterdir())) == 1
 
@@ -535,14 +548,14 @@ def test_only_the_last_abandoned_histories_are_kept(tmp_path: Path) -> None:
         ledger = open_ledger(tmp_path)
         ledger.truncate(7)
         assert len(list((tmp_path / "abandoned").iterdir())) == min(seed, ABANDONED_KEPT)
-        ledger.append(update_after(states[7], seed))
+        append(ledger, update_after(states[7], seed))
     assert sorted(path.name for path in (tmp_path / "abandoned").iterdir()) == ["000003", "000004"]
 
 
 def test_an_update_that_contradicts_the_history_replaces_it(damaged: tuple[Path, list[OuterState]]) -> None:
     folder, states = damaged
     ledger, ours = open_ledger(folder), advance(None, copy_of(states[5]), 1, seed=1)
-    ledger.append(update_after(states[5], seed=1))
+    append(ledger, update_after(states[5], seed=1))
     assert ledger.heads() == {t: s.head for t, s in enumerate([*states[3:6], ours[1]], 3)}
     same(load(open_ledger(folder)), ours[1])
 
@@ -555,7 +568,7 @@ def test_an_update_before_a_gap_decides_about_what_comes_after(
     for name in lost:
         (folder / name).unlink()
     ledger, ours = open_ledger(folder), advance(None, copy_of(states[5]), 1, seed=1)
-    ledger.append(update_after(states[5], seed=1))
+    append(ledger, update_after(states[5], seed=1))
     same(load(ledger), ours[1])
     assert [info.step for info in ledger.snapshots()] == [3]
     ledger.write_snapshot(ours[1])
@@ -569,11 +582,14 @@ def test_a_downloaded_snapshot_is_adopted(sound: tuple[Path, list[OuterState]], 
     folder, states = sound
     ledger = open_ledger(tmp_path / "joiner")
     download = copied(folder / SNAPSHOT(6), tmp_path / "download")
+    with pytest.raises(ValueError, match="the chain does not lead to the snapshot of outer step 6"):
+        ledger.adopt_snapshot(download)
+    ledger.extend(chain_in(folder, 6))
     info = ledger.adopt_snapshot(download)
     assert (info.step, info.path) == (6, tmp_path / "joiner" / SNAPSHOT(6))
     assert not download.exists()
     for t in (6, 7):
-        ledger.append(update_after(states[t]))
+        append(ledger, update_after(states[t]))
     same(load(open_ledger(tmp_path / "joiner")), states[8])
 
 
@@ -583,6 +599,8 @@ def test_an_adopted_snapshot_puts_an_end_to_another_history(
     folder, states = sound
     history(tmp_path / "diverged", steps=10, seed=1)
     ledger = open_ledger(tmp_path / "diverged")
+    ledger.extend(chain_in(folder, 6))
+    assert ledger.heads() == {}, "nothing is left of the other one"
     ledger.adopt_snapshot(copied(folder / SNAPSHOT(6), tmp_path / "download"))
     same(load(ledger), states[6])
     assert max(ledger.heads()) == 6
@@ -687,7 +705,7 @@ def test_a_full_disk_is_said_and_harms_nothing(small_disk: Path) -> None:
         while shutil.disk_usage(small_disk).free:
             file.write(bytes(4096))
     with pytest.raises(LedgerError, match=r"8\.update: disk full, free 1 MB or move the folder"):
-        ledger.append(update_after(states[8]))
+        append(ledger, update_after(states[8]))
     with pytest.raises(LedgerError, match=r"8\.safetensors: disk full"):
         ledger.write_snapshot(states[8])
     assert [name for name in names(small_disk) if name != "filler"] == SOUND
@@ -715,7 +733,7 @@ def test_a_failing_disk_is_said_and_harms_nothing(
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", fail)
         with pytest.raises(LedgerError, match=message):
-            ledger.append(update_after(states[8]))
+            append(ledger, update_after(states[8]))
         with pytest.raises(LedgerError, match=message):
             ledger.write_snapshot(states[8])
     assert names(folder) == SOUND

@@ -19,6 +19,7 @@ from p2p_diloco.core.outer import OuterState, apply, genesis_state
 from p2p_diloco.core.update import Part, Update, UpdateHeader, update_to_bytes
 from p2p_diloco.ledger.ledger import Ledger
 from p2p_diloco.ledger.replay import Replay, load
+from tests.support.certificates import unsigned
 
 N = 400
 EVERY = 3
@@ -49,7 +50,7 @@ def history(folder: Path, n: int = N, codec: CodecName = "int8", steps: int = ST
         )
         update = Update(header=header, parts=parts)
         apply(state, update, Grid(n=len(state.theta), codec=codec), lr=LR, momentum=MOMENTUM)
-        ledger.append(update)
+        ledger.append(update, unsigned(update))
         if state.step % EVERY == 0:
             ledger.write_snapshot(state)
         states.append((state.step, state.head, state.digest()))

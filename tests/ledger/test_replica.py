@@ -17,6 +17,7 @@ from p2p_diloco.ledger.ledger import Ledger
 from p2p_diloco.ledger.replay import Replay
 from p2p_diloco.ledger.replica import Replica, differing
 from tests.support.builders import identity
+from tests.support.certificates import unsigned
 from tests.support.fakes import make_manifest
 
 N = 300
@@ -52,9 +53,13 @@ def update_after(replica: Replica, seed: int = 0, **changes: Any) -> Update:
     return Update(header=UpdateHeader(**fields | changes), parts=(part,))
 
 
+def commit(replica: Replica, update: Update) -> None:
+    replica.commit(update, unsigned(update, replica.digest_due()))
+
+
 def advance(replica: Replica, steps: int) -> None:
     for _ in range(steps):
-        replica.commit(update_after(replica))
+        commit(replica, update_after(replica))
         replica.make_snapshots()
 
 
@@ -73,7 +78,7 @@ def test_the_state_is_in_the_vectors_that_were_given(replica: Replica) -> None:
     expected = genesis_state(GENESIS.copy())
     update = update_after(replica)
     apply(expected, update, Grid(n=len(expected.theta), codec="int8"), lr=0.7, momentum=0.9)
-    replica.commit(update)
+    commit(replica, update)
     assert replica.loaded.digest() == expected.digest()
     assert replica.loaded.theta is replica.theta
     np.testing.assert_array_equal(replica.theta, expected.theta)
@@ -101,7 +106,7 @@ def test_where_it_stands(replica: Replica) -> None:
 def test_who_contributed_to_the_last_updates(replica: Replica) -> None:
     assert replica.contributors(2) == set()
     for names in ("ab", "bc", "ad"):
-        replica.commit(update_after(replica, contributors=tuple((name, 5) for name in names)))
+        commit(replica, update_after(replica, contributors=tuple((name, 5) for name in names)))
     assert [replica.contributors(steps) for steps in (0, 1, 2, 99)] == [set(), set("ad"), set("abcd"), set("abcd")]
     replica.roll_back(1)
     assert replica.contributors(2) == set("ab")
@@ -131,7 +136,7 @@ def test_an_update_that_does_not_fit_changes_nothing(replica: Replica, changes: 
     digest, heads = replica.loaded.digest(), replica.ledger.heads()
     files = sorted(path.name for path in replica.ledger.folder.rglob("*"))
     with pytest.raises(ValueError, match=complaint):
-        replica.commit(update_after(replica, **changes))
+        commit(replica, update_after(replica, **changes))
     assert (replica.loaded.digest(), replica.ledger.heads()) == (digest, heads)
     assert sorted(path.name for path in replica.ledger.folder.rglob("*")) == files
     assert new_replica(replica.ledger.folder).ledger.heads() == heads
@@ -143,7 +148,7 @@ def test_an_update_that_cannot_be_written_is_not_applied(replica: Replica) -> No
     updates = replica.ledger.folder / "updates"
     updates.rename(replica.ledger.folder / "away")
     with pytest.raises(LedgerError):
-        replica.commit(update_after(replica))
+        commit(replica, update_after(replica))
     assert (replica.loaded.digest(), replica.standing()) == (digest, standing)
     (replica.ledger.folder / "away").rename(updates)
     advance(replica, 1)
@@ -173,7 +178,7 @@ def test_roll_back(replica: Replica, step: int) -> None:
     again = new_replica(replica.ledger.folder)
     assert again.load()
     assert again.loaded.digest() == digests[step]
-    replica.commit(update_after(replica, seed=1))
+    commit(replica, update_after(replica, seed=1))
     assert replica.loaded.step == step + 1
 
 
@@ -248,7 +253,7 @@ def test_zeros_and_nans_are_compared_by_their_bits(replica: Replica) -> None:
 
 def test_the_snapshot_of_a_step_that_was_passed_is_made_later(replica: Replica) -> None:
     for _ in range(7):
-        replica.commit(update_after(replica))
+        commit(replica, update_after(replica))
     head = replica.ledger.heads()[5]
     assert replica.missing_snapshots() == [(5, head)]
     flip(replica.theta)
@@ -348,19 +353,20 @@ def test_what_is_lost_and_not_needed_is_let_go(replica: Replica) -> None:
 
 
 def test_heads_that_did_not_lead_to_mine_are_not_named(replica: Replica, tmp_path: Path) -> None:
-    """What is before a snapshot from elsewhere stays in the ledger, and its outer steps are consecutive."""
+    """What led elsewhere is put aside with the chain that led there."""
     advance(replica, 4)
     other = new_replica(tmp_path / "other")
     other.ledger.write_snapshot(genesis_state(GENESIS.copy()))
     other.load()
     for _ in range(5):
-        other.commit(update_after(other, seed=1))
+        commit(other, update_after(other, seed=1))
     other.make_snapshots()
     snapshot = other.newest_snapshot()
     copy = Path(shutil.copy(snapshot.path, replica.ledger.folder / "copy"))
-    replica.adopt_snapshot(copy, snapshot.digest)
+    entries = [entry for step in range(5) if (entry := other.ledger.chain.entry(step)) is not None]
+    replica.adopt_snapshot(copy, snapshot.digest, entries)
     assert replica.load()
-    assert sorted(replica.ledger.heads()) == [0, 1, 2, 3, 4, 5]
+    assert sorted(replica.ledger.heads()) == [0, 5]
     assert (replica.standing().step, replica.standing().heads) == (5, ())
 
 

@@ -13,11 +13,11 @@ from typing import Literal
 import msgpack
 import pytest
 
-from p2p_diloco.core.update import Update
+from p2p_diloco.round.outcome import Settled
 from p2p_diloco.round.settle import RoundCost
 from p2p_diloco.wire.channel import Channel
 from p2p_diloco.wire.message import Message
-from p2p_diloco.wire.messages import AskCommit, Commit, Contribute, Eta, No
+from p2p_diloco.wire.messages import AskCommit, Commit, Contribute, Eta, No, TookBefore
 from tests.support.fakes import run_simulated
 from tests.support.meetings import N_PARTS, PROTOCOL, TIMEOUTS, Round, frame_of, server
 
@@ -30,7 +30,7 @@ def test_who_pretends_that_the_leader_is_gone_cannot_take_its_place() -> None:
 
     async def main() -> None:
         meeting = Round(4, by_hand=(1,), clients=(3,))
-        answers: list[Commit | No] = []
+        answers: list[TookBefore | No] = []
 
         async def hand(channel: Channel, message: Message) -> None:
             assert isinstance(message, Contribute), "nobody takes it for the leader"
@@ -41,15 +41,19 @@ def test_who_pretends_that_the_leader_is_gone_cannot_take_its_place() -> None:
         async def ask(to: int) -> None:
             await meeting.contribute(1, to) if to != 3 else None
             channel = await meeting.say(1, to, AskCommit(round_id=meeting.round_id))
-            answer: Eta | Commit | No = await channel.receive(Eta, timeout_s=1.0)
+            answer: Eta | TookBefore | No = await channel.receive(Eta, timeout_s=1.0)
             while isinstance(answer, Eta):
-                answer = await channel.receive(Eta, Commit, No, timeout_s=TIMEOUTS.request_s)
+                answer = await channel.receive(Eta, TookBefore, No, timeout_s=TIMEOUTS.request_s)
             answers.append(answer)
 
         meeting.serve(1, hand)
         await meeting.run(ask(0), ask(2), ask(3))
         hashes = [part.hash for part in meeting.update().parts]
-        assert answers == [Commit(part_hashes=hashes, holders=[0] * N_PARTS)] * 3
+        assert [one for one in answers if isinstance(one, No)] == []
+        assert [one.part_hashes for one in answers if isinstance(one, TookBefore)] == [hashes] * 3
+        who = [meeting.members[i] for i in (0, 2, 3)]
+        signatures = [meeting.taken(answer).sign(member) for answer, member in zip(answers, who)]
+        assert {answer.signature for answer in answers} == set(signatures)
         assert meeting.settlements[0].leads
         assert meeting.committed() == [0, 2, 3]
 
@@ -101,7 +105,7 @@ def framed_ask(round_id: bytes) -> bytes:
 Fault = Literal["kill", "stop"]
 STEP_S = 0.015
 """Shorter than a link's latency: no message between two instants."""
-CALM_S = 0.15
+CALM_S = 0.17
 """What a round of four or five takes that nothing happens to."""
 REDUCE_S = TIMEOUTS.reduced_part_s
 ASK_S = TIMEOUTS.heartbeat_s
@@ -150,7 +154,7 @@ def test_one_member_fails_at_any_instant(fault: Fault, victim: int, longest_s: f
         for i in survivors:
             assert meeting.lost(i) <= {victim}
             assert meeting.took_s[i] < longest_s + 1
-        outcomes.add(isinstance(meeting.outcomes.get(victim), Update))
+        outcomes.add(isinstance(meeting.outcomes.get(victim), Settled))
         await meeting.all_streams_end()
 
     for i in range(int(CALM_S / STEP_S)):
@@ -231,7 +235,7 @@ def test_a_leader_that_was_away_for_a_second_hears_what_became_of_the_round(coun
         assert set(meeting.committed()) >= set(others), instant_s
         assert max(meeting.took_s[i] for i in others) < TIMEOUTS.settle_s, instant_s
         assert meeting.took_s[0] < TIMEOUTS.settle_s + 2, instant_s
-        heard_late.append(isinstance(meeting.outcomes[0], Update) and meeting.took_s[0] > TIMEOUTS.settle_s)
+        heard_late.append(isinstance(meeting.outcomes[0], Settled) and meeting.took_s[0] > TIMEOUTS.settle_s)
 
     for i in range(int(CALM_S / STEP_S)):
         run_simulated(main(i * STEP_S))
@@ -263,7 +267,7 @@ def test_a_leader_fails_when_it_has_decided_and_given_some_commits(fault: Fault,
         assert set(meeting.committed()) - {0} == {1, 2, 3}
         assert max(meeting.took_s[i] for i in (1, 2, 3)) < TIMEOUTS.request_s + ASK_S + 1
         if fault == "stop" and given < 2:
-            assert meeting.missed([0]) == {("failed", "most of the group did not take the commit")}
+            assert meeting.missed([0]) == {("failed", "most of the group did not sign the update")}
         assert all(meeting.lost(i) <= {0} for i in (1, 2, 3))
         await meeting.all_streams_end()
 
@@ -296,7 +300,7 @@ def test_the_second_leader_fails_as_well(fault: Fault, given: int) -> None:
         assert list(meeting.update([2, 3, 4]).parts) == meeting.means(range(5)), "all had contributed before"
         assert meeting.settlements[2].leads or given, "unless the one commit came to it"
         if fault == "stop":
-            assert meeting.missed([0]) == {("failed", "most of the group did not take the commit")}
+            assert meeting.missed([0]) == {("failed", "most of the group did not sign the update")}
         assert max(meeting.took_s[i] for i in (2, 3, 4)) < 2 * (TIMEOUTS.request_s + ASK_S) + 1
 
     run_simulated(main())

@@ -9,28 +9,29 @@ from hypothesis import strategies as st
 from p2p_diloco.core.config import Timeouts
 from p2p_diloco.round.settle_decide import (
     Decision,
+    agreed_state,
     answer_to_later_leader,
     answer_to_receipt,
     choose_parts,
     collects_until_s,
     decide,
-    is_quorum,
+    objection_to,
     receipt_fits,
     without_refused,
 )
-from p2p_diloco.wire.messages import Again, Commit, No, Receipt
-from tests.support.builders import groups_of, head, ranked
+from p2p_diloco.wire.messages import Again, Commit, No, Receipt, TookBefore
+from tests.support.builders import group_of, head, ranked
 
 A, B = b"a" * 32, b"b" * 32
 TIMEOUTS = Timeouts(settle_s=10.0, reduced_part_s=25.0)
 OVER = No(reason="the round is over")
 NOT_COME = No(reason="no commit has come")
 COMMIT = Commit(part_hashes=[A], holders=[0])
+TAKEN = TookBefore(part_hashes=[A], signature=bytes(64))
 AGAIN = Again(number=2, members=[0, 2], parts=[0])
 
 
-def test_a_quorum_is_more_than_half() -> None:
-    assert [size for size in range(1, 9) if is_quorum(3, size)] == [1, 2, 3, 4, 5]
+GROUPS = {count: group_of(ranked(head("abc"), count), "abc") for count in (3, 5)}
 
 
 # -- what a leader decides ------------------------------------------------------------------------------------------
@@ -46,8 +47,8 @@ def test_a_quorum_is_more_than_half() -> None:
         ({0: [A, B], 2: [A, B]}, No(reason="2 of 5 members are left, too few to commit")),
     ],
 )
-def test_a_leader_decides_by_the_receipts_of_a_quorum(held: dict[int, list[bytes]], decided: Decision) -> None:
-    assert decide(held, group_size=5, min_group=2, n_parts=2, newest=1) == decided
+def test_a_leader_decides_by_the_receipts_of_most(held: dict[int, list[bytes]], decided: Decision) -> None:
+    assert decide(held, GROUPS[5], min_group=2, n_parts=2, newest=1, state=b"") == decided
 
 
 def test_what_a_leader_refuses_is_held_by_nobody() -> None:
@@ -59,19 +60,21 @@ def test_what_a_leader_refuses_is_held_by_nobody() -> None:
 def test_fewer_than_the_smallest_group_commit_nothing() -> None:
     held = {0: [A], 1: [A]}
     few = No(reason="2 of 3 members are left, too few to commit")
-    assert decide(held, group_size=3, min_group=3, n_parts=1, newest=0) == few
-    assert decide(held, group_size=3, min_group=2, n_parts=1, newest=0) == Commit(part_hashes=[A], holders=[0])
+    assert decide(held, GROUPS[3], min_group=3, n_parts=1, newest=0, state=b"") == few
+    assert decide(held, GROUPS[3], min_group=2, n_parts=1, newest=0, state=b"") == Commit(part_hashes=[A], holders=[0])
 
 
 def test_parts_are_reduced_again_less_often_than_there_are_members() -> None:
     held = {0: [A, b""], 1: [A, b""]}
-    assert decide(held, group_size=3, min_group=2, n_parts=2, newest=1) == Again(number=2, members=[0, 1], parts=[1])
+    assert decide(held, GROUPS[3], min_group=2, n_parts=2, newest=1, state=b"") == Again(
+        number=2, members=[0, 1], parts=[1]
+    )
     lost = No(reason="1 parts were lost again and again")
-    assert decide(held, group_size=3, min_group=2, n_parts=2, newest=2) == lost
+    assert decide(held, GROUPS[3], min_group=2, n_parts=2, newest=2, state=b"") == lost
 
 
 @pytest.mark.parametrize(
-    ("now", "all_came", "quorum", "until_s"),
+    ("now", "all_came", "most", "until_s"),
     [
         (100.0, False, False, 110.0),
         (100.0, False, True, 110.0),
@@ -84,10 +87,10 @@ def test_parts_are_reduced_again_less_often_than_there_are_members() -> None:
         (135.0, False, False, None),
     ],
 )
-def test_a_leader_waits_for_all_and_then_for_a_quorum(
-    now: float, all_came: bool, quorum: bool, until_s: float | None
+def test_a_leader_waits_for_all_and_then_for_most(
+    now: float, all_came: bool, most: bool, until_s: float | None
 ) -> None:
-    waits = collects_until_s(now, began_s=100.0, timeouts=TIMEOUTS, all_came=all_came, quorum=quorum)
+    waits = collects_until_s(now, began_s=100.0, timeouts=TIMEOUTS, all_came=all_came, most=most)
     assert waits == until_s
 
 
@@ -95,7 +98,7 @@ def test_a_leader_waits_for_all_and_then_for_a_quorum(
 
 
 @pytest.mark.parametrize(
-    ("member", "number", "decision", "taken", "over", "answer"),
+    ("member", "number", "decision", "applied", "over", "answer"),
     [
         (2, 0, None, None, False, None),
         (2, 0, None, COMMIT, False, None),  # of another leader: I lead only when it has failed
@@ -111,9 +114,9 @@ def test_a_leader_waits_for_all_and_then_for_a_quorum(
     ],
 )
 def test_what_a_member_is_told_about_its_receipt(
-    member: int, number: int, decision: Decision | None, taken: Commit | None, over: bool, answer: Decision | None
+    member: int, number: int, decision: Decision | None, applied: Commit | None, over: bool, answer: Decision | None
 ) -> None:
-    assert answer_to_receipt(member, number, decision=decision, taken=taken, over=over) == answer
+    assert answer_to_receipt(member, number, decision=decision, applied=applied, over=over) == answer
 
 
 @pytest.mark.parametrize(
@@ -124,12 +127,12 @@ def test_what_a_member_is_told_about_its_receipt(
         (2, 2, None, False, NOT_COME),
         (2, 3, None, False, NOT_COME),
         (2, 0, None, True, NOT_COME),
-        (2, 0, COMMIT, False, COMMIT),
-        (2, 3, COMMIT, True, COMMIT),
+        (2, 0, TAKEN, False, TAKEN),
+        (2, 3, TAKEN, True, TAKEN),
     ],
 )
 def test_what_a_later_leader_is_told(
-    asker: int, place: int, taken: Commit | None, over: bool, answer: Commit | No | None
+    asker: int, place: int, taken: TookBefore | None, over: bool, answer: TookBefore | No | None
 ) -> None:
     """A commit is denied by who has given up all leaders before the one that asks, and by nobody else in a round."""
     assert answer_to_later_leader(asker, place=place, taken=taken, over=over) == answer
@@ -151,9 +154,47 @@ def test_what_a_later_leader_is_told(
     ],
 )
 def test_receipts_that_fit(me: int, number: int, n_hashes: int, fits: bool) -> None:
-    group = groups_of(ranked(head("abc"), 4), "abc", client_mode=[False, False, False, True])[me]
+    group = group_of(ranked(head("abc"), 4), "abc", client_mode=[False, False, False, True])
     receipt = Receipt(round_id=group.round_id, number=number, part_hashes=[A] * n_hashes)
-    assert receipt_fits(receipt, group, newest=1, n_parts=2) == fits
+    assert receipt_fits(receipt, group, me=me, newest=1, n_parts=2) == fits
+
+
+# -- what a member signs ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("reduced", "named", "mine", "state", "objection"),
+    [
+        ([A, B], [A, B], b"", b"", ""),
+        ([A, b""], [A, B], b"", b"", ""),  # what has not come from a reducer is what the others hold
+        ([A, B], [A, A], b"", b"", "part 1 is not what its reducer sent me"),
+        ([b"", B], [A, A], b"", b"", "part 1 is not what its reducer sent me"),
+        ([A, B], [A, B], A, A, ""),
+        ([A, B], [A, B], A, b"", ""),  # the members do not agree: none is certified
+        ([A, B], [A, B], A, B, "my outer state has other bits"),
+        ([A, B], [A, B], b"", A, "my outer state has other bits"),
+    ],
+)
+def test_a_member_signs_what_was_reduced_and_nothing_else(
+    reduced: list[bytes], named: list[bytes], mine: bytes, state: bytes, objection: str
+) -> None:
+    commit = Commit(part_hashes=named, holders=[0, 0], state=state)
+    assert objection_to(commit, reduced=reduced, state=mine) == objection
+
+
+@pytest.mark.parametrize(
+    ("states", "agreed"),
+    [
+        ({0: A, 1: A, 2: A}, A),
+        ({0: A, 1: A, 2: B, 3: B}, b""),
+        ({0: A, 1: B, 2: B, 3: B}, B),
+        ({0: b"", 1: b"", 2: b""}, b""),
+        ({0: A, 1: A}, b""),  # not most of five
+        ({}, b""),
+    ],
+)
+def test_the_digest_that_most_members_name(states: dict[int, bytes], agreed: bytes) -> None:
+    assert agreed_state(states, GROUPS[5]) == agreed
 
 
 # -- the choice of parts --------------------------------------------------------------------------------------------

@@ -89,7 +89,7 @@ def test_a_receipt_to_who_leads_only_later_is_answered_by_the_commit() -> None:
 
         await meeting.run(ask())
         hashes = [part.hash for part in meeting.update().parts]
-        assert answers == [Commit(part_hashes=hashes, holders=[0] * N_PARTS)]
+        assert answers == [Commit(part_hashes=hashes, holders=[2] * N_PARTS)]
         assert meeting.complaints(2) == []
 
     run_simulated(main())
@@ -150,7 +150,7 @@ def test_a_false_receipt_in_a_pair_costs_the_round_and_names_the_liar(losses: Lo
 
 
 @pytest.mark.parametrize("count", [3, 5])
-def test_a_member_that_takes_no_commit(losses: Losses, count: int) -> None:
+def test_a_member_that_does_not_sign(losses: Losses, count: int) -> None:
     """The others do."""
 
     async def main() -> None:
@@ -172,7 +172,7 @@ def test_a_member_that_takes_no_commit(losses: Losses, count: int) -> None:
     run_simulated(main())
 
 
-def test_a_leader_whose_commit_most_do_not_take_applies_nothing() -> None:
+def test_a_leader_whose_commit_most_do_not_sign_applies_nothing() -> None:
     async def main() -> None:
         meeting = Round(3, by_hand=(1, 2), clients=(1, 2))
 
@@ -182,7 +182,7 @@ def test_a_leader_whose_commit_most_do_not_take_applies_nothing() -> None:
             await asyncio.sleep(100)
 
         await meeting.run(misbehave(1), misbehave(2))
-        assert meeting.missed() == {("failed", "most of the group did not take the commit")}
+        assert meeting.missed() == {("failed", "most of the group did not sign the update")}
         assert meeting.took_s[0] == pytest.approx(TIMEOUTS.settle_s, abs=2)
 
     run_simulated(main())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 
 import pytest
 
@@ -12,7 +12,19 @@ from p2p_diloco.core.waiting import now_s
 from p2p_diloco.round.settle_member import LEADERS_SHARE
 from p2p_diloco.wire.channel import Channel
 from p2p_diloco.wire.message import Message
-from p2p_diloco.wire.messages import Again, AskCommit, AskPart, Commit, Contribute, Eta, No, Receipt, Size
+from p2p_diloco.wire.messages import (
+    Again,
+    AskCommit,
+    AskPart,
+    Certifies,
+    Commit,
+    Contribute,
+    Eta,
+    No,
+    Receipt,
+    Size,
+    Took,
+)
 from tests.support.builders import identity
 from tests.support.fakes import run_simulated
 from tests.support.meetings import N_PARTS, PROTOCOL, TIMEOUTS, Losses, Round, Transport, frame_of
@@ -191,43 +203,132 @@ def test_a_leader_that_never_has_enough(losses: Losses, numbers: tuple[int, ...]
     run_simulated(main())
 
 
-@pytest.mark.parametrize(
-    ("spoil", "expected", "blamed"),
-    [
-        (lambda hashes: No(reason="not today"), ("failed", "not today"), ()),
-        (lambda hashes: Commit(part_hashes=[UNKNOWN, *hashes[1:]], holders=[0] * 6), COULD_NOT_FETCH, (0,)),
-        (lambda hashes: Commit(part_hashes=[*hashes[1:], hashes[0]], holders=[0] * 6), COULD_NOT_FETCH, (0,)),
-    ],
-)
-def test_a_commit_that_names_what_is_not_there(
-    losses: Losses, spoil: Spoiled, expected: tuple[str, str], blamed: tuple[int, ...]
-) -> None:
-    """A leader that lies costs the round, and everybody knows."""
-
+def test_a_leader_that_gives_up_costs_the_round() -> None:
     async def main() -> None:
         meeting = Round(3, by_hand=(0,))
 
         async def settle(channel: Channel, receipt: Receipt) -> None:
-            await channel.send(spoil([part.hash for part in meeting.means(range(3))]))
+            await channel.send(No(reason="not today"))
 
         await meeting.run(lead_by_hand(meeting, settle))
-        assert meeting.missed() == {expected}
-        meeting.check_blamed(*blamed)
+        assert meeting.missed() == {("failed", "not today")}
+        meeting.check_blamed()
         await meeting.all_streams_end()
 
     run_simulated(main())
 
 
-def test_a_commit_whose_holder_is_who_receives_it() -> None:
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda hashes: [UNKNOWN, *hashes[1:]],
+        lambda hashes: [*hashes[1:], hashes[0]],
+    ],
+)
+@pytest.mark.parametrize("certifies", [False, True])
+def test_a_commit_that_names_what_no_reducer_has_sent(
+    losses: Losses, spoil: Callable[[list[bytes]], list[bytes]], certifies: bool
+) -> None:
+    """Nobody signs it, whatever the leader says then, and the next one does better."""
+
+    async def main() -> None:
+        meeting = Round(3, by_hand=(0,))
+        answers: list[Took | No] = []
+
+        async def settle(channel: Channel, receipt: Receipt) -> None:
+            commit = Commit(part_hashes=spoil([part.hash for part in meeting.means(range(3))]), holders=[0] * 6)
+            await channel.send(commit)
+            answers.append(await channel.receive(Took, No, timeout_s=10.0))
+            signature = meeting.signature(0, commit)
+            if certifies:
+                await channel.send(Certifies(full=b"\x07", members=[0, 1], signatures=[signature] * 2))
+            else:
+                await channel.send(No(reason="most of the group did not sign the update"))
+
+        await meeting.run(lead_by_hand(meeting, settle))
+        assert list(meeting.update().parts) == meeting.means(range(3))
+        assert [answer.reason for answer in answers if isinstance(answer, No)] == [
+            "part 0 is not what its reducer sent me"
+        ] * 2
+        meeting.check_blamed(0)
+        await meeting.all_streams_end()
+
+    run_simulated(main())
+
+
+def test_a_commit_of_a_part_that_nobody_gives() -> None:
+    """A reducer is gone with its parts, and the leader names something for them that it does not give."""
+
+    async def main() -> None:
+        meeting = Round(4, by_hand=(0, 1))
+
+        async def settle(channel: Channel, receipt: Receipt) -> None:
+            hashes = [held or UNKNOWN for held in receipt.part_hashes]
+            assert hashes.count(UNKNOWN) == len(meeting.parts_of(1))
+            await channel.send(Commit(part_hashes=hashes, holders=[0] * N_PARTS))
+            with pytest.raises(RemoteError, match="parts of it do not come"):
+                await channel.receive(Took, timeout_s=10.0)
+
+        async def dies(to: int) -> None:
+            (await meeting.contribute(1, to)).close()
+
+        await meeting.run(lead_by_hand(meeting, settle), dies(2), dies(3))
+        assert meeting.missed() == {COULD_NOT_FETCH}
+
+    run_simulated(main())
+
+
+Certifying = Callable[[Round, Commit], Certifies]
+
+
+def signed_by(meeting: Round, commit: Commit, *members: int, full: Sequence[int] = (0, 1, 2)) -> list[bytes]:
+    return [meeting.taken(commit, full).sign(meeting.members[i]) for i in members]
+
+
+@pytest.mark.parametrize(
+    ("certifying", "complaint"),
+    [
+        (lambda m, c: Certifies(full=b"\x07", members=[0], signatures=signed_by(m, c, 0)), "too few of those"),
+        (lambda m, c: Certifies(full=b"\x07", members=[0, 1], signatures=signed_by(m, c, 0)), "does not fit the round"),
+        (
+            lambda m, c: Certifies(full=b"\x07", members=[0, 1], signatures=signed_by(m, c, 0, 0)),
+            "of member 1",
+        ),
+        (
+            lambda m, c: Certifies(full=b"\x07", members=[0, 9], signatures=signed_by(m, c, 0, 1)),
+            "of member 9",
+        ),
+        (
+            lambda m, c: Certifies(full=b"\x03", members=[0, 1], signatures=signed_by(m, c, 0, 1)),
+            "of member 0",
+        ),
+        (
+            lambda m, c: Certifies(full=b"\x03", members=[0, 1], signatures=signed_by(m, c, 0, 1, full=(0, 1))),
+            "names other contributors",
+        ),
+        (
+            lambda m, c: Certifies(
+                full=b"\x07", members=[0, 1], signatures=signed_by(m, c, 0, 1), witness=signed_by(m, c, 0)[0]
+            ),
+            "not the run's owner",
+        ),
+    ],
+)
+def test_a_certificate_that_is_none(losses: Losses, certifying: Certifying, complaint: str) -> None:
+    """Its leader has lied; the next one has the others' signatures, and the same update certified."""
+
     async def main() -> None:
         meeting = Round(3, by_hand=(0,))
 
         async def settle(channel: Channel, receipt: Receipt) -> None:
-            me = meeting.ids.index(channel.peer_id)
-            await channel.send(Commit(part_hashes=[UNKNOWN, *receipt.part_hashes[1:]], holders=[me] * 6))
+            commit = Commit(part_hashes=[part.hash for part in meeting.means(range(3))], holders=[0] * 6)
+            await channel.send(commit)
+            await channel.receive(Took, timeout_s=10.0)
+            await channel.send(certifying(meeting, commit))
 
         await meeting.run(lead_by_hand(meeting, settle))
-        assert meeting.missed() == {COULD_NOT_FETCH}
+        assert list(meeting.update().parts) == meeting.means(range(3))
+        assert {complaint in why for _, _, why in losses} == {True}, losses
         meeting.check_blamed(0)
 
     run_simulated(main())
@@ -327,10 +428,11 @@ def test_who_cannot_lead_is_told_of_no_commit(asker: str) -> None:
     run_simulated(main())
 
 
-def test_who_has_taken_a_commit_tells_it() -> None:
+def test_who_knows_that_a_commit_is_certified_tells_it() -> None:
     async def main() -> None:
         meeting = Round(3, by_hand=(1,))
         answers: list[Commit | No] = []
+        certified: list[Certifies] = []
 
         async def hand(channel: Channel, message: Message) -> None:
             for part in meeting.parts_of(1):
@@ -343,10 +445,12 @@ def test_who_has_taken_a_commit_tells_it() -> None:
             await asyncio.sleep(TIMEOUTS.settle_s + 5)
             channel = await meeting.say(1, 2, AskCommit(round_id=meeting.round_id))
             answers.append(await channel.receive(Commit, No, timeout_s=10.0))
+            certified.append(await channel.receive(Certifies, timeout_s=10.0))
 
         meeting.serve(1, hand)
         await meeting.run(ask())
         hashes = [part.hash for part in meeting.update().parts]
-        assert answers == [Commit(part_hashes=hashes, holders=[0] * N_PARTS)]
+        assert answers == [Commit(part_hashes=hashes, holders=[2] * N_PARTS)]
+        assert [one.members for one in certified] == [[0, 2]]
 
     run_simulated(main())

@@ -6,12 +6,13 @@ import asyncio
 import contextlib
 import logging
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from hashlib import blake2b
 from typing import Any
 from unittest import mock
 
+from p2p_diloco.core.certificate import Certificate, Certified
 from p2p_diloco.core.errors import Misbehaved, RemoteError
 from p2p_diloco.core.identity import Identity
 from p2p_diloco.core.records import Record
@@ -70,9 +71,9 @@ def instrumented(world: World) -> Iterator[None]:
     def sync(descriptor: int) -> None:
         world.on_disk()
 
-    def commit(replica: Replica, update: Update) -> None:
+    def commit(replica: Replica, update: Update, certificate: Certificate) -> None:
         tell(lambda chronicle, _: chronicle.writes(update), of_liars=True)
-        real_commit(replica, update)
+        real_commit(replica, update, certificate)
         show(lambda witness, peer: witness.writes(peer, update, replica), of_liars=True)
         show(lambda witness, peer: witness.applies(peer, update, replica))
         tell(lambda chronicle, peer: chronicle.commits(peer, replica.loaded, update))
@@ -87,13 +88,13 @@ def instrumented(world: World) -> Iterator[None]:
         show(lambda witness, peer: witness.stands(peer, replica.loaded) if loaded else None)
         return loaded
 
-    def roll_back(replica: Replica, step: int) -> None:
-        real_roll_back(replica, step)
+    def roll_back(replica: Replica, step: int, entries: Sequence[Certified] = ()) -> None:
+        real_roll_back(replica, step, entries)
         tell(lambda chronicle, peer: chronicle.moves(peer, replica.state))
 
-    def truncate(ledger: Ledger, step: int) -> None:
+    def truncate(ledger: Ledger, step: int, *, cut: int | None = None) -> None:
         tell(lambda chronicle, peer: chronicle.gives_up(peer))
-        real_truncate(ledger, step)
+        real_truncate(ledger, step, cut=cut)
 
     async def send(channel: Channel, message: Message) -> None:
         owner = RUNNING.get()

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from p2p_diloco.core import grid
+from p2p_diloco.core.certificate import Certificate
 from p2p_diloco.core.codecs import encode
 from p2p_diloco.core.config import Timeouts
 from p2p_diloco.core.directory import Directory
@@ -26,7 +27,7 @@ from p2p_diloco.core.outer import genesis_state
 from p2p_diloco.core.records import HEADS_SHOWN, seal_record
 from p2p_diloco.core.roster import rank
 from p2p_diloco.core.swarm_head import Standing
-from p2p_diloco.core.update import Part, Update, UpdateHeader
+from p2p_diloco.core.update import Part, Update
 from p2p_diloco.ledger.ledger import Ledger
 from p2p_diloco.ledger.replica import Replica
 from p2p_diloco.ledger.snapshot import chunk_slices
@@ -38,8 +39,9 @@ from p2p_diloco.round.seat import Seat
 from p2p_diloco.wire import channel
 from p2p_diloco.wire.channel import Channel, M, run_protocol
 from p2p_diloco.wire.message import Message
-from p2p_diloco.wire.messages import MAX_FRAME_BYTES, AskChunk, AskHeads, AskIndex, AskUpdate
+from p2p_diloco.wire.messages import MAX_FRAME_BYTES, AskChain, AskChunk, AskHeads, AskIndex, AskUpdate
 from tests.support.builders import NOW_S, identity, record_of
+from tests.support.certificates import made_by
 from tests.support.fakes import FakeNetwork, FakeTransport, make_manifest
 
 N = 300
@@ -51,7 +53,7 @@ FRAME_BYTES = 256
 """An update takes three."""
 EVERY = 5
 """Outer steps from snapshot to snapshot."""
-REQUESTS = (AskHeads, AskIndex, AskChunk, AskUpdate)
+REQUESTS = (AskHeads, AskChain, AskIndex, AskChunk, AskUpdate)
 TIMEOUTS = Timeouts(slow_rate_bytes_per_s=100.0)
 """An item is late after some seconds, small as it is."""
 
@@ -80,6 +82,9 @@ def event_log(folder: Path) -> EventLog:
 GENESIS = np.linspace(-1, 1, N, dtype=np.float32)
 with small_parts():
     MANIFEST = make_manifest(N, GENESIS, identity(1000), codec="int8")
+OWNER = identity(1000)
+MEMBERS = (identity(20), identity(21))
+"""Who makes every update."""
 PROTOCOL = run_protocol(MANIFEST.run_id)
 ME = identity(1)
 DONORS = sorted((identity(i) for i in range(2, 8)), key=lambda who: rank(ME.peer_id.encode(), who.peer_id))
@@ -102,22 +107,25 @@ def new_replica(folder: Path) -> Replica:
     return Replica(MANIFEST, ledger, np.full(N, 7, np.float32), np.full(N, 7, np.float32))
 
 
-def update_after(replica: Replica, seed: int = 0) -> Update:
+def update_after(replica: Replica, seed: int = 0) -> tuple[Update, Certificate]:
+    """A round of MEMBERS, and its certificate, which names the state where a snapshot is due."""
     state = replica.loaded
     values = np.random.default_rng([state.step, seed]).standard_normal(N).astype(np.float32)
-    parts = tuple(Part(mask=b"\x01", data=encode(values[where], "int8")) for where in part_slices(N))
-    header = UpdateHeader(
-        step=state.step,
-        parent=state.head,
-        contributors=(("a", 5),),
-        part_hashes=tuple(part.hash for part in parts),
+    parts = tuple(Part(mask=b"\x03", data=encode(values[where], "int8")) for where in part_slices(N))
+    return made_by(
+        MEMBERS,
+        parts,
+        replica.rules,
+        replica.known(),
+        state.head,
+        owner=OWNER,
+        state=replica.digest_due(),
     )
-    return Update(header=header, parts=parts)
 
 
 def advance(replica: Replica, to_step: int, seed: int = 0) -> Replica:
     while replica.loaded.step < to_step:
-        replica.commit(update_after(replica, seed))
+        replica.commit(*update_after(replica, seed))
         replica.make_snapshots()
     return replica
 

@@ -13,20 +13,34 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from p2p_diloco.core.aggregate import AggregateName
+from p2p_diloco.core.certificate import Certified, Taken, check_certificate
 from p2p_diloco.core.codecs import CodecName, encode
 from p2p_diloco.core.config import Timeouts
 from p2p_diloco.core.directory import Directory
 from p2p_diloco.core.grid import Grid, part_slices
 from p2p_diloco.core.records import seal_record
-from p2p_diloco.core.update import Part, Update
+from p2p_diloco.core.update import Part, Update, contributor_mask
 from p2p_diloco.core.waiting import Bell, heard, now_s
 from p2p_diloco.round.meeting import Meeting
 from p2p_diloco.round.outcome import Missed, Settled
 from p2p_diloco.round.settle import Settlement
 from p2p_diloco.wire.channel import Channel, Writer, run_protocol
 from p2p_diloco.wire.message import Message
-from p2p_diloco.wire.messages import Again, AskCommit, AskPart, Commit, Contribute, Eta, No, Receipt, Size, Took
-from tests.support.builders import NOW_S, OWNER, RUN_ID, DeafWriter, group_of, head, ranked, record_of
+from p2p_diloco.wire.messages import (
+    Again,
+    AskCommit,
+    AskPart,
+    Certifies,
+    Commit,
+    Contribute,
+    Eta,
+    No,
+    Receipt,
+    Size,
+    Took,
+    TookBefore,
+)
+from tests.support.builders import NOW_S, OWNER, RUN_ID, DeafWriter, group_of, head, known, ranked, record_of, rules_of
 from tests.support.fakes import FakeNetwork, FakeTransport
 from tests.support.simloop import SimLoop
 
@@ -107,6 +121,8 @@ class Round:
     n: int = (N_PARTS - 1) * SMALL_PART_VALUES + 7
     aggregate: AggregateName = "mean"
     min_group: int = 2
+    weights: tuple[int, ...] = ()
+    """In place of those."""
     timeouts: Timeouts = TIMEOUTS
     network: FakeNetwork = field(default_factory=FakeNetwork)
     outcomes: dict[int, Settled | Missed] = field(default_factory=dict)
@@ -124,7 +140,7 @@ class Round:
             self.members,
             HISTORY,
             self.aggregate,
-            weight=[100 * (i + 1) for i in range(self.count)],
+            weight=self.weights or [100 * (i + 1) for i in range(self.count)],
             client_mode=[i in self.clients for i in range(self.count)],
             dropped=[i in self.dropped for i in range(self.count)],
         )
@@ -262,12 +278,34 @@ class Round:
     async def receipt(
         self, me: int, to: int, hashes: Sequence[bytes], *, number: int = 0, took: bool = True
     ) -> Again | Commit | No:
-        """What the leader says in the end; ``took``: a commit is taken."""
+        """What the leader says in the end; ``took``: a commit is signed, and what then comes is heard."""
         channel = await self.say(me, to, Receipt(round_id=self.round_id, number=number, part_hashes=list(hashes)))
         answer = await self.word(channel)
         if took and isinstance(answer, Commit):
-            await channel.send(Took())
+            await channel.send(Took(signature=self.signature(me, answer)))
+            await self.last_word(channel)
         return answer
+
+    def signature(self, me: int, commit: Commit | TookBefore) -> bytes:
+        """A member's, over a commit to which all have contributed."""
+        return self.taken(commit).sign(self.members[me])
+
+    def taken(self, commit: Commit | TookBefore, full: Sequence[int] | None = None) -> Taken:
+        """What is signed of a commit."""
+        link = self.group.header(commit.part_hashes).link
+        mask = contributor_mask(self.contributing if full is None else full)
+        return Taken(round_id=self.round_id, link=link, full=mask, state=commit.state)
+
+    @property
+    def contributing(self) -> list[int]:
+        return [i for i in range(self.count) if i not in self.dropped]
+
+    async def last_word(self, channel: Channel) -> Certifies | No:
+        """What comes after a signature, and any Eta."""
+        while True:
+            answer: Eta | Certifies | No = await channel.receive(Eta, Certifies, No, timeout_s=100.0)
+            if not isinstance(answer, Eta):
+                return answer
 
     async def word(self, channel: Channel) -> Again | Commit | No:
         """What comes after any Eta."""
@@ -290,16 +328,23 @@ class Round:
 
     def update(self, of: Sequence[int] | None = None) -> Update:
         """What all honest members have committed, or those ``of``."""
-        updates = [self.outcomes[i] for i in self.honest if of is None or i in of]
-        first = updates[0]
-        assert isinstance(first, Update), first
-        assert all(each == first for each in updates[1:]), updates
+        outcomes = [self.outcomes[i] for i in self.honest if of is None or i in of]
+        settled = [one for one in outcomes if isinstance(one, Settled)]
+        assert len(settled) == len(outcomes), outcomes
+        first = settled[0].update
+        assert all(one.update == first for one in settled), outcomes
+        for one in settled:
+            check_certificate(
+                Certified(header=first.header, certificate=one.certificate),
+                rules_of(self.aggregate),
+                known(*self.members),
+            )
         assert (first.header.step, first.header.parent) == (len(HISTORY), head(HISTORY))
         return first
 
     def committed(self) -> list[int]:
         """Who has an update; it is the same one."""
-        committed = sorted(i for i, outcome in self.outcomes.items() if isinstance(outcome, Update))
+        committed = sorted(i for i, outcome in self.outcomes.items() if isinstance(outcome, Settled))
         if committed:
             self.update(committed)
         return committed
