@@ -176,8 +176,8 @@ class Ledger:
     def adopt_snapshot(
         self, path: Path, digest: bytes | None = None, entries: Sequence[Certified] = ()
     ) -> SnapshotInfo:
-        """Verifies a downloaded file on the same disk, leads the chain on as ``extend`` does, moves the file into place,
-        and returns what is known of it. Raises ValueError, with the file untouched, when its values do not have the
+        """Verifies a downloaded file on the same disk, leads the chain on as ``extend`` does, and moves the file into
+        place. Returns what is known of it. Raises ValueError, with the file untouched, when its values do not have the
         digest that it names, or not ``digest``, when it is of another model or run, or when the chain does not lead to
         it."""
         with disk_errors(path, snapshot_bytes(self.grid.n)):

@@ -73,7 +73,7 @@ class Chains:
         """Returns the way to ``target``, verified; None when the guide's chain ends before. ``path``: the last heads of
         that way, as the guide has shown them. What contradicts nothing that I stand on is in my chain then. Raises
         RemoteError."""
-        if self.chain.head_at(target[0]) == target[1]:
+        if target[0] == 0 or self.chain.head_at(target[0]) == target[1]:
             return Way(step=target[0])
         channel = await self.here.open(guide.peer_id)
         try:
@@ -103,19 +103,20 @@ class Chains:
 
     async def entry_after(self, step: int, head: bytes, donors: Sequence[Record]) -> Certified | None:
         """Returns the verified entry that leads from outer step ``step``, which my chain leads to, to ``head``; None
-        when none of the donors gives it."""
+        when none of the donors gives it, or it leads on from elsewhere."""
         lineage = self._lineage(step)
         for donor in donors:
             try:
                 channel = await self.here.open(donor.peer_id)
                 try:
                     page = await self._ask(channel, step)
-                    [certified] = await self._verified(channel, lineage, page, step + 1)
+                    header = page.entries[0].header
+                    if header.head != head or header.parent != (self.chain.head_at(step) or header.parent):
+                        continue
+                    await self._verified(channel, lineage, page, step + 1)
+                    return page.entries[0]
                 finally:
                     channel.close()
-                if lineage.head == head:
-                    return certified
-                return None
             except RemoteError as error:
                 drop(error, self.here)
         return None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from typing import Any
 import msgpack
 import pytest
 
+from p2p_diloco.core.certificate import Certified
 from p2p_diloco.core.digest import HASH_BYTES
 from p2p_diloco.core.grid import Grid
 from p2p_diloco.core.update import max_update_bytes, update_to_bytes
@@ -21,7 +22,7 @@ from p2p_diloco.ledger.snapshot import snapshot_bytes
 from p2p_diloco.peer import download, uploads
 from p2p_diloco.wire.channel import Channel
 from p2p_diloco.wire.message import Message
-from p2p_diloco.wire.messages import AskChunk, AskHeads, AskIndex, AskUpdate, Heads, No, Size, pack
+from p2p_diloco.wire.messages import AskChain, AskChunk, AskHeads, AskIndex, AskUpdate, Heads, No, Size, pack
 from tests.support.fakes import run_simulated
 from tests.support.library import (
     CHUNK_BYTES,
@@ -71,7 +72,7 @@ def test_a_newcomer(tmp_path: Path, step: int) -> None:
         library = Library(tmp_path, new_replica(tmp_path / "me"))
         donor = library.add(replica_at(tmp_path / "donor", step))
         caught_up = await library.to(donor.replica)
-        snapshot_step = step // EVERY * EVERY
+        snapshot_step = max(step - 1, 0) // EVERY * EVERY  # that of the target's own step is in no certificate yet
         assert caught_up is not None
         assert (caught_up.from_step, caught_up.to_step, caught_up.rolled_back) == (None, step, 0)
         assert (caught_up.snapshot, caught_up.donors) == (True, 1)
@@ -97,7 +98,9 @@ def test_who_missed_rounds_gets_the_updates(tmp_path: Path, mine: int) -> None:
         assert (caught_up.from_step, caught_up.snapshot, caught_up.rolled_back) == (mine, not has_it, 0)
         assert donor.steps() == list(range(mine if has_it else 10, 13))
         if has_it:
-            assert caught_up.bytes_received == sum(blob_bytes(donor.replica, step) for step in range(mine, 13))
+            chain_bytes = len(msgpack.packb(donor.replica.ledger.chain.pieces(mine, 10**6)))
+            updates_bytes = sum(blob_bytes(donor.replica, step) for step in range(mine, 13))
+            assert caught_up.bytes_received == chain_bytes + updates_bytes
         assert (library.phases() == []) == has_it
         library.check_same(donor.replica)
 
@@ -113,9 +116,9 @@ def test_nothing_is_loaded_again_for_an_update_that_follows(tmp_path: Path, monk
         donor = library.add(replica_at(tmp_path / str(fork_at) / "donor", 10))
         roll_back = library.replica.roll_back
 
-        def noted(step: int) -> None:
+        def noted(step: int, entries: Sequence[Certified]) -> None:
             rolled_back.append(step)
-            roll_back(step)
+            roll_back(step, entries)
 
         monkeypatch.setattr(library.replica, "roll_back", noted)
         assert await library.to(donor.replica) is not None
@@ -133,11 +136,18 @@ def test_several_donors_give_a_part_each(tmp_path: Path) -> None:
     async def download_from(count: int) -> float:
         library = Library(tmp_path / str(count), new_replica(tmp_path / str(count) / "me"))
         swarm = replica_at(tmp_path / str(count) / "swarm", 14)
+        began_s: list[float] = []
+
+        async def note(donor: Donor, channel: Channel, message: Message) -> bool:
+            """The chain comes from one donor, before."""
+            if isinstance(message, AskIndex):
+                began_s.append(now_s())
+            return False
+
         for _ in range(count):
-            library.add(swarm, max_bytes_per_s=5 * CHUNK_BYTES)
-        began_s = now_s()
+            library.add(swarm, note, max_bytes_per_s=5 * CHUNK_BYTES)
         caught_up = await library.to(swarm)
-        took_s = now_s() - began_s
+        took_s = now_s() - began_s[0]
         assert caught_up is not None
         assert caught_up.donors == count
         assert sorted(chunk for donor in library.donors for chunk in donor.chunks()) == list(range(CHUNKS))
@@ -227,8 +237,8 @@ def test_who_went_another_way_returns(tmp_path: Path, mine: int, fork_at: int, t
         assert (caught_up.from_step, caught_up.to_step, caught_up.snapshot) == (mine, theirs, snapshot)
         assert caught_up.rolled_back == mine - fork_at if not snapshot else 0 < caught_up.rolled_back <= mine - fork_at
         library.check_same(donor.replica)
-        kept = [path.name for path in (tmp_path / "me" / "abandoned").rglob("*.update")]
-        assert (f"{mine - 1:010d}.update" in kept) == (mine > theirs // EVERY * EVERY)
+        kept = [path.name for path in (tmp_path / "me" / "abandoned").rglob("*")]
+        assert {f"{mine - 1:010d}.update", "chain"} <= set(kept)
         assert library.suspects() == []
 
     run_simulated(main())
@@ -358,7 +368,7 @@ async def index_with_one_hash_changed(donor: Donor, channel: Channel, message: A
 async def other_update(donor: Donor, channel: Channel, message: AskUpdate) -> None:
     """Sound, and following from the joiner's state, but another one."""
     folder = donor.replica.ledger.folder.parent / f"own-{message.step}"
-    await channel.send_blob(update_to_bytes(update_after(replica_at(folder, message.step), seed=9)))
+    await channel.send_blob(update_to_bytes(update_after(replica_at(folder, message.step), seed=9)[0]))
 
 
 async def another_steps_update(donor: Donor, channel: Channel, message: AskUpdate) -> None:
@@ -552,7 +562,7 @@ def test_a_busy_donor_is_left_alone_and_asked_another_time(tmp_path: Path) -> No
         assert await library.to(donor.replica) is None
         assert library.suspects() == []
         assert library.catchup.promising
-        assert [type(event) for event in donor.asked[uploads.UPLOADS :]] == [AskHeads, AskIndex, AskChunk]
+        assert [type(event) for event in donor.asked[uploads.UPLOADS :]] == [AskHeads, AskChain, AskIndex, AskChunk]
         others[0].close()
         await asyncio.sleep(1)
         assert await library.to(donor.replica) is not None
@@ -637,7 +647,7 @@ def test_an_update_that_was_fetched_ahead_and_cannot_be_applied_is_its_donors_fa
         target = (8, donor.replica.loaded.head)
         await library.catchup.fetch_ahead(target)
 
-        def refuse(update: object) -> None:
+        def refuse(update: object, certificate: object) -> None:
             raise ValueError("an update that leads nowhere")
 
         monkeypatch.setattr(library.replica, "commit", refuse)

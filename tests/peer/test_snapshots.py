@@ -4,21 +4,27 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
 
+from p2p_diloco.core.certificate import Certified
 from p2p_diloco.core.errors import LedgerError
+from p2p_diloco.ledger.replica import Replica
 from p2p_diloco.ledger.snapshot import chunk_slices
-from p2p_diloco.wire.messages import AskChunk, AskIndex, No
+from p2p_diloco.wire.channel import Channel
+from p2p_diloco.wire.message import Message
+from p2p_diloco.wire.messages import AskChunk, AskIndex, AskUpdate, No
 from tests.support.builders import NOW_S
 from tests.support.fakes import run_simulated
 from tests.support.library import (
     CHUNK_BYTES,
     CHUNKS,
+    Donor,
     Library,
     N,
+    advance,
     after,
     new_replica,
     on,
@@ -38,16 +44,16 @@ def small() -> Iterator[None]:
 # -- which snapshot is believed ------------------------------------------------------------------------------------
 
 
-def test_what_most_donors_do_not_have_is_not_downloaded(tmp_path: Path) -> None:
-    """A snapshot's digest is believed when most name it; that at outer step 0 when the manifest does."""
+def test_a_digest_that_no_certificate_names_is_not_downloaded(tmp_path: Path) -> None:
+    """However many peers name it. That at outer step 0 is the manifest's."""
 
     async def main() -> None:
         library = Library(tmp_path / "1", new_replica(tmp_path / "me"))
         swarm = replica_at(tmp_path / "swarm", 7)
-        library.add(swarm, snapshot_digest=bytes(32))
+        for _ in range(3):
+            library.add(swarm, snapshot_digest=bytes(32))
         library.add(swarm, snapshot_step=6, snapshot_digest=bytes(32))
-        for _ in range(2):
-            library.add(swarm)
+        library.add(swarm)
         assert await library.to(swarm) is not None
         assert library.phases() == [("download", 5)]
         assert library.suspects() == []
@@ -59,15 +65,10 @@ def test_what_most_donors_do_not_have_is_not_downloaded(tmp_path: Path) -> None:
         assert await library.to(library.donors[0].replica) is None
         assert [donor.count(AskIndex) for donor in library.donors] == [0, 0, 0]
 
-        library = Library(tmp_path / "3", new_replica(tmp_path / "last"))
-        beyond = library.add(replica_at(tmp_path / "beyond", 7), snapshot_step=10)
-        assert await library.to(beyond.replica) is None
-        assert beyond.count(AskIndex) == 0
-
     run_simulated(main())
 
 
-def test_when_those_who_have_the_believed_one_cannot_serve_the_others_are_not_believed_instead(tmp_path: Path) -> None:
+def test_when_nobody_gives_the_newest_one_an_older_one_is_taken(tmp_path: Path) -> None:
     async def main() -> None:
         library = Library(tmp_path, new_replica(tmp_path / "me"))
         swarm = replica_at(tmp_path / "swarm", 7)
@@ -75,18 +76,42 @@ def test_when_those_who_have_the_believed_one_cannot_serve_the_others_are_not_be
         other.loaded.theta[0] += 1  # a sound snapshot, with the swarm's head and other values
         other.ledger.write_snapshot(other.loaded)
         liar = library.add(other, step=7, head=swarm.loaded.head)
-        busy = says(No(reason="busy serving others"))
+
+        async def refuse(donor: Donor, channel: Channel, message: Message) -> bool:
+            refused = isinstance(message, AskIndex) and message.step == 5
+            if refused:
+                await channel.send(No(reason="busy serving others"))
+            return refused
+
         for _ in range(2):
-            library.add(swarm, on(AskIndex, busy))
-        assert await library.to(swarm) is None
-        assert liar.count(AskChunk) == liar.count(AskIndex) == 0
-        assert library.replica.ledger.snapshots() == []
-        assert library.catchup.promising
+            library.add(swarm, refuse)
+        assert await library.to(swarm) is not None
+        assert library.phases() == [("download", 0)]
+        assert {message.step for message in liar.asked if isinstance(message, AskChunk)} <= {0}
+        assert library.suspects() == []
+        library.check_same(swarm)
 
     run_simulated(main())
 
 
-def test_a_snapshot_of_another_history_is_not_downloaded_however_many_have_it(tmp_path: Path) -> None:
+def test_a_state_that_the_members_did_not_agree_on_is_not_downloaded(tmp_path: Path) -> None:
+    """The certificate of U_5 names none."""
+
+    async def main() -> None:
+        library = Library(tmp_path, new_replica(tmp_path / "me"))
+        swarm = replica_at(tmp_path / "swarm", 5)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Replica, "digest_due", lambda replica: b"")
+            advance(swarm, 7)
+        library.add(swarm)
+        assert await library.to(swarm) is not None
+        assert library.phases() == [("download", 0)]
+        library.check_same(swarm)
+
+    run_simulated(main())
+
+
+def test_those_who_are_on_another_history_are_not_asked(tmp_path: Path) -> None:
     async def main() -> None:
         library = Library(tmp_path, new_replica(tmp_path / "me"))
         swarm = replica_at(tmp_path / "swarm", 7)
@@ -95,7 +120,6 @@ def test_a_snapshot_of_another_history_is_not_downloaded_however_many_have_it(tm
             library.add(fork, head=swarm.loaded.head)
         donor = library.add(swarm)
         assert await library.to(swarm) is not None
-        assert sum(liar.count(AskIndex) for liar in library.donors[:3]) == 1
         assert sum(liar.count(AskChunk) for liar in library.donors[:3]) == 0
         assert donor.count(AskChunk) == CHUNKS
         library.check_same(swarm)
@@ -104,7 +128,7 @@ def test_a_snapshot_of_another_history_is_not_downloaded_however_many_have_it(tm
 
 
 def test_who_has_gone_on_may_still_have_the_snapshot(tmp_path: Path) -> None:
-    """Of three donors two have just written another one; most still name the one before, which all have."""
+    """One of three donors has just written another one, and all have the one before."""
 
     async def main() -> None:
         library = Library(tmp_path, new_replica(tmp_path / "me"))
@@ -187,12 +211,12 @@ def test_what_a_crash_left_of_a_download_is_used_as_far_as_it_is_sound(tmp_path:
 def test_a_download_that_was_whole_when_the_peer_died_is_not_made_again(tmp_path: Path) -> None:
     async def main() -> None:
         library = Library(tmp_path, new_replica(tmp_path / "me"))
-        donor = library.add(replica_at(tmp_path / "donor", 5))
+        donor = library.add(replica_at(tmp_path / "donor", 6))
         info = donor.replica.newest_snapshot()
         (tmp_path / "me" / f"incoming-5-{info.digest.hex()[:16]}.part").write_bytes(info.path.read_bytes())
         caught_up = await library.to(donor.replica)
         assert caught_up is not None
-        assert (caught_up.donors, donor.count(AskChunk)) == (0, 0)
+        assert (donor.count(AskUpdate), donor.count(AskChunk)) == (1, 0)
         library.check_same(donor.replica)
 
     run_simulated(main())
@@ -221,11 +245,11 @@ def test_a_disk_that_changes_what_is_written_is_said(
 
     adopt = Ledger.adopt_snapshot
 
-    def change_and_adopt(self: Ledger, path: Path, digest: bytes | None = None) -> object:
+    def change_and_adopt(self: Ledger, path: Path, digest: bytes, entries: Sequence[Certified]) -> object:
         data = bytearray(path.read_bytes())
         data[-1] ^= 1
         path.write_bytes(data)
-        return adopt(self, path, digest)
+        return adopt(self, path, digest, entries)
 
     async def main() -> None:
         library = Library(tmp_path, new_replica(tmp_path / "me"))
