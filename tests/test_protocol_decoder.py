@@ -28,7 +28,7 @@ from tests.support.links import FakeNetwork, FakeTransport, Pipe
 OWNER = identity(1000)
 N = decoder.PART_VALUES + 77
 """Two parts, the second with blocks that are not whole and an odd number of values."""
-SEED, NEWCOMER, CLIENT, SLOW = 0, 7, 3, 4
+SEED, NEWCOMER, CLIENT, SLOW = 1000, 7, 3, 4
 OUTER_STEPS, SNAPSHOT_EVERY = 3, 2
 CLAIMS = {identity(1).peer_id: 3, identity(2).peer_id: 7, identity(CLIENT).peer_id: 64}
 """Tokens. The last one is the most that this run allows, and more than four times the median."""
@@ -262,6 +262,17 @@ def check_history(run: Run, reader: Decoder, decoded: Sequence[Decoded]) -> dict
     return states
 
 
+def check_chain(run: Run, states: dict[int, State], since: int, data: bytes) -> None:
+    """What a donor has served of it."""
+    entries = decoder.unpack(data)
+    assert entries
+    for step, entry in enumerate(entries, since):
+        header, meeting, certificate = decoder.open_entry(entry, min_group=run.manifest.spec.round.min_group)
+        assert (header.step, header.parent, header.head) == (step, states[step].head, states[step + 1].head)
+        assert header == meeting.header(header.part_hashes)
+        certificate.check(meeting, header.link, run.manifest.owner)
+
+
 @pytest.mark.parametrize(
     ("codec", "on_missed"), [("fp32", "adopt"), ("fp16", "keep"), ("int8", "adopt"), ("int4", "keep")]
 )
@@ -282,7 +293,7 @@ def test_everything_that_peers_say_is_decoded_and_computed_again(
     reader, decoded = decoded_by(run, story)
     assert {"ready", "roster", "closing", "eta", "contribute", "receipt", "commit", "took", "push"} <= tags_of(decoded)
     assert {"certifies", "ask-witness", "witnessed"} <= tags_of(decoded)
-    assert {"ask-heads", "heads", "ask-update", "ask-index", "ask-chunk", "size"} <= tags_of(decoded)
+    assert {"ask-heads", "heads", "ask-chain", "ask-update", "ask-index", "ask-chunk", "size"} <= tags_of(decoded)
     states = check_history(run, reader, decoded)
     assert set(states) == set(range(OUTER_STEPS + 1))
     assert any(meeting.absent for meeting in reader.rounds.values()) == (on_missed == "keep")
@@ -291,6 +302,9 @@ def test_everything_that_peers_say_is_decoded_and_computed_again(
     canonical, run_id = decoder.open_manifest(run.manifest.signed(OWNER))
     assert (canonical, run_id) == (run.manifest.canonical_bytes, run.manifest.run_id)
     for request, data in (blob for one in decoded for blob in one.blobs):
+        if request.tag == "ask-chain":
+            check_chain(run, states, request.fields["since"], data)
+            continue
         state = states[request.fields["step"]]
         hashes = [b3(chunk) for chunk in state.chunks()]
         if request.tag == "ask-index":

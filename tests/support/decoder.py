@@ -345,13 +345,20 @@ def pack_update(header: Header, means: Sequence[Mean]) -> bytes:
     return UPDATE_MAGIC + len(header.packed).to_bytes(4, "big") + header.packed + header.head + b"".join(parts)
 
 
+def open_header(data: bytes) -> Header:
+    step, parent, contributors, part_hashes = unpack(data)
+    header = Header(step, parent, [(peer_id, weight) for peer_id, weight in contributors], part_hashes)
+    check(header.packed == data, "a header that is packed otherwise")
+    return header
+
+
 def open_update(data: bytes, n: int, codec: str) -> tuple[Header, list[Mean]]:
     check(data[:8] == UPDATE_MAGIC, "not an update")
     end = 12 + int.from_bytes(data[8:12], "big")
-    step, parent, contributors, part_hashes = unpack(data[12:end])
-    header = Header(step, parent, [(peer_id, weight) for peer_id, weight in contributors], part_hashes)
-    check(header.packed == data[12:end] and header.head == data[end : end + 32], "a damaged header")
-    at, mask_bytes, means = end + 32, -(-len(contributors) // 8), []
+    header = open_header(data[12:end])
+    check(header.head == data[end : end + 32], "a damaged header")
+    part_hashes = header.part_hashes
+    at, mask_bytes, means = end + 32, -(-len(header.contributors) // 8), []
     for where in parts_of(n):
         size = encoded_bytes(where.stop - where.start, codec)
         mask, values = data[at : at + mask_bytes], data[at + mask_bytes : at + mask_bytes + size]
@@ -627,6 +634,12 @@ def open_certificate(data: bytes, **rules: Any) -> tuple[Round, Certificate]:
     certificate = Certificate(full, state, [(i, one) for i, one in signatures], witness)
     check(len(data) <= 524288 and certificate.packed(meeting) == data, "a certificate that is packed otherwise")
     return meeting, certificate
+
+
+def open_entry(data: bytes, **rules: Any) -> tuple[Header, Round, Certificate]:
+    """A header and the certificate beside it."""
+    header, certificate = unpack(data)
+    return open_header(header), *open_certificate(certificate, **rules)
 
 
 # -- streams ---------------------------------------------------------------------------------------------------------
