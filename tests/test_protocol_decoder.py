@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,14 +21,14 @@ from p2p_diloco.core.runfile import OnMissed
 from p2p_diloco.peer.control import OuterResult
 from tests.support import decoder
 from tests.support.builders import identity, record_of
-from tests.support.decoder import Decoded, Decoder, Mean, Round, State, Stream, Vector
+from tests.support.decoder import Certificate, Decoded, Decoder, Header, Mean, Round, State, Stream, Vector
 from tests.support.fakes import SimPeer, make_manifest, run_simulated
 from tests.support.links import FakeNetwork, FakeTransport, Pipe
 
 OWNER = identity(1000)
 N = decoder.PART_VALUES + 77
 """Two parts, the second with blocks that are not whole and an odd number of values."""
-SEED, NEWCOMER, CLIENT, SLOW = 0, 7, 3, 4
+SEED, NEWCOMER, CLIENT, SLOW = 1000, 7, 3, 4
 OUTER_STEPS, SNAPSHOT_EVERY = 3, 2
 CLAIMS = {identity(1).peer_id: 3, identity(2).peer_id: 7, identity(CLIENT).peer_id: 64}
 """Tokens. The last one is the most that this run allows, and more than four times the median."""
@@ -169,7 +169,13 @@ def decoded_by(run: Run, story: Callable[[], Awaitable[None]]) -> tuple[Decoder,
 
     run_simulated(main())
     spec = run.manifest.spec
-    reader = Decoder(n=N, codec=spec.outer.codec, keep=spec.round.on_missed == "keep")
+    reader = Decoder(
+        n=N,
+        codec=spec.outer.codec,
+        owner=run.manifest.owner,
+        keep=spec.round.on_missed == "keep",
+        min_group=spec.round.min_group,
+    )
     return reader, reader.all(run.streams())
 
 
@@ -177,14 +183,13 @@ def tags_of(decoded: Sequence[Decoded]) -> set[str]:
     return {message.tag for one in decoded for message in (*one.asked, *one.answered)}
 
 
-def committed(decoded: Sequence[Decoded], reader: Decoder) -> dict[int, tuple[Round, list[bytes]]]:
+def committed(reader: Decoder) -> dict[int, tuple[Round, list[bytes]]]:
     """Outer step -> the round that ended it, and its part hashes."""
     found: dict[int, tuple[Round, list[bytes]]] = {}
-    for one in decoded:
-        if [message.tag for message in one.asked][-1:] == ["took"]:
-            meeting = reader.rounds[one.asked[0].fields["round_id"]]
-            part_hashes = one.answered[-1].fields["part_hashes"]
-            assert found.setdefault(meeting.step, (meeting, part_hashes)) == (meeting, part_hashes)
+    for round_id, (part_hashes, _) in reader.certified.items():
+        meeting = reader.rounds[round_id]
+        assert meeting.step not in found, "two certified rounds of one outer step"
+        found[meeting.step] = meeting, part_hashes
     return found
 
 
@@ -209,16 +214,33 @@ def recomputed(run: Run, reader: Decoder, decoded: Sequence[Decoded], meeting: R
     return meeting.reduce(came, where.stop - where.start, codec)
 
 
+def check_certificate(
+    run: Run, meeting: Round, header: Header, certificate: Certificate, means: Sequence[Mean], state: State
+) -> None:
+    """What was signed is what there is, and so are the certificates that peers have kept."""
+    parts = Counter(i for mean in means for i in decoder.members_of(mean.mask))
+    assert decoder.members_of(certificate.full) == sorted(i for i, count in parts.items() if 2 * count > len(means))
+    digest = decoder.state_digest(state.step, state.head, [b3(chunk) for chunk in state.chunks()])
+    assert certificate.state == (b"" if state.step % SNAPSHOT_EVERY else digest)
+    for sim in run.peers.values():
+        entry = sim.peer.replica.ledger.chain.entry(header.step)
+        if entry is not None:
+            theirs, kept = decoder.open_certificate(entry.certificate.to_bytes(), min_group=meeting.min_group)
+            kept.check(theirs, header.link, run.manifest.owner)
+            assert (theirs.round_id, kept.full, kept.state) == (meeting.round_id, certificate.full, certificate.state)
+
+
 def check_history(run: Run, reader: Decoder, decoded: Sequence[Decoded]) -> dict[int, State]:
     """Every outer step computed again; outer step -> the state."""
     outer, state = run.manifest.spec.outer, State.genesis(run.genesis, b3)
     assert decoder.state_digest(0, state.head, [b3(chunk) for chunk in state.chunks()]).hex() == run.manifest.genesis
-    rounds, states = committed(decoded, reader), {0: state}
+    rounds, states = committed(reader), {0: state}
     for step in sorted(rounds):
         meeting, part_hashes = rounds[step]
         means = [recomputed(run, reader, decoded, meeting, part, wanted) for part, wanted in enumerate(part_hashes)]
         assert [mean.hash for mean in means] == part_hashes
-        header = meeting.header(part_hashes)
+        header, certificate = meeting.header(part_hashes), reader.certified[meeting.round_id][1]
+        check_certificate(run, meeting, header, certificate, means, state)
         data = decoder.pack_update(header, means)
         assert decoder.open_update(data, N, reader.codec) == (header, means)
         state = State(state.step, state.head, state.theta.copy(), state.momentum.copy())
@@ -240,6 +262,17 @@ def check_history(run: Run, reader: Decoder, decoded: Sequence[Decoded]) -> dict
     return states
 
 
+def check_chain(run: Run, states: dict[int, State], since: int, data: bytes) -> None:
+    """What a donor has served of it."""
+    entries = decoder.unpack(data)
+    assert entries
+    for step, entry in enumerate(entries, since):
+        header, meeting, certificate = decoder.open_entry(entry, min_group=run.manifest.spec.round.min_group)
+        assert (header.step, header.parent, header.head) == (step, states[step].head, states[step + 1].head)
+        assert header == meeting.header(header.part_hashes)
+        certificate.check(meeting, header.link, run.manifest.owner)
+
+
 @pytest.mark.parametrize(
     ("codec", "on_missed"), [("fp32", "adopt"), ("fp16", "keep"), ("int8", "adopt"), ("int4", "keep")]
 )
@@ -259,7 +292,8 @@ def test_everything_that_peers_say_is_decoded_and_computed_again(
 
     reader, decoded = decoded_by(run, story)
     assert {"ready", "roster", "closing", "eta", "contribute", "receipt", "commit", "took", "push"} <= tags_of(decoded)
-    assert {"ask-heads", "heads", "ask-update", "ask-index", "ask-chunk", "size"} <= tags_of(decoded)
+    assert {"certifies", "ask-witness", "witnessed"} <= tags_of(decoded)
+    assert {"ask-heads", "heads", "ask-chain", "ask-update", "ask-index", "ask-chunk", "size"} <= tags_of(decoded)
     states = check_history(run, reader, decoded)
     assert set(states) == set(range(OUTER_STEPS + 1))
     assert any(meeting.absent for meeting in reader.rounds.values()) == (on_missed == "keep")
@@ -268,6 +302,9 @@ def test_everything_that_peers_say_is_decoded_and_computed_again(
     canonical, run_id = decoder.open_manifest(run.manifest.signed(OWNER))
     assert (canonical, run_id) == (run.manifest.canonical_bytes, run.manifest.run_id)
     for request, data in (blob for one in decoded for blob in one.blobs):
+        if request.tag == "ask-chain":
+            check_chain(run, states, request.fields["since"], data)
+            continue
         state = states[request.fields["step"]]
         hashes = [b3(chunk) for chunk in state.chunks()]
         if request.tag == "ask-index":
@@ -325,11 +362,11 @@ def is_taken(decode: Callable[[], object]) -> bool:
 def test_what_the_page_does_not_allow_is_no_part_of_the_protocol() -> None:
     """A decoder that takes anything would prove nothing."""
     sealed = seal_record(record_of(identity(1), "ab"), identity(1))
-    took = decoder.message(b"\x92\xa4took\x80")
+    alone = decoder.message(b"\x92\xaano-witness\x80")
     assert decoder.open_sealed(sealed, decoder.RECORD)["peer_id"] == identity(1).peer_id
     header = decoder.Header(3, bytes(32), [(identity(1).peer_id, 5)], [Mean(b"\x01", bytes(28)).hash])
     update = decoder.pack_update(header, [Mean(b"\x01", bytes(28))])
-    assert (decoder.open_update(update, 7, "fp32")[0], took.tag) == (header, "took")
+    assert (decoder.open_update(update, 7, "fp32")[0], alone.tag) == (header, "no-witness")
     broken: list[Callable[[], object]] = [
         *(
             lambda at=at: decoder.open_sealed(flipped(sealed, at), decoder.RECORD)
@@ -338,9 +375,10 @@ def test_what_the_page_does_not_allow_is_no_part_of_the_protocol() -> None:
         lambda: decoder.open_sealed(sealed, decoder.READINESS),
         lambda: decoder.frames(b"\0\0\0\7" + bytes(6)),
         lambda: decoder.frames((4194305).to_bytes(4, "big") + bytes(4194305)),
-        lambda: decoder.message(b"\x92\xa4took\x80\0"),
-        lambda: decoder.message(b"\x92\xa4took\x81\xa1a\1"),
-        lambda: decoder.message(b"\x92\xa4tool\x80"),
+        lambda: decoder.message(b"\x92\xaano-witness\x80\0"),
+        lambda: decoder.message(b"\x92\xaano-witness\x81\xa1a\1"),
+        lambda: decoder.message(b"\x92\xaano-witless\x80"),
+        lambda: decoder.message(b"\x92\xa4took\x80"),
         lambda: decoder.members_of(b"\1\0"),
         *(lambda at=at: decoder.open_update(flipped(update, at), 7, "fp32") for at in range(len(update))),
         lambda: decoder.open_update(update + b"\0", 7, "fp32"),

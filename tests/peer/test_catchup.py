@@ -21,7 +21,8 @@ from p2p_diloco.ledger.replica import Replica
 from p2p_diloco.ledger.snapshot import snapshot_bytes
 from p2p_diloco.peer import download, uploads
 from p2p_diloco.wire.channel import Channel
-from p2p_diloco.wire.messages import AskChain, AskChunk, AskHeads, AskIndex, AskUpdate, Heads, Message, No, Size, pack
+from p2p_diloco.wire.message import Message
+from p2p_diloco.wire.messages import AskChain, AskChunk, AskHeads, AskIndex, AskUpdate, Heads, No, Size, pack
 from tests.support.fakes import run_simulated
 from tests.support.library import (
     CHUNK_BYTES,

@@ -14,7 +14,8 @@ from p2p_diloco.core.errors import LedgerError
 from p2p_diloco.ledger.replica import Replica
 from p2p_diloco.ledger.snapshot import chunk_slices
 from p2p_diloco.wire.channel import Channel
-from p2p_diloco.wire.messages import AskChunk, AskIndex, AskUpdate, Message, No
+from p2p_diloco.wire.message import Message
+from p2p_diloco.wire.messages import AskChunk, AskIndex, AskUpdate, No
 from tests.support.builders import NOW_S
 from tests.support.fakes import run_simulated
 from tests.support.library import (

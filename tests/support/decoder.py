@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
@@ -62,13 +63,17 @@ RECORD = (
     *("inner_steps_planned", "loss", "held_out_loss", "held_out_step", "tokens", "tokens_per_s", "group_size"),
     *("round_s", "round_bytes", "metrics_addr"),
 )
-READINESS = ("peer_id", "run_id", "step", "head", "weight", "client_mode", "dropped", "tokens_per_s", "nonce")
+READINESS = (
+    *("peer_id", "run_id", "leader", "step", "head", "weight", "client_mode", "dropped", "tokens_per_s", "nonce"),
+)
 CONSENT = ("peer_id", "asker", "dialler", "ports")
 CONTEXTS = {
     RECORD: b"p2p-diloco record\0",
     READINESS: b"p2p-diloco readiness\0",
     CONSENT: b"p2p-diloco dial consent\0",
 }
+ROSTER_CONTEXT = b"p2p-diloco roster\0"
+TAKEN_CONTEXT = b"p2p-diloco taken\0"
 
 
 def public_key(peer_id: str) -> bytes:
@@ -340,13 +345,20 @@ def pack_update(header: Header, means: Sequence[Mean]) -> bytes:
     return UPDATE_MAGIC + len(header.packed).to_bytes(4, "big") + header.packed + header.head + b"".join(parts)
 
 
+def open_header(data: bytes) -> Header:
+    step, parent, contributors, part_hashes = unpack(data)
+    header = Header(step, parent, [(peer_id, weight) for peer_id, weight in contributors], part_hashes)
+    check(header.packed == data, "a header that is packed otherwise")
+    return header
+
+
 def open_update(data: bytes, n: int, codec: str) -> tuple[Header, list[Mean]]:
     check(data[:8] == UPDATE_MAGIC, "not an update")
     end = 12 + int.from_bytes(data[8:12], "big")
-    step, parent, contributors, part_hashes = unpack(data[12:end])
-    header = Header(step, parent, [(peer_id, weight) for peer_id, weight in contributors], part_hashes)
-    check(header.packed == data[12:end] and header.head == data[end : end + 32], "a damaged header")
-    at, mask_bytes, means = end + 32, -(-len(contributors) // 8), []
+    header = open_header(data[12:end])
+    check(header.head == data[end : end + 32], "a damaged header")
+    part_hashes = header.part_hashes
+    at, mask_bytes, means = end + 32, -(-len(header.contributors) // 8), []
     for where in parts_of(n):
         size = encoded_bytes(where.stop - where.start, codec)
         mask, values = data[at : at + mask_bytes], data[at + mask_bytes : at + mask_bytes + size]
@@ -396,22 +408,28 @@ def state_digest(step: int, head: bytes, chunk_hashes: Sequence[bytes]) -> bytes
 
 MESSAGES: dict[str, tuple[set[str], set[str]]] = {
     "ready": ({"readiness", "record"}, set()),
-    "roster": ({"members"}, {"absent"}),
+    "roster": ({"members", "signature"}, {"absent"}),
     "too-few": ({"ready"}, set()),
+    "no-witness": (set(), set()),
     "redirect": ({"record"}, set()),
     "behind": ({"record"}, set()),
     "no": ({"reason"}, set()),
     "closing": ({"head", "gather_s", "record"}, set()),
     "eta": ({"eta_s"}, {"busy", "leader"}),
     "contribute": ({"round_id"}, {"number"}),
-    "receipt": ({"round_id", "part_hashes"}, {"number"}),
+    "receipt": ({"round_id", "part_hashes"}, {"number", "state"}),
     "again": ({"number", "members", "parts"}, set()),
-    "commit": ({"part_hashes", "holders"}, set()),
-    "took": (set(), set()),
+    "commit": ({"part_hashes", "holders"}, {"state"}),
+    "took": ({"signature"}, set()),
     "ask-commit": ({"round_id"}, set()),
+    "took-before": ({"part_hashes", "signature"}, {"state"}),
+    "certifies": ({"full", "members", "signatures"}, {"witness"}),
+    "ask-witness": ({"link", "certificate"}, set()),
+    "witnessed": ({"signature"}, set()),
     "ask-part": ({"round_id", "part", "hash"}, set()),
     "ask-heads": ({"since"}, set()),
     "heads": ({"first", "head", "links"}, set()),
+    "ask-chain": ({"since"}, set()),
     "ask-update": ({"step", "head"}, set()),
     "ask-index": ({"step", "digest"}, set()),
     "ask-chunk": ({"step", "digest", "chunk"}, set()),
@@ -427,16 +445,18 @@ MESSAGES: dict[str, tuple[set[str], set[str]]] = {
 """Tag -> the fields that must be there, and those that may."""
 
 ANSWERS = {
-    "ready": ({"eta"}, {"roster", "too-few", "redirect", "behind"}),
+    "ready": ({"eta"}, {"roster", "too-few", "no-witness", "redirect", "behind"}),
     "closing": ({"eta"}, {"eta", "behind", "redirect"}),
     "receipt": ({"eta"}, {"again", "commit"}),
-    "ask-commit": ({"eta"}, {"commit"}),
+    "took": ({"eta"}, {"certifies"}),
+    "ask-commit": ({"eta"}, {"took-before", "commit"}),
+    "ask-witness": ({"eta"}, {"witnessed"}),
     "ask-heads": (set[str](), {"heads"}),
     "push": (set[str](), {"push"}),
     "ask-dial-back": (set[str](), {"dialed-back"}),
 }
 """Request -> what may come before the answer, and the answer; ``no`` in any case."""
-BLOBS = {"ask-update", "ask-index", "ask-chunk", "ask-manifest"}
+BLOBS = {"ask-chain", "ask-update", "ask-index", "ask-chunk", "ask-manifest"}
 CHUNK_BYTES = 1048576
 
 
@@ -471,25 +491,63 @@ def message(frame: bytes) -> Message:
 # -- 9. a round ------------------------------------------------------------------------------------------------------
 
 
+def known_at(step: int, last: Sequence[Sequence[str]]) -> frozenset[str]:
+    """Who is known. ``last``: of the last 16 updates, or of all, who contributed to most parts of each."""
+    updates = Counter(peer_id for contributed in last for peer_id in contributed)
+    return frozenset(peer_id for peer_id, count in updates.items() if count >= 4 and step >= 16)
+
+
 @dataclass(frozen=True)
 class Round:
-    """What follows from a roster."""
+    """What follows from a roster, and from who is known."""
 
+    leader: str
+    """Who gathered it."""
     sealed: tuple[bytes, ...]
+    signature: bytes
     absent: tuple[bytes, ...] = ()
     keep: bool = False
+    min_group: int = 2
+    known_on: Mapping[bytes, frozenset[str]] = field(default_factory=dict)
+    """Head -> who is known there; nobody, where it has no entry."""
 
     @cached_property
     def round_id(self) -> bytes:
-        return h(b"round", *self.sealed, *self.absent)
+        return h(b"round", self.leader.encode(), *self.sealed, b"absent", *self.absent)
 
     @cached_property
     def members(self) -> list[Mapping[str, Any]]:
+        signed = is_signed(public_key(self.leader), ROSTER_CONTEXT + self.round_id, self.signature)
+        check(signed, "a roster that its leader did not sign")
         members = [open_sealed(one, READINESS) for one in self.sealed]
         ranks = [h(self.sealed_head(members), member["peer_id"].encode()) for member in members]
-        check(ranks == sorted(ranks), "a roster that is not in the order of rank")
+        check(ranks == sorted(set(ranks)), "a roster that is not in the order of rank")
         check(len({(member["run_id"], member["step"], member["head"]) for member in members}) == 1, "many heads")
+        check({member["leader"] for member in members} == {self.leader}, "a readiness for another leader")
         return members
+
+    @cached_property
+    def known(self) -> list[int]:
+        known = self.known_on.get(self.sealed_head(self.members), frozenset[str]())
+        return [i for i, peer_id in enumerate(self.ids) if peer_id in known]
+
+    @property
+    def too_few_known(self) -> bool:
+        return len(self.known) < min(2, self.min_group)
+
+    @cached_property
+    def counting(self) -> list[int]:
+        if self.too_few_known:
+            return list(range(len(self.members)))
+        unknown = len(self.members) - len(self.known)
+        check(unknown <= max(1, (len(self.known) - 1) // 2), "a roster with too many newcomers")
+        dialled = [i for i in self.known if not self.members[i]["client_mode"]]
+        gathers = self.leader in self.known_on[self.sealed_head(self.members)]
+        check(gathers or not dialled, "a roster that a newcomer gathered")
+        return self.known
+
+    def is_most(self, members: Sequence[int]) -> bool:
+        return 2 * len(set(members) & set(self.counting)) > len(self.counting)
 
     @staticmethod
     def sealed_head(members: Sequence[Mapping[str, Any]]) -> bytes:
@@ -521,7 +579,8 @@ class Round:
         return sum(self.weights[i] for i in came)
 
     def reducers(self, members: Sequence[int]) -> list[int]:
-        return [i for i in members if not self.members[i]["client_mode"]] or list(members)
+        counting = [i for i in members if i in self.counting] or list(members)
+        return [i for i in counting if not self.members[i]["client_mode"]] or counting
 
     def reduce(self, came: Mapping[int, Vector], k: int, codec: str) -> Mean:
         """``came``: index in the roster -> its decoded contribution to a part of ``k`` values."""
@@ -532,6 +591,55 @@ class Round:
     def header(self, part_hashes: Sequence[bytes]) -> Header:
         contributors = list(zip(self.ids, self.weights))
         return Header(self.step, self.sealed_head(self.members), contributors, part_hashes)
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """What stands in a certificate beside the roster."""
+
+    full: bytes
+    state: bytes
+    signatures: Sequence[tuple[int, bytes]]
+    witness: bytes
+
+    def packed(self, meeting: Round) -> bytes:
+        roster = [meeting.leader, list(meeting.sealed), list(meeting.absent), meeting.signature]
+        signatures = [[i, signature] for i, signature in self.signatures]
+        packed: bytes = msgpack.packb([roster, self.full, self.state, signatures, self.witness])
+        return packed
+
+    def signed(self, meeting: Round, link: bytes) -> bytes:
+        """What is under every signature."""
+        return TAKEN_CONTEXT + h(meeting.round_id, link, self.full, self.state)
+
+    def check(self, meeting: Round, link: bytes, owner: str, *, to_be_witnessed: bool = False) -> None:
+        """``to_be_witnessed``: the owner has not signed yet."""
+        who, signed = [i for i, _ in self.signatures], self.signed(meeting, link)
+        check(who == sorted(set(who)), "signatures that do not rise")
+        check(set(members_of(self.full)) <= set(range(len(meeting.members))), "a contributor beyond the roster")
+        for i, signature in self.signatures:
+            check(is_signed(public_key(meeting.ids[i]), signed, signature), f"not the signature of member {i}")
+        check(meeting.is_most(who), "signatures of too few")
+        if self.witness:
+            check(is_signed(public_key(owner), signed, self.witness), "not the witness of the owner")
+        by_owner = bool(self.witness) or owner in {meeting.ids[i] for i in who}
+        check(by_owner or to_be_witnessed or not meeting.too_few_known, "no witness")
+
+
+def open_certificate(data: bytes, **rules: Any) -> tuple[Round, Certificate]:
+    """``rules``: what ``Round`` has to be told."""
+    roster, full, state, signatures, witness = unpack(data)
+    leader, members, absent, signature = roster
+    meeting = Round(leader, tuple(members), signature, tuple(absent), **rules)
+    certificate = Certificate(full, state, [(i, one) for i, one in signatures], witness)
+    check(len(data) <= 524288 and certificate.packed(meeting) == data, "a certificate that is packed otherwise")
+    return meeting, certificate
+
+
+def open_entry(data: bytes, **rules: Any) -> tuple[Header, Round, Certificate]:
+    """A header and the certificate beside it."""
+    header, certificate = unpack(data)
+    return open_header(header), *open_certificate(certificate, **rules)
 
 
 # -- streams ---------------------------------------------------------------------------------------------------------
@@ -570,10 +678,18 @@ class Decoder:
 
     n: int
     codec: str
+    owner: str
     keep: bool = False
+    min_group: int = 2
     rounds: dict[bytes, Round] = field(default_factory=dict)
     agains: dict[tuple[bytes, int], Message] = field(default_factory=dict)
     """Round id and number -> what its leader asked for."""
+    certified: dict[bytes, tuple[list[bytes], Certificate]] = field(default_factory=dict)
+    """Round id -> part hashes, and a certificate of the update."""
+    history: dict[bytes, tuple[bytes, list[str]]] = field(default_factory=dict)
+    """Head -> the one before, and who contributed to most parts of the update between them."""
+    known_on: dict[bytes, frozenset[str]] = field(default_factory=dict)
+    """Head -> who is known there."""
 
     def all(self, streams: Sequence[Stream]) -> list[Decoded]:
         """Rosters first, then what was said about the rounds, then the butterflies."""
@@ -600,10 +716,16 @@ class Decoder:
                 check(len(next(up)) == request.fields["up_bytes"], "a transfer of another length")
                 self._answers(decoded, down, set(), {"transferred"})
                 check(len(next(down)) == request.fields["down_bytes"], "a transfer of another length")
+            elif request.tag in ("eta", "no"):
+                check(decoded.answered[-1].tag == "commit", f"{request.tag} is no request")
+                if request.tag == "no":
+                    self._answers(decoded, down, *ANSWERS["took"])
             elif request.tag in ANSWERS:
                 self._answers(decoded, down, *ANSWERS[request.tag])
+                if request.tag == "ask-commit" and decoded.answered[-1].tag == "commit":
+                    self._answers(decoded, down, set(), {"certifies"})
             else:
-                check(request.tag in ("took", "dial-back"), f"{request.tag} is no request")
+                check(request.tag == "dial-back", f"{request.tag} is no request")
             self._note(request, decoded)
         check(next(down, None) is None, "frames that nobody asked for")
         return decoded
@@ -618,12 +740,59 @@ class Decoder:
 
     def _note(self, request: Message, decoded: Decoded) -> None:
         last = decoded.answered[-1] if decoded.answered else None
-        if last is not None and last.tag == "roster":
-            absent = tuple(last.fields.get("absent", ()))
-            found = Round(tuple(last.fields["members"]), absent, self.keep)
+        if last is None:
+            return
+        if last.tag == "roster":
+            absent, rules = tuple(last.fields.get("absent", ())), self._rules()
+            leader, members = decoded.stream.server, tuple(last.fields["members"])
+            found = Round(leader, members, last.fields["signature"], absent, **rules)
+            check(bool(found.members), "an empty roster")
             self.rounds[found.round_id] = found
-        if last is not None and last.tag == "again" and request.tag == "receipt":
+        if last.tag == "again" and request.tag == "receipt":
             self.agains[request.fields["round_id"], last.fields["number"]] = last
+        if last.tag == "certifies":
+            self._certified(decoded, last.fields)
+        if request.tag == "ask-witness":
+            self._witnessed(decoded, request.fields, last)
+
+    def _rules(self) -> dict[str, Any]:
+        return {"keep": self.keep, "min_group": self.min_group, "known_on": self.known_on}
+
+    def _certified(self, decoded: Decoded, fields: Mapping[str, Any]) -> None:
+        meeting = self.rounds[decoded.asked[0].fields["round_id"]]
+        commit = [said for said in decoded.answered if said.tag == "commit"][-1].fields
+        check(len(fields["members"]) == len(fields["signatures"]), "a signature is missing")
+        certificate = Certificate(
+            full=fields["full"],
+            state=commit.get("state", b""),
+            signatures=list(zip(fields["members"], fields["signatures"])),
+            witness=fields.get("witness", b""),
+        )
+        header = meeting.header(commit["part_hashes"])
+        certificate.check(meeting, header.link, self.owner)
+        for took in (message for message in decoded.asked if message.tag == "took"):
+            signed, signature = certificate.signed(meeting, header.link), took.fields["signature"]
+            check(is_signed(public_key(decoded.stream.opener), signed, signature), "a member that signs something else")
+        found = self.certified.setdefault(meeting.round_id, (commit["part_hashes"], certificate))
+        check(found[0] == commit["part_hashes"], "two commits of one round")
+        self._learn(header, [meeting.ids[i] for i in members_of(certificate.full)])
+
+    def _learn(self, header: Header, in_most_parts: list[str]) -> None:
+        self.history[header.head] = header.parent, in_most_parts
+        last, at = list[list[str]](), header.head
+        while at in self.history and len(last) < 16:
+            at, contributed = self.history[at]
+            last.append(contributed)
+        self.known_on.setdefault(header.head, known_at(header.step + 1, last))
+
+    def _witnessed(self, decoded: Decoded, asked: Mapping[str, Any], answer: Message) -> None:
+        meeting, certificate = open_certificate(asked["certificate"], **self._rules())
+        check(meeting.round_id in self.rounds and not certificate.witness, "another round's certificate")
+        certificate.check(meeting, asked["link"], self.owner, to_be_witnessed=True)
+        if answer.tag == "witnessed":
+            check(decoded.stream.server == self.owner, "a witness that is not the owner")
+            signed = certificate.signed(meeting, asked["link"])
+            check(is_signed(public_key(self.owner), signed, answer.fields["signature"]), "a witness of something else")
 
     def _butterfly(self, decoded: Decoded, request: Message, up: Iterator[bytes], down: Iterator[bytes]) -> None:
         round_id, number = request.fields["round_id"], request.fields.get("number", 0)
