@@ -68,7 +68,7 @@ def test_on_from_where_somebody_has_followed_it_to() -> None:
 def test_strangers_do_not_lead_on(steps: int) -> None:
     """Before anybody is known, or beside those who are: it takes the owner, or them."""
     lineage, _ = followed(steps)
-    with pytest.raises(ValueError, match="witness that is not the owner"):
+    with pytest.raises(ValueError, match="not the run's owner"):
         lineage.follow(next_by(lineage, THEIRS, owner=THEIRS[0]))
     alone = next_by(lineage, THEIRS)
     with pytest.raises(ValueError, match="too few of those that count"):

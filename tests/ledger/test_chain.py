@@ -189,7 +189,7 @@ def test_who_is_known(tmp_path: Path) -> None:
     assert chain.known_at(15).peers == frozenset()
     chain.extend(entries(4, after=ours[-1].header.head, since=15, name="b"))
     for each in (chain, open_chain(tmp_path)):
-        assert each.known_at(15).early
+        assert each.known_at(15).peers == frozenset()
         assert each.known_at(16).peers == {"a"}, "b has contributed to one update"
         assert each.known_at(19).peers == {"a", "b"}
         assert each.last_contributors(19) == [("a",)] * 12 + [("b",)] * 4

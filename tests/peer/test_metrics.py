@@ -26,7 +26,7 @@ from p2p_diloco.peer import metrics
 from p2p_diloco.peer.metrics import PREFIX, PeerMetrics
 from p2p_diloco.peer.peer import Peer
 from p2p_diloco.peer.presence import MADDRS_BYTES, LastRound, Trained
-from tests.peer.test_peer import OWNER, Simulated, vectors
+from tests.peer.test_peer import STRANGER, Simulated, vectors
 from tests.support.builders import identity
 from tests.support.events import lines_of
 from tests.support.fakes import FakeNetwork, FakeTransport, SimPeer, make_manifest, run_simulated
@@ -96,8 +96,8 @@ async def scraped(peer: Peer) -> Values:
 def lone_peer(folder: Path) -> Peer:
     """It has joined nothing yet."""
     [genesis, target] = vectors(2, 100)
-    manifest = make_manifest(100, genesis, OWNER)
-    sim = SimPeer.create(FakeNetwork(), manifest, OWNER, folder, 1, target=target, genesis=genesis)
+    manifest = make_manifest(100, genesis, STRANGER)
+    sim = SimPeer.create(FakeNetwork(), manifest, STRANGER, folder, 1, target=target, genesis=genesis)
     return sim.peer
 
 
@@ -237,7 +237,7 @@ def test_who_is_rejected_is_counted_by_reason(tmp_path: Path) -> None:
         swarm = Simulated(tmp_path, 2, outer_steps=3)
         seed = swarm.add(0, seed=True)
         await asyncio.sleep(1)
-        stranger = FakeTransport(swarm.network, OWNER.peer_id, Timeouts())
+        stranger = FakeTransport(swarm.network, STRANGER.peer_id, Timeouts())
         for frame in (b"garbage", b"\xc1"):
             channel = await stranger.open(seed.peer.identity.peer_id, [], seed.peer.here.protocol)
             await channel.send_frame(frame)

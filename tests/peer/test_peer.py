@@ -51,7 +51,9 @@ from tests.support.builders import identity, record_of
 from tests.support.fakes import FakeNetwork, FakeTransport, SimPeer, make_manifest, run_simulated
 from tests.support.reference import diloco
 
-OWNER = Identity.from_seed(b"o" * 32)
+RUN_OWNER = identity(0)
+"""The seed: it witnesses the first updates."""
+STRANGER = Identity.from_seed(b"o" * 32)
 N = 300_000  # two parts
 
 
@@ -80,7 +82,7 @@ class Simulated:
         self.manifest: RunManifest = make_manifest(
             n,
             self.genesis,
-            OWNER,
+            RUN_OWNER,
             codec=codec,
             outer_steps=outer_steps,
             inner_steps=inner_steps,
@@ -94,7 +96,7 @@ class Simulated:
         sim = SimPeer.create(
             self.network,
             self.manifest,
-            OWNER,
+            RUN_OWNER,
             self.tmp_path,
             index,
             target=None if seed else self.targets[(index - 1) % len(self.targets)],
@@ -626,7 +628,7 @@ def test_a_liar_that_nobody_can_follow_does_not_stop_the_swarm(tmp_path: Path, a
         def claim() -> bytes:
             newest = max((sim.peer.seat.standing for sim in sims), key=lambda standing: standing.step)
             record = record_of(
-                OWNER,
+                STRANGER,
                 run_id=swarm.manifest.run_id,
                 issued_s=asyncio.get_running_loop().time(),
                 step=newest.step + 1,
@@ -634,14 +636,14 @@ def test_a_liar_that_nobody_can_follow_does_not_stop_the_swarm(tmp_path: Path, a
                 heads=[newest.head],
                 committed=True,
             )
-            return seal_record(record, OWNER)
+            return seal_record(record, STRANGER)
 
         async def answer(channel: Channel) -> None:
             message: Message = await channel.receive(Push, AskHeads, Ready, Closing, AskIndex, timeout_s=10.0)
             asked.append(message)
             await channel.send(Push(record=claim()) if isinstance(message, Push) else No(reason="too many downloads"))
 
-        liar = FakeTransport(swarm.network, OWNER.peer_id, Timeouts())
+        liar = FakeTransport(swarm.network, STRANGER.peer_id, Timeouts())
         if answers == "refusals":
             await liar.serve(sims[0].peer.here.protocol, answer)
 
@@ -658,7 +660,7 @@ def test_a_liar_that_nobody_can_follow_does_not_stop_the_swarm(tmp_path: Path, a
         now_s = asyncio.get_running_loop().time()
         swarm.check_identical(sims[1:])
         for sim in sims[1:]:
-            assert OWNER.peer_id not in [record.peer_id for record in sim.peer.directory.believed(now_s)]
+            assert STRANGER.peer_id not in [record.peer_id for record in sim.peer.directory.believed(now_s)]
         assert answers == "nothing" or any(isinstance(message, AskHeads) for message in asked)
 
     run_simulated(main())
@@ -715,7 +717,7 @@ def test_a_bystander_that_lies_does_not_stop_the_others(
             newest = max((sim.peer.seat.standing for sim in sims), key=lambda standing: standing.step)
             last_s = max(asyncio.get_running_loop().time(), last_s + 1e-3)
             mine = record_of(
-                OWNER,
+                STRANGER,
                 run_id=swarm.manifest.run_id,
                 issued_s=last_s,
                 step=newest.step,
@@ -723,7 +725,7 @@ def test_a_bystander_that_lies_does_not_stop_the_others(
                 heads=list(newest.heads[:4]),
                 committed=True,
             )
-            return seal_record(mine, OWNER)
+            return seal_record(mine, STRANGER)
 
         async def answer(channel: Channel) -> None:
             message: Message = await channel.receive(Push, Ready, Closing, timeout_s=10.0)
@@ -733,7 +735,7 @@ def test_a_bystander_that_lies_does_not_stop_the_others(
                 asked.append(message)
                 await lie(channel, message, record())
 
-        liar = FakeTransport(swarm.network, OWNER.peer_id, Timeouts())
+        liar = FakeTransport(swarm.network, STRANGER.peer_id, Timeouts())
         await liar.serve(sims[0].peer.here.protocol, answer)
         while (now_s := asyncio.get_running_loop().time()) < began_s + 600:
             for sim in sims:
@@ -772,8 +774,8 @@ def test_a_stranger_brings_its_own_record_only(tmp_path: Path) -> None:
         swarm = Simulated(tmp_path, 2)
         sim = swarm.add(0, seed=True)
         await asyncio.sleep(5)
-        stranger, now_s = FakeTransport(swarm.network, OWNER.peer_id, Timeouts()), asyncio.get_running_loop().time()
-        for who, taken in ((identity(77), False), (OWNER, True)):
+        stranger, now_s = FakeTransport(swarm.network, STRANGER.peer_id, Timeouts()), asyncio.get_running_loop().time()
+        for who, taken in ((identity(77), False), (STRANGER, True)):
             record = seal_record(record_of(who, run_id=swarm.manifest.run_id, issued_s=now_s), who)
             channel = await stranger.open(sim.peer.identity.peer_id, [], sim.peer.here.protocol)
             await channel.send(Push(record=record))
@@ -807,10 +809,10 @@ def test_who_joins_answers_a_push_with_a_sound_record(tmp_path: Path) -> None:
         newcomer = swarm.add(1)
         await asyncio.sleep(5)
         assert newcomer.peer.replica.state is None
-        other = FakeTransport(swarm.network, OWNER.peer_id, Timeouts())
+        other = FakeTransport(swarm.network, STRANGER.peer_id, Timeouts())
         now_s, run_id = asyncio.get_running_loop().time(), swarm.manifest.run_id
         channel = await other.open(newcomer.peer.identity.peer_id, [], newcomer.peer.here.protocol)
-        record = seal_record(record_of(OWNER, run_id=run_id, issued_s=now_s), OWNER)
+        record = seal_record(record_of(STRANGER, run_id=run_id, issued_s=now_s), STRANGER)
         answer = await channel.request(Push(record=record), Push)
         opened = open_record(answer.record)
         assert (opened.peer_id, opened.phase) == (newcomer.peer.identity.peer_id, "joining")
@@ -841,7 +843,7 @@ def test_whoever_asks_may_measure_with_a_peer_that_has_a_state(tmp_path: Path) -
     async def main() -> None:
         swarm = Simulated(tmp_path, 2)
         newcomer = swarm.add(1)
-        stranger = FakeTransport(swarm.network, OWNER.peer_id, Timeouts())
+        stranger = FakeTransport(swarm.network, STRANGER.peer_id, Timeouts())
 
         async def transfer(sim: SimPeer) -> Transferred:
             channel = await stranger.open(sim.peer.identity.peer_id, [], sim.peer.here.protocol)
@@ -862,7 +864,7 @@ def test_whoever_asks_may_measure_with_a_peer_that_has_a_state(tmp_path: Path) -
         with pytest.raises(Gone):
             await channel.request(AskDialBack(consent=b""), DialedBack)
         assert [str(complaint)[:60] for complaint in seed.transport.complaints] == [
-            f"peer {OWNER.peer_id[-8:]}: asks for a dial with not plain msgpack"[:60]
+            f"peer {STRANGER.peer_id[-8:]}: asks for a dial with not plain msgpack"[:60]
         ]
 
     run_simulated(main())
@@ -906,7 +908,7 @@ def test_messages_for_a_round_that_nobody_knows_are_refused(tmp_path: Path) -> N
         swarm = Simulated(tmp_path, 2)
         sims = await swarm.start(2)
         await swarm.until(sims, 1)
-        stranger = FakeTransport(swarm.network, OWNER.peer_id, Timeouts())
+        stranger = FakeTransport(swarm.network, STRANGER.peer_id, Timeouts())
 
         async def ask(message: Message, refusal: type[RemoteError]) -> float:
             began_s = asyncio.get_running_loop().time()

@@ -11,7 +11,7 @@ import pytest
 from p2p_diloco.core.config import Timeouts
 from p2p_diloco.core.errors import RemoteError
 from p2p_diloco.wire.channel import run_protocol
-from tests.peer.test_peer import OWNER, Simulated
+from tests.peer.test_peer import RUN_OWNER, Simulated
 from tests.support import fakes
 from tests.support.builders import identity
 from tests.support.fakes import FakeTransport, run_simulated
@@ -52,7 +52,7 @@ def test_sixteen_identities_with_eight_silent_streams_each(tmp_path: Path, monke
         assert all(result.committed for sim in sims for result in sim.results)
         swarm.check_identical([*sims, newcomer])
         trainers = {sim.peer.identity.peer_id for sim in (*sims, newcomer)}
-        assert all(sim.transport.favoured == trainers | {OWNER.peer_id} for sim in swarm.peers)
+        assert all(sim.transport.favoured == trainers | {RUN_OWNER.peer_id} for sim in swarm.peers)
         for task in held:
             task.cancel()
 
