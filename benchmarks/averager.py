@@ -22,9 +22,11 @@ from p2p_diloco.core.config import PeerConfig, Timeouts
 from p2p_diloco.core.digest import digest
 from p2p_diloco.core.directory import Directory
 from p2p_diloco.core.grid import Grid
+from p2p_diloco.core.group import RosterRules, SealedRoster, open_roster, seal_roster
 from p2p_diloco.core.identity import Identity
+from p2p_diloco.core.known import NOBODY_KNOWN, Known
 from p2p_diloco.core.records import MAX_RECORD_LIFE_S, Record, seal_record
-from p2p_diloco.core.roster import Readiness, check_roster, form_roster, new_nonce, seal_readiness
+from p2p_diloco.core.roster import Readiness, form_roster, new_nonce, open_readiness, seal_readiness
 from p2p_diloco.round.meeting import Meeting
 from p2p_diloco.round.outcome import Missed
 from p2p_diloco.round.settle import Settlement
@@ -38,6 +40,8 @@ VALUES = (4_000_000, 25_000_000)
 ROUNDS = 3
 LIMIT_S = 150.0
 RUN_ID = digest(b"benchmark")[:20].hex()
+GATHERER = Identity.from_seed(b"g" * 32)
+"""Signs the rosters, in place of a leader."""
 WEIGHT_TOKENS = 1000
 
 
@@ -93,7 +97,8 @@ def butterfly_seconds() -> dict[tuple[int, CodecName], float]:
 def round_seconds(workers: Workers, task: Task) -> float:
     """Of the slowest member."""
     workers.send_all(task)
-    workers.send_all(form_roster(workers.receive_all(), task.head, PEERS))
+    members = form_roster(workers.receive_all(), task.head, PEERS, NOBODY_KNOWN, least_known=PEERS)
+    workers.send_all(seal_roster(members, (), GATHERER))
     workers.receive_all()
     workers.send_all("go")
     outcomes = workers.receive_all()
@@ -124,6 +129,17 @@ async def take_part(pipe: Connection, folder: Path) -> None:
         await node.close()
 
 
+RULES = RosterRules(
+    run_id=RUN_ID,
+    owner=GATHERER.peer_id,
+    min_group=PEERS,
+    max_group=PEERS,
+    max_weight_tokens=WEIGHT_TOKENS,
+    aggregation=AGGREGATIONS["mean"],
+    on_missed="adopt",
+)
+
+
 class Member:
     """A peer that is all butterfly: it has no ledger and no trainer, and is told who meets."""
 
@@ -138,6 +154,7 @@ class Member:
     async def meet(self, pipe: Connection, task: Task) -> None:
         readiness = Readiness(
             run_id=RUN_ID,
+            leader=GATHERER.peer_id,
             step=task.attempt,
             head=task.head,
             peer_id=self.identity.peer_id,
@@ -146,19 +163,16 @@ class Member:
             nonce=new_nonce(),
         )
         pipe.send(seal_readiness(readiness, self.identity))
-        roster: list[bytes] = await asyncio.to_thread(pipe.recv)
-        group = check_roster(
-            roster,
-            readiness,
-            min_group=PEERS,
-            max_group=PEERS,
-            max_weight=WEIGHT_TOKENS,
-            aggregation=AGGREGATIONS["mean"],
-        )
-        local = np.random.default_rng(group.me).standard_normal(task.values, np.float32)
+        roster: SealedRoster = await asyncio.to_thread(pipe.recv)
+        ids = (open_readiness(sealed).peer_id for sealed in roster.members)
+        group = open_roster(roster, RULES, Known(step=task.attempt, peers=frozenset((roster.leader, *ids))))
+        me = group.index_of(self.identity.peer_id)
+        local = np.random.default_rng(me).standard_normal(task.values, np.float32)
         settlement = self.settlement = Settlement(
             Meeting(
                 group=group,
+                identity=self.identity,
+                owner=RULES.owner,
                 transport=self.node,
                 protocol=self.protocol,
                 directory=self.directory,
@@ -173,9 +187,10 @@ class Member:
         await asyncio.to_thread(pipe.recv)
         started_s = time.perf_counter()
         await settlement.reduce()
-        update = await settlement.settle()
-        if isinstance(update, Missed):
-            raise RuntimeError(update.detail)
+        outcome = await settlement.settle()
+        if isinstance(outcome, Missed):
+            raise RuntimeError(outcome.detail)
+        update = outcome.update
         grid = settlement.meeting.grid
         for i, (part, where) in enumerate(zip(update.parts, grid.slices)):
             local[where] = grid.decode(i, part.data)

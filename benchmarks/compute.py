@@ -20,6 +20,7 @@ from p2p_diloco.core.outer import OuterState, apply, genesis_state
 from p2p_diloco.core.update import Part, Update, UpdateHeader, contributor_mask
 from p2p_diloco.ledger.ledger import Ledger
 from p2p_diloco.ledger.replay import Replay, load
+from tests.support.certificates import unsigned
 
 P = ParamSpec("P")
 VALUES = 25_000_000
@@ -60,7 +61,7 @@ def ledger_rows(vector: Vector, folder: Path) -> list[tuple[Cell, ...]]:
     for _ in range(REPEATS):
         update = next_update(state, parts)
         alignments_s.append(seconds_of(align, state.theta, vector, update, ledger.grid))
-        appends_s.append(seconds_of(ledger.append, update))
+        appends_s.append(seconds_of(ledger.append, update, unsigned(update)))
         applies_s.append(seconds_of(apply_update, state, update))
     return [
         row(f"apply, {LEDGER_CODEC}", median(applies_s)),

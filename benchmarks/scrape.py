@@ -31,6 +31,7 @@ from p2p_diloco.peer.metrics import RENDER_EVERY_S, PeerMetrics
 from p2p_diloco.peer.peer import Peer
 from p2p_diloco.wire.daemon import private_socket_folder
 from p2p_diloco.wire.node import Node
+from tests.support.certificates import unsigned
 
 VALUES = 1000
 OTHERS = 500
@@ -158,7 +159,8 @@ def make_peer(node: Node, identity: Identity, folder: Path) -> Peer:
     replica.load()
     for _ in range(UPDATES):
         part = Part(mask=contributor_mask(range(4)), data=encode(theta, "fp32"))
-        replica.commit(next_update(replica.loaded, (part,)))
+        update = next_update(replica.loaded, (part,))
+        replica.commit(update, unsigned(update))
     peer = Peer(
         transport=node,
         identity=identity,

@@ -12,14 +12,15 @@ from typing import Literal
 
 import numpy as np
 
-from p2p_diloco.core.aggregate import AGGREGATIONS, weighted_mean
+from p2p_diloco.core.aggregate import weighted_mean
 from p2p_diloco.core.codec import Vector
 from p2p_diloco.core.codecs import decode, encode
 from p2p_diloco.core.grid import Grid
+from p2p_diloco.core.group import Group, open_roster, seal_roster
 from p2p_diloco.core.outer import apply, genesis_state
-from p2p_diloco.core.roster import Group, check_roster, form_roster, seal_readiness
+from p2p_diloco.core.roster import form_roster, seal_readiness
 from p2p_diloco.core.update import Part, Update, contributor_mask, parts_with
-from tests.support.builders import ranked, readiness_of
+from tests.support.builders import known, ranked, readiness_of, rules_of
 
 Policy = Literal["no drops", "keep", "adopt", "keep, by those that arrived"]
 POLICIES: tuple[Policy, ...] = ("no drops", "keep", "adopt", "keep, by those that arrived")
@@ -35,20 +36,25 @@ NOISE = np.float32(0.5)
 
 
 def group_of(head: bytes, step: int, tokens: dict[str, int], dropped: set[str], policy: Policy) -> Group:
-    members = {
-        who.peer_id: readiness_of(who, head=head, step=step, weight=tokens[who.peer_id], dropped=who.peer_id in dropped)
-        for who in ranked(head, K)
-    }
-    sealed = [seal_readiness(members[who.peer_id], who) for who in ranked(head, K)]
-    return check_roster(
-        form_roster(sealed, head, K),
-        next(iter(members.values())),
-        min_group=2,
-        max_group=K,
-        max_weight=2**40,
-        aggregation=AGGREGATIONS["mean"],
-        on_missed="keep" if policy == "keep" else "adopt",
-    )
+    who = ranked(head, K)
+    leader, everybody = who[0], known(*who)
+    sealed = [
+        seal_readiness(
+            readiness_of(
+                one,
+                leader=leader.peer_id,
+                head=head,
+                step=step,
+                weight=tokens[one.peer_id],
+                dropped=one.peer_id in dropped,
+            ),
+            one,
+        )
+        for one in who
+    ]
+    members = form_roster(sealed, head, K, everybody, least_known=2)
+    rules = rules_of(min_group=2, max_group=K, on_missed="keep" if policy == "keep" else "adopt")
+    return open_roster(seal_roster(members, [], leader), rules, everybody)
 
 
 def update_of(group: Group, theta: Vector, local: dict[str, Vector]) -> Update:

@@ -74,7 +74,7 @@ class Chains:
         that way, as the guide has shown them. What contradicts nothing that I stand on is in my chain then. Raises
         RemoteError."""
         if target[0] == 0 or self.chain.head_at(target[0]) == target[1]:
-            return Way(step=target[0])
+            return Way(step=target[0])  # no chain leads to the genesis: the manifest names its digest
         channel = await self.here.open(guide.peer_id)
         try:
             page = await self._first_page(channel, path)

@@ -13,11 +13,9 @@ from hypothesis import strategies as st
 
 from p2p_diloco.core.records import Record
 from p2p_diloco.core.swarm_head import (
-    Dispute,
     Evaluation,
     Standing,
     believed_losses,
-    disputed,
     from_nowhere,
     must_catch_up,
     newest_evaluation,
@@ -155,90 +153,6 @@ def test_my_own_vote_counts() -> None:
 def test_whoever_is_not_beyond_the_swarms_head_catches_up(mine: str, target: str | None, catch_up: bool) -> None:
     where = None if target is None else (len(target), head(target))
     assert must_catch_up(standing(mine), where) is catch_up
-
-
-MINE, THEIRS, A_THIRD = bytes([1] * 32), bytes([2] * 32), bytes([3] * 32)
-WAY = "abcdefg"
-MY_HEADS = {step: head(WAY[:step]) for step in range(len(WAY) + 1)}
-
-
-def names(digest: bytes, way: str = WAY, step: int = 5, **changes: Any) -> dict[str, Any]:
-    """What the record of a peer that came that way says."""
-    return {"history": way, "snapshot_step": step, "snapshot_digest": digest, **changes}
-
-
-def dispute_among(*claims: dict[str, Any]) -> Dispute | None:
-    return disputed(5, MINE, MY_HEADS, [record_of(identity(i + 1), **claim) for i, claim in enumerate(claims)])
-
-
-@pytest.mark.parametrize(
-    "claims",
-    [
-        [],
-        [names(MINE)] * 3,
-        # Of another outer step: those are other states.
-        [names(THEIRS, step=0)] * 3,
-        [names(THEIRS, step=6)] * 3,
-        # Of another way: those are other states, too, and their heads say so.
-        [names(THEIRS, way="abxdefg")] * 3,
-        [names(THEIRS, way="abcdx")] * 3,
-        # One that parted after the snapshot, where its record does not go back far enough to tell.
-        [names(THEIRS, way="abcdexyzuv")] * 3,
-        # One that stands before it.
-        [names(THEIRS, way="abcd")] * 3,
-        # One that has never committed.
-        [names(THEIRS, committed=False)] * 3,
-    ],
-)
-def test_no_dispute(claims: list[dict[str, Any]]) -> None:
-    assert dispute_among(*claims) is None
-
-
-@pytest.mark.parametrize("way", [WAY, "abcde", "abcdef", "abcdefgh", "abcdefghijk"[:9], "abcdexyz"])
-def test_who_came_by_my_heads_to_the_snapshot_has_my_bits_there_or_there_is_a_dispute(way: str) -> None:
-    assert dispute_among(names(MINE, way)) is None
-    assert dispute_among(names(THEIRS, way)) == Dispute(others=(identity(1).peer_id,), majority=None)
-
-
-@pytest.mark.parametrize(
-    ("digests", "majority"),
-    [
-        ([THEIRS], None),
-        ([THEIRS, MINE], None),
-        ([THEIRS, A_THIRD], None),
-        ([THEIRS, THEIRS], THEIRS),
-        ([THEIRS, THEIRS, MINE], None),
-        ([THEIRS, THEIRS, A_THIRD], None),
-        ([THEIRS, A_THIRD, A_THIRD, A_THIRD], A_THIRD),
-        ([THEIRS, THEIRS, THEIRS, MINE], THEIRS),
-        ([THEIRS, THEIRS, THEIRS, MINE, MINE], None),
-    ],
-)
-def test_more_than_half_of_all_and_two_at_least_outvote_me(digests: list[bytes], majority: bytes | None) -> None:
-    dispute = dispute_among(*map(names, digests))
-    assert dispute is not None
-    assert dispute.majority == majority
-    assert dispute.others == tuple(identity(i + 1).peer_id for i, digest in enumerate(digests) if digest != MINE)
-
-
-@given(st.lists(st.tuples(st.sampled_from([MINE, THEIRS, A_THIRD]), st.booleans()), max_size=9))
-def test_whoever_is_asked_the_same_digest_wins(peers: list[tuple[bytes, bool]]) -> None:
-    """No two peers with different bits are each told to take the other's, and nobody yields to a minority; those who
-    came another way change nothing."""
-    ways = [WAY if same else "abxdefg" for _, same in peers]
-    records = [
-        record_of(identity(i + 1), **names(digest, way)) for i, ((digest, _), way) in enumerate(zip(peers, ways))
-    ]
-    here = [(i, digest) for i, (digest, same) in enumerate(peers) if same]
-    taken = set()
-    for me, digest in here:
-        dispute = disputed(5, digest, MY_HEADS, records[:me] + records[me + 1 :])
-        assert (dispute is None) == (len({other for _, other in here}) == 1)
-        if dispute is not None and dispute.majority is not None:
-            taken.add(dispute.majority)
-            assert 2 * sum(other == dispute.majority for _, other in here) > len(here)
-            assert dispute.majority != digest
-    assert len(taken) <= 1
 
 
 # -- evaluations -------------------------------------------------------------------------------------------------------

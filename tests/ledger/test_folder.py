@@ -80,6 +80,8 @@ def test_reading_changes_nothing_whatever_lies_there(run: Path, monkeypatch: pyt
     (run / "ledger/updates/0000000003.update.tmp").write_bytes(b"being written")
     (run / "ledger/updates/0000000003.update").write_bytes(b"damaged")
     (run / "ledger/snapshots/0000000004.safetensors").write_bytes(b"damaged")
+    with (run / "ledger/chain").open("ab") as file:
+        file.write(b"being written")
     before = files(run)
     assert load_state(run)[1].step == STEPS
     assert files(run) == before
@@ -93,6 +95,13 @@ def test_any_outer_step_that_the_ledger_leads_to_can_be_had(run: Path) -> None:
     np.testing.assert_array_equal(load_state(run)[1].theta, states[3].theta)
     with pytest.raises(UsageError, match=r"--step 4: the ledger in .* leads to outer steps 0 to 3"):
         load_state(run, 4)
+
+
+def test_a_state_that_no_chain_leads_to_is_read(run: Path) -> None:
+    """A simulation has none."""
+    (run / "ledger/chain").unlink()
+    assert load_state(run)[1].step == 2
+    assert not (run / "ledger/quarantine").exists()
 
 
 def test_a_folder_that_cannot_be_written_to_is_read_all_the_same(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:

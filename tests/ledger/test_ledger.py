@@ -500,6 +500,121 @@ def test_the_way_is_the_shortest_that_is_unbroken(damaged: tuple[Path, list[Oute
     assert way(8) is None
 
 
+# The chain
+
+
+def test_an_update_without_a_certificate_is_put_aside(damaged: tuple[Path, list[OuterState]]) -> None:
+    folder, states = damaged
+    (folder / UPDATE(8)).write_bytes(update_to_bytes(update_after(states[8])))
+    ledger = open_ledger(folder)
+    same(load(ledger), states[8])
+    assert [path.name for path in ledger.quarantined] == ["0000000008.update.0"]
+
+
+def test_an_update_of_another_history_than_the_chains_is_put_aside(damaged: tuple[Path, list[OuterState]]) -> None:
+    folder, states = damaged
+    (folder / UPDATE(7)).write_bytes(update_to_bytes(update_after(states[7], seed=1)))
+    ledger = open_ledger(folder)
+    same(load(ledger), states[7])
+    assert [path.name for path in ledger.quarantined] == ["0000000007.update.0"]
+    assert ledger.chain.end == 8
+    ledger.append(update_after(states[7]), unsigned(update_after(states[7])))
+    same(load(open_ledger(folder)), states[8])
+
+
+def test_a_snapshot_of_another_history_than_the_chains_is_put_aside(
+    damaged: tuple[Path, list[OuterState]], tmp_path: Path
+) -> None:
+    folder, states = damaged
+    history(tmp_path / "foreign", seed=1)
+    shutil.copy(tmp_path / "foreign" / SNAPSHOT(6), folder / SNAPSHOT(6))
+    ledger = open_ledger(folder)
+    same(load(ledger), states[8])
+    assert [path.name for path in ledger.quarantined] == ["0000000006.safetensors.0"]
+
+
+def test_the_entry_of_an_update_that_was_not_written_any_more_changes_nothing(
+    damaged: tuple[Path, list[OuterState]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The power fails between the two."""
+    folder, states = damaged
+    ledger = open_ledger(folder)
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", killed)
+        with pytest.raises(KeyboardInterrupt):
+            append(ledger, update_after(states[8]))
+    for each in (ledger, open_ledger(folder)):
+        assert each.chain.end == 9
+        same(load(each), states[8])
+        assert each.quarantined == []
+    again = open_ledger(folder)
+    append(again, update_after(states[8], seed=1))  # the round was lost, and the next one came to another update
+    assert names(folder) == sorted([*SOUND, UPDATE(8)])
+    assert open_ledger(folder).chain.end == 9
+    assert step_of(load(open_ledger(folder))) == 9
+
+
+def test_without_its_chain_a_ledger_keeps_its_snapshots_until_it_has_one_again(
+    damaged: tuple[Path, list[OuterState]],
+) -> None:
+    folder, states = damaged
+    entries = chain_in(folder, 8)
+    (folder / "chain").unlink()
+    ledger = open_ledger(folder)
+    assert [info.step for info in ledger.snapshots()] == [3, 6]
+    assert [path.name for path in ledger.quarantined] == [f"{step:010d}.update.0" for step in range(3, 8)]
+    ledger.extend(entries)
+    for each in (ledger, open_ledger(folder)):
+        same(load(each), states[6])
+    advance(ledger, copy_of(states[6]), 2)
+    same(load(open_ledger(folder)), states[8])
+
+
+def test_a_chain_that_leads_elsewhere_puts_what_it_contradicts_aside(
+    damaged: tuple[Path, list[OuterState]], tmp_path: Path
+) -> None:
+    folder, _ = damaged
+    other = history(tmp_path / "other", seed=1)
+    (folder / "chain").unlink()
+    ledger = open_ledger(folder)
+    ledger.extend(chain_in(tmp_path / "other", 5))
+    assert [info.step for info in ledger.snapshots()] == [6], "the chain says nothing of that one yet"
+    ledger.extend(chain_in(tmp_path / "other", 6))
+    assert (ledger.snapshots(), ledger.chain.head_at(6)) == ([], other[6].head)
+
+
+def test_going_back_to_lead_on_by_another_chain(damaged: tuple[Path, list[OuterState]], tmp_path: Path) -> None:
+    """What both chains have stays in the chain, also where the updates are given up."""
+    folder, states = damaged
+    ledger = open_ledger(tmp_path / "other")
+    ledger.write_snapshot(states[3])
+    ours = advance(None, copy_of(states[6]), 3, seed=1)
+    entries = chain_in(folder, 6)
+    for state in ours[:-1]:
+        update = update_after(state, seed=1)
+        entries.append(Certified(header=update.header, certificate=unsigned(update)))
+    mine = open_ledger(folder)
+    mine.go_back(5, entries)
+    for each in (mine, open_ledger(folder)):
+        same(load(each), states[5])
+        assert each.chain.end == 9
+        assert [each.chain.head_at(step) for step in (6, 9)] == [states[6].head, ours[3].head]
+    kept = folder / "abandoned" / "000001"
+    assert [path.name for path in sorted(kept.iterdir())] == [
+        "0000000005.update",
+        "0000000006.safetensors",
+        "0000000006.update",
+        "0000000007.update",
+        "chain",
+    ]
+    mine.go_back(4, [])
+    assert mine.chain.end == 9
+
+
 # Histories that the swarm did not share
 
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import shutil
 from pathlib import Path
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from p2p_diloco.core.certificate import Certified
 from p2p_diloco.core.codec import Vector
 from p2p_diloco.core.codecs import encode
 from p2p_diloco.core.errors import Gap, LedgerError
@@ -194,6 +196,68 @@ def test_load_at_an_earlier_step(replica: Replica) -> None:
     assert replica.loaded.step == 6
     assert replica.load()
     assert replica.loaded.step == 7
+
+
+# -- certificates ------------------------------------------------------------------------------------------------------
+
+
+def test_a_certificate_that_names_others_than_the_update_changes_nothing(replica: Replica) -> None:
+    advance(replica, 2)
+    digest, update = replica.loaded.digest(), update_after(replica)
+    for full in (b"", b"\x02", b"\x03"):
+        with pytest.raises(ValueError, match="update 2 has others in most of its parts than its certificate"):
+            replica.commit(update, dataclasses.replace(unsigned(update), full=full))
+    assert (replica.loaded.digest(), replica.ledger.chain.end) == (digest, 2)
+
+
+def test_who_is_known_where_the_state_stands(replica: Replica) -> None:
+    assert (replica.known().step, replica.known().peers) == (0, frozenset())
+    advance(replica, 17)
+    replica.extend([entry_after(replica)])
+    assert (replica.known().step, replica.known().peers) == (17, {"a"}), "whatever the chain has beyond"
+    assert (replica.rules.run_id, replica.rules.owner) == (MANIFEST.run_id, identity(1000).peer_id)
+
+
+def entry_after(replica: Replica) -> Certified:
+    update = update_after(replica)
+    return Certified(header=update.header, certificate=unsigned(update))
+
+
+def test_a_state_beyond_the_chain_is_not_loaded(replica: Replica) -> None:
+    """Nobody could tell who is known there."""
+    advance(replica, 7)
+    entries = [entry for step in range(7) if (entry := replica.ledger.chain.entry(step)) is not None]
+    replica.ledger.chain.path.unlink()
+    again = new_replica(replica.ledger.folder)
+    assert again.load()
+    assert again.loaded.step == 0
+    again.extend(entries[:4])
+    assert again.load()
+    assert again.loaded.step == 0
+    again.extend(entries)
+    assert again.load()
+    assert again.loaded.step == 5
+
+
+def test_the_digest_that_is_due(replica: Replica, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert replica.digest_due() == genesis_state(GENESIS.copy()).digest()
+    for step in range(1, 11):
+        commit(replica, update_after(replica))
+        assert replica.digest_due() == (replica.loaded.digest() if step % 5 == 0 else b"")
+        replica.make_snapshots()
+    flip(replica.theta)
+    assert replica.digest_due() == replica.newest_snapshot().digest, "it is made from the files"
+    assert replica.digest_due() != replica.loaded.digest()
+
+
+def test_the_digests_that_are_certified(replica: Replica) -> None:
+    digests = {0: replica.loaded.digest()}
+    assert replica.certified_digest(0) == bytes.fromhex(MANIFEST.genesis) == digests[0]
+    assert replica.signers(0) == ()
+    for step in range(1, 7):
+        advance(replica, 1)
+        digests[step] = replica.loaded.digest()
+    assert [replica.certified_digest(step) for step in range(7)] == [digests[0], *[b""] * 4, digests[5], b""]
 
 
 # -- what flips ----------------------------------------------------------------------------------------------------

@@ -14,22 +14,23 @@ from p2p_diloco.core.config import Timeouts
 from p2p_diloco.core.digest import digest
 from p2p_diloco.core.directory import Directory
 from p2p_diloco.core.errors import Silent
+from p2p_diloco.core.group import Group, seal_roster
 from p2p_diloco.core.manifest import RunManifest
 from p2p_diloco.core.pace import Progress
 from p2p_diloco.core.records import open_record, seal_record
-from p2p_diloco.core.roster import Group, seal_readiness
+from p2p_diloco.core.roster import seal_readiness
 from p2p_diloco.core.swarm_head import Standing
 from p2p_diloco.core.waiting import now_s
 from p2p_diloco.round.company import CHANCES, CLOSING_MARGIN_S, MAX_GATHER_EXTENSION_S
 from p2p_diloco.round.gathering import Gathering
 from p2p_diloco.round.here import Here
-from p2p_diloco.round.matchmaking import Matchmaker
+from p2p_diloco.round.matchmaking import NO_WITNESS, Matchmaker
 from p2p_diloco.round.outcome import Missed
 from p2p_diloco.round.seat import Seat
 from p2p_diloco.wire.channel import Channel, run_protocol
 from p2p_diloco.wire.message import Message
 from p2p_diloco.wire.messages import Behind, Closing, Eta, No, Ready, Redirect, Roster, TooFew
-from tests.support.builders import NOW_S, head, identity, ranked, readiness_of, record_of
+from tests.support.builders import NOW_S, head, identity, known, ranked, readiness_of, record_of
 from tests.support.fakes import FakeNetwork, FakeTransport, make_manifest, run_simulated
 
 HISTORY = "abc"
@@ -62,6 +63,8 @@ class Table:
     clients: tuple[int, ...] = ()
     strangers: tuple[int, ...] = ()
     """Members of whom nobody knows more than the record; the others have met before."""
+    newcomers: tuple[int, ...] = ()
+    """Members that are not known; the others are."""
     manifest: RunManifest = MANIFEST
     histories: dict[int, str] = field(default_factory=dict)
     """Where a member stands, if not at ``abc``; the others do not know yet."""
@@ -80,6 +83,7 @@ class Table:
     def _matchmaker(self, i: int) -> Matchmaker:
         seat = Seat(
             standing=standing(self.histories.get(i, HISTORY)),
+            known=known(*(who for j, who in enumerate(self.members) if j not in self.newcomers)),
             role_trainer=True,
             client_mode=i in self.clients,
             phase="gather",
@@ -118,8 +122,8 @@ class Table:
         fields = {"run_id": self.manifest.run_id, "life_s": 900.0, "client_mode": i in self.clients}
         return seal_record(record_of(self.members[i], history, **fields | changes), self.members[i])
 
-    def ready(self, i: int, **changes: Any) -> Ready:
-        fields = {"run_id": self.manifest.run_id, "client_mode": i in self.clients}
+    def ready(self, i: int, to: int = 0, **changes: Any) -> Ready:
+        fields = {"run_id": self.manifest.run_id, "client_mode": i in self.clients, "leader": self.ids[to]}
         readiness = readiness_of(self.members[i], HISTORY, **fields | changes)
         return Ready(readiness=seal_readiness(readiness, self.members[i]), record=self.record(i))
 
@@ -164,7 +168,7 @@ class Table:
         assert sorted(groups) == sorted(who), found
         assert len({(group.round_id, group.members, group.weights) for group in groups.values()}) == 1
         for i, group in groups.items():
-            assert group.members[group.me].peer_id == self.ids[i]
+            assert self.ids[i] in [member.peer_id for member in group.members]
         return groups[who[0]]
 
     def members_of(self, group: Group) -> list[int]:
@@ -419,7 +423,7 @@ def test_a_redirect_leads_to_who_ranks_better() -> None:
     async def main() -> None:
         table = Table(3)
         table.directory(2).suspect(table.ids[0])  # so it asks 1, who knows better
-        answer = await table.answer(2, 1, table.ready(2))
+        answer = await table.answer(2, 1, table.ready(2, to=1))
         assert answer == Redirect(record=table.record(0))
         table.network.kill(table.ids[0])
         group = table.groups(await table.meet(1, 2), 1, 2)
@@ -438,7 +442,7 @@ def test_who_waits_for_a_roster_names_its_leader_at_once() -> None:
         seat.phase, seat.progress = "inner", Progress(inner_step=1, planned=2, step_s=5.0, reported_s=now_s())
         waiting = asyncio.ensure_future(table.meet(0, 1))
         await asyncio.sleep(1.0)
-        channel = await table.say(2, 1, table.ready(2))
+        channel = await table.say(2, 1, table.ready(2, to=1))
         word: Message = await channel.receive(*ANSWERS, timeout_s=1.0)
         assert isinstance(word, Redirect)
         assert open_record(word.record).peer_id == table.ids[0]
@@ -574,8 +578,12 @@ def says(answer: Callable[[Table, bytes], Message]) -> Hand:
     return hand
 
 
-def sends_roster(members: Callable[[Table, bytes], Sequence[bytes]]) -> Hand:
-    return says(lambda table, asker: Roster(members=list(members(table, asker))))
+def sends_roster(members: Callable[[Table, bytes], Sequence[bytes]], signer: int = 0) -> Hand:
+    def roster(table: Table, asker: bytes) -> Roster:
+        sealed = seal_roster(members(table, asker), [], table.members[signer])
+        return Roster(members=list(sealed.members), signature=sealed.signature)
+
+    return says(roster)
 
 
 async def promises_and_stops(table: Table, channel: Channel, message: Message) -> None:
@@ -616,6 +624,11 @@ LEADERS: dict[str, tuple[Hand, str | None]] = {
     "roster of another run": (sends_roster(lambda t, a: [of(t, 0, run_id="cd" * 20), a]), "member on another head"),
     "roster with a weight": (sends_roster(lambda t, a: [of(t, 0, weight=10**9), a]), "with a weight of 1000000000"),
     "roster in disorder": (sends_roster(lambda t, a: [of(t, 3), a, of(t, 0)]), "not in the order of rank"),
+    "roster that another one signed": (sends_roster(lambda t, a: [of(t, 0), a], signer=3), "leader did not sign"),
+    "roster of readiness for another": (
+        sends_roster(lambda t, a: [of(t, 0), a, of(t, 3, leader=t.ids[1])]),
+        "that is ready for another leader",
+    ),
     "roster of one": (sends_roster(lambda t, a: [a]), "a roster of 1"),
     "roster of nobody": (sends_roster(lambda t, a: []), "a roster of 0"),
     "roster of too many": (
@@ -709,6 +722,7 @@ MEMBERS: dict[str, tuple[Callable[[Table], Ready], str]] = {
     "garbage": (lambda t: Ready(readiness=b"garbage", record=t.record(2)), "sends"),
     "of another run": (lambda t: t.ready(2, run_id="cd" * 20), "sends somebody else's readiness"),
     "too heavy": (lambda t: t.ready(2, weight=10**9), "claims a weight of 1000000000 tokens"),
+    "for another leader": (lambda t: t.ready(2, to=1), "sends a readiness for another leader"),
     "at another step": (lambda t: t.ready(2, step=7), "says that this head is outer step 7"),
     "no record": (lambda t: Ready(readiness=of(t, 2), record=b""), "sends"),
     "a ghost's record": (
@@ -783,7 +797,11 @@ def test_a_new_stream_of_a_member_outlives_its_old_one() -> None:
         first.close()
         found = await table.meet()
         assert table.members_of(table.groups(found, 0)) == [0, 2]
-        assert await again == Roster(members=roster_of(found[0], table, b"another."))
+        members, group, answer = roster_of(found[0], table, b"another."), found[0], await again
+        assert isinstance(group, Group)
+        assert isinstance(answer, Roster)
+        assert answer.members == members
+        assert group.sealed == seal_roster(members, [], table.members[0])
 
     run_simulated(main())
 
@@ -1241,5 +1259,75 @@ def test_close_ends_the_gatherings() -> None:
         assert gathering.task is not None
         await table.matchmakers[0].gatherings.close()
         assert gathering.task.done()
+
+    run_simulated(main())
+
+
+# -- who is known, and who is not -----------------------------------------------------------------------------------
+
+
+def test_who_is_not_known_leads_nobody_and_few_of_them_take_part() -> None:
+    """0 and 1 rank first, and are not known; of them and 5 one has its place beside three known members."""
+
+    async def main() -> None:
+        table = Table(6, newcomers=(0, 1, 5))
+        found = await table.meet()
+        group = table.groups(found, *(i for i, one in found.items() if isinstance(one, Group)))
+        assert table.members_of(group) == [0, 2, 3, 4]
+        assert group.sealed.leader == table.ids[2]
+        assert [table.members_of(group)[i] for i in group.reducers] == [2, 3, 4]
+        assert {one.reason for one in found.values() if isinstance(one, Missed)} == {"alone"}
+
+    run_simulated(main())
+
+
+def test_two_known_members_take_one_newcomer_in() -> None:
+    """Or two would stay two for ever."""
+
+    async def main() -> None:
+        table = Table(4, newcomers=(2, 3))
+        found = await table.meet()
+        assert table.members_of(table.groups(found, 0, 1, 2)) == [0, 1, 2]
+
+    run_simulated(main())
+
+
+def test_a_roster_that_a_newcomer_gathered_is_believed_by_nobody(caplog: pytest.LogCaptureFixture) -> None:
+    async def main() -> None:
+        table = Table(4, by_hand=(0,), newcomers=(0,))
+        asked: list[int] = []
+
+        async def gathers(table: Table, channel: Channel, message: Message) -> None:
+            if isinstance(message, Closing):
+                await channel.send(Redirect(record=table.record(0)))
+                return
+            asked.append(table.ids.index(channel.peer_id))
+
+        table.serve(0, gathers)
+        assert table.members_of(table.groups(await table.meet(), 1, 2, 3)) == [1, 2, 3]
+        assert asked == []
+        assert "claims to lead where I do" in caplog.text
+
+    with caplog.at_level("INFO"):
+        run_simulated(main())
+
+
+@pytest.mark.parametrize(("newcomers", "owner"), [((0, 1, 2), True), ((0, 1, 2), False), ((1, 2), False)])
+def test_where_too_few_are_known_the_owner_has_to_be_there(newcomers: tuple[int, ...], owner: bool) -> None:
+    """Else the round would end in an update that nobody may apply."""
+
+    async def main() -> None:
+        table = Table(3, newcomers=newcomers)
+        if owner:
+            record = record_of(OWNER, HISTORY, run_id=table.manifest.run_id, life_s=900.0, role="seed")
+            for i in range(3):
+                table.directory(i).learn(seal_record(record, OWNER), NOW_S)
+        found = await table.meet()
+        if owner:
+            group = table.groups(found, 0, 1, 2)
+            assert group.needs_witness
+            assert group.reducers == (0, 1, 2)
+        else:
+            assert set(found.values()) == {Missed(reason="alone", detail=NO_WITNESS)}
 
     run_simulated(main())

@@ -35,7 +35,7 @@ LOCAL_VALUES = bytes(32)
 
 
 def own_part(meeting: Meeting, part: int) -> Part:
-    return Part(mask=contributor_mask([meeting.group.me]), data=meeting.contribution(part))
+    return Part(mask=contributor_mask([meeting.me]), data=meeting.contribution(part))
 
 
 @contextlib.contextmanager

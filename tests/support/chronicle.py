@@ -16,14 +16,17 @@ import numpy as np
 import numpy.typing as npt
 
 from p2p_diloco.core.aggregate import LARGEST_WEIGHT_OVER_MEDIAN
+from p2p_diloco.core.certificate import Certified, check_certificate
 from p2p_diloco.core.codec import Vector
 from p2p_diloco.core.codecs import decode
 from p2p_diloco.core.grid import part_slices
+from p2p_diloco.core.group import RosterRules
+from p2p_diloco.core.known import WINDOW_STEPS, known_at
 from p2p_diloco.core.outer import OuterState
 from p2p_diloco.core.records import Record
 from p2p_diloco.core.runfile import OnMissed
 from p2p_diloco.core.swarm_head import Standing, way_of
-from p2p_diloco.core.update import Update
+from p2p_diloco.core.update import Update, in_most_parts
 
 MAX_PEERS = 12
 PART_VALUES = 32
@@ -89,6 +92,10 @@ class Chronicle:
     """Head -> the digest of the state there, and the peer that was first there."""
     updates: dict[bytes, Update] = field(default_factory=dict)
     """Head -> the update that leads there."""
+    certified: set[bytes] = field(default_factory=set)
+    """Heads to which an update led whose certificate is sound."""
+    certificates: dict[bytes, bytes] = field(default_factory=dict)
+    """Round id -> the head of the update of it that is certified."""
     committed: dict[int, list[bytes]] = field(default_factory=dict)
     """Peer -> the heads that it came to by an update."""
     lost: set[bytes] = field(default_factory=set)
@@ -109,6 +116,10 @@ class Chronicle:
 
     def stood(self, peer: int, state: OuterState) -> None:
         """A peer stands at a state. Violation when that head meant other bytes before."""
+        if state.step and state.head not in self.certified:
+            raise Violation(
+                "certified", f"peer {peer} stands at outer step {state.step}, to which no certificate leads"
+            )
         now = state.digest()
         first, by = self.digests.setdefault(state.head, (now, peer))
         if now != first:
@@ -119,6 +130,25 @@ class Chronicle:
     def writes(self, update: Update) -> None:
         """A peer may be killed before it can say more than its disk does."""
         self.updates[update.header.head] = update
+
+    def certifies(self, certified: Certified, rules: RosterRules) -> None:
+        """A peer, honest or not, has an update with this certificate. Violation when the round, all of whose members are
+        honest, has certified another one."""
+        header, history = certified.header, self.history(certified.header.parent)
+        last = [self._in_most_parts(self.updates[head]) for head in reversed(history[:-1][:WINDOW_STEPS])]
+        try:
+            group = check_certificate(certified, rules, known_at(header.step, last))
+        except ValueError:
+            return
+        self.certified.add(header.head)
+        first = self.certificates.setdefault(group.round_id, header.head)
+        if first != header.head and not self.liars:
+            raise Violation("one-outcome", f"outer step {header.step}: two updates of one round are certified")
+
+    @staticmethod
+    def _in_most_parts(update: Update) -> list[str]:
+        full = int.from_bytes(in_most_parts([part.mask for part in update.parts]), "little")
+        return [peer_id for i, (peer_id, _) in enumerate(update.header.contributors) if full >> i & 1]
 
     def commits(self, peer: int, state: OuterState, update: Update) -> None:
         self.writes(update)

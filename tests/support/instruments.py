@@ -21,6 +21,7 @@ from p2p_diloco.core.update import Part, Update
 from p2p_diloco.ledger.ledger import Ledger
 from p2p_diloco.ledger.replica import Replica
 from p2p_diloco.peer import follower
+from p2p_diloco.round import outcome
 from p2p_diloco.round.meeting import Meeting
 from p2p_diloco.round.outcome import Missed
 from p2p_diloco.round.settle import Settlement
@@ -72,7 +73,9 @@ def instrumented(world: World) -> Iterator[None]:
         world.on_disk()
 
     def commit(replica: Replica, update: Update, certificate: Certificate) -> None:
+        good = Certified(header=update.header, certificate=certificate)
         tell(lambda chronicle, _: chronicle.writes(update), of_liars=True)
+        tell(lambda chronicle, _: chronicle.certifies(good, world.rules), of_liars=True)
         real_commit(replica, update, certificate)
         show(lambda witness, peer: witness.writes(peer, update, replica), of_liars=True)
         show(lambda witness, peer: witness.applies(peer, update, replica))
@@ -102,10 +105,10 @@ def instrumented(world: World) -> Iterator[None]:
             world.sends(int(owner.name), channel.peer_id, message.tag)
         await real_send(channel, message)
 
-    async def settle(settlement: Settlement) -> Update | Missed:
-        outcome = await real_settle(settlement)
-        group, member = settlement.group, settlement.member
-        if isinstance(outcome, Update):
+    async def settle(settlement: Settlement) -> outcome.Settled | Missed:
+        ended = await real_settle(settlement)
+        group, member, leader = settlement.group, settlement.member, settlement.leader
+        if isinstance(ended, outcome.Settled):
             show(lambda witness, peer: witness.settled(group, peer))
         tell(
             lambda chronicle, peer: chronicle.settles(
@@ -113,21 +116,21 @@ def instrumented(world: World) -> Iterator[None]:
                 Settled(
                     peer=peer,
                     began_s=member.started_s,
-                    head=outcome.header.head if isinstance(outcome, Update) else None,
-                    heard=member.taken is not None,
+                    head=ended.update.header.head if isinstance(ended, outcome.Settled) else None,
+                    heard=knows_commit(settlement),
                     place=member.place,
-                    leads=group.reducers[member.place] == group.me,
+                    leads=group.reducers[member.place] == settlement.meeting.me,
                     decided=settlement.leads,
                     total_weight=group.total_weight,
                 ),
                 world.well_since_s,
             )
         )
-        return outcome
+        return ended
 
     async def answer(member: Member, channel: Channel, asker: int) -> None:
         await real_answer(member, channel, asker)
-        if member.taken is None:
+        if member.taken is None and member.settled is None:
             group = member.group
             tell(lambda chronicle, peer: chronicle.denies(group.round_id, peer, group.reducers.index(asker)))
 
@@ -189,7 +192,7 @@ def instrumented(world: World) -> Iterator[None]:
         mock.patch("p2p_diloco.peer.donors.MAX_LINKS", LINKS),
         mock.patch("p2p_diloco.peer.uploads.MAX_LINKS", LINKS),
         mock.patch("p2p_diloco.core.events.time", _SimClock),
-        mock.patch("p2p_diloco.core.records.verify", verify),
+        *(mock.patch(f"p2p_diloco.core.{module}.verify", verify) for module in ("records", "group", "certificate")),
         mock.patch("p2p_diloco.round.matchmaking.new_nonce", nonce),
         mock.patch("os.fsync", sync),
         mock.patch("os.replace", replace_file),
@@ -217,6 +220,12 @@ def instrumented(world: World) -> Iterator[None]:
         stack.callback(logging.disable, disabled)
         logging.disable(logging.CRITICAL)
         yield
+
+
+def knows_commit(settlement: Settlement) -> bool:
+    """Whether a member has signed a commit, or knows of one that others have."""
+    member, leader = settlement.member, settlement.leader
+    return any((member.taken, member.settled, leader.certified, leader.before))
 
 
 def _signature(peer_id: str, message: bytes) -> bytes:

@@ -10,8 +10,8 @@ import numpy as np
 
 from p2p_diloco.core.codec import Vector
 from p2p_diloco.core.roster import open_readiness
-from p2p_diloco.core.update import Part, Update
-from p2p_diloco.round.outcome import Missed
+from p2p_diloco.core.update import Part
+from p2p_diloco.round.outcome import Missed, Settled
 from p2p_diloco.round.settle import Settlement
 from p2p_diloco.wire.channel import Channel
 from p2p_diloco.wire.message import Message
@@ -134,13 +134,13 @@ def commits_invented(_: Liar, settlement: Settlement) -> None:
     """A leader that commits parts of its own making."""
 
     def give(real: Callable[[Commit], Any]) -> Callable[[Commit], Any]:
-        async def given(commit: Commit) -> Update | Missed:
+        async def given(commit: Commit) -> Settled | Missed:
             meeting = settlement.meeting
             for part in range(len(meeting.parts)):
                 meeting.parts[part] = invented_part(settlement, part)
-            me, hashes = settlement.group.me, meeting.hashes()
+            me, hashes = settlement.meeting.me, meeting.hashes()
             settlement.member.taken = Commit(part_hashes=hashes, holders=[me] * len(hashes))
-            outcome: Update | Missed = await real(settlement.member.taken)
+            outcome: Settled | Missed = await real(settlement.member.taken)
             return outcome
 
         return given
@@ -156,11 +156,11 @@ def commits_twice(_: Liar, settlement: Settlement) -> None:
     def decided(real: Callable[..., Any]) -> Callable[..., Any]:
         async def told(channel: Channel, sender: int, number: int) -> Message:
             answer: Message = await real(channel, sender, number)
-            if not isinstance(answer, Commit) or sender % 2 == group.me % 2:
+            if not isinstance(answer, Commit) or sender % 2 == settlement.meeting.me % 2:
                 return answer
             if not others:
                 others.append(invented_part(settlement, 0))
-            hashes, holders = [others[0].hash, *answer.part_hashes[1:]], [group.me, *answer.holders[1:]]
+            hashes, holders = [others[0].hash, *answer.part_hashes[1:]], [settlement.meeting.me, *answer.holders[1:]]
             return Commit(part_hashes=hashes, holders=holders)
 
         return told
@@ -191,7 +191,7 @@ def commits_and_asks_again(_: Liar, settlement: Settlement) -> None:
             if number:
                 await asyncio.sleep(FOR_EVER_S)
             answer: Message = await real(channel, sender, number)
-            others = sorted(leader.receipts.keys() - {group.me})
+            others = sorted(leader.receipts.keys() - {settlement.meeting.me})
             if not committing.is_set() or len(others) < 2 or sender == others[0]:
                 return answer
             return Again(number=1, members=others[1:], parts=list(range(len(meeting.parts))))
@@ -199,9 +199,9 @@ def commits_and_asks_again(_: Liar, settlement: Settlement) -> None:
         return told
 
     def give(real: Callable[[Commit], Any]) -> Callable[[Commit], Any]:
-        async def given(commit: Commit) -> Update | Missed:
-            if settlement.member.place or group.leader != group.me:
-                later: Update | Missed = await real(commit)
+        async def given(commit: Commit) -> Settled | Missed:
+            if settlement.member.place or group.leader != settlement.meeting.me:
+                later: Settled | Missed = await real(commit)
                 return later
             committing.set()
             leader.decision = commit

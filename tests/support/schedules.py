@@ -135,6 +135,12 @@ class Schedule:
     """So long it goes on at least, also where nothing is planned any more."""
 
     @property
+    def owner(self) -> int:
+        """The run's owner: the first honest seed, or the first peer where there is none."""
+        seeds = (i for i, plan in enumerate(self.peers) if plan.role == "seed" and not plan.lie)
+        return next(seeds, 0)
+
+    @property
     def liars(self) -> frozenset[int]:
         """The peers that lie."""
         return frozenset(i for i, plan in enumerate(self.peers) if plan.lie)

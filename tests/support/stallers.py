@@ -11,13 +11,12 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from p2p_diloco.core.config import Timeouts
+from p2p_diloco.core.group import Group
 from p2p_diloco.core.records import open_record, peers_key, seal_record
-from p2p_diloco.core.roster import Group
-from p2p_diloco.core.update import Update
 from p2p_diloco.core.waiting import now_s
 from p2p_diloco.peer.control import OuterResult
 from p2p_diloco.peer.reception import REQUESTS
-from p2p_diloco.round.outcome import Missed
+from p2p_diloco.round.outcome import Missed, Settled
 from p2p_diloco.round.settle import Settlement
 from p2p_diloco.wire.channel import Channel, run_protocol
 from p2p_diloco.wire.message import Message
@@ -25,7 +24,8 @@ from p2p_diloco.wire.messages import Closing, Contribute, Eta, No, Push, Ready, 
 from tests.support.builders import identity, record_of
 from tests.support.fakes import FakeNetwork, FakeTransport, SimPeer, make_manifest
 
-OWNER = identity(1000)
+OWNER = identity(0)
+"""The seed: it witnesses the first outer steps."""
 N = 2000
 FIRST_STRANGER = 200
 RECORD_EVERY_S = 2.0
@@ -44,7 +44,7 @@ class IdleSettlement(Settlement):
     async def reduce(self) -> None:
         await asyncio.sleep(IDLE_S)
 
-    async def settle(self) -> Update | Missed:
+    async def settle(self) -> Settled | Missed:
         return Missed(reason="failed", detail="idle")
 
     async def serve(self, channel: Channel, message: Message) -> None:

@@ -10,9 +10,9 @@ import pytest
 from p2p_diloco.core.aggregate import AGGREGATIONS
 from p2p_diloco.core.codec import Vector
 from p2p_diloco.core.grid import Grid
+from p2p_diloco.core.group import Group
 from p2p_diloco.core.identity import Identity
 from p2p_diloco.core.outer import genesis_state
-from p2p_diloco.core.roster import Group
 from p2p_diloco.core.update import Part, Update
 from tests.support.builders import head, identity, readiness_of
 from tests.support.chronicle import PART_VALUES, Violation

@@ -15,8 +15,8 @@ import numpy.typing as npt
 
 from p2p_diloco.core.codec import Vector
 from p2p_diloco.core.grid import Grid
+from p2p_diloco.core.group import Group
 from p2p_diloco.core.outer import OuterState, apply
-from p2p_diloco.core.roster import Group
 from p2p_diloco.core.update import Update, UpdateHeader
 from p2p_diloco.ledger.replica import Replica
 from tests.support.chronicle import MAX_PEERS, Violation

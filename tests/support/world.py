@@ -20,6 +20,8 @@ from p2p_diloco.core.config import Timeouts
 from p2p_diloco.core.errors import LedgerError, NetworkError
 from p2p_diloco.core.event import PeerCaughtUp, of_kind
 from p2p_diloco.core.events import EVENTS_FILE, read_events
+from p2p_diloco.core.group import RosterRules
+from p2p_diloco.core.identity import Identity
 from p2p_diloco.core.manifest import RunManifest
 from p2p_diloco.core.outer import genesis_state
 from p2p_diloco.core.records import HEADS_SHOWN, open_record, peers_key, seal_record
@@ -39,7 +41,6 @@ from tests.support.schedules import AMBUSHES, Fault, PeerPlan, Schedule
 from tests.support.simloop import NOBODY, RUNNING, START_S, Cut, Incarnation
 from tests.support.witness import Witness
 
-OWNER = identity(1000)
 LIAR = identity(1001)
 LR = {"adopt": 1e-2, "keep": 1e-7}
 """A contribution that is kept is from another theta than the one it is compared with: they must be nearly the same for
@@ -190,7 +191,7 @@ class World:
         return make_manifest(
             self.n,
             self.genesis,
-            OWNER,
+            self.owner,
             codec=schedule.codec,
             aggregate=schedule.aggregate,
             outer_steps=100_000,
@@ -201,6 +202,15 @@ class World:
             on_missed=schedule.on_missed,
             lr=LR[schedule.on_missed],
         )
+
+    @property
+    def owner(self) -> Identity:
+        """The run's owner is a peer of the swarm: without it nobody makes the first outer steps."""
+        return identity(self.schedule.owner)
+
+    @cached_property
+    def rules(self) -> RosterRules:
+        return RosterRules.of(self.manifest)
 
     # -- what happens ------------------------------------------------------------------------------------------------
 
@@ -401,9 +411,18 @@ class World:
             ids = [sim.transport.peer_id for sim in island]
             whole = all(self.network.connected(a, b) for a in ids for b in ids if a != b)
             dialable = any(not sim.peer.seat.client_mode for sim in island)
-            if whole and dialable and len(island) >= self.schedule.min_group:
+            if whole and dialable and len(island) >= self.schedule.min_group and self._can_certify(island):
                 circles.append(frozenset(sim.index for sim in island))
         return circles
+
+    def _can_certify(self, island: list[CountedPeer]) -> bool:
+        """Whether enough of those who reach each other are known, or all of them reach the run's owner."""
+        ids = [sim.transport.peer_id for sim in island]
+        newest = max((sim.peer.seat for sim in island), key=lambda seat: seat.standing.step)
+        if len(newest.known.peers.intersection(ids)) >= self.rules.least_known:
+            return True
+        owner, who = self.sims.get(self.schedule.owner), self.owner.peer_id
+        return owner is not None and owner.runs and all(self.network.connected(who, one) for one in ids if one != who)
 
     def well_since_s(self, a: int, b: int) -> float:
         """As ``FakeNetwork``'s, of peers by index."""
@@ -429,15 +448,14 @@ class World:
         if (frozen := disk.folder.with_suffix(".frozen")).exists():
             shutil.rmtree(disk.folder)
             frozen.rename(disk.folder)
-        seeds = [i for i, other in enumerate(self.schedule.peers) if other.role == "seed" and not other.lie]
         sim = CountedPeer.create(
             self.network,
             self.manifest,
-            OWNER,
+            self.owner,
             self.folder,
             index,
             target=None if plan.role == "seed" else self.targets[index],
-            genesis=self.genesis if index == (seeds or [0])[0] or plan.lie == GHOSTS else None,
+            genesis=self.genesis if index == self.schedule.owner or plan.lie == GHOSTS else None,
             client_mode=plan.role == "client",
             step_s=plan.step_s,
             clock_s=plan.clock_s,
@@ -577,6 +595,7 @@ class World:
         if fault.how == "wiped":
             shutil.rmtree(self.disks[fault.who].folder / "snapshots")
             shutil.rmtree(self.disks[fault.who].folder / "updates")
+            (self.disks[fault.who].folder / "chain").unlink(missing_ok=True)
             self.chronicle.gives_up(fault.who)
         if fault.for_s:
             yield fault.for_s

@@ -1,0 +1,281 @@
+"""The group of a roster, against literal expectations: what makes a roster, who counts, and what follows."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from p2p_diloco.core.aggregate import AGGREGATIONS, AggregateName
+from p2p_diloco.core.group import Group, RosterRules, SealedRoster, evaluator, open_roster, seal_roster
+from p2p_diloco.core.identity import Identity
+from p2p_diloco.core.known import Known
+from p2p_diloco.core.records import seal, seal_record
+from p2p_diloco.core.roster import new_nonce, rank, seal_readiness
+from tests.support.builders import group_of, head, identity, known, ranked, readiness_of, record_of, rules_of
+
+MAX_WEIGHT = 1000
+HISTORY = "abc"
+MEMBERS = ranked(head(HISTORY), 4)
+LEADER = MEMBERS[0]
+READINESS = [readiness_of(who, HISTORY, leader=LEADER.peer_id) for who in MEMBERS]
+SEALED = [seal_readiness(readiness, who) for readiness, who in zip(READINESS, MEMBERS)]
+RULES = rules_of(min_group=2, max_group=5, max_weight_tokens=MAX_WEIGHT)
+
+
+def check(
+    sealed: Sequence[bytes],
+    *,
+    absent: Sequence[bytes] = (),
+    leader: Identity = LEADER,
+    familiar: Known | None = None,
+    **changes: Any,
+) -> Group:
+    rules: RosterRules = dataclasses.replace(RULES, **changes)
+    return open_roster(seal_roster(sealed, absent, leader), rules, known(*MEMBERS) if familiar is None else familiar)
+
+
+def with_member(i: int, **changes: Any) -> list[bytes]:
+    """The roster, with what member ``i`` really signed changed."""
+    readiness = readiness_of(MEMBERS[i], HISTORY, **{"leader": LEADER.peer_id} | changes)
+    return [*SEALED[:i], seal_readiness(readiness, MEMBERS[i]), *SEALED[i + 1 :]]
+
+
+def test_a_sound_roster_is_a_group() -> None:
+    group = check(SEALED)
+    assert group.members == tuple(READINESS)
+    assert (group.step, group.head) == (3, head(HISTORY))
+    assert [group.index_of(who.peer_id) for who in MEMBERS] == [0, 1, 2, 3]
+    with pytest.raises(ValueError, match="not in"):
+        group.index_of(identity(99).peer_id)
+
+
+@pytest.mark.parametrize(
+    ("sealed", "complaint"),
+    [
+        ([], "a roster of 0"),
+        (SEALED[:1], "a roster of 1"),
+        ([*SEALED, SEALED[0], SEALED[1]], "a roster of 6"),
+        ([SEALED[0], SEALED[0], *SEALED[1:]], "names a peer twice"),
+        ([SEALED[0], *with_member(0, nonce=b"another.")], "names a peer twice"),
+        (with_member(2, leader=MEMBERS[2].peer_id), "ready for another leader"),
+        (with_member(1, head=head("abd")), "on another head"),
+        (with_member(1, step=4), "on another head"),
+        (with_member(1, run_id="cd" * 20), "on another head"),
+        (with_member(2, weight=MAX_WEIGHT + 1), "with a weight of 1001"),
+        (SEALED[::-1], "order of rank"),
+        ([SEALED[0], SEALED[2], SEALED[1], SEALED[3]], "order of rank"),
+        ([*SEALED[:3], seal_readiness(READINESS[3], identity(99))], "not signed by its peer"),
+        ([*SEALED[:3], seal(READINESS[3], b"another context", MEMBERS[3])], "not signed by its peer"),
+        ([*SEALED[:3], seal_record(record_of(MEMBERS[3], HISTORY), MEMBERS[3])], "another version"),
+        ([*SEALED[:3], b""], "not plain msgpack"),
+    ],
+)
+def test_a_roster_is_believed_only_as_far_as_its_members_signed_it(sealed: list[bytes], complaint: str) -> None:
+    with pytest.raises(ValueError, match=complaint):
+        check(sealed)
+
+
+def test_the_limits_of_a_roster_are_inclusive() -> None:
+    assert check(SEALED, min_group=4, max_group=4).weights == (100,) * 4
+    assert check(with_member(1, weight=MAX_WEIGHT)).members[1].weight == MAX_WEIGHT
+
+
+@pytest.mark.parametrize(
+    ("aggregate", "claimed", "counted"),
+    [
+        ("mean", [100, 100, 100, 400], (100, 100, 100, 400)),
+        ("mean", [100, 100, 100, 401], (100, 100, 100, 400)),
+        ("mean", [1, 10, 1000, 1000], (1, 10, 40, 40)),
+        ("mean", [1, 1, 1, 1], (1, 1, 1, 1)),
+        ("mean", [1, 1000], (1, 4)),
+        ("robust", [100, 100, 100, 150], (100, 100, 100, 150)),
+        ("robust", [100, 100, 100, 151], (100, 100, 100, 150)),
+        ("robust", [3, 1000], (3, 4)),
+        ("robust", [1, 1000], (1, 1)),
+    ],
+)
+def test_a_weight_counts_for_so_many_times_the_lower_median_at_most(
+    aggregate: AggregateName, claimed: list[int], counted: tuple[int, ...]
+) -> None:
+    members = MEMBERS[: len(claimed)]
+    sealed = [
+        seal_readiness(readiness_of(who, HISTORY, leader=LEADER.peer_id, weight=weight), who)
+        for who, weight in zip(members, claimed)
+    ]
+    group = check(sealed, aggregation=AGGREGATIONS[aggregate])
+    assert (group.weights, group.aggregation) == (counted, AGGREGATIONS[aggregate])
+    assert group.header([]).contributors == tuple(zip((who.peer_id for who in members), counted))
+
+
+@pytest.mark.parametrize(
+    ("sealed", "complaint"),
+    [
+        (dataclasses.replace(seal_roster(SEALED, [], LEADER), leader=MEMBERS[1].peer_id), "its leader did not sign"),
+        (dataclasses.replace(seal_roster(SEALED, [], LEADER), signature=bytes(64)), "its leader did not sign"),
+        (dataclasses.replace(seal_roster(SEALED, [], LEADER), members=tuple(SEALED[:3])), "its leader did not sign"),
+        (seal_roster(SEALED, [], MEMBERS[1]), "ready for another leader"),
+    ],
+)
+def test_a_roster_is_its_leaders_own(sealed: SealedRoster, complaint: str) -> None:
+    open_roster(seal_roster(SEALED, [], LEADER), RULES, known(*MEMBERS))
+    with pytest.raises(ValueError, match=complaint):
+        open_roster(sealed, RULES, known(*MEMBERS))
+
+
+def test_who_gathers_need_be_no_member() -> None:
+    """Its trainer may not be ready."""
+    assert len(check(SEALED[1:]).members) == 3
+
+
+@pytest.mark.parametrize(
+    ("familiar", "min_group", "counting", "needs_witness"),
+    [
+        ((0, 1, 2, 3), 2, (0, 1, 2, 3), False),
+        ((0, 1, 2), 2, (0, 1, 2), False),
+        ((0, 2), 2, None, False),
+        ((0,), 2, (0, 1, 2, 3), True),
+        ((), 2, (0, 1, 2, 3), True),
+        ((), 1, (0, 1, 2, 3), True),
+    ],
+)
+def test_who_counts(
+    familiar: tuple[int, ...], min_group: int, counting: tuple[int, ...] | None, needs_witness: bool
+) -> None:
+    """Known members; all, where fewer than two are known: then the owner has to witness the update."""
+    who = known(*(MEMBERS[i] for i in familiar))
+    if counting is None:
+        with pytest.raises(ValueError, match="a roster with 2 newcomers beside 2 known members"):
+            check(SEALED, familiar=who, min_group=min_group)
+        return
+    group = check(SEALED, familiar=who, min_group=min_group)
+    assert (sorted(group.counting), group.needs_witness) == (list(counting), needs_witness)
+    assert set(group.reducers) == set(counting)
+
+
+def test_one_known_member_is_enough_where_the_smallest_group_is_one() -> None:
+    group = check(SEALED[:2], familiar=known(MEMBERS[0]), min_group=1)
+    assert (set(group.counting), group.needs_witness, group.reducers) == ({0}, False, (0,))
+    assert check(SEALED[:2], familiar=known(MEMBERS[0]), min_group=2).needs_witness
+
+
+def test_a_newcomer_gathers_only_where_no_known_member_can() -> None:
+    familiar = known(*MEMBERS[1:])
+    with pytest.raises(ValueError, match="a roster that a newcomer gathered"):
+        check(SEALED, familiar=familiar)
+    unreachable = [
+        seal_readiness(readiness_of(who, HISTORY, leader=LEADER.peer_id, client_mode=i > 0), who)
+        for i, who in enumerate(MEMBERS)
+    ]
+    assert check(unreachable, familiar=familiar).reducers == (1, 2, 3)
+
+
+@pytest.mark.parametrize(
+    ("members", "most"),
+    [((0,), False), ((0, 3), False), ((3,), False), ((1, 2), True), ((0, 1, 2, 3), True), ((), False)],
+)
+def test_most_are_most_of_those_that_count(members: tuple[int, ...], most: bool) -> None:
+    """Of three known members two; 3 is a newcomer."""
+    assert check(SEALED, familiar=known(*MEMBERS[:3])).is_most(members) == most
+
+
+@given(
+    count=st.integers(1, 6), weights=st.lists(st.integers(1, 2**40), min_size=6, max_size=6), clients=st.integers(0, 63)
+)
+@settings(max_examples=40)
+def test_every_reader_computes_the_same_group(count: int, weights: list[int], clients: int) -> None:
+    members = ranked(head(""), count)
+    modes = [bool(clients >> i & 1) for i in range(count)]
+    groups = [group_of(members, weight=weights[:count], client_mode=modes) for _ in range(2)]
+    assert groups[0] == groups[1]
+    assert groups[0].header([bytes(32)]) == groups[1].header([bytes(32)])
+
+
+def test_rounds_with_the_same_members_have_different_ids() -> None:
+    ids = {check(SEALED).round_id, check(with_member(3, nonce=new_nonce())).round_id}
+    assert len(ids | {seal_roster(SEALED, [], MEMBERS[1]).round_id}) == 3
+
+
+def test_client_mode_members_reduce_and_lead_nothing_unless_there_is_nobody_else() -> None:
+    group = group_of(MEMBERS, HISTORY, client_mode=[True, False, True, False])
+    assert (group.leader, group.reducers) == (1, (1, 3))
+    assert group.reducers_among([0, 1, 2]) == (1,)
+    assert group.reducers_among([0, 2]) == (0, 2)
+    group = group_of(MEMBERS, HISTORY, client_mode=[True] * 4)
+    assert (group.leader, group.reducers) == (0, (0, 1, 2, 3))
+
+
+# -- absent peers, where missed rounds are kept --------------------------------------------------------------------
+
+AWAY = [identity(i) for i in (51, 52, 53)]
+
+
+def away(i: int = 0, history: str = HISTORY, **changes: Any) -> bytes:
+    return seal_record(record_of(AWAY[i], history, **changes), AWAY[i])
+
+
+def test_the_total_weight_is_that_of_all_who_train_where_missed_rounds_are_kept() -> None:
+    """Those who are absent at the lower median of those who came."""
+    sealed = with_member(1, weight=60)
+    assert check(sealed).total_weight is None
+    assert check(sealed, on_missed="keep").total_weight == 360
+    for count in (1, 2, 3):
+        group = check(sealed, on_missed="keep", absent=[away(i) for i in range(count)])
+        assert group.total_weight == 360 + 100 * count
+        assert group.weights == (100, 60, 100, 100)
+    light = [
+        seal_readiness(readiness_of(who, HISTORY, leader=LEADER.peer_id, weight=w), who)
+        for who, w in zip(MEMBERS, (100, 1, 30, 500))
+    ]
+    assert check(light, on_missed="keep", absent=[away()]).total_weight == 100 + 1 + 30 + 120 + 30
+
+
+def test_who_was_absent_is_part_of_what_a_round_is() -> None:
+    """Else two rosters of one round could divide by different sums."""
+    ids = {
+        check(SEALED, on_missed="keep", absent=absent).round_id
+        for absent in ([], [away(0)], [away(1)], [away(0), away(1)], [away(0, issued_s=2_000_000.0)])
+    }
+    assert len(ids) == 5
+
+
+@pytest.mark.parametrize(
+    ("absent", "complaint"),
+    [
+        ([seal_record(record_of(AWAY[0], HISTORY), AWAY[1])], "not signed by its peer"),
+        ([b"garbage"], "not plain msgpack"),
+        ([b""], "not plain msgpack"),
+        ([SEALED[1]], "record"),
+        ([away(history="abd")], "does not train on this head"),
+        ([away(history="abcd")], "does not train on this head"),
+        ([away(role="seed")], "does not train on this head"),
+        ([away(phase="joining")], "does not train on this head"),
+        ([away(phase="left")], "does not train on this head"),
+        ([away(run_id="cd" * 20)], "does not train on this head"),
+        ([away(), away()], "names an absent peer twice"),
+        ([away(), away(issued_s=1_000_001.0)], "names an absent peer twice"),
+        ([seal_record(record_of(MEMBERS[2], HISTORY), MEMBERS[2])], "names an absent peer twice"),
+    ],
+)
+def test_an_absent_peer_has_signed_that_it_trains_on_this_head(absent: list[bytes], complaint: str) -> None:
+    check(SEALED, on_missed="keep", absent=[away(2)])
+    with pytest.raises(ValueError, match=complaint):
+        check(SEALED, on_missed="keep", absent=[away(2), *absent])
+
+
+def test_nobody_is_absent_where_missed_rounds_are_lost() -> None:
+    with pytest.raises(ValueError, match="a roster with absent peers"):
+        check(SEALED, absent=[away()])
+
+
+def test_nobody_leads_or_evaluates_for_long() -> None:
+    group = group_of(MEMBERS, HISTORY)
+    records = [record_of(who) for who in MEMBERS]
+    heads = [head("x" * i) for i in range(40)]
+    assert {evaluator(group, at) for at in heads} == {who.peer_id for who in MEMBERS}
+    firsts = {min(records, key=lambda r: rank(at, r.peer_id)).peer_id for at in heads}
+    assert firsts == {who.peer_id for who in MEMBERS}
