@@ -412,6 +412,7 @@ MESSAGES: dict[str, tuple[set[str], set[str]]] = {
     "ask-part": ({"round_id", "part", "hash"}, set()),
     "ask-heads": ({"since"}, set()),
     "heads": ({"first", "head", "links"}, set()),
+    "ask-chain": ({"since"}, set()),
     "ask-update": ({"step", "head"}, set()),
     "ask-index": ({"step", "digest"}, set()),
     "ask-chunk": ({"step", "digest", "chunk"}, set()),
@@ -436,7 +437,7 @@ ANSWERS = {
     "ask-dial-back": (set[str](), {"dialed-back"}),
 }
 """Request -> what may come before the answer, and the answer; ``no`` in any case."""
-BLOBS = {"ask-update", "ask-index", "ask-chunk", "ask-manifest"}
+BLOBS = {"ask-chain", "ask-update", "ask-index", "ask-chunk", "ask-manifest"}
 CHUNK_BYTES = 1048576
 
 
