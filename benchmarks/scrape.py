@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.compute import next_update
+from benchmarks.compute import next_update, unsigned
 from benchmarks.table import Table
 from p2p_diloco.core.addresses import Endpoint
 from p2p_diloco.core.codecs import encode
@@ -158,7 +158,8 @@ def make_peer(node: Node, identity: Identity, folder: Path) -> Peer:
     replica.load()
     for _ in range(UPDATES):
         part = Part(mask=contributor_mask(range(4)), data=encode(theta, "fp32"))
-        replica.commit(next_update(replica.loaded, (part,)))
+        update = next_update(replica.loaded, (part,))
+        replica.commit(update, unsigned(update))
     peer = Peer(
         transport=node,
         identity=identity,
