@@ -13,14 +13,16 @@ import numpy as np
 
 from benchmarks.table import Cell, Table
 from p2p_diloco.core.aggregate import AGGREGATIONS, align, weighted_mean
+from p2p_diloco.core.certificate import Certificate
 from p2p_diloco.core.codec import Vector
 from p2p_diloco.core.codecs import CODECS, CodecName, decode, encode
 from p2p_diloco.core.grid import Grid, part_slices
+from p2p_diloco.core.group import SealedRoster
+from p2p_diloco.core.identity import SIGNATURE_BYTES
 from p2p_diloco.core.outer import OuterState, apply, genesis_state
-from p2p_diloco.core.update import Part, Update, UpdateHeader, contributor_mask
+from p2p_diloco.core.update import Part, Update, UpdateHeader, contributor_mask, in_most_parts
 from p2p_diloco.ledger.ledger import Ledger
 from p2p_diloco.ledger.replay import Replay, load
-from tests.support.certificates import unsigned
 
 P = ParamSpec("P")
 VALUES = 25_000_000
@@ -89,6 +91,16 @@ def next_update(state: OuterState, parts: tuple[Part, ...]) -> Update:
     hashes = tuple(part.hash for part in parts)
     header = UpdateHeader(step=state.step, parent=state.head, contributors=contributors, part_hashes=hashes)
     return Update(header=header, parts=parts)
+
+
+def unsigned(update: Update) -> Certificate:
+    """A certificate of that update; nobody verifies it."""
+    return Certificate(
+        roster=SealedRoster(leader="peer0", members=(), absent=(), signature=bytes(SIGNATURE_BYTES)),
+        full=in_most_parts([part.mask for part in update.parts]),
+        state=b"",
+        signatures=(),
+    )
 
 
 def encode_all(vector: Vector, codec: CodecName) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.compute import next_update
+from benchmarks.compute import next_update, unsigned
 from benchmarks.table import Table
 from p2p_diloco.core.addresses import Endpoint
 from p2p_diloco.core.codecs import encode
@@ -31,7 +31,6 @@ from p2p_diloco.peer.metrics import RENDER_EVERY_S, PeerMetrics
 from p2p_diloco.peer.peer import Peer
 from p2p_diloco.wire.daemon import private_socket_folder
 from p2p_diloco.wire.node import Node
-from tests.support.certificates import unsigned
 
 VALUES = 1000
 OTHERS = 500

@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 from collections import Counter, defaultdict
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import blake3
 import numpy as np
@@ -15,11 +16,13 @@ import pytest
 from p2p_diloco.core.aggregate import AGGREGATIONS
 from p2p_diloco.core.codecs import CodecName
 from p2p_diloco.core.grid import Grid
+from p2p_diloco.core.known import WINDOW_STEPS, known_at
 from p2p_diloco.core.manifest import RunManifest
 from p2p_diloco.core.records import seal_record
 from p2p_diloco.core.runfile import OnMissed
 from p2p_diloco.peer.control import OuterResult
-from tests.support import decoder
+from p2p_diloco.round.outcome import Settled
+from tests.support import decoder, meetings
 from tests.support.builders import identity, record_of
 from tests.support.decoder import Certificate, Decoded, Decoder, Header, Mean, Round, State, Stream, Vector
 from tests.support.fakes import SimPeer, make_manifest, run_simulated
@@ -54,17 +57,50 @@ class WatchedPeer(SimPeer):
 
 
 @dataclass
+class Tap:
+    """Every byte of all streams in memory."""
+
+    opened: list[Pipe] = field(default_factory=list)
+    """Of each stream the direction from the one that opened it."""
+    sent: dict[Pipe, bytearray] = field(default_factory=lambda: defaultdict(bytearray))
+
+    def streams(self) -> list[Stream]:
+        return [
+            Stream(pipe.source, pipe.target, bytes(self.sent[pipe]), bytes(self.sent[pipe.back]))
+            for pipe in self.opened
+            if self.sent[pipe]
+        ]
+
+
+@pytest.fixture
+def tap(monkeypatch: pytest.MonkeyPatch) -> Tap:
+    found, connect, send = Tap(), FakeTransport._connect, Pipe.send
+
+    def connect_and_tap(transport: FakeTransport, remote: FakeTransport, protocol: str) -> Pipe:
+        there = connect(transport, remote, protocol)
+        found.opened.append(there)
+        return there
+
+    def send_and_tap(pipe: Pipe, data: bytes | None) -> None:
+        if not (pipe.over or pipe.closed):
+            found.sent[pipe] += data or b""
+        send(pipe, data)
+
+    monkeypatch.setattr(FakeTransport, "_connect", connect_and_tap)
+    monkeypatch.setattr(Pipe, "send", send_and_tap)
+    return found
+
+
+@dataclass
 class Run:
-    """One run in memory, with every byte of its streams."""
+    """One run in memory."""
 
     manifest: RunManifest
     folder: Path
     genesis: Vector
     targets: Vector
+    tap: Tap
     network: FakeNetwork = field(default_factory=FakeNetwork)
-    opened: list[Pipe] = field(default_factory=list)
-    """Of each stream the direction from the one that opened it."""
-    sent: dict[Pipe, bytearray] = field(default_factory=lambda: defaultdict(bytearray))
     peers: dict[int, WatchedPeer] = field(default_factory=dict)
 
     def add(self, index: int, *, step_s: float = 1.0) -> WatchedPeer:
@@ -95,19 +131,12 @@ class Run:
             await asyncio.sleep(1)
         await asyncio.sleep(30)  # whatever is on its way arrives
 
-    def streams(self) -> list[Stream]:
-        return [
-            Stream(pipe.source, pipe.target, bytes(self.sent[pipe]), bytes(self.sent[pipe.back]))
-            for pipe in self.opened
-            if self.sent[pipe]
-        ]
-
 
 MakeRun = Callable[[CodecName, OnMissed], Run]
 
 
 @pytest.fixture
-def make_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> MakeRun:
+def make_run(tmp_path: Path, tap: Tap) -> MakeRun:
     def make(codec: CodecName, on_missed: OnMissed = "adopt") -> Run:
         values = np.random.default_rng(3).standard_normal((9, N)).astype(np.float32)
         values[:, ::977] *= 300  # some blocks have an outlier
@@ -122,22 +151,7 @@ def make_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> MakeRun:
             on_missed=on_missed,
             snapshot_every=SNAPSHOT_EVERY,
         )
-        run = Run(manifest, tmp_path, values[0], values)
-        connect, send = FakeTransport._connect, Pipe.send
-
-        def connect_and_tap(transport: FakeTransport, remote: FakeTransport, protocol: str) -> Pipe:
-            there = connect(transport, remote, protocol)
-            run.opened.append(there)
-            return there
-
-        def send_and_tap(pipe: Pipe, data: bytes | None) -> None:
-            if not (pipe.over or pipe.closed):
-                run.sent[pipe] += data or b""
-            send(pipe, data)
-
-        monkeypatch.setattr(FakeTransport, "_connect", connect_and_tap)
-        monkeypatch.setattr(Pipe, "send", send_and_tap)
-        return run
+        return Run(manifest, tmp_path, values[0], values, tap)
 
     return make
 
@@ -176,7 +190,7 @@ def decoded_by(run: Run, story: Callable[[], Awaitable[None]]) -> tuple[Decoder,
         keep=spec.round.on_missed == "keep",
         min_group=spec.round.min_group,
     )
-    return reader, reader.all(run.streams())
+    return reader, reader.all(run.tap.streams())
 
 
 def tags_of(decoded: Sequence[Decoded]) -> set[str]:
@@ -345,6 +359,133 @@ def test_parts_that_are_reduced_again_when_a_reducer_has_died(make_run: MakeRun)
     assert {"again", "commit", "took"} <= tags_of(decoded)
     assert 1 in {message.fields.get("number") for one in decoded for message in one.asked if one.contributions}
     check_history(run, reader, decoded)
+
+
+@dataclass(frozen=True)
+class Captured:
+    """What was said in one round whose members know who is known."""
+
+    meeting: meetings.Round
+    reader: Decoder
+    decoded: list[Decoded]
+
+    @property
+    def certificate(self) -> Certificate:
+        (found,) = self.reader.certified.values()
+        return found[1]
+
+
+Settle = Callable[[Sequence[int], Sequence[int], int | None], Captured]
+
+
+@pytest.fixture
+def settle(tap: Tap, small_parts: None, monkeypatch: pytest.MonkeyPatch) -> Settle:
+    monkeypatch.setattr(decoder, "PART_VALUES", meetings.SMALL_PART_VALUES)
+
+    def settled(unknown: Sequence[int], clients: Sequence[int], given: int | None) -> Captured:
+        """``given``: the leader dies when it has sent so many commits."""
+
+        async def main() -> meetings.Round:
+            meeting = meetings.Round(7, unknown=tuple(unknown), clients=tuple(clients))
+            leader, commits = meeting.group.leader, meeting.trouble.commits
+
+            def watch() -> None:
+                if given is not None and leader not in meeting.killed and len(commits) >= given:
+                    meeting.kill(leader)
+
+            meeting.watch(watch)
+            await meeting.run()
+            return meeting
+
+        meeting = run_simulated(main())
+        assert set(meeting.committed()) == set(range(7)) - meeting.killed
+        group, known = meeting.group, {meeting.ids[i] for i in range(7) if i not in unknown}
+        reader = Decoder(n=meeting.n, codec=meeting.codec, owner=OWNER.peer_id, known_on={group.head: frozenset(known)})
+        sealed = group.sealed
+        roster = Round(sealed.leader, sealed.members, sealed.signature, known_on=reader.known_on)
+        reader.rounds[roster.round_id] = roster
+        assert (roster.round_id, roster.counting) == (group.round_id, sorted(group.counting))
+        assert roster.reducers(range(7)) == list(group.reducers)
+        return Captured(meeting, reader, reader.all(tap.streams()))
+
+    return settled
+
+
+@pytest.mark.parametrize(("unknown", "clients"), [((), ()), ((1, 4), ()), ((2,), (0, 3))])
+def test_a_round_of_known_members_and_newcomers(
+    settle: Settle, unknown: tuple[int, ...], clients: tuple[int, ...]
+) -> None:
+    """Newcomers contribute, and neither reduce nor certify."""
+    settled = settle(unknown, clients, None)
+    meeting, reader, certificate = settled.meeting, settled.reader, settled.certificate
+    update = meeting.update()
+    ((round_id, (part_hashes, _)),) = reader.certified.items()
+    assert reader.rounds[round_id].header(part_hashes).head == update.header.head
+    assert decoder.members_of(certificate.full) == list(range(7))
+    signers = {i for i, _ in certificate.signatures}
+    assert not signers & set(unknown)
+    assert not certificate.witness
+    reducers = [i for i in range(7) if i not in (*unknown, *clients)][: meetings.N_PARTS]
+    assert {one.stream.server for one in settled.decoded if one.contributions} == {meeting.ids[i] for i in reducers}
+
+
+@pytest.mark.parametrize(("given", "told"), [(1, 1), (3, 3), (6, 5)])
+def test_a_commit_that_was_signed_before_its_leader_died(settle: Settle, given: int, told: int) -> None:
+    """The next leader is one of the six who have got it last, and need not tell itself."""
+    settled = settle((1, 4), (), given)
+    reader, certificate = settled.reader, settled.certificate
+    ((round_id, (part_hashes, _)),) = reader.certified.items()
+    signed = certificate.signed(reader.rounds[round_id], reader.rounds[round_id].header(part_hashes).link)
+    answers = [(one.stream.server, said) for one in settled.decoded for said in one.answered]
+    before = [(peer_id, said.fields) for peer_id, said in answers if said.tag == "took-before"]
+    assert len(before) == told
+    for peer_id, fields in before:
+        assert fields["part_hashes"] == part_hashes
+        assert decoder.is_signed(decoder.public_key(peer_id), signed, fields["signature"])
+
+
+@pytest.mark.parametrize("step", [4, 15, 16, 17, 40])
+def test_who_is_known_is_who_the_page_says(step: int) -> None:
+    generator, ids = np.random.default_rng(step), [identity(i).peer_id for i in range(12)]
+    history = [[ids[i] for i in range(12) if generator.random() < i / 16] for _ in range(step)]
+    known = decoder.known_at(step, history[-16:])
+    assert known == known_at(step, history[-WINDOW_STEPS:]).peers
+    assert (0 < len(known) < 12) == (step >= 16)
+
+
+def test_a_certificate_of_another_kind_is_none(settle: Settle) -> None:
+    settled = settle((1, 4), (), None)
+    ((round_id, (part_hashes, certificate)),) = settled.reader.certified.items()
+    meeting = settled.reader.rounds[round_id]
+    link, known_on = meeting.header(part_hashes).link, meeting.known_on
+
+    def opened(data: bytes) -> None:
+        roster, found = decoder.open_certificate(data, known_on=known_on)
+        found.check(roster, link, OWNER.peer_id)
+
+    def changed(**changes: Any) -> bytes:
+        return replace(certificate, **changes).packed(meeting)
+
+    data, fewest = certificate.packed(meeting), certificate.signatures[:3]
+    opened(data)
+    opened(changed(signatures=fewest))
+    for outcome in settled.meeting.outcomes.values():
+        assert isinstance(outcome, Settled)
+        opened(outcome.certificate.to_bytes())
+    broken: list[Callable[[], object]] = [
+        *(lambda at=at: opened(flipped(data, at)) for at in range(0, len(data), 29)),
+        lambda: opened(changed(signatures=fewest[:2])),
+        lambda: opened(changed(signatures=fewest[::-1])),
+        lambda: opened(changed(signatures=[*fewest, fewest[-1]])),
+        lambda: opened(changed(signatures=[*fewest[:2], (fewest[2][0], fewest[1][1])])),
+        lambda: opened(changed(full=b"")),
+        lambda: opened(changed(state=bytes(32))),
+        lambda: opened(changed(witness=fewest[0][1])),
+        lambda: opened(data + b"\0"),
+        lambda: certificate.check(replace(meeting, known_on={}), link, OWNER.peer_id),
+        lambda: certificate.check(meeting, bytes(32), OWNER.peer_id),
+    ]
+    assert [number for number, decode in enumerate(broken) if is_taken(decode)] == []
 
 
 def flipped(data: bytes, at: int) -> bytes:

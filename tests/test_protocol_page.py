@@ -36,6 +36,7 @@ from p2p_diloco.core.records import RUNS_KEY, Record, peers_key
 from p2p_diloco.core.roster import READINESS_CONTEXT, Readiness
 from p2p_diloco.core.runfile import RunSpec
 from p2p_diloco.core.update import UPDATE_MAGIC
+from p2p_diloco.ledger.chain import CHAIN_MAGIC
 from p2p_diloco.peer.probes import CONSENT_CONTEXT, DialConsent, Probes
 from p2p_diloco.peer.reception import REQUESTS
 from p2p_diloco.wire.channel import DIAL_BACK_PROTOCOL, MANIFEST_PROTOCOL, run_protocol
@@ -62,6 +63,7 @@ LOCAL = {
     **dict.fromkeys(("MAX_CONNECTIONS", "MAX_HEAD_BYTES", "READ_BYTES", "GZIP_FROM_BYTES"), "the web server"),
     **dict.fromkeys(("MAX_CHARS", "TYPE_CHECKING"), "what a user may write; the interpreter"),
     "STEP_GRACE_S": "how long Ctrl+C waits",
+    **dict.fromkeys(("ITEM_BYTES", "START_OF_ENTRY_BYTES"), "what follows from the forms of chain and msgpack"),
 }
 """Numbers of these rooms that no other peer can tell: name -> what they are for."""
 
@@ -271,6 +273,7 @@ def test_every_limit() -> None:
     for name, value in numbers_of_the_rooms():
         if name not in LOCAL:
             assert code.setdefault(name, number(value)) == number(value), f"{name} has two values"
+    assert len(rows("Limits", 1)) == len(set(rows("Limits", 1))), "a limit that is named twice"
     assert dict(rows("Limits", 2)) == code  # type: ignore[arg-type]
     assert set(LOCAL) <= {name for name, _ in numbers_of_the_rooms()}
 
@@ -312,9 +315,11 @@ def test_names_and_prefixes() -> None:
         "PEER_ID_PREFIX": PEER_ID_PREFIX.hex(" "),
         "PRIVATE_KEY_PREFIX": PRIVATE_KEY_PREFIX.hex(" "),
         "UPDATE_MAGIC": UPDATE_MAGIC.hex(" "),
+        "CHAIN_MAGIC": CHAIN_MAGIC.hex(" "),
     }
     assert f"`PROTOCOL` = {PROTOCOL}." in page()
-    assert f"    {UPDATE_MAGIC.hex(' ')} " in page()
+    for magic in (UPDATE_MAGIC, CHAIN_MAGIC):
+        assert f"    {magic.hex(' ')} " in page()
     packed = pack(NoWitness())
     assert f"`{(len(packed).to_bytes(4, 'big') + packed).hex(' ')}`" in page()
 

@@ -176,12 +176,12 @@ class DamageRepaired(Moment):
 
 @dataclass(frozen=True, kw_only=True)
 class StateDisputed(Moment):
-    """Peers that came the same way have a state with other bits there. From ``upkeep``."""
+    """The certificate of an update names other bits of the state that it leads on from. From ``upkeep``."""
 
     event: Literal["disputed"] = "disputed"
     step: int
     others: tuple[str, ...]
-    """Their peer ids."""
+    """Peer ids of those who have signed it."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -29,11 +29,13 @@ are ready, the round waits for such an answer until opened_s + gather_s + CLOSIN
 when all are ready, usually ``gather_s`` + CLOSING_MARGIN_S after it opened at the latest, and never later than the
 deadline of a busy peer. A deadline beyond MAX_GATHER_EXTENSION_S holds only while at least ``round.min_group`` peers on
 this head are not known to be free for this round: fewer cannot be in another one. Then everybody that is ready hears
-the same: the roster of the ``round.max_group`` best-ranked ones, or that fewer than ``round.min_group`` came. Whoever
-was lost in a round a moment ago, or is in debt for such rounds (``Company.is_idle``), is left out of the roster, unless
-there are fewer than ``round.min_group`` without it: it is treated as if it came too late. The gathering ends early when
-a better-ranked leader gathers on this head (all are sent there), or when this head is left behind. A leader that is in
-debt for rounds is believed that it gathers only when somebody else says that it waits there.
+the same: the roster, which the leader signs, of the known ones among them and a few others (``roster.form_roster``);
+that fewer than ``round.min_group`` came; or that too few of them are known, and the run's owner, who would have to
+witness the update, is not there. Whoever was lost in a round a moment ago, or is in debt for such rounds
+(``Company.is_idle``), is left out of the roster, unless there are fewer than ``round.min_group`` without it: it is
+treated as if it came too late. The gathering ends early when a leader that precedes this one (``roster.precedence``)
+gathers on this head (all are sent there), or when this head is left behind. A leader that is in debt for rounds is
+believed that it gathers only when somebody else says that it waits there.
 """
 
 from __future__ import annotations
@@ -260,12 +262,12 @@ class Gatherings:
         gathering.changed.ring()
 
     def claim(self, gathering: Gathering, leader: str, redirect: Redirect) -> None:
-        """Takes in that a better-ranked peer says that it gathers on this head."""
+        """Takes in that a peer that precedes me says that it gathers on this head."""
         gathering.claims[leader] = redirect
         self._yield(gathering, leader)
 
     def _yield(self, gathering: Gathering, leader: str) -> None:
-        """Sends all that have come here to a better-ranked peer that gathers and may lead me on this head: two leaders
+        """Sends all that have come here to a peer that precedes me, gathers and may lead me on this head: two leaders
         on one head would make two histories. One that is in debt for rounds need be waited for by others, too."""
         believed = not self.company.rounds.in_debt(leader, now_s()) or leader in gathering.awaited
         if leader in gathering.claims and believed and self.company.is_fit(gathering.head, leader):

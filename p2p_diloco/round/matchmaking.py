@@ -1,27 +1,29 @@
 """How a peer comes to the roster of a round: which peer it asks to lead, and what it answers a peer that asks it.
 
-A peer that is ready asks the best-ranked live peer on its head to lead. That peer tells the others that the round is
-closing, waits until all of them are ready or out of time (``gathering`` says exactly until when), and sends everybody
-the same roster: the signed readiness of every member. Nobody is believed about anybody else.
+A peer that is ready asks the best-ranked live peer on its head to lead, of the known ones where there are some. That
+peer tells the others that the round is closing, waits until all of them are ready or out of time (``gathering`` says
+exactly until when), and sends everybody the same roster: the readiness of every member, signed for this leader, and its
+own signature over the whole. Nobody is believed about anybody else.
 
 The leader need not be ready itself: its network process leads while its trainer finishes, and if the trainer does not
 make it in time, the roster goes out without it.
 
 Two leaders may gather on one head, when one of them has just come there. They hear of each other from the peers that
-they call, and the better ranked one takes over what the other has gathered. A peer that is called while it waits for
-another leader, or is in a round, is waited for: two groups on one head would make two histories.
+they call, and the one that precedes the other (``roster.precedence``) takes over what that has gathered. A peer that is
+called while it waits for another leader, or is in a round, is waited for: two groups on one head would make two
+histories.
 
 A member waits for a roster as long as its leader says something every ``Timeouts.request_s``, but not longer than
-``Company.patience_s``. A leader that stops without closing its streams (SIGSTOP) thus costs the members
-``request_s``: while it runs, it says every ``Timeouts.heartbeat_s`` that it is still there. Then the next one in rank
-is asked, up to MAX_LEADERS_ASKED in all. A peer that has failed as a leader, on whatever head, is asked after the
-others for a while, and so is one that is not proven (``Company.is_trusted``). Peers differ in that. So whoever asks a
-leader hears from it where others are, and goes there.
+``Company.patience_s``. A leader that stops without closing its streams (SIGSTOP) thus costs the members ``request_s``:
+while it runs, it says every ``Timeouts.heartbeat_s`` that it is still there. Then the next one in rank is asked, up to
+MAX_LEADERS_ASKED in all. A peer that has failed as a leader, on whatever head, is asked after the others for a while,
+and so is one that is not proven (``Company.is_trusted``). Peers differ in that. So whoever asks a leader hears from it
+where others are, and goes there.
 
 What others say ends no gathering by itself. That the swarm is past a head has to follow from records, by the rule that
-catches up; a peer that names another leader must rank after it; and a peer that has failed twice as a leader on a head,
-or lied, leads nobody there for ``Timeouts.record_life_s``. Not for ever: two sides of a network that was cut have
-failed each other.
+catches up; a peer that names another leader must come after it in precedence; and a peer that has failed twice as a
+leader on a head, or lied, leads nobody there for ``Timeouts.record_life_s``. Not for ever: two sides of a network that
+was cut have failed each other.
 """
 
 from __future__ import annotations
@@ -215,7 +217,7 @@ class Matchmaker:
         """Answers a peer that asks me to lead.
 
         It is told which leader I wait for, if I do; then it waits until I am in no round on its head. After that it
-        joins my gathering, unless I stand elsewhere, cannot lead, or find a live peer that ranks before me.
+        joins my gathering, unless I stand elsewhere, cannot lead, or find a live peer that precedes me.
         """
         readiness = self.company.readiness_of(channel.peer_id, message)
         awaited = self._awaited(channel.peer_id)
@@ -254,7 +256,7 @@ class Matchmaker:
         return await self.gatherings.join(channel, readiness.head, sealed)
 
     async def _better_leader(self, head: bytes) -> bytes | None:
-        """Returns the sealed record of a peer that ranks before me on ``head`` and answers a dial, or None."""
+        """Returns the sealed record of a peer that precedes me on ``head`` and answers a dial, or None."""
         for _ in range(MAX_LEADERS_ASKED):
             leader = next(iter(self.company.leaders(head)), None)
             if leader in (None, self.company.me):

@@ -4,31 +4,40 @@
     leader -> member   Eta, as often as it takes: I am still here
                        Again: nobody holds some parts; these members reduce them once more; then a new Receipt
                        Commit: the hashes of all parts, which are the update, and who holds each
-    member -> leader   Took: I shall apply this update and no other
-    leader -> member   AskCommit: have you taken one? Answered by that commit, or by No
+    member -> leader   Eta, as often as it takes; Took: my signature over this commit; or No, and why I do not sign
+    leader -> owner    AskWitness, where too few members are known; answered by Witnessed, or by No
+    leader -> member   Certifies: the signatures of most; or No
+    leader -> member   AskCommit: what have you signed? Answered by TookBefore, by Commit and Certifies, or by No
     member -> member   AskPart: answered by its size and the part, or by No
 
-Rules of this file and its three parts (``settle_member``, ``settle_leader``, ``settle_decide``):
+Rules of this file and its four parts (``settle_member``, ``settle_leader``, ``settle_ballot``, ``settle_decide``):
 
-    - **What makes a commit.** The leader commits only what it holds itself, and only when a quorum of the group, more
-      than half of it, has sent receipts. It applies only when a quorum, itself included, has taken the commit.
-    - **Who leads next.** Leaders are the members that can be dialled, in the order of rank. One that is silent or gone,
-      or only promises for most of the time that is left, is given up for good, and the next one leads. Members may see
-      this at different times.
+    - **What makes an update.** Not the leader's word, but a certificate (``core.certificate``): the signatures of most
+      of the members that count, which are the known ones; where too few are known, of most of all, and of the run's
+      owner. A member applies what is certified, whether it has signed it or not, and nothing else.
+    - **What a member signs.** One commit in a round, all of whose parts it holds, when each part is what its reducer
+      has sent to it: a leader counts what members hold, and decides nothing. Two commits of one round can be certified
+      only when somebody in both majorities has signed both, and then the two signatures prove that it lies.
+    - **What a leader proposes.** Only what it holds itself, and only when most of the members that count have sent
+      receipts.
+    - **Who leads next.** Leaders are the members that count and can be dialled, in the order of rank. One that is
+      silent or gone, only promises for most of the time that is left, or proposes what most do not sign, is given up
+      for good, and the next one leads. Members may see this at different times.
     - **How a commit survives its leader.** Before a later leader decides anything, it asks the members that have not
-      come to it for a commit that they have taken. They deny it only when they have given up all leaders before that
-      one, and nobody comes back to a leader that it has given up: a member that hears less than others, or pretends
-      to, cannot take the lead from one that they hear.
+      come to it what they have signed, or know to be certified. A commit that is certified it gives on with its
+      certificate; one that is signed it gives on as its own, and the signatures that there are count. So a leader that
+      dies before anybody has signed costs a time-out, and one that dies afterwards costs no more. Members deny that
+      they have signed only when they have given up all leaders before the one that asks, and nobody comes back to a
+      leader that it has given up: a member that hears less than others, or pretends to, cannot take the lead from one
+      that they hear.
     - **How a member gets what it misses.** It takes the commit from the leader that it holds to, and fetches the parts
       from the members that the commit names, then from the leader. A member that does not get there is behind by one
       update, and catches up with the swarm as a newcomer does (``peer.catchup``).
-    - So two different commits of one round cannot both be applied by members that reach each other. Where that fails (a
-      member that applied and cannot be reached), that member's head is a minority's, and it goes back
-      (``core.swarm_head``).
 
 A part is made again from the contributions that members still have: theta and local do not change during a round. The
 death of any one member thus costs its own contribution and one time-out. Nothing here raises for what another member
-does: the result is an update, or a Missed with the reason, and the members that failed are in ``Meeting.lost``.
+does: the result is an update with its certificate, or a Missed with the reason, and the members that failed are in
+``Meeting.lost``.
 """
 
 from __future__ import annotations

@@ -67,7 +67,7 @@ class NoWitness(Message):
 
 
 class Redirect(Message):
-    """I shall not lead: this peer ranks before me and is alive."""
+    """I shall not lead: this peer precedes me and is alive."""
 
     tag = "redirect"
     record: Sealed
@@ -89,8 +89,8 @@ class No(Message):
 
 class Closing(Message):
     """Leader to a peer that is not ready: the round on this head closes in ``gather_s``. Answered by Eta, Behind,
-    Redirect (a better ranked leader gathers on this head: come there) or No; a peer that is busy with another leader's
-    round on this very head says so from time to time, and answers when that is over."""
+    Redirect (a leader that precedes you gathers on this head: come there) or No; a peer that is busy with another
+    leader's round on this very head says so from time to time, and answers when that is over."""
 
     tag = "closing"
     purpose = "other"

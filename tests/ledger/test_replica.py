@@ -13,6 +13,7 @@ from p2p_diloco.core.codec import Vector
 from p2p_diloco.core.codecs import encode
 from p2p_diloco.core.errors import Gap, LedgerError
 from p2p_diloco.core.grid import Grid
+from p2p_diloco.core.known import Known
 from p2p_diloco.core.outer import apply, genesis_state
 from p2p_diloco.core.update import Part, Update, UpdateHeader
 from p2p_diloco.ledger.ledger import Ledger
@@ -211,10 +212,10 @@ def test_a_certificate_that_names_others_than_the_update_changes_nothing(replica
 
 
 def test_who_is_known_where_the_state_stands(replica: Replica) -> None:
-    assert (replica.known().step, replica.known().peers) == (0, frozenset())
+    assert replica.known() == Known(step=0, peers=frozenset())
     advance(replica, 17)
     replica.extend([entry_after(replica)])
-    assert (replica.known().step, replica.known().peers) == (17, {"a"}), "whatever the chain has beyond"
+    assert replica.known() == Known(step=17, peers=frozenset("a")), "whatever the chain has beyond"
     assert (replica.rules.run_id, replica.rules.owner) == (MANIFEST.run_id, identity(1000).peer_id)
 
 

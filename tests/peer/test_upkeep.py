@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +24,7 @@ from p2p_diloco.ledger.replay import Replay, load
 from p2p_diloco.ledger.replica import Replica
 from p2p_diloco.peer.catchup import Catchup
 from p2p_diloco.peer.upkeep import TRIES, Upkeep
+from tests.support import library
 from tests.support.builders import identity
 from tests.support.fakes import FakeNetwork, SimPeer, make_manifest, run_simulated
 
@@ -457,7 +458,7 @@ def test_memory_and_disk_at_once(tmp_path: Path) -> None:
 
 
 def test_a_peer_whose_state_was_wrong_from_the_start_takes_that_of_the_others(tmp_path: Path) -> None:
-    """Its own files agree with its memory, and its heads with everybody's."""
+    """Its own files agree with its memory, and its heads with everybody's; the manifest names other bits."""
 
     async def main() -> None:
         swarm = Swarm(tmp_path, 3)
@@ -476,20 +477,99 @@ def test_a_peer_whose_state_was_wrong_from_the_start_takes_that_of_the_others(tm
     run_simulated(main())
 
 
-def test_of_two_that_differ_nobody_yields_and_both_say_so(tmp_path: Path) -> None:
+@pytest.fixture
+def small() -> Iterator[None]:
+    with library.small_parts():
+        yield
+
+
+def upkeep_of(me: library.Library) -> Upkeep:
+    return Upkeep(here=me.catchup.here, replica=me.replica, catchup=me.catchup, events=me.events)
+
+
+def disputes(me: library.Library) -> list[tuple[int, tuple[str, ...]]]:
+    return [(event.step, event.others) for event in of_kind(read_events(me.events.path), StateDisputed)]
+
+
+def with_a_wrong_snapshot(folder: Path, step: int) -> Replica:
+    """At outer step 7, with snapshots of 0 and 5. Its files and its memory agree."""
+    replica = library.replica_at(folder, 7)
+    info = next(info for info in replica.ledger.snapshots() if info.step == step)
+    theta, momentum = np.empty(library.N, np.float32), np.empty(library.N, np.float32)
+    state = load(replica.ledger, theta, momentum, at_most=step)
+    assert state is not None
+    flip(state.theta, 9, 9)
+    replica.ledger.write_snapshot(state)
+    assert info.digest not in [other.digest for other in replica.ledger.snapshots()]
+    replica.load()
+    return replica
+
+
+@pytest.mark.parametrize("step", [0, 5])
+@pytest.mark.usefixtures("small")
+def test_a_snapshot_that_differs_from_what_is_certified_is_replaced(tmp_path: Path, step: int) -> None:
+    """However many others have the same wrong bits."""
+
     async def main() -> None:
-        swarm = Swarm(tmp_path, 1, min_group=1, outer_steps=8)
-        swarm.add(0, swarm.genesis)
-        await asyncio.sleep(1)
-        genesis_with_a_flip(swarm, tmp_path / "1")
-        swarm.add(1)
-        await swarm.until(8)
-        await asyncio.sleep(60)
-        assert swarm.repairs(0) == swarm.repairs(1) == []
-        ids = [sim.peer.identity.peer_id for sim in swarm.peers]
-        for index in (0, 1):
-            said = [(event.step, event.others) for event in swarm.events(index, StateDisputed)]
-            assert said == [(0, (ids[1 - index],)), (5, (ids[1 - index],))]
+        me = library.Library(tmp_path, with_a_wrong_snapshot(tmp_path / "me", step))
+        swarm = library.replica_at(tmp_path / "swarm", 7)
+        for index in range(2):
+            me.add(with_a_wrong_snapshot(tmp_path / f"wrong-{index}", step))
+        me.add(swarm)
+        upkeep = upkeep_of(me)
+        await upkeep._compare()
+        entry = swarm.ledger.chain.entry(step)
+        assert entry is not None
+        signers = tuple(peer_id for peer_id, _ in entry.header.contributors)
+        assert disputes(me) == [(step, signers)]
+        assert not me.replica.sound
+        assert [(repair.what, repair.step, repair.how) for repair in me.replica.repairs] == [
+            ("snapshot", step, "fetched")
+        ]
+        me.replica.mend()
+        await upkeep._compare()
+        assert len(disputes(me)) == 1
+        assert me.replica.loaded.digest() == swarm.loaded.digest()
+        assert [info.digest for info in me.replica.ledger.snapshots()] == [
+            info.digest for info in swarm.ledger.snapshots()
+        ]
+
+    run_simulated(main())
+
+
+@pytest.mark.usefixtures("small")
+def test_where_nobody_gives_the_certified_one_it_is_said_once(tmp_path: Path) -> None:
+    async def main() -> None:
+        me = library.Library(tmp_path, with_a_wrong_snapshot(tmp_path / "me", 5))
+        upkeep = upkeep_of(me)
+        for _ in range(3):
+            await upkeep._compare()
+        assert [step for step, _ in disputes(me)] == [5]
+        assert me.replica.sound
+        assert me.replica.repairs == []
+
+    run_simulated(main())
+
+
+@pytest.mark.parametrize("certified", [True, False])
+@pytest.mark.usefixtures("small")
+def test_what_no_certificate_names_is_not_compared(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, certified: bool
+) -> None:
+    """The next update is not there yet, or its members did not agree."""
+
+    async def main() -> None:
+        replica = library.replica_at(tmp_path / "me", 5)
+        flip(replica.theta, 9, 9)
+        replica.ledger.write_snapshot(replica.loaded)
+        monkeypatch.setattr(Replica, "digest_due", lambda replica: b"")
+        if not certified:
+            library.advance(replica, 6)
+        me = library.Library(tmp_path, replica)
+        me.add(library.replica_at(tmp_path / "swarm", 5))
+        await upkeep_of(me)._compare()
+        assert disputes(me) == []
+        assert me.replica.sound
 
     run_simulated(main())
 

@@ -18,6 +18,7 @@ from p2p_diloco.core.codecs import CodecName, encode
 from p2p_diloco.core.config import Timeouts
 from p2p_diloco.core.directory import Directory
 from p2p_diloco.core.grid import Grid, part_slices
+from p2p_diloco.core.identity import Identity
 from p2p_diloco.core.records import seal_record
 from p2p_diloco.core.update import Part, Update, contributor_mask
 from p2p_diloco.core.waiting import Bell, heard, now_s
@@ -117,6 +118,8 @@ class Round:
     by_hand: tuple[int, ...] = ()
     clients: tuple[int, ...] = ()
     dropped: tuple[int, ...] = ()
+    unknown: tuple[int, ...] = ()
+    """Newcomers: all others are known."""
     codec: CodecName = "int8"
     n: int = (N_PARTS - 1) * SMALL_PART_VALUES + 7
     aggregate: AggregateName = "mean"
@@ -140,6 +143,7 @@ class Round:
             self.members,
             HISTORY,
             self.aggregate,
+            familiar=self.familiar,
             weight=self.weights or [100 * (i + 1) for i in range(self.count)],
             client_mode=[i in self.clients for i in range(self.count)],
             dropped=[i in self.dropped for i in range(self.count)],
@@ -158,6 +162,10 @@ class Round:
         for i, settlement in self.settlements.items():
             self.transports[i].handlers[PROTOCOL] = server(settlement)
         self.changed = Bell()
+
+    @property
+    def familiar(self) -> list[Identity]:
+        return [who for i, who in enumerate(self.members) if i not in self.unknown]
 
     def _meeting(self, i: int) -> Meeting:
         directory = Directory(self.ids[i], RUN_ID)
@@ -337,7 +345,7 @@ class Round:
             check_certificate(
                 Certified(header=first.header, certificate=one.certificate),
                 rules_of(self.aggregate),
-                known(*self.members),
+                known(*self.familiar),
             )
         assert (first.header.step, first.header.parent) == (len(HISTORY), head(HISTORY))
         return first
