@@ -15,13 +15,13 @@ from statistics import median_low
 import numpy as np
 import numpy.typing as npt
 
+from p2p_diloco.core import known
 from p2p_diloco.core.aggregate import LARGEST_WEIGHT_OVER_MEDIAN
 from p2p_diloco.core.certificate import Certified, check_certificate
 from p2p_diloco.core.codec import Vector
 from p2p_diloco.core.codecs import decode
 from p2p_diloco.core.grid import part_slices
 from p2p_diloco.core.group import RosterRules
-from p2p_diloco.core.known import WINDOW_STEPS, known_at
 from p2p_diloco.core.outer import OuterState
 from p2p_diloco.core.records import Record
 from p2p_diloco.core.runfile import OnMissed
@@ -132,12 +132,12 @@ class Chronicle:
         self.updates[update.header.head] = update
 
     def certifies(self, certified: Certified, rules: RosterRules) -> None:
-        """A peer, honest or not, has an update with this certificate. Violation when the round, all of whose members are
-        honest, has certified another one."""
+        """A peer, honest or not, has an update with this certificate. Violation when its round, of honest members only,
+        has certified another one."""
         header, history = certified.header, self.history(certified.header.parent)
-        last = [self._in_most_parts(self.updates[head]) for head in reversed(history[:-1][:WINDOW_STEPS])]
+        last = [self._in_most_parts(self.updates[head]) for head in reversed(history[:-1][: known.WINDOW_STEPS])]
         try:
-            group = check_certificate(certified, rules, known_at(header.step, last))
+            group = check_certificate(certified, rules, known.known_at(header.step, last))
         except ValueError:
             return
         self.certified.add(header.head)
