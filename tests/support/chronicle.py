@@ -15,13 +15,13 @@ from statistics import median_low
 import numpy as np
 import numpy.typing as npt
 
+from p2p_diloco.core import known
 from p2p_diloco.core.aggregate import LARGEST_WEIGHT_OVER_MEDIAN
 from p2p_diloco.core.certificate import Certified, check_certificate
 from p2p_diloco.core.codec import Vector
 from p2p_diloco.core.codecs import decode
 from p2p_diloco.core.grid import part_slices
 from p2p_diloco.core.group import RosterRules
-from p2p_diloco.core.known import WINDOW_STEPS, known_at
 from p2p_diloco.core.outer import OuterState
 from p2p_diloco.core.records import Record
 from p2p_diloco.core.runfile import OnMissed
@@ -104,6 +104,8 @@ class Chronicle:
     """Peer -> its inner steps, over all its lives."""
     durable: dict[int, bytes] = field(default_factory=dict)
     """Peer -> the head that its disk must lead to, or past."""
+    given_up: dict[bytes, int] = field(default_factory=dict)
+    """Head that was put aside -> how many updates there were when this first happened."""
     rounds: dict[bytes, list[Settled]] = field(default_factory=dict)
     """Round id -> how it ended, in that order."""
     total_weights: dict[bytes, int] = field(default_factory=dict)
@@ -132,12 +134,12 @@ class Chronicle:
         self.updates[update.header.head] = update
 
     def certifies(self, certified: Certified, rules: RosterRules) -> None:
-        """A peer, honest or not, has an update with this certificate. Violation when the round, all of whose members are
-        honest, has certified another one."""
+        """A peer, honest or not, has an update with this certificate. Violation when its round, of honest members only,
+        has certified another one."""
         header, history = certified.header, self.history(certified.header.parent)
-        last = [self._in_most_parts(self.updates[head]) for head in reversed(history[:-1][:WINDOW_STEPS])]
+        last = [self._in_most_parts(self.updates[head]) for head in reversed(history[:-1][: known.WINDOW_STEPS])]
         try:
-            group = check_certificate(certified, rules, known_at(header.step, last))
+            group = check_certificate(certified, rules, known.known_at(header.step, last))
         except ValueError:
             return
         self.certified.add(header.head)
@@ -172,7 +174,9 @@ class Chronicle:
 
     def gives_up(self, peer: int) -> None:
         """A peer begins to put aside a history of its own."""
-        self.durable.pop(peer, None)
+        had = self.durable.pop(peer, None)
+        for head in self.history(had) if had else ():
+            self.given_up.setdefault(head, len(self.updates))
 
     def dies(self, held: Iterable[bytes]) -> None:
         """``held``: the heads at which those stand that are still alive."""
@@ -264,6 +268,13 @@ class Chronicle:
         while (update := self.updates.get(path[-1])) is not None:
             path.append(update.header.parent)
         return path
+
+    def was_replaced(self, head: bytes, by: bytes) -> bool:
+        """Whether the history that leads to ``by`` had left that which leads to ``head`` before anybody gave ``head``
+        up."""
+        shared = set(self.history(head))
+        own = [past for past in self.history(by) if past not in shared]
+        return bool(own) and list(self.updates).index(own[-1]) < self.given_up.get(head, len(self.updates))
 
     def check_once(self, head: bytes, n: int) -> None:
         """In the history that leads to ``head``, no inner step of any peer counts twice."""

@@ -12,6 +12,7 @@ from hashlib import blake2b
 from typing import Any
 from unittest import mock
 
+from p2p_diloco.core import known
 from p2p_diloco.core.certificate import Certificate, Certified
 from p2p_diloco.core.errors import Misbehaved, RemoteError
 from p2p_diloco.core.identity import Identity
@@ -37,6 +38,7 @@ from tests.support.witness import Witness
 from tests.support.world import World
 
 TRAVELLING = frozenset(message for message, _ in WAITED_FOR)
+HAVE_WINDOWS = ("core.known", "core.lineage", "ledger.chain")
 LINKS = 5
 """Of a history, in one message."""
 FETCHING: ContextVar[bool] = ContextVar("FETCHING", default=False)
@@ -107,7 +109,7 @@ def instrumented(world: World) -> Iterator[None]:
 
     async def settle(settlement: Settlement) -> outcome.Settled | Missed:
         ended = await real_settle(settlement)
-        group, member, leader = settlement.group, settlement.member, settlement.leader
+        group, member = settlement.group, settlement.member
         if isinstance(ended, outcome.Settled):
             show(lambda witness, peer: witness.settled(group, peer))
         tell(
@@ -189,6 +191,8 @@ def instrumented(world: World) -> Iterator[None]:
 
     patches: list[Any] = [
         mock.patch("p2p_diloco.core.grid.PART_VALUES", PART_VALUES),
+        *(mock.patch(f"p2p_diloco.{module}.WINDOW_STEPS", world.schedule.window_steps) for module in HAVE_WINDOWS),
+        mock.patch("p2p_diloco.core.known.LEAST_STEPS", min(known.LEAST_STEPS, world.schedule.window_steps // 2)),
         mock.patch("p2p_diloco.peer.donors.MAX_LINKS", LINKS),
         mock.patch("p2p_diloco.peer.uploads.MAX_LINKS", LINKS),
         mock.patch("p2p_diloco.core.events.time", _SimClock),

@@ -55,6 +55,8 @@ WAITED_FOR: tuple[tuple[Travelling, int], ...] = (
     ("again", 1),
 )
 PHASES = ("inner", "gather", "gather", "reduce", "reduce", "settle", "settle", "apply", "apply", "joining")
+WINDOWS = (4, 4, 4, 16)
+"""Few schedules come to the sixteenth outer step: in most of them peers are known sooner."""
 FIRST_FAULT_S = 8.0
 LAST_FAULT_S = 80.0
 MAX_PEERS = 12
@@ -131,6 +133,8 @@ class Schedule:
     latency_s: float = 0.03
     jitter: float = 3.0
     buffer_bytes: int = 65536
+    window_steps: int = 16
+    """In place of ``known.WINDOW_STEPS``: so many outer steps are made before anybody is known."""
     lasts_s: float = 0.0
     """So long it goes on at least, also where nothing is planned any more."""
 
@@ -206,7 +210,7 @@ def draw(seed: int) -> Schedule:
                 continue
             plain = replace(plain, peers=(*plain.peers, _draw_peer(r, "trainer", step_s)))
             fault = replace(fault, who=len(plain.peers) - 1)
-        if kind in ("kill", "leave") and mortal > 0 and r.random() < 0.25:
+        if kind in ("kill", "leave") and mortal > 0 and r.random() < 0.25 and fault.who != plain.owner:
             mortal -= 1
             fault = replace(fault, for_s=0.0)
         faults.append(fault)
@@ -218,7 +222,7 @@ def draw(seed: int) -> Schedule:
     if r.random() < 0.5:
         # Others would mostly keep a round from coming as far as the messages that these wait for.
         faults = [fault for fault in faults if fault.kind == "join"] + _draw_ambushes(r, plain)
-    return replace(plain, faults=tuple(faults))
+    return replace(plain, faults=tuple(faults), window_steps=r.choice(WINDOWS))
 
 
 def _draw_ambushes(r: random.Random, plain: Schedule) -> list[Fault]:

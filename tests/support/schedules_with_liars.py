@@ -17,7 +17,7 @@ from tests.support.liars import (
     SLOW_READERS,
     TWO_ROSTERS,
 )
-from tests.support.schedules import MAX_PEERS, Fault, PeerPlan, Schedule
+from tests.support.schedules import MAX_PEERS, WINDOWS, Fault, PeerPlan, Schedule
 
 LASTS_S = 120.0
 FEW_HONEST = (3, 3, 4, 5)
@@ -45,6 +45,7 @@ def draw_with_liars(kind: str, seed: int) -> Schedule:
         inner_steps=r.choice((8, 12)),
         latency_s=r.choice((0.01, 0.03)),
         jitter=r.choice((0.0, 2.0, 6.0)),
+        window_steps=random.Random(f"window {kind} {seed}").choice(WINDOWS),
         lasts_s=LASTS_S,
     )
     if kind == INVENTED_SNAPSHOT:

@@ -365,7 +365,7 @@ class World:
                 name = f"outer step {step}, head {given_up.hex()[:8]}, of peer {peer}"
                 if self.schedule.orderly or self.strict:
                     raise Violation("never-lost", f"{name} is not in the history, although one that held it lived")
-                if step > final.peer.step:
+                if not chronicle.was_replaced(given_up, head):
                     raise Violation("never-lost", f"{name} was given up for nothing")
                 if peer not in gave_up and self.sims[peer].alive:
                     raise Violation("never-lost", f"{name} was given up, and the log does not say so")
