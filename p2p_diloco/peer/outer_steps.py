@@ -232,7 +232,6 @@ class OuterSteps:
 
     async def _digest_due(self) -> bytes:
         """Returns the digest of the outer state, at an outer step at which a snapshot is due; empty elsewhere."""
-        await self.upkeep.settled()
         return await asyncio.to_thread(self.replica.digest_due)
 
     def _meet(self, group: Group, last_norms: tuple[float, ...] | None, state: bytes) -> Settlement:

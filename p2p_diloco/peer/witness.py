@@ -16,7 +16,8 @@ from dataclasses import dataclass, field
 
 from p2p_diloco.core.certificate import Certificate, check_most
 from p2p_diloco.core.errors import Misbehaved
-from p2p_diloco.core.group import Group, RosterRules, open_roster
+from p2p_diloco.core.group import RosterRules, open_roster
+from p2p_diloco.core.roster import open_readiness
 from p2p_diloco.core.waiting import heard, now_s
 from p2p_diloco.ledger.replica import Replica
 from p2p_diloco.round.here import Here
@@ -55,15 +56,23 @@ class Witness:
             return
         try:
             certificate = Certificate.from_bytes(message.certificate)
+            first = open_readiness(next(iter(certificate.roster.members), b""))
+            await self._catch_up(channel, first.step, first.head)
+            if self.here.seat.standing.head != first.head:
+                await self._refuse(channel, first.step, "the run's owner stands on another head")
+                return
             group = open_roster(certificate.roster, self._rules, self.here.seat.known)
             check_most(certificate, group, message.link, self._rules.owner)
         except ValueError as error:
             raise Misbehaved(channel.peer_id, f"asks to witness {error}") from error
-        await self._catch_up(channel, group)
-        refusal = self._refusal(group, message.link)
-        if refusal:
-            log.warning("outer step %d: not witnessed: %s", group.step, refusal)
-            await channel.send(No(reason=refusal))
+        signed = self._signed
+        if (
+            signed is not None
+            and signed.head == group.head
+            and signed.link != message.link
+            and now_s() < signed.until_s
+        ):
+            await self._refuse(channel, group.step, "the run's owner has just witnessed another update of this head")
             return
         until_s = now_s() + self.here.timeouts.record_life_s
         self._signed = Signed(head=group.head, link=message.link, until_s=until_s)
@@ -71,20 +80,16 @@ class Witness:
         log.info("outer step %d: witnessed", group.step)
         await channel.send(Witnessed(signature=signature))
 
-    async def _catch_up(self, channel: Channel, group: Group) -> None:
-        """Waits until I stand where a group does, for ``Timeouts.request_s`` at most."""
+    async def _catch_up(self, channel: Channel, step: int, head: bytes) -> None:
+        """Waits until I stand on a head of outer step ``step``, for ``Timeouts.request_s`` at most: who is known there
+        follows from my ledger."""
         seat, timeouts = self.here.seat, self.here.timeouts
         deadline_s = now_s() + timeouts.request_s
-        while seat.standing.step <= group.step and seat.standing.head != group.head and now_s() < deadline_s:
+        while seat.standing.step <= step and seat.standing.head != head and now_s() < deadline_s:
             changed = seat.changed.event
             await channel.send(Eta(eta_s=timeouts.heartbeat_s))
             await heard(changed, timeouts.heartbeat_s)
 
-    def _refusal(self, group: Group, link: bytes) -> str:
-        """Returns why an update is not witnessed; empty where it is."""
-        signed = self._signed
-        if self.here.seat.standing.head != group.head:
-            return "the run's owner stands on another head"
-        if signed is not None and signed.head == group.head and signed.link != link and now_s() < signed.until_s:
-            return "the run's owner has just witnessed another update of this head"
-        return ""
+    async def _refuse(self, channel: Channel, step: int, reason: str) -> None:
+        log.warning("outer step %d: not witnessed: %s", step, reason)
+        await channel.send(No(reason=reason))

@@ -64,8 +64,8 @@ class Leader:
         member, meeting, me = self.member, self.meeting, self.meeting.me
         number = max(member.butterflies)
         await self._hear_members()
-        if self.certified is not None:
-            return await self._pass_on(*self.certified)
+        if self.certified is not None and (outcome := await self._pass_on(*self.certified)) is not None:
+            return outcome
         while (commit := self._heard()) is None:
             held = {i: receipt.part_hashes for i, receipt in self.receipts.items() if receipt.number >= number}
             held[me] = meeting.hashes()
@@ -106,13 +106,14 @@ class Leader:
                 return commit
         return None
 
-    async def _pass_on(self, source: int, commit: Commit, certifies: Certifies) -> Settled | Missed:
-        """Gives everybody a commit that was certified before I came to lead, and returns its update."""
+    async def _pass_on(self, source: int, commit: Commit, certifies: Certifies) -> Settled | Missed | None:
+        """Gives everybody a commit that was certified before I came to lead, and returns its update. None when it is
+        not: who said so is lost, and I decide."""
         try:
             outcome = await self.member.certify(commit, certifies, source)
         except Misbehaved as error:
             self.meeting.lose(source, error)
-            return self._fail("a commit that was said to be certified is not")
+            return None
         if isinstance(outcome, Missed):
             self._fail(outcome.detail)
         else:
@@ -135,7 +136,7 @@ class Leader:
         ballot = self.ballot = Ballot(meeting=meeting, taken=self.member.what_is_taken(commit), update=update)
         holders = [me if holder in meeting.lost else holder for holder in commit.holders]
         self.decision = Commit(part_hashes=commit.part_hashes, holders=holders, state=commit.state)
-        mine = self.member.sign(commit)
+        mine = None if self.member.objection(commit) else self.member.sign(commit)
         if isinstance(mine, Took):
             ballot.count(me, mine.signature)
         for member, before in self.before.items():

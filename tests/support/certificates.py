@@ -8,7 +8,7 @@ from p2p_diloco.core.certificate import Certificate, Certified, Taken, certifica
 from p2p_diloco.core.group import Group, RosterRules, SealedRoster, open_roster, seal_roster
 from p2p_diloco.core.identity import SIGNATURE_BYTES, Identity
 from p2p_diloco.core.known import Known
-from p2p_diloco.core.roster import Readiness, rank, seal_readiness
+from p2p_diloco.core.roster import Readiness, precedence, rank, seal_readiness
 from p2p_diloco.core.update import Part, Update, UpdateHeader, in_most_parts
 
 
@@ -25,14 +25,15 @@ def unsigned(update: Update, state: bytes = b"") -> Certificate:
 def group_at(
     members: Sequence[Identity], rules: RosterRules, known: Known, head: bytes, *, weight: int = 5, nonce: int = 0
 ) -> Group:
-    """The group of a round of ``members`` on a head, led by the first of them by rank."""
+    """The group of a round of ``members`` on a head, which the first of them gathers that may."""
     ranked = sorted(members, key=lambda who: rank(head, who.peer_id))
+    leader = min(members, key=lambda who: precedence(head, who.peer_id, known))
     sealed = [
         seal_readiness(
             Readiness(
                 peer_id=who.peer_id,
                 run_id=rules.run_id,
-                leader=ranked[0].peer_id,
+                leader=leader.peer_id,
                 step=known.step,
                 head=head,
                 weight=weight,
@@ -43,7 +44,7 @@ def group_at(
         )
         for who in ranked
     ]
-    return open_roster(seal_roster(sealed, (), ranked[0]), rules, known)
+    return open_roster(seal_roster(sealed, (), leader), rules, known)
 
 
 def certificate_for(
