@@ -2,9 +2,10 @@
 most of those that were known have left.
 
 Where nobody is known, most of a roster says nothing: names cost nothing. So the owner's seed signs such an update as
-well, and only one on a head. It says nothing about what is in the update, and its own history follows it like anybody
-else's. A round may fail after it has signed, and nobody have the update; so it signs another one on the same head when
-nobody has shown it the first one for ``Timeouts.record_life_s``.
+well, and only one on a head; none where it sees enough known members, which make the run's updates then. It says
+nothing about what is in the update, and its own history follows it like anybody else's. A round may fail after it has
+signed, and nobody have the update; so it signs another one on the same head when nobody has shown it the first one for
+``Timeouts.record_life_s``.
 
 Known weakness: whoever holds back such an update for longer than that can bring it out later, and then there are two.
 """
@@ -17,6 +18,7 @@ from dataclasses import dataclass, field
 from p2p_diloco.core.certificate import Certificate, check_most
 from p2p_diloco.core.errors import Misbehaved
 from p2p_diloco.core.group import Group, RosterRules, open_roster
+from p2p_diloco.core.roster import on_head
 from p2p_diloco.core.waiting import heard, now_s
 from p2p_diloco.ledger.replica import Replica
 from p2p_diloco.round.here import Here
@@ -82,9 +84,15 @@ class Witness:
 
     def _refusal(self, group: Group, link: bytes) -> str:
         """Returns why an update is not witnessed; empty where it is."""
-        signed = self._signed
-        if self.here.seat.standing.head != group.head:
+        signed, seat = self._signed, self.here.seat
+        if seat.standing.head != group.head:
             return "the run's owner stands on another head"
+        trainers = {record.peer_id for record in on_head(self.here.live(), group.head)}
+        trainers |= {self.here.peer_id} if seat.role_trainer else set()
+        if len(seat.known.peers & trainers) >= self._rules.least_known:
+            return "enough known members are here to do without a witness"
+        if seat.in_round:
+            return "the run's owner is in a round of this head itself"
         if signed is not None and signed.head == group.head and signed.link != link and now_s() < signed.until_s:
             return "the run's owner has just witnessed another update of this head"
         return ""
