@@ -2,9 +2,10 @@
 most of those that were known have left.
 
 Where nobody is known, most of a roster says nothing: names cost nothing. So the owner's seed signs such an update as
-well, and only one on a head. It says nothing about what is in the update, and its own history follows it like anybody
-else's. A round may fail after it has signed, and nobody have the update; so it signs another one on the same head when
-nobody has shown it the first one for ``Timeouts.record_life_s``.
+well, and only one on a head; none where it sees enough known members, which make the run's updates then. It says
+nothing about what is in the update, and its own history follows it like anybody else's. A round may fail after it has
+signed, and nobody have the update; so it signs another one on the same head when nobody has shown it the first one for
+``Timeouts.record_life_s``.
 
 Known weakness: whoever holds back such an update for longer than that can bring it out later, and then there are two.
 """
@@ -16,8 +17,8 @@ from dataclasses import dataclass, field
 
 from p2p_diloco.core.certificate import Certificate, check_most
 from p2p_diloco.core.errors import Misbehaved
-from p2p_diloco.core.group import RosterRules, open_roster
-from p2p_diloco.core.roster import open_readiness
+from p2p_diloco.core.group import Group, RosterRules, open_roster
+from p2p_diloco.core.roster import on_head, open_readiness
 from p2p_diloco.core.waiting import heard, now_s
 from p2p_diloco.ledger.replica import Replica
 from p2p_diloco.round.here import Here
@@ -65,14 +66,8 @@ class Witness:
             check_most(certificate, group, message.link, self._rules.owner)
         except ValueError as error:
             raise Misbehaved(channel.peer_id, f"asks to witness {error}") from error
-        signed = self._signed
-        if (
-            signed is not None
-            and signed.head == group.head
-            and signed.link != message.link
-            and now_s() < signed.until_s
-        ):
-            await self._refuse(channel, group.step, "the run's owner has just witnessed another update of this head")
+        if refusal := self._refusal(group, message.link):
+            await self._refuse(channel, group.step, refusal)
             return
         until_s = now_s() + self.here.timeouts.record_life_s
         self._signed = Signed(head=group.head, link=message.link, until_s=until_s)
@@ -89,6 +84,19 @@ class Witness:
             changed = seat.changed.event
             await channel.send(Eta(eta_s=timeouts.heartbeat_s))
             await heard(changed, timeouts.heartbeat_s)
+
+    def _refusal(self, group: Group, link: bytes) -> str:
+        """Returns why an update of this head is not witnessed; empty where it is."""
+        signed, seat = self._signed, self.here.seat
+        trainers = {record.peer_id for record in on_head(self.here.live(), group.head)}
+        trainers |= {self.here.peer_id} if seat.role_trainer else set()
+        if len(seat.known.peers & trainers) >= self._rules.least_known:
+            return "enough known members are here to do without a witness"
+        if seat.in_round:
+            return "the run's owner is in a round of this head itself"
+        if signed is not None and signed.head == group.head and signed.link != link and now_s() < signed.until_s:
+            return "the run's owner has just witnessed another update of this head"
+        return ""
 
     async def _refuse(self, channel: Channel, step: int, reason: str) -> None:
         log.warning("outer step %d: not witnessed: %s", step, reason)

@@ -16,7 +16,7 @@ from collections.abc import Coroutine
 from typing import Any, TypeVar
 
 from p2p_diloco.core.certificate import Certificate, Taken, check_signatures
-from p2p_diloco.core.errors import Misbehaved, RemoteError, Silent
+from p2p_diloco.core.errors import Misbehaved, Refused, RemoteError, Silent
 from p2p_diloco.core.update import Update, in_most_parts
 from p2p_diloco.core.waiting import deadline, heard, now_s
 from p2p_diloco.round.butterfly import Butterfly, run_all
@@ -148,8 +148,9 @@ class Member:
     # -- with a commit -----------------------------------------------------------------------------------------------
 
     async def _take(self, channel: Channel, commit: Commit, leader: int) -> Settled | Missed:
-        """Fetches what I miss of a commit, signs it if I may, and waits until it is certified. Misbehaved when it is
-        not, and I have not signed it: the next leader may do better."""
+        """Fetches what I miss of a commit, signs it if I may, and waits until it is certified. Refused when it is
+        not, and I have not signed it: the next leader may do better. It is not to blame, for a reducer may have sent it
+        something else."""
         objection = self.objection(commit)
         update = None if objection else await self._telling(channel, self.complete(commit, leader))
         if update is None and not objection:
@@ -159,7 +160,7 @@ class Member:
         await channel.send(word)
         answer = await self._hear(channel, Certifies)
         if isinstance(answer, No) and isinstance(word, No):
-            raise Misbehaved(channel.peer_id, f"commits what most do not sign: {word.reason}")
+            raise Refused(channel.peer_id, f"commits what most do not sign: {word.reason}")
         if isinstance(answer, No):
             return Missed(reason="failed", detail=answer.reason)
         return await self.certify(commit, answer, leader)

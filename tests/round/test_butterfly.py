@@ -509,7 +509,7 @@ def test_a_committed_part_that_is_too_long_is_not_signed(losses: Losses) -> None
         meeting.serve(0, hand)
         await meeting.run(contribute())
         assert list(meeting.update().parts) == meeting.means(range(3))
-        complaint = "Misbehaved: commits what most do not sign: part 0 is not what its reducer sent me"
+        complaint = "Refused: commits what most do not sign: part 0 is not what its reducer sent me"
         assert sorted(losses) == [(i, 0, complaint) for i in (1, 2)]
 
     run_simulated(main())

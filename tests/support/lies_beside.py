@@ -9,15 +9,20 @@ from typing import Any
 
 import numpy as np
 
+from p2p_diloco.core.certificate import Certificate, Taken
 from p2p_diloco.core.errors import RemoteError
+from p2p_diloco.core.group import seal_roster
 from p2p_diloco.core.outer import OuterState
-from p2p_diloco.core.update import Part, Update, UpdateHeader, contributor_mask
+from p2p_diloco.core.roster import Readiness, rank, seal_readiness
+from p2p_diloco.core.update import Part, Update, UpdateHeader, contributor_mask, in_most_parts
 from p2p_diloco.peer.control import OuterResult
-from p2p_diloco.peer.outer_steps import OuterSteps
 from p2p_diloco.peer.uploads import UPLOADS
+from p2p_diloco.round.outcome import Settled
 from p2p_diloco.wire.channel import Channel
 from p2p_diloco.wire.message import Message
-from p2p_diloco.wire.messages import AskChunk, Closing, Eta, No, Ready, Size
+from p2p_diloco.wire.messages import AskChunk, AskWitness, Closing, Eta, No, Ready, Size, Witnessed
+from tests.support.builders import identity
+from tests.support.chronicle import MAX_PEERS
 from tests.support.lying import Liar, override
 
 FASTEST_TOKENS_PER_S = 1e9
@@ -31,16 +36,60 @@ CHUNK_EVERY_S = 8.0
 # -- histories ---------------------------------------------------------------------------------------------------------
 
 
-def invented_update(steps: OuterSteps, authors: tuple[str, ...]) -> Update:
-    """The next outer step of nobody's round, by ``authors``: the same for all of them."""
-    state, grid = steps.replica.loaded, steps.replica.ledger.grid
+def invented(liar: Liar) -> Settled:
+    """The next outer step of nobody's round, by the liar and its accomplices, or by it and a name that it has made
+    up, where it has none: the same for all of them. The certificate is as good as they can make it: roster and
+    signatures are theirs."""
+    replica = liar.steps.replica
+    state, grid = replica.loaded, replica.ledger.grid
     random = np.random.default_rng(list(state.head))
+    names = {who.peer_id: who for who in map(identity, range(MAX_PEERS))}
+    authors = [names[peer_id] for peer_id in liar.accomplices]
+    authors += [identity(MAX_PEERS - 1)] if len(authors) == 1 else []
+    authors.sort(key=lambda who: rank(state.head, who.peer_id))
     values = [random.standard_normal(grid.n_values(part)).astype(np.float32) for part in range(grid.n_parts)]
     parts = tuple(Part(mask=contributor_mask(range(len(authors))), data=grid.encode(one)) for one in values)
-    contributors = tuple((peer_id, 100) for peer_id in authors)
-    hashes = tuple(part.hash for part in parts)
+    members = [
+        seal_readiness(
+            Readiness(
+                peer_id=who.peer_id,
+                run_id=replica.manifest.run_id,
+                leader=authors[0].peer_id,
+                step=state.step,
+                head=state.head,
+                weight=100,
+                client_mode=False,
+                nonce=bytes(8),
+            ),
+            who,
+        )
+        for who in authors
+    ]
+    roster = seal_roster(members, (), authors[0])
+    contributors, hashes = tuple((who.peer_id, 100) for who in authors), tuple(part.hash for part in parts)
     header = UpdateHeader(step=state.step, parent=state.head, contributors=contributors, part_hashes=hashes)
-    return Update(header=header, parts=parts)
+    full = in_most_parts([part.mask for part in parts])
+    taken = Taken(round_id=roster.round_id, link=header.link, full=full, state=b"")
+    signatures = tuple((member, taken.sign(who)) for member, who in enumerate(authors))
+    certificate = Certificate(roster=roster, full=full, state=b"", signatures=signatures)
+    return Settled(update=Update(header=header, parts=parts), certificate=certificate)
+
+
+async def witnessed(liar: Liar, made: Settled) -> Settled:
+    """The same with the witness of the run's owner, if it is so kind."""
+    here = liar.sim.peer.here
+    try:
+        channel = await here.open(liar.sim.peer.manifest.owner)
+        try:
+            ask = AskWitness(link=made.update.header.link, certificate=made.certificate.to_bytes())
+            answer: Eta | Witnessed = await channel.request(ask, Eta, Witnessed)
+            while isinstance(answer, Eta):
+                answer = await channel.receive(Eta, Witnessed, timeout_s=here.timeouts.request_s)
+        finally:
+            channel.close()
+    except RemoteError:
+        return made
+    return replace(made, certificate=replace(made.certificate, witness=answer.signature))
 
 
 def extends(liar: Liar) -> None:
@@ -53,7 +102,7 @@ def extends(liar: Liar) -> None:
                 result: OuterResult = await real(tokens, **rest)
                 return result
             async with steps.follower.moving:
-                await steps._commit(invented_update(steps, liar.accomplices))
+                await steps._commit(await witnessed(liar, invented(liar)))
             await steps.presence.push_to_all()
             steps.here.seat.closes_s = None
             return steps._result(committed=True, group=len(liar.accomplices))
@@ -139,8 +188,8 @@ def claims_speed(liar: Liar) -> None:
     """It says in every round that it is faster than anybody can be."""
 
     def readiness(real: Callable[..., Any]) -> Callable[..., Any]:
-        def claimed(weight: int, dropped: bool, tokens_per_s: float) -> Any:
-            return real(weight, dropped, FASTEST_TOKENS_PER_S if liar.lying() else tokens_per_s)
+        def claimed(weight: int, dropped: bool, tokens_per_s: float, leader: str) -> Any:
+            return real(weight, dropped, FASTEST_TOKENS_PER_S if liar.lying() else tokens_per_s, leader)
 
         return claimed
 

@@ -3,23 +3,31 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from p2p_diloco.core.certificate import Taken, certificate_of
 from p2p_diloco.core.codec import Vector
+from p2p_diloco.core.group import seal_roster
 from p2p_diloco.core.roster import open_readiness
-from p2p_diloco.core.update import Part
+from p2p_diloco.core.update import Part, Update, in_most_parts
+from p2p_diloco.core.waiting import heard, now_s
+from p2p_diloco.round.meeting import Meeting
 from p2p_diloco.round.outcome import Missed, Settled
 from p2p_diloco.round.settle import Settlement
+from p2p_diloco.round.settle_ballot import Ballot, certifies
 from p2p_diloco.wire.channel import Channel
 from p2p_diloco.wire.message import Message
-from p2p_diloco.wire.messages import Again, AskPart, Commit, Roster, Size
+from p2p_diloco.wire.messages import Again, AskPart, Commit, Eta, No, Roster, Size, Took
 from tests.support.lying import FOR_EVER_S, IDLES_S, Liar, in_rounds, override
 
 TENFOLD = np.float32(-10)
 HUGE = np.float32(1e30)
+BALLOT_S = 5.0
+"""So long one that commits twice waits for the second ballot."""
 
 # -- contributions -----------------------------------------------------------------------------------------------------
 
@@ -91,7 +99,7 @@ def reduces(change: Callable[[Vector], Vector]) -> Callable[[Liar], None]:
 
             return held
 
-        override(meeting, "hold", hold)
+        override(meeting, "hold_reduced", hold)
 
     return in_rounds(lie)
 
@@ -132,15 +140,15 @@ def invented_part(settlement: Settlement, part: int) -> Part:
 @in_rounds
 def commits_invented(_: Liar, settlement: Settlement) -> None:
     """A leader that commits parts of its own making."""
+    meeting = settlement.meeting
 
     def give(real: Callable[[Commit], Any]) -> Callable[[Commit], Any]:
         async def given(commit: Commit) -> Settled | Missed:
-            meeting = settlement.meeting
             for part in range(len(meeting.parts)):
                 meeting.parts[part] = invented_part(settlement, part)
-            me, hashes = settlement.meeting.me, meeting.hashes()
-            settlement.member.taken = Commit(part_hashes=hashes, holders=[me] * len(hashes))
-            outcome: Settled | Missed = await real(settlement.member.taken)
+            hashes = meeting.hashes()
+            holders = [meeting.me] * len(hashes)
+            outcome: Settled | Missed = await real(Commit(part_hashes=hashes, holders=holders, state=commit.state))
             return outcome
 
         return given
@@ -148,61 +156,157 @@ def commits_invented(_: Liar, settlement: Settlement) -> None:
     override(settlement.leader, "_give", give)
 
 
+def commit_of(meeting: Meeting, parts: Sequence[Part], state: bytes) -> Commit:
+    """A commit of these parts, all of which the liar has."""
+    return Commit(part_hashes=[part.hash for part in parts], holders=[meeting.me] * len(parts), state=state)
+
+
+def ballot_on(meeting: Meeting, parts: Sequence[Part], state: bytes) -> Ballot:
+    """A ballot on the commit of these parts, which the liar has signed."""
+    update = Update(header=meeting.group.header([part.hash for part in parts]), parts=tuple(parts))
+    full = in_most_parts([part.mask for part in parts])
+    taken = Taken(round_id=meeting.group.round_id, link=update.header.link, full=full, state=state)
+    ballot = Ballot(meeting=meeting, taken=taken, update=update)
+    ballot.count(meeting.me, taken.sign(meeting.identity))
+    return ballot
+
+
+@dataclass(eq=False)
+class Twin:
+    """The second commit of a leader that gives two: another mean of a part that it has reduced."""
+
+    settlement: Settlement
+    part: int
+    first: Part | None = None
+    """What the others get."""
+    second: Part | None = None
+    commit: Commit | None = None
+    ballot: Ballot | None = None
+
+    def is_for(self, member: int) -> bool:
+        """Every second member."""
+        return member % 2 != self.settlement.meeting.me % 2
+
+    def of(self, part: Part) -> Part:
+        if self.second is None:
+            grid = self.settlement.meeting.grid
+            self.first = part
+            self.second = Part(mask=part.mask, data=grid.encode(-grid.decode(self.part, part.data)))
+        return self.second
+
+    def begin(self, commit: Commit) -> Commit:
+        """Both commits; the first one is returned."""
+        meeting = self.settlement.meeting
+        held = [part for part in meeting.parts if part is not None]
+        if self.first is None or self.second is None:
+            return commit
+        held[self.part] = self.second
+        self.commit, self.ballot = commit_of(meeting, held, commit.state), ballot_on(meeting, held, commit.state)
+        meeting.parts[self.part] = held[self.part] = self.first
+        return commit_of(meeting, held, commit.state)
+
+
 @in_rounds
 def commits_twice(_: Liar, settlement: Settlement) -> None:
-    """A leader that gives every second member another commit."""
-    meeting, group, others = settlement.meeting, settlement.group, list[Part]()
+    """A leader that gives every second member another commit, signs both, and certifies both as far as it can: they
+    differ in a part that it has reduced, of which these members got another mean."""
+    meeting, leader = settlement.meeting, settlement.leader
+    mine = settlement.member.butterflies[0]._parts_of(meeting.me)
+    if settlement.group.leader != meeting.me or not mine:
+        return
+    twin = Twin(settlement, mine[0])
+
+    def send_part(real: Callable[[Channel, Part], Any]) -> Callable[[Channel, Part], Any]:
+        async def sent(channel: Channel, part: Part) -> None:
+            own = part in (meeting.parts[twin.part], twin.first)
+            await real(channel, twin.of(part) if own and twin.is_for(meeting.index_of(channel.peer_id)) else part)
+
+        return sent
+
+    def give(real: Callable[[Commit], Any]) -> Callable[[Commit], Any]:
+        return lambda commit: real(twin.begin(commit))
 
     def decided(real: Callable[..., Any]) -> Callable[..., Any]:
         async def told(channel: Channel, sender: int, number: int) -> Message:
             answer: Message = await real(channel, sender, number)
-            if not isinstance(answer, Commit) or sender % 2 == settlement.meeting.me % 2:
-                return answer
-            if not others:
-                others.append(invented_part(settlement, 0))
-            hashes, holders = [others[0].hash, *answer.part_hashes[1:]], [settlement.meeting.me, *answer.holders[1:]]
-            return Commit(part_hashes=hashes, holders=holders)
+            return twin.commit if isinstance(answer, Commit) and twin.commit and twin.is_for(sender) else answer
+
+        return told
+
+    def hear_signature(real: Callable[..., Any]) -> Callable[..., Any]:
+        async def heard_it(channel: Channel, sender: int) -> None:
+            if twin.ballot is None or leader.ballot is None or not twin.is_for(sender):
+                await real(channel, sender)
+                return
+            word: Eta | Took | No = await channel.receive(Eta, Took, No, timeout_s=meeting.timeouts.request_s)
+            twin.ballot.hear(sender, word) if not isinstance(word, Eta) else None
+            leader.ballot.answered.add(sender)
+
+        return heard_it
+
+    def last_word(real: Callable[..., Any]) -> Callable[..., Any]:
+        async def told(channel: Channel) -> Message:
+            if twin.ballot is None or not twin.is_for(meeting.index_of(channel.peer_id)):
+                word: Message = await real(channel)
+                return word
+            until_s = now_s() + BALLOT_S
+            while not twin.ballot.has_most and now_s() < until_s:
+                await heard(meeting.changed.event, until_s - now_s())
+            if not twin.ballot.has_most:
+                return No(reason="most of the group did not sign the update")
+            return certifies(certificate_of(settlement.group, twin.ballot.taken, twin.ballot.signatures))
 
         return told
 
     def on_ask_part(real: Callable[..., Any]) -> Callable[..., Any]:
         async def answered(channel: Channel, message: AskPart) -> None:
-            if not others or message.hash != others[0].hash:
+            if twin.second is None or message.hash != twin.second.hash:
                 await real(channel, message)
                 return
-            await channel.send(Size(size_bytes=len(others[0].data)))
-            await meeting.send_part(channel, others[0])
+            await channel.send(Size(size_bytes=len(twin.second.data)))
+            await meeting.send_part(channel, twin.second)
 
         return answered
 
-    override(settlement.leader, "_decided", decided)
+    override(meeting, "send_part", send_part)
+    override(leader, "_give", give)
+    override(leader, "_decided", decided)
+    override(leader, "_hear_signature", hear_signature)
+    override(leader, "_last_word", last_word)
     override(settlement.member, "on_ask_part", on_ask_part)
 
 
 @in_rounds
 def commits_and_asks_again(_: Liar, settlement: Settlement) -> None:
-    """A-Again-B: a first leader that gives its commit to one member, asks the others to reduce everything again, and is
-    silent from then on."""
-    leader, meeting, group = settlement.leader, settlement.meeting, settlement.group
+    """A-Again-B: a first leader that gives its commit to as few members as can certify it, and the certificate to them
+    alone. It asks the others to reduce everything again, and is silent from then on."""
+    leader, meeting, group, me = settlement.leader, settlement.meeting, settlement.group, settlement.meeting.me
+    if group.leader != me:
+        return
     committing = asyncio.Event()
+
+    def takers() -> list[int]:
+        others = sorted(leader.receipts.keys() - {me})
+        enough = (count for count in range(1, len(others)) if group.is_most({me, *others[:count]}))
+        return others[: next(enough, 1)]
 
     def decided(real: Callable[..., Any]) -> Callable[..., Any]:
         async def told(channel: Channel, sender: int, number: int) -> Message:
             if number:
                 await asyncio.sleep(FOR_EVER_S)
             answer: Message = await real(channel, sender, number)
-            others = sorted(leader.receipts.keys() - {settlement.meeting.me})
-            if not committing.is_set() or len(others) < 2 or sender == others[0]:
+            others = sorted(leader.receipts.keys() - {me})
+            if not committing.is_set() or len(others) < 2 or sender in takers():
                 return answer
-            return Again(number=1, members=others[1:], parts=list(range(len(meeting.parts))))
+            again = [member for member in others if member not in takers()]
+            return Again(number=1, members=again, parts=list(range(len(meeting.parts))))
 
         return told
 
     def give(real: Callable[[Commit], Any]) -> Callable[[Commit], Any]:
         async def given(commit: Commit) -> Settled | Missed:
-            if settlement.member.place or group.leader != settlement.meeting.me:
-                later: Settled | Missed = await real(commit)
-                return later
+            held = [part for part in meeting.parts if part is not None]
+            leader.ballot = ballot_on(meeting, held, commit.state)
             committing.set()
             leader.decision = commit
             meeting.changed.ring()
@@ -211,36 +315,50 @@ def commits_and_asks_again(_: Liar, settlement: Settlement) -> None:
 
         return given
 
+    def last_word(real: Callable[..., Any]) -> Callable[..., Any]:
+        async def told(channel: Channel) -> Message:
+            while leader.ballot is None or not leader.ballot.has_most:
+                await meeting.changed.event.wait()
+            return certifies(certificate_of(group, leader.ballot.taken, leader.ballot.signatures))
+
+        return told
+
     async def silent(*_: Any) -> None:
         await asyncio.sleep(FOR_EVER_S)
 
     override(leader, "_decided", decided)
     override(leader, "_give", give)
+    override(leader, "_last_word", last_word)
     override(settlement.member, "on_ask_commit", lambda real: silent)
 
 
 def sends_two_rosters(liar: Liar) -> None:
-    """A leader that sends one half of those that are ready a roster, and the other half another one."""
+    """A leader that sends one half of those that are ready a roster, and the other half another one; it signs both."""
     gatherings = liar.sim.peer.matchmaker.gatherings
 
     def half(roster: Roster, who: int) -> Roster:
         """The liar is in both: its readiness is."""
         others = [one for one in roster.members if open_readiness(one).peer_id != liar.me]
         kept = set(others[who::2])
-        return Roster(members=[one for one in roster.members if one in kept or one not in others], absent=roster.absent)
+        members = [one for one in roster.members if one in kept or one not in others]
+        sealed = seal_roster(members, roster.absent, liar.sim.peer.identity)
+        return Roster(members=members, absent=roster.absent, signature=sealed.signature)
 
     def join(real: Callable[..., Any]) -> Callable[..., Any]:
-        async def joined(channel: Channel, head: bytes, sealed: bytes) -> None:
+        async def joined(channel: Channel, head: bytes, sealed: bytes) -> bool:
             def send(really: Callable[[Message], Any]) -> Callable[[Message], Any]:
                 async def sent(message: Message) -> None:
                     if isinstance(message, Roster) and liar.lying() and len(message.members) > 3:
-                        message = next(one for one in map(half, [message] * 2, (0, 1)) if sealed in one.members)
+                        message = next(
+                            (one for one in map(half, [message] * 2, (0, 1)) if sealed in one.members), message
+                        )
                     await really(message)
 
                 return sent
 
             override(channel, "send", send)
-            await real(channel, head, sealed)
+            answered: bool = await real(channel, head, sealed)
+            return answered
 
         return joined
 
