@@ -105,7 +105,7 @@ class OuterGradientOffered(Moment):
 
 @dataclass(frozen=True, kw_only=True)
 class RoundEnded(Moment):
-    """One attempt at an outer step is over, well or not. From ``outer_steps``."""
+    """One attempt at an outer step is over, well or not. From ``round_event``."""
 
     event: Literal["round"] = "round"
     step: int
