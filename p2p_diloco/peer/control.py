@@ -16,15 +16,14 @@ import socket
 from dataclasses import dataclass, fields, is_dataclass
 from functools import cache
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-from pydantic import BaseModel, Field, TypeAdapter
+from pydantic import BaseModel, TypeAdapter
 
 from p2p_diloco.core.config import PeerConfig, Timeouts
 from p2p_diloco.core.peer_row import PeerRow
 from p2p_diloco.core.records import Natural, Role
-
-NotNegative = Annotated[float, Field(ge=0.0)]
+from p2p_diloco.core.runfile import NotNegative
 
 # -- trainer -> network ------------------------------------------------------------------------------------------------
 
