@@ -115,17 +115,6 @@ AGGREGATIONS: Mapping[AggregateName, Aggregation] = {"mean": Mean(), "robust": R
 """A name is for ever: another rule gets another one."""
 
 
-def weighted_mean(contributions: Sequence[tuple[int, Vector]], total_weight: int | None = None) -> Vector:
-    """Returns float32 [n], the mean of the outer gradients weighted by tokens: ``sum_i float32(w_i / W) * g_i``. W is
-    ``total_weight`` or, without it, the sum of the weights.
-
-    The order is the roster's, so that a simulation without a network gets the same bits.
-    """
-    weights, values = zip(*contributions)
-    shares = shares_of(dict(enumerate(weights)), total_weight)
-    return weighted_sum(dict(enumerate(values)), shares, len(values[0]))
-
-
 def shares_of(
     weights: Mapping[int, int], total_weight: int | None, factors: Mapping[int, float] | None = None
 ) -> dict[int, np.float32]:
