@@ -59,7 +59,7 @@ class Stopped(LocalError):
 
 
 class RemoteError(Exception):
-    """What peer ``peer_id`` did wrong, or that it could not be reached."""
+    """Peer ``peer_id`` did something wrong, or could not be reached."""
 
     def __init__(self, peer_id: str, reason: str) -> None:
         super().__init__(f"peer {peer_id[-8:]}: {reason}")

@@ -80,12 +80,13 @@ class Group:
 
     @property
     def leader(self) -> int:
-        """Index of the member that settles the round: the first that can be dialled."""
+        """Returns the index of the member that settles the round: the first that can be dialled."""
         return self.reducers[0]
 
     @property
     def reducers(self) -> tuple[int, ...]:
-        """Indices of the members that reduce, by rank. The same ones settle the round, one after the other fails."""
+        """Returns the indices of the members that reduce, by rank. The same ones settle the round, one after the other
+        fails."""
         return self.reducers_among(range(len(self.members)))
 
     def reducers_among(self, members: Sequence[int]) -> tuple[int, ...]:

@@ -40,7 +40,8 @@ class Section(BaseModel):
 
 
 def has_nan(value: Any) -> bool:
-    """Anywhere in what TOML or JSON can hold. Infinity is a limit that some types of models have."""
+    """Returns whether there is a nan anywhere in what TOML or JSON can hold. Infinity is allowed: some types of models
+    have it as a limit."""
     if isinstance(value, dict):
         return any(map(has_nan, value.values()))
     if isinstance(value, list):
@@ -197,7 +198,7 @@ class RoundSpec(Section):
 
 
 class RunSpec(Section):
-    """What a run file says: model, data, inner and outer optimizer, round limits."""
+    """Holds what a run file says: model, data, inner and outer optimizer, round limits."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
@@ -225,7 +226,7 @@ class RunSpec(Section):
 
     @property
     def max_weight_tokens(self) -> int:
-        """The largest weight that a contribution may claim: what four rounds of H inner steps make."""
+        """Returns the largest weight that a contribution may claim: what four rounds of H inner steps make."""
         return 4 * self.inner.steps * self.tokens_per_inner_step
 
     @classmethod
@@ -241,8 +242,8 @@ class RunSpec(Section):
 
 
 def explain(error: ValidationError, model: type[BaseModel]) -> str:
-    """The first finding of pydantic in a line: the key, what is wrong, and the nearest known key for an unknown one.
-    Entries of a list are counted from 1."""
+    """Returns the first finding of pydantic in a line: the key, what is wrong, and the nearest known key for an unknown
+    one. Entries of a list are counted from 1."""
     first = error.errors(include_url=False, include_context=False)[0]
     key = ".".join(str(piece + 1 if isinstance(piece, int) else piece) for piece in first["loc"]) or "top level"
     if first["type"] == "extra_forbidden":

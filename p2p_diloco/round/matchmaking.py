@@ -57,7 +57,7 @@ MAX_LEADERS_ASKED = 16
 
 @dataclass(kw_only=True)
 class Search:
-    """What a peer has heard so far while it looks for a leader on one head."""
+    """Holds what a peer has heard so far while it looks for a leader on one head."""
 
     useless: set[str] = field(default_factory=set)
     """Peers that do not lead."""

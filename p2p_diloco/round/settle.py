@@ -48,7 +48,7 @@ from p2p_diloco.wire.messages import AskCommit, AskPart, Contribute, Receipt
 
 @dataclass(frozen=True, kw_only=True)
 class RoundCost:
-    """What a round has taken at one member."""
+    """Says what a round has taken at one member."""
 
     reduce_s: float = 0.0
     settle_s: float = 0.0
@@ -101,7 +101,7 @@ class Settlement:
 
     @property
     def leads(self) -> bool:
-        """Whether it was my commit that a quorum took."""
+        """Returns whether it was my commit that a quorum took."""
         return self.leader.committed
 
     def cost(self) -> RoundCost:

@@ -182,7 +182,8 @@ class AskCommit(Message):
 
 
 class AskPart(Message):
-    """Answered by Size and one frame, as in Contribute, or by No."""
+    """Member to member: send me one part of the round's update. Answered by Size and one frame, as in Contribute, or by
+    No."""
 
     tag = "ask-part"
     purpose = "reduce"
@@ -192,7 +193,8 @@ class AskPart(Message):
 
 
 class AskHeads(Message):
-    """Answered by Heads, or by No when there are none from ``since`` on."""
+    """I want to catch up: which way did you go from outer step ``since`` on? Answered by Heads, or by No when there are
+    none from there on."""
 
     tag = "ask-heads"
     purpose = "catchup"
@@ -210,7 +212,8 @@ class Heads(Message):
 
 
 class AskUpdate(Message):
-    """Answered by Size and then as many bytes in frames of CHUNK_BYTES, or No."""
+    """Send me the update that ends in this head. Answered by Size and then as many bytes in frames of CHUNK_BYTES, or
+    No."""
 
     tag = "ask-update"
     purpose = "catchup"
@@ -220,7 +223,8 @@ class AskUpdate(Message):
 
 
 class AskIndex(Message):
-    """Answered, as AskUpdate, with a snapshot's head and the hash of each of its chunks, 32 bytes each."""
+    """Send me what is in this snapshot. Answered, as AskUpdate, with its head and the hash of each of its chunks, 32
+    bytes each."""
 
     tag = "ask-index"
     purpose = "catchup"
@@ -229,7 +233,7 @@ class AskIndex(Message):
 
 
 class AskChunk(Message):
-    """Answered, as AskUpdate, with one chunk of a snapshot: a part of theta or of momentum, at most CHUNK_BYTES."""
+    """Send me one chunk of a snapshot: a part of theta or of momentum, at most CHUNK_BYTES. Answered as AskUpdate."""
 
     tag = "ask-chunk"
     purpose = "catchup"
@@ -239,21 +243,22 @@ class AskChunk(Message):
 
 
 class Size(Message):
-    """So many bytes follow, in frames."""
+    """I send you so many bytes, in the frames that follow."""
 
     tag = "size"
     size_bytes: Natural
 
 
 class AskManifest(Message):
-    """Answered by Size and then as many bytes, the signed manifest, in frames of CHUNK_BYTES."""
+    """Send me the run's manifest. Answered by Size and then as many bytes, the signed manifest, in frames of
+    CHUNK_BYTES."""
 
     tag = "ask-manifest"
     purpose = "other"
 
 
 class Push(Message):
-    """My newest record, when it matters at once: I have joined, moved on, or am leaving. Answered by Push."""
+    """This is my newest record, which matters at once: I have joined, moved on, or am leaving. Answered by Push."""
 
     tag = "push"
     purpose = "other"
@@ -261,7 +266,8 @@ class Push(Message):
 
 
 class AskDialBack(Message):
-    """Who signed ``consent`` listens where this stream comes from: can you reach it? Answered by DialedBack or No."""
+    """Can you reach the peer that signed ``consent``, which listens where this stream comes from? Answered by
+    DialedBack or No."""
 
     tag = "ask-dial-back"
     purpose = "other"
@@ -269,14 +275,14 @@ class AskDialBack(Message):
 
 
 class DialBack(Message):
-    """To the one that I was asked to dial: here I am. Not answered."""
+    """You are the peer that I was asked to dial, and I have reached you. Not answered."""
 
     tag = "dial-back"
     purpose = "other"
 
 
 class DialedBack(Message):
-    """Whether I could dial you back."""
+    """I could dial you back, or I could not."""
 
     tag = "dialed-back"
     reached: bool
@@ -287,8 +293,8 @@ class DialedBack(Message):
 
 
 class AskTransfer(Message):
-    """Then a frame of ``up_bytes``. Answered by Transferred and a frame of ``down_bytes``, and another AskTransfer may
-    follow; or by No."""
+    """Let us measure a transfer: a frame of ``up_bytes`` follows. Answered by Transferred and a frame of
+    ``down_bytes``, and another AskTransfer may follow; or by No."""
 
     tag = "ask-transfer"
     purpose = "other"
