@@ -19,6 +19,8 @@ Two roots, so that a reader of an ``except`` knows whose fault it is::
 from __future__ import annotations
 
 import errno
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 
 class LocalError(Exception):
@@ -81,6 +83,15 @@ class Gone(RemoteError):
 
 class Refused(RemoteError):
     pass
+
+
+@contextmanager
+def naming(source: str) -> Iterator[None]:
+    """Puts ``source``, the file that a person can mend, before the message of a UsageError or DataError."""
+    try:
+        yield
+    except (UsageError, DataError) as error:
+        raise type(error)(f"{source}: {error}") from error
 
 
 NO_TEMPORARY_FOLDER = "No usable temporary directory"

@@ -23,6 +23,7 @@ from pydantic import (
     model_serializer,
     model_validator,
 )
+from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from p2p_diloco.core.aggregate import AggregateName
 from p2p_diloco.core.codecs import CodecName
@@ -214,10 +215,12 @@ class RunSpec(Section):
     def _tokenizer_of_the_weights(cls, data: DataSpec, info: ValidationInfo) -> DataSpec:
         model = info.data.get("model")
         if model is not None and model.path is not None and "tokenizer" not in data.model_fields_set:
-            raise ValueError(
-                "model.path has weights for a vocabulary: name its tokenizer under data.tokenizer, most often with the "
-                'same words as model.path, or ask for tokenizer = "bytes"'
+            why = (
+                "model.path has weights for a vocabulary: name its tokenizer, most often with the same words as "
+                'model.path, or ask for "bytes"'
             )
+            finding = InitErrorDetails(type=PydanticCustomError("no_tokenizer", why), loc=("tokenizer",), input={})
+            raise ValidationError.from_exception_data(cls.__name__, [finding])  # only so it names the key itself
         return data
 
     @property
