@@ -12,14 +12,14 @@ from typing import Literal
 
 import numpy as np
 
-from p2p_diloco.core.aggregate import weighted_mean
+from p2p_diloco.core.aggregate import AGGREGATIONS
 from p2p_diloco.core.codec import Vector
 from p2p_diloco.core.codecs import decode, encode
 from p2p_diloco.core.grid import Grid
 from p2p_diloco.core.group import Group, open_roster, seal_roster
 from p2p_diloco.core.outer import apply, genesis_state
 from p2p_diloco.core.roster import form_roster, seal_readiness
-from p2p_diloco.core.update import Part, Update, contributor_mask, parts_with
+from p2p_diloco.core.update import Update, parts_with
 from tests.support.builders import known, ranked, readiness_of, rules_of
 
 Policy = Literal["no drops", "keep", "adopt", "keep, by those that arrived"]
@@ -64,9 +64,8 @@ def update_of(group: Group, theta: Vector, local: dict[str, Vector]) -> Update:
         for i, member in enumerate(group.members)
         if not member.dropped
     }
-    weighted = [(group.weights[i], values) for i, values in came.items()]
-    values = weighted_mean(weighted, total_weight=group.total_weight) if came else np.zeros(N, np.float32)
-    part = Part(mask=contributor_mask(came), data=encode(values, "fp32"))
+    grid = Grid(n=N, codec="fp32")
+    part = AGGREGATIONS["mean"].reduce(came, group.weights, 0, grid, group.total_weight)
     return Update(header=group.header([part.hash]), parts=(part,))
 
 

@@ -14,12 +14,12 @@ import numpy as np
 import pytest
 import torch
 
-from p2p_diloco.core.aggregate import weighted_mean
+from p2p_diloco.core.aggregate import AGGREGATIONS
 from p2p_diloco.core.codec import Vector
-from p2p_diloco.core.codecs import CODECS, CodecName, decode, encode
+from p2p_diloco.core.codecs import CODECS, CodecName, decode
 from p2p_diloco.core.grid import Grid, part_slices
 from p2p_diloco.core.outer import OuterState, apply, genesis_state
-from p2p_diloco.core.update import Part, Update, UpdateHeader, contributor_mask
+from p2p_diloco.core.update import Update, UpdateHeader
 from tests.support.reference import Inner, Loss, diloco
 
 BATCH = 16
@@ -66,12 +66,11 @@ def set_vector(model: ModelT, vector: Vector) -> ModelT:
 
 def update_from(state: OuterState, locals_: Sequence[Vector], weights: Sequence[int], codec: CodecName) -> Update:
     """What a group without faults agrees on: every contribution crosses the wire, and so does every mean."""
-    parts = []
-    for where in part_slices(len(state.theta)):
-        n = where.stop - where.start
-        sent = [encode(state.theta[where] - local[where], codec) for local in locals_]
-        mean = weighted_mean([(weight, decode(data, n, codec)) for weight, data in zip(weights, sent)])
-        parts.append(Part(mask=contributor_mask(range(len(weights))), data=encode(mean, codec)))
+    parts, grid = [], Grid(n=len(state.theta), codec=codec)
+    for i, where in enumerate(grid.slices):
+        sent = [grid.encode(state.theta[where] - local[where]) for local in locals_]
+        came = {k: grid.decode(i, data) for k, data in enumerate(sent)}
+        parts.append(AGGREGATIONS["mean"].reduce(came, weights, i, grid))
     header = UpdateHeader(
         step=state.step,
         parent=state.head,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from p2p_diloco.core.config import cache_folder
-from p2p_diloco.core.errors import UsageError
+from p2p_diloco.core.errors import UsageError, naming
 from p2p_diloco.core.interruption import importing
 from p2p_diloco.core.manifest import RunManifest
 from p2p_diloco.core.paths import beside
@@ -36,7 +36,8 @@ def describe_run_file(path: Path) -> dict[str, str]:
     """Returns the description of what a run file would start, after trying it. Raises LocalError that names what is
     wrong."""
     spec, base = RunSpec.load(path), path.parent
-    tokenizer_json = load_tokenizer_json(spec.data, base)
+    with naming(str(path)):
+        tokenizer_json = load_tokenizer_json(spec.data, base)
     tokenizer = open_tokenizer(tokenizer_json)
     if spec.data.source == "path" and spec.data.path is not None:
         text = beside(base, spec.data.path, "data.path")
@@ -44,12 +45,13 @@ def describe_run_file(path: Path) -> dict[str, str]:
             raise UsageError(f"{path}: key 'data.path': no such file or folder: {text}")
 
     with importing("manifest"):
-        from p2p_diloco.learn.genesis import make_start
+        from p2p_diloco.learn.genesis import make_config, make_start
         from p2p_diloco.learn.model import require_weights
 
     if spec.model.path is not None and not spec.model.path.startswith(PREFIX):
         require_weights(beside(base, spec.model.path, "model.path"))
-    start = make_start(spec, base, str(path), tokenizer.vocab_size)
+    config = make_config(spec, base, str(path), tokenizer.vocab_size)
+    start = make_start(spec, config, base, str(path), tokenizer.vocab_size)
     return {
         "run file": f"{path}: sound",
         "run": spec.name,

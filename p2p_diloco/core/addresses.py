@@ -47,7 +47,7 @@ DIAL_REASONS = {
 
 
 def encode(maddr: str) -> bytes:
-    """The binary form. ValueError says which part is wrong."""
+    """Returns the binary form of an address. Raises a ValueError that says which part is wrong."""
     begin, *pieces = maddr.split("/")
     if begin or not pieces:
         raise ValueError("it begins with no '/'")
@@ -111,7 +111,8 @@ def parse_maddr(text: str) -> str:
 
 
 def check_maddr(text: str) -> str:
-    """An address of a peer, as a user gives it. Raises UsageError when it is none, or not a whole one."""
+    """Returns an address of a peer, as a user gives it, without surrounding blanks. Raises UsageError when it is none,
+    or not a whole one."""
     text = parse_maddr(text)
     if text.split("/")[-2] != "p2p":
         raise UsageError(
@@ -121,7 +122,8 @@ def check_maddr(text: str) -> str:
 
 
 def peers_of(maddrs: Sequence[str], own_id: str) -> dict[str, list[str]]:
-    """Peer id -> its addresses, without our own. Raises UsageError."""
+    """Returns the addresses of each peer that is named in ``maddrs`` (peer id -> addresses), without our own. Raises
+    UsageError for what is no address of a peer."""
     peers: dict[str, list[str]] = {}
     for maddr in map(check_maddr, maddrs):
         peer_id = maddr.rpartition("/p2p/")[2]
@@ -135,7 +137,7 @@ def without_peer(maddr: str) -> str:
 
 
 def parse_host_maddr(maddr: str) -> re.Match[str]:
-    """A match of LISTEN. Raises UsageError for what cannot be listened on anywhere."""
+    """Returns the match of LISTEN with an address. Raises UsageError for what cannot be listened on anywhere."""
     match = LISTEN.fullmatch(maddr.strip())
     if match is None:
         raise UsageError(f"address {maddr!r}: listen on TCP, like /ip4/0.0.0.0/tcp/4001")
@@ -165,7 +167,7 @@ def check_host_maddrs(maddrs: Sequence[str]) -> None:
 
 
 def pin_ports(host_maddrs: Sequence[str], visible: Sequence[str]) -> tuple[str, ...]:
-    """``host_maddrs`` with the ports that the system chose for port 0, so that a restart gets them again."""
+    """Returns ``host_maddrs`` with the ports that the system chose for port 0, so that a restart gets them again."""
     pinned = []
     for maddr in host_maddrs:
         match = LISTEN.fullmatch(maddr)
@@ -217,7 +219,7 @@ def address_of(maddr: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | No
 
 
 def direct_ip(maddr: str) -> str:
-    """The IP address that a connection comes from; "" where a relay is between."""
+    """Returns the IP address that a connection comes from; "" where a relay is between."""
     address = None if "/p2p-circuit" in maddr else address_of(maddr)
     return "" if address is None else str(address)
 
@@ -227,8 +229,8 @@ def ip_maddr(ip: str, port: int) -> str:
 
 
 def dial_bytes(peer_id: str, maddr: str) -> bytes | None:
-    """One of a peer's addresses, as p2pd dials it: binary, and without that peer's id at its end. None for what it
-    shall not dial: another peer's address, garbage, anything but TCP."""
+    """Returns one of a peer's addresses as p2pd dials it: binary, and without that peer's id at its end. Returns None
+    for what p2pd shall not dial: another peer's address, garbage, anything but TCP."""
     if not maddr.endswith(f"/p2p/{peer_id}") or "/tcp/" not in maddr:
         return None
     try:
@@ -258,7 +260,8 @@ class Endpoint:
 
     @classmethod
     def parse(cls, text: str, flag: str) -> Endpoint:
-        """HOST:PORT, [IPv6]:PORT, or PORT, which means this machine alone. UsageError names ``flag``."""
+        """Returns the endpoint that a text names: HOST:PORT, [IPv6]:PORT, or PORT, which means this machine alone.
+        Raises a UsageError that names ``flag``."""
         match = FORM.fullmatch(text.strip())
         if match is None or not 0 < int(match[2]) < 65536:
             raise UsageError(f"{flag} {text}: give a port, for this machine alone, or HOST:PORT, like 0.0.0.0:9100")
@@ -275,14 +278,14 @@ class Endpoint:
 
     @property
     def ip(self) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
-        """The address; None for a name."""
+        """Returns the IP address; None where the host is a name."""
         try:
             return ipaddress.ip_address(self.host)
         except ValueError:
             return None
 
     def check_free(self, flag: str) -> None:
-        """UsageError when nobody can listen there now."""
+        """Raises UsageError when nobody can listen there now."""
         family = socket.AF_INET6 if ":" in self.host else socket.AF_INET
         try:
             socket.create_server((self.host, self.port), family=family).close()

@@ -35,11 +35,11 @@ SMALLEST_SHARE = 2.0**-126
 
 
 class Aggregation(Protocol):
-    """How the contributions to a part become its mean. Instances hold no state."""
+    """Makes the mean of a part of the contributions to it, by one rule. Instances hold no state."""
 
     @property
     def largest_weight(self) -> Fraction:
-        """The largest weight that counts, over the group's median."""
+        """Returns the largest weight that counts, over the group's median."""
         ...
 
     def reduce(
@@ -69,7 +69,7 @@ class Mean:
         return part_of(came, shares, part, grid)
 
     def largest_norm(self, mine: float, weights: Sequence[int], me: int, last: float | None) -> float:
-        """Without a bound on contributions there is none on what an honest reducer makes of them."""
+        """Returns infinity: without a bound on contributions there is none on what an honest reducer makes of them."""
         return math.inf
 
 
@@ -98,10 +98,16 @@ class Robust:
         return part_of(inside, shares_of({i: weights[i] for i in stay}, total, factors), part, grid)
 
     def largest_norm(self, mine: float, weights: Sequence[int], me: int, last: float | None) -> float:
-        """What an honest reducer makes is no longer than the group's median, times the largest weight where five and
-        more contribute. A peer that has trained on fewer tokens than the median knows that by its own contribution, as
-        much longer: in proportion at most, but while the learning rate rises from zero, as it does before the first
-        update, with the square of the tokens."""
+        """Returns LARGEST_OVER_EXPECTED times the norm that I expect of the part. That is the larger of its norm in the
+        last update and the norm of my own contribution; the latter times the group's median weight over mine, where I
+        weigh less than the median. Where the last update is unknown, my contribution alone tells: I expect its norm
+        times the square of that ratio, and any norm where it is nothing but zeros.
+
+        What an honest reducer makes is no longer than the median of the contributions' norms, times the largest weight
+        where five and more contribute. A peer that has trained on fewer tokens than the median makes a shorter
+        contribution: in proportion to the tokens at worst or, while the learning rate rises from zero, as it does
+        before the first update, to their square.
+        """
         slower = max(median_low(weights) / weights[me], 1.0)
         if last is None:
             return LARGEST_OVER_EXPECTED * mine * slower * slower if mine > 0 else math.inf
@@ -113,17 +119,6 @@ AggregateName = Literal["mean", "robust"]
 
 AGGREGATIONS: Mapping[AggregateName, Aggregation] = {"mean": Mean(), "robust": Robust()}
 """A name is for ever: another rule gets another one."""
-
-
-def weighted_mean(contributions: Sequence[tuple[int, Vector]], total_weight: int | None = None) -> Vector:
-    """Returns float32 [n], the mean of the outer gradients weighted by tokens: ``sum_i float32(w_i / W) * g_i``. W is
-    ``total_weight`` or, without it, the sum of the weights.
-
-    The order is the roster's, so that a simulation without a network gets the same bits.
-    """
-    weights, values = zip(*contributions)
-    shares = shares_of(dict(enumerate(weights)), total_weight)
-    return weighted_sum(dict(enumerate(values)), shares, len(values[0]))
 
 
 def shares_of(
@@ -169,8 +164,9 @@ class Alignment:
 
 
 def align(theta: Vector, local: Vector, update: Update, grid: Grid) -> Alignment | None:
-    """``theta``, ``local``: float32 [n], before ``update`` is applied. None where their difference is not finite: a bit
-    has flipped since it was sent."""
+    """Returns the norms of my own contribution and of the update, and the cosine between them. ``theta``, ``local``:
+    float32 [n], before ``update`` is applied. Returns None where their difference is not finite: a bit has flipped
+    since it was sent."""
     mine = group = both = 0.0
     seen = 0
     for part in sampled(grid.n_parts):
@@ -206,6 +202,7 @@ def norm_of(values: Vector) -> float:
 
 
 def sampled(n_parts: int) -> Iterator[int]:
-    """The middle one of each of SAMPLED_PARTS stretches; all of a small model."""
+    """Returns the parts that are looked at: the middle one of each of SAMPLED_PARTS stretches, or all of a small
+    model."""
     count = min(n_parts, SAMPLED_PARTS)
     return ((2 * i + 1) * n_parts // (2 * count) for i in range(count))

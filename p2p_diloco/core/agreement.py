@@ -35,7 +35,7 @@ def bounded(norms: Sequence[float]) -> list[float]:
     if len(norms) < 2:
         return [1.0] * len(norms)
     longest = median_low(norms) if len(norms) > 2 else LARGEST_OF_TWO * min(norms)
-    return [longest / norm if norm > longest else 1.0 for norm in norms]
+    return _within(norms, [longest] * len(norms))
 
 
 def bounded_by_weight(norms: Sequence[float], weights: Sequence[float]) -> list[float]:
@@ -47,8 +47,12 @@ def bounded_by_weight(norms: Sequence[float], weights: Sequence[float]) -> list[
     if len(norms) < AGREES_FROM:
         return bounded(norms)
     longest = median_low(norms)
-    most = [longest * max(weight, 1.0) for weight in weights]
-    return [limit / norm if norm > limit else 1.0 for norm, limit in zip(norms, most)]
+    return _within(norms, [longest * max(weight, 1.0) for weight in weights])
+
+
+def _within(norms: Sequence[float], limits: Sequence[float]) -> list[float]:
+    """Returns the factor, at most 1, that brings each norm down to its limit."""
+    return [limit / norm if norm > limit else 1.0 for norm, limit in zip(norms, limits)]
 
 
 def agreeing(

@@ -79,7 +79,7 @@ class Timeouts:
 
     @property
     def heartbeat_s(self) -> float:
-        """Seconds between two words of a peer that is still here to one that waits for its answer."""
+        """Returns the seconds between two words of a peer that is still here to one that waits for its answer."""
         return self.request_s / HEARTBEATS
 
     def round_limit_s(self, vector_bytes: int) -> float:
@@ -94,7 +94,7 @@ class Timeouts:
 
 
 class PeerConfig(BaseModel):
-    """What a peer chooses alone: its folder, addresses, name and limits. It never leaves this machine as such."""
+    """Holds what a peer chooses alone: its folder, addresses, name and limits. It never leaves this machine as such."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 

@@ -8,7 +8,7 @@ HASH_BYTES = 32
 
 
 def digest(*pieces: bytes) -> bytes:
-    """blake2b, 32 bytes, over the lengths and the pieces, so that no two lists of pieces collide."""
+    """Returns blake2b, 32 bytes, over the lengths and the pieces, so that no two lists of pieces collide."""
     h = blake2b(digest_size=HASH_BYTES)
     for piece in pieces:
         h.update(len(piece).to_bytes(8, "big"))

@@ -19,6 +19,8 @@ Two roots, so that a reader of an ``except`` knows whose fault it is::
 from __future__ import annotations
 
 import errno
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 
 class LocalError(Exception):
@@ -59,7 +61,7 @@ class Stopped(LocalError):
 
 
 class RemoteError(Exception):
-    """What peer ``peer_id`` did wrong, or that it could not be reached."""
+    """Peer ``peer_id`` did something wrong, or could not be reached."""
 
     def __init__(self, peer_id: str, reason: str) -> None:
         super().__init__(f"peer {peer_id[-8:]}: {reason}")
@@ -81,6 +83,15 @@ class Gone(RemoteError):
 
 class Refused(RemoteError):
     pass
+
+
+@contextmanager
+def naming(source: str) -> Iterator[None]:
+    """Puts ``source``, the file that a person can mend, before the message of a UsageError or DataError."""
+    try:
+        yield
+    except (UsageError, DataError) as error:
+        raise type(error)(f"{source}: {error}") from error
 
 
 NO_TEMPORARY_FOLDER = "No usable temporary directory"

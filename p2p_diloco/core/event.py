@@ -16,26 +16,26 @@ from typing import Annotated, ClassVar, Literal, TypeVar
 from pydantic import ConfigDict, Field, TypeAdapter
 
 from p2p_diloco.core.records import Phase, Role
+from p2p_diloco.core.runfile import NotNegative
 
 LoggedPhase = Phase | Literal["snapshot", "download", "serve"]
 """A phase of the record. Or: a snapshot is being written; one is being fetched; updates or a snapshot are being sent,
 told once a stream."""
 
-Time = Annotated[float, Field(ge=0.0)]
 NOT_YET = -1.0
 """The time of an event that no log has written. A line that does not say when it was written is no event, therefore."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Moment:
-    """What every event has. The log sets both times when it writes one."""
+    """Every event has its kind and two times. The log sets both times when it writes the event."""
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(strict=True, allow_inf_nan=False, validate_default=True)
 
     event: str
-    wall_s: Time = NOT_YET
+    wall_s: NotNegative = NOT_YET
     """Unix time."""
-    mono_s: Time = NOT_YET
+    mono_s: NotNegative = NOT_YET
     """Seconds of a clock that is never set back."""
 
 
@@ -105,7 +105,7 @@ class OuterGradientOffered(Moment):
 
 @dataclass(frozen=True, kw_only=True)
 class RoundEnded(Moment):
-    """One attempt at an outer step is over, well or not. From ``outer_steps``."""
+    """One attempt at an outer step is over, well or not. From ``round_event``."""
 
     event: Literal["round"] = "round"
     step: int

@@ -30,7 +30,7 @@ class Grid:
 
     @cached_property
     def slices(self) -> tuple[slice, ...]:
-        """Where each part lies in the vector."""
+        """Returns the place of each part in the vector."""
         return tuple(part_slices(self.n))
 
     @property
@@ -48,7 +48,7 @@ class Grid:
 
     @cached_property
     def vector_bytes(self) -> int:
-        """How many bytes all parts take when they are encoded."""
+        """Returns how many bytes all parts take when they are encoded."""
         return sum(self.part_bytes(part) for part in range(self.n_parts))
 
     def encode(self, values: Vector) -> bytes:

@@ -38,7 +38,7 @@ class Identity:
 
     @classmethod
     def from_seed(cls, seed: bytes) -> Identity:
-        """The same identity for the same 32 bytes."""
+        """Returns the identity that belongs to 32 bytes: always the same one for the same bytes."""
         return cls.from_key(Ed25519PrivateKey.from_private_bytes(seed))
 
     @classmethod

@@ -46,7 +46,7 @@ def handled_by(on_signal: Callable[[int, FrameType | None], None], *more: signal
 
 
 class Stop:
-    """What the first Ctrl+C, SIGTERM or closed terminal does to a command that ends politely.
+    """Ends a command politely at the first Ctrl+C, SIGTERM or closed terminal.
 
     It raises Stopped, wherever the command is; inside ``after_inner_step`` when the inner step under way has ended, or
     STEP_GRACE_S later; inside ``when_checked`` at the next ``check``. A second signal ends the process at once, unless

@@ -38,7 +38,8 @@ HexDigest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
 class RunManifest(Section):
-    """What all peers of a run agree on: what its run file says, and what follows from that and from the genesis."""
+    """Holds all that the peers of a run agree on: what its run file says, and what follows from that and from the
+    genesis."""
 
     protocol: int = PROTOCOL
     spec: RunSpec
@@ -61,8 +62,8 @@ class RunManifest(Section):
 
     @cached_property
     def canonical_bytes(self) -> bytes:
-        """The bytes that the owner signs: JSON with sorted keys, no spaces, ASCII. Of a manifest that
-        ``open_manifest`` has read, those that came."""
+        """Returns the bytes that the owner signs: JSON with sorted keys, no spaces, ASCII. For a manifest that
+        ``open_manifest`` has read, these are the bytes that came."""
         return canonical_json(self.model_dump(mode="json"))
 
     @cached_property
@@ -71,12 +72,12 @@ class RunManifest(Section):
 
     @property
     def grid(self) -> Grid:
-        """The parts of the model, and the codec that they go through."""
+        """Returns the parts of the model, and the codec that they go through."""
         return Grid(n=self.n_params, codec=self.spec.outer.codec)
 
     @property
     def aggregation(self) -> Aggregation:
-        """The rule by which contributions become the mean of a part."""
+        """Returns the rule by which contributions become the mean of a part."""
         return AGGREGATIONS[self.spec.outer.aggregate]
 
     @property
@@ -93,11 +94,11 @@ class RunManifest(Section):
         return copied
 
     def with_genesis(self, state_digest: bytes) -> RunManifest:
-        """The same run from another S_0."""
+        """Returns the manifest of the same run from another S_0."""
         return self.model_validate({**self.model_dump(), "genesis": state_digest.hex()})
 
     def signed(self, owner: Identity) -> bytes:
-        """The manifest as it travels and lies on disk."""
+        """Returns the manifest as it travels and lies on disk."""
         signature = owner.sign(SIGNATURE_CONTEXT + self.canonical_bytes).hex()
         return b"".join((BEFORE_MANIFEST, self.canonical_bytes, BEFORE_SIGNATURE, signature.encode(), AFTER_SIGNATURE))
 
@@ -107,7 +108,8 @@ BEFORE_MANIFEST, BEFORE_SIGNATURE, AFTER_SIGNATURE = b'{"manifest":', b',"signat
 
 
 def open_manifest(data: bytes, source: str) -> RunManifest:
-    """Parse and verify a signed manifest. UsageError, naming ``source``, for anything but a sound one.
+    """Parses and verifies a signed manifest, and returns it. Raises a UsageError that names ``source`` for anything but
+    a sound one.
 
     The protocol version is looked at first: a newer peer's manifest is not called malformed.
     """

@@ -32,7 +32,8 @@ class OuterState:
     momentum: Vector
 
     def chunk_hashes(self) -> tuple[bytes, ...]:
-        """blake3 of every part of theta, then of every part of momentum: 1 MiB each, the last one of either less."""
+        """Returns blake3 of every part of theta, then of every part of momentum: 1 MiB each, the last one of either
+        less."""
         slices = part_slices(len(self.theta))
         return tuple(
             blake3.blake3(vector[where].data.cast("B")).digest()
@@ -41,7 +42,7 @@ class OuterState:
         )
 
     def parts(self) -> list[tuple[Vector, Vector]]:
-        """(theta, momentum) of every part: views of the state."""
+        """Returns (theta, momentum) of every part: views of the state."""
         return [(self.theta[where], self.momentum[where]) for where in part_slices(len(self.theta))]
 
     def digest(self) -> bytes:
@@ -50,32 +51,33 @@ class OuterState:
 
 
 def state_digest(step: int, head: bytes, chunk_hashes: Iterable[bytes]) -> bytes:
-    """``OuterState.digest``. Who trusts it can check a list of chunk hashes against it, and then every chunk alone,
-    whoever sends them."""
+    """Returns the digest of a state, as ``OuterState.digest`` does, from the hashes of its chunks. Who trusts it can
+    check a list of chunk hashes against it, and then every chunk alone, whoever sends them."""
     return digest(b"state", step.to_bytes(8, "big"), head, *chunk_hashes)
 
 
 def genesis_state(theta: Vector) -> OuterState:
-    """``S_0``; its head names theta, so runs that start from other values never share a head."""
+    """Returns ``S_0``. Its head names theta, so runs that start from other values never share a head."""
     momentum = np.zeros_like(theta)
     head = digest(b"genesis", blake3.blake3(theta.data.cast("B")).digest())
     return OuterState(step=0, head=head, theta=theta, momentum=momentum)
 
 
 def apply(state: OuterState, update: Update, grid: Grid, *, lr: float, momentum: float) -> None:
-    """One Nesterov step in place, as torch.optim.SGD(nesterov=True) does it (DiLoCo, arXiv 2311.08105, algorithm 1):
+    """Makes one Nesterov step in place, as torch.optim.SGD(nesterov=True) does it (DiLoCo, arXiv 2311.08105, algorithm
+    1):
 
     ``m = mu * m + g``; ``theta = theta - lr * (g + mu * m)`` with ``g`` the decoded update.
 
-    Everything is checked before the first value changes; ValueError when the update does not follow from ``state``,
-    has the wrong number of parts, or a part does not decode.
+    Everything is checked before the first value changes. Raises ValueError when the update does not follow from
+    ``state``, has the wrong number of parts, or a part does not decode.
     """
     check_update(state, update, grid)
     apply_checked(state, update, grid, lr=lr, momentum=momentum)
 
 
 def check_update(state: OuterState, update: Update, grid: Grid) -> None:
-    """ValueError unless ``update`` can be applied to ``state``. Decodes every part once."""
+    """Raises ValueError unless ``update`` can be applied to ``state``. Decodes every part once."""
     header = update.header
     if (header.step, header.parent) != (state.step, state.head):
         raise ValueError(f"update {header.step} does not follow from the state at outer step {state.step}")
@@ -83,7 +85,7 @@ def check_update(state: OuterState, update: Update, grid: Grid) -> None:
 
 
 def apply_checked(state: OuterState, update: Update, grid: Grid, *, lr: float, momentum: float) -> None:
-    """The arithmetic of ``apply``, for an update that ``check_update`` has passed."""
+    """Does what ``apply`` does with an update that ``check_update`` has passed."""
     header = update.header
     for i, (part, (theta, m)) in enumerate(zip(update.parts, state.parts())):
         apply_part(theta, m, grid.decode(i, part.data), lr=lr, momentum=momentum)
@@ -91,7 +93,8 @@ def apply_checked(state: OuterState, update: Update, grid: Grid, *, lr: float, m
 
 
 def apply_part(theta: Vector, m: Vector, g: Vector, *, lr: float, momentum: float) -> None:
-    """The arithmetic of ``apply`` on one part: theta and its momentum ``m`` in place; ``g`` is the decoded update."""
+    """Does the arithmetic of ``apply`` on one part: theta and its momentum ``m`` change in place; ``g`` is the decoded
+    update."""
     lr32, mu32 = np.float32(lr), np.float32(momentum)
     np.multiply(m, mu32, out=m)
     np.add(m, g, out=m)

@@ -12,7 +12,7 @@ NEARLY = 0.9
 
 @dataclass(frozen=True, kw_only=True)
 class Progress:
-    """How far the trainer is, as it last reported. Times are the event loop's."""
+    """Says how far the trainer is, as it last reported. Times are the event loop's."""
 
     inner_step: int = 0
     """Since its last outer step."""
@@ -92,8 +92,8 @@ def claimed_steps(inner_steps: int, mine: float, others: Sequence[float]) -> int
 
 @dataclass(kw_only=True)
 class Phase:
-    """How long a trainer has trained since the last head, as its network side sees it, and how many inner steps it
-    plans. Times are the event loop's."""
+    """Measures how long a trainer has trained since the last head, as its network side sees it, and plans its inner
+    steps. Times are the event loop's."""
 
     inner_steps: int
     """H."""

@@ -9,7 +9,7 @@ from p2p_diloco.core.records import Phase, Record, Role
 
 @dataclass(frozen=True, kw_only=True)
 class PeerRow:
-    """What a peer's record says that is shown; every field means what it means in ``records.Record``."""
+    """Holds what is shown of a peer's record; every field means what it means in ``records.Record``."""
 
     peer_id: str
     issued_s: float

@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 
 class Taken(NamedTuple):
-    """What became of a peer that asked for a place."""
+    """Says what became of a peer that asked for a place."""
 
     has_place: bool
     made_room: str | None = None
@@ -26,7 +26,7 @@ class Taken(NamedTuple):
 
 
 class Places:
-    """Which peers have one of ``size`` places. Age is the order in which they came; there is no clock."""
+    """Decides which peers have one of ``size`` places. Age is the order in which they came; there is no clock."""
 
     def __init__(self, size: int) -> None:
         turning = max(size // 4, 1)

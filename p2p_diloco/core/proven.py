@@ -16,7 +16,7 @@ MAX_PROVEN = 4096
 
 @dataclass(kw_only=True)
 class Proof:
-    """What is known of one peer."""
+    """Holds what is known of one peer."""
 
     proven: bool = False
     failures: int = 0
@@ -26,8 +26,8 @@ class Proof:
 
 
 class Proven:
-    """Which peers have answered me since they last failed me. ``least_pause_s``, ``most_pause_s``: between two calls of
-    one that is not proven."""
+    """Remembers which peers have answered me since they last failed me. ``least_pause_s``, ``most_pause_s``: between
+    two calls of one that is not proven."""
 
     def __init__(self, *, least_pause_s: float, most_pause_s: float) -> None:
         self.least_pause_s = least_pause_s

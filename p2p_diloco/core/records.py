@@ -32,7 +32,7 @@ RUNS_KEY = "p2p-diloco.runs"
 
 
 def peers_key(run_id: str) -> str:
-    """DHT key under which every peer of a run keeps its record, with its peer id as the subkey."""
+    """Returns the DHT key under which every peer of a run keeps its record, with its peer id as the subkey."""
     return f"p2p-diloco.{run_id}.peers"
 
 
@@ -44,7 +44,7 @@ Natural = Annotated[int, Field(ge=0, lt=2**60)]
 
 
 class Signed(BaseModel):
-    """What a peer states under its signature. The fields' order is the wire's order: append only."""
+    """Holds what a peer states under its signature. The fields' order is the wire's order: append only."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
@@ -66,14 +66,16 @@ class Unsound(ValueError):
 
 
 def seal(statement: Signed, context: bytes, identity: Identity) -> bytes:
-    """``context`` keeps a signature under one kind of statement from being one under another kind."""
+    """Returns a statement with its peer's signature, as bytes. ``context`` keeps a signature under one kind of
+    statement from being one under another kind."""
     body = msgpack.packb(list(statement.model_dump().values()))
     sealed: bytes = msgpack.packb([body, identity.sign(context + body)])
     return sealed
 
 
 def unseal(data: bytes, kind: type[S], context: bytes) -> S:
-    """Parse and verify. Unsound for anything that its own peer did not sign in exactly this form."""
+    """Parses and verifies a signed statement, and returns it. Raises Unsound for anything that its own peer did not
+    sign in exactly this form."""
     if len(data) > MAX_RECORD_BYTES:
         raise Unsound("size", f"a signed {kind.__name__.lower()} that is too large")
     envelope = unpack_plain(data)
@@ -138,7 +140,7 @@ class Record(Signed):
 
     @property
     def beyond_genesis(self) -> bool:
-        """What the field ``committed`` says, by the name that a ``Standing`` has for it."""
+        """Returns the field ``committed``, by the name that a ``Standing`` has for it."""
         return self.committed
 
     @property
@@ -151,7 +153,7 @@ class Record(Signed):
 
 
 def seal_record(record: Record, identity: Identity) -> bytes:
-    """ValueError when the record is larger than 1 kB."""
+    """Returns a record with its peer's signature, as bytes. Raises ValueError when they are more than 1 kB."""
     sealed = seal(record, SIGNATURE_CONTEXT, identity)
     if len(sealed) > MAX_RECORD_BYTES:
         raise ValueError(f"a record of {len(sealed)} bytes; shorten the peer's name or announce fewer addresses")
@@ -160,8 +162,9 @@ def seal_record(record: Record, identity: Identity) -> bytes:
 
 @lru_cache(maxsize=OPENED_KEPT)
 def open_record(data: bytes) -> Record:
-    """Unsound for anything that its own peer did not sign in exactly this form. Remembers the last sound ones: the
-    DHT's validator opens a record, at 0.2 ms, before whoever looked it up does."""
+    """Parses and verifies a signed record, and returns it. Raises Unsound for anything that its own peer did not sign
+    in exactly this form. Remembers the last sound ones: the DHT's validator opens a record, at 0.2 ms, before whoever
+    looked it up does."""
     return unseal(data, Record, SIGNATURE_CONTEXT)
 
 
@@ -171,8 +174,8 @@ def is_current(record: Record, now_s: float) -> bool:
 
 
 def unpack_plain(data: bytes) -> Any:
-    """msgpack without extension types, without nesting deeper than C can check, and nothing after the value; else
-    Unsound."""
+    """Returns the value that msgpack holds. Raises Unsound for extension types, for nesting deeper than C can check,
+    and where anything comes after the value."""
     try:
         limits = {"max_array_len": MAX_ARRAY, "max_map_len": MAX_MAP}
         return msgpack.unpackb(data, strict_map_key=True, ext_hook=_no_extension, raw=False, **limits)

@@ -23,6 +23,7 @@ from pydantic import (
     model_serializer,
     model_validator,
 )
+from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from p2p_diloco.core.aggregate import AggregateName
 from p2p_diloco.core.codecs import CodecName
@@ -40,7 +41,8 @@ class Section(BaseModel):
 
 
 def has_nan(value: Any) -> bool:
-    """Anywhere in what TOML or JSON can hold. Infinity is a limit that some types of models have."""
+    """Returns whether there is a nan anywhere in what TOML or JSON can hold. Infinity is allowed: some types of models
+    have it as a limit."""
     if isinstance(value, dict):
         return any(map(has_nan, value.values()))
     if isinstance(value, list):
@@ -197,7 +199,7 @@ class RoundSpec(Section):
 
 
 class RunSpec(Section):
-    """What a run file says: model, data, inner and outer optimizer, round limits."""
+    """Holds what a run file says: model, data, inner and outer optimizer, round limits."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
@@ -213,10 +215,12 @@ class RunSpec(Section):
     def _tokenizer_of_the_weights(cls, data: DataSpec, info: ValidationInfo) -> DataSpec:
         model = info.data.get("model")
         if model is not None and model.path is not None and "tokenizer" not in data.model_fields_set:
-            raise ValueError(
-                "model.path has weights for a vocabulary: name its tokenizer under data.tokenizer, most often with the "
-                'same words as model.path, or ask for tokenizer = "bytes"'
+            why = (
+                "model.path has weights for a vocabulary: name its tokenizer, most often with the same words as "
+                'model.path, or ask for "bytes"'
             )
+            finding = InitErrorDetails(type=PydanticCustomError("no_tokenizer", why), loc=("tokenizer",), input={})
+            raise ValidationError.from_exception_data(cls.__name__, [finding])  # only so it names the key itself
         return data
 
     @property
@@ -225,7 +229,7 @@ class RunSpec(Section):
 
     @property
     def max_weight_tokens(self) -> int:
-        """The largest weight that a contribution may claim: what four rounds of H inner steps make."""
+        """Returns the largest weight that a contribution may claim: what four rounds of H inner steps make."""
         return 4 * self.inner.steps * self.tokens_per_inner_step
 
     @classmethod
@@ -241,8 +245,8 @@ class RunSpec(Section):
 
 
 def explain(error: ValidationError, model: type[BaseModel]) -> str:
-    """The first finding of pydantic in a line: the key, what is wrong, and the nearest known key for an unknown one.
-    Entries of a list are counted from 1."""
+    """Returns the first finding of pydantic in a line: the key, what is wrong, and the nearest known key for an unknown
+    one. Entries of a list are counted from 1."""
     first = error.errors(include_url=False, include_context=False)[0]
     key = ".".join(str(piece + 1 if isinstance(piece, int) else piece) for piece in first["loc"]) or "top level"
     if first["type"] == "extra_forbidden":

@@ -17,7 +17,8 @@ from p2p_diloco.core.records import Record
 
 @dataclass(frozen=True, kw_only=True)
 class Standing:
-    """Where a peer is: its outer step, its head, and the heads that led there, newest first, as far as it has them."""
+    """Says where a peer is: its outer step, its head, and the heads that led there, newest first, as far as it has
+    them."""
 
     step: int
     head: bytes
@@ -25,7 +26,7 @@ class Standing:
 
     @property
     def beyond_genesis(self) -> bool:
-        """Whether the peer has made or taken any outer step."""
+        """Returns whether the peer has made or taken any outer step."""
         return self.step > 0
 
 

@@ -16,8 +16,8 @@ else:
 
 
 def read_toml(path: Path, what: str) -> dict[str, Any]:
-    """The table in a file in UTF-8, with a byte order mark or without. Raises UsageError that names the file, and
-    ``what`` it should be."""
+    """Returns the table in a file in UTF-8, with a byte order mark or without. Raises a UsageError that names the file,
+    and ``what`` it should be."""
     try:
         data = path.read_bytes()
     except FileNotFoundError:

@@ -15,7 +15,8 @@ ROUND_PHASES = ("gather", "reduce", "settle", "apply")
 
 @dataclass(kw_only=True)
 class Durations:
-    """``counts[i]``: those of at most ``LIMITS_S[i]`` that are longer than the limit before; the last one: the rest."""
+    """Counts durations by their length. ``counts[i]``: those of at most ``LIMITS_S[i]`` that are longer than the limit
+    before; the last one: the rest."""
 
     counts: list[int] = field(default_factory=lambda: [0] * (len(LIMITS_S) + 1))
     sum_s: float = 0.0
@@ -27,7 +28,7 @@ class Durations:
 
 @dataclass(kw_only=True)
 class Totals:
-    """Of this process's events. Those of other kinds count for nothing."""
+    """Adds up the events of this process. Events of kinds that are not named here count for nothing."""
 
     rounds: Counter[str] = field(default_factory=Counter)
     """By result: "committed", or why not."""

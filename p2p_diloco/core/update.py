@@ -22,7 +22,7 @@ MAX_CONTRIBUTORS = 256
 
 
 def next_head(head: bytes, link: bytes) -> bytes:
-    """``head_{t+1} = H(head_t, U_t)``, with the update's link for ``U_t``."""
+    """Returns ``head_{t+1} = H(head_t, U_t)``, with the update's link for ``U_t``."""
     return digest(head, link)
 
 
@@ -59,7 +59,8 @@ class UpdateHeader:
 
     @classmethod
     def from_bytes(cls, data: bytes) -> UpdateHeader:
-        """ValueError when ``data`` is not exactly what ``to_bytes`` would give for a well-formed header."""
+        """Returns the header that ``data`` is. Raises ValueError when ``data`` is not exactly what ``to_bytes`` would
+        give for a well-formed header."""
         try:
             step, parent, contributors, part_hashes = msgpack.unpackb(data, strict_map_key=True)
             header = cls(
@@ -87,12 +88,12 @@ class UpdateHeader:
 
     @cached_property
     def link(self) -> bytes:
-        """32 bytes for ``U_t``; the part hashes stand for the values."""
+        """Returns 32 bytes that stand for ``U_t``; the part hashes stand for its values."""
         return digest(self.to_bytes())
 
     @cached_property
     def head(self) -> bytes:
-        """``head_{t+1}``."""
+        """Returns ``head_{t+1}``."""
         return next_head(self.parent, self.link)
 
 
@@ -122,7 +123,7 @@ def check_parts(parts: Sequence[Part], grid: Grid) -> None:
 
 
 def parts_with(update: Update, peer_id: str) -> set[int]:
-    """The parts of an update that this peer's contribution is in."""
+    """Returns the parts of an update that this peer's contribution is in."""
     names = [name for name, _ in update.header.contributors]
     if peer_id not in names:
         return set()
@@ -155,7 +156,8 @@ def contributor_mask(indices: Iterable[int]) -> bytes:
 
 
 def check_mask(mask: bytes, n_contributors: int) -> None:
-    """ValueError unless ``contributor_mask`` would give ``mask`` for some of the contributors, or for none of them."""
+    """Raises ValueError unless ``contributor_mask`` would give ``mask`` for some of the contributors, or for none of
+    them."""
     if mask.endswith(b"\0") or int.from_bytes(mask, "little") >> n_contributors:
         raise ValueError(f"a mask names others than the {n_contributors} contributors")
 
@@ -203,7 +205,8 @@ def part_places(header: UpdateHeader, grid: Grid) -> list[slice]:
 
 
 def part_from_bytes(data: bytes | memoryview, header: UpdateHeader) -> Part:
-    """``data``: one part of an update, of any content. The header's hashes tell whether it is the right one."""
+    """Returns one part of an update. ``data``: its bytes, of any content. The header's hashes tell whether it is the
+    right one."""
     mask_bytes = _mask_bytes(header)
     return Part(mask=bytes(data[:mask_bytes]).rstrip(b"\0"), data=bytes(data[mask_bytes:]))
 

@@ -56,7 +56,8 @@ async def to_its_end(work: Coroutine[Any, Any, None]) -> None:
 
 
 async def cancel_and_wait(tasks: Collection[asyncio.Task[Any]], timeout_s: float) -> None:
-    """Those that do not end by then are left alone."""
+    """Cancels tasks, and returns when they have ended, or after ``timeout_s``. Those that have not ended by then are
+    left alone."""
     for task in tasks:
         task.cancel()
     if tasks:

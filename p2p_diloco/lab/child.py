@@ -21,7 +21,7 @@ from typing import IO
 from p2p_diloco.core.event import Event, PeerStarted, latest
 from p2p_diloco.core.events import EventTail
 from p2p_diloco.core.interpreter import python_command
-from p2p_diloco.lab.faults import ProcessName
+from p2p_diloco.lab.faults import STARTED_AGAIN, ProcessName
 from p2p_diloco.ledger.disk import disk_errors
 from p2p_diloco.wire.guard import die_with_parent
 
@@ -70,7 +70,7 @@ class Child:
         pids = tuple(pid for name, pid in found.items() if to in (name, "all"))
         if number == signal.SIGKILL and pids:
             self._hit = tuple(found.values())
-            self.felled = self.felled or to != "p2pd"
+            self.felled = self.felled or to not in STARTED_AGAIN
         for pid in pids:
             send_signal(pid, number)
         return pids

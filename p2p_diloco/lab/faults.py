@@ -7,10 +7,10 @@ action = "kill"             # kill, stop, cut; or one of their opposites by itse
 phase = "reduce"            # when the peer's event log says so; or at_s = 12.5
 outer_step = 3
 peer = "peer-2"             # "seed", "random", or a list of names
-process = "network"         # trainer, network, p2pd or all
+process = "network"         # trainer, network, guard, p2pd or all
 for_s = 5.0                 # then the opposite
 
-kill       SIGKILL. The death of one process ends the whole peer, except that it starts its p2pd again.
+kill       SIGKILL. The death of one process ends the whole peer, except that it starts p2pd and its guard again.
 stop       SIGSTOP: there, and silent
 cut        the cable is pulled: silence in both directions, no reset
 restart    the same command on the same folder, as soon as nothing is left of the killed peer
@@ -32,7 +32,10 @@ from p2p_diloco.core.runfile import NotNegative, Positive, Section, explain
 from p2p_diloco.core.toml import read_toml
 
 Action = Literal["kill", "stop", "cut", "restart", "resume", "restore"]
-ProcessName = Literal["trainer", "network", "p2pd", "all"]
+ProcessName = Literal["trainer", "network", "guard", "p2pd", "all"]
+STARTED_AGAIN: tuple[ProcessName, ...] = ("guard", "p2pd")
+"""What a peer starts again by itself where one of them is killed: p2pd and its guard, neither of which outlives the
+other."""
 FaultPhase = Literal[
     "inner", "gather", "reduce", "settle", "apply", "snapshot", "download", "serve", "evaluate", "joining"
 ]
@@ -80,7 +83,7 @@ class Fault(Section):
             raise ValueError(f"phase and for_s go with kill, stop and cut, not with {self.action}")
         if self.process is not None and self.action not in ("kill", "stop", "resume"):
             raise ValueError(f"process goes with kill, stop and resume, not with {self.action}")
-        if self.for_s is not None and (self.action, self.process) == ("kill", "p2pd"):
+        if self.for_s is not None and self.action == "kill" and self.process in STARTED_AGAIN:
             raise ValueError("a peer starts its p2pd again by itself: leave out for_s")
         if len(set(self.peer)) < len(self.peer) or (RANDOM in self.peer and len(self.peer) > 1):
             raise ValueError("peer names somebody twice, or random and somebody else")
@@ -244,7 +247,7 @@ def plights(done: Sequence[Done]) -> dict[str, str]:
         act = past.act
         if act.action not in PLIGHT:
             plight.pop(act.peer, None)
-        elif (act.action, act.process) != ("kill", "p2pd"):
+        elif act.action != "kill" or act.process not in STARTED_AGAIN:
             plight[act.peer] = PLIGHT[act.action]
     return plight
 

@@ -15,7 +15,7 @@ import torch
 
 from p2p_diloco.core.codec import Vector
 from p2p_diloco.core.config import cache_folder
-from p2p_diloco.core.errors import LedgerError, OtherProtocol, UsageError
+from p2p_diloco.core.errors import LedgerError, OtherProtocol, UsageError, naming
 from p2p_diloco.core.identity import Identity
 from p2p_diloco.core.manifest import MAX_MANIFEST_BYTES, RunManifest, TransformersConfig, canonical_json, open_manifest
 from p2p_diloco.core.outer import genesis_state
@@ -77,37 +77,41 @@ class Start:
     rehearsal: Rehearsal
 
 
-def make_start(spec: RunSpec, base: Path, source: str, vocab_size: int) -> Start:
-    """Returns the model of a run, built or loaded and tried as a peer will use it. UsageError, which names ``source``
-    and the key or the tensor, for one that peers could not train. ``base``: what the paths in the spec are relative to.
-    ``vocab_size``: of the tokenizer."""
-    config = resolve_config(spec.model, base=base, vocab_size=vocab_size)
-    if spec.model.path is None:
-        model = build_model(config, seed=spec.seed)
-    else:
-        model = load_pretrained(find_model(spec.model.path, base, with_weights=True))
-        check_untrained(model, config)
-    layout = layout_of(model)
-    theta = np.empty(layout.n, np.float32)
-    read_parameters(model, theta)  # before anything is run: some types change their weights when they are
-    longest = context_tokens(model)
-    if longest is not None and spec.data.seq_len > longest:
-        raise UsageError(
-            f"{source}: key 'data.seq_len': {spec.data.seq_len}, but the model sees at most {longest} tokens"
-        )
-    try:
+def make_config(spec: RunSpec, base: Path, source: str, vocab_size: int) -> TransformersConfig:
+    """Returns the full transformers config of a run. UsageError names ``source`` and the key. ``base``: what the paths
+    in the spec are relative to. ``vocab_size``: of the tokenizer."""
+    with naming(source):
+        return resolve_config(spec.model, base=base, vocab_size=vocab_size)
+
+
+def make_start(spec: RunSpec, config: TransformersConfig, base: Path, source: str, vocab_size: int) -> Start:
+    """Returns the model of a run, built or loaded and tried as a peer will use it. ``config``: what
+    ``make_config`` returns for the same other arguments. UsageError, which names ``source`` and the key or the tensor,
+    for one that peers could not train."""
+    with naming(source):
+        if spec.model.path is None:
+            model = build_model(config, seed=spec.seed)
+        else:
+            model = load_pretrained(find_model(spec.model.path, base, with_weights=True))
+            check_untrained(model, config)
+        layout = layout_of(model)
+        theta = np.empty(layout.n, np.float32)
+        read_parameters(model, theta)  # before anything is run: some types change their weights when they are
+        longest = context_tokens(model)
+        if longest is not None and spec.data.seq_len > longest:
+            raise UsageError(f"key 'data.seq_len': {spec.data.seq_len}, but the model sees at most {longest} tokens")
         with torch.random.fork_rng(devices=[]):  # some types make layers anew for short sequences
             check_causal(model, vocab_size=vocab_size, seq_len=spec.data.seq_len)
             rehearsal = rehearse(model, theta, vocab_size=vocab_size, seq_len=spec.data.seq_len)
-    except UsageError as error:
-        raise UsageError(f"{source}: {error}") from error
-    return Start(config=config, layout=layout, theta=theta, rehearsal=rehearsal)
+        return Start(config=config, layout=layout, theta=theta, rehearsal=rehearsal)
 
 
 def make_manifest(spec: RunSpec, base: Path, owner: Identity, source: str) -> tuple[RunManifest, Vector]:
     """Returns the manifest and theta_0, float32 [n]. ``base``: what the paths in the spec are relative to."""
-    tokenizer_json = load_tokenizer_json(spec.data, base)
+    with naming(source):
+        tokenizer_json = load_tokenizer_json(spec.data, base)
     tokenizer = open_tokenizer(tokenizer_json)
+    config = make_config(spec, base, source, tokenizer.vocab_size)  # before the text is read, which may take long
     fingerprint = ""
     if spec.data.source == "hub":
         check_data_set(spec.data, base)  # the owner may be a seed, which needs no text
@@ -116,7 +120,7 @@ def make_manifest(spec: RunSpec, base: Path, owner: Identity, source: str) -> tu
         log_report(corpus.report)
         fingerprint = corpus.fingerprint
     log.info("trying the model as a peer will use it, on %d tokens", spec.data.seq_len)
-    start = make_start(spec, base, source, tokenizer.vocab_size)
+    start = make_start(spec, config, base, source, tokenizer.vocab_size)
     log.info("the model %s", start.rehearsal.line())
     manifest = RunManifest(
         spec=spec,

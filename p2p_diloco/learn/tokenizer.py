@@ -200,17 +200,16 @@ def load_tokenizer_json(spec: DataSpec, base: Path) -> str:
     if spec.tokenizer == "bytes":
         return ""
     path = find_tokenizer(spec.tokenizer, base)
+    given = f"key 'data.tokenizer': {path}"
     try:
         text = compact_json(json.loads(path.read_bytes()))
     except FileNotFoundError:
-        raise UsageError(
-            f'{path}: no such tokenizer; data.tokenizer is "bytes", the path of one, or hub:OWNER/NAME'
-        ) from None
+        raise UsageError(f'{given}: no such tokenizer; give "bytes", the path of one, or hub:OWNER/NAME') from None
     except OSError as error:
-        raise UsageError(f"{path}: cannot be read ({error.strerror})") from error
+        raise UsageError(f"{given}: cannot be read ({error.strerror})") from error
     except (ValueError, RecursionError) as error:
-        raise UsageError(f"{path}: not a tokenizer.json ({first_line(error)})") from error
-    tokenizer = LibraryTokenizer(text, str(path))
+        raise UsageError(f"{given}: not a tokenizer.json ({first_line(error)})") from error
+    tokenizer = LibraryTokenizer(text, given)
     if spec.end_token is not None and tokenizer.id_of(spec.end_token) is None:
         raise UsageError(f"key 'data.end_token': {path} has no token {spec.end_token!r}")
     end = spec.end_token or end_token_beside(path, tokenizer) or tokenizer.end_token

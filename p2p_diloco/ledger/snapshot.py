@@ -27,7 +27,7 @@ START_BYTES = 512
 
 @dataclass(frozen=True, kw_only=True)
 class SnapshotInfo:
-    """What is known of a snapshot that was verified."""
+    """Holds what is known of a snapshot that was verified."""
 
     step: int
     head: bytes

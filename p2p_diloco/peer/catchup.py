@@ -42,7 +42,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class CaughtUp:
-    """What one catch-up that reached the swarm's head did, and what it took."""
+    """Says what one catch-up that reached the swarm's head did, and what it took."""
 
     from_step: int | None
     """The outer step that it began at; None for a newcomer."""

@@ -16,15 +16,14 @@ import socket
 from dataclasses import dataclass, fields, is_dataclass
 from functools import cache
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-from pydantic import BaseModel, Field, TypeAdapter
+from pydantic import BaseModel, TypeAdapter
 
 from p2p_diloco.core.config import PeerConfig, Timeouts
 from p2p_diloco.core.peer_row import PeerRow
 from p2p_diloco.core.records import Natural, Role
-
-NotNegative = Annotated[float, Field(ge=0.0)]
+from p2p_diloco.core.runfile import NotNegative
 
 # -- trainer -> network ------------------------------------------------------------------------------------------------
 
@@ -78,7 +77,7 @@ class OuterStep:
 
 @dataclass(frozen=True, kw_only=True)
 class Stall:
-    """How long the outer step that led to ``step`` kept the trainer from learning."""
+    """The outer step that led to ``step`` has kept the trainer from learning for so long."""
 
     step: Natural
     seconds: NotNegative
@@ -144,7 +143,7 @@ class Begun:
 
 @dataclass(frozen=True, kw_only=True)
 class News:
-    """What may make an outer step due."""
+    """An outer step may have become due."""
 
     closes_in_s: float | None
     """Until the round closes; None where none is closing."""
@@ -154,7 +153,7 @@ class News:
 
 @dataclass(frozen=True, kw_only=True)
 class Peers:
-    """Who is there."""
+    """These peers are there."""
 
     rows: tuple[PeerRow, ...]
     """Everybody, me first."""
@@ -172,7 +171,7 @@ class Moved:
 
 @dataclass(frozen=True, kw_only=True)
 class OuterResult:
-    """What became of one outer step of this peer."""
+    """Says what became of one outer step of this peer."""
 
     committed: bool
     """A round of this peer committed: theta is new, and holds this peer's contribution, or the group's without it."""
@@ -210,7 +209,7 @@ class OuterResult:
 
     @property
     def moved(self) -> bool:
-        """Theta is new, whoever contributed to it."""
+        """Returns whether theta is new, whoever contributed to it."""
         return self.committed or self.adopted
 
 
@@ -309,7 +308,7 @@ def shallow(value: object) -> Any:
 
 
 def socket_pair() -> tuple[socket.socket, socket.socket]:
-    """(the trainer's end, the network process's end)"""
+    """Returns (the trainer's end, the network process's end)."""
     return socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
 
 

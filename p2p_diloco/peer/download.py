@@ -48,7 +48,7 @@ RECENT = 16
 
 
 class Wanted(Protocol):
-    """What a download fetches: numbered items, each asked for and verified alone."""
+    """Says what a download fetches: numbered items, each asked for and verified alone."""
 
     depth: int
     """Items asked from one donor at a time."""
@@ -283,7 +283,7 @@ class Download:
 
 @dataclass(kw_only=True)
 class Tally:
-    """What the downloads of one catch-up have taken, whether it succeeds or not."""
+    """Adds up what the downloads of one catch-up have taken, whether it succeeds or not."""
 
     bytes_received: int = 0
     donors: set[str] = field(default_factory=set)

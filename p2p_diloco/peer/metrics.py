@@ -47,7 +47,7 @@ REPAIRS = ("state", "snapshot", "update")
 
 @dataclass(frozen=True, kw_only=True)
 class Surroundings:
-    """What p2pd, the disk and the system have to be asked for."""
+    """Holds what p2pd, the disk and the system have to be asked for."""
 
     links: Links = field(default_factory=Links)
     ledger_bytes: int = 0

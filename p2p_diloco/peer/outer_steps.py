@@ -20,7 +20,7 @@ import numpy as np
 from p2p_diloco.core.aggregate import Alignment, align, norm_of
 from p2p_diloco.core.codec import Vector
 from p2p_diloco.core.errors import Gap
-from p2p_diloco.core.event import OuterGradientOffered, RoundEnded
+from p2p_diloco.core.event import OuterGradientOffered
 from p2p_diloco.core.events import EventLog
 from p2p_diloco.core.group import Group, evaluator
 from p2p_diloco.core.pace import Phase, claimed_steps, second_most_steps
@@ -33,6 +33,7 @@ from p2p_diloco.peer.control import OuterResult
 from p2p_diloco.peer.follower import Follower
 from p2p_diloco.peer.presence import LastRound, Presence
 from p2p_diloco.peer.reception import Reception
+from p2p_diloco.peer.round_event import round_ended
 from p2p_diloco.peer.upkeep import Upkeep
 from p2p_diloco.round.here import Here
 from p2p_diloco.round.matchmaking import Matchmaker
@@ -333,40 +334,6 @@ class OuterSteps:
             bytes_received=cost.bytes_received,
             evaluate=evaluate,
         )
-
-
-def round_ended(
-    standing: Standing,
-    missed: Missed | None,
-    settlement: Settlement | None = None,
-    *,
-    gather_s: float = 0.0,
-    apply_s: float = 0.0,
-    alignment: Alignment | None = None,
-) -> RoundEnded:
-    """Returns the event of a round after which I stand at ``standing``. ``missed``: why it did not commit, if it did
-    not. ``settlement``: where a group was found. ``alignment``: where it can be told."""
-    members = settlement.group.members if settlement else ()
-    cost = settlement.cost() if settlement else RoundCost()
-    return RoundEnded(
-        step=standing.step,
-        head=standing.head.hex(),
-        committed=missed is None,
-        reason=missed.reason if missed else "",
-        detail=missed.detail if missed else "",
-        group=tuple(member.peer_id for member in members),
-        dropped=tuple(member.peer_id for member in members if member.dropped),
-        lost=tuple(members[i].peer_id for i in sorted(settlement.meeting.lost)) if settlement else (),
-        gather_s=gather_s,
-        apply_s=apply_s,
-        reduce_s=cost.reduce_s,
-        settle_s=cost.settle_s,
-        bytes_sent=cost.bytes_sent,
-        bytes_received=cost.bytes_received,
-        contribution_norm=alignment.contribution_norm if alignment else None,
-        update_norm=alignment.update_norm if alignment else None,
-        cosine=alignment.cosine if alignment else None,
-    )
 
 
 def _update_norms(ledger: Ledger, standing: Standing) -> tuple[float, ...] | None:

@@ -217,5 +217,5 @@ class Peer:
 
     @property
     def step(self) -> int:
-        """The outer step at which this peer stands."""
+        """Returns the outer step at which this peer stands."""
         return self.seat.standing.step

@@ -61,7 +61,7 @@ class Response:
 
     @cached_property
     def gzipped(self) -> bytes:
-        """The body, compressed."""
+        """Returns the body, compressed."""
         return gzip.compress(self.body, compresslevel=5, mtime=0)
 
 

@@ -36,8 +36,8 @@ step."""
 
 @dataclass(kw_only=True, eq=False)
 class Company:
-    """What a peer knows of the others when it forms a round. It decides which of them lead, and how long a round may be
-    waited for."""
+    """Holds what a peer knows of the others when it forms a round. It decides which of them lead, and how long a round
+    may be waited for."""
 
     here: Here
     manifest: RunManifest
@@ -57,7 +57,7 @@ class Company:
 
     @property
     def me(self) -> str:
-        """My peer id."""
+        """Returns my peer id."""
         return self.here.peer_id
 
     def leaders(self, head: bytes, vouched: Collection[str] = ()) -> list[str]:

@@ -29,12 +29,12 @@ class Here:
 
     @property
     def peer_id(self) -> str:
-        """This peer's id."""
+        """Returns this peer's id."""
         return self.directory.peer_id
 
     @property
     def protocol(self) -> str:
-        """The name under which all peers of the run serve their streams."""
+        """Returns the name under which all peers of the run serve their streams."""
         return run_protocol(self.directory.run_id)
 
     def live(self) -> list[Record]:

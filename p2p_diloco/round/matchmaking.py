@@ -55,7 +55,7 @@ NO_WITNESS = (
 
 @dataclass(kw_only=True)
 class Search:
-    """What a peer has heard so far while it looks for a leader on one head."""
+    """Holds what a peer has heard so far while it looks for a leader on one head."""
 
     useless: set[str] = field(default_factory=set)
     """Peers that do not lead."""

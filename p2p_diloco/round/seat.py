@@ -16,8 +16,8 @@ MAX_READY_IN_S = 86400.0
 
 @dataclass(kw_only=True)
 class Seat:
-    """Where this peer stands and what it does. The parts of a ``Peer`` share it: each writes what it is the first to
-    know, and reads the rest."""
+    """Says where this peer stands and what it does. The parts of a ``Peer`` share it: each writes what it is the first
+    to know, and reads the rest."""
 
     standing: Standing
     known: Known = NOBODY_KNOWN

@@ -56,7 +56,7 @@ from p2p_diloco.wire.messages import AskCommit, AskPart, Contribute, Receipt
 
 @dataclass(frozen=True, kw_only=True)
 class RoundCost:
-    """What a round has taken at one member."""
+    """Says what a round has taken at one member."""
 
     reduce_s: float = 0.0
     settle_s: float = 0.0
@@ -109,7 +109,7 @@ class Settlement:
 
     @property
     def leads(self) -> bool:
-        """Whether it was my commit that was certified."""
+        """Returns whether it was my commit that was certified."""
         return self.leader.committed
 
     def cost(self) -> RoundCost:

@@ -43,7 +43,8 @@ LEADERS_SHARE = 0.75
 
 
 class Member:
-    """What this peer has reduced in a round, which leader it holds to, and which commit it has taken."""
+    """Makes one member's part of a round. It holds what this peer has reduced, which leader it follows, and which
+    commit it has taken."""
 
     def __init__(self, meeting: Meeting) -> None:
         self.meeting = meeting

@@ -198,7 +198,7 @@ class Handler(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Links:
-    """How a peer is connected now."""
+    """Says how a peer is connected now."""
 
     direct: int = 0
     """Connections."""

@@ -108,12 +108,12 @@ class Daemon:
 
     @property
     def peer_id(self) -> str:
-        """The peer id of the identity file that it has read."""
+        """Returns the peer id of the identity file that p2pd has read."""
         return str(self.p2p.peer_id.to_base58())
 
     @property
     def has_ended(self) -> bool:
-        """Whether its process is gone."""
+        """Returns whether the process of p2pd is gone."""
         return self.p2p._child.returncode is not None
 
     async def lost(self, wait_s: float) -> str | None:

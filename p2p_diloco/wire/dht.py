@@ -40,7 +40,8 @@ MAX_RECORDS = kademlia.MAX_MERGED
 
 
 class Searches:
-    """What hivemind does for a node in the DHT, through all lives of its p2pd; each is waited for at most ``dht_s``."""
+    """Waits for what hivemind does for a node in the DHT, through all lives of its p2pd: for each search at most
+    ``dht_s``."""
 
     def __init__(self, timeouts: Timeouts) -> None:
         self._timeouts = timeouts
@@ -128,7 +129,7 @@ class Dht:
 
     @property
     def n_neighbours(self) -> int:
-        """How many peers are in our routing table."""
+        """Returns how many peers are in our routing table."""
         return len(self.node.protocol.routing_table.uid_to_peer_id)
 
     def strangers(self, peers: dict[str, list[str]]) -> dict[str, list[str]]:

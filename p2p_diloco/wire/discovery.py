@@ -26,7 +26,7 @@ INITIAL_ASKED = 3
 
 @dataclass(kw_only=True)
 class Answers:
-    """What peers have sent that were asked for their run's manifest."""
+    """Collects what peers answer that are asked for their run's manifest."""
 
     sound: dict[str, tuple[RunManifest, bytes]] = field(default_factory=dict)
     """Run id -> its manifest, and the same as it was signed."""

@@ -59,7 +59,7 @@ def main(parent: int, command: list[str]) -> int | None:
         become_p2pd(os.getppid(), command)
     code = None
     while code is None and os.getppid() == parent and not asked_to_stop:
-        select.select([wake], [], [], POLL_S)
+        wait_for_signal(wake)
         code = exit_code(p2pd)
     if code is None:
         orphaned = os.getppid() != parent
@@ -71,6 +71,13 @@ def main(parent: int, command: list[str]) -> int | None:
         with contextlib.suppress(OSError):
             os.rmdir(folder)
     return code
+
+
+def wait_for_signal(wake: int) -> None:
+    """Returns as soon as a signal has come, or after ``POLL_S``. It takes the bytes that signals have left in the pipe
+    ``wake``: a stopped p2pd is a signal, too, and a byte that stays would end every later wait at once."""
+    if select.select([wake], [], [], POLL_S)[0]:
+        os.read(wake, 4096)
 
 
 def become_p2pd(guard: int, command: list[str]) -> None:

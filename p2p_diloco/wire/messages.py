@@ -221,7 +221,8 @@ class Witnessed(Message):
 
 
 class AskPart(Message):
-    """Answered by Size and one frame, as in Contribute, or by No."""
+    """Member to member: send me one part of the round's update. Answered by Size and one frame, as in Contribute, or by
+    No."""
 
     tag = "ask-part"
     purpose = "reduce"
@@ -231,7 +232,8 @@ class AskPart(Message):
 
 
 class AskHeads(Message):
-    """Answered by Heads, or by No when there are none from ``since`` on."""
+    """I want to catch up: which way did you go from outer step ``since`` on? Answered by Heads, or by No when there are
+    none from there on."""
 
     tag = "ask-heads"
     purpose = "catchup"
@@ -258,7 +260,8 @@ class AskChain(Message):
 
 
 class AskUpdate(Message):
-    """Answered by Size and then as many bytes in frames of CHUNK_BYTES, or No."""
+    """Send me the update that ends in this head. Answered by Size and then as many bytes in frames of CHUNK_BYTES, or
+    No."""
 
     tag = "ask-update"
     purpose = "catchup"
@@ -268,7 +271,8 @@ class AskUpdate(Message):
 
 
 class AskIndex(Message):
-    """Answered, as AskUpdate, with a snapshot's head and the hash of each of its chunks, 32 bytes each."""
+    """Send me what is in this snapshot. Answered, as AskUpdate, with its head and the hash of each of its chunks, 32
+    bytes each."""
 
     tag = "ask-index"
     purpose = "catchup"
@@ -277,7 +281,7 @@ class AskIndex(Message):
 
 
 class AskChunk(Message):
-    """Answered, as AskUpdate, with one chunk of a snapshot: a part of theta or of momentum, at most CHUNK_BYTES."""
+    """Send me one chunk of a snapshot: a part of theta or of momentum, at most CHUNK_BYTES. Answered as AskUpdate."""
 
     tag = "ask-chunk"
     purpose = "catchup"
@@ -287,21 +291,22 @@ class AskChunk(Message):
 
 
 class Size(Message):
-    """So many bytes follow, in frames."""
+    """I send you so many bytes, in the frames that follow."""
 
     tag = "size"
     size_bytes: Natural
 
 
 class AskManifest(Message):
-    """Answered by Size and then as many bytes, the signed manifest, in frames of CHUNK_BYTES."""
+    """Send me the run's manifest. Answered by Size and then as many bytes, the signed manifest, in frames of
+    CHUNK_BYTES."""
 
     tag = "ask-manifest"
     purpose = "other"
 
 
 class Push(Message):
-    """My newest record, when it matters at once: I have joined, moved on, or am leaving. Answered by Push."""
+    """This is my newest record, which matters at once: I have joined, moved on, or am leaving. Answered by Push."""
 
     tag = "push"
     purpose = "other"

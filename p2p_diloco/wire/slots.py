@@ -33,7 +33,7 @@ class Slot:
 
 
 class Room(NamedTuple):
-    """Whether there is room for one more stream."""
+    """Says whether there is room for one more stream."""
 
     there_is: bool
     instead_of: int | None = None

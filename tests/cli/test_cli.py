@@ -241,7 +241,8 @@ def test_the_version_and_the_help(capsys: pytest.CaptureFixture[str]) -> None:
         ("seq_len = 16", "seq_len = -16", "key 'data.seq_len': input should be greater than or equal to 8"),
         ("seq_len = 16", "seq_len = 128", "key 'data.seq_len': 128, but the model sees at most 64 tokens"),
         ("hidden_size = 16", "hiden_size = 16", "unknown key 'model.config.hiden_size'; did you mean 'hidden_size'?"),
-        ('"llama"', '"lama"', "transformers has no language model 'lama'"),
+        ('"llama"', '"lama"', "run.toml: key 'model.config.model_type': transformers has no language model 'lama'"),
+        ("seq_len = 16", 'seq_len = 16\ntokenizer = "x"', "run.toml: key 'data.tokenizer': "),
     ],
 )
 def test_a_mistake_in_a_run_file_is_one_line(

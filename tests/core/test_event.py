@@ -94,7 +94,7 @@ def damaged(event: Event, /, **changes: Any) -> bytes:
 OTHERS: tuple[Any, ...] = ("7", 7, 7.5, True, None, [7], {"a": 7}, [["a"]])
 """No field takes all of them."""
 FITS: dict[str, tuple[type, ...]] = {
-    "str": (str,), "int": (int,), "float": (int, float), "bool": (bool,), "Time": (int, float),
+    "str": (str,), "int": (int,), "float": (int, float), "bool": (bool,), "NotNegative": (int, float),
     "int | None": (int, type(None)), "float | None": (int, float, type(None)),
 }  # fmt: skip
 

@@ -10,7 +10,7 @@ from blake3 import blake3
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from p2p_diloco.core.aggregate import weighted_mean
+from p2p_diloco.core.aggregate import AGGREGATIONS
 from p2p_diloco.core.codec import Vector
 from p2p_diloco.core.codecs import CodecName, encode, encoded_bytes
 from p2p_diloco.core.grid import PART_VALUES, Grid, part_slices
@@ -182,9 +182,11 @@ def test_a_bad_last_part_changes_nothing_in_the_first() -> None:
 def test_a_mean_of_the_largest_values_stays_finite_for_a_thousand_steps() -> None:
     state = genesis(64)
     largest: Vector = np.full(64, 1e30, np.float32)
+    weights, grid = [1, 2**59], Grid(n=64, codec="int8")
     for t in range(1000):
-        part = Part(mask=b"\x01", data=encode(weighted_mean([(1, largest), (2**59, largest)]), "int8"))
-        header = UpdateHeader(step=t, parent=state.head, contributors=(("a", 1),), part_hashes=(part.hash,))
+        part = AGGREGATIONS["mean"].reduce({0: largest, 1: largest}, weights, 0, grid)
+        contributors = tuple(zip("ab", weights))
+        header = UpdateHeader(step=t, parent=state.head, contributors=contributors, part_hashes=(part.hash,))
         step(state, Update(header=header, parts=(part,)))
     assert np.isfinite(state.theta).all()
     assert np.isfinite(state.momentum).all()

@@ -108,7 +108,7 @@ def test_a_run_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
 def test_weights_come_with_a_tokenizer_that_is_named(tmp_path: Path) -> None:
     text = 'name = "test"\n[model]\npath = "start"\n'
     for data in ("", "[data]\nseq_len = 64\n"):
-        with pytest.raises(UsageError, match=r"run\.toml: key 'data': .*name its tokenizer under data\.tokenizer"):
+        with pytest.raises(UsageError, match=r"run\.toml: key 'data\.tokenizer': .*name its tokenizer"):
             RunSpec.load(run_file(tmp_path, text + data))
     for tokenizer in ("bytes", "start"):
         spec = RunSpec.load(run_file(tmp_path, text + f'[data]\ntokenizer = "{tokenizer}"\n'))

@@ -62,7 +62,7 @@ class Play:
     def do(self, act: Act, now_s: float) -> None:
         hit = act.action == "restart" or act.peer in self.running
         self.done.append(Done(act=act, at_s=now_s, mono_s=now_s, pids=(1,) if hit else (), phase="", step=0))
-        if act.action == "kill" and act.process != "p2pd":
+        if act.action == "kill" and act.process not in ("guard", "p2pd"):
             self.running.discard(act.peer)
         elif act.action == "restart":
             self.running.add(act.peer)
@@ -112,7 +112,10 @@ KILL = '[[fault]]\naction = "kill"\nat_s = 1\npeer = "peer-1"\n'
         (KILL + KILL + "proces = 'all'", "unknown key 'fault.2.proces'; did you mean 'process'?"),
         (KILL.replace("peer", "piir"), "key 'fault.1.peer' is missing"),
         (KILL.replace("kill", "slay"), "key 'fault.1.action': input should be 'kill', 'stop', 'cut', 'restart'"),
-        (KILL + "process = 'p2p'", "key 'fault.1.process': input should be 'trainer', 'network', 'p2pd' or 'all'"),
+        (
+            KILL + "process = 'p2p'",
+            "key 'fault.1.process': input should be 'trainer', 'network', 'guard', 'p2pd' or 'all'",
+        ),
         (KILL.replace("peer-1", "peer-5"), "key 'fault.1.peer': no peer 'peer-5'; there are seed, peer-1, "),
         (KILL.replace('"peer-1"', "[]"), "key 'fault.1.peer': list should have at least 1 item"),
         (KILL.replace('"peer-1"', '["peer-1", "peer-1"]'), "key 'fault.1': peer names somebody twice"),
@@ -126,6 +129,7 @@ KILL = '[[fault]]\naction = "kill"\nat_s = 1\npeer = "peer-1"\n'
         (KILL.replace("at_s = 1", "phase = 'inner'\nevery_s = 1"), "key 'fault.1': every_s goes with at_s"),
         (KILL + "for_s = 0", "key 'fault.1.for_s': input should be greater than 0 (got '0')"),
         (KILL + "process = 'p2pd'\nfor_s = 1", "a peer starts its p2pd again by itself"),
+        (KILL + "process = 'guard'\nfor_s = 1", "a peer starts its p2pd again by itself"),
         (KILL.replace("kill", "cut") + "process = 'p2pd'", "process goes with kill, stop and resume, not with cut"),
         (KILL.replace("kill", "restart") + "for_s = 1", "phase and for_s go with kill, stop and cut, not with restart"),
     ],
@@ -259,8 +263,9 @@ def test_a_peer_that_has_ended_is_neither_chosen_nor_started_again() -> None:
     assert not restarts_to_come(named.plan, named.done)
 
 
-def test_a_peer_that_lost_its_p2pd_is_not_down() -> None:
-    play = Play(plan_of({"action": "kill", "at_s": 1, "peer": "peer-1", "process": "p2pd"}))
+@pytest.mark.parametrize("process", ["guard", "p2pd"])
+def test_a_peer_that_lost_its_p2pd_is_not_down(process: str) -> None:
+    play = Play(plan_of({"action": "kill", "at_s": 1, "peer": "peer-1", "process": process}))
     play.at(1.0)
     assert plights(play.done) == {}
     assert not restarts_to_come(play.plan, play.done)

@@ -14,7 +14,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from p2p_diloco.core.errors import UsageError
 from p2p_diloco.core.runfile import DataSpec, ModelSpec, RunSpec
 from p2p_diloco.learn.architecture import resolve_config
-from p2p_diloco.learn.genesis import Start, make_start
+from p2p_diloco.learn.genesis import Start, make_config, make_start
 from p2p_diloco.learn.model import build_model
 from tests.support.families import SEQ_LEN, TAKEN, VOCAB_SIZE, small
 from tests.support.small_models import vector_of
@@ -27,7 +27,8 @@ pytestmark = pytest.mark.filterwarnings("ignore")  # of the library, about its o
 
 def start_of(model_type: str) -> Start:
     spec = RunSpec(name="small", seed=3, model=ModelSpec(config=small(model_type)), data=DataSpec(seq_len=SEQ_LEN))
-    return make_start(spec, Path(), "run.toml", VOCAB_SIZE)
+    config = make_config(spec, Path(), "run.toml", VOCAB_SIZE)
+    return make_start(spec, config, Path(), "run.toml", VOCAB_SIZE)
 
 
 @pytest.mark.parametrize("model_type", sorted(TYPES.intersection(TAKEN)))

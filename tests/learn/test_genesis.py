@@ -16,7 +16,7 @@ from p2p_diloco.core.identity import Identity
 from p2p_diloco.core.manifest import open_manifest
 from p2p_diloco.core.runfile import DataSpec, ModelSpec, RunSpec
 from p2p_diloco.learn import genesis, train
-from p2p_diloco.learn.genesis import make_start, start_run
+from p2p_diloco.learn.genesis import make_config, make_start, start_run
 from p2p_diloco.learn.model import build_model
 from p2p_diloco.learn.parameters import layout_of, read_parameters
 from p2p_diloco.ledger.folder import MANIFEST_FILE, load_state
@@ -139,7 +139,38 @@ def test_what_the_first_use_of_a_model_changes_is_no_start_of_a_run(
     monkeypatch.setattr(genesis, "build_model", lambda *_, **__: model)
     spec = RunSpec(name="test", model=ModelSpec(config=CONFIG), data=DataSpec(seq_len=8))
     with pytest.raises(UsageError, match=r"^run\.toml: (lm_head|model\.embed_tokens)\.weight: .* changes it"):
-        make_start(spec, tmp_path, "run.toml", 64)
+        make_start(spec, make_config(spec, tmp_path, "run.toml", 64), tmp_path, "run.toml", 64)
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "message"),
+    [
+        ('"llama"', '"lama"', "key 'model.config.model_type': transformers has no language model 'lama'; did you mean"),
+        ("hidden_size", "hiden_size", "unknown key 'model.config.hiden_size'; did you mean 'hidden_size'?"),
+        ("num_attention_heads = 2", "num_attention_heads = 3", "model.config: "),
+        (
+            'tokenizer = "start"',
+            'tokenizer = "nowhere"',
+            "key 'data.tokenizer': {base}/nowhere: no such tokenizer;",
+        ),
+    ],
+)
+def test_a_mistake_in_a_run_file_is_told_with_its_name_before_the_text_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, before: str, after: str, message: str
+) -> None:
+    def read(*_: object, **__: object) -> None:
+        raise AssertionError("the text is read")
+
+    monkeypatch.setattr(genesis, "open_corpus", read)
+    write_start(tmp_path / "start")
+    text = RUN_FILE.replace('"hub"', '"path"').replace('path = "start"', f"config = {INLINE}")
+    assert before in text
+    path = tmp_path / "run.toml"
+    path.write_text(text.replace(before, after, 1))
+    with pytest.raises(UsageError) as raised:
+        start_run(path, tmp_path / "owner", OWNER)
+    assert str(raised.value).startswith(f"{path}: {message.format(base=tmp_path)}")
+    assert str(raised.value).count(str(path)) == 1
 
 
 def test_who_starts_a_run_is_told_of_its_text(

@@ -1197,6 +1197,65 @@ def test_who_alone_says_that_it_is_busy_is_not_waited_for_as_long_as_a_round_may
     run_simulated(main())
 
 
+def test_the_leaders_own_trainer_is_waited_for_no_longer_than_one_that_says_what_it_needs() -> None:
+    """Although two others may be in a round, as far as is known: it is known that the trainer is in none."""
+
+    async def main() -> None:
+        table = Table(4, by_hand=(2, 3))
+        for i in (2, 3):
+            table.serve(i, stay_silent)
+        seat = table.matchmakers[0].seat
+        seat.phase, seat.progress = "inner", Progress(inner_step=0, planned=2, step_s=300.0, reported_s=now_s())
+        began_s = now_s()
+        assert await table.meet(1) == {1: Missed(reason="alone", detail="1 ready, 2 needed")}
+        assert now_s() - began_s == pytest.approx(GATHER_S + MAX_GATHER_EXTENSION_S, abs=1.5)
+
+    run_simulated(main())
+
+
+def test_the_leaders_own_trainer_makes_no_round_with_one_that_is_busy() -> None:
+    async def main() -> None:
+        table = Table(3, by_hand=(2,))
+        table.serve(2, is_busy)
+        seat = table.matchmakers[0].seat
+        seat.phase, seat.progress = "inner", Progress(inner_step=0, planned=2, step_s=300.0, reported_s=now_s())
+        began_s = now_s()
+        assert await table.meet(1) == {1: Missed(reason="alone", detail="1 ready, 2 needed")}
+        assert now_s() - began_s <= GATHER_S + MAX_GATHER_EXTENSION_S + 1
+
+    run_simulated(main())
+
+
+async def stands_elsewhere(table: Table, channel: Channel, message: Message) -> None:
+    await channel.send(Behind(record=table.record(3)))
+
+
+@pytest.mark.parametrize("hand", [stands_elsewhere, refuse])
+def test_who_says_that_it_meets_nobody_here_makes_no_round_with_one_that_is_busy(hand: Hand) -> None:
+    async def main() -> None:
+        table = Table(4, by_hand=(2, 3))
+        table.serve(2, is_busy)
+        table.serve(3, hand)
+        began_s = now_s()
+        assert table.members_of(table.groups(await table.meet(0, 1), 0, 1)) == [0, 1]
+        assert now_s() - began_s <= GATHER_S + MAX_GATHER_EXTENSION_S + 1
+
+    run_simulated(main())
+
+
+def test_who_was_ready_and_has_left_is_not_waited_for() -> None:
+    async def main() -> None:
+        table = Table(3, by_hand=(2,))
+        channel = await table.say(2, 0, table.ready(2))
+        await channel.receive(Eta, timeout_s=1.0)
+        channel.close()
+        began_s = now_s()
+        assert table.members_of(table.groups(await table.meet(0, 1), 0, 1)) == [0, 1]
+        assert now_s() - began_s < 0.5 < GATHER_S
+
+    run_simulated(main())
+
+
 def test_closing_calls_the_trainer_once() -> None:
     async def main() -> None:
         table = Table(2, by_hand=(1,))

@@ -54,5 +54,3 @@ CORRUPT = CONTRIBUTIONS | REDUCERS | LEADERS | HISTORIES | BESIDE
 LIES = (*CORRUPT, SILENT)
 KINDS = (*LIES, RETURNING)
 """All that ``draw_with_liars`` knows."""
-VALUES_LIED_ABOUT = frozenset((*REDUCERS, *LEADERS, *HISTORIES)) - {A_AGAIN_B, TWO_ROSTERS}
-"""An update's values do not tell there whose inner steps are in it."""

@@ -1,11 +1,15 @@
-"""Textbook DiLoCo (arXiv 2311.08105, algorithm 1), the oracle: K replicas in one process, plain torch, no network."""
+"""Oracles. Textbook DiLoCo (arXiv 2311.08105, algorithm 1): K replicas in one process, plain torch, no network. And the
+weighted mean, in plain numpy."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
+import numpy as np
 import torch
+
+from p2p_diloco.core.codec import Vector
 
 Loss = Callable[[torch.nn.Module, int, int], torch.Tensor]
 """(model, replica, inner step counted over the whole run) -> the loss on that replica's batch of that step."""
@@ -40,3 +44,13 @@ def diloco(
             outer_gradients = torch.stack([w * (theta - local) for w, local in zip(weights, locals_)])
             theta.grad = outer_gradients.sum(0).detach() / sum(weights)
         outer_optimizer.step()
+
+
+def weighted_mean(contributions: Sequence[tuple[int, Vector]], total_weight: int | None = None) -> Vector:
+    """Returns float32 [n], the sum of weight / W * values over all (weight, values), from the left. W is
+    ``total_weight`` or, without it, the sum of the weights."""
+    total = sum(weight for weight, _ in contributions) if total_weight is None else total_weight
+    mean: Vector = np.zeros_like(contributions[0][1])
+    for weight, values in contributions:
+        mean = mean + np.float32(weight / total) * values
+    return mean

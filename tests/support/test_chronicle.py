@@ -10,10 +10,8 @@ import numpy as np
 import pytest
 
 from p2p_diloco.core import grid
-from p2p_diloco.core.aggregate import weighted_mean
-from p2p_diloco.core.codec import Vector
-from p2p_diloco.core.codecs import encode
-from p2p_diloco.core.grid import Grid, part_slices
+from p2p_diloco.core.aggregate import AGGREGATIONS
+from p2p_diloco.core.grid import Grid
 from p2p_diloco.core.outer import OuterState, apply, genesis_state
 from p2p_diloco.core.records import Record
 from p2p_diloco.core.runfile import OnMissed
@@ -49,13 +47,12 @@ class Story:
     def meet(self, *peers: int, weights: Sequence[int], total_weight: int | None = None) -> Update:
         """An outer step of these peers. Everybody goes on from theta. ``total_weight``: what they divide by, where that
         is not the sum of their weights."""
-        parts = []
-        for where in part_slices(N):
-            gradients = [self.state.theta[where] - self.local[peer][where] for peer in peers]
-            mean: Vector = weighted_mean(list(zip(weights, gradients)), total_weight=total_weight)
-            parts.append(Part(mask=contributor_mask(range(len(peers))), data=encode(mean, "fp32")))
+        parts, grid = [], Grid(n=N, codec="fp32")
+        for i, where in enumerate(grid.slices):
+            came = {k: self.state.theta[where] - self.local[peer][where] for k, peer in enumerate(peers)}
+            parts.append(AGGREGATIONS["mean"].reduce(came, weights, i, grid, total_weight))
         update = self.update(peers, weights, parts)
-        apply(self.state, update, Grid(n=len(self.state.theta), codec="fp32"), lr=0.01, momentum=0.9)
+        apply(self.state, update, grid, lr=0.01, momentum=0.9)
         for peer in peers:
             self.chronicle.commits(peer, self.state, update)
         for local in self.local.values():

@@ -73,6 +73,12 @@ def gone(pid: int) -> bool:
         return True
 
 
+def cpu_s(pid: int) -> float:
+    """Returns the processor time that a process has used."""
+    after_name = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(after_name[11]) + int(after_name[12])) / os.sysconf("SC_CLK_TCK")
+
+
 @pytest.mark.parametrize("code", [0, 3])
 def test_ends_with_p2pd_and_its_code(folder: Path, started: list[subprocess.Popen[str]], code: int) -> None:
     process = guarded(f"raise SystemExit({code})", folder)
@@ -128,6 +134,30 @@ def test_p2pd_dies_with_a_killed_guard(folder: Path, started: list[subprocess.Po
     (p2pd,) = children(process.pid)
     process.kill()
     assert eventually(lambda: gone(p2pd))
+
+
+def test_a_signal_ends_one_wait_only() -> None:
+    wake, wake_write = os.pipe()
+    os.write(wake_write, b"\x11\x12")
+    guard.wait_for_signal(wake)
+    os.close(wake_write)
+    assert os.read(wake, 1) == b""
+    os.close(wake)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_does_not_spin_after_p2pd_was_stopped(folder: Path, started: list[subprocess.Popen[str]]) -> None:
+    process = guarded(SLEEPER, folder)
+    started.append(process)
+    wait_for_line(process)
+    (p2pd,) = children(process.pid)
+    os.kill(p2pd, signal.SIGSTOP)
+    assert eventually(lambda: "\nState:\tT" in Path(f"/proc/{p2pd}/status").read_text())
+    os.kill(p2pd, signal.SIGCONT)
+    before_s = cpu_s(process.pid)
+    with pytest.raises(subprocess.TimeoutExpired):
+        process.wait(4 * guard.POLL_S)
+    assert cpu_s(process.pid) - before_s < guard.POLL_S / 2
 
 
 @pytest.mark.parametrize("death_signal", [True, False])

@@ -9,7 +9,7 @@ from typing import Any
 from p2p_diloco.core.aggregate import Alignment
 from p2p_diloco.core.event import NOT_YET
 from p2p_diloco.core.swarm_head import Standing
-from p2p_diloco.peer.outer_steps import round_ended
+from p2p_diloco.peer.round_event import round_ended
 from p2p_diloco.round.outcome import Missed
 from p2p_diloco.round.settle import RoundCost
 from tests.support.events import COMMITTED, MISSED
