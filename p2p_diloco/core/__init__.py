@@ -40,6 +40,7 @@ Its files, from the bottom up:
     certificate   who has made an update, and the signatures of most of them
     lineage       a chain of headers and certificates, followed from one to the next
     swarm_head    which head is the swarm's; held-out losses
+    electors      whose word counts about which branch is the swarm's
     pace          how many inner steps a peer plans, and when its outer step is due
     waiting       waits that end, and can be cancelled
     buckets       token buckets: a rate that is kept, and how often a peer may ask

@@ -66,6 +66,8 @@ class Chain:
         self.path = files.chain_path
         self._max_entry_bytes = max_entry_bytes(grid)
         self._places: list[Place] = []
+        self._steps: dict[bytes, int] = {}
+        """Head -> its outer step, of the places, and of the genesis."""
         self._lock = threading.Lock()
         """Held by whoever reads or writes the file."""
         with disk_errors(self.path):
@@ -87,6 +89,10 @@ class Chain:
         if step == 0 and places:
             return places[0].parent
         return places[step - 1].head if 0 < step <= len(places) else None
+
+    def step_of(self, head: bytes) -> int | None:
+        """Returns the outer step of a head; None for one that the chain does not lead to."""
+        return self._steps.get(head)
 
     def has(self, header: UpdateHeader) -> bool:
         """Returns whether the chain has this update."""
@@ -150,7 +156,7 @@ class Chain:
         with self._lock, disk_errors(self.path, sum(len(piece) for piece in pieces)):
             if not self.path.exists():
                 write_whole(self.path, [CHAIN_MAGIC], len(CHAIN_MAGIC))
-            del self._places[step:]
+            self._forget(step)
             with self.path.open("r+b") as file:
                 file.truncate(places[0].start)
                 file.seek(places[0].start)
@@ -158,7 +164,7 @@ class Chain:
                     file.write(piece)
                 file.flush()
                 os.fsync(file.fileno())
-            self._places += places
+            self._remember(places)
 
     def truncate(self, step: int) -> None:
         """Cuts the entries from outer step ``step`` on off, durably."""
@@ -166,7 +172,7 @@ class Chain:
             if step >= self.end:
                 return
             start = self._places[step].start
-            del self._places[step:]
+            self._forget(step)
             os.truncate(self.path, start)
             sync(self.path)
 
@@ -181,6 +187,21 @@ class Chain:
                     file.seek(place.start)
                     copy.write(file.read(place.stop - place.start))
             sync(path)
+
+    def _remember(self, places: Sequence[Place]) -> None:
+        if not self._places:
+            self._steps[places[0].parent] = 0
+        for place in places:
+            self._places.append(place)
+            self._steps[place.head] = len(self._places)
+
+    def _forget(self, step: int) -> None:
+        """Forgets the places from outer step ``step`` on."""
+        for place in self._places[step:]:
+            self._steps.pop(place.head, None)
+        del self._places[step:]
+        if not self._places:
+            self._steps.clear()
 
     # -- the file ----------------------------------------------------------------------------------------------------
 
@@ -201,7 +222,7 @@ class Chain:
                     raise ValueError("it does not follow from the one before")
             except ValueError as error:
                 return f"entry {self.end} is damaged ({error})"
-            self._places += self._placed([certified], self._size_bytes)[0]
+            self._remember(self._placed([certified], self._size_bytes)[0])
         return ""
 
     def _read_entry(self, start: bytes, file: IO[bytes]) -> bytes:

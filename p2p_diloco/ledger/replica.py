@@ -21,7 +21,7 @@ from p2p_diloco.core.certificate import Certificate, Certified
 from p2p_diloco.core.codec import Vector
 from p2p_diloco.core.errors import Gap, LedgerError
 from p2p_diloco.core.group import RosterRules
-from p2p_diloco.core.known import Known
+from p2p_diloco.core.known import WINDOW_STEPS, Known, known_at
 from p2p_diloco.core.manifest import RunManifest
 from p2p_diloco.core.outer import OuterState, apply_checked, check_update
 from p2p_diloco.core.swarm_head import Standing
@@ -275,6 +275,18 @@ class Replica:
     def known(self) -> Known:
         """Returns who is known where the state stands."""
         return self.ledger.chain.known_at(self.loaded.step)
+
+    def step_of(self, head: bytes) -> int | None:
+        """Returns the outer step of a head of this peer's history; None for any other."""
+        return self.ledger.chain.step_of(head)
+
+    def electors(self, step: int) -> frozenset[str]:
+        """Returns the peers that have a vote about what follows an outer step of this peer's history (``electors``)."""
+        chain = self.ledger.chain
+        last = chain.last_contributors(min(step, chain.end))
+        if step < WINDOW_STEPS:
+            return frozenset((self.manifest.owner, *(peer_id for peers in last for peer_id in peers)))
+        return known_at(step, last).peers | {self.manifest.owner}
 
     def contributors(self, steps: int) -> set[str]:
         """Returns the ids of the peers that have contributed to any of the last ``steps`` updates, as far as these are

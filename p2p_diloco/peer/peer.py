@@ -76,7 +76,7 @@ class Peer:
             identity.peer_id, self.manifest.run_id, transport.timeouts, favoured=transport.favoured
         )
         nowhere = Standing(step=0, head=bytes(32), heads=())
-        self.seat = Seat(standing=nowhere, role_trainer=local is not None, client_mode=client_mode)
+        self.seat = Seat(standing=nowhere, history=replica, role_trainer=local is not None, client_mode=client_mode)
         self.here = here = Here(
             transport=transport,
             identity=identity,

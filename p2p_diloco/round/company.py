@@ -193,10 +193,11 @@ class Company:
         """Returns the sealed record of a peer that stands beyond ``head``, or None while groups are formed on ``head``.
         None are formed there any more when I have left it, or when the swarm has, by the rule of ``swarm_head``."""
         directory, seat = self.here.directory, self.here.seat
-        voters, standing, before = directory.believed(self.here.wall_s()), seat.standing, directory.before
+        standing, before = seat.standing, directory.before
         if head != standing.head:
             return seat.sealed_record
-        target = swarm_head(voters, standing, before)
+        voters, mine = self.here.voters()
+        target = swarm_head(voters, mine, before)
         if target is None or not must_catch_up(standing, target):
             return None
         there = (record.peer_id for record in voters if target[1] in way_of(record, before))

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from p2p_diloco.core.config import Timeouts
 from p2p_diloco.core.directory import Directory
+from p2p_diloco.core.electors import electorate
 from p2p_diloco.core.identity import Identity
 from p2p_diloco.core.records import Record
+from p2p_diloco.core.swarm_head import Standing
 from p2p_diloco.round.seat import Seat
 from p2p_diloco.wire.channel import Channel, Transport, run_protocol
 
@@ -40,6 +42,13 @@ class Here:
     def live(self) -> list[Record]:
         """Returns the records of all other peers that are there now."""
         return self.directory.live(self.wall_s())
+
+    def voters(self) -> tuple[Sequence[Record], Standing | None]:
+        """Returns the records of those who have a vote on the swarm's head, as ``electorate`` has it, and my standing
+        if I have one."""
+        directory, seat = self.directory, self.seat
+        believed = directory.believed(self.wall_s())
+        return electorate(believed, seat.standing, self.peer_id, directory.before, seat.history)
 
     async def open(self, peer_id: str) -> Channel:
         """Opens a stream to a peer of the run, at the addresses in its record. Raises Gone or Silent."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from p2p_diloco.core.electors import History, NoHistory
 from p2p_diloco.core.known import NOBODY_KNOWN, Known
 from p2p_diloco.core.pace import Progress
 from p2p_diloco.core.records import Phase
@@ -22,6 +23,8 @@ class Seat:
     standing: Standing
     known: Known = NOBODY_KNOWN
     """Who is known where I stand."""
+    history: History = field(default_factory=NoHistory)
+    """How I came there, as my ledger has it."""
     role_trainer: bool
     client_mode: bool
     phase: Phase = "joining"

@@ -1,0 +1,74 @@
+"""Whose word counts about which branch of a run's history is the swarm's. Pure functions of records and ledger.
+
+A record is a claim, and a name costs nothing: who has a vote follows from the ledger. It is whoever was known where two
+branches part, for what comes after that may be liars' own: those who know only them see nobody else in their ledger. In
+the first outer steps, when nobody is known, it is whoever has contributed so far. The run's owner has one vote, since
+it stands behind what it has witnessed; no other seed has any. Where nobody of all these is there, everybody has one: to
+follow a claim takes certificates anyhow.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Protocol
+
+from p2p_diloco.core.records import Record
+from p2p_diloco.core.swarm_head import Standing
+
+
+class History(Protocol):
+    """What a ledger tells of a run's history, as far as this peer has followed it."""
+
+    def step_of(self, head: bytes) -> int | None:
+        """Returns the outer step of a head; None for one that is not in this history."""
+        ...
+
+    def electors(self, step: int) -> frozenset[str]:
+        """Returns the peers that have a vote about what follows an outer step of this history."""
+        ...
+
+
+class NoHistory:
+    """That of a peer that has no ledger yet."""
+
+    def step_of(self, head: bytes) -> int | None:
+        """Returns None: no head is in it."""
+        return None
+
+    def electors(self, step: int) -> frozenset[str]:
+        """Returns nobody."""
+        return frozenset()
+
+
+def electorate(
+    records: Sequence[Record], mine: Standing, me: str, before: Mapping[bytes, bytes], history: History
+) -> tuple[Sequence[Record], Standing | None]:
+    """Returns whose standings count, of those in ``records``, and mine if it counts as well. ``me``: my peer id;
+    ``before``: as ``swarm_head`` has it."""
+    electors = history.electors(fork_step(records, mine, before, history))
+    voters = [record for record in records if record.peer_id in electors]
+    if not voters:
+        return records, mine
+    return voters, mine if me in electors else None
+
+
+def fork_step(records: Iterable[Record], mine: Standing, before: Mapping[bytes, bytes], history: History) -> int:
+    """Returns the outer step at which the branches part that anybody with a vote there stands on; my own outer step
+    where none does. A stranger's branch parts from nothing."""
+    step = mine.step
+    for record in records:
+        shared = next((at for at in map(history.step_of, way(record, before)) if at is not None), None)
+        if shared is not None and shared < min(step, record.step) and record.peer_id in history.electors(shared):
+            step = shared
+    return step
+
+
+def way(record: Record, before: Mapping[bytes, bytes]) -> Iterator[bytes]:
+    """Yields a peer's head and those that led there, newest first, as far as they are known."""
+    yield record.head
+    head = record.head
+    for head in record.heads:
+        yield head
+    while (older := before.get(head)) is not None:
+        head = older
+        yield head

@@ -1,0 +1,104 @@
+"""Whose word counts, on histories that are named by letters: one an outer step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import pytest
+
+from p2p_diloco.core.electors import NoHistory, electorate, fork_step
+from p2p_diloco.core.records import Record
+from p2p_diloco.core.swarm_head import Standing, swarm_head
+from tests.support.builders import head, identity, record_of
+
+MINE = "abcdefgh"
+ME, KNOWN, OTHERS = identity(1), (identity(2), identity(3), identity(4)), (identity(5), identity(6), identity(7))
+
+
+@dataclass
+class Ledger:
+    """Of a peer that came by ``history``; ``known[step]``: who has a vote from there on."""
+
+    history: str = MINE
+    known: dict[int, tuple[str, ...]] = field(default_factory=dict)
+
+    def step_of(self, at: bytes) -> int | None:
+        return next((step for step in range(len(self.history) + 1) if head(self.history[:step]) == at), None)
+
+    def electors(self, step: int) -> frozenset[str]:
+        return frozenset(self.known[max(known for known in self.known if known <= step)])
+
+
+def ids(*who: object) -> tuple[str, ...]:
+    return tuple(one.peer_id for one in who)  # type: ignore[attr-defined]
+
+
+OURS = Ledger(known={0: ids(ME, *KNOWN)})
+LED_OFF = Ledger(known={0: ids(*KNOWN), 4: ids(ME, *OTHERS)})
+"""That of a newcomer that liars have led off after outer step 3: they alone are known there."""
+
+
+def standing(history: str = MINE) -> Standing:
+    heads = tuple(head(history[:back]) for back in range(len(history) - 1, max(len(history) - 5, -1), -1))
+    return Standing(step=len(history), head=head(history), heads=heads)
+
+
+def ways(*histories: str) -> dict[bytes, bytes]:
+    """What is known to come before what."""
+    return {head(one[: i + 1]): head(one[:i]) for one in histories for i in range(len(one))}
+
+
+def swarm(records: list[Record], ledger: Ledger, *histories: str) -> tuple[int, bytes] | None:
+    before = ways(MINE, *histories)
+    voters, mine = electorate(records, standing(), ME.peer_id, before, ledger)
+    return swarm_head(voters, mine, before)
+
+
+def test_who_is_not_known_has_no_vote() -> None:
+    """However many they are, and however far they say that they are."""
+    strangers = [record_of(identity(i), "abcdefghxyz") for i in range(50, 80)]
+    at_home = [record_of(who, MINE) for who in KNOWN]
+    assert swarm([*strangers, *at_home], OURS, "abcdefghxyz") == (8, head(MINE))
+    assert swarm([*strangers, *at_home], OURS) == (8, head(MINE))
+
+
+def test_where_nobody_else_with_a_vote_is_there_everybody_has_one() -> None:
+    """To follow a claim takes certificates anyhow."""
+    strangers = [record_of(identity(i), "abcdefghi") for i in (50, 51)]
+    assert swarm(strangers, OURS) == (9, head("abcdefghi"))
+
+
+def test_known_members_that_have_gone_on_are_followed() -> None:
+    records = [record_of(who, "abcdefghi") for who in KNOWN[:2]]
+    assert swarm(records, OURS) == (9, head("abcdefghi"))
+
+
+def test_who_was_led_off_comes_back_to_those_that_were_known_at_the_fork() -> None:
+    """Its own ledger names liars alone, which are as many as there are honest peers, and one more."""
+    honest, liars = [record_of(who, "abcuvwxyz") for who in KNOWN], [record_of(who, MINE) for who in OTHERS]
+    assert swarm([*honest, *liars], LED_OFF, "abcuvwxyz") == (9, head("abcuvwxyz"))
+    assert swarm([*honest, *liars], LED_OFF) == (8, head(MINE)), "until their way is known"
+
+
+def test_a_strangers_branch_parts_from_nothing() -> None:
+    """Whoever could name an old outer step as the place where its branch parts would choose who has a vote."""
+    before = ways(MINE, "axyz")
+    assert fork_step([record_of(identity(50), "axyz")], standing(), before, OURS) == 8
+    assert fork_step([record_of(KNOWN[0], "axyz")], standing(), before, OURS) == 1
+    assert fork_step([record_of(OTHERS[0], "abcdxyz")], standing(), ways(MINE, "abcdxyz"), LED_OFF) == 4
+
+
+@pytest.mark.parametrize("history", ["abcd", MINE, "abcdefghij"])
+def test_who_is_behind_or_ahead_on_my_way_is_on_no_branch(history: str) -> None:
+    assert fork_step([record_of(KNOWN[0], history)], standing(), ways(MINE, "abcdefghij"), OURS) == 8
+
+
+def test_my_own_standing_counts_if_i_have_a_vote() -> None:
+    records = [record_of(KNOWN[0], "abcdefg")]
+    assert electorate(records, standing(), ME.peer_id, {}, OURS) == (records, standing())
+    assert electorate(records, standing(), identity(9).peer_id, {}, OURS) == (records, None)
+
+
+def test_without_a_ledger_everybody_has_a_vote() -> None:
+    records = [record_of(identity(i), MINE) for i in range(3)]
+    assert electorate(records, standing(), ME.peer_id, {}, NoHistory()) == (records, standing())
