@@ -6,29 +6,32 @@ import asyncio
 import contextlib
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from unittest import mock
 
 import numpy as np
 
+from p2p_diloco.core.certificate import Certificate, Certified, Taken, certificate_of
 from p2p_diloco.core.codec import Vector
 from p2p_diloco.core.directory import Directory
-from p2p_diloco.core.outer import apply_checked, check_update
+from p2p_diloco.core.group import Group
+from p2p_diloco.core.lineage import Lineage
 from p2p_diloco.core.records import Record
 from p2p_diloco.core.swarm_head import Standing, way_of
-from p2p_diloco.core.update import Part, Update, contributor_mask
-from p2p_diloco.ledger.replica import Replica
+from p2p_diloco.core.update import Part, Update, contributor_mask, in_most_parts
 from p2p_diloco.peer.control import OuterResult
 from p2p_diloco.peer.outer_steps import OuterSteps
-from p2p_diloco.round import settle_decide, settle_leader
+from p2p_diloco.peer.presence import Presence
+from p2p_diloco.round import settle_decide, settle_member
 from p2p_diloco.round.meeting import Meeting
+from p2p_diloco.round.outcome import Settled
 from p2p_diloco.round.settle import Settlement
 from p2p_diloco.round.settle_leader import Leader
 from p2p_diloco.round.settle_member import Member
 from p2p_diloco.wire.channel import Channel
-from p2p_diloco.wire.messages import Commit, No
+from p2p_diloco.wire.messages import Commit, No, Took
 
 LOCAL_VALUES = bytes(32)
 """In place of the hash of a part that everybody fills with its own values."""
@@ -42,11 +45,15 @@ def own_part(meeting: Meeting, part: int) -> Part:
 def settle_skipped() -> Iterator[None]:
     """Every member applies what it holds at the end of the butterfly, and its own values where it holds nothing."""
 
-    async def unsettled(self: Settlement) -> Update:
+    async def unsettled(self: Settlement) -> Settled:
         meeting = self.meeting
         meeting.over = True
         parts = tuple(part or own_part(meeting, i) for i, part in enumerate(meeting.parts))
-        return Update(header=self.group.header([part.hash for part in parts]), parts=parts)
+        update = Update(header=self.group.header([part.hash for part in parts]), parts=parts)
+        full = in_most_parts([part.mask for part in parts])
+        taken = Taken(round_id=self.group.round_id, link=update.header.link, full=full, state=b"")
+        certificate = certificate_of(self.group, taken, {meeting.me: taken.sign(meeting.identity)})
+        return Settled(update=update, certificate=certificate)
 
     with mock.patch.object(Settlement, "settle", unsettled):
         yield
@@ -96,17 +103,17 @@ def applied_before_written() -> Iterator[None]:
     """The state moves, and is told to others, before the update is on the disk."""
     commit = OuterSteps._commit
 
-    def apply(self: Replica, update: Update) -> None:
-        outer = self.manifest.spec.outer
-        check_update(self.loaded, update, self.ledger.grid)
-        self.ledger._headers[update.header.step] = update.header
-        apply_checked(self.loaded, update, self.ledger.grid, lr=outer.lr, momentum=outer.momentum)
+    async def commit_first(self: OuterSteps, settled: Settled) -> None:
+        ledger, header = self.replica.ledger, settled.update.header
 
-    async def commit_first(self: OuterSteps, update: Update) -> None:
-        with mock.patch.object(self.replica, "commit", lambda update: apply(self.replica, update)):
-            await commit(self, update)
-        del self.replica.ledger._headers[update.header.step]
-        await asyncio.to_thread(self.replica.ledger.append, update)
+        def only_noted(update: Update, certificate: Certificate) -> None:
+            ledger.chain.append(Certified(header=header, certificate=certificate))
+            ledger._headers[header.step] = header
+
+        with mock.patch.object(ledger, "append", only_noted):
+            await commit(self, settled)
+        del ledger._headers[header.step]
+        await asyncio.to_thread(ledger.append, settled.update, settled.certificate)
 
     with mock.patch.object(OuterSteps, "_commit", commit_first):
         yield
@@ -146,7 +153,7 @@ def endless_patience() -> Iterator[None]:
 
     async def collect(self: Leader, expected: Set[int], number: int) -> None:
         self.member.ends_s = math.inf
-        while self.member.taken is None:
+        while not self._knows():
             changed = self.meeting.changed.event
             came = {i for i, receipt in self.receipts.items() if receipt.number >= number}
             if not expected - came - self.meeting.lost:
@@ -165,12 +172,12 @@ def endless_patience() -> Iterator[None]:
 
 @contextlib.contextmanager
 def half_settles() -> Iterator[None]:
-    """Half of a group counts as most of it."""
+    """Half of the members that count make a commit, and a certificate."""
 
-    def is_half(count: int, group_size: int) -> bool:
-        return 2 * count >= group_size
+    def is_half(self: Group, members: Collection[int]) -> bool:
+        return 2 * len(self.counting.intersection(members)) >= len(self.counting)
 
-    with mock.patch.object(settle_decide, "is_quorum", is_half), mock.patch.object(settle_leader, "is_quorum", is_half):
+    with mock.patch.object(Group, "is_most", is_half):
         yield
 
 
@@ -207,9 +214,55 @@ def denied_at_once() -> Iterator[None]:
     """Who has not taken a commit yet says so, although it may still take one from a leader before the one that asks."""
 
     async def deny(self: Member, channel: Channel, asker: int) -> None:
-        await channel.send(self.taken or No(reason="no commit has come"))
+        if self.settled is None:
+            await channel.send(self.taken or No(reason="no commit has come"))
+        else:
+            await answer(self, channel, asker)
 
+    answer = Member.on_ask_commit
     with mock.patch.object(Member, "on_ask_commit", deny):
+        yield
+
+
+@contextlib.contextmanager
+def certificate_not_checked() -> Iterator[None]:
+    """A member applies what it is told is certified, and who catches up follows any chain."""
+
+    def believe(certificate: Certificate, group: Group, link: bytes, owner: str) -> None:
+        pass
+
+    def follow(self: Lineage, certified: Certified) -> None:
+        self._last.append(certified.in_most_parts())
+        self.step, self.head = certified.header.step + 1, certified.header.head
+
+    with mock.patch.object(settle_member, "check_signatures", believe), mock.patch.object(Lineage, "follow", follow):
+        yield
+
+
+@contextlib.contextmanager
+def two_links_signed() -> Iterator[None]:
+    """A member signs whatever a leader commits, also when it has signed something else in this round."""
+    sign = Member.sign
+
+    def sign_again(self: Member, commit: Commit) -> Took | No:
+        self.taken = None
+        return sign(self, commit)
+
+    with mock.patch.object(Member, "sign", sign_again):
+        yield
+
+
+@contextlib.contextmanager
+def known_by_claims() -> Iterator[None]:
+    """Who says that it has ever committed is known."""
+    take_standing = Presence.take_standing
+
+    def take(self: Presence) -> None:
+        take_standing(self)
+        claim = {record.peer_id for record in self.here.live() if record.beyond_genesis} | {self.here.peer_id}
+        self.here.seat.known = replace(self.here.seat.known, peers=frozenset(claim))
+
+    with mock.patch.object(Presence, "take_standing", take):
         yield
 
 
@@ -224,4 +277,9 @@ VARIANTS: dict[str, Callable[[], AbstractContextManager[None]]] = {
     "half settles": half_settles,
     "half of the voters": half_of_the_voters,
     "denied at once": denied_at_once,
+    "certificate not checked": certificate_not_checked,
+    "two links signed": two_links_signed,
+    "known by claims": known_by_claims,
 }
+SEEN_WITH_LIARS = {"certificate not checked": "extends alone"}
+"""Broken protocol -> the lie that it is found by: nobody else would use it."""

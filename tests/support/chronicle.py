@@ -142,6 +142,9 @@ class Chronicle:
             group = check_certificate(certified, rules, known.known_at(header.step, last))
         except ValueError:
             return
+        signed = {member for member, _ in certified.certificate.signatures}
+        if 2 * len(signed & group.counting) <= len(group.counting):
+            return
         self.certified.add(header.head)
         first = self.certificates.setdefault(group.round_id, header.head)
         if first != header.head and not self.liars:

@@ -11,13 +11,17 @@ import pytest
 
 from p2p_diloco.core import grid
 from p2p_diloco.core.aggregate import AGGREGATIONS
+from p2p_diloco.core.certificate import Certified
 from p2p_diloco.core.grid import Grid
+from p2p_diloco.core.identity import Identity
+from p2p_diloco.core.known import Known
 from p2p_diloco.core.outer import OuterState, apply, genesis_state
 from p2p_diloco.core.records import Record
 from p2p_diloco.core.runfile import OnMissed
 from p2p_diloco.core.swarm_head import Standing
 from p2p_diloco.core.update import Part, Update, UpdateHeader, contributor_mask
-from tests.support.builders import identity, record_of
+from tests.support.builders import OWNER, head, identity, record_of, rules_of
+from tests.support.certificates import certificate_for, group_at
 from tests.support.chronicle import MAX_PEERS, PART_VALUES, TOKENS, Chronicle, Settled, Steps, Violation
 
 N = 3 * PART_VALUES - 5
@@ -52,6 +56,7 @@ class Story:
             came = {k: self.state.theta[where] - self.local[peer][where] for k, peer in enumerate(peers)}
             parts.append(AGGREGATIONS["mean"].reduce(came, weights, i, grid, total_weight))
         update = self.update(peers, weights, parts)
+        self.chronicle.certified.add(update.header.head)
         apply(self.state, update, grid, lr=0.01, momentum=0.9)
         for peer in peers:
             self.chronicle.commits(peer, self.state, update)
@@ -87,6 +92,60 @@ def test_an_update_tells_whose_inner_steps_are_in_it() -> None:
     for part in range(3):
         assert dict(story.chronicle.contributions(update, part, N)) == {0: Steps(406, 412), 3: Steps(10, 11)}
     story.chronicle.check_once(story.state.head, N)
+
+
+def certified_by(*signers: Identity, witness: bool = True) -> Chronicle:
+    """A chronicle that has seen the update of a round of four, of whom nobody is known yet."""
+    chronicle = Chronicle(names={})
+    members, nobody = [identity(i) for i in range(4)], Known(step=0, peers=frozenset())
+    group = group_at(members, rules_of(), nobody, head(""))
+    header = group.header([bytes(32)])
+    certificate = certificate_for(group, header, signers, owner=OWNER if witness else identity(0), full=b"\x0f")
+    chronicle.certifies(Certified(header=header, certificate=certificate), rules_of())
+    return chronicle
+
+
+def test_a_head_is_certified_by_most_of_those_who_count_and_the_owner() -> None:
+    members = [identity(i) for i in range(4)]
+    assert certified_by(*members[:3]).certified
+    assert not certified_by(*members[:2]).certified
+    assert not certified_by(*members[:3], witness=False).certified
+
+
+def test_nobody_stands_where_no_certificate_leads() -> None:
+    story = Story()
+    story.train(0, 5)
+    story.meet(0, weights=[50])
+    story.chronicle.certified.clear()
+    with pytest.raises(Violation, match="certified: peer 0 stands at outer step 1"):
+        story.chronicle.moves(0, story.state)
+
+
+def test_two_certificates_of_one_round() -> None:
+    chronicle, members = Chronicle(names={}), [identity(i) for i in range(3)]
+    group = group_at(members, rules_of(), Known(step=0, peers=frozenset()), head(""))
+    first, second = (group.header([bytes([i]) * 32]) for i in range(2))
+    for header in (first, second):
+        certificate = certificate_for(group, header, members[:2], owner=OWNER, full=b"\x07")
+        one = Certified(header=header, certificate=certificate)
+        if header is first:
+            chronicle.certifies(one, rules_of())
+        else:
+            with pytest.raises(Violation, match="two updates of one round are certified"):
+                chronicle.certifies(one, rules_of())
+
+
+def test_what_is_given_up_was_replaced_before() -> None:
+    story = Story()
+    story.train(0, 5)
+    story.train(1, 5)
+    first = story.meet(0, 1, weights=[50, 50])
+    weights = tuple((peer_id, 40) for peer_id, _ in first.header.contributors)
+    other = Update(header=dataclasses.replace(first.header, contributors=weights), parts=first.parts)
+    story.chronicle.gives_up(0)
+    story.chronicle.writes(other)
+    assert not story.chronicle.was_replaced(first.header.head, other.header.head)
+    assert story.chronicle.was_replaced(other.header.head, first.header.head)
 
 
 def test_steps_that_count_twice() -> None:

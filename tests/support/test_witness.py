@@ -10,8 +10,8 @@ import pytest
 from p2p_diloco.core.aggregate import AGGREGATIONS
 from p2p_diloco.core.codec import Vector
 from p2p_diloco.core.grid import Grid
-from p2p_diloco.core.group import Group
-from p2p_diloco.core.identity import Identity
+from p2p_diloco.core.group import Group, SealedRoster
+from p2p_diloco.core.identity import SIGNATURE_BYTES, Identity
 from p2p_diloco.core.outer import genesis_state
 from p2p_diloco.core.update import Part, Update
 from tests.support.builders import head, identity, readiness_of
@@ -40,14 +40,15 @@ def group(history: str = "", who: Sequence[Identity] = MEMBERS) -> Group:
     members = tuple(readiness_of(one, history) for one in who)
     step, at, weights = len(history), head(history), (100,) * len(members)
     return Group(
-        round_id=at,
+        sealed=SealedRoster(leader="", members=(), absent=(), signature=bytes(SIGNATURE_BYTES)),
         step=step,
         head=at,
         members=members,
         weights=weights,
         total_weight=None,
         aggregation=AGGREGATIONS["mean"],
-        me=0,
+        counting=frozenset(range(len(members))),
+        needs_witness=False,
     )
 
 
