@@ -92,8 +92,6 @@ class Witness:
         trainers |= {self.here.peer_id} if seat.role_trainer else set()
         if len(seat.known.peers & trainers) >= self._rules.least_known:
             return "enough known members are here to do without a witness"
-        if seat.in_round:
-            return "the run's owner is in a round of this head itself"
         if signed is not None and signed.head == group.head and signed.link != link and now_s() < signed.until_s:
             return "the run's owner has just witnessed another update of this head"
         return ""

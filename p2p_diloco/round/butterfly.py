@@ -68,6 +68,10 @@ class Butterfly:
             return []
         return list(self.parts[self.reducers.index(reducer) :: len(self.reducers)])
 
+    def reducer_of(self) -> dict[int, int]:
+        """Returns the reducer of each of the parts."""
+        return {part: self.reducers[i % len(self.reducers)] for i, part in enumerate(self.parts)}
+
     # -- as a sender -------------------------------------------------------------------------------------------------
 
     async def _contribute(self, reducer: int) -> None:

@@ -25,27 +25,47 @@ Decision: TypeAlias = Again | Commit | No
 
 
 def decide(
-    held: Mapping[int, Sequence[bytes]], group: Group, *, min_group: int, n_parts: int, newest: int, state: bytes
+    held: Mapping[int, Sequence[bytes]],
+    group: Group,
+    *,
+    me: int,
+    min_group: int,
+    reducers: Sequence[int],
+    newest: int,
+    state: bytes,
 ) -> Decision:
     """Returns what a leader tells the members that have sent a receipt.
 
     It is a commit when most of the members that count have sent receipts, and every part is held by one of them. Parts
     that none of them holds are reduced again by all of them, in a butterfly of a new number; there are fewer of these
-    than members. The round fails otherwise.
+    than members. So are parts of which they hold different bytes, none of them most: without whoever reduced those, if
+    the others are enough. The round fails otherwise.
 
-    ``held``: member -> the hashes of the parts that it holds, the leader among them. ``newest``: the highest number of
-    a butterfly that the leader has heard of. ``state``: as ``agreed_state`` has it.
+    ``held``: member -> the hashes of the parts that it holds, the leader, ``me``, among them. ``reducers``: who has
+    reduced each part; I have not sent different bytes. ``newest``: the highest number of a butterfly that the leader
+    has heard of. ``state``: as ``agreed_state`` has it.
     """
-    size = len(group.members)
+    size, n_parts = len(group.members), len(reducers)
     if len(held) < min_group or not group.is_most(held.keys()):
         return No(reason=f"{len(held)} of {size} members are left, too few to commit")
     hashes, holders = choose_parts(held, n_parts)
-    missing = [part for part, chosen in enumerate(hashes) if not chosen]
+    torn = [part for part in range(n_parts) if reducers[part] != me and is_torn(part, hashes[part], held, group)]
+    others = held.keys() - {reducers[part] for part in torn}
+    if len(others) < min_group or not group.is_most(others):
+        torn, others = [], set(held)
+    missing = sorted({*torn, *(part for part, chosen in enumerate(hashes) if not chosen)})
     if not missing:
         return Commit(part_hashes=hashes, holders=holders, state=state)
     if newest + 1 >= size:
         return No(reason=f"{len(missing)} parts were lost again and again")
-    return Again(number=newest + 1, members=sorted(held), parts=missing)
+    return Again(number=newest + 1, members=sorted(others), parts=missing)
+
+
+def is_torn(part: int, chosen: bytes, held: Mapping[int, Sequence[bytes]], group: Group) -> bool:
+    """Returns whether members hold different bytes for a part, and too few of them those that were ``chosen``, for
+    nobody signs another hash than its reducer has sent."""
+    with_chosen = {member for member, hashes in held.items() if hashes[part] in (b"", chosen)}
+    return len(with_chosen) < len(held) and not group.is_most(with_chosen)
 
 
 def agreed_state(states: Mapping[int, bytes], group: Group) -> bytes:

@@ -72,8 +72,9 @@ class Leader:
             decision = decide(
                 without_refused(held, meeting.refused),
                 self.group,
+                me=me,
                 min_group=meeting.min_group,
-                n_parts=len(meeting.parts),
+                reducers=member.reducers(),
                 newest=max(number, *(receipt.number for receipt in self.receipts.values()), 0),
                 state=self._agreed_state(),
             )
@@ -82,7 +83,7 @@ class Leader:
             if isinstance(decision, Again):
                 self.decision, number = decision, decision.number
                 await member.reduce_again(decision)
-                await self._collect(held.keys() - {me}, number)
+                await self._collect(set(decision.members) - {me}, number)
                 continue
             await member.fetch_missing(decision, me)
             if meeting.hashes() == decision.part_hashes:

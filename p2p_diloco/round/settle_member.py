@@ -83,6 +83,13 @@ class Member:
         self.meeting.changed.ring()
         await self._run(butterfly)
 
+    def reducers(self) -> list[int]:
+        """Returns who has reduced each part, as far as I know."""
+        last: dict[int, int] = {}
+        for number in sorted(self.butterflies):
+            last |= self.butterflies[number].reducer_of()
+        return [last[part] for part in range(len(self.meeting.parts))]
+
     async def _run(self, butterfly: Butterfly) -> None:
         """Runs a butterfly for at most half of the time that the round has left. Reducers that owe parts then are given
         up; the other half of the time is enough to do without them."""
@@ -97,7 +104,7 @@ class Member:
 
     async def follow(self, leader: int) -> Settled | Missed | None:
         """Gives my receipt to a leader, signs its commit, and returns the update with its certificate. None when the
-        leader fails me before that: the next one leads."""
+        leader fails me before that, or most do not sign: the next one leads."""
         meeting = self.meeting
         try:
             channel = await meeting.open(leader)
@@ -148,10 +155,10 @@ class Member:
 
     # -- with a commit -----------------------------------------------------------------------------------------------
 
-    async def _take(self, channel: Channel, commit: Commit, leader: int) -> Settled | Missed:
-        """Fetches what I miss of a commit, signs it if I may, and waits until it is certified. Refused when it is
-        not, and I have not signed it: the next leader may do better. It is not to blame, for a reducer may have sent it
-        something else."""
+    async def _take(self, channel: Channel, commit: Commit, leader: int) -> Settled | Missed | None:
+        """Fetches what I miss of a commit, signs it if I may, and waits until it is certified. None when it is
+        not, and Refused when I have not even signed it: the next leader may do better. This one is not to blame, for a
+        reducer may have sent it something else."""
         objection = self.objection(commit)
         update = None if objection else await self._telling(channel, self.complete(commit, leader))
         if update is None and not objection:
@@ -163,7 +170,8 @@ class Member:
         if isinstance(answer, No) and isinstance(word, No):
             raise Refused(channel.peer_id, f"commits what most do not sign: {word.reason}")
         if isinstance(answer, No):
-            return Missed(reason="failed", detail=answer.reason)
+            log.info("outer step %d: signed, and not certified: %s", self.group.step, answer.reason)
+            return None
         return await self.certify(commit, answer, leader)
 
     def sign(self, commit: Commit) -> Took | No:

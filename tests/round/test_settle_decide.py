@@ -48,7 +48,19 @@ GROUPS = {count: group_of(ranked(head("abc"), count), "abc") for count in (3, 5)
     ],
 )
 def test_a_leader_decides_by_the_receipts_of_most(held: dict[int, list[bytes]], decided: Decision) -> None:
-    assert decide(held, GROUPS[5], min_group=2, n_parts=2, newest=1, state=b"") == decided
+    assert decide(held, GROUPS[5], min_group=2, me=0, reducers=[0, 1], newest=1, state=b"") == decided
+
+
+def test_parts_of_which_no_bytes_are_held_by_most_are_reduced_again_without_their_reducer() -> None:
+    held = {0: [A, A], 1: [A, B], 2: [A, B], 3: [A, A], 4: [A, b"c" * 32]}
+    torn = decide(held, GROUPS[5], me=0, min_group=2, reducers=[2, 3], newest=0, state=b"")
+    assert torn == Again(number=1, members=[0, 1, 2, 4], parts=[1])
+    mine = decide(held, GROUPS[5], me=3, min_group=2, reducers=[2, 3], newest=0, state=b"")
+    assert mine == Commit(part_hashes=[A, A], holders=[0, 0])
+    most = held | {1: [A, b""]}
+    assert isinstance(decide(most, GROUPS[5], me=0, min_group=2, reducers=[2, 3], newest=0, state=b""), Commit)
+    few = {0: [A, A], 1: [A, B]}
+    assert isinstance(decide(few, GROUPS[3], me=0, min_group=2, reducers=[0, 1], newest=0, state=b""), Commit)
 
 
 def test_what_a_leader_refuses_is_held_by_nobody() -> None:
@@ -60,17 +72,19 @@ def test_what_a_leader_refuses_is_held_by_nobody() -> None:
 def test_fewer_than_the_smallest_group_commit_nothing() -> None:
     held = {0: [A], 1: [A]}
     few = No(reason="2 of 3 members are left, too few to commit")
-    assert decide(held, GROUPS[3], min_group=3, n_parts=1, newest=0, state=b"") == few
-    assert decide(held, GROUPS[3], min_group=2, n_parts=1, newest=0, state=b"") == Commit(part_hashes=[A], holders=[0])
+    assert decide(held, GROUPS[3], min_group=3, me=0, reducers=[0], newest=0, state=b"") == few
+    assert decide(held, GROUPS[3], min_group=2, me=0, reducers=[0], newest=0, state=b"") == Commit(
+        part_hashes=[A], holders=[0]
+    )
 
 
 def test_parts_are_reduced_again_less_often_than_there_are_members() -> None:
     held = {0: [A, b""], 1: [A, b""]}
-    assert decide(held, GROUPS[3], min_group=2, n_parts=2, newest=1, state=b"") == Again(
+    assert decide(held, GROUPS[3], min_group=2, me=0, reducers=[0, 1], newest=1, state=b"") == Again(
         number=2, members=[0, 1], parts=[1]
     )
     lost = No(reason="1 parts were lost again and again")
-    assert decide(held, GROUPS[3], min_group=2, n_parts=2, newest=2, state=b"") == lost
+    assert decide(held, GROUPS[3], min_group=2, me=0, reducers=[0, 1], newest=2, state=b"") == lost
 
 
 @pytest.mark.parametrize(
