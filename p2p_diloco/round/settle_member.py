@@ -155,10 +155,10 @@ class Member:
 
     # -- with a commit -----------------------------------------------------------------------------------------------
 
-    async def _take(self, channel: Channel, commit: Commit, leader: int) -> Settled | Missed | None:
-        """Fetches what I miss of a commit, signs it if I may, and waits until it is certified. None when it is
-        not, and Refused when I have not even signed it: the next leader may do better. This one is not to blame, for a
-        reducer may have sent it something else."""
+    async def _take(self, channel: Channel, commit: Commit, leader: int) -> Settled | Missed:
+        """Fetches what I miss of a commit, signs it if I may, and waits until it is certified. Refused when it is
+        not, whether I have signed it or not: the next leader may do better, and all members think the same of this one.
+        It is not to blame, for a reducer may have sent it something else."""
         objection = self.objection(commit)
         update = None if objection else await self._telling(channel, self.complete(commit, leader))
         if update is None and not objection:
@@ -167,11 +167,9 @@ class Member:
         word = No(reason=objection) if objection else self.sign(commit)
         await channel.send(word)
         answer = await self._hear(channel, Certifies)
-        if isinstance(answer, No) and isinstance(word, No):
-            raise Refused(channel.peer_id, f"commits what most do not sign: {word.reason}")
         if isinstance(answer, No):
-            log.info("outer step %d: signed, and not certified: %s", self.group.step, answer.reason)
-            return None
+            why = word.reason if isinstance(word, No) else answer.reason
+            raise Refused(channel.peer_id, f"commits what most do not sign: {why}")
         return await self.certify(commit, answer, leader)
 
     def sign(self, commit: Commit) -> Took | No:
