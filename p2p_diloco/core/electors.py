@@ -45,11 +45,17 @@ def electorate(
 ) -> tuple[Sequence[Record], Standing | None]:
     """Returns whose standings count, of those in ``records``, and mine if it counts as well. ``me``: my peer id;
     ``before``: as ``swarm_head`` has it."""
+    records = [record for record in records if record.step > 0 or is_genesis(record.head, mine, history)]
     electors = history.electors(fork_step(records, mine, before, history))
     voters = [record for record in records if record.peer_id in electors]
     if not voters:
         return records, mine
     return voters, mine if me in electors else None
+
+
+def is_genesis(head: bytes, mine: Standing, history: History) -> bool:
+    """Returns whether a head is that of the run's genesis, which the manifest names: there is no other one."""
+    return head == mine.head if mine.step == 0 else history.step_of(head) == 0
 
 
 def fork_step(records: Iterable[Record], mine: Standing, before: Mapping[bytes, bytes], history: History) -> int:

@@ -39,6 +39,9 @@ from p2p_diloco.round.here import Here
 
 log = logging.getLogger(__name__)
 
+GUIDES = 8
+"""Asked for one target in a row. Each may cost ``Timeouts.request_s``, and the swarm goes on meanwhile."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class CaughtUp:
@@ -93,7 +96,7 @@ class Catchup:
             return None  # nobody can be there: so far, no donor shall make us read its heads
         if await self._commit_ahead(target, tally):
             return self._arrived(from_step, target, tally)
-        for guide in self.donors.of_head(target[1]):
+        for guide in self.donors.of_head(target[1])[:GUIDES]:
             try:
                 if await self._go(guide, target, tally):
                     arrived = self._arrived(from_step, target, tally)

@@ -24,6 +24,7 @@ from p2p_diloco.ledger.replica import Replica
 from p2p_diloco.peer.catchup import Catchup, CaughtUp
 from p2p_diloco.peer.presence import Presence
 from p2p_diloco.peer.upkeep import Upkeep
+from p2p_diloco.peer.witness import Witness
 from p2p_diloco.round.here import Here
 
 log = logging.getLogger(__name__)
@@ -43,6 +44,7 @@ class Follower:
     catchup: Catchup
     upkeep: Upkeep
     presence: Presence
+    witness: Witness
     events: EventLog
     by_itself: bool = True
     """The state goes where the swarm goes: at a seed, and at a trainer until it begins. From then on it moves at outer
@@ -58,10 +60,13 @@ class Follower:
 
     def target(self) -> tuple[int, bytes] | None:
         """Returns outer step and head of the swarm, as far as others are believed; None where there is nobody, and I
-        have no state."""
+        have no state. The owner goes where its witness has led, whatever others claim: rounds wait for it."""
         directory = self.here.directory
         if self.replica.state is None:
             return swarm_head(directory.believed(self.here.wall_s()), None, directory.before)
+        standing = self.here.seat.standing
+        if (witnessed := self.witness.leads_to(standing.head)) is not None:
+            return standing.step + 1, witnessed
         voters, mine = self.here.voters()
         return swarm_head(voters, mine, directory.before)
 

@@ -96,8 +96,15 @@ class Peer:
         )
         self.upkeep = Upkeep(here=here, replica=replica, catchup=catchup, events=events)
         self.presence = Presence(here=here, replica=replica, events=events, role=self.role, name=name, metrics=metrics)
+        witness = Witness(here=here, replica=replica)
         self.follower = Follower(
-            here=here, replica=replica, catchup=catchup, upkeep=self.upkeep, presence=self.presence, events=events
+            here=here,
+            replica=replica,
+            catchup=catchup,
+            upkeep=self.upkeep,
+            presence=self.presence,
+            witness=witness,
+            events=events,
         )
         self.reception = Reception(
             here=here,
@@ -107,7 +114,7 @@ class Peer:
             presence=self.presence,
             uploads=self.uploads,
             probes=Probes(here=here, rate=self.uploads.rate),
-            witness=Witness(here=here, replica=replica),
+            witness=witness,
         )
         self.outer_steps = None if local is None else self._outer_steps(local)
 

@@ -19,6 +19,7 @@ from p2p_diloco.core.certificate import Certificate, check_most
 from p2p_diloco.core.errors import Misbehaved
 from p2p_diloco.core.group import Group, RosterRules, open_roster
 from p2p_diloco.core.roster import on_head, open_readiness
+from p2p_diloco.core.update import next_head
 from p2p_diloco.core.waiting import heard, now_s
 from p2p_diloco.ledger.replica import Replica
 from p2p_diloco.round.here import Here
@@ -84,6 +85,14 @@ class Witness:
             changed = seat.changed.event
             await channel.send(Eta(eta_s=timeouts.heartbeat_s))
             await heard(changed, timeouts.heartbeat_s)
+
+    def leads_to(self, head: bytes) -> bytes | None:
+        """Returns the head that the update which I have witnessed on ``head`` leads to; None where there is none, or it
+        is too long ago to wait for it."""
+        signed = self._signed
+        if signed is None or signed.head != head or now_s() >= signed.until_s:
+            return None
+        return next_head(head, signed.link)
 
     def _refusal(self, group: Group, link: bytes) -> str:
         """Returns why an update of this head is not witnessed; empty where it is."""

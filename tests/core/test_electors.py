@@ -93,6 +93,14 @@ def test_who_is_behind_or_ahead_on_my_way_is_on_no_branch(history: str) -> None:
     assert fork_step([record_of(KNOWN[0], history)], standing(), ways(MINE, "abcdefghij"), OURS) == 8
 
 
+def test_there_is_one_genesis() -> None:
+    """Who claims another one has no vote, where everybody has one, too."""
+    elsewhere = record_of(identity(50), head=bytes(32))
+    at_home, nowhere = record_of(identity(51)), NoHistory()
+    assert electorate([elsewhere, at_home], standing(""), ME.peer_id, {}, nowhere) == ([at_home], standing(""))
+    assert electorate([elsewhere, at_home], standing(), ME.peer_id, {}, OURS) == ([at_home], standing())
+
+
 def test_my_own_standing_counts_if_i_have_a_vote() -> None:
     records = [record_of(KNOWN[0], "abcdefg")]
     assert electorate(records, standing(), ME.peer_id, {}, OURS) == (records, standing())
