@@ -241,12 +241,13 @@ def certificate_not_checked() -> Iterator[None]:
 
 @contextlib.contextmanager
 def two_links_signed() -> Iterator[None]:
-    """A member signs whatever a leader commits, also when it has signed something else in this round."""
+    """A member forgets what it has signed as soon as it has said so, and signs what a later leader commits."""
     sign = Member.sign
 
     def sign_again(self: Member, commit: Commit) -> Took | No:
+        word = sign(self, commit)
         self.taken = None
-        return sign(self, commit)
+        return word
 
     with mock.patch.object(Member, "sign", sign_again):
         yield
@@ -254,13 +255,14 @@ def two_links_signed() -> Iterator[None]:
 
 @contextlib.contextmanager
 def known_by_claims() -> Iterator[None]:
-    """Who says that it has ever committed is known."""
+    """Who says that it has ever committed is known, wherever anybody is."""
     take_standing = Presence.take_standing
 
     def take(self: Presence) -> None:
         take_standing(self)
-        claim = {record.peer_id for record in self.here.live() if record.beyond_genesis} | {self.here.peer_id}
-        self.here.seat.known = replace(self.here.seat.known, peers=frozenset(claim))
+        if self.here.seat.known.peers:
+            claim = {record.peer_id for record in self.here.live() if record.beyond_genesis} | {self.here.peer_id}
+            self.here.seat.known = replace(self.here.seat.known, peers=frozenset(claim))
 
     with mock.patch.object(Presence, "take_standing", take):
         yield
