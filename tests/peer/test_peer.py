@@ -260,18 +260,18 @@ def test_most_stand_still_and_find_the_others_far_ahead(tmp_path: Path) -> None:
     """A record shows four heads: too few to see that the two have only gone on from where the three still are."""
 
     async def main() -> None:
-        swarm = Simulated(tmp_path, 5, n=1000, outer_steps=12)
+        swarm = Simulated(tmp_path, 5, n=1000, outer_steps=27)
         sims = await swarm.start(5)
-        await swarm.until(sims, 2)
+        await swarm.until(sims, 17)  # they are known by now, and need no witness
         swarm.network.kill(swarm.peers[0].peer.identity.peer_id)
         ahead, behind = sims[:2], sims[2:]
         for sim in behind:
             swarm.network.stop(sim.peer.identity.peer_id, whole=True)
-        await swarm.until(ahead, 8)
-        assert max(sim.peer.step for sim in behind) <= 3
+        await swarm.until(ahead, 23)
+        assert max(sim.peer.step for sim in behind) <= 18
         for sim in behind:
             swarm.network.resume(sim.peer.identity.peer_id)
-        await swarm.until(sims, 12, limit_s=400)
+        await swarm.until(sims, 27, limit_s=400)
         swarm.check_identical(sims)
         for index in range(1, 6):
             assert not any(event.rolled_back for event in swarm.events(index, PeerCaughtUp))
@@ -657,10 +657,9 @@ def test_a_liar_that_nobody_can_follow_does_not_stop_the_swarm(tmp_path: Path, a
         lying = asyncio.create_task(lie())
         await swarm.until(sims, 4, limit_s=600.0)
         lying.cancel()
-        now_s = asyncio.get_running_loop().time()
         swarm.check_identical(sims[1:])
         for sim in sims[1:]:
-            assert STRANGER.peer_id not in [record.peer_id for record in sim.peer.directory.believed(now_s)]
+            assert STRANGER.peer_id not in [record.peer_id for record in sim.peer.here.voters()[0]]
         assert answers == "nothing" or any(isinstance(message, AskHeads) for message in asked)
 
     run_simulated(main())

@@ -25,6 +25,7 @@ from p2p_diloco.peer.control import OuterResult
 from p2p_diloco.peer.outer_steps import OuterSteps
 from p2p_diloco.peer.presence import Presence
 from p2p_diloco.round import settle_decide, settle_member
+from p2p_diloco.round.here import Here
 from p2p_diloco.round.meeting import Meeting
 from p2p_diloco.round.outcome import Settled
 from p2p_diloco.round.settle import Settlement
@@ -73,6 +74,7 @@ def loudest_head() -> Iterator[None]:
         mock.patch("p2p_diloco.peer.follower.swarm_head", loudest),
         mock.patch("p2p_diloco.round.company.swarm_head", loudest),
         mock.patch.object(Directory, "believed", Directory.live),
+        mock.patch.object(Here, "voters", lambda here: (here.live(), here.seat.standing)),
     ):
         yield
 
