@@ -121,7 +121,6 @@ FOUND_BY: dict[str, tuple[int, str]] = {
     "half of the voters": (74, "head-choice"),
     "denied at once": (26, "one-outcome"),
     "certificate not checked": (0, "no-invention"),
-    "two links signed": (0, "one-outcome"),
     "known by claims": (2, "certified"),
 }
 """Broken protocol -> the first seed from 0 on whose schedule finds it, and the invariant that is violated."""

@@ -32,7 +32,7 @@ from p2p_diloco.round.settle import Settlement
 from p2p_diloco.round.settle_leader import Leader
 from p2p_diloco.round.settle_member import Member
 from p2p_diloco.wire.channel import Channel
-from p2p_diloco.wire.messages import Commit, No, Took
+from p2p_diloco.wire.messages import Commit, No
 
 LOCAL_VALUES = bytes(32)
 """In place of the hash of a part that everybody fills with its own values."""
@@ -242,20 +242,6 @@ def certificate_not_checked() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def two_links_signed() -> Iterator[None]:
-    """A member forgets what it has signed as soon as it has said so, and signs what a later leader commits."""
-    sign = Member.sign
-
-    def sign_again(self: Member, commit: Commit) -> Took | No:
-        word = sign(self, commit)
-        self.taken = None
-        return word
-
-    with mock.patch.object(Member, "sign", sign_again):
-        yield
-
-
-@contextlib.contextmanager
 def known_by_claims() -> Iterator[None]:
     """Who says that it has ever committed is known, wherever anybody is."""
     take_standing = Presence.take_standing
@@ -282,7 +268,6 @@ VARIANTS: dict[str, Callable[[], AbstractContextManager[None]]] = {
     "half of the voters": half_of_the_voters,
     "denied at once": denied_at_once,
     "certificate not checked": certificate_not_checked,
-    "two links signed": two_links_signed,
     "known by claims": known_by_claims,
 }
 SEEN_WITH_LIARS = {"certificate not checked": "extends alone"}
