@@ -7,7 +7,14 @@ nothing about what is in the update, and its own history follows it like anybody
 signed, and nobody have the update; so it signs another one on the same head when nobody has shown it the first one for
 ``Timeouts.record_life_s``.
 
-Known weakness: whoever holds back such an update for longer than that can bring it out later, and then there are two.
+Nor does it sign for the first that asks: where fewer than LEAST_SHARE of those that have contributed so far, and are
+here, are in the roster, it waits for that time as well, in which they can meet; before the first update, of the
+trainers that have answered it. Else whoever trains least would be known before all others. Not most of them: some may
+be ready and contribute nothing, and shall not stop the rest.
+
+Known weaknesses: whoever holds back such an update for longer than that can bring it out later, and then there are two.
+Who makes the first updates alone, because nobody else is ready in that time, has them to itself. An owner that trains
+may sign one update as a member, and another one of the same head as a witness.
 """
 
 from __future__ import annotations
@@ -28,6 +35,9 @@ from p2p_diloco.wire.messages import AskWitness, Eta, No, Witnessed
 
 log = logging.getLogger(__name__)
 
+LEAST_SHARE = 0.3
+"""Of those who are there."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Signed:
@@ -47,6 +57,8 @@ class Witness:
     here: Here
     replica: Replica
     _signed: Signed | None = field(default=None, init=False)
+    _asked: tuple[bytes, float] = field(default=(b"", 0.0), init=False)
+    """The head for which a witness was asked last, and the loop time at which it was for the first time."""
 
     def __post_init__(self) -> None:
         self._rules = RosterRules.of(self.replica.manifest)
@@ -103,7 +115,24 @@ class Witness:
             return "enough known members are here to do without a witness"
         if signed is not None and signed.head == group.head and signed.link != link and now_s() < signed.until_s:
             return "the run's owner has just witnessed another update of this head"
+        if self._asked[0] != group.head:
+            self._asked = group.head, now_s()
+        if now_s() < self._asked[1] + self.here.timeouts.record_life_s and self._leaves_out_others(group):
+            return "too few of those that the run's owner sees here are in it"
         return ""
+
+    def _leaves_out_others(self, group: Group) -> bool:
+        """Tells whether fewer than LEAST_SHARE of those that have contributed so far, and are on my way, are in a
+        group; before the first update, of the trainers that have answered me. Their records may not have heard of the
+        last outer step yet."""
+        seat, proven = self.here.seat, self.here.directory.proven
+        way = {seat.standing.head, *seat.standing.heads}
+        here = (record for record in self.here.live() if record.role == "trainer" and record.head in way)
+        there = {record.peer_id for record in here if record.peer_id in proven}
+        if group.step:
+            there &= seat.history.electors(group.step)
+        inside = there.intersection(member.peer_id for member in group.members)
+        return len(inside) < LEAST_SHARE * len(there)
 
     async def _refuse(self, channel: Channel, step: int, reason: str) -> None:
         log.warning("outer step %d: not witnessed: %s", step, reason)
