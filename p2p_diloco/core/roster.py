@@ -21,7 +21,7 @@ from pydantic import Field
 from p2p_diloco.core.aggregate import Aggregation
 from p2p_diloco.core.digest import digest
 from p2p_diloco.core.identity import Identity
-from p2p_diloco.core.records import Hash, Natural, Record, Signed, open_record, seal, unseal
+from p2p_diloco.core.records import MAX_SEAT_BYTES, Hash, Natural, Record, Signed, open_record, seal, unseal
 from p2p_diloco.core.runfile import OnMissed
 from p2p_diloco.core.update import UpdateHeader
 
@@ -43,6 +43,8 @@ class Readiness(Signed):
     """Its speed, as it claims: others may plan more for it, and never fewer."""
     nonce: Annotated[bytes, Field(min_length=8, max_length=8)]
     """New for every attempt, so that no two rounds have the same id."""
+    seat: Annotated[bytes, Field(max_length=MAX_SEAT_BYTES)] = b""
+    """As in the peer's record."""
 
 
 def seal_readiness(readiness: Readiness, identity: Identity) -> bytes:

@@ -59,8 +59,10 @@ class Follower:
     def target(self) -> tuple[int, bytes] | None:
         """Returns outer step and head of the swarm, as far as others are believed; None where there is nobody, and I
         have no state."""
-        mine = self.here.seat.standing if self.replica.state is not None else None
-        return swarm_head(self.here.directory.believed(self.here.wall_s()), mine, self.here.directory.before)
+        directory = self.here.directory
+        if self.replica.state is None:
+            return swarm_head(directory.believed(self.here.wall_s()), None, directory.before)
+        return swarm_head(self.here.voters_beside_me(), self.here.seat.standing, directory.before)
 
     def must_move(self) -> bool:
         """Tells whether nobody waits for me here any more, or what I hold is wrong."""

@@ -35,6 +35,7 @@ from p2p_diloco.peer.outer_steps import OuterSteps
 from p2p_diloco.peer.presence import Presence
 from p2p_diloco.peer.probes import Probes
 from p2p_diloco.peer.reception import Reception
+from p2p_diloco.peer.revocations import Revoked
 from p2p_diloco.peer.upkeep import Upkeep
 from p2p_diloco.peer.uploads import Uploads
 from p2p_diloco.round.here import Here
@@ -64,7 +65,9 @@ class Peer:
         max_upload_bytes_per_s: float | None = None,
         metrics: Endpoint | None = None,
         wall_s: Callable[[], float] = time.time,
+        seat: bytes = b"",
     ) -> None:
+        """``seat``: under which this peer takes part in a run by invitation."""
         self.identity = identity
         self.replica = replica
         self.manifest = replica.manifest
@@ -72,7 +75,11 @@ class Peer:
         self.events = events
         self.role: Role = "seed" if local is None else "trainer"
         self.directory = Directory(
-            identity.peer_id, self.manifest.run_id, transport.timeouts, favoured=transport.favoured
+            identity.peer_id,
+            self.manifest.run_id,
+            transport.timeouts,
+            favoured=transport.favoured,
+            admission=self.manifest.admission(),
         )
         nowhere = Standing(step=0, head=bytes(32), heads=())
         self.seat = Seat(standing=nowhere, role_trainer=local is not None, client_mode=client_mode)
@@ -83,6 +90,7 @@ class Peer:
             seat=self.seat,
             timeouts=transport.timeouts,
             wall_s=wall_s,
+            sealed_seat=seat,
         )
         catchup = Catchup(here=here, replica=replica, events=events)
         self.matchmaker = Matchmaker(here, self.manifest)
@@ -95,6 +103,7 @@ class Peer:
         )
         self.upkeep = Upkeep(here=here, replica=replica, catchup=catchup, events=events)
         self.presence = Presence(here=here, replica=replica, events=events, role=self.role, name=name, metrics=metrics)
+        self.revoked = Revoked(here=here, replica=replica, presence=self.presence)
         self.follower = Follower(
             here=here, replica=replica, catchup=catchup, upkeep=self.upkeep, presence=self.presence, events=events
         )
@@ -106,6 +115,7 @@ class Peer:
             presence=self.presence,
             uploads=self.uploads,
             probes=Probes(here=here, rate=self.uploads.rate),
+            revoked=self.revoked,
         )
         self.outer_steps = None if local is None else self._outer_steps(local)
 
@@ -127,6 +137,7 @@ class Peer:
         it there. Raises NetworkError when it has no state, and nobody gives it one within ``discover_s``."""
         started_s = now_s()
         await asyncio.to_thread(self.replica.load)
+        self.revoked.read()
         from_step = self.replica.state.step if self.replica.state else None
         if self.replica.state is not None:
             self.presence.take_standing()
@@ -134,6 +145,7 @@ class Peer:
         await self.here.transport.serve(MANIFEST_PROTOCOL, self.reception.give_manifest)
         await self.here.transport.serve(self.here.protocol, self.reception.receive)
         await self.presence.refresh()
+        await self.revoked.hear()
         snapshot = await self.follower.catch_up(patience_s=self.here.timeouts.discover_s)
         if self.replica.state is None:
             raise NetworkError(
@@ -170,7 +182,11 @@ class Peer:
     async def run(self) -> None:
         """Keeps my record in the DHT, the others' here, and what I hold sound, until it is cancelled."""
         await asyncio.gather(
-            self.presence.publish_loop(), self.presence.refresh_loop(), self.follower.run(), self.upkeep.run()
+            self.presence.publish_loop(),
+            self.presence.refresh_loop(),
+            self.revoked.run(),
+            self.follower.run(),
+            self.upkeep.run(),
         )
 
     async def outer_step(self, tokens: int, *, dropped: bool = False, pace: float = 0.0) -> OuterResult:

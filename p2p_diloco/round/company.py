@@ -10,14 +10,14 @@ leader goes there, too, unless that one has failed it twice on this very head.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 
 from p2p_diloco.core.credit import Credit
 from p2p_diloco.core.errors import Misbehaved
 from p2p_diloco.core.manifest import RunManifest
 from p2p_diloco.core.records import Record
-from p2p_diloco.core.roster import Group, Readiness, leader_order, on_head, open_readiness
+from p2p_diloco.core.roster import Group, Readiness, leader_order, on_head, open_readiness, rank
 from p2p_diloco.core.swarm_head import must_catch_up, swarm_head, way_of
 from p2p_diloco.core.waiting import now_s
 from p2p_diloco.round.here import Here
@@ -170,13 +170,30 @@ class Company:
             raise Misbehaved(source, "sends somebody else's readiness")
         if readiness.weight > self.manifest.spec.max_weight_tokens:
             raise Misbehaved(source, f"claims a weight of {readiness.weight} tokens")
+        try:
+            self.here.directory.admission.invitation_of(readiness)
+        except ValueError as error:
+            raise Misbehaved(source, f"sends a readiness of {error}") from error
         return readiness
+
+    def check_seats(self, members: Sequence[Readiness], absent: Sequence[Record]) -> None:
+        """Unsound unless the members of a roster on my head may meet, and those that are absent may count; Lapsed where
+        only time is against it."""
+        directory, step = self.here.directory, self.here.seat.standing.step
+        directory.admission.check_roster(members, absent, now_s=self.here.wall_s(), step=step)
+
+    def with_places(self, head: bytes, ready: Iterable[bytes], around: Iterable[Record] = ()) -> set[str]:
+        """Returns the ids of the peers that a round on ``head`` has places for: of those that are ``ready``, in the
+        order of rank, and then of those ``around``."""
+        members = sorted(map(open_readiness, ready), key=lambda member: rank(head, member.peer_id))
+        admission, step = self.here.directory.admission, self.here.seat.standing.step
+        return admission.within_places([*members, *around], now_s=self.here.wall_s(), step=step)
 
     def beyond(self, head: bytes) -> bytes | None:
         """Returns the sealed record of a peer that stands beyond ``head``, or None while groups are formed on ``head``.
         None are formed there any more when I have left it, or when the swarm has, by the rule of ``swarm_head``."""
         directory, seat = self.here.directory, self.here.seat
-        voters, standing, before = directory.believed(self.here.wall_s()), seat.standing, directory.before
+        voters, standing, before = self.here.voters_beside_me(), seat.standing, directory.before
         if head != standing.head:
             return seat.sealed_record
         target = swarm_head(voters, standing, before)

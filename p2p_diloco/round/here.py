@@ -26,6 +26,8 @@ class Here:
     timeouts: Timeouts
     wall_s: Callable[[], float]
     """The clock that records are dated by."""
+    sealed_seat: bytes = b""
+    """Under which I take part in a run by invitation, as others read it."""
 
     @property
     def peer_id(self) -> str:
@@ -36,6 +38,10 @@ class Here:
     def protocol(self) -> str:
         """The name under which all peers of the run serve their streams."""
         return run_protocol(self.directory.run_id)
+
+    def voters_beside_me(self) -> list[Record]:
+        """Returns the records of all others that have a vote, where I have one, too."""
+        return self.directory.believed_beside(self.sealed_seat, self.wall_s())
 
     def live(self) -> list[Record]:
         """Returns the records of all other peers that are there now."""

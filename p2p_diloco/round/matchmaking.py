@@ -30,6 +30,7 @@ import asyncio
 import logging
 from dataclasses import dataclass, field
 
+from p2p_diloco.core.admission import Lapsed
 from p2p_diloco.core.errors import Misbehaved, Refused, RemoteError, Silent
 from p2p_diloco.core.manifest import RunManifest
 from p2p_diloco.core.records import open_record
@@ -155,6 +156,7 @@ class Matchmaker:
             dropped=dropped,
             tokens_per_s=tokens_per_s,
             nonce=new_nonce(),
+            seat=self.company.here.sealed_seat,
         )
 
     def _outcome(self, leader: str, answer: Roster | TooFew | Behind, mine: Readiness, sealed: bytes) -> Group | Missed:
@@ -170,13 +172,16 @@ class Matchmaker:
             return Missed(reason="behind", detail=f"peer {leader[-8:]} is past this head")
         if len(answer.members) == limits.max_group and sealed not in answer.members:
             raise Refused(leader, "its group is full")
+        if leader == company.me and sealed not in answer.members:
+            raise Refused(leader, "others of my token have its places in the round that I lead")
         return self._check(leader, answer, mine)
 
     def _check(self, leader: str, roster: Roster, mine: Readiness) -> Group:
-        """Returns the group of a roster. Misbehaved when the roster is not sound."""
+        """Returns the group of a roster. Misbehaved when the roster is not sound, Refused when the seat of a member has
+        lapsed: the leader may not have heard of that."""
         limits = self.manifest.spec.round
         try:
-            return check_roster(
+            group = check_roster(
                 roster.members,
                 mine,
                 min_group=limits.min_group,
@@ -186,8 +191,12 @@ class Matchmaker:
                 on_missed=limits.on_missed,
                 absent=roster.absent,
             )
+            self.company.check_seats(group.members, [*map(open_record, roster.absent)])
+        except Lapsed as error:
+            raise Refused(leader, f"its roster has {error}") from error
         except ValueError as error:
             raise Misbehaved(leader, f"sends {error}") from error
+        return group
 
     async def _ask(self, leader: str, sealed: bytes) -> Answer:
         """Tells a leader that I am ready, and returns what comes of its gathering. Silent when no word comes for

@@ -11,6 +11,7 @@ from typing import Annotated, ClassVar, Literal
 import msgpack
 from pydantic import AfterValidator, BaseModel, ConfigDict, FailFast, Field, ValidationError
 
+from p2p_diloco.core.invitation import MAX_REVOCATIONS_BYTES
 from p2p_diloco.core.records import MAX_RECORD_BYTES, Hash, Natural, unpack_plain
 from p2p_diloco.wire.traffic import Purpose
 
@@ -258,6 +259,20 @@ class Push(Message):
     tag = "push"
     purpose = "other"
     record: Sealed
+
+
+class AskRevocations(Message):
+    """Answered by RevocationList, or by No where nothing is revoked. In a run by invitation alone."""
+
+    tag = "ask-revocations"
+    purpose = "other"
+
+
+class RevocationList(Message):
+    """The newest list that I have of what the run's owner has revoked."""
+
+    tag = "revocations"
+    sealed: Annotated[bytes, Field(max_length=MAX_REVOCATIONS_BYTES)]
 
 
 class AskDialBack(Message):

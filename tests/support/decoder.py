@@ -60,9 +60,9 @@ RECORD = (
     *("peer_id", "run_id", "run_name", "issued_s", "life_s", "role", "phase", "step", "head", "committed", "heads"),
     *("snapshot_step", "snapshot_digest", "maddrs", "client_mode", "name", "version", "inner_step"),
     *("inner_steps_planned", "loss", "held_out_loss", "held_out_step", "tokens", "tokens_per_s", "group_size"),
-    *("round_s", "round_bytes", "metrics_addr"),
+    *("round_s", "round_bytes", "metrics_addr", "seat", "revocations"),
 )
-READINESS = ("peer_id", "run_id", "step", "head", "weight", "client_mode", "dropped", "tokens_per_s", "nonce")
+READINESS = ("peer_id", "run_id", "step", "head", "weight", "client_mode", "dropped", "tokens_per_s", "nonce", "seat")
 CONSENT = ("peer_id", "asker", "dialler", "ports")
 CONTEXTS = {
     RECORD: b"p2p-diloco record\0",
@@ -85,7 +85,7 @@ def public_key(peer_id: str) -> bytes:
 @lru_cache(maxsize=4096)
 def open_sealed(sealed: bytes, names: tuple[str, ...]) -> Mapping[str, Any]:
     """The fields of a statement, whose signature is good."""
-    check(len(sealed) <= 1024, "a statement that is too long")
+    check(len(sealed) <= 2048, "a statement that is too long")
     body, signature = unpack(sealed)
     values = unpack(body)
     check(len(values) == len(names), f"{len(values)} values, not {len(names)}")
@@ -418,6 +418,8 @@ MESSAGES: dict[str, tuple[set[str], set[str]]] = {
     "size": ({"size_bytes"}, set()),
     "ask-manifest": (set(), set()),
     "push": ({"record"}, set()),
+    "ask-revocations": (set(), set()),
+    "revocations": ({"sealed"}, set()),
     "ask-dial-back": ({"consent"}, set()),
     "dial-back": (set(), set()),
     "dialed-back": ({"reached", "ip"}, {"reason"}),
@@ -433,6 +435,7 @@ ANSWERS = {
     "ask-commit": ({"eta"}, {"commit"}),
     "ask-heads": (set[str](), {"heads"}),
     "push": (set[str](), {"push"}),
+    "ask-revocations": (set[str](), {"revocations"}),
     "ask-dial-back": (set[str](), {"dialed-back"}),
 }
 """Request -> what may come before the answer, and the answer; ``no`` in any case."""

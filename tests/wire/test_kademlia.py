@@ -177,7 +177,7 @@ class TestValidator:
             {"value": msgpack.packb(b"")},
             {"value": msgpack.packb("text")},
             {"value": msgpack.packb(seal_record(make_record(ALICE), BOB))},
-            {"value": msgpack.packb(bytes(1100))},
+            {"value": msgpack.packb(bytes(2100))},
             {"value": nested(DICTIONARY_CODE, 9)},
             {"value": None},
             {"expiration_time": math.inf},

@@ -53,7 +53,7 @@ HOSTILE: dict[str, bytes] = {
     "nested": b"\x91" * 100_000 + b"\x90",
     "nested field": b"\x92\xa3eta\x81\xa5eta_s" + b"\x91" * 500 + b"\x90",
     "256 members at most": packed("roster", {"members": [b""] * 257}),
-    "member too large": packed("roster", {"members": [b"x" * 1025]}),
+    "member too large": packed("roster", {"members": [b"x" * 2049]}),
     "reason too long": packed("no", {"reason": "x" * 201}),
     "short hash": packed("contribute", {"round_id": bytes(31)}),
     "short hash in a receipt": packed("receipt", {"round_id": HASH, "part_hashes": [b"x"]}),
@@ -74,7 +74,7 @@ HOSTILE: dict[str, bytes] = {
     "a huge transfer": packed("ask-transfer", {"up_bytes": 2**21 + 1, "down_bytes": 0}),
     "a transfer backwards": packed("ask-transfer", {"up_bytes": 0, "down_bytes": -1}),
     "time without end": packed("transferred", {"wall_s": float("inf")}),
-    "a large consent": packed("ask-dial-back", {"consent": b"x" * 1025}),
+    "a large consent": packed("ask-dial-back", {"consent": b"x" * 2049}),
 }
 
 
