@@ -64,10 +64,14 @@ RECORD = (
 )
 READINESS = ("peer_id", "run_id", "step", "head", "weight", "client_mode", "dropped", "tokens_per_s", "nonce", "seat")
 CONSENT = ("peer_id", "asker", "dialler", "ports")
+INVITATION = ("peer_id", "run_id", "token", "name", "places", "expires_s")
+REVOCATIONS = ("peer_id", "run_id", "number", "tokens", "steps")
 CONTEXTS = {
     RECORD: b"p2p-diloco record\0",
     READINESS: b"p2p-diloco readiness\0",
     CONSENT: b"p2p-diloco dial consent\0",
+    INVITATION: b"p2p-diloco invitation\0",
+    REVOCATIONS: b"p2p-diloco revocations\0",
 }
 
 
@@ -85,13 +89,24 @@ def public_key(peer_id: str) -> bytes:
 @lru_cache(maxsize=4096)
 def open_sealed(sealed: bytes, names: tuple[str, ...]) -> Mapping[str, Any]:
     """The fields of a statement, whose signature is good."""
-    check(len(sealed) <= 2048, "a statement that is too long")
+    check(len(sealed) <= (65536 if names == REVOCATIONS else 2048), "a statement that is too long")
     body, signature = unpack(sealed)
     values = unpack(body)
     check(len(values) == len(names), f"{len(values)} values, not {len(names)}")
     fields = dict(zip(names, values))
     check(is_signed(public_key(fields["peer_id"]), CONTEXTS[names] + body, signature), "a bad signature")
     return fields
+
+
+def open_seat(seat: bytes, peer_id: str, run_id: str, owner: str) -> Mapping[str, Any]:
+    """The invitation under which a peer takes part, with both signatures good."""
+    check(len(seat) <= 512, "a seat that is too long")
+    sealed, signature = unpack(seat)
+    invitation = open_sealed(sealed, INVITATION)
+    check((invitation["peer_id"], invitation["run_id"]) == (owner, run_id), "another owner's, or another run's")
+    statement = b"p2p-diloco seat\0" + msgpack.packb([run_id, peer_id])
+    check(is_signed(public_key(invitation["token"]), statement, signature), "a token that has not signed")
+    return invitation
 
 
 def open_manifest(data: bytes) -> tuple[bytes, str]:

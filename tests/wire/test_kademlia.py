@@ -197,7 +197,7 @@ class TestValidator:
             entry_of(),
             entry_of(key=DHTID.generate(source="another").to_bytes()),
             entry_of(value=msgpack.packb(seal_record(make_record(ALICE), BOB))),
-            entry_of(value=msgpack.packb(bytes(1100))),
+            entry_of(value=msgpack.packb(bytes(2100))),
             entry_of(value=b"\xc1"),
             entry_of(expiration_time=time.time() + 100),
             entry_of(value=None),
