@@ -30,7 +30,7 @@ def invite(
     name: Annotated[str, Parameter(show_default=False)] = "",
     days: Days | None = None,
     places: Places = 1,
-    out: Annotated[str, Parameter(show_default=False)] = "",
+    out: Annotated[Path | None, Parameter(allow_leading_hyphen=True)] = None,
     listed: Annotated[Flag, Parameter(name="--list", negative="", show_default=False)] = False,
     identity: Path | None = None,
     run_id: str | None = None,
@@ -68,11 +68,11 @@ def invite(
     if not name or days is None:
         raise UsageError("give --name and --days, or --list")
     run.check_name(name, now_s)
-    path = Path(out or f"{name}.invitation")
-    if out != "-" and path.exists():
+    path, shown = out or Path(f"{name}.invitation"), out == Path("-")
+    if not shown and path.exists():
         raise UsageError(f"--out {path}: there is such a file; choose another")
     token = run.invite(name, days=days, places=places, now_s=now_s)
-    if out == "-":
+    if shown:
         sys.stdout.write(token.text())
         return
     write_own(path, token.text().encode())
