@@ -33,7 +33,15 @@ log = logging.getLogger(__name__)
 
 Invited = Annotated[
     Token | None,
-    Parameter(converter=invitation_of, metavar="FILE", n_tokens=1, accepts_keys=False, negative="", show_default=False),
+    Parameter(
+        converter=invitation_of,
+        metavar="FILE",
+        n_tokens=1,
+        accepts_keys=False,
+        allow_leading_hyphen=True,
+        negative="",
+        show_default=False,
+    ),
 ]
 
 
