@@ -159,7 +159,7 @@ class Children:
         else:
             kind = [*self._trainer, "--threads", str(self._threads)]
             known[self._seed_address] = None
-            if self.manifest.spec.membership == "invite":
+            if self.spec.membership == "invite":
                 kind += ["--invite", str(self.invitation(child.name, places=1))]
         initial_peers = [address for address in known if address is not None]
         if initial_peers:
