@@ -7,7 +7,6 @@ from itertools import islice, pairwise
 
 from p2p_diloco.core.admission import IDS_PER_PLACE, Admission, counts_as, one_vote_each
 from p2p_diloco.core.config import Timeouts
-from p2p_diloco.core.invitation import open_seat
 from p2p_diloco.core.places import Places
 from p2p_diloco.core.proven import Proven
 from p2p_diloco.core.records import Record, Unsound, is_current, open_record
@@ -156,14 +155,6 @@ class Directory:
             for record in self.current(now_s)
             if (record.client_mode or self._answers(record)) and self._doubts.get(record.peer_id, now_s) <= now_s
         )
-
-    def believed_beside(self, seat: bytes, now_s: float) -> list[Record]:
-        """Returns the same as ``believed`` for a peer that votes itself under ``seat``: without the others of its
-        token."""
-        if not seat:
-            return self.believed(now_s)
-        mine = open_seat(seat, self.peer_id).token
-        return [record for record in self.believed(now_s) if counts_as(record) != mine]
 
     def show(self, way: Sequence[bytes]) -> None:
         """Notes that of these heads, newest first, each follows from the next. The oldest that are known make room."""

@@ -23,6 +23,7 @@ from p2p_diloco.core.errors import NetworkError
 from p2p_diloco.core.event import PeerJoined, PeerLeft
 from p2p_diloco.core.events import EventLog
 from p2p_diloco.core.identity import Identity
+from p2p_diloco.core.manifest import RunManifest
 from p2p_diloco.core.records import Role
 from p2p_diloco.core.roster import on_head, rank
 from p2p_diloco.core.swarm_head import Standing
@@ -46,10 +47,26 @@ from p2p_diloco.wire.channel import MANIFEST_PROTOCOL, Transport
 HAND_OVER_POLL_S = 0.2
 
 
+NOWHERE = Standing(step=0, head=bytes(32), heads=())
+"""Before there is any state."""
+
+
+def directory_of(transport: Transport, identity: Identity, manifest: RunManifest) -> Directory:
+    """Returns the directory of a peer of this run, with nobody in it."""
+    return Directory(
+        identity.peer_id,
+        manifest.run_id,
+        transport.timeouts,
+        favoured=transport.favoured,
+        admission=manifest.admission(),
+    )
+
+
 class Peer:
     """One peer's network side: its parts, and its life from ``join`` to ``leave``.
 
-    ``local``: float32 [n], the trainer's parameters; unchanged while ``outer_step`` runs. A seed has none."""
+    ``local``: float32 [n], the trainer's parameters; unchanged while ``outer_step`` runs. A seed has none. ``seat``:
+    under which this peer takes part in a run by invitation."""
 
     def __init__(
         self,
@@ -67,22 +84,14 @@ class Peer:
         wall_s: Callable[[], float] = time.time,
         seat: bytes = b"",
     ) -> None:
-        """``seat``: under which this peer takes part in a run by invitation."""
         self.identity = identity
         self.replica = replica
         self.manifest = replica.manifest
         self.local = local
         self.events = events
         self.role: Role = "seed" if local is None else "trainer"
-        self.directory = Directory(
-            identity.peer_id,
-            self.manifest.run_id,
-            transport.timeouts,
-            favoured=transport.favoured,
-            admission=self.manifest.admission(),
-        )
-        nowhere = Standing(step=0, head=bytes(32), heads=())
-        self.seat = Seat(standing=nowhere, role_trainer=local is not None, client_mode=client_mode)
+        self.directory = directory_of(transport, identity, self.manifest)
+        self.seat = Seat(standing=NOWHERE, role_trainer=local is not None, client_mode=client_mode)
         self.here = here = Here(
             transport=transport,
             identity=identity,

@@ -132,7 +132,7 @@ class Upkeep:
         """Compares my newest snapshot with the others'. Everybody's follows from their own files, so one that differs
         has been wrong since its peer joined, or is of a machine that computes otherwise."""
         mine = self.replica.newest_snapshot()
-        records = self.here.live()
+        records = self.here.votes_beside_mine(self.here.live())
         dispute = disputed(mine.step, mine.digest, self.replica.ledger.heads(), records)
         if dispute is None:
             return

@@ -10,13 +10,14 @@ leader goes there, too, unless that one has failed it twice on this very head.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 
+from p2p_diloco.core.admission import Lapsed
 from p2p_diloco.core.credit import Credit
-from p2p_diloco.core.errors import Misbehaved
+from p2p_diloco.core.errors import Misbehaved, Refused
 from p2p_diloco.core.manifest import RunManifest
-from p2p_diloco.core.records import Record
+from p2p_diloco.core.records import Record, open_record
 from p2p_diloco.core.roster import Group, Readiness, leader_order, on_head, open_readiness, rank
 from p2p_diloco.core.swarm_head import must_catch_up, swarm_head, way_of
 from p2p_diloco.core.waiting import now_s
@@ -176,11 +177,16 @@ class Company:
             raise Misbehaved(source, f"sends a readiness of {error}") from error
         return readiness
 
-    def check_seats(self, members: Sequence[Readiness], absent: Sequence[Record]) -> None:
-        """Unsound unless the members of a roster on my head may meet, and those that are absent may count; Lapsed where
-        only time is against it."""
-        directory, step = self.here.directory, self.here.seat.standing.step
-        directory.admission.check_roster(members, absent, now_s=self.here.wall_s(), step=step)
+    def check_seats(self, leader: str, group: Group, absent: Iterable[bytes]) -> None:
+        """Raises Misbehaved of the leader unless the members of its roster may meet, and those that are absent may
+        count; Refused where a seat has lapsed: it may not have heard of that."""
+        admission, away = self.here.directory.admission, [open_record(one) for one in absent]
+        try:
+            admission.check_roster(group.members, away, now_s=self.here.wall_s(), step=group.step)
+        except Lapsed as error:
+            raise Refused(leader, f"its roster has {error}") from error
+        except ValueError as error:
+            raise Misbehaved(leader, f"sends {error}") from error
 
     def with_places(self, head: bytes, ready: Iterable[bytes], around: Iterable[Record] = ()) -> set[str]:
         """Returns the ids of the peers that a round on ``head`` has places for: of those that are ``ready``, in the

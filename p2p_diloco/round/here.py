@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
+from p2p_diloco.core.admission import Claim, counts_as, one_vote_each
 from p2p_diloco.core.config import Timeouts
 from p2p_diloco.core.directory import Directory
 from p2p_diloco.core.identity import Identity
@@ -41,7 +42,12 @@ class Here:
 
     def voters_beside_me(self) -> list[Record]:
         """Returns the records of all others that have a vote, where I have one, too."""
-        return self.directory.believed_beside(self.sealed_seat, self.wall_s())
+        return self.votes_beside_mine(self.directory.believed(self.wall_s()))
+
+    def votes_beside_mine(self, records: Iterable[Record]) -> list[Record]:
+        """Returns one of these records for each vote, without those that have mine: the other peers of my token."""
+        me = Claim(peer_id=self.peer_id, seat=self.sealed_seat)
+        return one_vote_each(records, but={counts_as(me)})
 
     def live(self) -> list[Record]:
         """Returns the records of all other peers that are there now."""

@@ -30,7 +30,6 @@ import asyncio
 import logging
 from dataclasses import dataclass, field
 
-from p2p_diloco.core.admission import Lapsed
 from p2p_diloco.core.errors import Misbehaved, Refused, RemoteError, Silent
 from p2p_diloco.core.manifest import RunManifest
 from p2p_diloco.core.records import open_record
@@ -170,15 +169,12 @@ class Matchmaker:
             if company.beyond(mine.head) is None:
                 raise Refused(leader, "it says that the swarm is past this head, which no record shows")
             return Missed(reason="behind", detail=f"peer {leader[-8:]} is past this head")
-        if len(answer.members) == limits.max_group and sealed not in answer.members:
-            raise Refused(leader, "its group is full")
-        if leader == company.me and sealed not in answer.members:
-            raise Refused(leader, "others of my token have its places in the round that I lead")
+        if sealed not in answer.members and (leader == company.me or len(answer.members) == limits.max_group):
+            raise Refused(leader, "its round has no place for me")
         return self._check(leader, answer, mine)
 
     def _check(self, leader: str, roster: Roster, mine: Readiness) -> Group:
-        """Returns the group of a roster. Misbehaved when the roster is not sound, Refused when the seat of a member has
-        lapsed: the leader may not have heard of that."""
+        """Returns the group of a roster. Misbehaved when it is not sound; Refused as ``Company.check_seats``."""
         limits = self.manifest.spec.round
         try:
             group = check_roster(
@@ -191,11 +187,9 @@ class Matchmaker:
                 on_missed=limits.on_missed,
                 absent=roster.absent,
             )
-            self.company.check_seats(group.members, [*map(open_record, roster.absent)])
-        except Lapsed as error:
-            raise Refused(leader, f"its roster has {error}") from error
         except ValueError as error:
             raise Misbehaved(leader, f"sends {error}") from error
+        self.company.check_seats(leader, group, roster.absent)
         return group
 
     async def _ask(self, leader: str, sealed: bytes) -> Answer:

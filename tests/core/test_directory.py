@@ -350,9 +350,6 @@ def test_all_of_one_token_have_one_vote() -> None:
         known.learn(seated(index, token, history), NOW_S)
     assert {record.peer_id for record in known.believed(NOW_S)} == {identity(3).peer_id, identity(4).peer_id}
     assert len(known.live(NOW_S)) == 3
-    beside = known.believed_beside(two.seat(ME.peer_id), NOW_S)
-    assert [record.peer_id for record in beside] == [identity(4).peer_id]
-    assert known.believed_beside(b"", NOW_S) == known.believed(NOW_S)
 
 
 def test_only_some_peers_of_one_token_are_known_at_a_time() -> None:

@@ -11,6 +11,7 @@ import pytest
 from p2p_diloco.core.admission import Admission, Seated
 from p2p_diloco.core.errors import UsageError
 from p2p_diloco.core.invitation import Invitation, Token, open_seat
+from p2p_diloco.core.runfile import OnMissed
 from p2p_diloco.ledger.seats import keep_revocations, read_revocations
 from tests.peer.test_peer import Simulated
 from tests.support.builders import identity
@@ -40,10 +41,10 @@ class Shameless(Admission):
 class Invited(Simulated):
     """A run by invitation, with its owner's seed."""
 
-    def __init__(self, tmp_path: Path, *, outer_steps: int = 8, min_group: int = 2) -> None:
+    def __init__(self, tmp_path: Path, *, outer_steps: int = 8, on_missed: OnMissed = "adopt") -> None:
         super().__init__(tmp_path, 6, n=1000, outer_steps=outer_steps)
         self.manifest = make_manifest(
-            1000, self.genesis, OWNER, outer_steps=outer_steps, min_group=min_group, membership="invite"
+            1000, self.genesis, OWNER, outer_steps=outer_steps, on_missed=on_missed, membership="invite"
         )
 
     def token(self, name: str, key: int, *, places: int = 1, expires_s: int = FOR_EVER_S) -> Token:
@@ -219,12 +220,13 @@ def test_a_forged_list_is_taken_from_nobody(tmp_path: Path) -> None:
     run_simulated(main())
 
 
-@pytest.mark.parametrize("places", [1, 2])
-def test_ids_under_one_token_share_its_places(tmp_path: Path, places: int) -> None:
-    """With one place for two peers, one of them is in each round, and the other one follows."""
+@pytest.mark.parametrize(("places", "on_missed"), [(1, "adopt"), (2, "adopt"), (1, "keep")])
+def test_ids_under_one_token_share_its_places(tmp_path: Path, places: int, on_missed: OnMissed) -> None:
+    """With one place for two peers, one of them is in each round, and the other one follows. It does not count as
+    absent either, where that makes a difference."""
 
     async def main() -> None:
-        swarm = Invited(tmp_path, outer_steps=8)
+        swarm = Invited(tmp_path, outer_steps=8, on_missed=on_missed)
         two = swarm.token("two", 1, places=places)
         sims = await swarm.begin(two, two, swarm.token("b", 2), swarm.token("c", 3))
         await swarm.until(sims, 8, limit_s=400.0)
