@@ -82,6 +82,8 @@ def run_finding(manifest: RunManifest, records: Sequence[Record], *, client_mode
     """Returns the finding about the run. ``records``: of its live peers. ``trouble``: why the DHT could not be asked,
     if so."""
     spec, name = manifest.spec, f"{manifest.spec.name} {manifest.run_id[:12]}"
+    if spec.membership == "invite":
+        name += ", by invitation"
     swarm = swarm_head(one_vote_each(records), None)
     trainers = [record for record in records if record.role == "trainer"]
     if swarm is None:
