@@ -101,7 +101,7 @@ class NetworkProcess:
         node = await Node.start(config, identity, timeouts, private_socket_folder(config.folder))
         try:
             signed = await self._find_run(node, config, timeouts, start.manifest_path)
-            await self._live(node, config, identity, signed, seed=start.role == "seed")
+            await self._live(node, config, identity, signed, start.manifest_path, seed=start.role == "seed")
         finally:
             await node.close()
 
@@ -115,8 +115,11 @@ class NetworkProcess:
             node, run_id=config.run_id, initial_peers=initial, timeouts=timeouts, wall_s=time.time
         )
 
-    async def _live(self, node: Node, config: PeerConfig, identity: Identity, signed: bytes, *, seed: bool) -> None:
-        manifest = open_manifest(signed, "the run")
+    async def _live(
+        self, node: Node, config: PeerConfig, identity: Identity, signed: bytes, source: Path | None, *, seed: bool
+    ) -> None:
+        """Lives as a peer of the run whose signed manifest has come from the file ``source``, or from others."""
+        manifest = open_manifest(signed, str(source or "the run"))
         sealed_seat = require_seat(config.folder, manifest, identity.peer_id, time.time())
         folder = run_folder(config.folder, manifest)
         await asyncio.to_thread(keep_manifest, folder / MANIFEST_FILE, signed)
