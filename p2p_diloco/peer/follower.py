@@ -16,6 +16,7 @@ import asyncio
 import logging
 from dataclasses import dataclass, field
 
+from p2p_diloco.core.admission import one_vote_each
 from p2p_diloco.core.event import PeerCaughtUp
 from p2p_diloco.core.events import EventLog
 from p2p_diloco.core.swarm_head import from_nowhere, must_catch_up, swarm_head
@@ -61,7 +62,7 @@ class Follower:
         have no state."""
         directory = self.here.directory
         if self.replica.state is None:
-            return swarm_head(directory.believed(self.here.wall_s()), None, directory.before)
+            return swarm_head(one_vote_each(directory.believed(self.here.wall_s())), None, directory.before)
         voters, mine = self.here.voters()
         return swarm_head(voters, mine, directory.before)
 
