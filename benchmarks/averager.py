@@ -16,6 +16,7 @@ from benchmarks import averager_hivemind
 from benchmarks.loopback import HOST_MADDRS
 from benchmarks.table import Cell, Table
 from benchmarks.workers import Workers
+from p2p_diloco.core.admission import Admission
 from p2p_diloco.core.aggregate import AGGREGATIONS
 from p2p_diloco.core.codecs import CODECS, CodecName
 from p2p_diloco.core.config import PeerConfig, Timeouts
@@ -137,6 +138,7 @@ RULES = RosterRules(
     max_weight_tokens=WEIGHT_TOKENS,
     aggregation=AGGREGATIONS["mean"],
     on_missed="adopt",
+    admission=Admission.to_all(RUN_ID),
 )
 
 

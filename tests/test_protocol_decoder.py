@@ -23,9 +23,10 @@ from p2p_diloco.core.runfile import OnMissed
 from p2p_diloco.peer.control import OuterResult
 from p2p_diloco.round.outcome import Settled
 from tests.support import decoder, meetings
-from tests.support.builders import identity, record_of
+from tests.support.builders import RUN_ID, identity, record_of
 from tests.support.decoder import Certificate, Decoded, Decoder, Header, Mean, Round, State, Stream, Vector
 from tests.support.fakes import SimPeer, make_manifest, run_simulated
+from tests.support.invited import revocations_of, token_of
 from tests.support.links import FakeNetwork, FakeTransport, Pipe
 
 OWNER = identity(1000)
@@ -528,3 +529,16 @@ def test_what_the_page_does_not_allow_is_no_part_of_the_protocol() -> None:
         lambda: decoder.decode(bytes(5), 1, "fp32"),
     ]
     assert [number for number, decode in enumerate(broken) if is_taken(decode)] == []
+
+
+def test_a_seat_is_read_as_the_page_says() -> None:
+    """And a seat of another peer, run or owner is refused."""
+    token, me, other = token_of(), identity(1).peer_id, identity(2).peer_id
+    seat = token.seat(me)
+    invitation = decoder.open_seat(seat, me, RUN_ID, OWNER.peer_id)
+    assert invitation == token.invitation.model_dump()
+    for peer_id, run_id, owner in ((other, RUN_ID, OWNER.peer_id), (me, "cd" * 20, OWNER.peer_id), (me, RUN_ID, other)):
+        with pytest.raises(decoder.Undecodable):
+            decoder.open_seat(seat, peer_id, run_id, owner)
+    listed = decoder.open_sealed(revocations_of({token.invitation.token: 7}), decoder.REVOCATIONS)
+    assert (listed["number"], listed["tokens"], listed["steps"]) == (1, [token.invitation.token], [7])

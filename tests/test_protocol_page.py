@@ -31,6 +31,13 @@ from p2p_diloco.core.codecs import CODECS, known
 from p2p_diloco.core.config import Timeouts
 from p2p_diloco.core.group import ROSTER_CONTEXT
 from p2p_diloco.core.identity import PEER_ID_PREFIX, PRIVATE_KEY_PREFIX
+from p2p_diloco.core.invitation import (
+    INVITATION_CONTEXT,
+    REVOCATIONS_CONTEXT,
+    SEAT_CONTEXT,
+    Invitation,
+    Revocations,
+)
 from p2p_diloco.core.manifest import PROTOCOL, RunManifest
 from p2p_diloco.core.records import RUNS_KEY, Record, peers_key
 from p2p_diloco.core.roster import READINESS_CONTEXT, Readiness
@@ -54,13 +61,16 @@ ROOMS = ("core", "ledger", "wire", "round", "peer")
 """Where the protocol is."""
 
 LOCAL = {
-    **dict.fromkeys(("KEYS_KEPT", "OPENED_KEPT", "ADDRESSES_KEPT"), "how much is remembered, to save time"),
+    **dict.fromkeys(
+        ("KEYS_KEPT", "OPENED_KEPT", "SEATS_KEPT", "ADDRESSES_KEPT"), "how much is remembered, to save time"
+    ),
     **dict.fromkeys(("READ_BUFFER_BYTES", "MAX_KNOWN_PEERS", "SAMPLED_PARTS"), "to save time and memory"),
     **dict.fromkeys(("MAX_DAEMON_MESSAGE_BYTES", "MAX_SOCKET_PATH_BYTES", "MAX_LOSSES"), "between us and our p2pd"),
     **dict.fromkeys(("LOSS_WINDOW_S", "POLL_S", "TERMINATE_S", "MAX_OPEN_FILES"), "between us and our p2pd"),
     **dict.fromkeys(("PR_SET_PDEATHSIG", "MAX_UNREAD_BYTES", "PEERS_EVERY_S"), "between the processes of one peer"),
     **dict.fromkeys(("INNER_EVENT_EVERY_S", "NOT_YET", "LOOK_EVERY_S", "RENDER_EVERY_S"), "events and metrics"),
     **dict.fromkeys(("MAX_CONNECTIONS", "MAX_HEAD_BYTES", "READ_BYTES", "GZIP_FROM_BYTES"), "the web server"),
+    **dict.fromkeys(("MAX_TOKEN_CHARS", "KEY_BYTES", "DAY_S", "OWN_PERMISSIONS"), "files of the owner and the user"),
     **dict.fromkeys(("MAX_CHARS", "TYPE_CHECKING"), "what a user may write; the interpreter"),
     "STEP_GRACE_S": "how long Ctrl+C waits",
     **dict.fromkeys(("ITEM_BYTES", "START_OF_ENTRY_BYTES"), "what follows from the forms of chain and msgpack"),
@@ -226,7 +236,15 @@ def test_only_messages_are_named_as_answers() -> None:
 
 
 @pytest.mark.parametrize(
-    ("heading", "kind"), [("Record", Record), ("Readiness", Readiness), ("Consent", DialConsent)], ids=str
+    ("heading", "kind"),
+    [
+        ("Record", Record),
+        ("Readiness", Readiness),
+        ("Consent", DialConsent),
+        ("Invitation", Invitation),
+        ("Revocations", Revocations),
+    ],
+    ids=str,
 )
 def test_every_signed_statement_in_the_order_of_its_fields(heading: str, kind: type[BaseModel]) -> None:
     assert rows(heading, 5) == [(str(i), *field) for i, field in enumerate(fields_of(kind))]
@@ -302,6 +320,9 @@ def test_names_and_prefixes() -> None:
     assert dict(rows("Names and prefixes", 2)) == {  # type: ignore[arg-type]
         "context of a record": text(records.SIGNATURE_CONTEXT),
         "context of a readiness": text(READINESS_CONTEXT),
+        "context of an invitation": text(INVITATION_CONTEXT),
+        "context of a seat": text(SEAT_CONTEXT),
+        "context of revocations": text(REVOCATIONS_CONTEXT),
         "context of a consent": text(CONSENT_CONTEXT),
         "context of a roster": text(ROSTER_CONTEXT),
         "context of a commit that is taken": text(TAKEN_CONTEXT),
@@ -357,7 +378,14 @@ def test_the_decoder_of_the_tests_has_what_the_page_has() -> None:
     may = {tag: {name for name, _, _, value in fields if value} for tag, fields in said.items()}
     known = decoder.MESSAGES
     assert known == {tag: (must.get(tag, set()), may.get(tag, set())) for tag in MESSAGES}
-    for heading, names in (("Record", decoder.RECORD), ("Readiness", decoder.READINESS), ("Consent", decoder.CONSENT)):
+    statements = (
+        ("Record", decoder.RECORD),
+        ("Readiness", decoder.READINESS),
+        ("Consent", decoder.CONSENT),
+        ("Invitation", decoder.INVITATION),
+        ("Revocations", decoder.REVOCATIONS),
+    )
+    for heading, names in statements:
         assert names == tuple(row[1] for row in rows(heading, 2))
 
 
@@ -376,7 +404,13 @@ def test_every_name_in_the_text_is_one_of_the_tables() -> None:
     """A time-out, a limit or a message that is gone from the code is gone from the sentences, too."""
     known = {row[0].strip("`") for table in ("Time-outs", "Limits", "Names and prefixes") for row in tables()[table]}
     fields = {name for kind in MESSAGES.values() for name in kind.model_fields}
-    fields |= {*Record.model_fields, *Readiness.model_fields, *DialConsent.model_fields, *RunManifest.model_fields}
+    fields |= {
+        *Record.model_fields,
+        *Readiness.model_fields,
+        *DialConsent.model_fields,
+        *Invitation.model_fields,
+        *RunManifest.model_fields,
+    }
     named = set(re.findall(r"`([A-Z][A-Z_]+)`", page())) | set(re.findall(r"`([a-z_]+_s)`", page()))
     assert named <= known | fields
 

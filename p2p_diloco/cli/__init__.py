@@ -4,12 +4,13 @@ Nothing imports it but ``__main__``. It never computes anything about training.
 
 Its files, from the bottom up:
 
-    options         options that several commands have, and where their values come from
-    arguments       what commands were given, checked before anything is started
-    description     what `manifest` says of a run, or of a run file
-    commands_join   `seed`, `peer`, `swarm`
-    commands_look   `status`, `monitor`, `doctor`, `manifest`
-    commands_model  `export`, `sample`
-    commands_study  `simulate`, `experiment`
-    cli             the command line: which commands there are, and how they end
+    options          options that several commands have, and where their values come from
+    arguments        what commands were given, checked before anything is started
+    description      what `manifest` says of a run, or of a run file
+    commands_join    `seed`, `peer`, `swarm`
+    commands_invite  `invite`, `revoke`
+    commands_look    `status`, `monitor`, `doctor`, `manifest`
+    commands_model   `export`, `sample`
+    commands_study   `simulate`, `experiment`
+    cli              the command line: which commands there are, and how they end
 """

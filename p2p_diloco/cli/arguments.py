@@ -7,17 +7,25 @@ from __future__ import annotations
 
 import math
 import re
+import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from p2p_diloco.cli.options import NodeOptions
+from cyclopts import Token as Word
+
+from p2p_diloco.cli.options import FROM_ENVIRONMENT, SECRET_VARIABLES, NodeOptions
 from p2p_diloco.core.errors import LocalError, UsageError, disk_failure
 
 if TYPE_CHECKING:
     from p2p_diloco.core.config import PeerConfig
+    from p2p_diloco.core.invitation import Token
+
+MAX_SHOWN_CHARS = 40
+"""Of what was given as the name of a token's file: a key in a token is longer."""
 
 
 def require(initial_peers: Sequence[str]) -> None:
@@ -92,6 +100,52 @@ def peer_config(
         max_upload_bytes_per_s=max_upload,
         metrics_addr=node.metrics_addr,
     )
+
+
+def invitation_of(_type: object, words: Sequence[Word]) -> Token:
+    """Returns the token that ``--invite`` names: a file, or ``-`` for standard input; in the environment stands the
+    token itself. UsageError, which quotes nothing that could be a token, for anything else."""
+    from p2p_diloco.core.invitation import MAX_TOKEN_CHARS, open_token
+    from p2p_diloco.core.paths import at_home
+
+    word = words[-1].value
+    if words[-1].source == FROM_ENVIRONMENT:
+        return open_token(word, f"environment variable {SECRET_VARIABLES[0]}")
+    refuse_tokens([word])
+    if word == "-":
+        return open_token(sys.stdin.read(MAX_TOKEN_CHARS + 1), "--invite, standard input")
+    shown = f"--invite {word}" if len(word) <= MAX_SHOWN_CHARS else "--invite"
+    try:
+        with at_home(word, "--invite").open(encoding="ascii") as file:
+            return open_token(file.read(MAX_TOKEN_CHARS + 1), shown)
+    except OSError as error:
+        raise UsageError(f"{shown}: cannot be read ({error.strerror})") from error
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{shown}: not an invitation, which is text") from error
+
+
+def refuse_tokens(words: Iterable[str]) -> None:
+    """Raises UsageError where a word on the command line is a token itself."""
+    from p2p_diloco.core.invitation import TOKEN_HEADER
+
+    if any(TOKEN_HEADER in word for word in words):
+        raise UsageError(
+            "an invitation on the command line can be read by every user of this machine: ask for another one, and "
+            "name its file, --invite FILE, or give it to standard input, --invite -"
+        )
+
+
+def pinned_run(run_id: str | None, invitation: Token | None) -> str | None:
+    """Returns the id of the run to join: the one that was named, or that of the invitation. UsageError where these are
+    two, or the invitation has expired."""
+    if invitation is None:
+        return run_id
+    invited = invitation.invitation
+    if run_id not in (None, invited.run_id):
+        raise UsageError(f"--run-id {run_id}: the invitation is to another run, {invited.run_id}")
+    if time.time() >= invited.expires_s:
+        raise UsageError(f"--invite: the invitation {invited.name} has expired; ask the run's owner for another one")
+    return invited.run_id
 
 
 @contextmanager

@@ -26,6 +26,8 @@ from rich.highlighter import NullHighlighter
 from rich.logging import RichHandler
 
 from p2p_diloco import __version__
+from p2p_diloco.cli.arguments import refuse_tokens
+from p2p_diloco.cli.commands_invite import invite, revoke
 from p2p_diloco.cli.commands_join import peer, seed, swarm
 from p2p_diloco.cli.commands_look import doctor, manifest, monitor, status
 from p2p_diloco.cli.commands_model import export, sample
@@ -49,6 +51,7 @@ app = App(
 )
 COMMANDS: tuple[Callable[..., int | None], ...] = (
     *(seed, peer, swarm),
+    *(invite, revoke),
     *(status, monitor, export, sample, doctor, manifest),
     *(experiment, simulate),
 )
@@ -67,9 +70,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         # torch makes this folder when it is imported, by default in the temporary folder, and leaves it there.
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(compiled_folder()))
-        function, bound, _ = app.parse_args(
-            sys.argv[1:] if argv is None else argv, exit_on_error=False, print_error=False, verbose=False
-        )
+        words = sys.argv[1:] if argv is None else argv
+        refuse_tokens(words)
+        function, bound, _ = app.parse_args(words, exit_on_error=False, print_error=False, verbose=False)
         command, output = function.__name__, bound.arguments.get("output", OUTPUT)
         set_up_logging(command, verbose=output.verbose)
         with interruptible() as received:

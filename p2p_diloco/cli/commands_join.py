@@ -5,9 +5,11 @@ from __future__ import annotations
 import logging
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
-from p2p_diloco.cli.arguments import check_run_id, nothing_left, peer_config, require
+from cyclopts import Parameter
+
+from p2p_diloco.cli.arguments import check_run_id, invitation_of, nothing_left, peer_config, pinned_run, require
 from p2p_diloco.cli.options import (
     NODE,
     OUTPUT,
@@ -21,12 +23,26 @@ from p2p_diloco.cli.options import (
 )
 from p2p_diloco.core.errors import UsageError
 from p2p_diloco.core.interruption import importing, stop_signals
+from p2p_diloco.core.invitation import Token
 from p2p_diloco.look.display import STDOUT, join_line, live_table
 
 if TYPE_CHECKING:
     from p2p_diloco.learn.swarm import Swarm
 
 log = logging.getLogger(__name__)
+
+Invited = Annotated[
+    Token | None,
+    Parameter(
+        converter=invitation_of,
+        metavar="FILE",
+        n_tokens=1,
+        accepts_keys=False,
+        allow_leading_hyphen=True,
+        negative="",
+        show_default=False,
+    ),
+]
 
 
 def seed(
@@ -75,6 +91,7 @@ def peer(
     device: str = "auto",
     threads: AtLeastOne | None = None,
     data: Path | None = None,
+    invite: Invited = None,
     drop: Probability = 0.0,
     node: NodeOptions = NODE,
     output: Output = OUTPUT,
@@ -95,22 +112,29 @@ def peer(
         Of the CPU, for training.
     data
         Own text to train on, for runs without built-in text: a file or folder.
+    invite
+        File with an invitation of the run's owner, or - for standard input; once is enough.
     drop
         Probability that a contribution is dropped: for experiments.
     """
     require(initial_peers)
     check_run_id(run_id)
+    run_id = pinned_run(run_id, invite)
     if data is not None and not data.exists():
         raise UsageError(f"--data {data}: no such file or folder")
     with nothing_left(node.folder, "peer"):
         with importing("peer"):
             config = peer_config(node, "peer", initial_peers, run_id=run_id, client_mode=client_mode)
             from p2p_diloco.core.config import Timeouts
+            from p2p_diloco.core.identity import Identity
             from p2p_diloco.learn.model import pick_device
             from p2p_diloco.learn.swarm import Swarm
             from p2p_diloco.learn.train import TrainConfig, require_text, train
+            from p2p_diloco.ledger.seats import take_seat
 
         pick_device(device)
+        if invite is not None:
+            take_seat(config.folder, Identity.load_or_create(config.identity_path), invite)
         log.info("looking for the run at %s", ", ".join(initial_peers))
         with stop_signals() as stop, Swarm.find(config, timeouts=Timeouts().scaled(node.patience)) as swarm:
             require_text(swarm.manifest, data)

@@ -76,7 +76,9 @@ def describe_spec(spec: RunSpec, n_params: int, model_type: str) -> dict[str, st
     """Returns what a run file and the size of its model say."""
     inner, outer, data = spec.inner, spec.outer, spec.data
     tokens = outer.steps * inner.steps * spec.tokens_per_inner_step
+    invited = {"membership": "by invitation of the run's owner"} if spec.membership == "invite" else {}
     return {
+        **invited,
         "model": f"{model_type}, {n_params} parameters" + (f", from {spec.model.path}" if spec.model.path else ""),
         "data": f"{data.path or 'built-in text'}, {data.seq_len} tokens in a sequence",
         "inner steps": f"{inner.steps} of {spec.tokens_per_inner_step} tokens, learning rate {inner.lr:g}",

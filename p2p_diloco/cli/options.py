@@ -21,6 +21,11 @@ from p2p_diloco.core.paths import at_home
 from p2p_diloco.core.toml import read_toml
 
 ENVIRONMENT = "P2P_DILOCO_"
+SECRET_VARIABLES = ("P2P_DILOCO_PEER_INVITE", "P2P_DILOCO_INVITE")
+"""Taken out of the environment, which child processes inherit. They hold an invitation itself, not the name of its
+file."""
+
+FROM_ENVIRONMENT = "environment"
 
 AtLeastOne = Annotated[int, Parameter(validator=Number(gte=1))]
 Probability = Annotated[float, Parameter(validator=Number(gte=0, lt=1))]
@@ -84,12 +89,15 @@ def settings(_app: App, commands: tuple[str, ...], arguments: ArgumentCollection
     """Fills in options from the environment and from a file; cyclopts calls this after it has read the command line."""
     if not commands:
         return
+    environment = dict(os.environ)
+    for variable in SECRET_VARIABLES:
+        os.environ.pop(variable, None)
     options = {a.name.removeprefix("--"): a for a in arguments if a.name.startswith("--")}
     table: dict[str, Any] = {}
     # The prefix of the command is the longer one, so it comes second, and wins.
     for prefix, strict in ((ENVIRONMENT, False), (f"{ENVIRONMENT}{'_'.join(commands).upper()}_", True)):
-        for variable in sorted(os.environ):
-            if variable.startswith(prefix) and (value := os.environ[variable].strip()):
+        for variable in sorted(environment):
+            if variable.startswith(prefix) and (value := environment[variable].strip()):
                 name = option_name(variable[len(prefix) :])
                 if name in options:
                     table[name] = value.split() if options[name].token_count()[1] else value
@@ -97,7 +105,7 @@ def settings(_app: App, commands: tuple[str, ...], arguments: ArgumentCollection
                     raise UsageError(
                         f"unknown environment variable {variable}; {hint(name, options, spelt_with(prefix))}"
                     )
-    Dict(table, source="environment")(_app, (), arguments)
+    Dict(table, source=FROM_ENVIRONMENT)(_app, (), arguments)
     if "config" in options and options["config"].tokens:
         path = at_home(options["config"].tokens[-1].value, "--config")
         try:

@@ -25,10 +25,12 @@ Its files, from the bottom up:
     aggregate     contributions to their mean, by the run's rule; the angle between one of them and it
     outer         the outer state, and how an update leads to the next one
     runfile       what a person writes about a run
+    records       what a peer says about itself, signed
+    invitation    what a run's owner signs for a volunteer: token, invitation, seat, revocations
+    admission     who may take part in a run, and what counts as one
     manifest      what all peers of a run must agree on, signed by its owner
     config        what a peer chooses alone; all time-outs
     addresses     multiaddrs and HOST:PORT: check, sort, encode
-    records       what a peer says about itself, signed
     places        a bounded number of places for peers, and who makes room
     proven        which peers have answered since they last failed
     credit        what each peer may still cost

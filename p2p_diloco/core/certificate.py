@@ -1,4 +1,4 @@
-"""The certificate of an update: the roster of its round, and the signatures of most of the members that count.
+"""The certificate of an update: the roster of its round, and the signatures of most of the members that certify.
 
     taken        what a member signs when it takes a commit: the round, the update's link, who contributed to most of
                  its parts and, where a snapshot is due, the digest of the state that the update leads on from
@@ -166,7 +166,7 @@ def is_witnessed(group: Group, owner: str, signers: Iterable[int], witness: byte
 
 def check_certificate(certified: Certified, rules: RosterRules, known: Known) -> Group:
     """Returns the group that has made an update. ValueError unless its certificate is sound: the roster, the signatures
-    of most of the members that count, and the owner's where that is needed. ``known``: at the update's parent."""
+    of most of the members that certify, and the owner's where that is needed. ``known``: at the update's parent."""
     header, certificate = certified.header, certified.certificate
     group = open_roster(certificate.roster, rules, known)
     if (group.step, group.head) != (header.step, header.parent) or group.contributors != header.contributors:
@@ -195,7 +195,7 @@ def check_most(certificate: Certificate, group: Group, link: bytes, owner: str) 
         raise ValueError("a certificate with a witness that is not the run's owner")
     signers = [member for member, _ in certificate.signatures]
     if not group.is_most(signers):
-        raise ValueError(f"a certificate with {len(signers)} signatures, too few of those that count")
+        raise ValueError(f"a certificate with {len(signers)} signatures, too few of those that certify")
 
 
 def certificate_of(group: Group, taken: Taken, signatures: Mapping[int, bytes], witness: bytes = b"") -> Certificate:

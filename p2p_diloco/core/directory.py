@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Container, Iterable, Sequence
 from itertools import islice, pairwise
 
+from p2p_diloco.core.admission import IDS_PER_PLACE, Admission, counts_as
 from p2p_diloco.core.config import Timeouts
 from p2p_diloco.core.places import Places
 from p2p_diloco.core.proven import Proven
@@ -22,10 +23,20 @@ class Directory:
     live. Of at most MAX_PEERS_KNOWN: ``places`` says who makes room, and the peers that are ``favoured`` do so last."""
 
     def __init__(
-        self, peer_id: str, run_id: str, timeouts: Timeouts = DEFAULT_TIMEOUTS, favoured: Container[str] = ()
+        self,
+        peer_id: str,
+        run_id: str,
+        timeouts: Timeouts = DEFAULT_TIMEOUTS,
+        favoured: Container[str] = (),
+        admission: Admission | None = None,
     ) -> None:
+        """``admission``: to everybody where there is none."""
         self.peer_id = peer_id
         self.run_id = run_id
+        self.admission = admission or Admission.to_all(run_id)
+        """Whose records are taken in. Another one takes its place when tokens are revoked."""
+        self.step = 0
+        """The outer step at which I stand: a revocation is from one on."""
         self.proven = Proven(least_pause_s=timeouts.refresh_s, most_pause_s=timeouts.record_life_s)
         """Who is waited for. A vote does not depend on it."""
         self._favoured = favoured
@@ -46,17 +57,25 @@ class Directory:
 
     def learn(self, sealed: bytes, now_s: float) -> Record | None:
         """Takes in a record from anywhere, and returns the newest one known of its peer. None when it is ours, out of
-        date, or of another run, or when there is no place for one more peer. Unsound when it is not sound."""
+        date, or of another run, when its peer's seat has lapsed, or when there is no place for one more peer. Unsound
+        when it is not sound, or its peer has no seat in a run by invitation."""
         return self._learn(sealed, now_s, came=False)
 
     def _learn(self, sealed: bytes, now_s: float, *, came: bool) -> Record | None:
         if sealed in self._verified:
             known = self._records[self._verified[sealed]]
             self._places.take(known.peer_id, came=came, favoured=self._favoured)
-            return known if is_current(known, now_s) else None
+            return known if self._is_there(known, now_s) else None
         known = open_record(sealed)
         if known.peer_id == self.peer_id or known.run_id != self.run_id or not is_current(known, now_s):
             return None
+        invitation = self.admission.invitation_of(known)
+        if not self._is_there(known, now_s):
+            return None
+        if known.peer_id not in self._records and invitation is not None:
+            alike = sum(counts_as(record) == invitation.token for record in self.current(now_s))
+            if alike >= IDS_PER_PLACE * invitation.places:
+                return None
         has_place, made_room = self._places.take(known.peer_id, came=came, favoured=self._favoured)
         if made_room is not None:
             self._forget(made_room)
@@ -95,10 +114,14 @@ class Directory:
 
     def current(self, now_s: float) -> list[Record]:
         """Returns the same as ``live``, and those that did not answer."""
-        for peer_id in [p for p, record in self._records.items() if not is_current(record, now_s)]:
+        for peer_id in [p for p, record in self._records.items() if not self._is_there(record, now_s)]:
             self._places.leave(peer_id)
             self._forget(peer_id)
         return [record for _, record in sorted(self._records.items()) if record.phase != "left"]
+
+    def _is_there(self, record: Record, now_s: float) -> bool:
+        """Returns whether a record is of this time, and its peer still one that may take part."""
+        return is_current(record, now_s) and self.admission.admits(record, now_s=now_s, step=self.step)
 
     def _forget(self, peer_id: str) -> None:
         """Forgets all about a peer that is gone, or has made room for another one."""
@@ -125,7 +148,8 @@ class Directory:
     def believed(self, now_s: float) -> list[Record]:
         """Returns the voters: the same as ``live``, without those in doubt, and with all in client mode whose record is
         current. They cannot be dialled, so it means little that one does not answer; and if its vote came and went with
-        every try, each half of a swarm that was cut in two could take itself for the larger one."""
+        every try, each half of a swarm that was cut in two could take itself for the larger one. Of all peers of one
+        token one votes: which one, ``electors`` says."""
         return [
             record
             for record in self.current(now_s)

@@ -4,7 +4,8 @@ A record is a claim, and a name costs nothing: who has a vote follows from the l
 branches part, for what comes after that may be liars' own: those who know only them see nobody else in their ledger. In
 the first outer steps, when nobody is known, it is whoever has contributed so far. The run's owner has one vote, since
 it stands behind what it has witnessed; no other seed has any. Where nobody of all these is there, everybody has one: to
-follow a claim takes certificates anyhow.
+follow a claim takes certificates anyhow. In a run by invitation, all peers of one token have one vote together; whoever
+has one itself counts no other of its own token.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Protocol
 
+from p2p_diloco.core.admission import Seated, counts_as, one_vote_each
 from p2p_diloco.core.records import Record
 from p2p_diloco.core.swarm_head import Standing
 
@@ -41,16 +43,17 @@ class NoHistory:
 
 
 def electorate(
-    records: Sequence[Record], mine: Standing, me: str, before: Mapping[bytes, bytes], history: History
-) -> tuple[Sequence[Record], Standing | None]:
-    """Returns whose standings count, of those in ``records``, and mine if it counts as well. ``me``: my peer id;
-    ``before``: as ``swarm_head`` has it."""
+    records: Sequence[Record], mine: Standing, me: Seated, before: Mapping[bytes, bytes], history: History
+) -> tuple[list[Record], Standing | None]:
+    """Returns whose standings count, of those in ``records``, and mine if it counts as well. ``before``: as
+    ``swarm_head`` has it."""
     records = [record for record in records if record.step > 0 or is_genesis(record.head, mine, history)]
     electors = history.electors(fork_step(records, mine, before, history))
-    voters = [record for record in records if record.peer_id in electors]
-    if not voters:
-        return records, mine
-    return voters, mine if me in electors else None
+    i_vote, my_vote = me.peer_id in electors, {counts_as(me)}
+    voters = one_vote_each((one for one in records if one.peer_id in electors), but=my_vote if i_vote else ())
+    if voters:
+        return voters, mine if i_vote else None
+    return one_vote_each(records, but=my_vote), mine
 
 
 def is_genesis(head: bytes, mine: Standing, history: History) -> bool:

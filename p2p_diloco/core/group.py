@@ -10,12 +10,13 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
+from p2p_diloco.core.admission import Admission, counts_as, votes
 from p2p_diloco.core.aggregate import Aggregation
 from p2p_diloco.core.digest import digest
 from p2p_diloco.core.identity import MAX_PEER_ID_CHARS, SIGNATURE_BYTES, Identity, verify
 from p2p_diloco.core.known import LEAST_KNOWN, Known, most_unknown
 from p2p_diloco.core.manifest import RunManifest
-from p2p_diloco.core.records import MAX_RECORD_BYTES, open_record
+from p2p_diloco.core.records import MAX_RECORD_BYTES, Record, open_record
 from p2p_diloco.core.roster import Readiness, counted_weights, on_head, open_readiness, rank
 from p2p_diloco.core.runfile import OnMissed
 from p2p_diloco.core.update import UpdateHeader
@@ -82,6 +83,9 @@ class RosterRules:
     max_weight_tokens: int
     aggregation: Aggregation
     on_missed: OnMissed
+    admission: Admission
+    """Who may take part, as the manifest alone tells. What is revoked is not in it: not all have heard the same of
+    that, and what is committed stays."""
 
     @classmethod
     def of(cls, manifest: RunManifest) -> RosterRules:
@@ -95,11 +99,12 @@ class RosterRules:
             max_weight_tokens=spec.max_weight_tokens,
             aggregation=manifest.aggregation,
             on_missed=spec.round.on_missed,
+            admission=manifest.admission(),
         )
 
     @property
     def least_known(self) -> int:
-        """So many known members of a roster can do without the owner's witness."""
+        """So many known members of a roster, those of one token counted once, can do without the owner's witness."""
         return min(LEAST_KNOWN, self.min_group)
 
 
@@ -120,7 +125,7 @@ class Group:
     aggregation: Aggregation
     """The run's rule for the mean of a part."""
     counting: frozenset[int]
-    """Indices of the members that lead, reduce and certify: the known ones; all, where these are too few."""
+    """Indices of the members that lead and reduce: the known ones; all, where these are too few."""
     needs_witness: bool
     """Too few members are known: the certificate needs the signature of the run's owner."""
 
@@ -145,9 +150,18 @@ class Group:
         counting = [i for i in members if i in self.counting] or list(members)
         return tuple(i for i in counting if not self.members[i].client_mode) or tuple(counting)
 
+    @cached_property
+    def voting(self) -> frozenset[int]:
+        """Indices of the members that certify: of those that count all, but of each token only the first. Could each of
+        them sign for their token, two of them might sign two updates of one round without a lie."""
+        first: dict[str, int] = {}
+        for i in sorted(self.counting):
+            first.setdefault(counts_as(self.members[i]), i)
+        return frozenset(first.values())
+
     def is_most(self, members: Collection[int]) -> bool:
-        """Returns whether these members are most of those that count."""
-        return 2 * len(self.counting.intersection(members)) > len(self.counting)
+        """Returns whether these members are most of those that certify."""
+        return 2 * len(self.voting.intersection(members)) > len(self.voting)
 
     def index_of(self, peer_id: str) -> int:
         """Returns the index of a member. ValueError for any other peer."""
@@ -167,8 +181,9 @@ class Group:
 
 def open_roster(sealed: SealedRoster, rules: RosterRules, known: Known) -> Group:
     """Returns the group of a roster. ValueError unless its leader signed it, every member signed, once, for this leader
-    and one head of the run; every absent peer signed that it trains there; and there are no more unknown members than
-    the known ones allow. ``known``: at that head.
+    and one head of the run; every absent peer signed that it trains there; all of them have the seats that the run asks
+    for, whether these have lapsed by now or not; and there are no more unknown members than the known ones allow.
+    ``known``: at that head.
 
     ``RosterRules.on_missed`` "keep": a peer that misses a round comes to the next one with the progress of both, so the
     sum is divided by the weights of all that train on this head, absent ones at the group's median (docs/log.md has the
@@ -182,15 +197,16 @@ def open_roster(sealed: SealedRoster, rules: RosterRules, known: Known) -> Group
     step, head = members[0].step, members[0].head
     check_members(members, rules, sealed.leader, step, head)
     away = check_absent(sealed.absent, members, rules, head)
+    rules.admission.check_roster(members, away, now_s=None, step=step)
     familiar = frozenset(i for i, member in enumerate(members) if member.peer_id in known.peers)
-    needs_witness = len(familiar) < rules.least_known
+    needs_witness = votes(members[i] for i in familiar) < rules.least_known
     dialable = any(not members[i].client_mode for i in familiar)
     if not needs_witness and dialable and sealed.leader not in known.peers:
         raise ValueError("a roster that a newcomer gathered")
     if not needs_witness and len(members) - len(familiar) > most_unknown(len(familiar)):
         raise ValueError(f"a roster with {len(members) - len(familiar)} newcomers beside {len(familiar)} known members")
     claimed = [member.weight for member in members]
-    weights, total_weight = counted_weights(claimed, rules.aggregation, rules.on_missed, absent=away)
+    weights, total_weight = counted_weights(claimed, rules.aggregation, rules.on_missed, absent=len(away))
     return Group(
         sealed=sealed,
         step=step,
@@ -220,9 +236,11 @@ def check_members(members: Sequence[Readiness], rules: RosterRules, leader: str,
         raise ValueError("a roster that is not in the order of rank")
 
 
-def check_absent(absent: Sequence[bytes], members: Sequence[Readiness], rules: RosterRules, head: bytes) -> int:
-    """Returns how many absent peers a roster names. ValueError unless each of them signed that it trains on this head,
-    and is named once."""
+def check_absent(
+    absent: Sequence[bytes], members: Sequence[Readiness], rules: RosterRules, head: bytes
+) -> list[Record]:
+    """Returns the records of the absent peers that a roster names. ValueError unless each of them signed that it trains
+    on this head, and is named once."""
     away = [open_record(one) for one in absent]
     if away and rules.on_missed != "keep":
         raise ValueError("a roster with absent peers")
@@ -231,7 +249,7 @@ def check_absent(absent: Sequence[bytes], members: Sequence[Readiness], rules: R
         raise ValueError("a roster that names an absent peer twice")
     if any(record.run_id != rules.run_id for record in away) or len(on_head(away, head)) != len(away):
         raise ValueError("a roster with an absent peer that does not train on this head")
-    return len(away)
+    return away
 
 
 def evaluator(group: Group, head: bytes) -> str:

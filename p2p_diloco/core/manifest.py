@@ -20,11 +20,13 @@ from pydantic import (
     ValidationError,
 )
 
+from p2p_diloco.core.admission import Admission
 from p2p_diloco.core.aggregate import AGGREGATIONS, Aggregation
 from p2p_diloco.core.digest import digest
 from p2p_diloco.core.errors import OtherProtocol, UsageError
 from p2p_diloco.core.grid import Grid
 from p2p_diloco.core.identity import SIGNATURE_BYTES, Identity, verify
+from p2p_diloco.core.invitation import Revocations
 from p2p_diloco.core.runfile import Count, RunSpec, Section, explain
 
 PROTOCOL = 3
@@ -79,6 +81,11 @@ class RunManifest(Section):
     def aggregation(self) -> Aggregation:
         """Returns the rule by which contributions become the mean of a part."""
         return AGGREGATIONS[self.spec.outer.aggregate]
+
+    def admission(self, revocations: Revocations | None = None) -> Admission:
+        """Who may take part, as far as these revocations say."""
+        by_invitation = self.spec.membership == "invite"
+        return Admission(run_id=self.run_id, owner=self.owner, by_invitation=by_invitation, revocations=revocations)
 
     @property
     def transformers_config(self) -> TransformersConfig:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
+from p2p_diloco.core.admission import invited_as
 from p2p_diloco.core.records import Phase, Record, Role
 
 
@@ -36,9 +37,12 @@ class PeerRow:
     round_s: float
     round_bytes: int
     metrics_addr: str
+    invitation: str
+    """Name of the invitation under which it takes part; empty where it needs none."""
 
     @classmethod
     def of(cls, record: Record) -> PeerRow:
         """Returns the row of a record."""
         said = {**vars(record), "head": record.head.hex(), "maddrs": tuple(record.maddrs)}
+        said["invitation"] = invited_as(record)
         return cls(**{field.name: said[field.name] for field in fields(cls)})

@@ -1,4 +1,4 @@
-"""What a peer says about itself in the DHT: one signed record of at most 1 kB, renewed every few seconds.
+"""What a peer says about itself in the DHT: one signed record of at most 2 kB, renewed every few seconds.
 
     bytes on the wire   msgpack [body, signature]; the body is msgpack of the record's fields, in order
     signature           Ed25519 over a fixed context and the body, by the key inside the record's own peer id
@@ -9,7 +9,7 @@ A record is a claim, not a fact: it says where its peer stands, never where the 
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 import msgpack
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -17,7 +17,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from p2p_diloco.core.digest import HASH_BYTES
 from p2p_diloco.core.identity import MAX_PEER_ID_CHARS, Identity, verify
 
-MAX_RECORD_BYTES = 1024
+MAX_RECORD_BYTES = 2048
+MAX_SEAT_BYTES = 512
 MAX_RECORD_LIFE_S = 900.0
 HEADS_SHOWN = 4
 """In a record, beside the head: there is no room for more."""
@@ -47,14 +48,16 @@ class Signed(BaseModel):
     """Holds what a peer states under its signature. The fields' order is the wire's order: append only."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+    max_bytes: ClassVar[int] = MAX_RECORD_BYTES
+    """When it is sealed."""
 
     peer_id: Annotated[str, Field(min_length=1, max_length=MAX_PEER_ID_CHARS)]
 
 
 S = TypeVar("S", bound=Signed)
 
-Fault = Literal["size", "form", "version", "field", "signature", "other"]
-"""Why a record is refused; "other": it is sound, but not what it was stored as."""
+Fault = Literal["size", "form", "version", "field", "signature", "seat", "other"]
+"""Why a record is refused; "seat": its peer may not take part; "other": it is sound, but not what it was stored as."""
 
 
 class Unsound(ValueError):
@@ -76,7 +79,7 @@ def seal(statement: Signed, context: bytes, identity: Identity) -> bytes:
 def unseal(data: bytes, kind: type[S], context: bytes) -> S:
     """Parses and verifies a signed statement, and returns it. Raises Unsound for anything that its own peer did not
     sign in exactly this form."""
-    if len(data) > MAX_RECORD_BYTES:
+    if len(data) > kind.max_bytes:
         raise Unsound("size", f"a signed {kind.__name__.lower()} that is too large")
     envelope = unpack_plain(data)
     if not (isinstance(envelope, list) and len(envelope) == 2 and all(isinstance(piece, bytes) for piece in envelope)):
@@ -137,6 +140,10 @@ class Record(Signed):
     """Sent and received in its last round."""
     metrics_addr: Annotated[str, Field(max_length=64, pattern=METRICS_ADDR)] = ""
     """HOST:PORT where its metrics can be scraped; empty when they cannot, from other machines."""
+    seat: Annotated[bytes, Field(max_length=MAX_SEAT_BYTES)] = b""
+    """Under which it takes part in a run by invitation; empty in a run that is open, and of the run's owner."""
+    revocations: Natural = 0
+    """Number of the newest list of revocations that it has and serves; 0 where there is none."""
 
     @property
     def beyond_genesis(self) -> bool:
@@ -153,7 +160,7 @@ class Record(Signed):
 
 
 def seal_record(record: Record, identity: Identity) -> bytes:
-    """Returns a record with its peer's signature, as bytes. Raises ValueError when they are more than 1 kB."""
+    """Returns a record with its peer's signature, as bytes. Raises ValueError when they are more than 2 kB."""
     sealed = seal(record, SIGNATURE_CONTEXT, identity)
     if len(sealed) > MAX_RECORD_BYTES:
         raise ValueError(f"a record of {len(sealed)} bytes; shorten the peer's name or announce fewer addresses")

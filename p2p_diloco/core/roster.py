@@ -19,11 +19,12 @@ from typing import Annotated
 
 from pydantic import Field
 
+from p2p_diloco.core.admission import Seated, votes
 from p2p_diloco.core.aggregate import Aggregation
 from p2p_diloco.core.digest import digest
 from p2p_diloco.core.identity import MAX_PEER_ID_CHARS, Identity
 from p2p_diloco.core.known import Known, most_unknown
-from p2p_diloco.core.records import Hash, Natural, Record, Signed, seal, unseal
+from p2p_diloco.core.records import MAX_SEAT_BYTES, Hash, Natural, Record, Signed, seal, unseal
 from p2p_diloco.core.runfile import OnMissed
 
 READINESS_CONTEXT = b"p2p-diloco readiness\0"
@@ -46,6 +47,8 @@ class Readiness(Signed):
     """Its speed, as it claims: others may plan more for it, and never fewer."""
     nonce: Annotated[bytes, Field(min_length=8, max_length=8)]
     """New for every attempt, so that no two rounds have the same id."""
+    seat: Annotated[bytes, Field(max_length=MAX_SEAT_BYTES)] = b""
+    """As in the peer's record."""
 
 
 def seal_readiness(readiness: Readiness, identity: Identity) -> bytes:
@@ -75,13 +78,14 @@ def precedence(head: bytes, peer_id: str, known: Known) -> tuple[bool, bytes]:
 
 def form_roster(sealed: Iterable[bytes], head: bytes, max_group: int, known: Known, least_known: int) -> list[bytes]:
     """Returns the members of a round in the order of rank, the best-ranked ones when there are too many: the known ones
-    first, and then as many others as these allow. ``least_known``: fewer known ones count as none."""
-    ids = {one: open_readiness(one).peer_id for one in sealed}
-    ranked = sorted(ids, key=lambda one: rank(head, ids[one]))
-    familiar = [one for one in ranked if ids[one] in known.peers][:max_group]
-    if len(familiar) < least_known:
+    first, and then as many others as these allow. ``least_known``: fewer known ones count as none, and those of one
+    token count once."""
+    ready = {one: open_readiness(one) for one in sealed}
+    ranked = sorted(ready, key=lambda one: rank(head, ready[one].peer_id))
+    familiar = [one for one in ranked if ready[one].peer_id in known.peers][:max_group]
+    if votes(ready[one] for one in familiar) < least_known:
         return ranked[:max_group]
-    strangers = [one for one in ranked if ids[one] not in known.peers]
+    strangers = [one for one in ranked if ready[one].peer_id not in known.peers]
     drawn = {*familiar, *strangers[: min(most_unknown(len(familiar)), max_group - len(familiar))]}
     return [one for one in ranked if one in drawn]
 
@@ -103,16 +107,16 @@ def on_head(records: Iterable[Record], head: bytes) -> list[Record]:
 
 
 def leader_order(
-    records: Iterable[Record], head: bytes, me: str, client_mode: bool, known: Known, least_known: int
+    records: Iterable[Record], head: bytes, me: Seated, client_mode: bool, known: Known, least_known: int
 ) -> list[str]:
     """Returns the peers that may lead a round on ``head``, the first choice first. I am one unless in client mode.
-    Where at least ``least_known`` of all that are there are known, unknown ones lead only if none of these can be
-    dialled."""
+    Where at least ``least_known`` of all that are there are known, of whom those of one token count once, unknown ones
+    lead only if none of these can be dialled."""
     here = on_head(records, head)
     leaders = frozenset(r.peer_id for r in here if not r.client_mode)
     if not client_mode:
-        leaders |= {me}
-    if len(known.peers.intersection({me, *(r.peer_id for r in here)})) >= least_known:
+        leaders |= {me.peer_id}
+    if votes(peer for peer in (me, *here) if peer.peer_id in known.peers) >= least_known:
         leaders = known.peers & leaders or leaders
     return sorted(leaders, key=lambda peer_id: precedence(head, peer_id, known))
 

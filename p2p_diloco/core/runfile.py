@@ -198,12 +198,17 @@ class RoundSpec(Section):
         return self
 
 
+Membership = Literal["open", "invite"]
+
+
 class RunSpec(Section):
     """Holds what a run file says: model, data, inner and outer optimizer, round limits."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     """Of the random initialization and of the order of the data."""
+    membership: Membership = "open"
+    """Who may train. ``open``: whoever has an address. ``invite``: who has an invitation of the run's owner."""
     model: ModelSpec
     data: Annotated[DataSpec, Field(validate_default=True)] = DataSpec()
     inner: InnerSpec = InnerSpec()
@@ -222,6 +227,14 @@ class RunSpec(Section):
             finding = InitErrorDetails(type=PydanticCustomError("no_tokenizer", why), loc=("tokenizer",), input={})
             raise ValidationError.from_exception_data(cls.__name__, [finding])  # only so it names the key itself
         return data
+
+    @model_serializer(mode="wrap")
+    def _without_absent_keys(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leaves out a key that came later where it says what was so before: a run keeps its id."""
+        table: dict[str, Any] = serialize(self)
+        if self.membership == "open":
+            table.pop("membership", None)
+        return table
 
     @property
     def tokens_per_inner_step(self) -> int:

@@ -1,6 +1,7 @@
 """The seed and the trainers of a swarm on this machine: start them, hit them, end them.
 
     FOLDER/seed/, FOLDER/peer-1/ ...    identity, ledger, event log; what the process prints is in output.log
+    FOLDER/peer-1.invitation ...        in a run by invitation, which the swarm's own peers are given; one for guests
 
 They listen on loopback; or, given a ``Network``, each in a network namespace of its own. Nothing here waits, but
 ``close``.
@@ -16,17 +17,21 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from p2p_diloco.core.errors import NetworkError, UsageError
+from p2p_diloco.core.identity import Identity
 from p2p_diloco.core.manifest import RunManifest, open_manifest
 from p2p_diloco.core.paths import beside
 from p2p_diloco.core.runfile import DataSpec, RunSpec
 from p2p_diloco.lab.child import Child, send_signal
 from p2p_diloco.lab.faults import Act, Action
 from p2p_diloco.lab.namespaces import Network
+from p2p_diloco.ledger.folder import run_folder
+from p2p_diloco.ledger.seats import OwnedRun, write_own
 
 SEED = "seed"
 """Both the command and the name of its folder."""
 SEED_START_S = 180.0
 """Until the seed has made the run. The first time on a machine it tokenizes the text."""
+INVITED_DAYS = 3650
 LEAVE_S = 10.0
 """For all together; after that they are killed."""
 TRAINER = ("-m", "p2p_diloco", "peer")
@@ -117,6 +122,16 @@ class Children:
             raise NetworkError(f"the seed did not start within {SEED_START_S:.0f} s; its last line: {seed.last_line()}")
         return seed.address
 
+    def invitation(self, name: str, *, places: int) -> Path:
+        """Returns the file of an invitation to the seed's run, which is made the first time."""
+        path = self.folder / f"{name}.invitation"
+        if not path.exists():
+            folder, run = self.named(SEED).folder, run_folder(self.named(SEED).folder, self.manifest)
+            owned = OwnedRun.open(run, Identity.load(folder / "identity.key"), folder / "identity.key")
+            token = owned.invite(name, days=INVITED_DAYS, places=places, now_s=time.time())
+            write_own(path, token.text().encode())
+        return path
+
     def start_trainers(self, count: int) -> None:
         """Starts so many trainers, which share the machine's cores."""
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -144,6 +159,8 @@ class Children:
         else:
             kind = [*self._trainer, "--threads", str(self._threads)]
             known[self._seed_address] = None
+            if self.spec.membership == "invite":
+                kind += ["--invite", str(self.invitation(child.name, places=1))]
         initial_peers = [address for address in known if address is not None]
         if initial_peers:
             kind += ["--initial-peers", *initial_peers]

@@ -45,6 +45,8 @@ if TYPE_CHECKING:
     from p2p_diloco.learn.tokenizer import Tokenizer
 
 POLL_S = 0.25
+GUESTS = 8
+"""Places for those who join from another terminal, in a run by invitation."""
 SAMPLE_TOKENS = 300
 SAMPLE_TEMPERATURE = 0.8
 SAMPLE_TOP_K = 20
@@ -132,6 +134,9 @@ class LocalSwarm:
             self.stop.check()
             time.sleep(POLL_S)
         self.join_line = join_line([address])
+        if children.manifest.spec.membership == "invite":
+            guests = children.invitation("guests", places=GUESTS)
+            self.join_line += f" --invite {shlex.quote(str(guests))}"
         if children.network is not None:
             self.join_line = f"{shlex.join(children.network.switch.enter)} {self.join_line}"
         self.tell_text()

@@ -12,4 +12,5 @@ Its files, from the bottom up:
     replay    a later state from a snapshot and the updates since, part by part
     replica   this peer's copy of the outer state, in memory and on disk
     folder    a run as it lies in a peer's folder
+    seats     a peer's seat, the owner's invitations, and revocations
 """

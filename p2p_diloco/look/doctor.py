@@ -140,7 +140,7 @@ class Checkup:
             self.checklist.add(error_finding("run", error))
             return
         self.signed, self.manifest = signed, manifest
-        self.records = live_records(sealed, "", manifest.run_id, time.time() + behind_s)
+        self.records = live_records(sealed, "", manifest, time.time() + behind_s)
         client_mode = self.request.client_mode
         self.checklist.add(run_finding(manifest, self.records, client_mode=client_mode, trouble=trouble))
 

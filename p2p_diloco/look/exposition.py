@@ -18,11 +18,12 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from p2p_diloco import __version__
+from p2p_diloco.core.admission import invited_as
 from p2p_diloco.core.manifest import RunManifest
 from p2p_diloco.core.records import Fault, Record, Role
 from p2p_diloco.look.display import label, plain
 from p2p_diloco.look.history import History
-from p2p_diloco.look.overview import STATES, Overview, State, addresses_to_join, scrape_targets, state_of
+from p2p_diloco.look.overview import STATES, Overview, SeatRow, State, addresses_to_join, scrape_targets, state_of
 from p2p_diloco.peer.web import Response
 
 PREFIX = "p2p_diloco_swarm_"
@@ -104,6 +105,12 @@ def swarm_metrics(sight: Sight) -> Iterator[Metric]:
     when = "Unix time at which the outer step last changed, or at which the monitor first saw it."
     yield gauge("last_step_timestamp_seconds", when, ({}, history.step_since_s))
     yield gauge("round_seconds", "Median of the peers' last rounds.", ({}, overview.round_s))
+    seats = [({"invitation": row.name, "token": row.token}, row) for row in overview.seats]
+    where = "of an invitation, in a run by invitation."
+    yield gauge("seat_peers", f"Live peers {where}", *((labels, row.peers) for labels, row in seats))
+    yield gauge("seat_places", f"Peers that a round takes {where}", *((labels, row.places) for labels, row in seats))
+    expiry = f"Unix time at which it expires, {where}"
+    yield gauge("seat_expires_timestamp_seconds", expiry, *((labels, row.expires_s) for labels, row in seats))
     rejected = CounterMetricFamily(
         PREFIX + "records_rejected", "Records that do not hold what they claim.", labels=["reason"]
     )
@@ -145,6 +152,7 @@ def info_of(record: Record) -> dict[str, str]:
         "version": plain(record.version),
         "state": state_of(record),
         "client_mode": str(record.client_mode).lower(),
+        "invitation": invited_as(record),
     }
 
 
@@ -210,6 +218,8 @@ class PageRow:
     tokens: int
     tokens_per_s: float
     version: str
+    invitation: str
+    """Under which it takes part; empty where it needs none."""
 
     @classmethod
     def of(cls, record: Record) -> PageRow:
@@ -226,6 +236,7 @@ class PageRow:
             tokens=record.tokens,
             tokens_per_s=record.tokens_per_s,
             version=plain(record.version),
+            invitation=invited_as(record),
         )
 
 
@@ -251,12 +262,17 @@ class Page:
     curve: Mapping[str, list[float | None]]
     """Columns."""
     pace: Mapping[str, list[float | None]]
+    by_invitation: bool
+    """Who wants to join needs an invitation."""
+    seats: tuple[SeatRow, ...]
 
 
 def page_of(sight: Sight) -> Page:
     """Returns what the page shows of ``sight``: trainers before seeds, whoever has trained on most tokens first."""
     manifest, overview, history = sight.manifest, sight.overview, sight.history
     addresses = " ".join(addresses_to_join(overview.records, sight.initial_peers))
+    by_invitation = manifest.spec.membership == "invite"
+    more = " --invite FILE" if by_invitation else ""
     return Page(
         run=PageRun(
             name=manifest.spec.name,
@@ -276,8 +292,10 @@ def page_of(sight: Sight) -> Page:
         loss=overview.loss,
         held_out_loss=overview.held_out_loss,
         held_out_step=overview.held_out_step,
-        join_line=addresses and f"p2p-diloco peer --initial-peers {addresses} --run-id {manifest.run_id}",
+        join_line=addresses and f"p2p-diloco peer --initial-peers {addresses} --run-id {manifest.run_id}{more}",
         rows=tuple(PageRow.of(r) for r in sorted(overview.records, key=lambda r: (r.role == "seed", -r.tokens))),
         curve=history.curve_columns(),
         pace=history.pace_columns(),
+        by_invitation=by_invitation,
+        seats=tuple(overview.seats),
     )

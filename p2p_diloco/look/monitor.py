@@ -98,7 +98,7 @@ class Monitor:
         self.manifest = manifest
         self.initial_peers = tuple(initial_peers)
         self.private_targets = private_targets
-        self.directory = Directory(transport.peer_id, manifest.run_id)
+        self.directory = Directory(transport.peer_id, manifest.run_id, admission=manifest.admission())
         self.history_path = folder / f"history-{manifest.run_id}.json"
         self.history = History.load(self.history_path, manifest.run_id)
         self.unsound: Counter[Fault] = Counter()

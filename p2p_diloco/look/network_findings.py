@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from p2p_diloco.core.addresses import without_peer
+from p2p_diloco.core.admission import one_vote_each
 from p2p_diloco.core.config import Timeouts
 from p2p_diloco.core.manifest import RunManifest
 from p2p_diloco.core.records import Record
@@ -81,7 +82,10 @@ def run_finding(manifest: RunManifest, records: Sequence[Record], *, client_mode
     """Returns the finding about the run. ``records``: of its live peers. ``trouble``: why the DHT could not be asked,
     if so."""
     spec, name = manifest.spec, f"{manifest.spec.name} {manifest.run_id[:12]}"
-    swarm, trainers = swarm_head(records, None), [record for record in records if record.role == "trainer"]
+    if spec.membership == "invite":
+        name += ", by invitation"
+    swarm = swarm_head(one_vote_each(records), None)
+    trainers = [record for record in records if record.role == "trainer"]
     if swarm is None:
         why, _, remedy = (trouble or "no peer's record is found; try again in a minute").partition("; ")
         measured = f"{name} is served there, but who is in it is not known: {why}"

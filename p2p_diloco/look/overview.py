@@ -16,7 +16,9 @@ from statistics import median
 from typing import Literal, get_args
 
 from p2p_diloco.core.addresses import METRICS_FLAG, Endpoint, dial_bytes, is_public, publicness
+from p2p_diloco.core.admission import one_vote_each
 from p2p_diloco.core.errors import UsageError
+from p2p_diloco.core.invitation import open_seat
 from p2p_diloco.core.records import Record
 from p2p_diloco.core.swarm_head import newest_evaluation, swarm_head
 
@@ -26,6 +28,20 @@ PHASES_OF_A_ROUND = ("gather", "reduce", "settle", "apply")
 MAX_JOIN_ADDRESSES = 3
 SAFE_TO_PASTE = re.compile(r"[A-Za-z0-9/.:_-]+")
 """Of an address that somebody pastes into a shell."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SeatRow:
+    """An invitation under which peers are there now."""
+
+    name: str
+    token: str
+    """Its id."""
+    places: int
+    """How many of its peers a round takes."""
+    peers: int
+    expires_s: int
+    """Unix time."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,11 +67,13 @@ class Overview:
     held_out_step: int
     round_s: float | None
     """Median of the peers' last rounds."""
+    seats: Sequence[SeatRow]
+    """Of a run by invitation, by name."""
 
 
 def overview_of(records: Sequence[Record], now_s: float) -> Overview:
     """Returns the swarm at one moment. ``records``: of the live peers, verified."""
-    swarm = swarm_head(records, None)
+    swarm = swarm_head(one_vote_each(records), None)
     step = None if swarm is None else swarm[0]
     trainers = [record for record in records if record.role == "trainer"]
     held_out_step, held_out_loss = newest_evaluation(records, swarm) or (0, None)
@@ -73,7 +91,18 @@ def overview_of(records: Sequence[Record], now_s: float) -> Overview:
         held_out_loss=held_out_loss,
         held_out_step=held_out_step,
         round_s=finite(median(rounds_s)) if rounds_s else None,
+        seats=seats_of(records),
     )
+
+
+def seats_of(records: Iterable[Record]) -> list[SeatRow]:
+    """Returns a row for each invitation under which one of these peers takes part, by name."""
+    peers = Counter(open_seat(record.seat, record.peer_id) for record in records if record.seat)
+    rows = (
+        SeatRow(name=one.name, token=one.token, places=one.places, peers=count, expires_s=one.expires_s)
+        for one, count in peers.items()
+    )
+    return sorted(rows, key=lambda row: (row.name, row.token))
 
 
 def state_of(record: Record) -> State:

@@ -17,6 +17,7 @@ from pathlib import Path
 from rich.console import Group, RenderableType
 from rich.text import Text
 
+from p2p_diloco.core.admission import one_vote_each
 from p2p_diloco.core.config import PeerConfig, Timeouts
 from p2p_diloco.core.directory import Directory
 from p2p_diloco.core.errors import NetworkError
@@ -26,6 +27,7 @@ from p2p_diloco.core.peer_row import PeerRow
 from p2p_diloco.core.records import Record, peers_key
 from p2p_diloco.core.swarm_head import newest_evaluation, swarm_head
 from p2p_diloco.look.display import Legible, count, held_out, peers_table
+from p2p_diloco.look.overview import SeatRow, seats_of
 from p2p_diloco.wire.daemon import private_socket_folder
 from p2p_diloco.wire.discovery import find_manifest
 from p2p_diloco.wire.node import Node
@@ -79,8 +81,8 @@ async def gather_status(initial_peers: Sequence[str], run_id: str | None, timeou
 def status_of(manifest: RunManifest, sealed: Sequence[bytes], me: str, now_s: float) -> Status:
     """Returns the status that the records in ``sealed`` come to: what the DHT holds under the run's key, sound or not.
     NetworkError when no peer is alive."""
-    records = live_records(sealed, me, manifest.run_id, now_s)
-    swarm = swarm_head(records, None)
+    records = live_records(sealed, me, manifest, now_s)
+    swarm = swarm_head(one_vote_each(records), None)
     if swarm is None:
         raise NetworkError(f"run {manifest.spec.name} {manifest.run_id}: no peer of it is up now")
     step, head = swarm
@@ -88,9 +90,10 @@ def status_of(manifest: RunManifest, sealed: Sequence[bytes], me: str, now_s: fl
     return Status(manifest=manifest, step=step, head=head, records=ordered)
 
 
-def live_records(sealed: Sequence[bytes], me: str, run_id: str, now_s: float) -> list[Record]:
-    """Returns one record for each peer of the run that is there, except ``me``; what is not sound is left out."""
-    directory = Directory(me, run_id)
+def live_records(sealed: Sequence[bytes], me: str, manifest: RunManifest, now_s: float) -> list[Record]:
+    """Returns one record for each peer of the run that is there, except ``me``; what is not sound is left out, and so
+    is who has no seat in a run by invitation."""
+    directory = Directory(me, manifest.run_id, admission=manifest.admission())
     for one in sealed:
         try:
             directory.learn(one, now_s)
@@ -138,15 +141,22 @@ def to_json(status: Status) -> str:
     return json.dumps(asdict(JsonStatus.of(status)))
 
 
+def invited(seats: Sequence[SeatRow]) -> str:
+    """Returns the words for the invitations under which peers are there."""
+    return ", ".join(f"{seat.name} ({seat.peers} of {seat.places})" for seat in seats) or "nobody is here"
+
+
 def screen_of(status: Status, width: int) -> RenderableType:
     """Returns the status for a terminal of ``width`` columns."""
     rows = [PeerRow.of(record) for record in status.records]
     trainers = [record for record in status.records if record.role == "trainer"]
     manifest, evaluation = status.manifest, newest_evaluation(status.records, (status.step, status.head))
-    lines = (
+    lines = [
         f"run {manifest.spec.name} {manifest.run_id}",
         f"outer step {status.step} of {manifest.spec.outer.steps} · head {status.head.hex()[:16]}",
         f"{len(trainers)} training, {count(sum(r.tokens_per_s for r in trainers))} tokens/s · {held_out(evaluation)}",
-    )
+    ]
+    if manifest.spec.membership == "invite":
+        lines.append(f"by invitation: {invited(seats_of(status.records))}")
     table = peers_table(rows, head=status.head.hex(), width=width, most=len(rows), own=False)
     return Legible(Group(*map(Text, lines), Text(), table))

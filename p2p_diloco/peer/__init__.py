@@ -14,6 +14,7 @@ Its files, from the bottom up:
     uploads      what a donor sends to those who catch up
     upkeep       snapshots in time, damage found and mended, bits compared with the others'
     presence     what a peer makes known about itself: records published and pushed
+    revocations  which tokens the run's owner has revoked: heard of, kept, passed on
     follower     when a peer goes to where the swarm is, and when it gives that up
     probes       what others may measure with a peer: dial backs, transfers, its clock
     witness      the run's owner signs updates that too few known members make

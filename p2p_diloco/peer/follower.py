@@ -16,6 +16,7 @@ import asyncio
 import logging
 from dataclasses import dataclass, field
 
+from p2p_diloco.core.admission import one_vote_each
 from p2p_diloco.core.event import PeerCaughtUp
 from p2p_diloco.core.events import EventLog
 from p2p_diloco.core.swarm_head import from_nowhere, must_catch_up, swarm_head
@@ -63,7 +64,7 @@ class Follower:
         have no state. The owner goes where its witness has led, whatever others claim: rounds wait for it."""
         directory = self.here.directory
         if self.replica.state is None:
-            return swarm_head(directory.believed(self.here.wall_s()), None, directory.before)
+            return swarm_head(one_vote_each(directory.believed(self.here.wall_s())), None, directory.before)
         standing = self.here.seat.standing
         if (witnessed := self.witness.leads_to(standing.head)) is not None:
             return standing.step + 1, witnessed

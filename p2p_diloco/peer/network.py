@@ -37,6 +37,7 @@ from p2p_diloco.core.waiting import deadline, now_s
 from p2p_diloco.ledger.disk import disk_errors, write_whole
 from p2p_diloco.ledger.folder import MANIFEST_FILE, open_ledger, run_folder
 from p2p_diloco.ledger.replica import Replica
+from p2p_diloco.ledger.seats import require_seat
 from p2p_diloco.peer.control import (
     Begin,
     Begun,
@@ -99,32 +100,29 @@ class NetworkProcess:
         identity = Identity.load_or_create(config.identity_path)
         node = await Node.start(config, identity, timeouts, private_socket_folder(config.folder))
         try:
-            signed, folder = await self._find_run(node, config, timeouts, start.manifest_path)
-            await self._live(node, config, identity, signed, folder, seed=start.role == "seed")
+            signed = await self._find_run(node, config, timeouts, start.manifest_path)
+            await self._live(node, config, identity, signed, start.manifest_path, seed=start.role == "seed")
         finally:
             await node.close()
 
-    async def _find_run(
-        self, node: Node, config: PeerConfig, timeouts: Timeouts, manifest_path: Path | None
-    ) -> tuple[bytes, Path]:
-        """Returns the signed manifest, and the run's folder with the manifest in it."""
+    async def _find_run(self, node: Node, config: PeerConfig, timeouts: Timeouts, manifest_path: Path | None) -> bytes:
+        """Returns the signed manifest."""
         if manifest_path is not None:
             with disk_errors(manifest_path):
-                signed = await asyncio.to_thread(manifest_path.read_bytes)
-        else:
-            initial = [(maddr.rsplit("/p2p/", 1)[1], maddr) for maddr in config.initial_peers]
-            signed = await find_manifest(
-                node, run_id=config.run_id, initial_peers=initial, timeouts=timeouts, wall_s=time.time
-            )
-        manifest = open_manifest(signed, str(manifest_path or "the run"))
-        folder = run_folder(config.folder, manifest)
-        await asyncio.to_thread(keep_manifest, folder / MANIFEST_FILE, signed)
-        return signed, folder
+                return await asyncio.to_thread(manifest_path.read_bytes)
+        initial = [(maddr.rsplit("/p2p/", 1)[1], maddr) for maddr in config.initial_peers]
+        return await find_manifest(
+            node, run_id=config.run_id, initial_peers=initial, timeouts=timeouts, wall_s=time.time
+        )
 
     async def _live(
-        self, node: Node, config: PeerConfig, identity: Identity, signed: bytes, folder: Path, *, seed: bool
+        self, node: Node, config: PeerConfig, identity: Identity, signed: bytes, source: Path | None, *, seed: bool
     ) -> None:
-        manifest = open_manifest(signed, "the run")
+        """Lives as a peer of the run whose signed manifest has come from the file ``source``, or from others."""
+        manifest = open_manifest(signed, str(source or "the run"))
+        sealed_seat = require_seat(config.folder, manifest, identity.peer_id, time.time())
+        folder = run_folder(config.folder, manifest)
+        await asyncio.to_thread(keep_manifest, folder / MANIFEST_FILE, signed)
         ledger = await asyncio.to_thread(open_ledger, folder, manifest)
         theta, local = map_vectors(self.vectors, manifest.n_params, resize=True)
         replica = Replica(manifest, ledger, theta, np.zeros(manifest.n_params, np.float32))
@@ -141,6 +139,7 @@ class NetworkProcess:
             name=config.name,
             max_upload_bytes_per_s=config.max_upload_bytes_per_s,
             metrics=metrics,
+            seat=sealed_seat,
         )
         self.trainer.send(Found(manifest_path=folder / MANIFEST_FILE, folder=folder))
         try:

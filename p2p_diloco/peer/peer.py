@@ -23,6 +23,7 @@ from p2p_diloco.core.errors import NetworkError
 from p2p_diloco.core.event import PeerJoined, PeerLeft
 from p2p_diloco.core.events import EventLog
 from p2p_diloco.core.identity import Identity
+from p2p_diloco.core.manifest import RunManifest
 from p2p_diloco.core.records import Role
 from p2p_diloco.core.roster import on_head, rank
 from p2p_diloco.core.swarm_head import Standing
@@ -35,6 +36,7 @@ from p2p_diloco.peer.outer_steps import OuterSteps
 from p2p_diloco.peer.presence import Presence
 from p2p_diloco.peer.probes import Probes
 from p2p_diloco.peer.reception import Reception
+from p2p_diloco.peer.revocations import Revoked
 from p2p_diloco.peer.upkeep import Upkeep
 from p2p_diloco.peer.uploads import Uploads
 from p2p_diloco.peer.witness import Witness
@@ -46,10 +48,26 @@ from p2p_diloco.wire.channel import MANIFEST_PROTOCOL, Transport
 HAND_OVER_POLL_S = 0.2
 
 
+NOWHERE = Standing(step=0, head=bytes(32), heads=())
+"""Before there is any state."""
+
+
+def directory_of(transport: Transport, identity: Identity, manifest: RunManifest) -> Directory:
+    """Returns the directory of a peer of this run, with nobody in it."""
+    return Directory(
+        identity.peer_id,
+        manifest.run_id,
+        transport.timeouts,
+        favoured=transport.favoured,
+        admission=manifest.admission(),
+    )
+
+
 class Peer:
     """One peer's network side: its parts, and its life from ``join`` to ``leave``.
 
-    ``local``: float32 [n], the trainer's parameters; unchanged while ``outer_step`` runs. A seed has none."""
+    ``local``: float32 [n], the trainer's parameters; unchanged while ``outer_step`` runs. A seed has none. ``seat``:
+    under which this peer takes part in a run by invitation."""
 
     def __init__(
         self,
@@ -65,6 +83,7 @@ class Peer:
         max_upload_bytes_per_s: float | None = None,
         metrics: Endpoint | None = None,
         wall_s: Callable[[], float] = time.time,
+        seat: bytes = b"",
     ) -> None:
         self.identity = identity
         self.replica = replica
@@ -72,11 +91,8 @@ class Peer:
         self.local = local
         self.events = events
         self.role: Role = "seed" if local is None else "trainer"
-        self.directory = Directory(
-            identity.peer_id, self.manifest.run_id, transport.timeouts, favoured=transport.favoured
-        )
-        nowhere = Standing(step=0, head=bytes(32), heads=())
-        self.seat = Seat(standing=nowhere, history=replica, role_trainer=local is not None, client_mode=client_mode)
+        self.directory = directory_of(transport, identity, self.manifest)
+        self.seat = Seat(standing=NOWHERE, history=replica, role_trainer=local is not None, client_mode=client_mode)
         self.here = here = Here(
             transport=transport,
             identity=identity,
@@ -84,6 +100,7 @@ class Peer:
             seat=self.seat,
             timeouts=transport.timeouts,
             wall_s=wall_s,
+            sealed_seat=seat,
         )
         catchup = Catchup(here=here, replica=replica, events=events)
         self.matchmaker = Matchmaker(here, self.manifest)
@@ -97,6 +114,7 @@ class Peer:
         self.upkeep = Upkeep(here=here, replica=replica, catchup=catchup, events=events)
         self.presence = Presence(here=here, replica=replica, events=events, role=self.role, name=name, metrics=metrics)
         witness = Witness(here=here, replica=replica)
+        self.revoked = Revoked(here=here, replica=replica, presence=self.presence)
         self.follower = Follower(
             here=here,
             replica=replica,
@@ -114,6 +132,7 @@ class Peer:
             presence=self.presence,
             uploads=self.uploads,
             probes=Probes(here=here, rate=self.uploads.rate),
+            revoked=self.revoked,
             witness=witness,
         )
         self.outer_steps = None if local is None else self._outer_steps(local)
@@ -136,6 +155,7 @@ class Peer:
         it there. Raises NetworkError when it has no state, and nobody gives it one within ``discover_s``."""
         started_s = now_s()
         await asyncio.to_thread(self.replica.load)
+        self.revoked.read()
         from_step = self.replica.state.step if self.replica.state else None
         if self.replica.state is not None:
             self.presence.take_standing()
@@ -143,6 +163,7 @@ class Peer:
         await self.here.transport.serve(MANIFEST_PROTOCOL, self.reception.give_manifest)
         await self.here.transport.serve(self.here.protocol, self.reception.receive)
         await self.presence.refresh()
+        await self.revoked.hear()
         snapshot = await self.follower.catch_up(patience_s=self.here.timeouts.discover_s)
         if self.replica.state is None:
             raise NetworkError(
@@ -179,7 +200,11 @@ class Peer:
     async def run(self) -> None:
         """Keeps my record in the DHT, the others' here, and what I hold sound, until it is cancelled."""
         await asyncio.gather(
-            self.presence.publish_loop(), self.presence.refresh_loop(), self.follower.run(), self.upkeep.run()
+            self.presence.publish_loop(),
+            self.presence.refresh_loop(),
+            self.revoked.run(),
+            self.follower.run(),
+            self.upkeep.run(),
         )
 
     async def outer_step(self, tokens: int, *, dropped: bool = False, pace: float = 0.0) -> OuterResult:

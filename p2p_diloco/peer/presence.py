@@ -13,7 +13,8 @@ from dataclasses import dataclass, field
 
 from p2p_diloco import __version__
 from p2p_diloco.core.addresses import Endpoint
-from p2p_diloco.core.errors import Misbehaved, RemoteError
+from p2p_diloco.core.admission import LAPSED, Lapsed
+from p2p_diloco.core.errors import Misbehaved, RemoteError, UsageError
 from p2p_diloco.core.event import PhaseBegan
 from p2p_diloco.core.events import EventLog
 from p2p_diloco.core.records import HEADS_SHOWN, RUNS_KEY, Phase, Record, Role, peers_key, seal_record
@@ -33,7 +34,7 @@ nothing: they have places that strangers cannot take. A claim moves nobody in he
 MAX_BESIDE = 64
 """Peers that are called at a time and not waited for."""
 MADDRS_BYTES = 320
-"""Of all addresses in a record, that of the metrics included: the rest of it takes up to 690 of the 1024 bytes."""
+"""Of all addresses in a record, that of the metrics included: beside a seat, the rest takes up to 690 bytes."""
 
 
 @dataclass(kw_only=True)
@@ -94,10 +95,19 @@ class Presence:
         look."""
         self._maddrs = await self.here.transport.maddrs()
         record = self.record()
+        self._check_seat(record)
         sealed = self.here.seat.sealed_record = seal_record(record, self.here.identity)
         await self.here.transport.publish(peers_key(self._run_id), sealed, record.expires_s)
         if announces_run(self.here.live(), self.here.peer_id):
             await self.here.transport.publish(RUNS_KEY, sealed, record.expires_s)
+
+    def _check_seat(self, record: Record) -> None:
+        """Raises UsageError when my seat has lapsed: others take no notice of me any more."""
+        admission, step = self.here.directory.admission, self.here.seat.standing.step
+        try:
+            admission.check(record, now_s=self.here.wall_s(), step=step)
+        except Lapsed as error:
+            raise UsageError(LAPSED) from error
 
     async def refresh(self) -> None:
         """Reads everybody's record in the DHT."""
@@ -203,6 +213,7 @@ class Presence:
         standing = self.here.seat.standing = self.replica.standing()
         self.here.seat.known = self.replica.known()
         self.here.seat.changed.ring()
+        self.here.directory.step = standing.step
         self.here.directory.show((standing.head, *standing.heads))
         favoured, manifest = self.here.transport.favoured, self.replica.manifest
         favoured.clear()
@@ -252,6 +263,8 @@ class Presence:
             round_s=self.last_round.seconds,
             round_bytes=self.last_round.bytes,
             metrics_addr=metrics_addr,
+            seat=self.here.sealed_seat,
+            revocations=self.here.directory.admission.number,
         )
 
 

@@ -9,6 +9,7 @@ from p2p_diloco.core.waiting import Bell, heard, now_s
 from p2p_diloco.ledger.replica import Replica
 from p2p_diloco.peer.presence import Presence
 from p2p_diloco.peer.probes import Probes
+from p2p_diloco.peer.revocations import Revoked
 from p2p_diloco.peer.uploads import Uploads
 from p2p_diloco.peer.witness import Witness
 from p2p_diloco.round.here import Here
@@ -24,6 +25,7 @@ from p2p_diloco.wire.messages import (
     AskIndex,
     AskManifest,
     AskPart,
+    AskRevocations,
     AskUpdate,
     AskWitness,
     Closing,
@@ -39,8 +41,9 @@ ROUNDS_KEPT = 2
 """Finished rounds whose parts are still served to members that are late."""
 OF_A_ROUND = (Contribute, Receipt, AskPart, AskCommit)
 OF_A_DONOR = (AskHeads, AskChain, AskIndex, AskChunk, AskUpdate)
-REQUESTS = (Ready, Closing, *OF_A_ROUND, AskWitness, *OF_A_DONOR, AskDialBack, AskTransfer, Push)
-MAX_REQUEST_BYTES = 4096
+REQUESTS = (Ready, Closing, *OF_A_ROUND, AskWitness, *OF_A_DONOR, AskDialBack, AskTransfer, Push, AskRevocations)
+MAX_REQUEST_BYTES = 6144
+"""Two sealed statements, in ``Ready``, and what goes around them."""
 RECEIPT_BYTES = 34
 """Of one part in a receipt: the only request that is larger in larger runs."""
 
@@ -56,6 +59,7 @@ class Reception:
     presence: Presence
     uploads: Uploads
     probes: Probes
+    revoked: Revoked
     witness: Witness
     rounds: deque[Settlement] = field(default_factory=lambda: deque(maxlen=ROUNDS_KEPT))
     _round_opened: Bell = field(default_factory=Bell)
@@ -85,6 +89,8 @@ class Reception:
             await channel.send(No(reason="leaving"))
         elif isinstance(message, Push):
             await self.presence.on_push(channel, message)
+        elif isinstance(message, AskRevocations):
+            await self.revoked.serve(channel)
         elif self.replica.state is None:
             await channel.send(No(reason="joining"))
         elif isinstance(message, Ready):

@@ -22,6 +22,7 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass, field
 
+from p2p_diloco.core.admission import Seated, votes
 from p2p_diloco.core.certificate import Certificate, check_most
 from p2p_diloco.core.errors import Misbehaved
 from p2p_diloco.core.group import Group, RosterRules, open_roster
@@ -109,9 +110,9 @@ class Witness:
     def _refusal(self, group: Group, link: bytes) -> str:
         """Returns why an update of this head is not witnessed; empty where it is."""
         signed, seat = self._signed, self.here.seat
-        trainers = {record.peer_id for record in on_head(self.here.live(), group.head)}
-        trainers |= {self.here.peer_id} if seat.role_trainer else set()
-        if len(seat.known.peers & trainers) >= self._rules.least_known:
+        trainers: list[Seated] = [*on_head(self.here.live(), group.head)]
+        trainers += [self.here.claim] if seat.role_trainer else []
+        if votes(one for one in trainers if one.peer_id in seat.known.peers) >= self._rules.least_known:
             return "enough known members are here to do without a witness"
         if signed is not None and signed.head == group.head and signed.link != link and now_s() < signed.until_s:
             return "the run's owner has just witnessed another update of this head"

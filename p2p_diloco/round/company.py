@@ -13,16 +13,17 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 
+from p2p_diloco.core.admission import Lapsed, votes
 from p2p_diloco.core.credit import Credit
-from p2p_diloco.core.errors import Misbehaved
-from p2p_diloco.core.group import Group, RosterRules
+from p2p_diloco.core.errors import Misbehaved, Refused
+from p2p_diloco.core.group import Group, RosterRules, SealedRoster, open_roster
 from p2p_diloco.core.manifest import RunManifest
-from p2p_diloco.core.records import Record
-from p2p_diloco.core.roster import Readiness, leader_order, on_head, open_readiness, precedence
+from p2p_diloco.core.records import Record, open_record
+from p2p_diloco.core.roster import Readiness, leader_order, on_head, open_readiness, precedence, rank
 from p2p_diloco.core.swarm_head import must_catch_up, swarm_head, way_of
 from p2p_diloco.core.waiting import now_s
 from p2p_diloco.round.here import Here
-from p2p_diloco.wire.messages import Ready
+from p2p_diloco.wire.messages import Ready, Roster
 
 CHANCES = 2
 """After so many failures on one head a leader is asked no more there. Not after the first, for it may just have been
@@ -66,7 +67,7 @@ class Company:
         mode. Those that I do not trust come last, but the ``vouched`` ones, which others name as their leader."""
         expected = self.here.directory.expected(self.here.wall_s())
         seat = self.here.seat
-        order = leader_order(expected, head, self.me, seat.client_mode, seat.known, self.rules.least_known)
+        order = leader_order(expected, head, self.here.claim, seat.client_mode, seat.known, self.rules.least_known)
         fit = [peer_id for peer_id in order if self.is_fit(head, peer_id)]
         first = {peer_id for peer_id in fit if peer_id == self.me or peer_id in vouched or self.is_trusted(peer_id)}
         return sorted(fit, key=lambda peer_id: peer_id not in first)
@@ -76,10 +77,11 @@ class Company:
         known = self.here.seat.known
         return precedence(head, one, known) < precedence(head, other, known)
 
-    def lacks_witness(self, members: Collection[str]) -> bool:
+    def lacks_witness(self, members: Collection[Readiness]) -> bool:
         """Returns whether an update of these members would need the witness of the run's owner, who is not there."""
-        owner, known = self.rules.owner, self.here.seat.known.peers.intersection(members)
-        if len(known) >= self.rules.least_known or owner in (self.me, *members):
+        owner, known = self.rules.owner, self.here.seat.known.peers
+        enough = votes(member for member in members if member.peer_id in known) >= self.rules.least_known
+        if enough or owner in (self.me, *(member.peer_id for member in members)):
             return False
         return all(record.peer_id != owner for record in self.here.live())
 
@@ -187,7 +189,34 @@ class Company:
             raise Misbehaved(source, "sends a readiness for another leader")
         if readiness.weight > self.manifest.spec.max_weight_tokens:
             raise Misbehaved(source, f"claims a weight of {readiness.weight} tokens")
+        try:
+            self.here.directory.admission.invitation_of(readiness)
+        except ValueError as error:
+            raise Misbehaved(source, f"sends a readiness of {error}") from error
         return readiness
+
+    def group_of(self, leader: str, roster: Roster) -> Group:
+        """Returns the group of a roster that ``leader`` has sent. Misbehaved when the roster is not sound; Refused
+        where a seat in it has lapsed, for its leader may not have heard of that."""
+        members, absent = tuple(roster.members), tuple(roster.absent)
+        sealed = SealedRoster(leader=leader, members=members, absent=absent, signature=roster.signature)
+        try:
+            group = open_roster(sealed, self.rules, self.here.seat.known)
+        except ValueError as error:
+            raise Misbehaved(leader, f"sends {error}") from error
+        admission, away = self.here.directory.admission, [open_record(one) for one in absent]
+        try:
+            admission.check_roster(group.members, away, now_s=self.here.wall_s(), step=group.step)
+        except Lapsed as error:
+            raise Refused(leader, f"its roster has {error}") from error
+        return group
+
+    def with_places(self, head: bytes, ready: Iterable[bytes], around: Iterable[Record] = ()) -> set[str]:
+        """Returns the ids of the peers that a round on ``head`` has places for: of those that are ``ready``, in the
+        order of rank, and then of those ``around``."""
+        members = sorted(map(open_readiness, ready), key=lambda member: rank(head, member.peer_id))
+        admission, step = self.here.directory.admission, self.here.seat.standing.step
+        return admission.within_places([*members, *around], now_s=self.here.wall_s(), step=step)
 
     def beyond(self, head: bytes) -> bytes | None:
         """Returns the sealed record of a peer that stands beyond ``head``, or None while groups are formed on ``head``.

@@ -47,6 +47,7 @@ from typing import TypeAlias
 
 from p2p_diloco.core.errors import Misbehaved, Refused, RemoteError
 from p2p_diloco.core.group import MAX_ABSENT, seal_roster
+from p2p_diloco.core.records import open_record
 from p2p_diloco.core.roster import form_roster, on_head, open_readiness
 from p2p_diloco.core.waiting import Bell, heard, now_s
 from p2p_diloco.round.company import CLOSING_MARGIN_S, Company
@@ -87,7 +88,7 @@ class Gathering:
     awaited: set[str] = field(default_factory=set)
     """Peers whose roster somebody else waits for."""
     declined: set[str] = field(default_factory=set)
-    """Peers that were ready and are left out, since I lost them in earlier rounds."""
+    """Peers that were ready and are left out: I lost them in earlier rounds, or their token has no more places."""
 
 
 class Gatherings:
@@ -154,17 +155,19 @@ class Gatherings:
     def _decide(self, gathering: Gathering) -> Roster | TooFew | NoWitness:
         """Returns what everybody hears that is ready now that the round closes, but those that are declined."""
         ready, limits = gathering.ready, self.limits
-        if len(ready) < limits.min_group:
-            return TooFew(ready=len(ready))
-        idle = {peer_id for peer_id in ready if self.company.is_idle(peer_id)}
-        if len(ready) - len(idle) >= limits.min_group:
-            gathering.declined = idle
+        placed = self.company.with_places(gathering.head, ready.values())
+        if len(placed) < limits.min_group:
+            return TooFew(ready=len(placed))
+        idle = {peer_id for peer_id in placed if self.company.is_idle(peer_id)}
+        if len(placed) - len(idle) < limits.min_group:
+            idle = set()
+        gathering.declined = (ready.keys() - placed) | idle
         taken = [sealed for peer_id, sealed in ready.items() if peer_id not in gathering.declined]
         known, least_known = self.seat.known, self.company.rules.least_known
         members = form_roster(taken, gathering.head, limits.max_group, known, least_known)
         if len(members) < limits.min_group:
             return TooFew(ready=len(members))
-        if self.company.lacks_witness([open_readiness(one).peer_id for one in members]):
+        if self.company.lacks_witness([open_readiness(one) for one in members]):
             return NoWitness()
         roster = seal_roster(members, self._absent(gathering, members), self.here.identity)
         return Roster(members=members, absent=list(roster.absent), signature=roster.signature)
@@ -197,8 +200,11 @@ class Gatherings:
             return []
         present = {open_readiness(one).peer_id for one in members}
         around = on_head(self.here.live(), gathering.head)
-        sealed = [self.directory.sealed(record.peer_id) for record in around if record.peer_id not in present]
-        if self.seat.role_trainer and self.company.me not in present:
+        if self.seat.role_trainer:
+            around.append(open_record(self.seat.sealed_record))
+        away = self.company.with_places(gathering.head, members, around) - present
+        sealed = [self.directory.sealed(record.peer_id) for record in around if record.peer_id in away]
+        if self.company.me in away:
             sealed.append(self.seat.sealed_record)
         return [one for one in sealed if one is not None][:MAX_ABSENT]
 

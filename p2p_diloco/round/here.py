@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
+from p2p_diloco.core.admission import Claim
 from p2p_diloco.core.config import Timeouts
 from p2p_diloco.core.directory import Directory
 from p2p_diloco.core.electors import electorate
@@ -28,11 +29,18 @@ class Here:
     timeouts: Timeouts
     wall_s: Callable[[], float]
     """The clock that records are dated by."""
+    sealed_seat: bytes = b""
+    """Under which I take part in a run by invitation, as others read it."""
 
     @property
     def peer_id(self) -> str:
         """Returns this peer's id."""
         return self.directory.peer_id
+
+    @property
+    def claim(self) -> Claim:
+        """Returns what I show others of my right to take part."""
+        return Claim(peer_id=self.peer_id, seat=self.sealed_seat)
 
     @property
     def protocol(self) -> str:
@@ -43,12 +51,12 @@ class Here:
         """Returns the records of all other peers that are there now."""
         return self.directory.live(self.wall_s())
 
-    def voters(self) -> tuple[Sequence[Record], Standing | None]:
+    def voters(self) -> tuple[list[Record], Standing | None]:
         """Returns the records of those who have a vote on the swarm's head, as ``electorate`` has it, and my standing
         if I have one."""
         directory, seat = self.directory, self.seat
         believed = directory.believed(self.wall_s())
-        return electorate(believed, seat.standing, self.peer_id, directory.before, seat.history)
+        return electorate(believed, seat.standing, self.claim, directory.before, seat.history)
 
     async def open(self, peer_id: str) -> Channel:
         """Opens a stream to a peer of the run, at the addresses in its record. Raises Gone or Silent."""

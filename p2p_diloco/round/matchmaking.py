@@ -33,7 +33,7 @@ import logging
 from dataclasses import dataclass, field
 
 from p2p_diloco.core.errors import Misbehaved, Refused, RemoteError, Silent
-from p2p_diloco.core.group import Group, SealedRoster, open_roster
+from p2p_diloco.core.group import Group
 from p2p_diloco.core.manifest import RunManifest
 from p2p_diloco.core.records import open_record
 from p2p_diloco.core.roster import Readiness, new_nonce, on_head, seal_readiness
@@ -155,6 +155,7 @@ class Matchmaker:
             dropped=dropped,
             tokens_per_s=tokens_per_s,
             nonce=new_nonce(),
+            seat=self.company.here.sealed_seat,
         )
 
     def _outcome(
@@ -172,24 +173,14 @@ class Matchmaker:
             if company.beyond(mine.head) is None:
                 raise Refused(leader, "it says that the swarm is past this head, which no record shows")
             return Missed(reason="behind", detail=f"peer {leader[-8:]} is past this head")
-        if sealed not in answer.members and len(answer.members) == limits.max_group:
-            raise Refused(leader, "its group is full")
-        group = self._check(leader, answer)
+        if sealed not in answer.members and (leader == company.me or len(answer.members) == limits.max_group):
+            raise Refused(leader, "its round has no place for me")
+        group = company.group_of(leader, answer)
         if sealed not in answer.members and not group.needs_witness and company.me not in self.seat.known.peers:
             raise Refused(leader, "its group has as many newcomers as it may have")
         if mine not in group.members or (group.step, group.head) != (mine.step, mine.head):
             raise Misbehaved(leader, "sends a roster without me")
         return group
-
-    def _check(self, leader: str, answer: Roster) -> Group:
-        """Returns the group of a roster. Misbehaved when the roster is not sound."""
-        sealed = SealedRoster(
-            leader=leader, members=tuple(answer.members), absent=tuple(answer.absent), signature=answer.signature
-        )
-        try:
-            return open_roster(sealed, self.company.rules, self.seat.known)
-        except ValueError as error:
-            raise Misbehaved(leader, f"sends {error}") from error
 
     async def _ask(self, leader: str, sealed: bytes) -> Answer:
         """Tells a leader that I am ready, and returns what comes of its gathering. Silent when no word comes for

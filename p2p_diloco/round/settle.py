@@ -13,12 +13,13 @@
 Rules of this file and its four parts (``settle_member``, ``settle_leader``, ``settle_ballot``, ``settle_decide``):
 
     - **What makes an update.** Not the leader's word, but a certificate (``core.certificate``): the signatures of most
-      of the members that count, which are the known ones; where too few are known, of most of all, and of the run's
-      owner. A member applies what is certified, whether it has signed it or not, and nothing else.
+      of the members that certify: of the known ones, where too few are known of all, and of each token only the first;
+      and then of the run's owner, too. A member applies what is certified, whether it has signed it or not, and
+      nothing else.
     - **What a member signs.** One commit in a round, all of whose parts it holds, when each part is what its reducer
       has sent to it: a leader counts what members hold, and decides nothing. Two commits of one round can be certified
       only when somebody in both majorities has signed both, and then the two signatures prove that it lies.
-    - **What a leader proposes.** Only what it holds itself, and only when most of the members that count have sent
+    - **What a leader proposes.** Only what it holds itself, and only when most of the members that certify have sent
       receipts.
     - **Who leads next.** Leaders are the members that count and can be dialled, in the order of rank. One that is
       silent or gone, only promises for most of the time that is left, or proposes what most do not sign, is given up

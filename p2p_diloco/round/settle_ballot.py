@@ -1,6 +1,6 @@
 """The ballot on one commit, at its leader: who has signed it, and when that is enough for a certificate.
 
-Most of the members that count have to sign. Where fewer of them are known than can stand for the run, the run's owner
+Most of the members that certify have to sign. Where fewer of them are known than can stand for the run, the run's owner
 has to witness the update, too: it is asked last, with the signatures that there are.
 """
 
@@ -27,7 +27,7 @@ class Ballot:
     """What is signed."""
     update: Update
     signatures: dict[int, bytes] = field(default_factory=dict)
-    """Member that counts -> its signature."""
+    """Member that certifies -> its signature."""
     answered: set[int] = field(default_factory=set)
     """Members that have signed, or have said that they do not."""
 
@@ -43,12 +43,12 @@ class Ballot:
         peer_id = self.meeting.group.members[member].peer_id
         if not self.taken.is_signed(peer_id, signature):
             raise Misbehaved(peer_id, "signs something else than the commit")
-        if member in self.meeting.group.counting:
+        if member in self.meeting.group.voting:
             self.signatures[member] = signature
 
     @property
     def has_most(self) -> bool:
-        """Whether most of the members that count have signed."""
+        """Whether most of the members that certify have signed."""
         return self.meeting.group.is_most(self.signatures)
 
     @property

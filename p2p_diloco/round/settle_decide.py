@@ -36,10 +36,10 @@ def decide(
 ) -> Decision:
     """Returns what a leader tells the members that have sent a receipt.
 
-    It is a commit when most of the members that count have sent receipts, and every part is held by one of them. Parts
-    that none of them holds are reduced again by all of them, in a butterfly of a new number; there are fewer of these
-    than members. So are parts of which they hold different bytes, none of them most: without whoever reduced those, if
-    the others are enough. The round fails otherwise.
+    It is a commit when most of the members that certify have sent receipts, and every part is held by one of them.
+    Parts that none of them holds are reduced again by all of them, in a butterfly of a new number; there are fewer of
+    these than members. So are parts of which they hold different bytes, none of them most: without whoever reduced
+    those, if the others are enough. The round fails otherwise.
 
     ``held``: member -> the hashes of the parts that it holds, the leader, ``me``, among them. ``reducers``: who has
     reduced each part; I have not sent different bytes. ``newest``: the highest number of a butterfly that the leader
@@ -69,11 +69,11 @@ def is_torn(part: int, chosen: bytes, held: Mapping[int, Sequence[bytes]], group
 
 
 def agreed_state(states: Mapping[int, bytes], group: Group) -> bytes:
-    """Returns the digest of the outer state that most of the members that count name, of those in ``states``: member ->
-    digest. Empty where they do not agree: then none is certified, and the run goes on."""
-    named = Counter(state for member, state in states.items() if member in group.counting)
+    """Returns the digest of the outer state that most of the members that certify name, of those in ``states``: member
+    -> digest. Empty where they do not agree: then none is certified, and the run goes on."""
+    named = Counter(state for member, state in states.items() if member in group.voting)
     most = min(named, key=lambda state: (-named[state], state), default=b"")
-    return most if 2 * named[most] > len(group.counting) else b""
+    return most if 2 * named[most] > len(group.voting) else b""
 
 
 def without_refused(held: Mapping[int, Sequence[bytes]], refused: Set[bytes]) -> dict[int, list[bytes]]:
@@ -104,7 +104,7 @@ def collects_until_s(now: float, *, began_s: float, timeouts: Timeouts, all_came
 
     It waits for all members that it has not lost, for ``Timeouts.settle_s``. Where most have sent no receipt by then,
     the others may still wait for a reducer that is silent: it waits for ``Timeouts.reduced_part_s`` more, and only
-    until most have. ``most``: of the members that count.
+    until most have. ``most``: of the members that certify.
     """
     deadline_s = began_s + timeouts.settle_s
     last_deadline_s = deadline_s + timeouts.reduced_part_s

@@ -31,8 +31,8 @@ from p2p_diloco.core.records import MAX_RECORD_LIFE_S, Fault, Unsound, open_reco
 
 logger = logging.getLogger(__name__)
 
-MAX_DHT_MESSAGE_BYTES = 2 * 1024 * 1024
-"""Of one request or answer of the DHT; p2pd refuses longer ones. A full dictionary of records takes 1.2 MB."""
+MAX_DHT_MESSAGE_BYTES = 4 * 1024 * 1024
+"""Of one request or answer of the DHT; p2pd refuses longer ones. A full dictionary takes up to 2.2 MB."""
 MAX_UNSOUND = 16
 """Records that fail verification, at 0.2 ms each, before the rest of an answer is thrown away with them."""
 MAX_STORE_KEYS = 64
@@ -43,7 +43,7 @@ REQUESTS_PER_S = 20.0
 REQUEST_BURST = 100.0
 MAX_VERIFIED = 8192
 MAX_SUBKEYS = 1024
-"""Peers whose records one DHT key holds, at one node. Sealed records are at most 1 kB."""
+"""Peers whose records one DHT key holds, at one node. Sealed records are at most 2 kB."""
 MAX_MERGED = 8 * MAX_SUBKEYS
 """Records that a search takes under one key, from all nodes that answer: none of them can fill it alone."""
 EXPIRATION_TOLERANCE_S = 1.0

@@ -6,12 +6,14 @@ from typing import Annotated, ClassVar
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from p2p_diloco.core.identity import SIGNATURE_BYTES
 from p2p_diloco.core.records import MAX_RECORD_BYTES
 from p2p_diloco.wire.traffic import Purpose
 
 MAX_MESSAGE_BYTES = 256 * 1024
 
 Sealed = Annotated[bytes, Field(max_length=MAX_RECORD_BYTES)]
+Signature = Annotated[bytes, Field(min_length=SIGNATURE_BYTES, max_length=SIGNATURE_BYTES)]
 Reason = Annotated[str, Field(max_length=200)]
 
 

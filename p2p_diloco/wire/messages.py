@@ -13,9 +13,9 @@ from pydantic import FailFast, Field, ValidationError
 
 from p2p_diloco.core.certificate import MAX_CERTIFICATE_BYTES, MAX_FULL_BYTES
 from p2p_diloco.core.group import MAX_ABSENT, MAX_MEMBERS
-from p2p_diloco.core.identity import SIGNATURE_BYTES
+from p2p_diloco.core.invitation import MAX_REVOCATIONS_BYTES
 from p2p_diloco.core.records import Hash, Natural, unpack_plain
-from p2p_diloco.wire.message import Message, Reason, Sealed
+from p2p_diloco.wire.message import Message, Reason, Sealed, Signature
 from p2p_diloco.wire.probe_messages import PROBES
 
 MAX_FRAME_BYTES = 4 * 1024 * 1024
@@ -26,8 +26,6 @@ MAX_PARTS = 1 << 16
 MAX_LINKS = 1024
 MAX_CHAIN_BYTES = 16 * 1024 * 1024
 """Of headers and certificates in one answer; one pair may be larger."""
-
-Signature = Annotated[bytes, Field(min_length=SIGNATURE_BYTES, max_length=SIGNATURE_BYTES)]
 
 
 class Ready(Message):
@@ -298,8 +296,7 @@ class Size(Message):
 
 
 class AskManifest(Message):
-    """Send me the run's manifest. Answered by Size and then as many bytes, the signed manifest, in frames of
-    CHUNK_BYTES."""
+    """Send me the run's signed manifest. Answered as AskUpdate."""
 
     tag = "ask-manifest"
     purpose = "other"
@@ -311,6 +308,20 @@ class Push(Message):
     tag = "push"
     purpose = "other"
     record: Sealed
+
+
+class AskRevocations(Message):
+    """Answered by RevocationList, or by No where nothing is revoked. In a run by invitation alone."""
+
+    tag = "ask-revocations"
+    purpose = "other"
+
+
+class RevocationList(Message):
+    """The newest list that I have of what the run's owner has revoked."""
+
+    tag = "revocations"
+    sealed: Annotated[bytes, Field(max_length=MAX_REVOCATIONS_BYTES)]
 
 
 MESSAGES: dict[str, type[Message]] = {

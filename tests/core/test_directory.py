@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import msgpack
 import pytest
 
 from p2p_diloco.core import directory, records
+from p2p_diloco.core.admission import IDS_PER_PLACE, Admission
 from p2p_diloco.core.directory import Directory
+from p2p_diloco.core.identity import Identity
+from p2p_diloco.core.invitation import Token, open_revocations
 from p2p_diloco.core.records import (
     Record,
     Unsound,
@@ -23,6 +27,7 @@ from tests.support.builders import (
     identity,
     record_of,
 )
+from tests.support.invited import OWNER, revocations_of, token_of
 
 
 class Known(Directory):
@@ -286,3 +291,63 @@ def test_whom_i_met_is_expected_where_we_got_to() -> None:
     known.now_s += 1
     known.hear(2, "ax")  # at the same step, but elsewhere after all
     assert known.expected(known.now_s) == known.live(known.now_s)
+
+
+# -- by invitation ---------------------------------------------------------------------------------------------------
+
+BY_INVITATION = Admission(run_id=RUN_ID, owner=OWNER.peer_id, by_invitation=True)
+
+
+def invited(me: Identity = ME) -> Directory:
+    return Directory(me.peer_id, RUN_ID, admission=BY_INVITATION)
+
+
+def seated(index: int, token: Token, history: str = "a", **changes: Any) -> bytes:
+    who = identity(index)
+    return seal_record(record_of(who, history, seat=token.seat(who.peer_id), **changes), who)
+
+
+def test_only_those_with_a_seat_are_known() -> None:
+    known = invited()
+    assert known.learn(seated(2, token_of()), NOW_S) is not None
+    assert known.learn(seal_record(record_of(OWNER), OWNER), NOW_S) is not None
+    with pytest.raises(Unsound, match="has not been invited") as error:
+        known.learn(seal_record(record_of(identity(3)), identity(3)), NOW_S)
+    assert error.value.fault == "seat"
+    with pytest.raises(Unsound, match="of another run, or of another owner"):
+        known.learn(seated(3, token_of(owner=identity(3))), NOW_S)
+    stolen = record_of(identity(3), seat=token_of().seat(identity(2).peer_id))
+    with pytest.raises(Unsound, match="has not signed for this peer"):
+        known.learn(seal_record(stolen, identity(3)), NOW_S)
+    assert {record.peer_id for record in known.live(NOW_S)} == {identity(2).peer_id, OWNER.peer_id}
+
+
+def test_who_has_lapsed_is_forgotten_and_is_no_liar() -> None:
+    """Somebody who has not heard of it may pass its record on."""
+    known, token = invited(), token_of(expires_s=int(NOW_S) + 5)
+    assert known.learn(seated(2, token), NOW_S) is not None
+    assert known.live(NOW_S + 4.9)
+    assert known.live(NOW_S + 5) == []
+    assert known.learn(seated(2, token, issued_s=NOW_S + 1), NOW_S + 5) is None
+    assert known.get(identity(2).peer_id) is None
+
+
+def test_a_revocation_counts_from_the_step_at_which_i_stand() -> None:
+    known, token = invited(), token_of()
+    sealed = revocations_of({token.invitation.token: 7})
+    listed = open_revocations(sealed, run_id=RUN_ID, owner=OWNER.peer_id)
+    known.learn(seated(2, token), NOW_S)
+    known.admission = replace(known.admission, revocations=listed)
+    known.step = 6
+    assert len(known.live(NOW_S)) == 1
+    known.step = 7
+    assert known.live(NOW_S) == []
+
+
+def test_only_some_peers_of_one_token_are_known_at_a_time() -> None:
+    known, token = invited(), token_of()
+    taken = [known.learn(seated(index, token), NOW_S) is not None for index in range(2, 9)]
+    assert taken == [True] * IDS_PER_PLACE + [False] * (7 - IDS_PER_PLACE)
+    assert known.learn(seated(2, token, issued_s=NOW_S + 1), NOW_S + 1) is not None
+    assert known.learn(seated(9, token_of(key=2001)), NOW_S) is not None
+    assert known.learn(seated(8, token, issued_s=NOW_S + 30), NOW_S + 30) is not None  # the others are gone

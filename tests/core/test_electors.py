@@ -6,13 +6,19 @@ from dataclasses import dataclass, field
 
 import pytest
 
+from p2p_diloco.core.admission import Claim
 from p2p_diloco.core.electors import NoHistory, electorate, fork_step
+from p2p_diloco.core.identity import Identity
+from p2p_diloco.core.invitation import Token
 from p2p_diloco.core.records import Record
 from p2p_diloco.core.swarm_head import Standing, swarm_head
 from tests.support.builders import head, identity, record_of
+from tests.support.invited import token_of
 
 MINE = "abcdefgh"
 ME, KNOWN, OTHERS = identity(1), (identity(2), identity(3), identity(4)), (identity(5), identity(6), identity(7))
+
+MY_CLAIM = Claim(peer_id=ME.peer_id, seat=b"")
 
 
 @dataclass
@@ -50,7 +56,7 @@ def ways(*histories: str) -> dict[bytes, bytes]:
 
 def swarm(records: list[Record], ledger: Ledger, *histories: str) -> tuple[int, bytes] | None:
     before = ways(MINE, *histories)
-    voters, mine = electorate(records, standing(), ME.peer_id, before, ledger)
+    voters, mine = electorate(records, standing(), MY_CLAIM, before, ledger)
     return swarm_head(voters, mine, before)
 
 
@@ -97,16 +103,61 @@ def test_there_is_one_genesis() -> None:
     """Who claims another one has no vote, where everybody has one, too."""
     elsewhere = record_of(identity(50), head=bytes(32))
     at_home, nowhere = record_of(identity(51)), NoHistory()
-    assert electorate([elsewhere, at_home], standing(""), ME.peer_id, {}, nowhere) == ([at_home], standing(""))
-    assert electorate([elsewhere, at_home], standing(), ME.peer_id, {}, OURS) == ([at_home], standing())
+    assert electorate([elsewhere, at_home], standing(""), MY_CLAIM, {}, nowhere) == ([at_home], standing(""))
+    assert electorate([elsewhere, at_home], standing(), MY_CLAIM, {}, OURS) == ([at_home], standing())
 
 
 def test_my_own_standing_counts_if_i_have_a_vote() -> None:
     records = [record_of(KNOWN[0], "abcdefg")]
-    assert electorate(records, standing(), ME.peer_id, {}, OURS) == (records, standing())
-    assert electorate(records, standing(), identity(9).peer_id, {}, OURS) == (records, None)
+    assert electorate(records, standing(), MY_CLAIM, {}, OURS) == (records, standing())
+    assert electorate(records, standing(), Claim(peer_id=identity(9).peer_id, seat=b""), {}, OURS) == (records, None)
 
 
 def test_without_a_ledger_everybody_has_a_vote() -> None:
-    records = [record_of(identity(i), MINE) for i in range(3)]
-    assert electorate(records, standing(), ME.peer_id, {}, NoHistory()) == (records, standing())
+    records = [record_of(identity(i), MINE) for i in range(3) if identity(i) != ME]
+    records.sort(key=lambda record: record.peer_id)
+    assert electorate(records, standing(), MY_CLAIM, {}, NoHistory()) == (records, standing())
+
+
+# -- by invitation -----------------------------------------------------------------------------------------------------
+
+TWO, ATTIC = token_of("two", places=2), token_of("attic", key=2001)
+
+
+def seated(who: Identity, token: Token, history: str = MINE) -> Record:
+    return record_of(who, history, seat=token.seat(who.peer_id))
+
+
+def test_of_one_token_one_that_has_a_vote_votes() -> None:
+    """Not another one of it that is further, or says so."""
+    ahead, behind = seated(identity(50), TWO, "abcdefghi"), seated(KNOWN[0], TWO)
+    other = seated(KNOWN[1], ATTIC)
+    voters, mine = electorate([ahead, behind, other], standing(), MY_CLAIM, {}, OURS)
+    assert {record.peer_id for record in voters} == set(ids(*KNOWN[:2]))
+    assert mine == standing()
+
+
+def test_all_of_one_token_have_one_vote() -> None:
+    records = [seated(who, TWO) for who in KNOWN]
+    voters, _ = electorate(records, standing(), MY_CLAIM, {}, OURS)
+    assert len(voters) == 1
+
+
+def test_the_others_of_my_token_have_no_vote_beside_mine() -> None:
+    me = Claim(peer_id=ME.peer_id, seat=TWO.seat(ME.peer_id))
+    mate, other = seated(KNOWN[0], TWO), seated(KNOWN[1], ATTIC)
+    assert electorate([mate, other], standing(), me, {}, OURS) == ([other], standing())
+    assert electorate([mate], standing(), me, {}, OURS) == ([], standing())
+
+
+def test_another_one_of_my_token_has_the_vote_that_i_have_not() -> None:
+    newcomer = Claim(peer_id=identity(9).peer_id, seat=TWO.seat(identity(9).peer_id))
+    mate = seated(KNOWN[0], TWO)
+    assert electorate([mate], standing(), newcomer, {}, OURS) == ([mate], None)
+
+
+def test_where_nobody_has_a_vote_each_token_has_one() -> None:
+    me = Claim(peer_id=ME.peer_id, seat=TWO.seat(ME.peer_id))
+    crowd = [seated(identity(i), ATTIC) for i in (50, 51, 52)]
+    voters, mine = electorate([*crowd, seated(identity(53), TWO)], standing(), me, {}, NoHistory())
+    assert ([record.seat in [one.seat for one in crowd] for record in voters], mine) == ([True], standing())

@@ -10,13 +10,26 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from p2p_diloco.core.admission import Admission
 from p2p_diloco.core.aggregate import AGGREGATIONS, AggregateName
 from p2p_diloco.core.group import Group, RosterRules, SealedRoster, evaluator, open_roster, seal_roster
 from p2p_diloco.core.identity import Identity
+from p2p_diloco.core.invitation import Token
 from p2p_diloco.core.known import Known
 from p2p_diloco.core.records import seal, seal_record
 from p2p_diloco.core.roster import new_nonce, rank, seal_readiness
-from tests.support.builders import group_of, head, identity, known, ranked, readiness_of, record_of, rules_of
+from tests.support.builders import (
+    RUN_ID,
+    group_of,
+    head,
+    identity,
+    known,
+    ranked,
+    readiness_of,
+    record_of,
+    rules_of,
+)
+from tests.support.invited import OWNER, token_of
 
 MAX_WEIGHT = 1000
 HISTORY = "abc"
@@ -181,6 +194,69 @@ def test_a_newcomer_gathers_only_where_no_known_member_can() -> None:
 def test_most_are_most_of_those_that_count(members: tuple[int, ...], most: bool) -> None:
     """Of three known members two; 3 is a newcomer."""
     assert check(SEALED, familiar=known(*MEMBERS[:3])).is_most(members) == most
+
+
+def seated(*tokens: Token | None, **changes: Any) -> list[bytes]:
+    """A roster of as many members, each under its token."""
+    return [
+        seal_readiness(
+            readiness_of(
+                who,
+                HISTORY,
+                leader=LEADER.peer_id,
+                seat=b"" if token is None else token.seat(who.peer_id),
+                **changes,
+            ),
+            who,
+        )
+        for who, token in zip(MEMBERS, tokens)
+    ]
+
+
+INVITE = Admission(run_id=RUN_ID, owner=OWNER.peer_id, by_invitation=True)
+TWO, ATTIC, BARN = token_of("two", places=2, key=2002), token_of("attic"), token_of("barn", key=2001)
+
+
+def test_all_members_of_a_token_have_one_signature() -> None:
+    group = check(seated(ATTIC, TWO, TWO, BARN), admission=INVITE)
+    assert (sorted(group.counting), sorted(group.voting)) == ([0, 1, 2, 3], [0, 1, 3])
+    assert group.reducers == (0, 1, 2, 3)
+    assert group.is_most((0, 1))
+    assert not group.is_most((1, 2))
+    assert not group.is_most((0, 2))
+
+
+def test_no_two_updates_of_a_round_are_certified_where_no_member_signs_two() -> None:
+    group = check(seated(ATTIC, TWO, TWO, BARN), admission=INVITE)
+    everybody = range(4)
+    splits = [{i for i in everybody if bits >> i & 1} for bits in range(16)]
+    assert any(map(group.is_most, splits))
+    assert not any(group.is_most(one) and group.is_most(set(everybody) - one) for one in splits)
+
+
+def test_known_members_of_one_token_need_a_witness() -> None:
+    """They are one volunteer, however many."""
+    familiar = known(MEMBERS[1], MEMBERS[2])
+    group = check(seated(ATTIC, TWO, TWO), admission=INVITE, familiar=familiar)
+    assert (sorted(group.counting), sorted(group.voting), group.needs_witness) == ([0, 1, 2], [0, 1], True)
+
+
+@pytest.mark.parametrize(
+    ("sealed", "absent", "complaint"),
+    [
+        (seated(ATTIC, BARN, None), [], "has not been invited"),
+        (seated(ATTIC, BARN, BARN), [], "more peers of one token"),
+        (seated(ATTIC, token_of(owner=LEADER)), [], "of another owner"),
+        (seated(ATTIC, BARN), [seal_record(record_of(MEMBERS[3], HISTORY), MEMBERS[3])], "has not been invited"),
+    ],
+)
+def test_a_roster_has_the_seats_that_the_run_asks_for(sealed: list[bytes], absent: list[bytes], complaint: str) -> None:
+    with pytest.raises(ValueError, match=complaint):
+        check(sealed, absent=absent, admission=INVITE, on_missed="keep")
+
+
+def test_a_seat_in_a_roster_may_have_expired_by_now() -> None:
+    assert len(check(seated(ATTIC, token_of("old", key=2003, expires_s=1)), admission=INVITE).members) == 2
 
 
 @given(

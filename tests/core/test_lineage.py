@@ -7,15 +7,18 @@ from dataclasses import replace
 
 import pytest
 
+from p2p_diloco.core.admission import Admission
 from p2p_diloco.core.aggregate import AGGREGATIONS
 from p2p_diloco.core.certificate import Certified
 from p2p_diloco.core.group import RosterRules
 from p2p_diloco.core.identity import Identity
+from p2p_diloco.core.invitation import Token
 from p2p_diloco.core.known import WINDOW_STEPS
 from p2p_diloco.core.lineage import Lineage
 from p2p_diloco.core.update import Part, contributor_mask
 from tests.support.builders import RUN_ID, identity
 from tests.support.certificates import certified, made_by
+from tests.support.invited import Shameless, token_of
 
 OWNER = identity(1000)
 GENESIS = bytes([7]) * 32
@@ -29,15 +32,22 @@ RULES = RosterRules(
     max_weight_tokens=100,
     aggregation=AGGREGATIONS["mean"],
     on_missed="adopt",
+    admission=Admission.to_all(RUN_ID),
 )
 
 
 def next_by(
-    lineage: Lineage, members: Sequence[Identity], owner: Identity = OWNER, rules: RosterRules = RULES
+    lineage: Lineage,
+    members: Sequence[Identity],
+    owner: Identity = OWNER,
+    rules: RosterRules = RULES,
+    tokens: Sequence[Token | None] = (),
 ) -> Certified:
-    """The update of a round of ``members``, who are all in all of it."""
+    """The update of a round of ``members``, who are all in all of it. ``tokens``: one for each of them."""
     part = Part(mask=contributor_mask(range(len(members))), data=bytes(16))
-    return certified(*made_by(members, (part,), rules, lineage.known(), lineage.head or GENESIS, owner=owner))
+    seats = {who.peer_id: token.seat(who.peer_id) for who, token in zip(members, tokens) if token is not None}
+    head = lineage.head or GENESIS
+    return certified(*made_by(members, (part,), rules, lineage.known(), head, owner=owner, seats=seats))
 
 
 def followed(steps: int, members: Sequence[Identity] = OURS) -> tuple[Lineage, list[Certified]]:
@@ -115,6 +125,41 @@ def test_what_is_changed_does_not_lead_on(change: str) -> None:
         lineage.follow(forged[change])
     lineage.follow(one)
     assert lineage.step == WINDOW_STEPS + 2
+
+
+BY_INVITATION = Admission(run_id=RUN_ID, owner=OWNER.peer_id, by_invitation=True)
+TOKENS = tuple(token_of(name, key=2000 + i) for i, name in enumerate(("attic", "barn", "cellar")))
+
+
+@pytest.mark.parametrize("steps", [0, WINDOW_STEPS + 1])
+@pytest.mark.parametrize(
+    ("members", "tokens"),
+    [
+        ((*OURS[:2], THEIRS[0]), (*TOKENS[:2], None)),
+        (OURS, (*TOKENS[:2], TOKENS[1])),
+        (OURS, (*TOKENS[:2], token_of("forged", owner=THEIRS[0]))),
+    ],
+)
+def test_a_chain_with_a_member_that_was_not_invited_is_not_followed(
+    steps: int, members: Sequence[Identity], tokens: Sequence[Token | None]
+) -> None:
+    """Or with more of one token than it has places; whoever has signed it."""
+    lineage = Lineage(replace(RULES, admission=BY_INVITATION))
+    shameless = Shameless(run_id=RUN_ID, owner=OWNER.peer_id, by_invitation=True)
+    sound, lax = replace(RULES, admission=BY_INVITATION), replace(RULES, admission=shameless)
+    for _ in range(steps):
+        lineage.follow(next_by(lineage, OURS, rules=sound, tokens=TOKENS))
+    with pytest.raises(ValueError, match=r"has not been invited|than it has places|of another owner"):
+        lineage.follow(next_by(lineage, members, rules=lax, tokens=tokens))
+    lineage.follow(next_by(lineage, OURS, rules=sound, tokens=TOKENS))
+    assert lineage.step == steps + 1
+
+
+def test_a_chain_stays_sound_when_seats_expire() -> None:
+    rules = replace(RULES, admission=BY_INVITATION)
+    lineage, old = Lineage(rules), [token_of(f"old-{i}", key=2010 + i, expires_s=1) for i in range(3)]
+    lineage.follow(next_by(lineage, OURS, rules=rules, tokens=old))
+    assert lineage.step == 1
 
 
 def test_a_chain_of_another_run_is_none_of_ours() -> None:

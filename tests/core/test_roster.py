@@ -31,6 +31,7 @@ from tests.support.builders import (
     sealed_anyhow,
     values_of,
 )
+from tests.support.invited import token_of
 
 HISTORY = "abc"
 MEMBERS = ranked(head(HISTORY), 4)
@@ -106,12 +107,12 @@ def test_a_weight_is_a_positive_whole_number(weight: object) -> None:
 
 def test_leaders_are_ranked_among_those_who_will_come() -> None:
     here = [record_of(who, HISTORY) for who in MEMBERS]
-    ids, me, at = [who.peer_id for who in MEMBERS], MEMBERS[2].peer_id, head(HISTORY)
+    ids, me, at = [who.peer_id for who in MEMBERS], READINESS[2], head(HISTORY)
     others = [here[0], here[1], here[3]]
     assert leader_order(others, at, me, client_mode=False, known=known(), least_known=2) == ids
     assert leader_order(reversed(others), at, me, client_mode=False, known=known(), least_known=2) == ids
     assert leader_order(others, at, me, client_mode=True, known=known(), least_known=2) == [ids[0], ids[1], ids[3]]
-    assert leader_order([], at, me, client_mode=False, known=known(), least_known=2) == [me]
+    assert leader_order([], at, me, client_mode=False, known=known(), least_known=2) == [ids[2]]
     assert leader_order([], at, me, client_mode=True, known=known(), least_known=2) == []
 
 
@@ -129,7 +130,7 @@ def test_leaders_are_ranked_among_those_who_will_come() -> None:
 def test_known_members_lead(familiar: tuple[int, ...], clients: tuple[int, ...], leaders: tuple[int, ...]) -> None:
     records = [record_of(who, HISTORY, client_mode=i in clients) for i, who in enumerate(MEMBERS) if i != 2]
     who = known(*(MEMBERS[i] for i in familiar))
-    order = leader_order(records, head(HISTORY), MEMBERS[2].peer_id, 2 in clients, who, 2)
+    order = leader_order(records, head(HISTORY), READINESS[2], 2 in clients, who, 2)
     assert order == [MEMBERS[i].peer_id for i in leaders]
 
 
@@ -148,7 +149,22 @@ def test_known_members_lead(familiar: tuple[int, ...], clients: tuple[int, ...],
 def test_who_comes_and_who_leads(changes: dict[str, Any], comes: bool, leads: bool) -> None:
     record = record_of(MEMBERS[0], HISTORY, **changes)
     assert on_head([record], head(HISTORY)) == [record] * comes
-    assert (record.peer_id in leader_order([record], head(HISTORY), MEMBERS[1].peer_id, False, known(), 2)) == leads
+    assert (record.peer_id in leader_order([record], head(HISTORY), READINESS[1], False, known(), 2)) == leads
+
+
+def test_known_members_of_one_token_are_too_few() -> None:
+    """They are one volunteer, however many: then all are taken in, and may lead."""
+    two, other = token_of("two", places=2), token_of("other", key=2001)
+    tokens, who = (two, two, other, token_of("newcomer", key=2002)), known(*MEMBERS[:2])
+    seats = [token.seat(member.peer_id) for token, member in zip(tokens, MEMBERS)]
+    sealed = [seal_readiness(readiness_of(one, HISTORY, seat=seat), one) for one, seat in zip(MEMBERS, seats)]
+    records = [record_of(one, HISTORY, seat=seat) for one, seat in zip(MEMBERS, seats)]
+    assert form_roster(sealed, head(HISTORY), 5, who, 2) == sealed
+    assert form_roster(SEALED, head(HISTORY), 5, who, 2) == SEALED[:3]
+    assert leader_order(records[1:], head(HISTORY), records[0], False, who, 2) == [one.peer_id for one in MEMBERS]
+    assert leader_order(records[1:], head(HISTORY), records[0], False, known(*MEMBERS[1:3]), 2) == [
+        one.peer_id for one in MEMBERS[1:3]
+    ]
 
 
 @pytest.mark.parametrize("count", [1, 8, 9, 20])

@@ -49,6 +49,7 @@ def row(**changes: Any) -> PeerRow:
         "client_mode": False,
         "version": "",
         "metrics_addr": "",
+        "invitation": "",
     }
     return PeerRow(**fields | changes)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import unicodedata
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from p2p_diloco.look.history import History
 from p2p_diloco.look.overview import overview_of
 from tests.support.builders import NOW_S, identity, record_of
 from tests.support.fakes import make_manifest
+from tests.support.invited import EXPIRES_S, token_of
 
 Labels = frozenset[tuple[str, str]]
 INITIAL = f"/ip4/127.0.0.1/tcp/4001/p2p/{identity(9).peer_id}"
@@ -93,7 +95,7 @@ def test_every_metric_is_there_under_its_name() -> None:
     assert found["outer_steps_goal"] == {labels(): MANIFEST.spec.outer.steps}
     assert found["last_step_timestamp_seconds"] == {labels(): NOW_S}
     rejected = {reason: number for series, number in found["records_rejected_total"].items() for _, reason in series}
-    assert rejected == {"size": 0, "form": 0, "version": 0, "field": 0, "signature": 3, "other": 0}
+    assert rejected == {"size": 0, "form": 0, "version": 0, "field": 0, "signature": 3, "seat": 0, "other": 0}
 
 
 def test_a_peers_series_are_its_records_and_end_with_it() -> None:
@@ -102,7 +104,7 @@ def test_a_peers_series_are_its_records_and_end_with_it() -> None:
     assert both["peer_loss_nats"] == {labels(peer=one): 2.5}
     assert both["peer_record_age_seconds"] == {labels(peer=one): 4.0, labels(peer=other): 0.0}
     assert labels(
-        peer=one, name="one", role="trainer", version="", state="training", client_mode="false"
+        peer=one, name="one", role="trainer", version="", state="training", client_mode="false", invitation=""
     ) in both["peer_info"]  # fmt: skip
     for name in PEER_METRICS - {"peer_info", "peer_loss_nats"}:
         assert set(both[name]) == {labels(peer=one), labels(peer=other)}
@@ -148,6 +150,35 @@ def test_targets_name_their_peer() -> None:
     ]
 
 
+def test_in_a_run_by_invitation_seats_are_shown() -> None:
+    """Each invitation with how many of its peers are here, and each peer with its invitation; the owner needs none."""
+    by_invitation = make_manifest(1000, np.zeros(1000, np.float32), identity(9), membership="invite")
+    two, one = token_of("two", places=2), token_of("one", key=2001)
+    seats = {i: token.seat(identity(i).peer_id) for i, token in ((1, two), (2, two), (3, one))}
+    records = [trainer(i, seat=seat) for i, seat in seats.items()]
+    seed = record_of(identity(9), "a", role="seed", maddrs=[INITIAL])
+    sight = replace(sight_of(seed, *records), manifest=by_invitation)
+    ids = {
+        token.invitation.name: {"invitation": token.invitation.name, "token": token.key.peer_id} for token in (one, two)
+    }
+    found = samples(sight)
+    assert found["seat_peers"] == {labels(**ids["one"]): 1, labels(**ids["two"]): 2}
+    assert found["seat_places"] == {labels(**ids["one"]): 1, labels(**ids["two"]): 2}
+    assert set(found["seat_expires_timestamp_seconds"].values()) == {EXPIRES_S}
+    invited = {dict(series)["peer"]: dict(series)["invitation"] for series in found["peer_info"]}
+    assert invited == {identity(1).peer_id: "two", identity(2).peer_id: "two", identity(3).peer_id: "one"} | {
+        identity(9).peer_id: ""
+    }
+    page = status(sight)
+    assert page["by_invitation"] is True
+    assert [(seat["name"], seat["peers"], seat["places"]) for seat in page["seats"]] == [("one", 1, 1), ("two", 2, 2)]
+    assert {row["peer"]: row["invitation"] for row in page["rows"]} == invited
+    assert (
+        page["join_line"] == f"p2p-diloco peer --initial-peers {INITIAL} --run-id {by_invitation.run_id} --invite FILE"
+    )
+    assert not any(seat.hex() in sight.status.body.decode() for seat in seats.values())
+
+
 def test_json_is_written_in_this_order() -> None:
     """Byte for byte: what others have built on it reads on."""
     sight = sight_of(trainer(1, metrics_addr="1.1.1.1:9100", name="one"))
@@ -161,9 +192,9 @@ def test_json_is_written_in_this_order() -> None:
         '"peers":{"training":1,"round":0,"joining":0,"seed":0},"tokens":7,"tokens_per_s":3.0,"loss":2.5,'
         '"held_out_loss":2.0,"held_out_step":1,"join_line":"",'
         f'"rows":[{{"peer":"{peer_id}","name":"one","role":"trainer","state":"training","step":1,"inner_step":0,'
-        '"planned":0,"loss":2.5,"tokens":7,"tokens_per_s":3.0,"version":""}],'
+        '"planned":0,"loss":2.5,"tokens":7,"tokens_per_s":3.0,"version":"","invitation":""}],'
         '"curve":{"step":[1],"held_out_loss":[2.0],"loss":[2.5]},'
-        f'"pace":{{"at_s":[{NOW_S}],"tokens_per_s":[3.0],"peers":[1]}}}}'
+        f'"pace":{{"at_s":[{NOW_S}],"tokens_per_s":[3.0],"peers":[1]}},"by_invitation":false,"seats":[]}}'
     )
 
 

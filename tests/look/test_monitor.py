@@ -112,7 +112,8 @@ def test_unsound_records_are_counted_and_change_nothing(tmp_path: Path) -> None:
         await monitor.look()
         counts = {line.split('"')[1]: line.split()[-1] for line in series(monitor, "records_rejected_total")}
         assert counts == {
-            "size": "1.0", "form": "2.0", "version": "0.0", "field": "0.0", "signature": "3.0", "other": "1.0",
+            "size": "1.0", "form": "2.0", "version": "0.0", "field": "0.0", "signature": "3.0",
+            "seat": "0.0", "other": "1.0",
         }  # fmt: skip
         assert len(series(monitor, "peer_info")) == 1
 

@@ -138,6 +138,13 @@ def test_a_run_whose_dht_cannot_be_read() -> None:
     check(finding, "warning", "is served there, but who is in it is not known: nobody answers", "look at it")
 
 
+def test_a_run_by_invitation_is_told_to_be_one() -> None:
+    manifest = manifest_of()
+    invited = manifest.model_copy(update={"spec": manifest.spec.model_copy(update={"membership": "invite"})})
+    finding = run_finding(invited, [seed(), trainer(2)], client_mode=False, trouble="")
+    check(finding, "ok", f"tiny {invited.run_id[:12]}, by invitation: outer step 3 of 10", "")
+
+
 def test_the_swarms_head_counts_not_the_loudest_claim() -> None:
     loud = record_of(identity(9), "x", step=10, head=head("lie"), heads=[])
     finding = run_finding(manifest_of(), [seed(), trainer(2), loud], client_mode=False, trouble="")

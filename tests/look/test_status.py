@@ -13,6 +13,7 @@ from p2p_diloco.core.manifest import RunManifest
 from p2p_diloco.core.records import Record, seal_record
 from p2p_diloco.core.runfile import RunSpec
 from p2p_diloco.look.status import screen_of, status_of, to_json
+from tests.support.invited import token_of
 
 NOW_S = 1_000_000.0
 HEADS = [bytes([i]) * 32 for i in range(9)]
@@ -104,12 +105,35 @@ def test_json_is_written_in_this_order() -> None:
         '"maddrs": ["/ip4/1.2.3.4/tcp/5"], "client_mode": false, "name": "peer 0", "version": "", "inner_step": 0, '
         '"inner_steps_planned": 0, "loss": null, "held_out_loss": 2.5, "held_out_step": 4, "tokens": 0, '
         '"tokens_per_s": 0.0, "group_size": 0, "round_s": 0.0, "round_bytes": 0, "metrics_addr": "", '
-        '"on_swarm_head": true}'
+        '"invitation": "", "on_swarm_head": true}'
     )
     assert written == (
         f'{{"run_id": "{MANIFEST.run_id}", "name": "tiny", "step": 4, "steps": 100, "head": "{HEADS[4].hex()}", '
         f'"peers": [{peer}]}}'
     )
+
+
+def test_a_run_by_invitation_names_who_was_invited() -> None:
+    """A peer without a seat is not there, and peers of one invitation are no majority."""
+    spec = RunSpec.model_validate({**MANIFEST.spec.model_dump(), "membership": "invite"})
+    manifest = MANIFEST.model_copy(update={"spec": spec})
+    run_id = manifest.run_id
+    two, one, none = (
+        token_of(name, places=2, key=2000 + i, run_id=run_id, owner=OWNER)
+        for i, name in enumerate(("two", "one", "none"))
+    )
+    claims = [(0, two, 5), (1, two, 5), (2, one, 4), (3, None, 4)]
+    records = [
+        sealed(peer, step, run_id=run_id, heads=[], seat=b"" if token is None else token.seat(PEERS[peer].peer_id))
+        for peer, token, step in claims
+    ]
+    status = status_of(manifest, records, none.key.peer_id, NOW_S)
+    assert {record.peer_id for record in status.records} == {PEERS[i].peer_id for i in (0, 1, 2)}
+    assert [peer["invitation"] for peer in json.loads(to_json(status))["peers"]] == ["two", "two", "one"]
+    console = Console(file=io.StringIO(), width=80)
+    console.print(screen_of(status, 80))
+    assert isinstance(console.file, io.StringIO)
+    assert "by invitation: one (1 of 2), two (2 of 2)" in console.file.getvalue()
 
 
 def test_the_table_names_everybody_and_marks_who_is_elsewhere() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -21,6 +23,7 @@ from p2p_diloco.round.settle_decide import (
 )
 from p2p_diloco.wire.messages import Again, Commit, No, Receipt, TookBefore
 from tests.support.builders import group_of, head, ranked
+from tests.support.invited import token_of
 
 A, B = b"a" * 32, b"b" * 32
 TIMEOUTS = Timeouts(settle_s=10.0, reduced_part_s=25.0)
@@ -209,6 +212,15 @@ def test_a_member_signs_what_was_reduced_and_nothing_else(
 )
 def test_the_digest_that_most_members_name(states: dict[int, bytes], agreed: bytes) -> None:
     assert agreed_state(states, GROUPS[5]) == agreed
+
+
+def test_a_token_names_one_digest() -> None:
+    """Of its members the first one says which."""
+    token, members = token_of(places=3), GROUPS[5].members
+    seated = tuple(one.model_copy(update={"seat": token.seat(one.peer_id)}) for one in members[:3])
+    group = replace(GROUPS[5], members=(*seated, *members[3:]))
+    assert agreed_state({0: A, 1: A, 2: A, 3: B}, group) == b""
+    assert agreed_state({0: A, 1: B, 2: B, 3: A}, group) == A
 
 
 # -- the choice of parts --------------------------------------------------------------------------------------------

@@ -174,10 +174,10 @@ def endless_patience() -> Iterator[None]:
 
 @contextlib.contextmanager
 def half_settles() -> Iterator[None]:
-    """Half of the members that count make a commit, and a certificate."""
+    """Half of the members that certify make a commit, and a certificate."""
 
     def is_half(self: Group, members: Collection[int]) -> bool:
-        return 2 * len(self.counting.intersection(members)) >= len(self.counting)
+        return 2 * len(self.voting.intersection(members)) >= len(self.voting)
 
     with mock.patch.object(Group, "is_most", is_half):
         yield

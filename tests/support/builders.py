@@ -11,6 +11,7 @@ from typing import Any
 import msgpack
 from hypothesis import strategies as st
 
+from p2p_diloco.core.admission import Admission
 from p2p_diloco.core.aggregate import AGGREGATIONS, AggregateName
 from p2p_diloco.core.config import Timeouts
 from p2p_diloco.core.digest import digest
@@ -30,6 +31,7 @@ from p2p_diloco.wire.messages import (
     AskIndex,
     AskManifest,
     AskPart,
+    AskRevocations,
     AskUpdate,
     AskWitness,
     Behind,
@@ -45,6 +47,7 @@ from p2p_diloco.wire.messages import (
     Ready,
     Receipt,
     Redirect,
+    RevocationList,
     Roster,
     Size,
     TooFew,
@@ -123,6 +126,7 @@ def rules_of(aggregate: AggregateName = "mean", **changes: Any) -> RosterRules:
         "max_weight_tokens": 2**60,
         "aggregation": AGGREGATIONS[aggregate],
         "on_missed": "adopt",
+        "admission": Admission.to_all(RUN_ID),
     }
     return RosterRules(**fields | changes)
 
@@ -237,14 +241,14 @@ def pipe(timeouts: Timeouts | None = None) -> tuple[Channel, Channel]:
 HASH = bytes(range(32))
 SIGNATURE = bytes(range(64))
 MESSAGE_EXAMPLES: list[Message] = [
-    Ready(readiness=b"a" * 300, record=b"b" * 1024),
-    Roster(members=[b"a" * 300] * 128, absent=[b"b" * 1024] * 64, signature=SIGNATURE),
+    Ready(readiness=b"a" * 300, record=b"b" * 2048),
+    Roster(members=[b"a" * 1000] * 100, absent=[b"b" * 1600] * 64, signature=SIGNATURE),
     TooFew(ready=1),
     NoWitness(),
     Redirect(record=b"b"),
     Behind(record=b"b"),
     No(reason="not in my ledger"),
-    Closing(head=HASH, gather_s=5.0, record=b"r" * 1024),
+    Closing(head=HASH, gather_s=5.0, record=b"r" * 2048),
     Eta(eta_s=0.25),
     Contribute(round_id=HASH, number=255),
     Receipt(round_id=HASH, number=255, part_hashes=[HASH, b"", HASH], state=HASH),
@@ -266,6 +270,8 @@ MESSAGE_EXAMPLES: list[Message] = [
     Size(size_bytes=0),
     AskManifest(),
     Push(record=b"b"),
+    AskRevocations(),
+    RevocationList(sealed=b"s" * 65536),
     AskDialBack(consent=b"c" * 400),
     DialBack(),
     DialedBack(reached=False, ip="2001:db8::7", reason="no answer"),

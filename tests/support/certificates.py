@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 
 from p2p_diloco.core.certificate import Certificate, Certified, Taken, certificate_of
 from p2p_diloco.core.group import Group, RosterRules, SealedRoster, open_roster, seal_roster
@@ -23,7 +24,14 @@ def unsigned(update: Update, state: bytes = b"") -> Certificate:
 
 
 def group_at(
-    members: Sequence[Identity], rules: RosterRules, known: Known, head: bytes, *, weight: int = 5, nonce: int = 0
+    members: Sequence[Identity],
+    rules: RosterRules,
+    known: Known,
+    head: bytes,
+    *,
+    weight: int = 5,
+    nonce: int = 0,
+    seats: Mapping[str, bytes] = MappingProxyType({}),
 ) -> Group:
     """The group of a round of ``members`` on a head, which the first of them gathers that may."""
     ranked = sorted(members, key=lambda who: rank(head, who.peer_id))
@@ -39,6 +47,7 @@ def group_at(
                 weight=weight,
                 client_mode=False,
                 nonce=nonce.to_bytes(8, "big"),
+                seat=seats.get(who.peer_id, b""),
             ),
             who,
         )
@@ -71,9 +80,10 @@ def made_by(
     *,
     owner: Identity,
     state: bytes = b"",
+    seats: Mapping[str, bytes] = MappingProxyType({}),
 ) -> tuple[Update, Certificate]:
     """The update of a round of ``members`` that came to these parts, and its certificate, which all have signed."""
-    group = group_at(members, rules, known, head)
+    group = group_at(members, rules, known, head, seats=seats)
     header = group.header([part.hash for part in parts])
     full = in_most_parts([part.mask for part in parts])
     certificate = certificate_for(group, header, members, owner=owner, full=full, state=state)

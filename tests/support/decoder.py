@@ -61,16 +61,21 @@ RECORD = (
     *("peer_id", "run_id", "run_name", "issued_s", "life_s", "role", "phase", "step", "head", "committed", "heads"),
     *("snapshot_step", "snapshot_digest", "maddrs", "client_mode", "name", "version", "inner_step"),
     *("inner_steps_planned", "loss", "held_out_loss", "held_out_step", "tokens", "tokens_per_s", "group_size"),
-    *("round_s", "round_bytes", "metrics_addr"),
+    *("round_s", "round_bytes", "metrics_addr", "seat", "revocations"),
 )
 READINESS = (
     *("peer_id", "run_id", "leader", "step", "head", "weight", "client_mode", "dropped", "tokens_per_s", "nonce"),
+    "seat",
 )
 CONSENT = ("peer_id", "asker", "dialler", "ports")
+INVITATION = ("peer_id", "run_id", "token", "name", "places", "expires_s")
+REVOCATIONS = ("peer_id", "run_id", "number", "tokens", "steps")
 CONTEXTS = {
     RECORD: b"p2p-diloco record\0",
     READINESS: b"p2p-diloco readiness\0",
     CONSENT: b"p2p-diloco dial consent\0",
+    INVITATION: b"p2p-diloco invitation\0",
+    REVOCATIONS: b"p2p-diloco revocations\0",
 }
 ROSTER_CONTEXT = b"p2p-diloco roster\0"
 TAKEN_CONTEXT = b"p2p-diloco taken\0"
@@ -90,13 +95,24 @@ def public_key(peer_id: str) -> bytes:
 @lru_cache(maxsize=4096)
 def open_sealed(sealed: bytes, names: tuple[str, ...]) -> Mapping[str, Any]:
     """The fields of a statement, whose signature is good."""
-    check(len(sealed) <= 1024, "a statement that is too long")
+    check(len(sealed) <= (65536 if names == REVOCATIONS else 2048), "a statement that is too long")
     body, signature = unpack(sealed)
     values = unpack(body)
     check(len(values) == len(names), f"{len(values)} values, not {len(names)}")
     fields = dict(zip(names, values))
     check(is_signed(public_key(fields["peer_id"]), CONTEXTS[names] + body, signature), "a bad signature")
     return fields
+
+
+def open_seat(seat: bytes, peer_id: str, run_id: str, owner: str) -> Mapping[str, Any]:
+    """The invitation under which a peer takes part, with both signatures good."""
+    check(len(seat) <= 512, "a seat that is too long")
+    sealed, signature = unpack(seat)
+    invitation = open_sealed(sealed, INVITATION)
+    check((invitation["peer_id"], invitation["run_id"]) == (owner, run_id), "another owner's, or another run's")
+    statement = b"p2p-diloco seat\0" + msgpack.packb([run_id, peer_id])
+    check(is_signed(public_key(invitation["token"]), statement, signature), "a token that has not signed")
+    return invitation
 
 
 def open_manifest(data: bytes) -> tuple[bytes, str]:
@@ -436,6 +452,8 @@ MESSAGES: dict[str, tuple[set[str], set[str]]] = {
     "size": ({"size_bytes"}, set()),
     "ask-manifest": (set(), set()),
     "push": ({"record"}, set()),
+    "ask-revocations": (set(), set()),
+    "revocations": ({"sealed"}, set()),
     "ask-dial-back": ({"consent"}, set()),
     "dial-back": (set(), set()),
     "dialed-back": ({"reached", "ip"}, {"reason"}),
@@ -453,6 +471,7 @@ ANSWERS = {
     "ask-witness": ({"eta"}, {"witnessed"}),
     "ask-heads": (set[str](), {"heads"}),
     "push": (set[str](), {"push"}),
+    "ask-revocations": (set[str](), {"revocations"}),
     "ask-dial-back": (set[str](), {"dialed-back"}),
 }
 """Request -> what may come before the answer, and the answer; ``no`` in any case."""
@@ -531,9 +550,15 @@ class Round:
         known = self.known_on.get(self.sealed_head(self.members), frozenset[str]())
         return [i for i, peer_id in enumerate(self.ids) if peer_id in known]
 
+    def first_of_each(self, members: Sequence[int]) -> list[int]:
+        """Of these members, of each token the first, and all that have none."""
+        seats = {i: self.members[i]["seat"] for i in sorted(members)}
+        tokens = {i: open_sealed(unpack(seat)[0], INVITATION)["token"] if seat else i for i, seat in seats.items()}
+        return [i for i in tokens if i == min(j for j in tokens if tokens[j] == tokens[i])]
+
     @property
     def too_few_known(self) -> bool:
-        return len(self.known) < min(2, self.min_group)
+        return len(self.first_of_each(self.known)) < min(2, self.min_group)
 
     @cached_property
     def counting(self) -> list[int]:
@@ -547,7 +572,8 @@ class Round:
         return self.known
 
     def is_most(self, members: Sequence[int]) -> bool:
-        return 2 * len(set(members) & set(self.counting)) > len(self.counting)
+        certifying = self.first_of_each(self.counting)
+        return 2 * len(set(members) & set(certifying)) > len(certifying)
 
     @staticmethod
     def sealed_head(members: Sequence[Mapping[str, Any]]) -> bytes:

@@ -21,7 +21,7 @@ from p2p_diloco.core.identity import Identity
 from p2p_diloco.core.manifest import RunManifest
 from p2p_diloco.core.outer import genesis_state
 from p2p_diloco.core.pace import Progress, outer_step_due
-from p2p_diloco.core.runfile import DataSpec, InnerSpec, ModelSpec, OnMissed, OuterSpec, RoundSpec, RunSpec
+from p2p_diloco.core.runfile import DataSpec, InnerSpec, Membership, ModelSpec, OnMissed, OuterSpec, RoundSpec, RunSpec
 from p2p_diloco.core.waiting import deadline
 from p2p_diloco.ledger.ledger import Ledger
 from p2p_diloco.ledger.replica import Replica
@@ -49,12 +49,14 @@ def make_manifest(
     max_group: int = 64,
     snapshot_every: int = 5,
     aggregate: AggregateName = "mean",
+    membership: Membership = "open",
 ) -> RunManifest:
     """A sound manifest for vectors of ``n`` values that belong to no real model. ``mean``: what an update holds can be
     counted exactly."""
     return RunManifest(
         spec=RunSpec(
             name="simulated",
+            membership=membership,
             model=ModelSpec(config={"model_type": "llama"}),
             data=DataSpec(seq_len=8),
             inner=InnerSpec(steps=inner_steps, batch_size=1),
@@ -115,6 +117,7 @@ class SimPeer:
         client_mode: bool = False,
         step_s: float = 1.0,
         clock_s: float = 0.0,
+        seat: bytes = b"",
     ) -> S:
         """``genesis`` where this peer is to have S_0 on its disk; ``target`` None for a seed. The same index and folder
         again are the same peer, started again. ``clock_s``: how fast its clock is."""
@@ -142,6 +145,7 @@ class SimPeer:
             events=EventLog(folder / str(index)),
             client_mode=client_mode,
             wall_s=lambda: asyncio.get_running_loop().time() + clock_s,
+            seat=seat,
         )
         pull = np.zeros(n, np.float32) if target is None else target
         return cls(peer=peer, transport=transport, target=pull, step_s=step_s)

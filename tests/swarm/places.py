@@ -69,6 +69,7 @@ class Place:
         min_group: int = 2,
         gather_s: float = 2.0,
         snapshot_every: int = 500,
+        membership: str = "open",
     ) -> None:
         self.root = Path(tempfile.mkdtemp(prefix="swarm-"))
         self.temporary = self.root / "tmp"
@@ -77,7 +78,8 @@ class Place:
         write_texts(self.root / "text")
         self.run_file = self.root / "run.toml"
         self.run_file.write_text(
-            RUN.format(
+            f'membership = "{membership}"\n'
+            + RUN.format(
                 outer_steps=outer_steps,
                 inner_steps=inner_steps,
                 min_group=min_group,

@@ -25,9 +25,16 @@ def make_place() -> Iterator[MakePlace]:
     """Of short outer steps, to which everybody comes."""
     made: list[Place] = []
 
-    def make(*, outer_steps: int = 10_000, min_group: int = 2) -> Place:
+    def make(*, outer_steps: int = 10_000, min_group: int = 2, membership: str = "open") -> Place:
         made.append(
-            Place(outer_steps=outer_steps, inner_steps=10, min_group=min_group, gather_s=20.0, snapshot_every=2)
+            Place(
+                outer_steps=outer_steps,
+                inner_steps=10,
+                min_group=min_group,
+                gather_s=20.0,
+                snapshot_every=2,
+                membership=membership,
+            )
         )
         return made[-1]
 
@@ -90,9 +97,24 @@ def test_three_peers_end_with_one_model(make_place: MakePlace) -> None:
 
 
 def test_stopped_while_training_and_its_folder_is_for_no_other_run(make_place: MakePlace) -> None:
-    place = make_place()
+    """By invitation: its own peers have one each, a guest trains until it is revoked, and a stranger is told to ask."""
+    place = make_place(membership="invite")
     swarm = place.swarm(peers="2")
     wait_until(lambda: "outer step 2 of 10000" in swarm.text, swarm)
+    guests = place.root / "guests.invitation"
+    stranger = place.peer("stranger", swarm.address)
+    guest = place.peer("guest", swarm.address, invite=str(guests))
+    assert stranger.process.wait(START_S) == 2, stranger.text
+    assert "error: run test is by invitation: ask its owner, 12D3KooW" in stranger.text
+    wait_until(lambda: place.step_of("guest") >= 1, guest, swarm)
+    revoke = place.start("revoke", "revoke", str(place.root / "seed"), "guests")
+    assert revoke.process.wait(START_S) == 0, revoke.text
+    assert guest.process.wait(START_S) == 2, guest.text
+    assert "error: this peer's invitation has expired, or was revoked; ask the run's owner" in guest.text
+    step = max(map(place.step_of, ("peer-1", "peer-2")))
+    wait_until(lambda: place.step_of("peer-1") > step, swarm)
+    texts = [path.read_text(errors="replace") for path in place.root.rglob("*") if path.suffix in (".out", ".log")]
+    assert not any(word in text for word in guests.read_text().split() for text in texts)
     assert swarm.interrupt() == 0, swarm.text
     place.assert_nothing_left()
     assert place.summary["exit_codes"] == {"seed": 0, "peer-1": 0, "peer-2": 0}

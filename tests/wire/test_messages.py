@@ -56,7 +56,7 @@ HOSTILE: dict[str, bytes] = {
     "nested field": b"\x92\xa3eta\x81\xa5eta_s" + b"\x91" * 500 + b"\x90",
     "128 members at most": packed("roster", {"members": [b""] * 129, "signature": SIGNATURE}),
     "64 absent ones at most": packed("roster", {"members": [], "absent": [b""] * 65, "signature": SIGNATURE}),
-    "member too large": packed("roster", {"members": [b"x" * 1025], "signature": SIGNATURE}),
+    "member too large": packed("roster", {"members": [b"x" * 2049], "signature": SIGNATURE}),
     "a roster without a signature": packed("roster", {"members": [b"x"]}),
     "short signature of a roster": packed("roster", {"members": [b"x"], "signature": SIGNATURE[1:]}),
     "reason too long": packed("no", {"reason": "x" * 201}),
@@ -96,7 +96,7 @@ HOSTILE: dict[str, bytes] = {
     "a huge transfer": packed("ask-transfer", {"up_bytes": 2**21 + 1, "down_bytes": 0}),
     "a transfer backwards": packed("ask-transfer", {"up_bytes": 0, "down_bytes": -1}),
     "time without end": packed("transferred", {"wall_s": float("inf")}),
-    "a large consent": packed("ask-dial-back", {"consent": b"x" * 1025}),
+    "a large consent": packed("ask-dial-back", {"consent": b"x" * 2049}),
 }
 
 

@@ -73,6 +73,7 @@ function render(status) {
   renderCharts(status);
   renderJoin(status);
   renderRows(status);
+  renderSeats(status);
 }
 
 function renderProgress({ run, step, step_since_s, now_s, held_out_loss, held_out_step }) {
@@ -112,7 +113,8 @@ function renderCharts({ curve: points, pace: speeds, tokens_per_s, peers }) {
   pace.update([speeds.at_s, speeds.tokens_per_s, speeds.peers], now);
 }
 
-function renderJoin({ run, join_line }) {
+function renderJoin({ run, join_line, by_invitation }) {
+  element("invited").hidden = !by_invitation;
   show("run-id", run.id);
   show("join-line", join_line || "no peer that others can reach is there now");
   element("copy").disabled = !join_line;
@@ -124,6 +126,20 @@ function renderRows({ rows, tokens }) {
   show("rows-note", rows.length > MOST_ROWS ? `and ${rows.length - MOST_ROWS} more` : rows.length ? "" : "nobody");
 }
 
+function renderSeats({ by_invitation, seats }) {
+  element("seats").hidden = !by_invitation;
+  const lines = seats.slice(0, MOST_ROWS).map((seat) => {
+    const line = document.createElement("tr");
+    const name = cell("th", seat.name);
+    name.scope = "row";
+    const until = new Date(seat.expires_s * 1000).toISOString().slice(0, 10);
+    line.append(name, cell("td", count(seat.peers), "number"), cell("td", count(seat.places), "number"));
+    line.append(cell("td", until));
+    return line;
+  });
+  element("seats").querySelector("tbody").replaceChildren(...lines);
+}
+
 function rowOf(peer, allTokens) {
   const trains = peer.role === "trainer";
   const line = document.createElement("tr");
@@ -131,7 +147,7 @@ function rowOf(peer, allTokens) {
   name.scope = "row";
   name.title = peer.peer;
   const id = document.createElement("small");
-  id.textContent = `…${peer.peer.slice(-8)}`;
+  id.textContent = `…${peer.peer.slice(-8)}${peer.invitation ? ` · ${peer.invitation}` : ""}`;
   name.append(id);
   const state = cell("td", "");
   const pill = document.createElement("span");

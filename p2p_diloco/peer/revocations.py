@@ -1,0 +1,107 @@
+"""Which tokens the owner of a run has revoked: how a peer hears of that, keeps it, and passes it on.
+
+The owner's word is one signed, numbered list. It lies in the folder of the ledger; ``p2p-diloco revoke`` writes it
+there while the owner's seed runs, which looks for it from time to time. A peer's record has the number of the list that
+the peer has. Who has an older one asks: the owner first. So nobody has to be believed, and nobody can bring an older
+list back; but who is cut off from all that have a list does not hear of it. In a run that is open nothing of this
+happens.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from dataclasses import dataclass, replace
+
+from p2p_diloco.core.errors import Misbehaved, RemoteError
+from p2p_diloco.core.invitation import open_revocations
+from p2p_diloco.core.waiting import now_s
+from p2p_diloco.ledger.replica import Replica
+from p2p_diloco.ledger.seats import keep_revocations, read_revocations
+from p2p_diloco.peer.presence import Presence
+from p2p_diloco.round.here import Here
+from p2p_diloco.wire.channel import Channel
+from p2p_diloco.wire.messages import AskRevocations, No, RevocationList
+
+log = logging.getLogger(__name__)
+
+ASKED_AT_ONCE = 4
+
+
+@dataclass(kw_only=True, eq=False)
+class Revoked:
+    """Keeps the newest list of revocations that this peer has heard of."""
+
+    here: Here
+    replica: Replica
+    presence: Presence
+
+    def __post_init__(self) -> None:
+        self._sealed = b""
+        self._asked: dict[str, float] = {}
+        """Peer id -> loop time until which it is not asked again."""
+
+    async def run(self) -> None:
+        """Reads and hears of revocations every ``refresh_s``, until it is cancelled; returns in a run that is open."""
+        while self.here.directory.admission.by_invitation:
+            if self.read() or await self.hear():
+                self.presence.publish_now.ring()
+                await self.presence.push_to_all()
+            await asyncio.sleep(self.here.timeouts.refresh_s)
+
+    def read(self) -> bool:
+        """Takes the list on the disk, if it is newer than mine, and returns whether it was."""
+        if not self.here.directory.admission.by_invitation:
+            return False
+        sealed = read_revocations(self.replica.ledger.folder, self.replica.manifest)
+        return sealed is not None and sealed != self._sealed and self._take(sealed)
+
+    async def hear(self) -> bool:
+        """Asks for a newer list where a record says that there is one, and returns whether there was."""
+        asked_s, admission = now_s(), self.here.directory.admission
+        if not admission.by_invitation:
+            return False
+        self._asked = {peer_id: until_s for peer_id, until_s in self._asked.items() if until_s > asked_s}
+        newer = [r for r in self.here.live() if r.revocations > admission.number and r.peer_id not in self._asked]
+        newer.sort(key=lambda record: (record.peer_id != admission.owner, -record.revocations))
+        chosen = [record.peer_id for record in newer[:ASKED_AT_ONCE]]
+        self._asked |= dict.fromkeys(chosen, asked_s + self.here.timeouts.record_life_s)
+        lists = await asyncio.gather(*map(self._ask, chosen))
+        taken = [self._take(sealed) for sealed in lists if sealed]
+        if any(taken):
+            await asyncio.to_thread(keep_revocations, self.replica.ledger.folder, self._sealed)
+        return any(taken)
+
+    async def _ask(self, peer_id: str) -> bytes:
+        """Returns the list that a peer sends, sound; nothing where it sends none."""
+        try:
+            channel = await self.here.open(peer_id)
+            try:
+                answer: RevocationList = await channel.request(AskRevocations(), RevocationList)
+            finally:
+                channel.close()
+            try:
+                open_revocations(answer.sealed, run_id=self.here.directory.run_id, owner=self.replica.manifest.owner)
+            except ValueError as error:
+                raise Misbehaved(peer_id, f"sends {error}") from error
+        except RemoteError as error:
+            log.debug("no revocations of %s: %s", peer_id[-8:], error.reason)
+            self.here.transport.traffic.reject(error)
+            return b""
+        return answer.sealed
+
+    def _take(self, sealed: bytes) -> bool:
+        """Goes by a sound list from now on, if it is newer than mine. Returns whether it is."""
+        directory, manifest = self.here.directory, self.replica.manifest
+        revocations = open_revocations(sealed, run_id=manifest.run_id, owner=manifest.owner)
+        if revocations.number <= directory.admission.number:
+            return False
+        self._sealed = sealed
+        directory.admission = replace(directory.admission, revocations=revocations)
+        log.info("the run's owner has revoked %d invitations", len(revocations.tokens))
+        return True
+
+    async def serve(self, channel: Channel) -> None:
+        """Answers a peer that asks for my list."""
+        answer = RevocationList(sealed=self._sealed) if self._sealed else No(reason="nothing is revoked")
+        await channel.send(answer)
