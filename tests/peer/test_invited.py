@@ -247,3 +247,21 @@ def test_one_token_with_many_ids_is_no_majority(tmp_path: Path) -> None:
         swarm.check_identical(sims)
 
     run_simulated(main())
+
+
+def test_known_members_of_one_token_make_nothing_without_the_owner(tmp_path: Path) -> None:
+    """They are one volunteer: its owner's seed goes on witnessing what they make."""
+
+    async def main() -> None:
+        swarm = Invited(tmp_path, outer_steps=WINDOW_STEPS + 6)
+        two = swarm.token("two", 1, places=2)
+        sims = await swarm.begin(two, two)
+        await swarm.until(sims, WINDOW_STEPS + 2, limit_s=400.0)
+        assert sims[0].peer.seat.known.peers == {sim.peer.identity.peer_id for sim in sims}
+        swarm.network.kill(swarm.peers[0].peer.identity.peer_id)
+        stood = max(sim.peer.step for sim in sims)
+        await asyncio.sleep(60.0)
+        assert max(sim.peer.step for sim in sims) <= stood + 1
+        swarm.check_identical(sims)
+
+    run_simulated(main())
