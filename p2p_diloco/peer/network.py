@@ -157,6 +157,10 @@ class NetworkProcess:
             self._spawn(log_restarts(node, events))
             self.peer = peer
             await self._join_and_run(node, peer)
+        except LocalError as error:
+            if not self.failure.done():  # a round that goes on until it is cancelled shall not hide why this peer ends
+                self.failure.set_exception(error)
+            raise
         finally:
             self.peer = None
             events.close()
