@@ -141,7 +141,10 @@ def contributors_in_full(update: Update) -> list[str]:
 
 def in_most_parts(masks: Sequence[bytes]) -> bytes:
     """Returns the mask of the contributors that are in more than half of the parts with these masks."""
-    counts = Counter(i for mask in masks for i in bits_of(mask))
+    counts: Counter[int] = Counter()
+    for mask, parts in Counter(masks).items():  # nearly all parts have the same one
+        for i in bits_of(mask):
+            counts[i] += parts
     return contributor_mask(i for i, count in counts.items() if 2 * count > len(masks))
 
 

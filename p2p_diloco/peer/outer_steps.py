@@ -36,7 +36,7 @@ from p2p_diloco.peer.reception import Reception
 from p2p_diloco.peer.round_event import round_ended
 from p2p_diloco.peer.upkeep import Upkeep
 from p2p_diloco.round.here import Here
-from p2p_diloco.round.matchmaking import NO_WITNESS, Matchmaker
+from p2p_diloco.round.matchmaking import Matchmaker
 from p2p_diloco.round.meeting import Meeting
 from p2p_diloco.round.outcome import Missed, Settled
 from p2p_diloco.round.settle import RoundCost, Settlement
@@ -174,8 +174,6 @@ class OuterSteps:
         group = await self.matchmaker.find_group(tokens, dropped=dropped, tokens_per_s=self._pace)
         gather_s = now_s() - started_s
         if isinstance(group, Missed):
-            if group.detail == NO_WITNESS:
-                log.warning("no outer step: %s", NO_WITNESS)
             self.events.write(round_ended(self.here.seat.standing, group, gather_s=gather_s))
             return self._result(reason=group.reason, gather_s=gather_s)
         self.here.seat.in_round = True

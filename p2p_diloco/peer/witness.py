@@ -25,7 +25,7 @@ from dataclasses import dataclass, field
 from p2p_diloco.core.admission import Seated, votes
 from p2p_diloco.core.certificate import Certificate, check_most
 from p2p_diloco.core.errors import Misbehaved
-from p2p_diloco.core.group import Group, RosterRules, open_roster
+from p2p_diloco.core.group import Group, open_roster
 from p2p_diloco.core.roster import on_head, open_readiness
 from p2p_diloco.core.update import next_head
 from p2p_diloco.core.waiting import heard, now_s
@@ -41,7 +41,7 @@ LEAST_SHARE = 0.3
 
 
 @dataclass(frozen=True, kw_only=True)
-class Signed:
+class LastSigned:
     """The update that was witnessed last."""
 
     head: bytes
@@ -57,16 +57,13 @@ class Witness:
 
     here: Here
     replica: Replica
-    _signed: Signed | None = field(default=None, init=False)
+    _signed: LastSigned | None = field(default=None, init=False)
     _asked: tuple[bytes, float] = field(default=(b"", 0.0), init=False)
     """The head for which a witness was asked last, and the loop time at which it was for the first time."""
 
-    def __post_init__(self) -> None:
-        self._rules = RosterRules.of(self.replica.manifest)
-
     async def on_ask_witness(self, channel: Channel, message: AskWitness) -> None:
         """Answers a leader that asks for the owner's witness."""
-        if self.here.peer_id != self._rules.owner:
+        if self.here.peer_id != self.replica.rules.owner:
             await channel.send(No(reason="not the run's owner"))
             return
         try:
@@ -76,15 +73,15 @@ class Witness:
             if self.here.seat.standing.head != first.head:
                 await self._refuse(channel, first.step, "the run's owner stands on another head")
                 return
-            group = open_roster(certificate.roster, self._rules, self.here.seat.known)
-            check_most(certificate, group, message.link, self._rules.owner)
+            group = open_roster(certificate.roster, self.replica.rules, self.here.seat.known)
+            check_most(certificate, group, message.link, self.replica.rules.owner)
         except ValueError as error:
             raise Misbehaved(channel.peer_id, f"asks to witness {error}") from error
         if refusal := self._refusal(group, message.link):
             await self._refuse(channel, group.step, refusal)
             return
         until_s = now_s() + self.here.timeouts.record_life_s
-        self._signed = Signed(head=group.head, link=message.link, until_s=until_s)
+        self._signed = LastSigned(head=group.head, link=message.link, until_s=until_s)
         signature = certificate.taken(message.link).sign(self.here.identity)
         log.info("outer step %d: witnessed", group.step)
         await channel.send(Witnessed(signature=signature))
@@ -112,7 +109,7 @@ class Witness:
         signed, seat = self._signed, self.here.seat
         trainers: list[Seated] = [*on_head(self.here.live(), group.head)]
         trainers += [self.here.claim] if seat.role_trainer else []
-        if votes(one for one in trainers if one.peer_id in seat.known.peers) >= self._rules.least_known:
+        if votes(one for one in trainers if one.peer_id in seat.known.peers) >= self.replica.rules.least_known:
             return "enough known members are here to do without a witness"
         if signed is not None and signed.head == group.head and signed.link != link and now_s() < signed.until_s:
             return "the run's owner has just witnessed another update of this head"

@@ -167,6 +167,7 @@ class Matchmaker:
         if isinstance(answer, TooFew):
             return Missed(reason="alone", detail=f"{answer.ready} ready, {limits.min_group} needed")
         if isinstance(answer, NoWitness):
+            log.warning("no outer step: %s", NO_WITNESS)
             return Missed(reason="alone", detail=NO_WITNESS)
         if isinstance(answer, Behind):
             company.learn(leader, answer.record)

@@ -7,6 +7,7 @@ from typing import Literal
 
 from p2p_diloco.core.certificate import Certificate
 from p2p_diloco.core.update import Update
+from p2p_diloco.wire.messages import Commit
 
 MissedReason = Literal["alone", "behind", "failed", "leaving", "diverged", "repaired"]
 
@@ -25,3 +26,8 @@ class Settled:
 
     update: Update
     certificate: Certificate
+
+    def commit(self, holder: int) -> Commit:
+        """Returns the commit of the update, all of which the member ``holder`` holds."""
+        hashes = list(self.update.header.part_hashes)
+        return Commit(part_hashes=hashes, holders=[holder] * len(hashes), state=self.certificate.state)

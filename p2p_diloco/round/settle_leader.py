@@ -118,7 +118,7 @@ class Leader:
         if isinstance(outcome, Missed):
             self._fail(outcome.detail)
         else:
-            self.decision = self.member.applied()
+            self.decision = outcome.commit(self.meeting.me)
         self.meeting.changed.ring()
         return outcome
 
@@ -293,7 +293,8 @@ class Leader:
         meeting, member = self.meeting, self.member
         next_word_s = now_s() + meeting.timeouts.heartbeat_s
         while True:
-            changed, applied = meeting.changed.event, member.applied()
+            changed, settled = meeting.changed.event, member.settled
+            applied = None if settled is None else settled.commit(meeting.me)
             answer = answer_to_receipt(sender, number, decision=self.decision, applied=applied, over=meeting.over)
             if answer is not None:
                 return answer

@@ -192,7 +192,7 @@ class Member:
             log.warning("outer step %d: not signed: %s", self.group.step, objection)
         return objection
 
-    def what_is_taken(self, commit: Commit | TookBefore) -> Taken:
+    def what_is_taken(self, commit: Commit) -> Taken:
         """Returns what is signed of a commit, all of which I hold."""
         link = self.group.header(commit.part_hashes).link
         full = in_most_parts([part.mask for part in self.meeting.parts if part is not None])
@@ -223,13 +223,6 @@ class Member:
         self.settled = Settled(update=update, certificate=certificate)
         self.meeting.changed.ring()
         return self.settled
-
-    def applied(self) -> Commit | None:
-        """Returns the commit of the update that I know to be certified; None while I know of none."""
-        if self.settled is None:
-            return None
-        hashes = list(self.settled.update.header.part_hashes)
-        return Commit(part_hashes=hashes, holders=[self.meeting.me] * len(hashes), state=self.settled.certificate.state)
 
     async def _telling(self, channel: Channel, work: Coroutine[Any, Any, T]) -> T:
         """Does what may take a while; the other side hears every ``Timeouts.heartbeat_s`` that I am still here."""
@@ -321,8 +314,8 @@ class Member:
         asker_place = self.group.reducers.index(asker)
         while True:
             changed = meeting.changed.event
-            if self.settled is not None and (applied := self.applied()) is not None:
-                await channel.send(applied)
+            if self.settled is not None:
+                await channel.send(self.settled.commit(meeting.me))
                 await channel.send(certifies(self.settled.certificate))
                 return
             answer = answer_to_later_leader(asker_place, place=self.place, taken=self.taken, over=meeting.over)
