@@ -10,12 +10,12 @@ has one itself counts no other of its own token.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Protocol
 
 from p2p_diloco.core.admission import Seated, counts_as, one_vote_each
 from p2p_diloco.core.records import Record
-from p2p_diloco.core.swarm_head import Standing
+from p2p_diloco.core.swarm_head import Standing, way
 
 
 class History(Protocol):
@@ -70,14 +70,3 @@ def fork_step(records: Iterable[Record], mine: Standing, before: Mapping[bytes, 
         if shared is not None and shared < min(step, record.step) and record.peer_id in history.electors(shared):
             step = shared
     return step
-
-
-def way(record: Record, before: Mapping[bytes, bytes]) -> Iterator[bytes]:
-    """Yields a peer's head and those that led there, newest first, as far as they are known."""
-    yield record.head
-    head = record.head
-    for head in record.heads:
-        yield head
-    while (older := before.get(head)) is not None:
-        head = older
-        yield head

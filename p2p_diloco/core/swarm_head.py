@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from statistics import median_low
 
@@ -67,13 +67,21 @@ def swarm_head(
     return min(newer, key=order) if newer else base
 
 
-def way_of(peer: Record | Standing, before: Mapping[bytes, bytes]) -> list[bytes]:
-    """Returns a peer's head and those that led there, newest first: what it says itself, and what is known to come
+def way(peer: Record | Standing, before: Mapping[bytes, bytes]) -> Iterator[bytes]:
+    """Yields a peer's head and those that led there, newest first: what it says itself, and what is known to come
     before that."""
-    way = [peer.head, *peer.heads]
-    while (older := before.get(way[-1])) is not None:
-        way.append(older)
-    return way
+    oldest = peer.head
+    yield oldest
+    for oldest in peer.heads:
+        yield oldest
+    while (older := before.get(oldest)) is not None:
+        oldest = older
+        yield oldest
+
+
+def way_of(peer: Record | Standing, before: Mapping[bytes, bytes]) -> list[bytes]:
+    """Returns the whole of ``way``."""
+    return list(way(peer, before))
 
 
 def path_of(peer: Record | Standing, before: Mapping[bytes, bytes]) -> list[tuple[int, bytes]]:
