@@ -42,7 +42,7 @@ class Lapsed(Unsound):
 
 
 class Seated(Protocol):
-    """What a record and a readiness have in common."""
+    """Names what a record and a readiness have in common."""
 
     @property
     def peer_id(self) -> str: ...
@@ -61,7 +61,7 @@ class Claim:
 
 @dataclass(frozen=True, kw_only=True)
 class Admission:
-    """Who may take part in one run, as far as this peer has heard."""
+    """Says who may take part in one run, as far as this peer has heard."""
 
     run_id: str
     owner: str

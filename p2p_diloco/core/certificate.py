@@ -33,7 +33,7 @@ MAX_CERTIFICATE_BYTES = 512 * 1024
 
 @dataclass(frozen=True, kw_only=True)
 class Taken:
-    """What a member of a round signs when it takes a commit, and the owner's seed when it witnesses one."""
+    """Is what a member of a round signs when it takes a commit, and the owner's seed when it witnesses one."""
 
     round_id: bytes
     link: bytes
@@ -60,7 +60,7 @@ class Taken:
 
 @dataclass(frozen=True, kw_only=True)
 class Certificate:
-    """Who has made an update, and their signatures over it."""
+    """Says who has made an update, and holds their signatures over it."""
 
     roster: SealedRoster
     full: bytes

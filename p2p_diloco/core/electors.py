@@ -19,7 +19,7 @@ from p2p_diloco.core.swarm_head import Standing, way
 
 
 class History(Protocol):
-    """What a ledger tells of a run's history, as far as this peer has followed it."""
+    """Tells what a ledger has of a run's history, as far as this peer has followed it."""
 
     def step_of(self, head: bytes) -> int | None:
         """Returns the outer step of a head; None for one that is not in this history."""

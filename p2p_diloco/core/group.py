@@ -73,7 +73,7 @@ def seal_roster(members: Sequence[bytes], absent: Sequence[bytes], leader: Ident
 
 @dataclass(frozen=True, kw_only=True)
 class RosterRules:
-    """What a run's manifest says of rosters."""
+    """Holds what a run's manifest says of rosters."""
 
     run_id: str
     owner: str
@@ -104,7 +104,8 @@ class RosterRules:
 
     @property
     def least_known(self) -> int:
-        """So many known members of a roster, those of one token counted once, can do without the owner's witness."""
+        """Returns how many known members of a roster, those of one token counted once, can do without the owner's
+        witness."""
         return min(LEAST_KNOWN, self.min_group)
 
 
@@ -131,17 +132,18 @@ class Group:
 
     @property
     def round_id(self) -> bytes:
-        """Names the round."""
+        """Returns 32 bytes that name the round."""
         return self.sealed.round_id
 
     @property
     def leader(self) -> int:
-        """Index of the member that settles the round: the first that can be dialled."""
+        """Returns the index of the member that settles the round: the first that can be dialled."""
         return self.reducers[0]
 
     @property
     def reducers(self) -> tuple[int, ...]:
-        """Indices of the members that reduce, by rank. The same ones settle the round, one after the other fails."""
+        """Returns the indices of the members that reduce, by rank. The same ones settle the round, one after the other
+        fails."""
         return self.reducers_among(range(len(self.members)))
 
     def reducers_among(self, members: Sequence[int]) -> tuple[int, ...]:
@@ -152,8 +154,8 @@ class Group:
 
     @cached_property
     def voting(self) -> frozenset[int]:
-        """Indices of the members that certify: of those that count all, but of each token only the first. Could each of
-        them sign for their token, two of them might sign two updates of one round without a lie."""
+        """Returns the indices of the members that certify: of those that count all, but of each token only the first.
+        Could each of them sign for their token, two of them might sign two updates of one round without a lie."""
         first: dict[str, int] = {}
         for i in sorted(self.counting):
             first.setdefault(counts_as(self.members[i]), i)

@@ -70,7 +70,7 @@ class Revocations(Signed):
 
 @dataclass(frozen=True, kw_only=True)
 class Token:
-    """What a volunteer is given: who has it can bring in peers. Its ``repr`` holds no secret."""
+    """Is what a volunteer is given: who has it can bring in peers. Its ``repr`` holds no secret."""
 
     key: Identity
     invitation: Invitation

@@ -21,7 +21,7 @@ LEAST_KNOWN = 2
 
 @dataclass(frozen=True, kw_only=True)
 class Known:
-    """Who is known where an outer step begins."""
+    """Says who is known where an outer step begins."""
 
     step: int
     """The outer step."""

@@ -15,7 +15,7 @@ from p2p_diloco.core.known import WINDOW_STEPS, Known, known_at
 
 
 class Lineage:
-    """Where a chain has been followed to, and who is known there."""
+    """Keeps where a chain has been followed to, and who is known there."""
 
     def __init__(
         self, rules: RosterRules, *, step: int = 0, head: bytes = b"", last: Iterable[Collection[str]] = ()

@@ -83,7 +83,7 @@ class RunManifest(Section):
         return AGGREGATIONS[self.spec.outer.aggregate]
 
     def admission(self, revocations: Revocations | None = None) -> Admission:
-        """Who may take part, as far as these revocations say."""
+        """Returns who may take part, as far as these revocations say."""
         by_invitation = self.spec.membership == "invite"
         return Admission(run_id=self.run_id, owner=self.owner, by_invitation=by_invitation, revocations=revocations)
 

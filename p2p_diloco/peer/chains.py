@@ -50,7 +50,7 @@ class Way:
 
 @dataclass(frozen=True, kw_only=True)
 class Page:
-    """What a donor has sent of its chain at a time."""
+    """Holds what a donor has sent of its chain at a time."""
 
     entries: tuple[Certified, ...]
     size_bytes: int

@@ -48,12 +48,12 @@ class Ballot:
 
     @property
     def has_most(self) -> bool:
-        """Whether most of the members that certify have signed."""
+        """Returns whether most of the members that certify have signed."""
         return self.meeting.group.is_most(self.signatures)
 
     @property
     def is_over(self) -> bool:
-        """Whether nobody's word is still to come."""
+        """Returns whether nobody's word is still to come."""
         others = set(range(len(self.meeting.group.members))) - {self.meeting.me}
         return others <= self.answered | self.meeting.lost
 

@@ -27,7 +27,8 @@ IpAddress = Annotated[str, Field(max_length=45), AfterValidator(check_ip)]
 
 
 class AskDialBack(Message):
-    """Who signed ``consent`` listens where this stream comes from: can you reach it? Answered by DialedBack or No."""
+    """Can you reach the peer that signed ``consent``, which listens where this stream comes from? Answered by
+    DialedBack or No."""
 
     tag = "ask-dial-back"
     purpose = "other"
@@ -35,14 +36,14 @@ class AskDialBack(Message):
 
 
 class DialBack(Message):
-    """To the one that I was asked to dial: here I am. Not answered."""
+    """You are the peer that I was asked to dial, and I have reached you. Not answered."""
 
     tag = "dial-back"
     purpose = "other"
 
 
 class DialedBack(Message):
-    """Whether I could dial you back."""
+    """I could dial you back, or I could not."""
 
     tag = "dialed-back"
     reached: bool
@@ -53,8 +54,8 @@ class DialedBack(Message):
 
 
 class AskTransfer(Message):
-    """Then a frame of ``up_bytes``. Answered by Transferred and a frame of ``down_bytes``, and another AskTransfer may
-    follow; or by No."""
+    """Let us measure a transfer: a frame of ``up_bytes`` follows. Answered by Transferred and a frame of
+    ``down_bytes``, and another AskTransfer may follow; or by No."""
 
     tag = "ask-transfer"
     purpose = "other"
