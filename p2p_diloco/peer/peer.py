@@ -110,7 +110,9 @@ class Peer:
         self.local = local
         self.events = events
         self.role: Role = "seed" if local is None else "trainer"
-        self.seat = Seat(standing=NOWHERE, history=replica, role_trainer=local is not None, client_mode=client_mode)
+        self.seat = Seat(
+            standing=NOWHERE, history=replica.history, role_trainer=local is not None, client_mode=client_mode
+        )
         self.here = here = here_of(transport, identity, self.manifest, self.seat, sealed_seat=seat, wall_s=wall_s)
         self.directory = here.directory
         catchup = Catchup(here=here, replica=replica, events=events)
