@@ -59,7 +59,7 @@ class SimulationSpec(Section):
 
     @property
     def most_replicas(self) -> int:
-        """How many train at the same time, at most."""
+        """Returns how many train at the same time, at most."""
         return max(self.replicas)
 
     def replicas_at(self, step: int, outer_steps: int) -> int:

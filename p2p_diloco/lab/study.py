@@ -109,13 +109,13 @@ class Trial:
 
     @property
     def name(self) -> str:
-        """The arm and the seed, in words."""
+        """Returns the arm and the seed, in words."""
         return f"{self.arm}, seed {self.seed}"
 
     @cached_property
     def key(self) -> str:
-        """The name of what is simulated: studies that have the same arm have the same simulation, which is made
-        once."""
+        """Returns the name of what is simulated: studies that have the same arm have the same simulation, which is
+        made once."""
         files = [canonical_json(self.files)] if self.files else []
         what = self.what.model_dump(mode="json")
         if what["run"]["outer"]["aggregate"] == "mean":
