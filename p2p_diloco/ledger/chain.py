@@ -80,7 +80,7 @@ class Chain:
 
     @property
     def end(self) -> int:
-        """The outer step to which the chain leads: it has the updates before."""
+        """Returns the outer step to which the chain leads: it has the updates before."""
         return len(self._places)
 
     def head_at(self, step: int) -> bytes | None:
