@@ -27,7 +27,7 @@ from p2p_diloco.core.peer_row import PeerRow
 from p2p_diloco.core.records import Record, peers_key
 from p2p_diloco.core.swarm_head import newest_evaluation, swarm_head
 from p2p_diloco.look.display import Legible, count, held_out, peers_table
-from p2p_diloco.look.overview import SeatRow, seats_of
+from p2p_diloco.look.overview import Overview, SeatRow, overview_of
 from p2p_diloco.peer.revocations import NewestList
 from p2p_diloco.wire.daemon import private_socket_folder
 from p2p_diloco.wire.discovery import find_manifest
@@ -44,6 +44,7 @@ class Status:
     """The swarm's, as its peers' records tell."""
     records: Sequence[Record]
     """Of the live peers; who is furthest comes first."""
+    overview: Overview
 
 
 @asynccontextmanager
@@ -105,7 +106,8 @@ def status_of(manifest: RunManifest, directory: Directory, now_s: float) -> Stat
         raise NetworkError(f"run {manifest.spec.name} {manifest.run_id}: no peer of it is up now")
     step, head = swarm
     ordered = sorted(records, key=lambda record: (-record.step, record.role, record.label))
-    return Status(manifest=manifest, step=step, head=head, records=ordered)
+    overview = overview_of(records, now_s)
+    return Status(manifest=manifest, step=step, head=head, records=ordered, overview=overview)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,6 +154,18 @@ def invited(seats: Sequence[SeatRow]) -> str:
     return ", ".join(f"{seat.name} ({seat.peers} of {seat.places})" for seat in seats) or "nobody is here"
 
 
+def certified(overview: Overview) -> str:
+    """Returns the words for the certificate of the last outer step, and for what the next one waits for; empty where
+    nobody says anything of that."""
+    told, certificate = [], overview.certificate
+    if certificate is not None:
+        told.append(f"{certificate.signatures} of {certificate.certifying} signed it")
+        told += ["witnessed by the owner"] if certificate.witnessed else []
+    told += [f"{overview.known_members} known"] if overview.known_members else []
+    told += ["waiting for the owner's seed, which has to witness the next one"] if overview.waits_for_owner else []
+    return " · ".join(told)
+
+
 def screen_of(status: Status, width: int) -> RenderableType:
     """Returns the status for a terminal of ``width`` columns."""
     rows = [PeerRow.of(record) for record in status.records]
@@ -162,7 +176,9 @@ def screen_of(status: Status, width: int) -> RenderableType:
         f"outer step {status.step} of {manifest.spec.outer.steps} · head {status.head.hex()[:16]}",
         f"{len(trainers)} training, {count(sum(r.tokens_per_s for r in trainers))} tokens/s · {held_out(evaluation)}",
     ]
+    if words := certified(status.overview):
+        lines.insert(2, words)
     if manifest.spec.membership == "invite":
-        lines.append(f"by invitation: {invited(seats_of(status.records))}")
+        lines.append(f"by invitation: {invited(status.overview.seats)}")
     table = peers_table(rows, head=status.head.hex(), width=width, most=len(rows), own=False)
     return Legible(Group(*map(Text, lines), Text(), table))

@@ -122,7 +122,7 @@ class OuterSteps:
             with contextlib.suppress(Gap):
                 await self.upkeep.mend()  # a bit that flips in theta can make training diverge, again and again
             missed = Missed(reason="diverged", detail="a parameter is not finite")
-            self.events.write(round_ended(self.here.seat.standing, missed))
+            self.events.write(round_ended(self.here.seat, missed))
             return self._result(adopted=True, reason="diverged")
         result = await self._try_rounds(tokens, dropped)
         keeps = self.replica.manifest.spec.round.on_missed == "keep" and self.upkeep.mends == mends
@@ -174,7 +174,7 @@ class OuterSteps:
         group = await self.matchmaker.find_group(tokens, dropped=dropped, tokens_per_s=self._pace)
         gather_s = now_s() - started_s
         if isinstance(group, Missed):
-            self.events.write(round_ended(self.here.seat.standing, group, gather_s=gather_s))
+            self.events.write(round_ended(self.here.seat, group, gather_s=gather_s))
             return self._result(reason=group.reason, gather_s=gather_s)
         self.here.seat.in_round = True
         settlement = self._meet(group, last_norms, state)
@@ -188,7 +188,7 @@ class OuterSteps:
             idle = lost if isinstance(outcome, Missed) else silent  # who is gone costs little where others commit
             self._judge(settlement, outcome, idle, cost.reduce_s + cost.settle_s)
             if isinstance(outcome, Missed):
-                self.events.write(round_ended(self.here.seat.standing, outcome, settlement, gather_s=gather_s))
+                self.events.write(round_ended(self.here.seat, outcome, settlement, gather_s=gather_s))
                 return self._result(reason=outcome.reason, group=len(group.members), gather_s=gather_s, cost=cost)
             self.presence.enter("apply")
             apply_started_s = now_s()
@@ -208,7 +208,7 @@ class OuterSteps:
             evaluate=evaluator(group, self.here.seat.standing.head) == self.here.peer_id,
         )
         ended = round_ended(
-            self.here.seat.standing, None, settlement, gather_s=gather_s, apply_s=apply_s, alignment=alignment
+            self.here.seat, outcome, settlement, gather_s=gather_s, apply_s=apply_s, alignment=alignment
         )
         self.events.write(ended)
         return result
@@ -303,7 +303,7 @@ class OuterSteps:
         if sound:
             return self._result(adopted=moved, reason="behind")
         missed = Missed(reason="repaired", detail="bits of the state had flipped")
-        self.events.write(round_ended(self.here.seat.standing, missed))
+        self.events.write(round_ended(self.here.seat, missed))
         return self._result(adopted=True, reason="repaired")
 
     def _result(

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from p2p_diloco.core.certificate import Certificate
+from p2p_diloco.core.event import Uncertified
 from p2p_diloco.core.update import Update
 from p2p_diloco.wire.messages import Commit
 
@@ -18,6 +19,8 @@ class Missed:
 
     reason: MissedReason
     detail: str
+    uncertified: Uncertified = ""
+    """What its update lacked for a certificate."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,7 +13,7 @@ from p2p_diloco.core.identity import Identity
 from p2p_diloco.core.manifest import RunManifest
 from p2p_diloco.core.records import Record, seal_record
 from p2p_diloco.core.runfile import RunSpec
-from p2p_diloco.look.status import directory_of, screen_of, status_of, to_json
+from p2p_diloco.look.status import certified, directory_of, screen_of, status_of, to_json
 from p2p_diloco.peer.revocations import NewestList
 from p2p_diloco.wire.channel import Channel, run_protocol
 from p2p_diloco.wire.messages import AskRevocations, RevocationList
@@ -110,12 +110,27 @@ def test_json_is_written_in_this_order() -> None:
         '"maddrs": ["/ip4/1.2.3.4/tcp/5"], "client_mode": false, "name": "peer 0", "version": "", "inner_step": 0, '
         '"inner_steps_planned": 0, "loss": null, "held_out_loss": 2.5, "held_out_step": 4, "tokens": 0, '
         '"tokens_per_s": 0.0, "group_size": 0, "round_s": 0.0, "round_bytes": 0, "metrics_addr": "", '
-        '"invitation": "", "on_swarm_head": true}'
+        '"invitation": "", "known": false, "known_members": 0, "signatures": 0, "certifying": 0, "witnessed": false, '
+        '"awaits_witness": false, "on_swarm_head": true}'
     )
     assert written == (
         f'{{"run_id": "{MANIFEST.run_id}", "name": "tiny", "step": 4, "steps": 100, "head": "{HEADS[4].hex()}", '
         f'"peers": [{peer}]}}'
     )
+
+
+def test_the_certificate_of_the_last_outer_step_is_told_and_what_the_next_one_waits_for() -> None:
+    certificate = {"signatures": 3, "certifying": 4, "known_members": 5}
+    told = look(*(sealed(i, 4, **certificate, witnessed=i < 3, awaits_witness=i > 0) for i in range(4)))
+    assert certified(told.overview) == (
+        "3 of 4 signed it · witnessed by the owner · 5 known · waiting for the owner's seed, which has to witness the "
+        "next one"
+    )
+    console = Console(file=io.StringIO(), width=120)
+    console.print(screen_of(told, 120))
+    assert isinstance(console.file, io.StringIO)
+    assert certified(told.overview) in console.file.getvalue()
+    assert certified(look(sealed(0, 4), sealed(1, 4)).overview) == ""
 
 
 def test_a_run_by_invitation_names_who_was_invited() -> None:
