@@ -12,6 +12,9 @@ from p2p_diloco.wire.messages import Commit
 
 MissedReason = Literal["alone", "behind", "failed", "leaving", "diverged", "repaired"]
 
+NOT_WITNESSED = "the run's owner, whose witness so few known members need, does not give it"
+"""What a leader says when it has the signatures of most, and they do not do."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Missed:
