@@ -55,7 +55,7 @@ from p2p_diloco.look.network_trial import (
     would_relay,
 )
 from p2p_diloco.look.request import Request
-from p2p_diloco.look.status import live_records, observer
+from p2p_diloco.look.status import directory_of, observer
 from p2p_diloco.wire.channel import Transport, run_protocol
 from p2p_diloco.wire.discovery import find_manifest
 
@@ -140,7 +140,8 @@ class Checkup:
             self.checklist.add(error_finding("run", error))
             return
         self.signed, self.manifest = signed, manifest
-        self.records = live_records(sealed, "", manifest, time.time() + behind_s)
+        swarm_s = time.time() + behind_s
+        self.records = directory_of(manifest, sealed, "", swarm_s).live(swarm_s)
         client_mode = self.request.client_mode
         self.checklist.add(run_finding(manifest, self.records, client_mode=client_mode, trouble=trouble))
 

@@ -79,7 +79,7 @@ class Attempts:
         group = await self.matchmaker.find_group(offer.tokens, dropped=offer.dropped, tokens_per_s=offer.pace)
         gather_s = now_s() - started_s
         if isinstance(group, Missed):
-            self.events.write(round_ended(self.here.seat.standing, group, gather_s=gather_s))
+            self.events.write(round_ended(self.here.seat, group, gather_s=gather_s))
             return self._result(group.reason, 0, gather_s, RoundCost())
         self.here.seat.in_round = True
         settlement = self._meet(group, last_norms, state)
@@ -93,7 +93,7 @@ class Attempts:
             idle = lost if isinstance(outcome, Missed) else silent  # who is gone costs little where others commit
             self._judge(settlement, outcome, idle, cost.reduce_s + cost.settle_s)
             if isinstance(outcome, Missed):
-                self.events.write(round_ended(self.here.seat.standing, outcome, settlement, gather_s=gather_s))
+                self.events.write(round_ended(self.here.seat, outcome, settlement, gather_s=gather_s))
                 return self._result(outcome.reason, len(group.members), gather_s, cost)
             self.presence.enter("apply")
             apply_started_s = now_s()
@@ -107,7 +107,7 @@ class Attempts:
             self._telling = asyncio.create_task(self.presence.push_to_seeds())
         standing = self.here.seat.standing
         self.events.write(
-            round_ended(standing, None, settlement, gather_s=gather_s, apply_s=apply_s, alignment=alignment)
+            round_ended(self.here.seat, outcome, settlement, gather_s=gather_s, apply_s=apply_s, alignment=alignment)
         )
         evaluates = evaluator(group, standing.head) == self.here.peer_id
         result = self._result("", len(group.members), gather_s, cost)

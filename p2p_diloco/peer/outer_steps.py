@@ -102,7 +102,7 @@ class OuterSteps:
             with contextlib.suppress(Gap):
                 await self.upkeep.mend()  # a bit that flips in theta can make training diverge, again and again
             missed = Missed(reason="diverged", detail="a parameter is not finite")
-            self.events.write(round_ended(self.here.seat.standing, missed))
+            self.events.write(round_ended(self.here.seat, missed))
             return self._without_round("diverged", adopted=True)
         result = await self._try_rounds(offer)
         keeps = self.replica.manifest.spec.round.on_missed == "keep" and self.upkeep.mends == mends
@@ -159,7 +159,7 @@ class OuterSteps:
         if sound:
             return self._without_round("behind", adopted=moved)
         missed = Missed(reason="repaired", detail="bits of the state had flipped")
-        self.events.write(round_ended(self.here.seat.standing, missed))
+        self.events.write(round_ended(self.here.seat, missed))
         return self._without_round("repaired", adopted=True)
 
     def _without_round(self, reason: str, *, adopted: bool) -> OuterResult:

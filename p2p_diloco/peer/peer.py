@@ -126,7 +126,7 @@ class Peer:
         )
         self.upkeep = Upkeep(here=here, replica=replica, catchup=catchup, events=events)
         self.presence = Presence(here=here, replica=replica, events=events, role=self.role, name=name, metrics=metrics)
-        witness = Witness(here=here, replica=replica)
+        witness = Witness(here=here, replica=replica, events=events)
         self.revoked = Revoked(here=here, replica=replica, presence=self.presence)
         self.follower = Follower(
             here=here,
