@@ -14,6 +14,8 @@ class Table:
     columns: tuple[str, ...]
     rows: Sequence[tuple[Cell, ...]]
     notes: tuple[str, ...] = ()
+    missed: Sequence[str] = ()
+    """Bounds that the case misses, a line each; one is enough to fail it."""
 
 
 def layout(table: Table) -> str:

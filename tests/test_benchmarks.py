@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import __main__ as commands
 from benchmarks import dropped, liars, sleepers, tiny, traffic
 from benchmarks.churn import SPARE_MB, growth_of
 from benchmarks.histories import (
@@ -268,3 +269,55 @@ def test_a_swarm_with_liars_and_the_one_that_it_is_compared_with(case: liars.Cas
         alone = without_liars(schedule)
         assert len(alone.peers) == liars.HONEST + len(joins)
         assert all(fault.at_s < schedule.lasts_s for fault in schedule.faults)
+
+
+CASE = liars.Case(row=29, kind="always busy")
+ALONE = liars.Figures(steps=50, inner_steps=10.0, invented=0, blamed=0, violated="", joined_s=3.0, lost_after=None)
+
+
+@pytest.mark.parametrize(
+    ("changes", "missed"),
+    [
+        ({"steps": 45}, []),
+        ({"steps": 44}, ["always busy, new: 44 honest outer steps of 50, fewer than 90%"]),
+        ({"invented": 2}, ["always busy, new: 2 invented updates applied by honest peers"]),
+        ({"blamed": 1, "steps": 0}, ["always busy, new: 0 honest outer steps of 50, fewer than 90%",
+                                     "always busy, new: honest peers blamed 1 times"]),
+    ],
+)  # fmt: skip
+def test_a_bound_that_is_missed_is_named(changes: dict[str, int], missed: list[str]) -> None:
+    compared = liars.Compared(case=CASE, known=False, lied_to=replace(ALONE, **changes), alone=ALONE)  # type: ignore[arg-type]
+    assert compared.missed() == missed
+    assert list(liars.table_of([compared]).missed) == missed
+
+
+def test_eight_idle_members_may_cost_twice_as_much_as_one_liar() -> None:
+    case = next(case for case in liars.CASES if case.kind == "idle members")
+    compared = liars.Compared(case=case, known=True, lied_to=replace(ALONE, steps=40), alone=ALONE)
+    assert compared.missed() == []
+    assert replace(compared, lied_to=replace(ALONE, steps=39)).missed() == [
+        "idle members, 8, known: 39 honest outer steps of 50, fewer than 80%"
+    ]
+
+
+def test_a_case_that_misses_a_bound_fails_the_command(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bad = Table(title="liars", columns=("liar",), rows=[("busy",)], missed=["busy: too few"])
+    monkeypatch.setitem(commands.ALL, "liars", lambda: bad)
+    assert commands.main(["liars"], None, layout) == 1
+    assert capsys.readouterr().out.endswith("missed: busy: too few\n")
+    monkeypatch.setitem(commands.ALL, "liars", lambda: replace(bad, missed=()))
+    assert commands.main(["liars"], None, layout) == 0
+
+
+@pytest.mark.parametrize("kind", ["flipped", "Eta(86400)"])
+def test_a_share_of_the_liars_bench(kind: str) -> None:
+    """Eight outer steps of thirty simulated seconds each. A promise costs one of them, a contribution none."""
+    case = next(case for case in liars.CASES if case.kind == kind)
+    schedule = replace(liars.schedule_of(case, known=False), lasts_s=8 * liars.OUTER_S, faults=())
+    schedule = replace(schedule, peers=schedule.peers[: liars.HONEST + 1])
+    lied_to, alone = liars.play(schedule), liars.play(without_liars(schedule))
+    assert alone.steps >= 7
+    assert lied_to.steps >= alone.steps - (kind != "flipped")
+    assert (lied_to.invented, lied_to.blamed, alone.invented) == (0, 0, 0)

@@ -87,16 +87,21 @@ class Company:
 
     def is_trusted(self, leader: str) -> bool:
         """Returns whether a peer is asked to lead in the order of its rank: it is proven, has failed no lead within
-        ``Timeouts.record_life_s``, on whatever head, and is not in debt."""
-        recent = any(until_s > now_s() for _, until_s in self.failures.get(leader, ()))
-        return leader in self.here.directory.proven and not recent and not self.is_idle(leader)
+        ``Timeouts.record_life_s``, on whatever head, is not in debt, and has at least half of its credit left for what
+        was waited for it in vain: who does not come when it said does not lead first either."""
+        now = now_s()
+        recent = any(until_s > now for _, until_s in self.failures.get(leader, ()))
+        keeps_its_word = self.waits.is_good(leader, now) and not self.is_idle(leader)
+        return leader in self.here.directory.proven and not recent and keeps_its_word
 
     def failed(self, head: bytes, leader: str, *, cost_s: float, lied: bool = False) -> None:
         """Notes that a peer has failed me as the leader on ``head``, which has cost ``cost_s``. It counts for
-        ``Timeouts.record_life_s``, and as CHANCES failures when it ``lied``."""
+        ``Timeouts.record_life_s``, and as CHANCES failures when it ``lied``. What it cost is taken from both accounts:
+        who keeps others waiting as a leader shall not do so once more as a member."""
         until_s = now_s() + self.here.timeouts.record_life_s
         self.failures.setdefault(leader, []).extend([(head, until_s)] * (CHANCES if lied else 1))
         self.rounds.charge(leader, cost_s, now_s())
+        self.waits.charge(leader, cost_s, now_s())
 
     def is_fit(self, head: bytes, leader: str) -> bool:
         """Returns whether a peer may still lead me on ``head``: it has failed me there less often than CHANCES."""
@@ -146,10 +151,13 @@ class Company:
 
     def waits_until_s(self, peer_id: str, opened_s: float, *, busy: bool) -> float:
         """Returns the latest loop time until which a round that opened at ``opened_s`` waits for a peer that has
-        answered. ``busy``: it says that it is in another one."""
+        answered. ``busy``: it says that it is in another one, which counts where that could make a second history: no
+        update is certified without known members, where there are enough of them."""
         if not self.is_waited_for(peer_id):
             return opened_s
-        if busy and self.waits.is_good(peer_id, now_s()):
+        known = self.here.seat.known.peers
+        could_certify = peer_id in known or len(known) < self.rules.least_known
+        if busy and could_certify and self.waits.is_good(peer_id, now_s()):
             return opened_s + self.longest_s(busy=True)
         left_s = self.waits.left_s(peer_id, now_s())
         extension_s = max(min(left_s, MAX_GATHER_EXTENSION_S), CLOSING_MARGIN_S)

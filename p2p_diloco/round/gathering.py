@@ -12,15 +12,16 @@ opens has a deadline of its own (``Gathering.deadlines_s``):
     it says that it needs ``eta_s``     when it said so + eta_s + CLOSING_MARGIN_S, at most opened_s + gather_s +
                                         what credit it has left, of MAX_GATHER_EXTENSION_S; at least CLOSING_MARGIN_S
     it is busy with another round       the same, at most opened_s + gather_s + MAX_GATHER_EXTENSION_S + the longest
-    on this head                        time of a round (``Company.longest_s``), if half of its credit is left
+    on this head                        time of a round (``Company.longest_s``), if half of its credit is left, and it
+                                        is known here, or too few are: no other round can be certified without these
     the leader's own trainer            as a peer that says what it needs and has all its credit
 
 ``gather_s`` is the manifest's ``round.gather_s``. A trainer asks for no more than that, unless one inner step alone
 takes longer. What was waited for a peer in vain, or beyond ``gather_s`` + CLOSING_MARGIN_S, is taken from its credit
-(``Company.waits``); a peer that is in debt, there or for rounds, is called, and not waited for. A peer is not waited
-for any more as soon as it refuses, stands on another head, cannot be dialled, does not answer the call within
-``Timeouts.request_s``, or closes its stream after it was ready. When a busy peer waits for the roster of another leader
-on this head, that one is called as well.
+(``Company.waits``), and so is what it cost as a leader that failed; a peer that is in debt, there or for rounds, is
+called, and not waited for. A peer is not waited for any more as soon as it refuses, stands on another head, cannot be
+dialled, does not answer the call within ``Timeouts.request_s``, or closes its stream after it was ready. When a busy
+peer waits for the roster of another leader on this head, that one is called as well.
 
 A peer that is not proven is called, too, but has no deadline before it answers. While fewer than ``round.min_group``
 are ready, the round waits for such an answer until opened_s + gather_s + CLOSING_MARGIN_S: there is nothing to lose.

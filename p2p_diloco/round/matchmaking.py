@@ -17,8 +17,8 @@ A member waits for a roster as long as its leader says something every ``Timeout
 ``Company.patience_s``. A leader that stops without closing its streams (SIGSTOP) thus costs the members ``request_s``:
 while it runs, it says every ``Timeouts.heartbeat_s`` that it is still there. Then the next one in rank is asked, up to
 MAX_LEADERS_ASKED in all. A peer that has failed as a leader, on whatever head, is asked after the others for a while,
-and so is one that is not proven (``Company.is_trusted``). Peers differ in that. So whoever asks a leader hears from it
-where others are, and goes there.
+and so is one that is not proven, or that rounds have waited for in vain (``Company.is_trusted``). Peers differ in that.
+So whoever asks a leader hears from it where others are, and goes there.
 
 What others say ends no gathering by itself. That the swarm is past a head has to follow from records, by the rule that
 catches up; a peer that names another leader must come after it in precedence; and a peer that has failed twice as a

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from p2p_diloco.core.config import Timeouts
+from p2p_diloco.core.credit import CREDIT_SHARE
 from p2p_diloco.core.digest import digest
 from p2p_diloco.core.directory import Directory
 from p2p_diloco.core.errors import Silent
@@ -922,6 +923,60 @@ def test_a_leader_that_failed_on_one_head_is_asked_last_on_the_next() -> None:
         assert company.leaders(AT, {table.ids[0]}) == table.ids, "others say that they wait there"
         await asyncio.sleep(TIMEOUTS.record_life_s)
         assert company.leaders(AT) == table.ids
+
+    run_simulated(main())
+
+
+def test_who_has_been_waited_for_in_vain_is_asked_to_lead_last() -> None:
+    """Until half of its credit is back, whatever a record's life is: it would cost one phase after another."""
+
+    async def main() -> None:
+        table = Table(3)
+        company = table.matchmakers[2].company
+        life_s = TIMEOUTS.record_life_s
+        company.waits.charge(table.ids[0], life_s / 2 - 1, now_s())
+        assert company.leaders(AT) == table.ids, "one that was late once"
+        company.waits.charge(table.ids[0], 2.0, now_s())
+        assert company.leaders(AT) == [table.ids[1], table.ids[2], table.ids[0]]
+        await asyncio.sleep(1.0 / CREDIT_SHARE + 1)
+        assert company.leaders(AT) == table.ids
+
+    run_simulated(main())
+
+
+def test_a_leader_that_kept_others_waiting_is_not_waited_for_as_a_member() -> None:
+    async def main() -> None:
+        table = Table(3)
+        company, leader = table.matchmakers[2].company, table.ids[0]
+        longest_s = GATHER_S + TIMEOUTS.record_life_s
+        assert company.waits_until_s(leader, now_s(), busy=False) == pytest.approx(now_s() + longest_s)
+        company.failed(head("ab"), leader, cost_s=longest_s)
+        assert company.waits_until_s(leader, now_s(), busy=False) <= now_s() + GATHER_S + CLOSING_MARGIN_S
+        assert company.waits_until_s(leader, now_s(), busy=True) <= now_s() + GATHER_S + CLOSING_MARGIN_S
+
+    run_simulated(main())
+
+
+@pytest.mark.parametrize(("newcomers", "as_long_as_a_round"), [((2,), False), ((1,), True), ((1, 2), False)])
+def test_a_newcomer_that_is_busy_is_waited_for_like_one_that_is_free(
+    newcomers: tuple[int, ...], as_long_as_a_round: bool
+) -> None:
+    """Of the four members two or more are known: a round without them certifies nothing, so it makes no history."""
+
+    async def main() -> None:
+        table = Table(4, newcomers=newcomers)
+        company = table.matchmakers[0].company
+        waits_s = company.waits_until_s(table.ids[2], now_s(), busy=True) - now_s()
+        assert waits_s == pytest.approx(company.longest_s(busy=as_long_as_a_round))
+
+    run_simulated(main())
+
+
+def test_before_anybody_is_known_a_busy_peer_is_waited_for_as_long_as_a_round_may_take() -> None:
+    async def main() -> None:
+        table = Table(3, newcomers=(0, 1, 2))
+        company = table.matchmakers[0].company
+        assert company.waits_until_s(table.ids[2], now_s(), busy=True) - now_s() == company.longest_s(busy=True)
 
     run_simulated(main())
 
