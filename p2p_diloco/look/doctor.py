@@ -120,7 +120,7 @@ class Checkup:
                 await self._connection(node, run_id, candidates_of(served.get(run_id, []), self.records))
 
     async def _find_run(self, answering: Sequence[AddressTrial]) -> None:
-        """As a peer does; with a clock that shuts one out of the DHT, at the addresses alone."""
+        """Looks for the run as a peer does; with a clock that shuts one out of the DHT, at the addresses alone."""
         self.checklist.measure("looking for the run")
         behind_s, trouble = self.behind_s or 0.0, ""
         if abs(behind_s) > self.timeouts.record_life_s / 2:
@@ -146,7 +146,7 @@ class Checkup:
         self.checklist.add(run_finding(manifest, self.records, client_mode=client_mode, trouble=trouble))
 
     async def _clock(self, node: Transport, run_id: str, peers: Sequence[Candidate]) -> None:
-        """With the first peers that tell their time."""
+        """Compares this clock with those of the first peers that tell their time."""
         if self.behind_s is not None:
             return
         self.checklist.measure("comparing clocks")
@@ -156,7 +156,7 @@ class Checkup:
             self.checklist.add(clock_finding(offsets_s, self.timeouts))
 
     async def _connection(self, node: Transport, run_id: str, candidates: Sequence[Candidate]) -> None:
-        """Bandwidth, and whether others reach us."""
+        """Finds out the bandwidth, and whether others reach us."""
         protocol, request = run_protocol(run_id), self.request
         await self._clock(node, run_id, candidates)
         if self.behind_s is None:

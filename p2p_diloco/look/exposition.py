@@ -55,7 +55,7 @@ class Sight:
 
     @cached_property
     def metrics(self) -> Response:
-        """The text that Prometheus scrapes."""
+        """Returns the text that Prometheus scrapes."""
         collected = _Collected(
             (*swarm_metrics(self), *certificate_metrics(self.overview), *peer_metrics(self.overview))
         )
@@ -63,12 +63,12 @@ class Sight:
 
     @cached_property
     def targets(self) -> Response:
-        """The peers that Prometheus can scrape themselves, as JSON."""
+        """Returns the peers that Prometheus can scrape themselves, as JSON."""
         return json_response([asdict(target) for target in targets_of(self)])
 
     @cached_property
     def status(self) -> Response:
-        """What the page asks for, as JSON."""
+        """Returns what the page asks for, as JSON."""
         return json_response(asdict(page_of(self)))
 
 

@@ -150,7 +150,8 @@ class Monitor:
         return found
 
     def _pause_s(self) -> float:
-        """Longer where many records have to be read; never so long that one of them could have been renewed twice."""
+        """Returns the seconds until records are read again: more where there are many, and never so many that one of
+        them could have been renewed twice."""
         timeouts, seen = self.transport.timeouts, len(self.sight.overview.records)
         return min(max(timeouts.refresh_s, seen / RECORDS_PER_S), timeouts.record_every_s)
 

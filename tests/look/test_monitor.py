@@ -20,7 +20,7 @@ from p2p_diloco.core.waiting import now_s
 from p2p_diloco.look import monitor as monitor_module
 from p2p_diloco.look.monitor import MAX_MET, MAX_SOUGHT, PAGE, Monitor, first_to_end, page_files
 from p2p_diloco.wire.channel import Channel, run_protocol
-from p2p_diloco.wire.messages import AskRevocations, RevocationList
+from p2p_diloco.wire.state_messages import AskRevocations, RevocationList
 from tests.support.builders import identity
 from tests.support.fakes import FakeTransport, make_manifest
 from tests.support.invited import OWNER, revocations_of, token_of

@@ -16,7 +16,7 @@ from p2p_diloco.core.runfile import RunSpec
 from p2p_diloco.look.status import certified, directory_of, screen_of, status_of, to_json
 from p2p_diloco.peer.revocations import NewestList
 from p2p_diloco.wire.channel import Channel, run_protocol
-from p2p_diloco.wire.messages import AskRevocations, RevocationList
+from p2p_diloco.wire.state_messages import AskRevocations, RevocationList
 from tests.support.fakes import FakeNetwork, FakeTransport, run_simulated
 from tests.support.invited import revocations_of, token_of
 

@@ -444,7 +444,7 @@ MESSAGES: dict[str, tuple[set[str], set[str]]] = {
     "ask-witness": ({"link", "certificate"}, set()),
     "witnessed": ({"signature"}, set()),
     "ask-part": ({"round_id", "part", "hash"}, set()),
-    "ask-heads": ({"since"}, set()),
+    "ask-heads": ({"since"}, {"pruned"}),
     "heads": ({"first", "head", "links"}, set()),
     "ask-chain": ({"since"}, set()),
     "ask-update": ({"step", "head"}, set()),

@@ -27,7 +27,8 @@ from p2p_diloco.round.outcome import Missed, Settled
 from p2p_diloco.round.settle import Settlement
 from p2p_diloco.wire.channel import Channel, Writer, run_protocol
 from p2p_diloco.wire.message import Message
-from p2p_diloco.wire.messages import (
+from p2p_diloco.wire.messages import No, Size
+from p2p_diloco.wire.round_messages import (
     Again,
     AskCommit,
     AskPart,
@@ -35,9 +36,7 @@ from p2p_diloco.wire.messages import (
     Commit,
     Contribute,
     Eta,
-    No,
     Receipt,
-    Size,
     Took,
     TookBefore,
 )
