@@ -96,12 +96,10 @@ class Company:
 
     def failed(self, head: bytes, leader: str, *, cost_s: float, lied: bool = False) -> None:
         """Notes that a peer has failed me as the leader on ``head``, which has cost ``cost_s``. It counts for
-        ``Timeouts.record_life_s``, and as CHANCES failures when it ``lied``. What it cost is taken from both accounts:
-        who keeps others waiting as a leader shall not do so once more as a member."""
+        ``Timeouts.record_life_s``, and as CHANCES failures when it ``lied``."""
         until_s = now_s() + self.here.timeouts.record_life_s
         self.failures.setdefault(leader, []).extend([(head, until_s)] * (CHANCES if lied else 1))
         self.rounds.charge(leader, cost_s, now_s())
-        self.waits.charge(leader, cost_s, now_s())
 
     def is_fit(self, head: bytes, leader: str) -> bool:
         """Returns whether a peer may still lead me on ``head``: it has failed me there less often than CHANCES."""

@@ -18,9 +18,9 @@ opens has a deadline of its own (``Gathering.deadlines_s``):
 
 ``gather_s`` is the manifest's ``round.gather_s``. A trainer asks for no more than that, unless one inner step alone
 takes longer. What was waited for a peer in vain, or beyond ``gather_s`` + CLOSING_MARGIN_S, is taken from its credit
-(``Company.waits``), and so is what it cost as a leader that failed; a peer that is in debt, there or for rounds, is
-called, and not waited for. A peer is not waited for any more as soon as it refuses, stands on another head, cannot be
-dialled, does not answer the call within ``Timeouts.request_s``, or closes its stream after it was ready. When a busy
+(``Company.waits``), and so is what it cost as a leader that only promised; a peer that is in debt, there or for rounds,
+is called, and not waited for. A peer is not waited for any more as soon as it refuses, stands on another head, cannot
+be dialled, does not answer the call within ``Timeouts.request_s``, or closes its stream after it was ready. When a busy
 peer waits for the roster of another leader on this head, that one is called as well.
 
 A peer that is not proven is called, too, but has no deadline before it answers. While fewer than ``round.min_group``

@@ -199,8 +199,9 @@ class Matchmaker:
                 self.company.here.directory.proven.answered(leader)
                 if not isinstance(answer, Eta):
                     return answer
-                if now_s() - began_s >= self.company.patience_s(leader, busy=answer.busy):
-                    raise Silent(leader, f"gathers for more than {now_s() - began_s:.0f} s")
+                if (waited_s := now_s() - began_s) >= self.company.patience_s(leader, busy=answer.busy):
+                    self.company.waits.charge(leader, waited_s, now_s())  # or it would be waited for as a member next
+                    raise Silent(leader, f"gathers for more than {waited_s:.0f} s")
         finally:
             self.waiting_at = None
             self.seat.changed.ring()

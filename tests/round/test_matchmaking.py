@@ -944,15 +944,26 @@ def test_who_has_been_waited_for_in_vain_is_asked_to_lead_last() -> None:
     run_simulated(main())
 
 
-def test_a_leader_that_kept_others_waiting_is_not_waited_for_as_a_member() -> None:
+def test_a_leader_that_only_promises_is_not_waited_for_as_a_member() -> None:
+    """It has cost its credit once, and shall not cost it again in the next gathering; one that is silent costs none."""
+
     async def main() -> None:
-        table = Table(3)
+        table = Table(3, by_hand=(0,))
+
+        async def promise(table: Table, channel: Channel, message: Message) -> None:
+            while True:
+                await channel.send(Eta(eta_s=86_400.0))
+                await asyncio.sleep(1.0)
+
+        table.serve(0, promise)
         company, leader = table.matchmakers[2].company, table.ids[0]
-        longest_s = GATHER_S + TIMEOUTS.record_life_s
-        assert company.waits_until_s(leader, now_s(), busy=False) == pytest.approx(now_s() + longest_s)
-        company.failed(head("ab"), leader, cost_s=longest_s)
-        assert company.waits_until_s(leader, now_s(), busy=False) <= now_s() + GATHER_S + CLOSING_MARGIN_S
-        assert company.waits_until_s(leader, now_s(), busy=True) <= now_s() + GATHER_S + CLOSING_MARGIN_S
+        company.failed(head("ab"), leader, cost_s=GATHER_S + TIMEOUTS.record_life_s)
+        assert company.waits_until_s(leader, now_s(), busy=False) > now_s() + TIMEOUTS.record_life_s
+        await asyncio.sleep(TIMEOUTS.record_life_s)
+        await table.meet(1, 2)
+        for busy in (False, True):
+            waits_s = company.waits_until_s(leader, now_s(), busy=busy) - now_s()
+            assert waits_s <= GATHER_S + 2 * CLOSING_MARGIN_S
 
     run_simulated(main())
 

@@ -11,7 +11,7 @@ KNOWN_WANTING: dict[str, tuple[int, str]] = {
     "two commits": (2, "one-outcome"),
     "two rosters": (1, "never-lost"),
     "extends alone": (2, "pace"),
-    "idle members": (0, "pace"),
+    "idle members": (2, "pace"),
     "Eta(86400)": (0, "pace"),
     "always busy": (0, "pace"),
 }
