@@ -12,5 +12,7 @@ Its files, from the bottom up:
     replay    a later state from a snapshot and the updates since, part by part
     replica   this peer's copy of the outer state, in memory and on disk
     folder    a run as it lies in a peer's folder
+    anchors   the owner's anchors, from the first one on
+    verify    the whole check of a run as it lies on a disk
     seats     a peer's seat, the owner's invitations, and revocations
 """
