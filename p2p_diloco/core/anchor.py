@@ -133,6 +133,12 @@ class Anchors:
         """Returns the anchor that no history may leave out; None before there is one."""
         return self.chain[-1] if self.chain else None
 
+    @cached_property
+    def digests(self) -> frozenset[bytes]:
+        """Returns the digests of all anchors that need no asking for: these, the contrary one, and those they name."""
+        known = [*self.chain, *([self.contrary] if self.contrary else [])]
+        return frozenset(one for anchor in known for one in (anchor.digest, *anchor.follows))
+
     @property
     def number(self) -> int:
         """Returns the newest one's number; 0 where there is none."""

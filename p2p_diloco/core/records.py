@@ -144,6 +144,10 @@ class Record(Signed):
     """Under which it takes part in a run by invitation; empty in a run that is open, and of the run's owner."""
     revocations: Natural = 0
     """Number of the newest list of revocations that it has and serves; 0 where there is none."""
+    anchored_step: Natural = 0
+    """Outer step of the newest anchor that it goes by; 0 where there is none."""
+    anchor: Annotated[bytes, Field(max_length=HASH_BYTES)] = b""
+    """That anchor's digest; empty where there is none."""
 
     @property
     def beyond_genesis(self) -> bool:

@@ -42,7 +42,6 @@ from p2p_diloco.ledger.anchors import read_anchors
 from p2p_diloco.ledger.chain import read_entries
 from p2p_diloco.ledger.disk import disk_errors
 from p2p_diloco.ledger.files import LedgerFiles
-from p2p_diloco.ledger.ledger import following
 from p2p_diloco.ledger.snapshot import SnapshotInfo, check_snapshot, chunk_hash, chunk_slices, read_chunk
 
 log = logging.getLogger(__name__)
@@ -209,7 +208,7 @@ def check_states(files: LedgerFiles, found: Verified) -> None:
             continue
         if step not in found.states:
             found.note(step, "no certificate names the digest of this snapshot, and no older one leads to it")
-        way = list(following(found.headers, step, base.head))
+        way = way_from(found, base)
         reached = step + len(way)
         led_through |= {header.step for header in way}
         named = found.states | {at: info.digest for at, info in found.snapshots.items()}
@@ -222,6 +221,16 @@ def check_states(files: LedgerFiles, found: Verified) -> None:
                 break
     if left := found.headers.keys() - led_through:
         found.note(min(left), f"nothing leads to the update of outer step {min(left)}: those before are missing")
+
+
+def way_from(found: Verified, base: SnapshotInfo) -> list[UpdateHeader]:
+    """Returns the sound updates that lead on from a snapshot, one after the other."""
+    way: list[UpdateHeader] = []
+    while (header := found.headers.get(base.step + len(way))) is not None:
+        if header.parent != (way[-1].head if way else base.head):
+            break
+        way.append(header)
+    return way
 
 
 def replayed_digests(

@@ -228,7 +228,7 @@ class Presence:
         """Returns what I say about myself now. Every record is newer than the last, even within one tick of the
         clock."""
         standing, progress, trained = self.here.seat.standing, self.here.seat.progress, self.trained
-        snapshots = self.replica.ledger.snapshots()
+        snapshots, newest = self.replica.ledger.snapshots(), self.here.seat.anchors.newest
         metrics_addr = self.metrics.announced(self._maddrs) if self.metrics else ""
         now_s = self.here.wall_s()
         if self._last_issued_s > now_s + self.here.timeouts.record_life_s:
@@ -265,6 +265,8 @@ class Presence:
             metrics_addr=metrics_addr,
             seat=self.here.sealed_seat,
             revocations=self.here.directory.admission.number,
+            anchored_step=newest.step if newest else 0,
+            anchor=newest.digest if newest else b"",
         )
 
 

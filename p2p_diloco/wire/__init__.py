@@ -5,18 +5,19 @@ update is for.
 
 Its files, from the bottom up:
 
-    traffic         bytes by purpose, and streams that others spoiled, counted
-    message         what every message of our streams is
-    probe_messages  those by which peers measure each other
-    messages        all others, the schema that checks each, and the bytes of any message
-    channel         our streams: frames, time-outs, counted bytes
-    guard           parent of p2pd: nothing outlives the network process
-    kademlia        our node of the DHT: whose records it takes, what it answers strangers
-    hardening       limits put on hivemind
-    daemon          one life of p2pd: started, asked, shut
-    dht             our place in the DHT: neighbours, records stored and looked up
-    slots           which streams of others a peer takes, and which makes room
-    streams         a node's streams: limited, served, ended
-    node            one peer on the network: its p2pd, its place in the DHT, its streams
-    discovery       from one address to a run
+    traffic          bytes by purpose, and streams that others spoiled, counted
+    message          what every message of our streams is
+    anchor_messages  those about the anchors of the run's owner
+    probe_messages   those by which peers measure each other
+    messages         all others, the schema that checks each, and the bytes of any message
+    channel          our streams: frames, time-outs, counted bytes
+    guard            parent of p2pd: nothing outlives the network process
+    kademlia         our node of the DHT: whose records it takes, what it answers strangers
+    hardening        limits put on hivemind
+    daemon           one life of p2pd: started, asked, shut
+    dht              our place in the DHT: neighbours, records stored and looked up
+    slots            which streams of others a peer takes, and which makes room
+    streams          a node's streams: limited, served, ended
+    node             one peer on the network: its p2pd, its place in the DHT, its streams
+    discovery        from one address to a run
 """

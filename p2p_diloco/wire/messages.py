@@ -15,6 +15,7 @@ from p2p_diloco.core.certificate import MAX_CERTIFICATE_BYTES, MAX_FULL_BYTES
 from p2p_diloco.core.group import MAX_ABSENT, MAX_MEMBERS
 from p2p_diloco.core.invitation import MAX_REVOCATIONS_BYTES
 from p2p_diloco.core.records import Hash, Natural, unpack_plain
+from p2p_diloco.wire.anchor_messages import ABOUT_ANCHORS
 from p2p_diloco.wire.message import Message, Reason, Sealed, Signature
 from p2p_diloco.wire.probe_messages import PROBES
 
@@ -325,9 +326,9 @@ class RevocationList(Message):
 
 
 MESSAGES: dict[str, type[Message]] = {
-    kind.tag: kind for kind in sorted(Message.__subclasses__(), key=lambda kind: kind in PROBES)
+    kind.tag: kind for kind in sorted(Message.__subclasses__(), key=lambda k: (k in PROBES, k in ABOUT_ANCHORS))
 }
-"""Tag -> message, of every message there is; those that measure come last."""
+"""Tag -> message, of all there are."""
 
 
 def pack(message: Message) -> bytes:

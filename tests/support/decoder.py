@@ -61,7 +61,7 @@ RECORD = (
     *("peer_id", "run_id", "run_name", "issued_s", "life_s", "role", "phase", "step", "head", "committed", "heads"),
     *("snapshot_step", "snapshot_digest", "maddrs", "client_mode", "name", "version", "inner_step"),
     *("inner_steps_planned", "loss", "held_out_loss", "held_out_step", "tokens", "tokens_per_s", "group_size"),
-    *("round_s", "round_bytes", "metrics_addr", "seat", "revocations"),
+    *("round_s", "round_bytes", "metrics_addr", "seat", "revocations", "anchored_step", "anchor"),
 )
 READINESS = (
     *("peer_id", "run_id", "leader", "step", "head", "weight", "client_mode", "dropped", "tokens_per_s", "nonce"),
@@ -454,6 +454,8 @@ MESSAGES: dict[str, tuple[set[str], set[str]]] = {
     "push": ({"record"}, set()),
     "ask-revocations": (set(), set()),
     "revocations": ({"sealed"}, set()),
+    "ask-anchors": ({"since"}, set()),
+    "anchors": ({"anchors"}, set()),
     "ask-dial-back": ({"consent"}, set()),
     "dial-back": (set(), set()),
     "dialed-back": ({"reached", "ip"}, {"reason"}),
@@ -472,6 +474,7 @@ ANSWERS = {
     "ask-heads": (set[str](), {"heads"}),
     "push": (set[str](), {"push"}),
     "ask-revocations": (set[str](), {"revocations"}),
+    "ask-anchors": (set[str](), {"anchors"}),
     "ask-dial-back": (set[str](), {"dialed-back"}),
 }
 """Request -> what may come before the answer, and the answer; ``no`` in any case."""
