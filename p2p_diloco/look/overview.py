@@ -12,7 +12,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from statistics import median
+from statistics import median, median_low
 from typing import Literal, get_args
 
 from p2p_diloco.core.addresses import METRICS_FLAG, Endpoint, dial_bytes, is_public, publicness
@@ -69,6 +69,9 @@ class Overview:
     """Median of the peers' last rounds."""
     seats: Sequence[SeatRow]
     """Of a run by invitation, by name."""
+    anchored_step: int
+    """Newest outer step that the run's owner has anchored, as half of the live peers say at least; 0 where there is
+    none."""
 
 
 def overview_of(records: Sequence[Record], now_s: float) -> Overview:
@@ -92,6 +95,7 @@ def overview_of(records: Sequence[Record], now_s: float) -> Overview:
         held_out_step=held_out_step,
         round_s=finite(median(rounds_s)) if rounds_s else None,
         seats=seats_of(records),
+        anchored_step=median_low([record.anchored_step for record in records] or [0]),
     )
 
 

@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from p2p_diloco.core.event import (
+    AnchorContradicted,
+    AnchorTaken,
     DaemonRestarted,
     DamageRepaired,
     Event,
@@ -94,14 +96,16 @@ CAUGHT_UP = PeerCaughtUp(
 )
 REPAIRED = DamageRepaired(what="update", step=8, how="fetched", wall_s=1.7e9, mono_s=0.0)
 DISPUTED = StateDisputed(step=8, others=("12D3b", "12D3c"), wall_s=1.7e9, mono_s=0.0)
+ANCHORED = AnchorTaken(step=6, head="0d", number=3, made=False, wall_s=1.7e9, mono_s=0.0)
+DIFFER = AnchorContradicted(step=6, number=3, other_step=5, wall_s=1.7e9, mono_s=0.0)
 RESTARTED = DaemonRestarted(maddrs=("/ip4/127.0.0.1/tcp/2/p2p/12D3a",), wall_s=1.7e9, mono_s=0.0)
 EVALUATED = ThetaEvaluated(step=9, held_out_loss=None, tokens=1024, seconds=0.75, wall_s=1.7e9, mono_s=0.0)
 LOST = EventsLost(lines=1, wall_s=1.7e9, mono_s=0.0)
 LEFT = PeerLeft(step=9, head="0c", reason="done \N{DNA DOUBLE HELIX}", wall_s=1.7e9, mono_s=0.0)
 
 EVENTS: tuple[Event, ...] = (
-    *(STARTED, JOINED, PHASE, INNER, OFFERED, MISSED, COMMITTED, STALL, CAUGHT_UP, REPAIRED, DISPUTED, RESTARTED),
-    *(EVALUATED, LOST, LEFT),
+    *(STARTED, JOINED, PHASE, INNER, OFFERED, MISSED, COMMITTED, STALL, CAUGHT_UP, REPAIRED, DISPUTED, ANCHORED),
+    *(DIFFER, RESTARTED, EVALUATED, LOST, LEFT),
 )
 
 
