@@ -25,7 +25,7 @@ from p2p_diloco.ledger.replica import Replica
 from p2p_diloco.peer.download import Tally, drop
 from p2p_diloco.round.here import Here
 from p2p_diloco.wire.channel import Channel
-from p2p_diloco.wire.messages import MAX_CHAIN_BYTES, AskChain
+from p2p_diloco.wire.state_messages import MAX_CHAIN_BYTES, AskChain
 
 log = logging.getLogger(__name__)
 

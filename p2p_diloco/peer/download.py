@@ -31,7 +31,7 @@ from p2p_diloco.ledger.snapshot import IncomingSnapshot
 from p2p_diloco.round.here import Here
 from p2p_diloco.wire.channel import Channel
 from p2p_diloco.wire.message import Message
-from p2p_diloco.wire.messages import AskChunk, AskUpdate
+from p2p_diloco.wire.state_messages import AskChunk, AskUpdate
 
 log = logging.getLogger(__name__)
 
@@ -181,7 +181,7 @@ class Handout:
         return max(min(self._due_s().values(), default=now_s + self._late_s) - now_s, 0.0)
 
     def _due_s(self) -> dict[int, float]:
-        """Item -> when it is late, for those that may be asked from one more donor."""
+        """Returns item -> when it is late, for those that may be asked from one more donor."""
         late_s = max(LATE * median(self._took_s), LEAST_LATE_S) if self._took_s else self._late_s
         return {item: max(asked.values()) + late_s for item, asked in self._asked.items() if len(asked) < COPIES}
 

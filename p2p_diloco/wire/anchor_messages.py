@@ -30,7 +30,3 @@ class AnchorList(Message):
     anchors: Annotated[
         list[Annotated[bytes, Field(max_length=MAX_ANCHOR_BYTES)]], FailFast(), Field(max_length=ANCHORS_SENT)
     ]
-
-
-ABOUT_ANCHORS: tuple[type[Message], ...] = (AskAnchors, AnchorList)
-"""All of them."""

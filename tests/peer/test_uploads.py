@@ -20,7 +20,8 @@ from p2p_diloco.peer.turns import FORGIVEN_AFTER_S
 from p2p_diloco.peer.uploads import UPLOADS, slots
 from p2p_diloco.wire.channel import Channel
 from p2p_diloco.wire.message import Message
-from p2p_diloco.wire.messages import AskChunk, AskHeads, AskIndex, AskUpdate, Heads, Push, Size
+from p2p_diloco.wire.messages import Size
+from p2p_diloco.wire.state_messages import AskChunk, AskHeads, AskIndex, AskUpdate, Heads, Push
 from tests.support.fakes import run_simulated
 from tests.support.library import (
     CHUNK_BYTES,
@@ -76,6 +77,26 @@ def test_one_stream_carries_any_number_of_requests(tmp_path: Path) -> None:
         assert await channel.request(AskHeads(since=13), Heads) == Heads(first=13, head=ledger.heads()[13], links=[])
         assert donor.phases() == [("serve", 10)]
         channel.close()
+
+    run_simulated(main())
+
+
+def test_heads_whose_updates_are_pruned_come_from_the_chain(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(uploads, "MAX_LINKS", 5)
+
+    async def main() -> None:
+        library, donor = a_donor(tmp_path, 13)
+        chain = donor.replica.ledger.chain
+        channel = await library.open(donor)
+        assert min(donor.replica.ledger.heads()) == 5
+        for since, n in ((0, 5), (2, 5), (12, 1), (13, 0)):
+            heads: Heads = await channel.request(AskHeads(since=since, pruned=True), Heads)
+            assert (heads.first, heads.head, len(heads.links)) == (since, chain.head_at(since), n)
+            for step, link in enumerate(heads.links, since):
+                assert next_head(chain.head_at(step) or b"", link) == chain.head_at(step + 1)
+        for since in (14, 2**59):
+            with pytest.raises(Refused, match="not in my ledger"):
+                await channel.request(AskHeads(since=since, pruned=True), Heads)
 
     run_simulated(main())
 

@@ -29,7 +29,8 @@ from p2p_diloco.round.outcome import Missed
 from p2p_diloco.round.seat import Seat
 from p2p_diloco.wire.channel import Channel, run_protocol
 from p2p_diloco.wire.message import Message
-from p2p_diloco.wire.messages import Behind, Closing, Eta, No, Ready, Redirect, Roster, TooFew
+from p2p_diloco.wire.messages import No
+from p2p_diloco.wire.round_messages import Behind, Closing, Eta, Ready, Redirect, Roster, TooFew
 from tests.support.builders import NOW_S, head, identity, known, ranked, readiness_of, record_of
 from tests.support.fakes import FakeNetwork, FakeTransport, make_manifest, run_simulated
 
@@ -1387,6 +1388,6 @@ def test_where_too_few_are_known_the_owner_has_to_be_there(newcomers: tuple[int,
             assert group.needs_witness
             assert group.reducers == (0, 1, 2)
         else:
-            assert set(found.values()) == {Missed(reason="alone", detail=NO_WITNESS)}
+            assert set(found.values()) == {Missed(reason="alone", detail=NO_WITNESS, uncertified="witness")}
 
     run_simulated(main())

@@ -12,7 +12,8 @@ from p2p_diloco.core.config import Timeouts
 from p2p_diloco.core.waiting import now_s
 from p2p_diloco.wire.channel import Channel
 from p2p_diloco.wire.message import Message
-from p2p_diloco.wire.messages import Again, AskCommit, AskPart, Commit, Contribute, Eta, No, Receipt
+from p2p_diloco.wire.messages import No
+from p2p_diloco.wire.round_messages import Again, AskCommit, AskPart, Commit, Contribute, Eta, Receipt
 from tests.support.fakes import run_simulated
 from tests.support.meetings import N_PARTS, TIMEOUTS, Losses, Round, frame_of
 
@@ -183,6 +184,7 @@ def test_a_leader_whose_commit_most_do_not_sign_applies_nothing() -> None:
 
         await meeting.run(misbehave(1), misbehave(2))
         assert meeting.missed() == {("failed", "most of the group did not sign the update")}
+        assert meeting.uncertified() == {"signatures"}
         assert meeting.took_s[0] == pytest.approx(TIMEOUTS.settle_s, abs=2)
 
     run_simulated(main())

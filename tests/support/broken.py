@@ -21,6 +21,7 @@ from p2p_diloco.core.lineage import Lineage
 from p2p_diloco.core.records import Record
 from p2p_diloco.core.swarm_head import Standing, way_of
 from p2p_diloco.core.update import Part, Update, contributor_mask, in_most_parts
+from p2p_diloco.peer.attempts import Attempts
 from p2p_diloco.peer.control import OuterResult
 from p2p_diloco.peer.outer_steps import OuterSteps
 from p2p_diloco.peer.presence import Presence
@@ -35,7 +36,8 @@ from p2p_diloco.round.settle_hearing import Hearing
 from p2p_diloco.round.settle_member import Member
 from p2p_diloco.round.settle_member_answers import MemberAnswers
 from p2p_diloco.wire.channel import Channel
-from p2p_diloco.wire.messages import Commit, No
+from p2p_diloco.wire.messages import No
+from p2p_diloco.wire.round_messages import Commit
 
 LOCAL_VALUES = bytes(32)
 """In place of the hash of a part that everybody fills with its own values."""
@@ -109,9 +111,9 @@ def local_values_where_a_reducer_died() -> Iterator[None]:
 @contextlib.contextmanager
 def applied_before_written() -> Iterator[None]:
     """The state moves, and is told to others, before the update is on the disk."""
-    commit = OuterSteps._commit
+    commit = Attempts._commit
 
-    async def commit_first(self: OuterSteps, settled: Settled) -> None:
+    async def commit_first(self: Attempts, settled: Settled) -> None:
         ledger, header = self.replica.ledger, settled.update.header
 
         def only_noted(update: Update, certificate: Certificate) -> None:
@@ -123,7 +125,7 @@ def applied_before_written() -> Iterator[None]:
         del ledger.updates._headers[header.step]
         await asyncio.to_thread(ledger.append, settled.update, settled.certificate)
 
-    with mock.patch.object(OuterSteps, "_commit", commit_first):
+    with mock.patch.object(Attempts, "_commit", commit_first):
         yield
 
 

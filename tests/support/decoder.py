@@ -61,7 +61,9 @@ RECORD = (
     *("peer_id", "run_id", "run_name", "issued_s", "life_s", "role", "phase", "step", "head", "committed", "heads"),
     *("snapshot_step", "snapshot_digest", "maddrs", "client_mode", "name", "version", "inner_step"),
     *("inner_steps_planned", "loss", "held_out_loss", "held_out_step", "tokens", "tokens_per_s", "group_size"),
-    *("round_s", "round_bytes", "metrics_addr", "seat", "revocations", "anchored_step", "anchor"),
+    *("round_s", "round_bytes", "metrics_addr", "seat", "revocations"),
+    *("known", "known_members", "signatures", "certifying", "witnessed", "awaits_witness"),
+    *("anchored_step", "anchor"),
 )
 READINESS = (
     *("peer_id", "run_id", "leader", "step", "head", "weight", "client_mode", "dropped", "tokens_per_s", "nonce"),
@@ -443,7 +445,7 @@ MESSAGES: dict[str, tuple[set[str], set[str]]] = {
     "ask-witness": ({"link", "certificate"}, set()),
     "witnessed": ({"signature"}, set()),
     "ask-part": ({"round_id", "part", "hash"}, set()),
-    "ask-heads": ({"since"}, set()),
+    "ask-heads": ({"since"}, {"pruned"}),
     "heads": ({"first", "head", "links"}, set()),
     "ask-chain": ({"since"}, set()),
     "ask-update": ({"step", "head"}, set()),

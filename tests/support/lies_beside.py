@@ -21,7 +21,9 @@ from p2p_diloco.peer.uploads import UPLOADS
 from p2p_diloco.round.outcome import Settled
 from p2p_diloco.wire.channel import Channel
 from p2p_diloco.wire.message import Message
-from p2p_diloco.wire.messages import AskChunk, AskWitness, Closing, Eta, No, Ready, Size, Witnessed
+from p2p_diloco.wire.messages import No, Size
+from p2p_diloco.wire.round_messages import AskWitness, Closing, Eta, Ready, Witnessed
+from p2p_diloco.wire.state_messages import AskChunk
 from tests.support.builders import identity
 from tests.support.chronicle import MAX_PEERS
 from tests.support.lying import Liar, override
@@ -103,10 +105,11 @@ def extends(liar: Liar) -> None:
                 result: OuterResult = await real(tokens, **rest)
                 return result
             async with steps.follower.moving:
-                await steps._commit(await witnessed(liar, invented(liar)))
+                await steps.attempts._commit(await witnessed(liar, invented(liar)))
             await steps.presence.push_to_all()
             steps.here.seat.closes_s = None
-            return steps._result(committed=True, group=len(liar.accomplices))
+            made_alone = steps._without_round("", adopted=False)
+            return replace(made_alone, committed=True, group=len(liar.accomplices))
 
         return made
 
@@ -177,7 +180,8 @@ def stays_on_the_head(liar: Liar) -> None:
             if not liar.lying():
                 honest: OuterResult = await real(tokens, **rest)
                 return honest
-            result = await steps._adopt() if steps.follower.must_move() else steps._result(reason="alone")
+            alone = steps._without_round("alone", adopted=False)
+            result = await steps._adopt() if steps.follower.must_move() else alone
             steps.follower.behind = False
             steps.here.seat.closes_s = None
             steps.presence.enter("inner")

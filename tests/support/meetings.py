@@ -27,7 +27,8 @@ from p2p_diloco.round.outcome import Missed, Settled
 from p2p_diloco.round.settle import Settlement
 from p2p_diloco.wire.channel import Channel, Writer, run_protocol
 from p2p_diloco.wire.message import Message
-from p2p_diloco.wire.messages import (
+from p2p_diloco.wire.messages import No, Size
+from p2p_diloco.wire.round_messages import (
     Again,
     AskCommit,
     AskPart,
@@ -35,9 +36,7 @@ from p2p_diloco.wire.messages import (
     Commit,
     Contribute,
     Eta,
-    No,
     Receipt,
-    Size,
     Took,
     TookBefore,
 )
@@ -361,6 +360,11 @@ class Round:
         missed = [self.outcomes[i] for i in self.honest if of is None or i in of]
         assert all(isinstance(outcome, Missed) for outcome in missed), missed
         return {(outcome.reason, outcome.detail) for outcome in missed if isinstance(outcome, Missed)}
+
+    def uncertified(self, of: Sequence[int] | None = None) -> set[str]:
+        """What the honest members say that their updates lacked for a certificate."""
+        missed = [self.outcomes[i] for i in self.honest if of is None or i in of]
+        return {outcome.uncertified for outcome in missed if isinstance(outcome, Missed)}
 
     def lost(self, of: int) -> set[int]:
         return self.settlements[of].meeting.lost

@@ -20,7 +20,9 @@ from p2p_diloco.round.outcome import Missed, Settled
 from p2p_diloco.round.settle import Settlement
 from p2p_diloco.wire.channel import Channel, run_protocol
 from p2p_diloco.wire.message import Message
-from p2p_diloco.wire.messages import Closing, Contribute, Eta, No, Push, Ready, Receipt, Redirect
+from p2p_diloco.wire.messages import No
+from p2p_diloco.wire.round_messages import Closing, Contribute, Eta, Ready, Receipt, Redirect
+from p2p_diloco.wire.state_messages import Push
 from tests.support.builders import identity, record_of
 from tests.support.fakes import FakeNetwork, FakeTransport, SimPeer, make_manifest
 
@@ -60,15 +62,16 @@ class Idler(SimPeer):
         outer_steps = self.peer.outer_steps
         assert outer_steps is not None
         if self.peer.step >= self.honest_steps:
-            outer_steps.__dict__["_meet"] = self._meet
+            outer_steps.attempts.__dict__["_meet"] = self._meet
         return await super().offer(tokens)
 
     def _meet(self, group: Group, last_norms: tuple[float, ...] | None, state: bytes) -> Settlement:
         outer_steps = self.peer.outer_steps
         assert outer_steps is not None
-        meeting = type(outer_steps)._meet(outer_steps, group, last_norms, state).meeting
+        attempts = outer_steps.attempts
+        meeting = type(attempts)._meet(attempts, group, last_norms, state).meeting
         settlement = IdleSettlement(meeting)
-        outer_steps.reception.open_round(settlement)
+        attempts.reception.open_round(settlement)
         return settlement
 
 
