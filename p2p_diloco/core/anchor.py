@@ -54,7 +54,7 @@ class Anchor:
 
     @cached_property
     def digest(self) -> bytes:
-        """The digest of all but the signature, by which a later anchor names this one."""
+        """Returns the digest of all but the signature, by which a later anchor names this one."""
         return digest(b"anchor", msgpack.packb(self._content()))
 
     def _content(self) -> list[object]:

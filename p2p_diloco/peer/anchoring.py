@@ -140,7 +140,7 @@ class Anchoring:
                 self._warn(after.chain[-1], after.contrary)
 
     def _go_by(self, anchors: Anchors) -> None:
-        """The owner itself is not bound by anchors of its own that contradict each other."""
+        """Goes by these from now on. The owner itself is not bound by anchors of its own that contradict each other."""
         seat = self.here.seat
         seat.anchors = anchors
         seat.anchor = None if self.is_owner and anchors.contrary is not None else anchors.newest

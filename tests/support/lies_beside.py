@@ -136,10 +136,11 @@ def forks(liar: Liar) -> None:
                 if not forked:
                     await asyncio.to_thread(replica.roll_back, late.step - 1)
                     forked = True
-                await steps._commit(invented(liar))
+                await steps.attempts._commit(invented(liar))
             await steps.presence.push_to_all()
             steps.here.seat.closes_s = None
-            return steps._result(committed=True, group=len(liar.accomplices))
+            made_alone = steps._without_round("", adopted=False)
+            return replace(made_alone, committed=True, group=len(liar.accomplices))
 
         return made
 
