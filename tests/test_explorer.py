@@ -123,6 +123,7 @@ FOUND_BY: dict[str, tuple[int, str]] = {
     "denied at once": (26, "one-outcome"),
     "certificate not checked": (0, "no-invention"),
     "known by claims": (2, "certified"),
+    "anchor ignored": (0, "no-invention"),
 }
 """Broken protocol -> the first seed from 0 on whose schedule finds it, and the invariant that is violated."""
 

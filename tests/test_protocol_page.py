@@ -24,6 +24,7 @@ from pydantic import BaseModel
 
 import p2p_diloco
 from p2p_diloco.core import manifest, records
+from p2p_diloco.core.anchor import ANCHOR_CONTEXT
 from p2p_diloco.core.blocks import Int4, Int8
 from p2p_diloco.core.buckets import Quota
 from p2p_diloco.core.certificate import TAKEN_CONTEXT
@@ -76,6 +77,7 @@ LOCAL = {
     **dict.fromkeys(("MAX_CHARS", "TYPE_CHECKING"), "what a user may write; the interpreter"),
     "STEP_GRACE_S": "how long Ctrl+C waits",
     **dict.fromkeys(("ITEM_BYTES", "START_OF_ENTRY_BYTES"), "what follows from the forms of chain and msgpack"),
+    **dict.fromkeys(("RUN_ID_CHARS", "LENGTH_BYTES", "MAX_FILE_BYTES"), "what follows from the form of an anchor"),
 }
 """Numbers of these rooms that no other peer can tell: name -> what they are for."""
 
@@ -328,6 +330,7 @@ def test_names_and_prefixes() -> None:
         "context of a consent": text(CONSENT_CONTEXT),
         "context of a roster": text(ROSTER_CONTEXT),
         "context of a commit that is taken": text(TAKEN_CONTEXT),
+        "context of an anchor": text(ANCHOR_CONTEXT),
         "context of a manifest": text(manifest.SIGNATURE_CONTEXT),
         "stream of a run": run_protocol("RUN-ID"),
         "stream of manifests": MANIFEST_PROTOCOL,

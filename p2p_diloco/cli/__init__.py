@@ -12,5 +12,6 @@ Its files, from the bottom up:
     commands_look    `status`, `monitor`, `doctor`, `manifest`
     commands_model   `export`, `sample`
     commands_study   `simulate`, `experiment`
+    commands_verify  `verify`, for a run on this disk
     cli              the command line: which commands there are, and how they end
 """

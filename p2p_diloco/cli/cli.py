@@ -32,6 +32,7 @@ from p2p_diloco.cli.commands_join import peer, seed, swarm
 from p2p_diloco.cli.commands_look import doctor, manifest, monitor, status
 from p2p_diloco.cli.commands_model import export, sample
 from p2p_diloco.cli.commands_study import experiment, simulate
+from p2p_diloco.cli.commands_verify import verify
 from p2p_diloco.cli.options import OUTPUT, settings
 from p2p_diloco.core.config import compiled_folder
 from p2p_diloco.core.errors import LocalError, Stopped, disk_failure
@@ -52,7 +53,7 @@ app = App(
 COMMANDS: tuple[Callable[..., int | None], ...] = (
     *(seed, peer, swarm),
     *(invite, revoke),
-    *(status, monitor, export, sample, doctor, manifest),
+    *(status, monitor, export, sample, doctor, manifest, verify),
     *(experiment, simulate),
 )
 """In the order in which --help lists them."""

@@ -41,6 +41,7 @@ Its files, from the bottom up:
     group         a roster that its leader has signed, and what follows from it for all that read it
     certificate   who has made an update, and the signatures of most of them
     lineage       a chain of headers and certificates, followed from one to the next
+    anchor        the owner's word that a state belongs to the run's history
     swarm_head    which head is the swarm's; held-out losses
     electors      whose word counts about which branch is the swarm's
     pace          how many inner steps a peer plans, and when its outer step is due

@@ -6,6 +6,9 @@ the first outer steps, when nobody is known, it is whoever has contributed so fa
 it stands behind what it has witnessed; no other seed has any. Where nobody of all these is there, everybody has one: to
 follow a claim takes certificates anyhow. In a run by invitation, all peers of one token have one vote together; whoever
 has one itself counts no other of its own token.
+
+An anchor of the run's owner is above all votes: who stands on a history that leaves it out has none, however many they
+are, and whatever they were where the branches part.
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Protocol
 
 from p2p_diloco.core.admission import Seated, counts_as, one_vote_each
+from p2p_diloco.core.anchor import Anchor
 from p2p_diloco.core.known import WINDOW_STEPS, known_at
 from p2p_diloco.core.records import Record
 from p2p_diloco.core.swarm_head import Standing, way
@@ -52,17 +56,42 @@ class NoHistory:
 
 
 def electorate(
-    records: Sequence[Record], mine: Standing, me: Seated, before: Mapping[bytes, bytes], history: History
+    records: Sequence[Record],
+    mine: Standing,
+    me: Seated,
+    before: Mapping[bytes, bytes],
+    history: History,
+    anchor: Anchor | None = None,
 ) -> tuple[list[Record], Standing | None]:
     """Returns whose standings count, of those in ``records``, and mine if it counts as well. ``before``: as
-    ``swarm_head`` has it."""
+    ``swarm_head`` has it. ``anchor``: which no history may leave out; whoever stands on one that does has no vote."""
     records = [record for record in records if record.step > 0 or is_genesis(record.head, mine, history)]
+    if anchor is not None:
+        records = [record for record in records if not leaves_out(anchor, record, mine, before, history)]
+    i_count = anchor is None or leads_through(anchor, mine, history)
     electors = history.electors(fork_step(records, mine, before, history))
-    i_vote, my_vote = me.peer_id in electors, {counts_as(me)}
+    i_vote, my_vote = i_count and me.peer_id in electors, {counts_as(me)}
     voters = one_vote_each((one for one in records if one.peer_id in electors), but=my_vote if i_vote else ())
     if voters:
         return voters, mine if i_vote else None
-    return one_vote_each(records, but=my_vote), mine
+    return one_vote_each(records, but=my_vote), mine if i_count else None
+
+
+def leads_through(anchor: Anchor, mine: Standing, history: History) -> bool:
+    """Returns whether I stand at an anchor, or came by it."""
+    return mine.step >= anchor.step and history.step_of(anchor.head) == anchor.step
+
+
+def leaves_out(anchor: Anchor, record: Record, mine: Standing, before: Mapping[bytes, bytes], history: History) -> bool:
+    """Returns whether a peer is known to stand on a history without an anchor: short of it, or on a branch that parts
+    from mine before it; where mine is without it itself, on one that parts from mine later. Of a branch of which nobody
+    has shown where it comes from, nothing is known."""
+    if record.step < anchor.step:
+        return True
+    shared = next((at for at in map(history.step_of, way(record, before)) if at is not None), None)
+    if shared is None:
+        return False
+    return (shared < anchor.step) == (history.step_of(anchor.head) == anchor.step)
 
 
 def is_genesis(head: bytes, mine: Standing, history: History) -> bool:

@@ -229,6 +229,29 @@ class StateDisputed(Moment):
 
 
 @dataclass(frozen=True, kw_only=True)
+class AnchorTaken(Moment):
+    """The peer goes by a newer anchor of the run's owner. From ``anchoring``."""
+
+    event: Literal["anchored"] = "anchored"
+    step: int
+    head: str
+    number: int
+    made: bool
+    """Whether this peer, the owner's, has just signed it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnchorContradicted(Moment):
+    """The run's owner has signed an anchor that contradicts the one that the peer goes by. From ``anchoring``."""
+
+    event: Literal["anchors_differ"] = "anchors_differ"
+    step: int
+    """Of the one that it goes by; so ``number``."""
+    number: int
+    other_step: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class DaemonRestarted(Moment):
     """p2pd was lost, and is there again. From ``network``."""
 
@@ -282,6 +305,8 @@ Event = (
     | WitnessAsked
     | DamageRepaired
     | StateDisputed
+    | AnchorTaken
+    | AnchorContradicted
     | DaemonRestarted
     | ThetaEvaluated
     | EventsLost

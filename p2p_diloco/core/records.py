@@ -157,6 +157,10 @@ class Record(Signed):
     """Whether the run's owner has signed that certificate, too."""
     awaits_witness: bool = False
     """Whether its last round, on this head, did not commit for want of the owner's witness."""
+    anchored_step: Natural = 0
+    """Outer step of the newest anchor that it goes by; 0 where there is none."""
+    anchor: Annotated[bytes, Field(max_length=HASH_BYTES)] = b""
+    """That anchor's digest; empty where there is none."""
 
     @property
     def beyond_genesis(self) -> bool:

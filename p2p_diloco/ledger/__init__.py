@@ -15,5 +15,7 @@ Its files, from the bottom up:
     history     what the chain says about outer steps that are behind
     replica     this peer's copy of the outer state, in memory and on disk
     folder      a run as it lies in a peer's folder
+    anchors     the owner's anchors, from the first one on
+    verify      the whole check of a run as it lies on a disk
     seats       a peer's seat, the owner's invitations, and revocations
 """

@@ -20,7 +20,7 @@ import hashlib
 import os
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -221,7 +221,7 @@ class Chain:
             return "it is no chain"
         while start := file.read(START_OF_ENTRY_BYTES):
             try:
-                certified = Certified.from_bytes(self._read_entry(start, file))
+                certified = Certified.from_bytes(read_entry(start, file, self._max_entry_bytes))
                 header = certified.header
                 if (header.step, header.parent) != (self.end, self.head_at(self.end) or header.parent):
                     raise ValueError("it does not follow from the one before")
@@ -229,17 +229,6 @@ class Chain:
                 return f"entry {self.end} is damaged ({error})"
             self._remember(self._placed([certified], self._size_bytes)[0])
         return ""
-
-    def _read_entry(self, start: bytes, file: IO[bytes]) -> bytes:
-        """Returns the bytes of the entry that begins with ``start``. Raises ValueError, before memory is taken, for one
-        that is too long."""
-        length = int.from_bytes(start[:4], "big")
-        if length > self._max_entry_bytes:
-            raise ValueError(f"its length is {length} bytes")
-        data = file.read(length)
-        if len(start) < START_OF_ENTRY_BYTES or len(data) != length or checksum(data) != start[4:]:
-            raise ValueError("its bytes are not what was written")
-        return data
 
     def _read_from(self, step: int, max_bytes: int) -> list[bytes]:
         """Returns entries as ``pieces`` does. They end before one that is damaged."""
@@ -256,7 +245,7 @@ class Chain:
                     if found and left < 0:
                         break
                     try:
-                        found.append(self._read_entry(file.read(START_OF_ENTRY_BYTES), file))
+                        found.append(read_entry(file.read(START_OF_ENTRY_BYTES), file, self._max_entry_bytes))
                     except ValueError:
                         break  # it is cut off when the chain is opened the next time
         return found
@@ -293,3 +282,29 @@ class Chain:
 def checksum(entry: bytes) -> bytes:
     """Returns what stands before an entry, so that damage is found."""
     return hashlib.blake2b(entry, digest_size=CHECKSUM_BYTES).digest()
+
+
+def read_entry(start: bytes, file: IO[bytes], most_bytes: int) -> bytes:
+    """Returns the bytes of the entry that begins with ``start``. Raises ValueError, before memory is taken, for one
+    that is longer than ``most_bytes``."""
+    length = int.from_bytes(start[:4], "big")
+    if length > most_bytes:
+        raise ValueError(f"its length is {length} bytes")
+    data = file.read(length)
+    if len(start) < START_OF_ENTRY_BYTES or len(data) != length or checksum(data) != start[4:]:
+        raise ValueError("its bytes are not what was written")
+    return data
+
+
+def read_entries(path: Path, grid: Grid) -> Iterator[Certified]:
+    """Yields the entries of a chain's file one after the other, none where there is no file. Raises ValueError at the
+    first that is damaged; whether one follows from the other is not looked at."""
+    most_bytes = max_entry_bytes(grid)
+    with disk_errors(path):
+        if not path.exists():
+            return
+        with path.open("rb") as file:
+            if file.read(len(CHAIN_MAGIC)) != CHAIN_MAGIC:
+                raise ValueError("it is no chain")
+            while start := file.read(START_OF_ENTRY_BYTES):
+                yield Certified.from_bytes(read_entry(start, file, most_bytes))

@@ -130,10 +130,11 @@ def same_files(run: Path) -> Iterator[Path]:
                 with disk_errors(target), contextlib.suppress(FileNotFoundError):  # the peer removes old ones
                     target.parent.mkdir(parents=True, exist_ok=True)
                     link_or_copy(path, target)
-        chain = Path(folder) / "ledger" / "chain"  # the last, for it has all updates that are there
-        with disk_errors(chain), contextlib.suppress(FileNotFoundError):
-            chain.parent.mkdir(exist_ok=True)
-            shutil.copyfile(run / "ledger" / chain.name, chain)
+        for name in ("anchors", "chain"):  # the chain last, for it has all updates that are there
+            target = Path(folder) / "ledger" / name
+            with disk_errors(target), contextlib.suppress(FileNotFoundError):
+                target.parent.mkdir(exist_ok=True)
+                shutil.copyfile(run / "ledger" / name, target)
         yield Path(folder)
 
 

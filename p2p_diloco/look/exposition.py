@@ -104,6 +104,8 @@ def swarm_metrics(sight: Sight) -> Iterator[Metric]:
     yield gauge("up", "1 while at least one peer's record is live.", ({}, overview.step is not None))
     yield gauge("outer_step", "Outer step of the swarm's head, the last one seen.", ({}, history.step))
     yield gauge("outer_steps_goal", "Outer steps of the whole run.", ({}, manifest.spec.outer.steps))
+    text = "Newest outer step that the run's owner has anchored, as half of the live peers say at least."
+    yield gauge("anchored_step", text, ({}, overview.anchored_step or None))
     peers = [({"state": state}, overview.peers[state]) for state in STATES]
     yield gauge("peers", "Live peers by state.", *peers)
     yield gauge("tokens_per_second", "Of all trainers together.", ({}, overview.tokens_per_s))
@@ -298,6 +300,7 @@ class Page:
     by_invitation: bool
     """Who wants to join needs an invitation."""
     seats: tuple[SeatRow, ...]
+    anchored_step: int
 
 
 def page_of(sight: Sight) -> Page:
@@ -334,4 +337,5 @@ def page_of(sight: Sight) -> Page:
         waits_for_owner=overview.waits_for_owner,
         by_invitation=by_invitation,
         seats=tuple(overview.seats),
+        anchored_step=overview.anchored_step,
     )

@@ -12,7 +12,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from statistics import median
+from statistics import median, median_low
 from typing import Literal, TypeVar, get_args
 
 from p2p_diloco.core.addresses import METRICS_FLAG, Endpoint, dial_bytes, is_public, publicness
@@ -87,6 +87,9 @@ class Overview:
     """Trainers on the swarm's head whose last round did not commit for want of the owner's witness."""
     seats: Sequence[SeatRow]
     """Of a run by invitation, by name."""
+    anchored_step: int
+    """Newest outer step that the run's owner has anchored, as half of the live peers say at least; 0 where there is
+    none."""
 
     @property
     def waits_for_owner(self) -> bool:
@@ -120,6 +123,7 @@ def overview_of(records: Sequence[Record], now_s: float) -> Overview:
         certificate=most_common(certificate_of(record) for record in there if record.certifying),
         awaiting_witness=sum(record.awaits_witness for record in there if record.role == "trainer"),
         seats=seats_of(records),
+        anchored_step=median_low([record.anchored_step for record in records] or [0]),
     )
 
 

@@ -11,9 +11,11 @@ known. Whoever serves another chain misbehaves.
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from p2p_diloco.core.anchor import Anchor
 from p2p_diloco.core.certificate import Certified
 from p2p_diloco.core.errors import Misbehaved, RemoteError
 from p2p_diloco.core.lineage import Lineage
@@ -24,6 +26,8 @@ from p2p_diloco.peer.download import Tally, drop
 from p2p_diloco.round.here import Here
 from p2p_diloco.wire.channel import Channel
 from p2p_diloco.wire.state_messages import MAX_CHAIN_BYTES, AskChain
+
+log = logging.getLogger(__name__)
 
 FIRST_STRIDE = 16
 """Outer steps that a search for a fork goes back at first; then STRIDES times as many each time."""
@@ -71,9 +75,15 @@ class Chains:
         self, guide: Record, path: Mapping[int, bytes], target: tuple[int, bytes], tally: Tally
     ) -> Way | None:
         """Returns the way to ``target``, verified; None when the guide's chain ends before. ``path``: the last heads of
-        that way, as the guide has shown them. What contradicts nothing that I stand on is in my chain then. Raises
+        that way, as the guide has shown them. What contradicts nothing that I stand on is in my chain then. None as
+        well where the way leaves out the newest anchor that I have seen, whoever may have signed it. Raises
         RemoteError."""
+        anchor = self.here.seat.anchor
+        if anchor is not None and target[0] < anchor.step:
+            return None
         if target[0] == 0 or self.chain.head_at(target[0]) == target[1]:
+            if anchor is not None and self.chain.head_at(anchor.step) != anchor.head:
+                return None
             return Way(step=target[0])  # no chain leads to the genesis: the manifest names its digest
         channel = await self.here.open(guide.peer_id)
         try:
@@ -86,6 +96,9 @@ class Chains:
             while True:
                 new = await self._verified(channel, lineage, page, target[0])
                 tally.bytes_received += page.size_bytes
+                if anchor is not None and self._is_left_out(anchor, fork, new):
+                    log.info("%s follows a history without the newest anchor of the run's owner", guide.label)
+                    return None
                 if stored:
                     await asyncio.to_thread(self.replica.extend, new)
                 else:
@@ -145,6 +158,13 @@ class Chains:
             raise Misbehaved(channel.peer_id, f"serves no chain: {error}") from error
         is_last = len(data) + self._max_entry_bytes + ITEM_BYTES <= MAX_CHAIN_BYTES
         return Page(entries=entries, size_bytes=len(data), is_last=is_last)
+
+    def _is_left_out(self, anchor: Anchor, fork: int, entries: Sequence[Certified]) -> bool:
+        """Returns whether a way leaves out an anchor that leaves my chain at outer step ``fork`` and leads on by
+        ``entries``."""
+        if anchor.step <= fork:
+            return self.chain.head_at(anchor.step) != anchor.head
+        return any(one.header.step + 1 == anchor.step and one.header.head != anchor.head for one in entries)
 
     def _lineage(self, step: int) -> Lineage:
         """Returns my chain, followed to an outer step. At the genesis, any may be that of another chain: who witnesses

@@ -73,14 +73,19 @@ class Follower:
     def target(self) -> tuple[int, bytes] | None:
         """Returns outer step and head of the swarm, as far as others are believed; None where there is nobody, and I
         have no state. The owner goes where its witness has led, whatever others claim: rounds wait for it."""
-        directory = self.here.directory
+        directory, anchor = self.here.directory, self.here.seat.anchor
         if self.replica.state is None:
-            return swarm_head(one_vote_each(directory.believed(self.here.wall_s())), None, directory.before)
+            believed = directory.believed(self.here.wall_s())
+            beyond = [record for record in believed if anchor is None or record.step >= anchor.step]
+            return swarm_head(one_vote_each(beyond), None, directory.before)
         standing = self.here.seat.standing
         if (witnessed := self.witness.leads_to(standing.head)) is not None:
             return standing.step + 1, witnessed
         voters, mine = self.here.voters()
-        return swarm_head(voters, mine, directory.before)
+        swarm = swarm_head(voters, mine, directory.before)
+        if anchor is not None and swarm is None:
+            return anchor.step, anchor.head  # I am not there, and nobody is seen who is
+        return swarm
 
     def must_move(self) -> bool:
         """Tells whether nobody waits for me here any more, or what I hold is wrong."""

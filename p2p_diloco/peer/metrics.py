@@ -142,6 +142,9 @@ class PeerMetrics:
         yield gauge("inner_steps_planned", "Inner steps planned until the next outer step.", progress.planned)
         yield gauge("inner_step_seconds", "Mean duration of the last inner steps.", progress.step_s)
         yield gauge("outer_step", "Outer step that this peer stands at.", peer.step)
+        newest = peer.seat.anchors.newest
+        text = "Newest outer step that the run's owner has anchored, as far as this peer has heard."
+        yield gauge("anchored_step", text, newest.step if newest else None)
         yield gauge("outer_steps_goal", "Outer steps of the whole run.", peer.manifest.spec.outer.steps)
 
     def _rounds(self) -> Iterator[Metric]:

@@ -30,6 +30,7 @@ from p2p_diloco.core.roster import on_head, rank
 from p2p_diloco.core.swarm_head import Standing
 from p2p_diloco.core.waiting import deadline, now_s
 from p2p_diloco.ledger.replica import Replica
+from p2p_diloco.peer.anchoring import Anchoring
 from p2p_diloco.peer.attempts import Attempts
 from p2p_diloco.peer.catchup import Catchup
 from p2p_diloco.peer.control import OuterResult
@@ -128,6 +129,7 @@ class Peer:
         self.presence = Presence(here=here, replica=replica, events=events, role=self.role, name=name, metrics=metrics)
         witness = Witness(here=here, replica=replica, events=events)
         self.revoked = Revoked(here=here, replica=replica, presence=self.presence)
+        self.anchoring = Anchoring(here=here, replica=replica, presence=self.presence, events=events)
         self.follower = Follower(
             here=here,
             replica=replica,
@@ -150,6 +152,7 @@ class Peer:
             uploads=self.uploads,
             probes=Probes(here=self.here, rate=self.uploads.rate),
             revoked=self.revoked,
+            anchoring=self.anchoring,
             witness=witness,
         )
 
@@ -184,6 +187,7 @@ class Peer:
         started_s = now_s()
         await asyncio.to_thread(self.replica.load)
         self.revoked.read()
+        await self.anchoring.read()
         from_step = self.replica.state.step if self.replica.state else None
         if self.replica.state is not None:
             self.presence.take_standing()
@@ -192,6 +196,7 @@ class Peer:
         await self.here.transport.serve(self.here.protocol, self.reception.receive)
         await self.presence.refresh()
         await self.revoked.hear()
+        await self.anchoring.hear()
         snapshot = await self.follower.catch_up(patience_s=self.here.timeouts.discover_s)
         if self.replica.state is None:
             raise NetworkError(
@@ -231,6 +236,7 @@ class Peer:
             self.presence.publish_loop(),
             self.presence.refresh_loop(),
             self.revoked.run(),
+            self.anchoring.run(),
             self.follower.run(),
             self.upkeep.run(),
         )

@@ -232,7 +232,7 @@ class Presence:
         standing, progress = seat.standing, seat.progress
         made = totals.last_commit if _ended_at(totals.last_commit, standing) else None
         waits = totals.last_round if _ended_at(totals.last_round, standing) else None
-        snapshots = self.replica.ledger.snapshots()
+        snapshots, newest = self.replica.ledger.snapshots(), seat.anchors.newest
         metrics_addr = self.metrics.announced(self._maddrs) if self.metrics else ""
         now_s = self.here.wall_s()
         if self._last_issued_s > now_s + self.here.timeouts.record_life_s:
@@ -275,6 +275,8 @@ class Presence:
             certifying=made.certifying if made else 0,
             witnessed=made is not None and made.witnessed,
             awaits_witness=waits is not None and waits.uncertified == "witness",
+            anchored_step=newest.step if newest else 0,
+            anchor=newest.digest if newest else b"",
         )
 
 

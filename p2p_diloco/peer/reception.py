@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from p2p_diloco.core.waiting import Bell, heard, now_s
 from p2p_diloco.ledger.replica import Replica
+from p2p_diloco.peer.anchoring import Anchoring
 from p2p_diloco.peer.presence import Presence
 from p2p_diloco.peer.probes import Probes
 from p2p_diloco.peer.revocations import Revoked
@@ -15,6 +16,7 @@ from p2p_diloco.peer.witness import Witness
 from p2p_diloco.round.here import Here
 from p2p_diloco.round.matchmaking import Matchmaker
 from p2p_diloco.round.settle import Settlement
+from p2p_diloco.wire.anchor_messages import AskAnchors
 from p2p_diloco.wire.channel import Channel
 from p2p_diloco.wire.message import Message
 from p2p_diloco.wire.messages import No
@@ -35,7 +37,8 @@ ROUNDS_KEPT = 2
 """Finished rounds whose parts are still served to members that are late."""
 OF_A_ROUND = (Contribute, Receipt, AskPart, AskCommit)
 OF_A_DONOR = (AskHeads, AskChain, AskIndex, AskChunk, AskUpdate)
-REQUESTS = (Ready, Closing, *OF_A_ROUND, AskWitness, *OF_A_DONOR, AskDialBack, AskTransfer, Push, AskRevocations)
+OF_THE_OWNER = (AskRevocations, AskAnchors)
+REQUESTS = (Ready, Closing, *OF_A_ROUND, AskWitness, *OF_A_DONOR, AskDialBack, AskTransfer, Push, *OF_THE_OWNER)
 MAX_REQUEST_BYTES = 6144
 """Two sealed statements, in ``Ready``, and what goes around them."""
 RECEIPT_BYTES = 34
@@ -54,6 +57,7 @@ class Reception:
     uploads: Uploads
     probes: Probes
     revoked: Revoked
+    anchoring: Anchoring
     witness: Witness
     rounds: deque[Settlement] = field(default_factory=lambda: deque(maxlen=ROUNDS_KEPT))
     _round_opened: Bell = field(default_factory=Bell)
@@ -85,6 +89,8 @@ class Reception:
             await self.presence.on_push(channel, message)
         elif isinstance(message, AskRevocations):
             await self.revoked.serve(channel)
+        elif isinstance(message, AskAnchors):
+            await self.anchoring.serve(channel, message)
         elif self.replica.state is None:
             await channel.send(No(reason="joining"))
         elif isinstance(message, Ready):

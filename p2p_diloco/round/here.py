@@ -56,7 +56,7 @@ class Here:
         if I have one."""
         directory, seat = self.directory, self.seat
         believed = directory.believed(self.wall_s())
-        return electorate(believed, seat.standing, self.claim, directory.before, seat.history)
+        return electorate(believed, seat.standing, self.claim, directory.before, seat.history, seat.anchor)
 
     async def open(self, peer_id: str) -> Channel:
         """Opens a stream to a peer of the run, at the addresses in its record. Raises Gone or Silent."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from p2p_diloco.core.anchor import Anchor, Anchors
 from p2p_diloco.core.electors import History, NoHistory
 from p2p_diloco.core.known import NOBODY_KNOWN, Known
 from p2p_diloco.core.pace import Progress
@@ -25,6 +26,10 @@ class Seat:
     """Who is known where I stand."""
     history: History = field(default_factory=NoHistory)
     """How I came there, as my ledger has it."""
+    anchors: Anchors = field(default_factory=Anchors)
+    """Of the run's owner, as far as I have heard."""
+    anchor: Anchor | None = None
+    """The newest of them, which no history may leave out."""
     role_trainer: bool
     client_mode: bool
     phase: Phase = "joining"

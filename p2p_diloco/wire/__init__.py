@@ -5,20 +5,21 @@ update is for.
 
 Its files, from the bottom up:
 
-    traffic         bytes by purpose, and streams that others spoiled, counted
-    message         what every message of our streams is
-    round_messages  those about a round: gathering, reducing, settling
-    state_messages  those about what peers hold: updates, snapshots, records, the manifest
-    probe_messages  those by which peers measure each other
-    messages        all of them by their tags, the bytes of each, and those that answer anything
-    channel         our streams: frames, time-outs, counted bytes
-    guard           parent of p2pd: nothing outlives the network process
-    kademlia        our node of the DHT: whose records it takes, what it answers strangers
-    hardening       limits put on hivemind
-    daemon          one life of p2pd: started, asked, shut
-    dht             our place in the DHT: neighbours, records stored and looked up
-    slots           which streams of others a peer takes, and which makes room
-    streams         a node's streams: limited, served, ended
-    node            one peer on the network: its p2pd, its place in the DHT, its streams
-    discovery       from one address to a run
+    traffic          bytes by purpose, and streams that others spoiled, counted
+    message          what every message of our streams is
+    round_messages   those about a round: gathering, reducing, settling
+    state_messages   those about what peers hold: updates, snapshots, records, the manifest
+    anchor_messages  those about the anchors of the run's owner
+    probe_messages   those by which peers measure each other
+    messages         all of them by their tags, the bytes of each, and those that answer anything
+    channel          our streams: frames, time-outs, counted bytes
+    guard            parent of p2pd: nothing outlives the network process
+    kademlia         our node of the DHT: whose records it takes, what it answers strangers
+    hardening        limits put on hivemind
+    daemon           one life of p2pd: started, asked, shut
+    dht              our place in the DHT: neighbours, records stored and looked up
+    slots            which streams of others a peer takes, and which makes room
+    streams          a node's streams: limited, served, ended
+    node             one peer on the network: its p2pd, its place in the DHT, its streams
+    discovery        from one address to a run
 """

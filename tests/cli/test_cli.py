@@ -222,7 +222,7 @@ def test_the_version_and_the_help(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out == f"{__version__}\n"
     assert cli.main([]) == 0
     out = capsys.readouterr().out
-    commands = ("seed", "peer", "swarm", "status", "monitor", "doctor", "export", "sample", "manifest")
+    commands = ("seed", "peer", "swarm", "status", "monitor", "doctor", "export", "sample", "manifest", "verify")
     assert all(f" {command} " in out for command in commands)
     assert cli.main(["peer", "--help"]) == 0
     assert "--initial-peers" in capsys.readouterr().out

@@ -7,13 +7,14 @@ from dataclasses import dataclass, field
 import pytest
 
 from p2p_diloco.core.admission import Claim
+from p2p_diloco.core.anchor import Anchor
 from p2p_diloco.core.electors import NoHistory, electorate, electors_at, fork_step
 from p2p_diloco.core.identity import Identity
 from p2p_diloco.core.invitation import Token
 from p2p_diloco.core.known import LEAST_STEPS, WINDOW_STEPS
 from p2p_diloco.core.records import Record
 from p2p_diloco.core.swarm_head import Standing, swarm_head
-from tests.support.builders import head, identity, record_of
+from tests.support.builders import RUN_ID, head, identity, record_of
 from tests.support.invited import token_of
 
 MINE = "abcdefgh"
@@ -127,6 +128,53 @@ def test_without_a_ledger_everybody_has_a_vote() -> None:
     records = [record_of(identity(i), MINE) for i in range(3) if identity(i) != ME]
     records.sort(key=lambda record: record.peer_id)
     assert electorate(records, standing(), MY_CLAIM, {}, NoHistory()) == (records, standing())
+
+
+# -- anchors -----------------------------------------------------------------------------------------------------------
+
+
+def anchor_at(history: str) -> Anchor:
+    return Anchor(
+        run_id=RUN_ID, number=1, follows=(), step=len(history), head=head(history), state=bytes(32), signature=b""
+    )
+
+
+def anchored(
+    records: list[Record], ledger: Ledger, anchor: str, *histories: str, mine: str = MINE
+) -> tuple[int, bytes] | None:
+    before = ways(mine, *histories)
+    voters, me = electorate(records, standing(mine), MY_CLAIM, before, ledger, anchor_at(anchor))
+    return swarm_head([*voters, *([me] if me else [])], None, before)
+
+
+def test_an_anchor_is_above_the_votes_of_those_that_were_known_at_the_fork() -> None:
+    """All of them have gone another way, and further."""
+    records = [record_of(who, "abcuvwxyzz") for who in KNOWN]
+    assert swarm(records, OURS, "abcuvwxyzz") == (10, head("abcuvwxyzz"))
+    assert anchored(records, OURS, "abcd", "abcuvwxyzz") == (8, head(MINE))
+    assert anchored(records, OURS, "abc", "abcuvwxyzz") == (10, head("abcuvwxyzz")), "which leaves it in"
+
+
+def test_who_stands_short_of_an_anchor_or_before_it_has_no_vote() -> None:
+    records = [record_of(who, "ab") for who in KNOWN]
+    assert anchored(records, OURS, "abcd") == (8, head(MINE))
+    assert anchored(records, OURS, "abcd", mine="abc") is None
+
+
+def test_who_was_led_off_comes_back_for_an_anchor() -> None:
+    """Whoever it knows is a liar, and what they were at the fork does not matter."""
+    liars, ledger = [record_of(who, MINE) for who in OTHERS], Ledger(known={0: ids(ME, *OTHERS)})
+    honest = [record_of(KNOWN[0], "abcuvwxyz")]
+    assert swarm([*liars, *honest], ledger, "abcuvwxyz") == (8, head(MINE))
+    for known_ways in (["abcuvwxyz"], []):
+        assert anchored([*liars, *honest], ledger, "abcu", *known_ways) == (9, head("abcuvwxyz"))
+    assert anchored(liars, ledger, "abcu") is None
+
+
+def test_who_is_behind_an_anchor_goes_to_those_that_are_beyond_it() -> None:
+    records = [record_of(who, MINE) for who in KNOWN]
+    behind = Ledger(history="abc", known={0: ids(ME, *KNOWN)})
+    assert anchored(records, behind, "abcd", MINE, mine="abc") == (8, head(MINE))
 
 
 # -- by invitation -----------------------------------------------------------------------------------------------------

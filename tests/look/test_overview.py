@@ -45,6 +45,14 @@ def test_aggregates_are_those_of_plain_arithmetic() -> None:
     assert overview.round_s == 2.0
 
 
+def test_what_is_anchored_is_what_half_of_the_peers_say_at_least() -> None:
+    """A claim costs nothing: one peer alone moves nobody."""
+    said = [trainer(i, anchored_step=step) for i, step in enumerate((2**50, 20, 20, 10, 0), 1)]
+    assert overview_of(said, NOW_S).anchored_step == 20
+    assert overview_of(said[:2], NOW_S).anchored_step == 20
+    assert overview_of([], NOW_S).anchored_step == 0
+
+
 def test_nobody_there_is_no_step_and_no_loss() -> None:
     overview = overview_of([], NOW_S)
     assert (overview.step, overview.loss, overview.held_out_loss, overview.round_s) == (None, None, None, None)

@@ -12,6 +12,7 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
+from p2p_diloco.core.anchor import Anchors
 from p2p_diloco.core.certificate import Certified
 from p2p_diloco.core.identity import Identity
 from p2p_diloco.ledger.replica import Replica
@@ -341,6 +342,32 @@ def test_a_history_that_strangers_have_made_is_not_followed(tmp_path: Path, mine
         assert await library.to(swarm) is not None
         same_chain(library, swarm)
         library.check_same(swarm)
+
+    run_simulated(main())
+
+
+@pytest.mark.parametrize("mine", [None, 3, 19])
+@pytest.mark.parametrize("names", ["the state", "another one", "a later one"])
+def test_a_history_without_the_newest_anchor_is_not_followed(tmp_path: Path, mine: int | None, names: str) -> None:
+    """All of it is certified. Whoever serves it is not blamed: it may not have heard of the anchor."""
+
+    async def main() -> None:
+        replica = new_replica(tmp_path / "me") if mine is None else replica_at(tmp_path / "me", mine)
+        swarm = replica_at(tmp_path / "swarm", 21)
+        library = Library(tmp_path, replica)
+        donor = library.add(swarm)
+        step = 30 if names == "a later one" else 17
+        head = swarm.ledger.chain.head_at(17) if names == "the state" else bytes([9]) * 32
+        assert head is not None
+        anchor = Anchors().next(replica.manifest.run_id, step=step, head=head, state=bytes(32), owner=support.OWNER)
+        library.catchup.here.seat.anchor = anchor
+        there = await library.to(swarm)
+        assert library.suspects() == []
+        assert (there is not None) == (names == "the state")
+        if there is None:
+            assert donor.count(AskUpdate) == donor.count(AskChunk) == 0
+            assert (replica.state and replica.state.step) == mine
+            assert replica.ledger.chain.end == (mine or 0)
 
     run_simulated(main())
 

@@ -45,6 +45,7 @@ NAMES = {
     "inner_steps_planned": ("gauge", set()),
     "inner_step_seconds": ("gauge", set()),
     "outer_step": ("gauge", set()),
+    "anchored_step": ("gauge", set()),
     "outer_steps_goal": ("gauge", set()),
     "rounds_total": ("counter", {"result"}),
     "round_phase_seconds": ("histogram", {"phase"}),

@@ -29,6 +29,7 @@ from p2p_diloco.round import settle_decide, settle_pledge
 from p2p_diloco.round.here import Here
 from p2p_diloco.round.meeting import Meeting
 from p2p_diloco.round.outcome import Settled
+from p2p_diloco.round.seat import Seat
 from p2p_diloco.round.settle import Settlement
 from p2p_diloco.round.settle_completion import Completion
 from p2p_diloco.round.settle_hearing import Hearing
@@ -264,6 +265,14 @@ def known_by_claims() -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def anchor_ignored() -> Iterator[None]:
+    """Votes and certificates alone decide which history is followed."""
+    nothing = property(lambda seat: None, lambda seat, anchor: None)
+    with mock.patch.object(Seat, "anchor", nothing):
+        yield
+
+
 VARIANTS: dict[str, Callable[[], AbstractContextManager[None]]] = {
     "settle skipped": settle_skipped,
     "loudest head": loudest_head,
@@ -277,6 +286,7 @@ VARIANTS: dict[str, Callable[[], AbstractContextManager[None]]] = {
     "denied at once": denied_at_once,
     "certificate not checked": certificate_not_checked,
     "known by claims": known_by_claims,
+    "anchor ignored": anchor_ignored,
 }
-SEEN_WITH_LIARS = {"certificate not checked": "extends alone"}
+SEEN_WITH_LIARS = {"certificate not checked": "extends alone", "anchor ignored": "forked history"}
 """Broken protocol -> the lie that it is found by: nobody else would use it."""

@@ -20,6 +20,7 @@ from p2p_diloco.core.identity import Identity
 from p2p_diloco.core.known import Known
 from p2p_diloco.core.records import Record, Signed
 from p2p_diloco.core.roster import Readiness, rank, seal_readiness
+from p2p_diloco.wire.anchor_messages import AnchorList, AskAnchors
 from p2p_diloco.wire.channel import Channel
 from p2p_diloco.wire.message import Message
 from p2p_diloco.wire.messages import No, Size
@@ -273,6 +274,8 @@ MESSAGE_EXAMPLES: list[Message] = [
     Push(record=b"b"),
     AskRevocations(),
     RevocationList(sealed=b"s" * 65536),
+    AskAnchors(since=2**60 - 1),
+    AnchorList(anchors=[b"a" * 512] * 256),
     AskDialBack(consent=b"c" * 400),
     DialBack(),
     DialedBack(reached=False, ip="2001:db8::7", reason="no answer"),

@@ -63,6 +63,7 @@ RECORD = (
     *("inner_steps_planned", "loss", "held_out_loss", "held_out_step", "tokens", "tokens_per_s", "group_size"),
     *("round_s", "round_bytes", "metrics_addr", "seat", "revocations"),
     *("known", "known_members", "signatures", "certifying", "witnessed", "awaits_witness"),
+    *("anchored_step", "anchor"),
 )
 READINESS = (
     *("peer_id", "run_id", "leader", "step", "head", "weight", "client_mode", "dropped", "tokens_per_s", "nonce"),
@@ -455,6 +456,8 @@ MESSAGES: dict[str, tuple[set[str], set[str]]] = {
     "push": ({"record"}, set()),
     "ask-revocations": (set(), set()),
     "revocations": ({"sealed"}, set()),
+    "ask-anchors": ({"since"}, set()),
+    "anchors": ({"anchors"}, set()),
     "ask-dial-back": ({"consent"}, set()),
     "dial-back": (set(), set()),
     "dialed-back": ({"reached", "ip"}, {"reason"}),
@@ -473,6 +476,7 @@ ANSWERS = {
     "ask-heads": (set[str](), {"heads"}),
     "push": (set[str](), {"push"}),
     "ask-revocations": (set[str](), {"revocations"}),
+    "ask-anchors": (set[str](), {"anchors"}),
     "ask-dial-back": (set[str](), {"dialed-back"}),
 }
 """Request -> what may come before the answer, and the answer; ``no`` in any case."""

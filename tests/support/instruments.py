@@ -197,7 +197,10 @@ def instrumented(world: World) -> Iterator[None]:
         mock.patch("p2p_diloco.peer.donors.MAX_LINKS", LINKS),
         mock.patch("p2p_diloco.peer.uploads.MAX_LINKS", LINKS),
         mock.patch("p2p_diloco.core.events.time", _SimClock),
-        *(mock.patch(f"p2p_diloco.core.{module}.verify", verify) for module in ("records", "group", "certificate")),
+        *(
+            mock.patch(f"p2p_diloco.core.{module}.verify", verify)
+            for module in ("records", "group", "certificate", "anchor")
+        ),
         mock.patch("p2p_diloco.round.matchmaking.new_nonce", nonce),
         mock.patch("os.fsync", sync),
         mock.patch("os.replace", replace_file),

@@ -11,6 +11,8 @@ SILENT = "silent records"
 """Signed records of peers that answer nothing: there is nobody behind them."""
 GHOSTS = "invented history"
 """Liars that come with a history of their own."""
+FORKED = "forked history"
+"""Most of those that were known before an anchor sign another history from there on."""
 IDLE = "idle members"
 INVENTED_SNAPSHOT = "invented snapshot"
 SLOW_READERS = "slow readers"
@@ -41,6 +43,7 @@ HISTORIES: dict[str, Callable[[Liar], None]] = {
     "extends alone": lies_beside.extends,
     GHOSTS: lies_beside.extends,
     INVENTED_SNAPSHOT: lies_beside.invents_snapshots,
+    FORKED: lies_beside.forks,
 }
 BESIDE: dict[str, Callable[[Liar], None]] = {
     IDLE: lies_in_rounds.idle,

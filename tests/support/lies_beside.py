@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from p2p_diloco.core import known
 from p2p_diloco.core.certificate import Certificate, Taken
 from p2p_diloco.core.errors import RemoteError
 from p2p_diloco.core.group import seal_roster
@@ -105,6 +106,37 @@ def extends(liar: Liar) -> None:
                 return result
             async with steps.follower.moving:
                 await steps.attempts._commit(await witnessed(liar, invented(liar)))
+            await steps.presence.push_to_all()
+            steps.here.seat.closes_s = None
+            made_alone = steps._without_round("", adopted=False)
+            return replace(made_alone, committed=True, group=len(liar.accomplices))
+
+        return made
+
+    override(liar.steps, "outer_step", outer_step)
+
+
+def forks(liar: Liar) -> None:
+    """With its accomplices, most of those that are known before the first anchor that is late enough, it goes back to
+    there, and on by updates that they invent and certify: their keys were good there. It has kept all snapshots."""
+    replica = liar.sim.peer.replica
+    replica.ledger._keep_snapshots = 1000
+    forked = False
+
+    def outer_step(real: Callable[..., Any]) -> Callable[..., Any]:
+        async def made(tokens: int, **rest: Any) -> OuterResult:
+            nonlocal forked
+            steps, anchors = liar.steps, liar.sim.peer.seat.anchors.chain
+            late = next((anchor for anchor in anchors if anchor.step > known.WINDOW_STEPS), None)
+            if not liar.lying() or late is None:
+                result: OuterResult = await real(tokens, **rest)
+                return result
+            async with steps.follower.moving:
+                await steps.upkeep.settled()
+                if not forked:
+                    await asyncio.to_thread(replica.roll_back, late.step - 1)
+                    forked = True
+                await steps.attempts._commit(invented(liar))
             await steps.presence.push_to_all()
             steps.here.seat.closes_s = None
             made_alone = steps._without_round("", adopted=False)

@@ -8,6 +8,7 @@ from dataclasses import replace
 from tests.support.liars import (
     A_AGAIN_B,
     CONTRIBUTIONS,
+    FORKED,
     GHOSTS,
     HISTORIES,
     IDLE,
@@ -26,6 +27,9 @@ KNOWN_FROM_S = 60.0
 """Who lies from here on has contributed to some updates before."""
 MISLED_S = 45.0
 AWAY_S = 40.0
+FORKS_FROM_S = 60.0
+QUICKER = 0.4
+"""The inner steps of those whose history is forked: there have to be anchors by then."""
 FAULTS = ("kill", "join", "slow", "leave", "join")
 
 
@@ -52,6 +56,8 @@ def draw_with_liars(kind: str, seed: int) -> Schedule:
         plain = replace(plain, snapshot_every=2)
     if kind == RETURNING:
         return _returning(r, plain)
+    if kind == FORKED:
+        return _forked(r, plain)
     lies_from_s = r.choice((0.0, KNOWN_FROM_S)) if kind not in FROM_THE_BEGINNING else 0.0
     for _ in range(_how_many(r, kind, honest)):
         liar = replace(_honest(r, step_s), lie=kind, lies_from_s=lies_from_s)
@@ -100,6 +106,14 @@ def _misled(r: random.Random, plain: Schedule) -> Schedule:
     side = tuple(sorted((*plain.liars, newcomer)))
     misled = Fault(kind="misled", at_s=0.0, side=side, for_s=MISLED_S, how="reset")
     return replace(plain, faults=(misled, Fault(kind="join", at_s=r.choice((5.0, 20.0)), who=newcomer)))
+
+
+def _forked(r: random.Random, plain: Schedule) -> Schedule:
+    """There is one liar more than there are honest peers."""
+    peers = [replace(plan, step_s=QUICKER * plan.step_s) for plan in plain.peers]
+    liar = replace(peers[0], lie=FORKED, lies_from_s=FORKS_FROM_S)
+    liars = [replace(liar, starts_s=round(r.uniform(0, 2), 2)) for _ in range(len(peers) + 1)]
+    return replace(plain, peers=(*peers, *liars), snapshot_every=2, window_steps=min(WINDOWS), inner_steps=8)
 
 
 def _returning(r: random.Random, plain: Schedule) -> Schedule:

@@ -78,11 +78,12 @@ function render(status) {
   renderSeats(status);
 }
 
-function renderProgress({ run, step, step_since_s, now_s, held_out_loss, held_out_step }) {
+function renderProgress({ run, step, step_since_s, now_s, held_out_loss, held_out_step, anchored_step }) {
   element("progress").max = run.steps;
   element("progress").value = step;
   const made = step && step_since_s !== null ? `, the last one ${duration(now_s - step_since_s)} ago` : "";
-  show("progress-text", `${count(step)} of ${count(run.steps)}${made}`);
+  const anchored = anchored_step ? `; anchored up to ${count(anchored_step)}` : "";
+  show("progress-text", `${count(step)} of ${count(run.steps)}${made}${anchored}`);
   const news = `Outer step ${count(held_out_step)}: held-out loss ${decimal(held_out_loss)}`;
   show("news", held_out_loss === null ? "" : news);
 }
