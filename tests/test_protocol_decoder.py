@@ -188,6 +188,7 @@ def decoded_by(run: Run, story: Callable[[], Awaitable[None]]) -> tuple[Decoder,
         n=N,
         codec=spec.outer.codec,
         owner=run.manifest.owner,
+        blake3=b3,
         keep=spec.round.on_missed == "keep",
         min_group=spec.round.min_group,
     )
@@ -401,7 +402,8 @@ def settle(tap: Tap, small_parts: None, monkeypatch: pytest.MonkeyPatch) -> Sett
         meeting = run_simulated(main())
         assert set(meeting.committed()) == set(range(7)) - meeting.killed
         group, known = meeting.group, {meeting.ids[i] for i in range(7) if i not in unknown}
-        reader = Decoder(n=meeting.n, codec=meeting.codec, owner=OWNER.peer_id, known_on={group.head: frozenset(known)})
+        known_on = {group.head: frozenset(known)}
+        reader = Decoder(n=meeting.n, codec=meeting.codec, owner=OWNER.peer_id, blake3=b3, known_on=known_on)
         sealed = group.sealed
         roster = Round(sealed.leader, sealed.members, sealed.signature, known_on=reader.known_on)
         reader.rounds[roster.round_id] = roster
@@ -428,6 +430,11 @@ def test_a_round_of_known_members_and_newcomers(
     assert not certificate.witness
     reducers = [i for i in range(7) if i not in (*unknown, *clients)][: meetings.N_PARTS]
     assert {one.stream.server for one in settled.decoded if one.contributions} == {meeting.ids[i] for i in reducers}
+    assert {part for one in settled.decoded for part in one.reductions} == set(range(meetings.N_PARTS))
+    for part, made in ((part, made) for one in settled.decoded for part, made in one.reductions.items()):
+        sent = {i: meeting.sent(i, part) for i in range(7)}
+        came = {i: (signed.data, signed.signature) for i, signed in sent.items()}
+        assert made.inputs == decoder.inputs_of(came, b3)
 
 
 @pytest.mark.parametrize(("given", "told"), [(1, 1), (3, 3), (6, 5)])

@@ -268,7 +268,7 @@ class Member:
                 try:
                     wanted = commit.part_hashes[part]
                     await channel.request(AskPart(round_id=self.group.round_id, part=part, hash=wanted), Size)
-                    received = await meeting.receive_part(channel, part, meeting.timeouts.request_s)
+                    received, reduction = await meeting.receive_part(channel, part, meeting.timeouts.request_s)
                 finally:
                     channel.close()
                 if received.hash != wanted:
@@ -277,7 +277,7 @@ class Member:
                     log.warning("outer step %d: the group holds what I refuse: %s", self.group.step, objection)
                     meeting.refused.add(wanted)
                     continue
-                meeting.hold(part, received)
+                meeting.hold(part, received, reduction)
         except RemoteError as error:
             meeting.lose(source, error)
 
@@ -303,7 +303,7 @@ class Member:
             await channel.send(No(reason="not held"))
             return
         await channel.send(Size(size_bytes=len(part.data)))
-        await self.meeting.send_part(channel, part)
+        await self.meeting.send_part(channel, message.part, part)
 
     async def on_ask_commit(self, channel: Channel, asker: int) -> None:
         """Tells a later leader which commit I have signed, as soon as ``answer_to_later_leader`` has an answer. Until

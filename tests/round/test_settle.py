@@ -19,7 +19,7 @@ from p2p_diloco.wire.channel import Channel
 from p2p_diloco.wire.message import Message
 from p2p_diloco.wire.messages import AskCommit, Commit, Contribute, Eta, No, TookBefore
 from tests.support.fakes import run_simulated
-from tests.support.meetings import N_PARTS, PROTOCOL, TIMEOUTS, Round, frame_of, server
+from tests.support.meetings import N_PARTS, PROTOCOL, TIMEOUTS, Round, server
 
 pytestmark = pytest.mark.usefixtures("small_parts")
 
@@ -36,7 +36,7 @@ def test_who_pretends_that_the_leader_is_gone_cannot_take_its_place() -> None:
             assert isinstance(message, Contribute), "nobody takes it for the leader"
             await asyncio.sleep(TIMEOUTS.request_s)
             for part in meeting.parts_of(1):
-                await channel.send_frame(frame_of(meeting.mean(part, range(4))))
+                await channel.send_frame(meeting.frame(part, meeting.mean(part, range(4))))
 
         async def ask(to: int) -> None:
             await meeting.contribute(1, to) if to != 3 else None

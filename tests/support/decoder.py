@@ -78,6 +78,8 @@ CONTEXTS = {
     REVOCATIONS: b"p2p-diloco revocations\0",
 }
 ROSTER_CONTEXT = b"p2p-diloco roster\0"
+CONTRIBUTION_CONTEXT = b"p2p-diloco contribution\0"
+REDUCTION_CONTEXT = b"p2p-diloco reduction\0"
 TAKEN_CONTEXT = b"p2p-diloco taken\0"
 
 
@@ -682,6 +684,25 @@ class Stream:
     down: bytes
 
 
+@dataclass(frozen=True)
+class Made:
+    """What stands behind a reduced part."""
+
+    number: int
+    reducer: int
+    inputs: bytes
+    signature: bytes
+
+
+def place(round_id: bytes, number: int, part: int) -> bytes:
+    return h(round_id, bytes([number]), part.to_bytes(4, "big"))
+
+
+def inputs_of(came: Mapping[int, tuple[bytes, bytes]], blake3: Blake3) -> bytes:
+    """``came``: index in the roster -> (contribution, signature)."""
+    return h(*(bytes([i]) + blake3(came[i][0]) + came[i][1] for i in sorted(came)))
+
+
 @dataclass
 class Decoded:
     """One stream's frames, each read as what it is."""
@@ -691,8 +712,12 @@ class Decoded:
     answered: list[Message] = field(default_factory=list)
     contributions: dict[int, bytes] = field(default_factory=dict)
     """Part -> what the opener sent for it."""
+    signatures: dict[int, bytes] = field(default_factory=dict)
+    """Part -> the opener's, over that."""
     means: dict[int, Mean] = field(default_factory=dict)
     """Part -> what the server sent for it."""
+    reductions: dict[int, Made] = field(default_factory=dict)
+    """Part -> what its reducer has signed."""
     blobs: list[tuple[Message, bytes]] = field(default_factory=list)
     """Request -> what came for it."""
     frames: int = 0
@@ -705,6 +730,7 @@ class Decoder:
     n: int
     codec: str
     owner: str
+    blake3: Blake3
     keep: bool = False
     min_group: int = 2
     rounds: dict[bytes, Round] = field(default_factory=dict)
@@ -830,27 +856,38 @@ class Decoder:
         reducers = found.reducers(members)
         mine = parts[reducers.index(found.ids.index(decoded.stream.server)) :: len(reducers)]
         for part, frame in zip(mine, up):
-            check(len(frame) == encoded_bytes(self._values(part), self.codec), "a contribution of another length")
-            decoded.contributions[part] = frame
+            data, signature = frame[:-64], frame[-64:]
+            check(len(data) == encoded_bytes(self._values(part), self.codec), "a contribution of another length")
+            signed = CONTRIBUTION_CONTEXT + h(place(round_id, number, part), self.blake3(data))
+            check(is_signed(public_key(decoded.stream.opener), signed, signature), "a contribution that is not signed")
+            decoded.contributions[part] = data
+            decoded.signatures[part] = signature
         for part, frame in zip(mine, down):
-            if not self._mean(decoded, part, frame):
+            if not self._mean(decoded, found, part, frame):
                 decoded.answered.append(message(frame))
                 return
+            said, by = decoded.reductions[part].number, found.ids[decoded.reductions[part].reducer]
+            check((said, by) == (number, decoded.stream.server) or said > number, "a part of another reducer")
 
-    def _mean(self, decoded: Decoded, part: int, frame: bytes) -> bool:
+    def _mean(self, decoded: Decoded, found: Round, part: int, frame: bytes) -> bool:
         size = encoded_bytes(self._values(part), self.codec)
-        if not frame or len(frame) != 1 + frame[0] + size:
+        if not frame or len(frame) != 1 + frame[0] + size + 98:
             return False
-        mask = frame[1 : 1 + frame[0]]
+        mask, behind = frame[1 : 1 + frame[0]], frame[-98:]
         members_of(mask)
-        decoded.means[part] = Mean(mask, frame[1 + len(mask) :])
+        mean = Mean(mask, frame[1 + len(mask) : -98])
+        made = Made(number=behind[0], reducer=behind[1], inputs=behind[2:34], signature=behind[34:])
+        signed = REDUCTION_CONTEXT + h(place(found.round_id, made.number, part), made.inputs, mean.hash)
+        check(is_signed(public_key(found.ids[made.reducer]), signed, made.signature), "a part that is not signed")
+        decoded.means[part], decoded.reductions[part] = mean, made
         return True
 
     def _part(self, decoded: Decoded, request: Message, down: Iterator[bytes]) -> None:
         part, size = request.fields["part"], message(next(down))
         decoded.answered.append(size)
         if size.tag == "size":
-            check(self._mean(decoded, part, next(down)), "a part of another length")
+            found = self.rounds[request.fields["round_id"]]
+            check(self._mean(decoded, found, part, next(down)), "a part of another length")
             mean = decoded.means[part]
             check((mean.hash, len(mean.data)) == (request.fields["hash"], size.fields["size_bytes"]), "another part")
 

@@ -13,6 +13,7 @@ from p2p_diloco.core.certificate import Taken, certificate_of
 from p2p_diloco.core.codec import Vector
 from p2p_diloco.core.group import seal_roster
 from p2p_diloco.core.roster import open_readiness
+from p2p_diloco.core.signed_part import Place, Reduction
 from p2p_diloco.core.update import Part, Update, in_most_parts
 from p2p_diloco.core.waiting import heard, now_s
 from p2p_diloco.round.meeting import Meeting
@@ -82,6 +83,18 @@ def stale(liar: Liar) -> None:
 # -- reducers ----------------------------------------------------------------------------------------------------------
 
 
+def signed_by(meeting: Meeting, index: int, part: Part) -> Reduction:
+    """What a liar signs that says to have reduced a part."""
+    place, held = Place(round_id=meeting.group.round_id, number=0, part=index), meeting.reductions[index]
+    return Reduction.of(place, part, bytes(32) if held is None else held.inputs, meeting.me, meeting.identity)
+
+
+async def send_signed(meeting: Meeting, channel: Channel, index: int, part: Part) -> None:
+    """As an honest reducer sends a part of its own."""
+    reduction = signed_by(meeting, index, part)
+    await channel.send_frame(bytes([len(part.mask)]), part.mask, part.data, reduction.to_bytes())
+
+
 def reduces(change: Callable[[Vector], Vector]) -> Callable[[Liar], None]:
     """The same false mean to everybody."""
 
@@ -89,17 +102,17 @@ def reduces(change: Callable[[Vector], Vector]) -> Callable[[Liar], None]:
         meeting, first = settlement.meeting, settlement.member.butterflies[0]
         mine = set(first._parts_of(first.me))
 
-        def hold(real: Callable[[int, Part], None]) -> Callable[[int, Part], None]:
-            def held(part: int, reduced: Part) -> None:
-                if part in mine:
-                    mine.remove(part)
-                    values = change(meeting.grid.decode(part, reduced.data))
+        def hold(real: Callable[[Place, Part, bytes], None]) -> Callable[[Place, Part, bytes], None]:
+            def held(place: Place, reduced: Part, inputs: bytes) -> None:
+                if place.part in mine:
+                    mine.remove(place.part)
+                    values = change(meeting.grid.decode(place.part, reduced.data))
                     reduced = Part(mask=reduced.mask, data=meeting.grid.encode(values))
-                real(part, reduced)
+                real(place, reduced, inputs)
 
             return held
 
-        override(meeting, "hold_reduced", hold)
+        override(meeting, "hold_own", hold)
 
     return in_rounds(lie)
 
@@ -111,15 +124,16 @@ reduces_to_zeros = reduces(np.zeros_like)
 @in_rounds
 def reduces_differently(_: Liar, settlement: Settlement) -> None:
     """One mean to every second member, another one to the others."""
-    meeting = settlement.meeting
+    meeting, first = settlement.meeting, settlement.member.butterflies[0]
+    mine = set(first._parts_of(first.me))
 
-    def send_part(real: Callable[[Channel, Part], Any]) -> Callable[[Channel, Part], Any]:
-        async def sent(channel: Channel, part: Part) -> None:
-            if meeting.index_of(channel.peer_id) % 2 and part in meeting.parts:
-                index = meeting.parts.index(part)
+    def send_part(real: Callable[[Channel, int, Part], Any]) -> Callable[[Channel, int, Part], Any]:
+        async def sent(channel: Channel, index: int, part: Part) -> None:
+            if index in mine and meeting.index_of(channel.peer_id) % 2 and part == meeting.parts[index]:
                 other = meeting.grid.encode(-meeting.grid.decode(index, part.data))
-                part = Part(mask=part.mask, data=other)
-            await real(channel, part)
+                await send_signed(meeting, channel, index, Part(mask=part.mask, data=other))
+                return
+            await real(channel, index, part)
 
         return sent
 
@@ -145,7 +159,8 @@ def commits_invented(_: Liar, settlement: Settlement) -> None:
     def give(real: Callable[[Commit], Any]) -> Callable[[Commit], Any]:
         async def given(commit: Commit) -> Settled | Missed:
             for part in range(len(meeting.parts)):
-                meeting.parts[part] = invented_part(settlement, part)
+                invented = meeting.parts[part] = invented_part(settlement, part)
+                meeting.reductions[part] = signed_by(meeting, part, invented)
             hashes = meeting.hashes()
             holders = [meeting.me] * len(hashes)
             outcome: Settled | Missed = await real(Commit(part_hashes=hashes, holders=holders, state=commit.state))
@@ -216,10 +231,14 @@ def commits_twice(_: Liar, settlement: Settlement) -> None:
         return
     twin = Twin(settlement, mine[0])
 
-    def send_part(real: Callable[[Channel, Part], Any]) -> Callable[[Channel, Part], Any]:
-        async def sent(channel: Channel, part: Part) -> None:
-            own = part in (meeting.parts[twin.part], twin.first)
-            await real(channel, twin.of(part) if own and twin.is_for(meeting.index_of(channel.peer_id)) else part)
+    def send_part(real: Callable[[Channel, int, Part], Any]) -> Callable[[Channel, int, Part], Any]:
+        async def sent(channel: Channel, index: int, part: Part) -> None:
+            own = index == twin.part and part in (meeting.parts[twin.part], twin.first)
+            if own:
+                part = twin.of(part) if twin.is_for(meeting.index_of(channel.peer_id)) else part
+                await send_signed(meeting, channel, index, part)
+                return
+            await real(channel, index, part)
 
         return sent
 
@@ -264,7 +283,7 @@ def commits_twice(_: Liar, settlement: Settlement) -> None:
                 await real(channel, message)
                 return
             await channel.send(Size(size_bytes=len(twin.second.data)))
-            await meeting.send_part(channel, twin.second)
+            await send_signed(meeting, channel, twin.part, twin.second)
 
         return answered
 

@@ -20,6 +20,7 @@ from p2p_diloco.core.directory import Directory
 from p2p_diloco.core.grid import Grid, part_slices
 from p2p_diloco.core.identity import Identity
 from p2p_diloco.core.records import seal_record
+from p2p_diloco.core.signed_part import REDUCTION_BYTES, Contribution, Place, Reduction, inputs_of
 from p2p_diloco.core.update import Part, Update, contributor_mask
 from p2p_diloco.core.waiting import Bell, heard, now_s
 from p2p_diloco.round.meeting import Meeting
@@ -55,8 +56,9 @@ LONGEST_ROUND_S = 150.0
 COMMIT_STARTS = b"\x92\xa6commit"
 
 
-def frame_of(part: Part) -> bytes:
-    return bytes([len(part.mask)]) + part.mask + part.data
+def frame_of(part: Part, reduction: bytes = bytes(REDUCTION_BYTES)) -> bytes:
+    """As a reducer sends it; that it has signed nothing shows only where all else is right."""
+    return bytes([len(part.mask)]) + part.mask + part.data + reduction
 
 
 class Losses(list[tuple[int, int, str]]):
@@ -261,6 +263,26 @@ class Round:
         where = self.slices[part]
         return encode(self.theta[where] - self.locals[member][where], self.codec)
 
+    def place(self, part: int, number: int = 0) -> Place:
+        return Place(round_id=self.round_id, number=number, part=part)
+
+    def sent(self, me: int, part: int, number: int = 0) -> Contribution:
+        """A member's contribution to a part, as it signs it."""
+        return Contribution.of(self.place(part, number), self.contribution(me, part), self.members[me])
+
+    def signed(self, me: int, part: int, number: int = 0) -> bytes:
+        """The frame of that."""
+        sent = self.sent(me, part, number)
+        return sent.data + sent.signature
+
+    def frame(self, index: int, part: Part, of: Sequence[int] = ()) -> bytes:
+        """A part of the update as its reducer signs it in the first butterfly; ``of``: whose contributions it took."""
+        reducers = self.group.reducers
+        reducer = reducers[index % len(reducers)]
+        inputs = inputs_of({i: self.sent(i, index) for i in of})
+        reduction = Reduction.of(self.place(index), part, inputs, reducer, self.members[reducer])
+        return frame_of(part, reduction.to_bytes())
+
     def mean(self, part: int, members: Sequence[int]) -> Part:
         """The part of the update to which ``members`` contributed."""
         grid, group = Grid(n=self.n, codec=self.codec), self.group
@@ -280,7 +302,7 @@ class Round:
         """As a sender: open the stream and send the first ``parts`` parts, or all."""
         channel = await self.say(me, to, Contribute(round_id=self.round_id, number=number))
         for part in self.parts_of(to)[:parts]:
-            await channel.send_frame(self.contribution(me, part))
+            await channel.send_frame(self.signed(me, part, number=number))
         return channel
 
     async def receipt(
@@ -322,9 +344,9 @@ class Round:
             if not isinstance(answer, Eta):
                 return answer
 
-    async def answer_part(self, channel: Channel, part: Part) -> None:
+    async def answer_part(self, channel: Channel, index: int, part: Part) -> None:
         await channel.send(Size(size_bytes=len(part.data)))
-        await channel.send_frame(frame_of(part))
+        await channel.send_frame(self.frame(index, part))
 
     def serve(self, me: int, hand: Callable[[Channel, Message], Awaitable[None]]) -> None:
         async def handler(channel: Channel) -> None:
