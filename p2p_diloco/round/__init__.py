@@ -5,17 +5,23 @@ applies what comes of it.
 
 Its files, from the bottom up:
 
-    outcome        what comes of a round, as a value: a certified update, or why there is none
-    seat           this peer, as its own network side sees it
-    here           what all parts of one peer share: network, key, records, seat, clock
-    company        whom a peer may form a round with: who ranks first, who has failed it
-    gathering      the rounds that a peer leads while they are formed, and when they close
-    matchmaking    the roster of a round: whom a peer asks to lead, what it answers who asks
-    meeting        one round at one member: who meets, what it holds, whom it lost
-    butterfly      one all-reduce: some parts, among some members of a round
-    settle_decide  which commit a leader proposes, who signs it, which wait ends, whose word fits: pure decisions
-    settle_ballot  the signatures over one commit, and the owner's witness where that is needed
-    settle_member  one member: it follows a leader, fetches what it misses, and signs one commit
-    settle_leader  the leader: it collects receipts, proposes a commit, and has it certified
-    settle         how the members of a round agree on its outcome: the rules, and who leads next
+    outcome                what comes of a round, as a value: a certified update, or why there is none
+    seat                   this peer, as its own network side sees it
+    here                   what all parts of one peer share: network, key, records, seat, clock
+    company                whom a peer may form a round with: who ranks first, who has failed it
+    gathering              the rounds that a peer leads while they are formed, and when they close
+    matchmaking            the roster of a round: whom a peer asks to lead, what it answers who asks
+    meeting                one round at one member: who meets, what it holds, whom it lost
+    butterfly              one all-reduce: some parts, among some members of a round
+    settle_decide          which commit a leader proposes, who signs it, which wait ends, whose word fits: all pure
+    settle_ballot          the signatures over one commit, and the owner's witness where that is needed
+    settle_eta             how whoever waits hears that its answer still comes
+    settle_completion      the parts of a commit that a member misses: fetched, checked, made an update
+    settle_pledge          what a member signs, one commit a round, and what it takes for certified
+    settle_member          one member: it follows one leader after another, and takes a commit
+    settle_member_answers  what a member answers to contributions, and to who asks for a part or a commit
+    settle_hearing         what a leader hears before it decides: receipts, and what was signed before
+    settle_leader          the leader: it proposes a commit, and has it certified
+    settle_leader_answers  what a leader tells each member that gives it a receipt
+    settle                 how the members of a round agree on its outcome: the rules, and who leads next
 """

@@ -10,7 +10,17 @@
     leader -> member   AskCommit: what have you signed? Answered by TookBefore, by Commit and Certifies, or by No
     member -> member   AskPart: answered by its size and the part, or by No
 
-Rules of this file and its four parts (``settle_member``, ``settle_leader``, ``settle_ballot``, ``settle_decide``):
+Where a word of another peer is checked, before anything is done about it:
+
+    Again, Commit           ``settle_member``, from the leader; ``settle_hearing``, from a member that tells a commit
+    Certifies               ``settle_pledge``
+    a part that was asked   ``settle_completion``, and ``Meeting.receive_part``
+    Receipt                 ``settle_leader_answers``
+    Took, TookBefore        ``settle_ballot``
+    Witnessed               ``settle_ballot``
+    AskPart, AskCommit      ``settle_member_answers``; Contribute as well, and then ``butterfly``
+
+Rules of this file and of those whose names begin with its own:
 
     - **What makes an update.** Not the leader's word, but a certificate (``core.certificate``): the signatures of most
       of the members that certify: of the known ones, where too few are known of all, and of each token only the first;
@@ -50,7 +60,9 @@ from p2p_diloco.core.waiting import deadline, now_s
 from p2p_diloco.round.meeting import Meeting
 from p2p_diloco.round.outcome import Missed, Settled
 from p2p_diloco.round.settle_leader import Leader
+from p2p_diloco.round.settle_leader_answers import LeaderAnswers
 from p2p_diloco.round.settle_member import Member
+from p2p_diloco.round.settle_member_answers import MemberAnswers
 from p2p_diloco.wire.channel import Channel
 from p2p_diloco.wire.messages import AskCommit, AskPart, Contribute, Receipt
 
@@ -73,6 +85,8 @@ class Settlement:
         self.group = meeting.group
         self.member = Member(meeting)
         self.leader = Leader(self.member)
+        self.member_answers = MemberAnswers(self.member)
+        self.leader_answers = LeaderAnswers(self.leader)
         self.reduce_s = 0.0
         self.settle_s = 0.0
 
@@ -127,10 +141,10 @@ class Settlement:
         sender = self.meeting.index_of(channel.peer_id)
         self.meeting.count(channel)
         if isinstance(message, Contribute):
-            await self.member.on_contribute(channel, sender, message.number)
+            await self.member_answers.on_contribute(channel, sender, message.number)
         elif isinstance(message, Receipt):
-            await self.leader.on_receipt(channel, sender, message)
+            await self.leader_answers.on_receipt(channel, sender, message)
         elif isinstance(message, AskPart):
-            await self.member.on_ask_part(channel, message)
+            await self.member_answers.on_ask_part(channel, message)
         else:
-            await self.member.on_ask_commit(channel, sender)
+            await self.member_answers.on_ask_commit(channel, sender)

@@ -1,7 +1,7 @@
 """What is decided while a round is settled: which commit, which wait ends, whose word fits. All of it is pure.
 
-Everything a decision needs is an argument, the time among it. ``settle`` tells what is said to whom; ``settle_member``
-and ``settle_leader`` ask here and act.
+Everything a decision needs is an argument, the time among it. ``settle`` tells what is said to whom; the other files of
+settling ask here and act.
 """
 
 from __future__ import annotations

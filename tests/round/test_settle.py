@@ -256,7 +256,7 @@ def test_a_leader_fails_when_it_has_decided_and_given_some_commits(fault: Fault,
         at: list[int] = []
 
         def watch() -> None:
-            if not at and leader.taken is not None and len(trouble.commits) >= given:
+            if not at and leader.pledge.taken is not None and len(trouble.commits) >= given:
                 at.append(len(trouble.commits))
                 getattr(meeting, fault)(0)
 
@@ -285,10 +285,10 @@ def test_the_second_leader_fails_as_well(fault: Fault, given: int) -> None:
 
         def watch() -> None:
             commits = [source for source, _ in meeting.trouble.commits]
-            if not failed and first.taken is not None:
+            if not failed and first.pledge.taken is not None:
                 failed.append(0)
                 getattr(meeting, fault)(0)
-            elif failed == [0] and second.taken is not None and commits.count(meeting.ids[1]) >= given:
+            elif failed == [0] and second.pledge.taken is not None and commits.count(meeting.ids[1]) >= given:
                 failed.append(1)
                 getattr(meeting, fault)(1)
 

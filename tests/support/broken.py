@@ -24,13 +24,15 @@ from p2p_diloco.core.update import Part, Update, contributor_mask, in_most_parts
 from p2p_diloco.peer.control import OuterResult
 from p2p_diloco.peer.outer_steps import OuterSteps
 from p2p_diloco.peer.presence import Presence
-from p2p_diloco.round import settle_decide, settle_member
+from p2p_diloco.round import settle_decide, settle_pledge
 from p2p_diloco.round.here import Here
 from p2p_diloco.round.meeting import Meeting
 from p2p_diloco.round.outcome import Settled
 from p2p_diloco.round.settle import Settlement
-from p2p_diloco.round.settle_leader import Leader
+from p2p_diloco.round.settle_completion import Completion
+from p2p_diloco.round.settle_hearing import Hearing
 from p2p_diloco.round.settle_member import Member
+from p2p_diloco.round.settle_member_answers import MemberAnswers
 from p2p_diloco.wire.channel import Channel
 from p2p_diloco.wire.messages import Commit, No
 
@@ -82,13 +84,13 @@ def loudest_head() -> Iterator[None]:
 @contextlib.contextmanager
 def local_values_where_a_reducer_died() -> Iterator[None]:
     """As hivemind's averager does it: the survivors then differ, and do not know."""
-    choose_parts, fetch_missing = settle_decide.choose_parts, Member.fetch_missing
+    choose_parts, fetch_missing = settle_decide.choose_parts, Completion.fetch_missing
 
     def chosen(held: Mapping[int, Sequence[bytes]], n_parts: int) -> tuple[list[bytes], list[int]]:
         hashes, holders = choose_parts(held, n_parts)
         return [one or LOCAL_VALUES for one in hashes], holders
 
-    async def fetch(self: Member, commit: Commit, leader: int) -> None:
+    async def fetch(self: Completion, commit: Commit, leader: int) -> None:
         for i, wanted in enumerate(commit.part_hashes):
             if wanted == LOCAL_VALUES:
                 part = own_part(self.meeting, i)
@@ -96,7 +98,10 @@ def local_values_where_a_reducer_died() -> Iterator[None]:
                 self.meeting.parts[i] = part
         await fetch_missing(self, commit, leader)
 
-    with mock.patch.object(settle_decide, "choose_parts", chosen), mock.patch.object(Member, "fetch_missing", fetch):
+    with (
+        mock.patch.object(settle_decide, "choose_parts", chosen),
+        mock.patch.object(Completion, "fetch_missing", fetch),
+    ):
         yield
 
 
@@ -153,9 +158,9 @@ def kept_although_it_arrived() -> Iterator[None]:
 def endless_patience() -> Iterator[None]:
     """A leader waits for every receipt, however long."""
 
-    async def collect(self: Leader, expected: Set[int], number: int) -> None:
+    async def collect(self: Hearing, expected: Set[int], number: int) -> None:
         self.member.ends_s = math.inf
-        while not self._knows():
+        while not self.knows():
             changed = self.meeting.changed.event
             came = {i for i, receipt in self.receipts.items() if receipt.number >= number}
             if not expected - came - self.meeting.lost:
@@ -168,7 +173,7 @@ def endless_patience() -> Iterator[None]:
         begin(self, meeting)
         self.ends_s = math.inf
 
-    with mock.patch.object(Leader, "_collect", collect), mock.patch.object(Member, "__init__", unlimited):
+    with mock.patch.object(Hearing, "collect", collect), mock.patch.object(Member, "__init__", unlimited):
         yield
 
 
@@ -215,14 +220,15 @@ def half_of_the_voters() -> Iterator[None]:
 def denied_at_once() -> Iterator[None]:
     """Who has not taken a commit yet says so, although it may still take one from a leader before the one that asks."""
 
-    async def deny(self: Member, channel: Channel, asker: int) -> None:
-        if self.settled is None:
-            await channel.send(self.taken or No(reason="no commit has come"))
+    async def deny(self: MemberAnswers, channel: Channel, asker: int) -> None:
+        pledge = self.member.pledge
+        if pledge.settled is None:
+            await channel.send(pledge.taken or No(reason="no commit has come"))
         else:
             await answer(self, channel, asker)
 
-    answer = Member.on_ask_commit
-    with mock.patch.object(Member, "on_ask_commit", deny):
+    answer = MemberAnswers.on_ask_commit
+    with mock.patch.object(MemberAnswers, "on_ask_commit", deny):
         yield
 
 
@@ -237,7 +243,7 @@ def certificate_not_checked() -> Iterator[None]:
         self._last.append(certified.in_most_parts())
         self.step, self.head = certified.header.step + 1, certified.header.head
 
-    with mock.patch.object(settle_member, "check_signatures", believe), mock.patch.object(Lineage, "follow", follow):
+    with mock.patch.object(settle_pledge, "check_signatures", believe), mock.patch.object(Lineage, "follow", follow):
         yield
 
 

@@ -27,7 +27,8 @@ from p2p_diloco.round import outcome
 from p2p_diloco.round.meeting import Meeting
 from p2p_diloco.round.outcome import Missed
 from p2p_diloco.round.settle import Settlement
-from p2p_diloco.round.settle_member import Member
+from p2p_diloco.round.settle_completion import Completion
+from p2p_diloco.round.settle_member_answers import MemberAnswers
 from p2p_diloco.wire.channel import Channel
 from p2p_diloco.wire.message import Message
 from p2p_diloco.wire.messages import Commit
@@ -62,8 +63,8 @@ def instrumented(world: World) -> Iterator[None]:
     world what they do."""
     real_replace, real_commit, real_load = os.replace, Replica.commit, Replica.load
     real_roll_back, real_truncate, real_send = Replica.roll_back, Ledger.truncate, Channel.send
-    real_settle, real_answer = Settlement.settle, Member.on_ask_commit
-    real_contribution, real_hold, real_fetch = Meeting.contribution, Meeting.hold, Member._fetch
+    real_settle, real_answer = Settlement.settle, MemberAnswers.on_ask_commit
+    real_contribution, real_hold, real_fetch = Meeting.contribution, Meeting.hold, Completion._fetch
     real_reject = Traffic.reject
     real_swarm_head = vars(follower)["swarm_head"]  # which may be that of a broken protocol
 
@@ -131,10 +132,10 @@ def instrumented(world: World) -> Iterator[None]:
         )
         return ended
 
-    async def answer(member: Member, channel: Channel, asker: int) -> None:
-        await real_answer(member, channel, asker)
-        if member.taken is None and member.settled is None:
-            group = member.group
+    async def answer(answers: MemberAnswers, channel: Channel, asker: int) -> None:
+        await real_answer(answers, channel, asker)
+        pledge, group = answers.member.pledge, answers.group
+        if pledge.taken is None and pledge.settled is None:
             tell(lambda chronicle, peer: chronicle.denies(group.round_id, peer, group.reducers.index(asker)))
 
     def swarm_head(
@@ -169,10 +170,10 @@ def instrumented(world: World) -> Iterator[None]:
         if not FETCHING.get():
             show(lambda witness, _: witness.reduced(meeting.group, held.hash))
 
-    async def fetch(member: Member, commit: Commit, source: int, parts: list[int]) -> None:
+    async def fetch(completion: Completion, commit: Commit, source: int, parts: list[int]) -> None:
         fetching = FETCHING.set(True)
         try:
-            await real_fetch(member, commit, source, parts)
+            await real_fetch(completion, commit, source, parts)
         finally:
             FETCHING.reset(fetching)
 
@@ -211,14 +212,14 @@ def instrumented(world: World) -> Iterator[None]:
         mock.patch.object(Ledger, "truncate", truncate),
         mock.patch.object(Channel, "send", send),
         mock.patch.object(Settlement, "settle", settle),
-        mock.patch.object(Member, "on_ask_commit", answer),
+        mock.patch.object(MemberAnswers, "on_ask_commit", answer),
         mock.patch("p2p_diloco.peer.follower.swarm_head", swarm_head),
     ]
     if world.liars:
         patches += [
             mock.patch.object(Meeting, "contribution", contribution),
             mock.patch.object(Meeting, "hold", hold),
-            mock.patch.object(Member, "_fetch", fetch),
+            mock.patch.object(Completion, "_fetch", fetch),
             mock.patch.object(Traffic, "reject", reject),
         ]
     disabled = logging.root.manager.disable
@@ -232,8 +233,8 @@ def instrumented(world: World) -> Iterator[None]:
 
 def knows_commit(settlement: Settlement) -> bool:
     """Whether a member has signed a commit, or knows of one that others have."""
-    member, leader = settlement.member, settlement.leader
-    return any((member.taken, member.settled, leader.certified, leader.before))
+    pledge, hearing = settlement.member.pledge, settlement.leader.hearing
+    return any((pledge.taken, pledge.settled, hearing.certified, hearing.before))
 
 
 def _signature(peer_id: str, message: bytes) -> bytes:

@@ -289,10 +289,10 @@ def commits_twice(_: Liar, settlement: Settlement) -> None:
 
     override(meeting, "send_part", send_part)
     override(leader, "_give", give)
-    override(leader, "_decided", decided)
-    override(leader, "_hear_signature", hear_signature)
-    override(leader, "_last_word", last_word)
-    override(settlement.member, "on_ask_part", on_ask_part)
+    override(settlement.leader_answers, "_decided", decided)
+    override(settlement.leader_answers, "_hear_signature", hear_signature)
+    override(settlement.leader_answers, "_last_word", last_word)
+    override(settlement.member_answers, "on_ask_part", on_ask_part)
 
 
 @in_rounds
@@ -305,7 +305,7 @@ def commits_and_asks_again(_: Liar, settlement: Settlement) -> None:
     committing = asyncio.Event()
 
     def takers() -> list[int]:
-        others = sorted(leader.receipts.keys() - {me})
+        others = sorted(leader.hearing.receipts.keys() - {me})
         enough = (count for count in range(1, len(others)) if group.is_most({me, *others[:count]}))
         return others[: next(enough, 1)]
 
@@ -314,7 +314,7 @@ def commits_and_asks_again(_: Liar, settlement: Settlement) -> None:
             if number:
                 await asyncio.sleep(FOR_EVER_S)
             answer: Message = await real(channel, sender, number)
-            others = sorted(leader.receipts.keys() - {me})
+            others = sorted(leader.hearing.receipts.keys() - {me})
             if not committing.is_set() or len(others) < 2 or sender in takers():
                 return answer
             again = [member for member in others if member not in takers()]
@@ -345,10 +345,10 @@ def commits_and_asks_again(_: Liar, settlement: Settlement) -> None:
     async def silent(*_: Any) -> None:
         await asyncio.sleep(FOR_EVER_S)
 
-    override(leader, "_decided", decided)
+    override(settlement.leader_answers, "_decided", decided)
     override(leader, "_give", give)
-    override(leader, "_last_word", last_word)
-    override(settlement.member, "on_ask_commit", lambda real: silent)
+    override(settlement.leader_answers, "_last_word", last_word)
+    override(settlement.member_answers, "on_ask_commit", lambda real: silent)
 
 
 def sends_two_rosters(liar: Liar) -> None:

@@ -1,0 +1,141 @@
+"""What a leader hears before it decides: the members' receipts, and, where it is not the first one, which commit they
+have signed, or know to be certified.
+
+Receipts come by themselves (``settle_leader_answers`` checks and takes them); for a commit the members are asked. What
+they answer is checked here.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Set
+
+from p2p_diloco.core.errors import RemoteError
+from p2p_diloco.core.waiting import deadline, heard, now_s
+from p2p_diloco.round.butterfly import run_all
+from p2p_diloco.round.settle_decide import collects_until_s, commit_fits
+from p2p_diloco.round.settle_member import Member
+from p2p_diloco.wire.messages import AskCommit, Certifies, Commit, Eta, No, Receipt, TookBefore
+
+log = logging.getLogger(__name__)
+
+
+class Hearing:
+    """What the members have told one that leads now or later, and the waits for it."""
+
+    def __init__(self, member: Member) -> None:
+        self.member = member
+        self.meeting = member.meeting
+        self.group = member.group
+        self.receipts: dict[int, Receipt] = {}
+        """Member -> its newest receipt."""
+        self.before: dict[int, TookBefore] = {}
+        """Member -> what it has signed with a leader before me."""
+        self.certified: tuple[int, Commit, Certifies] | None = None
+        """A commit that is certified, and the member that has told me so."""
+
+    def knows(self) -> bool:
+        """Tells whether I know of a commit that I shall give on."""
+        return self.certified is not None or self.signed_before() is not None
+
+    def signed_before(self) -> Commit | None:
+        """Returns the commit that members have signed before, as far as I know; None where there is none, or only such
+        as I should not sign."""
+        mine, n_parts = self.member.pledge.taken, len(self.meeting.parts)
+        signed = [(self.meeting.me, mine)] if mine is not None else list(self.before.items())
+        for holder, before in signed:
+            commit = Commit(part_hashes=before.part_hashes, holders=[holder] * n_parts, state=before.state)
+            if mine is not None or not self.member.pledge.objection(commit):
+                return commit
+        return None
+
+    async def hear_members(self) -> None:
+        """Waits for the members' receipts and, unless I am the first leader, for what the others have taken."""
+        me, everybody = self.meeting.me, set(range(len(self.group.members)))
+        expected = everybody - self.meeting.lost - {me}
+        if self.member.place:
+            log.info("outer step %d: settled by me, the first leader is gone", self.group.step)
+            others = everybody - {me} - self.receipts.keys()
+            await run_all(self.collect(expected, 0), *(self._ask_whether_taken(i) for i in others))
+        else:
+            await self._collect_or_hear(expected)
+
+    async def collect(self, expected: Set[int], number: int) -> None:
+        """Waits for the receipts of ``expected`` after butterfly ``number``, for as long as ``collects_until_s`` says
+        or until a commit is heard of. Members that have sent none by then are given up, unless a commit ended the
+        wait."""
+        began_s = now_s()
+        while not self.knows():
+            changed, now = self.meeting.changed.event, now_s()
+            came = {i for i, receipt in self.receipts.items() if receipt.number >= number}
+            until_s = collects_until_s(
+                now,
+                began_s=began_s,
+                timeouts=self.meeting.timeouts,
+                all_came=not expected - came - self.meeting.lost,
+                most=self.group.is_most({*came, self.meeting.me}),
+            )
+            if until_s is None:
+                break
+            await heard(changed, until_s - now)
+        if self.knows():
+            return
+        for member in expected - self.receipts.keys():
+            self.meeting.lose(member, None)
+
+    async def _collect_or_hear(self, expected: Set[int]) -> None:
+        """Collects receipts as the first leader. When most have not come in time, it may be I that was away, and the
+        others have gone on to the next leader: its commit is worth as much as mine."""
+        asking = asyncio.create_task(self._ask_late())
+        try:
+            await self.collect(expected, 0)
+            if self.knows() or asking.done():
+                await asking
+        finally:
+            asking.cancel()
+            await asyncio.gather(asking, return_exceptions=True)
+
+    async def _ask_late(self) -> None:
+        """Asks the other leaders whether they have signed a commit, after ``Timeouts.settle_s`` without most."""
+        await asyncio.sleep(self.meeting.timeouts.settle_s)
+        if not self.group.is_most({*self.receipts, self.meeting.me}):
+            late = set(self.group.reducers) - {self.meeting.me} - self.receipts.keys()
+            await run_all(*(self._ask_whether_taken(i) for i in late))
+
+    async def _ask_whether_taken(self, asked: int) -> None:
+        """Asks a member for the commit that it has signed.
+
+        The member has half of the time that the round has left, for what is heard has to be given to the others, and
+        ``Timeouts.request_s`` from one word to the next. One that has failed me before is worth a try and not another
+        time-out: its first word has to come within ``Timeouts.heartbeat_s``, its answer within ``Timeouts.request_s``.
+        """
+        meeting, member, timeouts = self.meeting, self.member, self.meeting.timeouts
+        n_parts, channel = len(meeting.parts), None
+        whole_s, first_s = member.left_s() / 2, timeouts.request_s
+        if asked in meeting.lost:
+            whole_s, first_s = min(timeouts.request_s, whole_s), timeouts.heartbeat_s
+        try:
+            async with deadline(whole_s):
+                async with deadline(first_s):
+                    channel = await meeting.open(asked)
+                    ask = AskCommit(round_id=self.group.round_id)
+                    answer: Eta | TookBefore | Commit | No = await channel.request(ask, Eta, TookBefore, Commit, No)
+                while isinstance(answer, Eta):
+                    answer = await channel.receive(Eta, TookBefore, Commit, No, timeout_s=timeouts.request_s)
+                if isinstance(answer, Commit):
+                    certifies: Certifies = await channel.receive(Certifies, timeout_s=timeouts.request_s)
+        except asyncio.TimeoutError:
+            meeting.lose(asked, None)
+        except RemoteError as error:
+            meeting.lose(asked, error)
+        else:
+            if isinstance(answer, TookBefore) and len(answer.part_hashes) == n_parts:
+                self.before[asked] = answer
+                meeting.changed.ring()
+            if isinstance(answer, Commit) and commit_fits(answer, group_size=len(self.group.members), n_parts=n_parts):
+                self.certified = asked, answer, certifies
+                meeting.changed.ring()
+        finally:
+            if channel is not None:
+                channel.close()
