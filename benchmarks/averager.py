@@ -33,8 +33,8 @@ from p2p_diloco.round.outcome import Missed
 from p2p_diloco.round.settle import Settlement
 from p2p_diloco.wire.channel import Channel, run_protocol
 from p2p_diloco.wire.daemon import private_socket_folder
-from p2p_diloco.wire.messages import AskCommit, AskPart, Contribute, Receipt
 from p2p_diloco.wire.node import Node
+from p2p_diloco.wire.round_messages import AskCommit, AskPart, Contribute, Receipt
 
 PEERS = 4
 VALUES = (4_000_000, 25_000_000)

@@ -27,8 +27,8 @@ from p2p_diloco.core.records import Record, open_record, peers_key
 from p2p_diloco.ledger.snapshot import chunk_slices
 from p2p_diloco.wire.channel import Channel, run_protocol
 from p2p_diloco.wire.daemon import private_socket_folder
-from p2p_diloco.wire.messages import AskChunk
 from p2p_diloco.wire.node import Node
+from p2p_diloco.wire.state_messages import AskChunk
 
 TRAINERS = 2
 STREAMS = 2

@@ -50,8 +50,10 @@ from p2p_diloco.peer.reception import REQUESTS
 from p2p_diloco.wire.channel import DIAL_BACK_PROTOCOL, MANIFEST_PROTOCOL, run_protocol
 from p2p_diloco.wire.kademlia import HardenedDHTProtocol, node_id_of
 from p2p_diloco.wire.message import Message
-from p2p_diloco.wire.messages import MESSAGES, AskManifest, NoWitness, pack
+from p2p_diloco.wire.messages import MESSAGES, pack
 from p2p_diloco.wire.probe_messages import DialBack
+from p2p_diloco.wire.round_messages import NoWitness
+from p2p_diloco.wire.state_messages import AskManifest
 from tests.support import decoder
 from tests.support.builders import identity
 from tests.support.decoder import public_key

@@ -23,7 +23,7 @@ from p2p_diloco.ledger.replica import Replica
 from p2p_diloco.peer.download import Tally, drop
 from p2p_diloco.round.here import Here
 from p2p_diloco.wire.channel import Channel
-from p2p_diloco.wire.messages import MAX_CHAIN_BYTES, AskChain
+from p2p_diloco.wire.state_messages import MAX_CHAIN_BYTES, AskChain
 
 FIRST_STRIDE = 16
 """Outer steps that a search for a fork goes back at first; then STRIDES times as many each time."""

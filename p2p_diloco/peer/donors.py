@@ -13,7 +13,7 @@ from p2p_diloco.core.records import Record
 from p2p_diloco.core.roster import rank
 from p2p_diloco.core.update import next_head
 from p2p_diloco.round.here import Here
-from p2p_diloco.wire.messages import MAX_LINKS, AskHeads, Heads
+from p2p_diloco.wire.state_messages import MAX_LINKS, AskHeads, Heads
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -31,7 +31,7 @@ from p2p_diloco.ledger.snapshot import IncomingSnapshot
 from p2p_diloco.round.here import Here
 from p2p_diloco.wire.channel import Channel
 from p2p_diloco.wire.message import Message
-from p2p_diloco.wire.messages import AskChunk, AskUpdate
+from p2p_diloco.wire.state_messages import AskChunk, AskUpdate
 
 log = logging.getLogger(__name__)
 

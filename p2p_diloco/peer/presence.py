@@ -23,7 +23,7 @@ from p2p_diloco.core.waiting import Bell, heard, now_s
 from p2p_diloco.ledger.replica import Replica
 from p2p_diloco.round.here import Here
 from p2p_diloco.wire.channel import Channel
-from p2p_diloco.wire.messages import Push
+from p2p_diloco.wire.state_messages import Push
 
 log = logging.getLogger(__name__)
 

@@ -17,25 +17,19 @@ from p2p_diloco.round.matchmaking import Matchmaker
 from p2p_diloco.round.settle import Settlement
 from p2p_diloco.wire.channel import Channel
 from p2p_diloco.wire.message import Message
-from p2p_diloco.wire.messages import (
+from p2p_diloco.wire.messages import No
+from p2p_diloco.wire.probe_messages import AskDialBack, AskTransfer
+from p2p_diloco.wire.round_messages import AskCommit, AskPart, AskWitness, Closing, Contribute, Ready, Receipt
+from p2p_diloco.wire.state_messages import (
     AskChain,
     AskChunk,
-    AskCommit,
     AskHeads,
     AskIndex,
     AskManifest,
-    AskPart,
     AskRevocations,
     AskUpdate,
-    AskWitness,
-    Closing,
-    Contribute,
-    No,
     Push,
-    Ready,
-    Receipt,
 )
-from p2p_diloco.wire.probe_messages import AskDialBack, AskTransfer
 
 ROUNDS_KEPT = 2
 """Finished rounds whose parts are still served to members that are late."""

@@ -21,7 +21,8 @@ from p2p_diloco.ledger.seats import keep_revocations, read_revocations
 from p2p_diloco.peer.presence import Presence
 from p2p_diloco.round.here import Here
 from p2p_diloco.wire.channel import Channel
-from p2p_diloco.wire.messages import AskRevocations, No, RevocationList
+from p2p_diloco.wire.messages import No
+from p2p_diloco.wire.state_messages import AskRevocations, RevocationList
 
 log = logging.getLogger(__name__)
 

@@ -26,7 +26,7 @@ from p2p_diloco.peer.chains import Way
 from p2p_diloco.peer.donors import Donors
 from p2p_diloco.peer.download import Chunks, Download, Tally, drop
 from p2p_diloco.round.here import Here
-from p2p_diloco.wire.messages import AskIndex
+from p2p_diloco.wire.state_messages import AskIndex
 
 log = logging.getLogger(__name__)
 

@@ -27,8 +27,9 @@ from p2p_diloco.ledger.ledger import Ledger
 from p2p_diloco.ledger.snapshot import SnapshotInfo, chunk_hash, chunk_slices, read_chunk
 from p2p_diloco.peer.turns import Turn, Turns
 from p2p_diloco.wire.channel import Channel
-from p2p_diloco.wire.messages import (
-    CHUNK_BYTES,
+from p2p_diloco.wire.message import CHUNK_BYTES
+from p2p_diloco.wire.messages import No, Size
+from p2p_diloco.wire.state_messages import (
     MAX_CHAIN_BYTES,
     MAX_LINKS,
     AskChain,
@@ -37,8 +38,6 @@ from p2p_diloco.wire.messages import (
     AskIndex,
     AskUpdate,
     Heads,
-    No,
-    Size,
 )
 
 log = logging.getLogger(__name__)

@@ -32,7 +32,8 @@ from p2p_diloco.core.waiting import heard, now_s
 from p2p_diloco.ledger.replica import Replica
 from p2p_diloco.round.here import Here
 from p2p_diloco.wire.channel import Channel
-from p2p_diloco.wire.messages import AskWitness, Eta, No, Witnessed
+from p2p_diloco.wire.messages import No
+from p2p_diloco.wire.round_messages import AskWitness, Eta, Witnessed
 
 log = logging.getLogger(__name__)
 

@@ -26,7 +26,7 @@ from p2p_diloco.core.signed_part import Contribution, Place, inputs_of
 from p2p_diloco.core.waiting import deadline, now_s
 from p2p_diloco.round.meeting import Meeting
 from p2p_diloco.wire.channel import Channel
-from p2p_diloco.wire.messages import Contribute
+from p2p_diloco.wire.round_messages import Contribute
 
 QUEUED_PARTS = 2
 """So many contributions of one sender a reducer holds decoded; then the sender waits. Those of a sender that is gone

@@ -23,7 +23,7 @@ from p2p_diloco.core.roster import Readiness, leader_order, on_head, open_readin
 from p2p_diloco.core.swarm_head import must_catch_up, swarm_head, way_of
 from p2p_diloco.core.waiting import now_s
 from p2p_diloco.round.here import Here
-from p2p_diloco.wire.messages import Ready, Roster
+from p2p_diloco.wire.round_messages import Ready, Roster
 
 CHANCES = 2
 """After so many failures on one head a leader is asked no more there. Not after the first, for it may just have been

@@ -52,7 +52,7 @@ from p2p_diloco.core.roster import form_roster, on_head, open_readiness
 from p2p_diloco.core.waiting import Bell, heard, now_s
 from p2p_diloco.round.company import CLOSING_MARGIN_S, Company
 from p2p_diloco.wire.channel import Channel
-from p2p_diloco.wire.messages import Behind, Closing, Eta, NoWitness, Redirect, Roster, TooFew
+from p2p_diloco.wire.round_messages import Behind, Closing, Eta, NoWitness, Redirect, Roster, TooFew
 
 log = logging.getLogger(__name__)
 

@@ -43,7 +43,8 @@ from p2p_diloco.round.gathering import Answer, Gatherings
 from p2p_diloco.round.here import Here
 from p2p_diloco.round.outcome import Missed
 from p2p_diloco.wire.channel import Channel
-from p2p_diloco.wire.messages import Behind, Closing, Eta, No, NoWitness, Ready, Redirect, Roster, TooFew
+from p2p_diloco.wire.messages import No
+from p2p_diloco.wire.round_messages import Behind, Closing, Eta, NoWitness, Ready, Redirect, Roster, TooFew
 
 log = logging.getLogger(__name__)
 

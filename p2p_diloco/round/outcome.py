@@ -7,7 +7,7 @@ from typing import Literal
 
 from p2p_diloco.core.certificate import Certificate
 from p2p_diloco.core.update import Update
-from p2p_diloco.wire.messages import Commit
+from p2p_diloco.wire.round_messages import Commit
 
 MissedReason = Literal["alone", "behind", "failed", "leaving", "diverged", "repaired"]
 

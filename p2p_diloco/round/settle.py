@@ -64,7 +64,7 @@ from p2p_diloco.round.settle_leader_answers import LeaderAnswers
 from p2p_diloco.round.settle_member import Member
 from p2p_diloco.round.settle_member_answers import MemberAnswers
 from p2p_diloco.wire.channel import Channel
-from p2p_diloco.wire.messages import AskCommit, AskPart, Contribute, Receipt
+from p2p_diloco.wire.round_messages import AskCommit, AskPart, Contribute, Receipt
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,7 +13,8 @@ from p2p_diloco.core.certificate import Certificate, Taken, certificate_of, is_w
 from p2p_diloco.core.errors import Misbehaved, RemoteError
 from p2p_diloco.core.update import Update
 from p2p_diloco.round.meeting import Meeting
-from p2p_diloco.wire.messages import AskWitness, Certifies, Eta, No, Took, Witnessed
+from p2p_diloco.wire.messages import No
+from p2p_diloco.wire.round_messages import AskWitness, Certifies, Eta, Took, Witnessed
 
 log = logging.getLogger(__name__)
 

@@ -12,7 +12,8 @@ from p2p_diloco.core.errors import Misbehaved, RemoteError
 from p2p_diloco.core.update import Update
 from p2p_diloco.round.butterfly import run_all
 from p2p_diloco.round.meeting import Meeting
-from p2p_diloco.wire.messages import AskPart, Commit, Size
+from p2p_diloco.wire.messages import Size
+from p2p_diloco.wire.round_messages import AskPart, Commit
 
 log = logging.getLogger(__name__)
 

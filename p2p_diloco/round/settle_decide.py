@@ -13,7 +13,8 @@ from typing import TypeAlias
 
 from p2p_diloco.core.config import Timeouts
 from p2p_diloco.core.group import Group
-from p2p_diloco.wire.messages import Again, Commit, No, Receipt, TookBefore
+from p2p_diloco.wire.messages import No
+from p2p_diloco.wire.round_messages import Again, Commit, Receipt, TookBefore
 
 log = logging.getLogger(__name__)
 

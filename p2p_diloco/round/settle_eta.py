@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 from p2p_diloco.core.waiting import heard, now_s
 from p2p_diloco.wire.channel import Channel
-from p2p_diloco.wire.messages import Eta
+from p2p_diloco.wire.round_messages import Eta
 
 T = TypeVar("T")
 

@@ -16,7 +16,8 @@ from p2p_diloco.core.waiting import deadline, heard, now_s
 from p2p_diloco.round.butterfly import run_all
 from p2p_diloco.round.settle_decide import collects_until_s, commit_fits
 from p2p_diloco.round.settle_member import Member
-from p2p_diloco.wire.messages import AskCommit, Certifies, Commit, Eta, No, Receipt, TookBefore
+from p2p_diloco.wire.messages import No
+from p2p_diloco.wire.round_messages import AskCommit, Certifies, Commit, Eta, Receipt, TookBefore
 
 log = logging.getLogger(__name__)
 

@@ -20,7 +20,8 @@ from p2p_diloco.round.settle_ballot import Ballot
 from p2p_diloco.round.settle_decide import Decision, agreed_state, decide, without_refused
 from p2p_diloco.round.settle_hearing import Hearing
 from p2p_diloco.round.settle_member import Member
-from p2p_diloco.wire.messages import Again, Certifies, Commit, No, Took
+from p2p_diloco.wire.messages import No
+from p2p_diloco.wire.round_messages import Again, Certifies, Commit, Took
 
 
 class Leader:

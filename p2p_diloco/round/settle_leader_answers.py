@@ -12,7 +12,8 @@ from p2p_diloco.round.settle_decide import Decision, answer_to_receipt, receipt_
 from p2p_diloco.round.settle_eta import keep_waiting
 from p2p_diloco.round.settle_leader import Leader
 from p2p_diloco.wire.channel import Channel
-from p2p_diloco.wire.messages import Again, Certifies, Commit, Eta, No, Receipt, Took
+from p2p_diloco.wire.messages import No
+from p2p_diloco.wire.round_messages import Again, Certifies, Commit, Eta, Receipt, Took
 
 
 class LeaderAnswers:

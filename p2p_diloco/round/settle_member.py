@@ -27,7 +27,8 @@ from p2p_diloco.round.settle_eta import telling
 from p2p_diloco.round.settle_pledge import Pledge
 from p2p_diloco.wire.channel import Channel
 from p2p_diloco.wire.message import Message
-from p2p_diloco.wire.messages import Again, Certifies, Commit, Eta, No, Receipt
+from p2p_diloco.wire.messages import No
+from p2p_diloco.wire.round_messages import Again, Certifies, Commit, Eta, Receipt
 
 log = logging.getLogger(__name__)
 M = TypeVar("M", bound=Message)

@@ -13,7 +13,8 @@ from p2p_diloco.round.settle_decide import answer_to_later_leader
 from p2p_diloco.round.settle_eta import keep_waiting
 from p2p_diloco.round.settle_member import Member
 from p2p_diloco.wire.channel import Channel
-from p2p_diloco.wire.messages import AskPart, No, Size
+from p2p_diloco.wire.messages import No, Size
+from p2p_diloco.wire.round_messages import AskPart
 
 
 class MemberAnswers:

@@ -15,7 +15,8 @@ from p2p_diloco.round.meeting import Meeting
 from p2p_diloco.round.outcome import Missed, Settled
 from p2p_diloco.round.settle_completion import COULD_NOT_FETCH, Completion
 from p2p_diloco.round.settle_decide import objection_to
-from p2p_diloco.wire.messages import Certifies, Commit, No, Took, TookBefore
+from p2p_diloco.wire.messages import No
+from p2p_diloco.wire.round_messages import Certifies, Commit, Took, TookBefore
 
 log = logging.getLogger(__name__)
 

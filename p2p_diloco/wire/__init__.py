@@ -7,8 +7,10 @@ Its files, from the bottom up:
 
     traffic         bytes by purpose, and streams that others spoiled, counted
     message         what every message of our streams is
+    round_messages  those about a round: gathering, reducing, settling
+    state_messages  those about what peers hold: updates, snapshots, records, the manifest
     probe_messages  those by which peers measure each other
-    messages        all others, the schema that checks each, and the bytes of any message
+    messages        all of them by their tags, the bytes of each, and those that answer anything
     channel         our streams: frames, time-outs, counted bytes
     guard           parent of p2pd: nothing outlives the network process
     kademlia        our node of the DHT: whose records it takes, what it answers strangers

@@ -18,8 +18,8 @@ from typing import Protocol, TypeVar
 from p2p_diloco.core.config import Timeouts
 from p2p_diloco.core.errors import Gone, Misbehaved, Refused, Silent
 from p2p_diloco.core.waiting import deadline, now_s
-from p2p_diloco.wire.message import Message
-from p2p_diloco.wire.messages import CHUNK_BYTES, MAX_FRAME_BYTES, No, Size, pack, parse
+from p2p_diloco.wire.message import CHUNK_BYTES, MAX_FRAME_BYTES, Message
+from p2p_diloco.wire.messages import No, Size, pack, parse
 from p2p_diloco.wire.traffic import Purpose, Traffic
 
 MANIFEST_PROTOCOL = "p2p-diloco/1/manifest"

@@ -17,7 +17,7 @@ from p2p_diloco.core.manifest import MAX_MANIFEST_BYTES, RunManifest, open_manif
 from p2p_diloco.core.records import RUNS_KEY, Record, is_current, open_record
 from p2p_diloco.core.waiting import deadline, now_s
 from p2p_diloco.wire.channel import MANIFEST_PROTOCOL, Transport
-from p2p_diloco.wire.messages import AskManifest
+from p2p_diloco.wire.state_messages import AskManifest
 
 RETRY_S = 1.0
 INITIAL_ASKED = 3

@@ -11,6 +11,10 @@ from p2p_diloco.core.records import MAX_RECORD_BYTES
 from p2p_diloco.wire.traffic import Purpose
 
 MAX_MESSAGE_BYTES = 256 * 1024
+"""Of a message that has no larger bound of its own."""
+MAX_FRAME_BYTES = 4 * 1024 * 1024
+CHUNK_BYTES = 1024 * 1024
+"""Updates, and whatever else is larger than a message, go in frames of this size; a snapshot's chunk is one."""
 
 Sealed = Annotated[bytes, Field(max_length=MAX_RECORD_BYTES)]
 Signature = Annotated[bytes, Field(min_length=SIGNATURE_BYTES, max_length=SIGNATURE_BYTES)]

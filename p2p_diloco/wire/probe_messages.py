@@ -69,7 +69,3 @@ class Transferred(Message):
     tag = "transferred"
     wall_s: Annotated[float, Field(ge=0, le=1e11, allow_inf_nan=False)]
     """The answering peer's clock: Unix time."""
-
-
-PROBES: tuple[type[Message], ...] = (AskDialBack, DialBack, DialedBack, AskTransfer, Transferred)
-"""All of them."""

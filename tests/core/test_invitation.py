@@ -41,7 +41,8 @@ from p2p_diloco.core.records import (
 from p2p_diloco.core.roster import READINESS_CONTEXT, seal_readiness
 from p2p_diloco.peer.presence import MADDRS_BYTES
 from p2p_diloco.wire.message import MAX_MESSAGE_BYTES
-from p2p_diloco.wire.messages import Roster, pack
+from p2p_diloco.wire.messages import pack
+from p2p_diloco.wire.round_messages import Roster
 from tests.support.builders import RUN_ID, damaged, identity, plain_values, readiness_of, record_of
 from tests.support.invited import OWNER, revocations_of, token_of
 

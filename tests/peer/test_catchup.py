@@ -22,7 +22,8 @@ from p2p_diloco.ledger.snapshot import snapshot_bytes
 from p2p_diloco.peer import download, uploads
 from p2p_diloco.wire.channel import Channel
 from p2p_diloco.wire.message import Message
-from p2p_diloco.wire.messages import AskChain, AskChunk, AskHeads, AskIndex, AskUpdate, Heads, No, Size, pack
+from p2p_diloco.wire.messages import No, Size, pack
+from p2p_diloco.wire.state_messages import AskChain, AskChunk, AskHeads, AskIndex, AskUpdate, Heads
 from tests.support.fakes import run_simulated
 from tests.support.library import (
     CHUNK_BYTES,

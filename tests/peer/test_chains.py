@@ -19,7 +19,8 @@ from p2p_diloco.peer import chains, uploads
 from p2p_diloco.peer.chains import unpack_entries
 from p2p_diloco.wire.channel import Channel
 from p2p_diloco.wire.message import Message
-from p2p_diloco.wire.messages import AskChain, AskChunk, AskUpdate, Heads, No, Size
+from p2p_diloco.wire.messages import No, Size
+from p2p_diloco.wire.state_messages import AskChain, AskChunk, AskUpdate, Heads
 from tests.support import library as support
 from tests.support.builders import damaged, identity, plain_values
 from tests.support.fakes import run_simulated

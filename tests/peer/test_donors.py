@@ -14,7 +14,8 @@ from p2p_diloco.core.waiting import now_s
 from p2p_diloco.peer import donors, uploads
 from p2p_diloco.wire.channel import Channel
 from p2p_diloco.wire.message import Message
-from p2p_diloco.wire.messages import AskChunk, AskHeads, AskUpdate, Heads, No, Size
+from p2p_diloco.wire.messages import No, Size
+from p2p_diloco.wire.state_messages import AskChunk, AskHeads, AskUpdate, Heads
 from tests.support.builders import NOW_S
 from tests.support.fakes import run_simulated
 from tests.support.library import (

@@ -12,7 +12,7 @@ from p2p_diloco.core.grid import Grid
 from p2p_diloco.core.outer import genesis_state
 from p2p_diloco.core.update import Part, Update, UpdateHeader, update_to_bytes
 from p2p_diloco.peer.download import COPIES, LATE, LEAST_LATE_S, Handout, Updates
-from p2p_diloco.wire.messages import AskUpdate
+from p2p_diloco.wire.state_messages import AskUpdate
 from tests.support.builders import pipe
 from tests.support.fakes import run_simulated
 

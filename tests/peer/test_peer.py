@@ -30,23 +30,21 @@ from p2p_diloco.core.swarm_head import Standing
 from p2p_diloco.core.update import UpdateHeader, parts_with
 from p2p_diloco.wire.channel import Channel
 from p2p_diloco.wire.message import Message
-from p2p_diloco.wire.messages import (
+from p2p_diloco.wire.messages import No
+from p2p_diloco.wire.probe_messages import MAX_TRANSFER_BYTES, AskDialBack, AskTransfer, DialedBack, Transferred
+from p2p_diloco.wire.round_messages import (
     AskCommit,
-    AskHeads,
-    AskIndex,
     AskPart,
     Behind,
     Closing,
     Commit,
     Contribute,
     Eta,
-    No,
-    Push,
     Ready,
     Receipt,
     Redirect,
 )
-from p2p_diloco.wire.probe_messages import MAX_TRANSFER_BYTES, AskDialBack, AskTransfer, DialedBack, Transferred
+from p2p_diloco.wire.state_messages import AskHeads, AskIndex, Push
 from tests.support.builders import identity, record_of
 from tests.support.fakes import FakeNetwork, FakeTransport, SimPeer, make_manifest, run_simulated
 from tests.support.reference import diloco

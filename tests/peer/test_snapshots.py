@@ -15,7 +15,8 @@ from p2p_diloco.ledger.replica import Replica
 from p2p_diloco.ledger.snapshot import chunk_slices
 from p2p_diloco.wire.channel import Channel
 from p2p_diloco.wire.message import Message
-from p2p_diloco.wire.messages import AskChunk, AskIndex, AskUpdate, No
+from p2p_diloco.wire.messages import No
+from p2p_diloco.wire.state_messages import AskChunk, AskIndex, AskUpdate
 from tests.support.builders import NOW_S
 from tests.support.fakes import run_simulated
 from tests.support.library import (

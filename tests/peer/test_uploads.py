@@ -20,7 +20,8 @@ from p2p_diloco.peer.turns import FORGIVEN_AFTER_S
 from p2p_diloco.peer.uploads import UPLOADS, slots
 from p2p_diloco.wire.channel import Channel
 from p2p_diloco.wire.message import Message
-from p2p_diloco.wire.messages import AskChunk, AskHeads, AskIndex, AskUpdate, Heads, Push, Size
+from p2p_diloco.wire.messages import Size
+from p2p_diloco.wire.state_messages import AskChunk, AskHeads, AskIndex, AskUpdate, Heads, Push
 from tests.support.fakes import run_simulated
 from tests.support.library import (
     CHUNK_BYTES,

@@ -14,7 +14,8 @@ from p2p_diloco.core.group import Group, RosterRules
 from p2p_diloco.core.identity import Identity
 from p2p_diloco.core.known import NOBODY_KNOWN, Known
 from p2p_diloco.core.records import seal_record
-from p2p_diloco.wire.messages import AskWitness, Eta, No, Witnessed
+from p2p_diloco.wire.messages import No
+from p2p_diloco.wire.round_messages import AskWitness, Eta, Witnessed
 from tests.support.builders import identity, record_of
 from tests.support.certificates import group_at
 from tests.support.fakes import FakeNetwork, FakeTransport, SimPeer, make_manifest, run_simulated

@@ -19,7 +19,8 @@ from p2p_diloco.core.waiting import now_s
 from p2p_diloco.round.butterfly import run_all
 from p2p_diloco.wire.channel import Channel
 from p2p_diloco.wire.message import Message
-from p2p_diloco.wire.messages import AskCommit, AskPart, Commit, Contribute, No, Receipt
+from p2p_diloco.wire.messages import No
+from p2p_diloco.wire.round_messages import AskCommit, AskPart, Commit, Contribute, Receipt
 from tests.support.builders import identity
 from tests.support.fakes import run_simulated
 from tests.support.meetings import N_PARTS, PROTOCOL, SMALL_PART_VALUES, TIMEOUTS, Losses, Round, Transport, frame_of

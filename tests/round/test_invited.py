@@ -22,7 +22,7 @@ from p2p_diloco.core.swarm_head import Standing
 from p2p_diloco.round.company import Company
 from p2p_diloco.round.here import Here
 from p2p_diloco.round.seat import Seat
-from p2p_diloco.wire.messages import Ready, Roster
+from p2p_diloco.wire.round_messages import Ready, Roster
 from tests.support.builders import NOW_S, head, identity, known, readiness_of, record_of
 from tests.support.fakes import make_manifest
 from tests.support.invited import EXPIRES_S, OWNER, revocations_of, token_of

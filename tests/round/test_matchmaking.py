@@ -29,7 +29,8 @@ from p2p_diloco.round.outcome import Missed
 from p2p_diloco.round.seat import Seat
 from p2p_diloco.wire.channel import Channel, run_protocol
 from p2p_diloco.wire.message import Message
-from p2p_diloco.wire.messages import Behind, Closing, Eta, No, Ready, Redirect, Roster, TooFew
+from p2p_diloco.wire.messages import No
+from p2p_diloco.wire.round_messages import Behind, Closing, Eta, Ready, Redirect, Roster, TooFew
 from tests.support.builders import NOW_S, head, identity, known, ranked, readiness_of, record_of
 from tests.support.fakes import FakeNetwork, FakeTransport, make_manifest, run_simulated
 

@@ -17,7 +17,8 @@ from p2p_diloco.round.outcome import Settled
 from p2p_diloco.round.settle import RoundCost
 from p2p_diloco.wire.channel import Channel
 from p2p_diloco.wire.message import Message
-from p2p_diloco.wire.messages import AskCommit, Commit, Contribute, Eta, No, TookBefore
+from p2p_diloco.wire.messages import No
+from p2p_diloco.wire.round_messages import AskCommit, Commit, Contribute, Eta, TookBefore
 from tests.support.fakes import run_simulated
 from tests.support.meetings import N_PARTS, PROTOCOL, TIMEOUTS, Round, server
 

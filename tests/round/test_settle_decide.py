@@ -21,7 +21,8 @@ from p2p_diloco.round.settle_decide import (
     receipt_fits,
     without_refused,
 )
-from p2p_diloco.wire.messages import Again, Commit, No, Receipt, TookBefore
+from p2p_diloco.wire.messages import No
+from p2p_diloco.wire.round_messages import Again, Commit, Receipt, TookBefore
 from tests.support.builders import group_of, head, ranked
 from tests.support.invited import token_of
 

@@ -12,7 +12,8 @@ from p2p_diloco.core.config import Timeouts
 from p2p_diloco.core.waiting import now_s
 from p2p_diloco.wire.channel import Channel
 from p2p_diloco.wire.message import Message
-from p2p_diloco.wire.messages import Again, AskCommit, AskPart, Commit, Contribute, Eta, No, Receipt
+from p2p_diloco.wire.messages import No
+from p2p_diloco.wire.round_messages import Again, AskCommit, AskPart, Commit, Contribute, Eta, Receipt
 from tests.support.fakes import run_simulated
 from tests.support.meetings import N_PARTS, TIMEOUTS, Losses, Round
 

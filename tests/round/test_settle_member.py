@@ -12,19 +12,8 @@ from p2p_diloco.core.waiting import now_s
 from p2p_diloco.round.settle_member import LEADERS_SHARE
 from p2p_diloco.wire.channel import Channel
 from p2p_diloco.wire.message import Message
-from p2p_diloco.wire.messages import (
-    Again,
-    AskCommit,
-    AskPart,
-    Certifies,
-    Commit,
-    Contribute,
-    Eta,
-    No,
-    Receipt,
-    Size,
-    Took,
-)
+from p2p_diloco.wire.messages import No, Size
+from p2p_diloco.wire.round_messages import Again, AskCommit, AskPart, Certifies, Commit, Contribute, Eta, Receipt, Took
 from tests.support.builders import identity
 from tests.support.fakes import run_simulated
 from tests.support.meetings import N_PARTS, PROTOCOL, TIMEOUTS, Losses, Round, Transport

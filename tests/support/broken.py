@@ -34,7 +34,8 @@ from p2p_diloco.round.settle_hearing import Hearing
 from p2p_diloco.round.settle_member import Member
 from p2p_diloco.round.settle_member_answers import MemberAnswers
 from p2p_diloco.wire.channel import Channel
-from p2p_diloco.wire.messages import Commit, No
+from p2p_diloco.wire.messages import No
+from p2p_diloco.wire.round_messages import Commit
 
 LOCAL_VALUES = bytes(32)
 """In place of the hash of a part that everybody fills with its own values."""

@@ -22,17 +22,12 @@ from p2p_diloco.core.records import Record, Signed
 from p2p_diloco.core.roster import Readiness, rank, seal_readiness
 from p2p_diloco.wire.channel import Channel
 from p2p_diloco.wire.message import Message
-from p2p_diloco.wire.messages import (
+from p2p_diloco.wire.messages import No, Size
+from p2p_diloco.wire.probe_messages import AskDialBack, AskTransfer, DialBack, DialedBack, Transferred
+from p2p_diloco.wire.round_messages import (
     Again,
-    AskChain,
-    AskChunk,
     AskCommit,
-    AskHeads,
-    AskIndex,
-    AskManifest,
     AskPart,
-    AskRevocations,
-    AskUpdate,
     AskWitness,
     Behind,
     Certifies,
@@ -40,22 +35,28 @@ from p2p_diloco.wire.messages import (
     Commit,
     Contribute,
     Eta,
-    Heads,
-    No,
     NoWitness,
-    Push,
     Ready,
     Receipt,
     Redirect,
-    RevocationList,
     Roster,
-    Size,
     TooFew,
     Took,
     TookBefore,
     Witnessed,
 )
-from p2p_diloco.wire.probe_messages import AskDialBack, AskTransfer, DialBack, DialedBack, Transferred
+from p2p_diloco.wire.state_messages import (
+    AskChain,
+    AskChunk,
+    AskHeads,
+    AskIndex,
+    AskManifest,
+    AskRevocations,
+    AskUpdate,
+    Heads,
+    Push,
+    RevocationList,
+)
 
 RUN_ID = "ab" * 20
 NOW_S = 1_000_000.0

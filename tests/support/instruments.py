@@ -31,7 +31,7 @@ from p2p_diloco.round.settle_completion import Completion
 from p2p_diloco.round.settle_member_answers import MemberAnswers
 from p2p_diloco.wire.channel import Channel
 from p2p_diloco.wire.message import Message
-from p2p_diloco.wire.messages import Commit
+from p2p_diloco.wire.round_messages import Commit
 from p2p_diloco.wire.traffic import Traffic
 from tests.support.chronicle import PART_VALUES, Chronicle, Settled, Violation
 from tests.support.schedules import WAITED_FOR

@@ -38,8 +38,8 @@ from p2p_diloco.round.here import Here
 from p2p_diloco.round.seat import Seat
 from p2p_diloco.wire import channel
 from p2p_diloco.wire.channel import Channel, M, run_protocol
-from p2p_diloco.wire.message import Message
-from p2p_diloco.wire.messages import MAX_FRAME_BYTES, AskChain, AskChunk, AskHeads, AskIndex, AskUpdate
+from p2p_diloco.wire.message import MAX_FRAME_BYTES, Message
+from p2p_diloco.wire.state_messages import AskChain, AskChunk, AskHeads, AskIndex, AskUpdate
 from tests.support.builders import NOW_S, identity, record_of
 from tests.support.certificates import made_by
 from tests.support.fakes import FakeNetwork, FakeTransport, make_manifest

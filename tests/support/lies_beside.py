@@ -20,7 +20,9 @@ from p2p_diloco.peer.uploads import UPLOADS
 from p2p_diloco.round.outcome import Settled
 from p2p_diloco.wire.channel import Channel
 from p2p_diloco.wire.message import Message
-from p2p_diloco.wire.messages import AskChunk, AskWitness, Closing, Eta, No, Ready, Size, Witnessed
+from p2p_diloco.wire.messages import No, Size
+from p2p_diloco.wire.round_messages import AskWitness, Closing, Eta, Ready, Witnessed
+from p2p_diloco.wire.state_messages import AskChunk
 from tests.support.builders import identity
 from tests.support.chronicle import MAX_PEERS
 from tests.support.lying import Liar, override

@@ -22,7 +22,8 @@ from p2p_diloco.round.settle import Settlement
 from p2p_diloco.round.settle_ballot import Ballot, certifies
 from p2p_diloco.wire.channel import Channel
 from p2p_diloco.wire.message import Message
-from p2p_diloco.wire.messages import Again, AskPart, Commit, Eta, No, Roster, Size, Took
+from p2p_diloco.wire.messages import No, Size
+from p2p_diloco.wire.round_messages import Again, AskPart, Commit, Eta, Roster, Took
 from tests.support.lying import FOR_EVER_S, IDLES_S, Liar, in_rounds, override
 
 TENFOLD = np.float32(-10)

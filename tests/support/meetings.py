@@ -28,7 +28,8 @@ from p2p_diloco.round.outcome import Missed, Settled
 from p2p_diloco.round.settle import Settlement
 from p2p_diloco.wire.channel import Channel, Writer, run_protocol
 from p2p_diloco.wire.message import Message
-from p2p_diloco.wire.messages import (
+from p2p_diloco.wire.messages import No, Size
+from p2p_diloco.wire.round_messages import (
     Again,
     AskCommit,
     AskPart,
@@ -36,9 +37,7 @@ from p2p_diloco.wire.messages import (
     Commit,
     Contribute,
     Eta,
-    No,
     Receipt,
-    Size,
     Took,
     TookBefore,
 )

@@ -20,7 +20,9 @@ from p2p_diloco.round.outcome import Missed, Settled
 from p2p_diloco.round.settle import Settlement
 from p2p_diloco.wire.channel import Channel, run_protocol
 from p2p_diloco.wire.message import Message
-from p2p_diloco.wire.messages import Closing, Contribute, Eta, No, Push, Ready, Receipt, Redirect
+from p2p_diloco.wire.messages import No
+from p2p_diloco.wire.round_messages import Closing, Contribute, Eta, Ready, Receipt, Redirect
+from p2p_diloco.wire.state_messages import Push
 from tests.support.builders import identity, record_of
 from tests.support.fakes import FakeNetwork, FakeTransport, SimPeer, make_manifest
 

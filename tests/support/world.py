@@ -31,7 +31,8 @@ from p2p_diloco.peer.outer_steps import ATTEMPTS
 from p2p_diloco.peer.reception import REQUESTS
 from p2p_diloco.round.company import MAX_GATHER_EXTENSION_S
 from p2p_diloco.wire.channel import Channel, run_protocol
-from p2p_diloco.wire.messages import No, Push
+from p2p_diloco.wire.messages import No
+from p2p_diloco.wire.state_messages import Push
 from tests.support.builders import identity, record_of
 from tests.support.chronicle import MAX_PEERS, PART_VALUES, TOKENS, Chronicle, Violation
 from tests.support.fakes import FakeNetwork, FakeTransport, SimPeer, make_manifest

@@ -12,22 +12,10 @@ from p2p_diloco.core.config import Timeouts
 from p2p_diloco.core.errors import Gone, Misbehaved, Refused, RemoteError, Silent
 from p2p_diloco.core.waiting import Bell, heard, now_s
 from p2p_diloco.wire.channel import Channel, Links
-from p2p_diloco.wire.message import MAX_MESSAGE_BYTES, Message
-from p2p_diloco.wire.messages import (
-    CHUNK_BYTES,
-    MAX_FRAME_BYTES,
-    MESSAGES,
-    Again,
-    AskHeads,
-    AskManifest,
-    Commit,
-    Eta,
-    Heads,
-    No,
-    Receipt,
-    Size,
-    pack,
-)
+from p2p_diloco.wire.message import CHUNK_BYTES, MAX_FRAME_BYTES, MAX_MESSAGE_BYTES, Message
+from p2p_diloco.wire.messages import MESSAGES, No, Size, pack
+from p2p_diloco.wire.round_messages import Again, Commit, Eta, Receipt
+from p2p_diloco.wire.state_messages import AskHeads, AskManifest, Heads
 from tests.support.builders import MESSAGE_EXAMPLES as EXAMPLES
 from tests.support.builders import DeafWriter, PipeWriter, identity, pipe
 from tests.support.fakes import run_simulated

@@ -13,7 +13,9 @@ from p2p_diloco.core.manifest import MAX_MANIFEST_BYTES, RunManifest
 from p2p_diloco.core.records import RUNS_KEY, seal_record
 from p2p_diloco.wire.channel import MANIFEST_PROTOCOL, Channel
 from p2p_diloco.wire.discovery import announced_runs, find_manifest
-from p2p_diloco.wire.messages import CHUNK_BYTES, AskManifest, Size
+from p2p_diloco.wire.message import CHUNK_BYTES
+from p2p_diloco.wire.messages import Size
+from p2p_diloco.wire.state_messages import AskManifest
 from tests.support.builders import identity, record_of
 from tests.support.fakes import FakeNetwork, FakeTransport, make_manifest, run_simulated
 

@@ -13,7 +13,9 @@ from p2p_diloco.core.errors import Gone, Misbehaved, Refused, Silent
 from p2p_diloco.peer.reception import REQUESTS
 from p2p_diloco.wire.channel import Channel
 from p2p_diloco.wire.message import Message
-from p2p_diloco.wire.messages import AskHeads, AskManifest, Contribute, Heads, No, Push
+from p2p_diloco.wire.messages import No
+from p2p_diloco.wire.round_messages import Contribute
+from p2p_diloco.wire.state_messages import AskHeads, AskManifest, Heads, Push
 from p2p_diloco.wire.traffic import Purpose, Traffic
 from tests.support.builders import PipeWriter, identity
 from tests.support.fakes import run_simulated
