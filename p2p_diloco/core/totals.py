@@ -6,7 +6,16 @@ from bisect import bisect_left
 from collections import Counter
 from dataclasses import dataclass, field
 
-from p2p_diloco.core.event import DamageRepaired, Event, PeerCaughtUp, RoundEnded, StateDisputed, TrainerStalled
+from p2p_diloco.core.event import (
+    DamageRepaired,
+    Event,
+    PartAudited,
+    PeerCaughtUp,
+    ReducerFound,
+    RoundEnded,
+    StateDisputed,
+    TrainerStalled,
+)
 
 LIMITS_S = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 25.0, 60.0, 120.0)
 """Up to which durations are told apart: from a round on one machine to one that takes all of its time."""
@@ -41,6 +50,10 @@ class Totals:
     catch_ups: int = 0
     rolled_back: int = 0
     """Outer steps given up."""
+    audits: Counter[str] = field(default_factory=Counter)
+    """Parts that others have reduced and this peer has looked at, by result."""
+    found: Counter[str] = field(default_factory=Counter)
+    """Times that something was found of a reducer, by kind."""
     disputes: int = 0
     """Times that others named another digest of a state."""
     repairs: Counter[str] = field(default_factory=Counter)
@@ -56,6 +69,10 @@ class Totals:
             case PeerCaughtUp():
                 self.catch_ups += 1
                 self.rolled_back += event.rolled_back
+            case PartAudited():
+                self.audits[event.result] += 1
+            case ReducerFound():
+                self.found[event.kind] += 1
             case StateDisputed():
                 self.disputes += 1
             case DamageRepaired():

@@ -197,6 +197,7 @@ class OuterSteps:
         finally:
             self.here.seat.in_round = False
             self.here.seat.changed.ring()
+        self.reception.audits.begin(settlement.meeting, outcome.update)
         if settlement.leads:
             self._telling = asyncio.create_task(self.presence.push_to_seeds())
         result = self._result(
@@ -253,6 +254,8 @@ class OuterSteps:
                 state=state,
                 last_norms=last_norms,
                 lapsed=frozenset(self.matchmaker.company.lapsed),
+                kept=self.reception.audits.kept(),
+                audit_parts=self.reception.audits.count,
             )
         )
         self.reception.open_round(settlement)

@@ -29,6 +29,7 @@ from p2p_diloco.core.roster import on_head, rank
 from p2p_diloco.core.swarm_head import Standing
 from p2p_diloco.core.waiting import deadline, now_s
 from p2p_diloco.ledger.replica import Replica
+from p2p_diloco.peer.audits import Audits
 from p2p_diloco.peer.catchup import Catchup
 from p2p_diloco.peer.control import OuterResult
 from p2p_diloco.peer.follower import Follower
@@ -124,6 +125,7 @@ class Peer:
             witness=witness,
             events=events,
         )
+        self.audits = Audits(here=here, replica=replica, company=self.matchmaker.company, events=events)
         self.reception = Reception(
             here=here,
             signed_manifest=signed_manifest,
@@ -134,6 +136,7 @@ class Peer:
             probes=Probes(here=here, rate=self.uploads.rate),
             revoked=self.revoked,
             witness=witness,
+            audits=self.audits,
         )
         self.outer_steps = None if local is None else self._outer_steps(local)
 
@@ -156,6 +159,7 @@ class Peer:
         started_s = now_s()
         await asyncio.to_thread(self.replica.load)
         self.revoked.read()
+        self.audits.read()
         from_step = self.replica.state.step if self.replica.state else None
         if self.replica.state is not None:
             self.presence.take_standing()
@@ -225,6 +229,7 @@ class Peer:
         self.presence.enter("left")
         if self.outer_steps is not None:
             self.outer_steps.close()
+        self.audits.cancel()
         self.events.write(PeerLeft(step=self.step, head=self.seat.standing.head.hex(), reason=reason))
         await asyncio.gather(self.presence.publish(), self.presence.push_to_all())
         await self.presence.close()

@@ -31,6 +31,9 @@ from p2p_diloco.wire.round_messages import Contribute
 QUEUED_PARTS = 2
 """So many contributions of one sender a reducer holds decoded; then the sender waits. Those of a sender that is gone
 are read and thrown away: it still gets the means."""
+IN_TIME_SHARE = 0.5
+"""Of ``Timeouts.part_s``: a contribution that is handed over so soon after the butterfly began is in time for every
+reducer that heard of the round when I did."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +55,7 @@ class Butterfly:
         self.me = meeting.me
         self.reducers = meeting.group.reducers_among(members)
         self.parts = parts
+        self.began_s = now_s()
         others = [i for i in members if i != self.me]
         self.waiting = set(others)
         """Members whose stream has not come yet."""
@@ -111,6 +115,8 @@ class Butterfly:
         for part in parts:
             contribution = self.meeting.signed_contribution(self.place(part))
             await channel.send_frame(contribution.data, contribution.signature)
+            if now_s() < self.began_s + self.meeting.timeouts.part_s * IN_TIME_SHARE:
+                self.meeting.delivered.add((self.number, part))
 
     async def _receive_means(self, channel: Channel, parts: list[int]) -> None:
         meeting = self.meeting
@@ -121,7 +127,8 @@ class Butterfly:
                 raise Misbehaved(channel.peer_id, f"sends part {part} of another reducer")
             if objection := meeting.objection(part):
                 raise Misbehaved(channel.peer_id, f"sends {objection}")
-            meeting.hold_reduced(part, received, reduction)
+            if meeting.takes(part, received, reduction):
+                meeting.hold_reduced(part, received, reduction)
 
     # -- as a reducer ------------------------------------------------------------------------------------------------
 
@@ -137,8 +144,10 @@ class Butterfly:
             values = {sender: one.values for sender, one in came.items()}
             reduced = group.aggregation.reduce(values, group.weights, part, meeting.grid, group.total_weight)
             meeting.norms[part] = norm_of(meeting.grid.decode(part, reduced.data))
-            inputs = inputs_of({sender: one.contribution for sender, one in came.items()})
-            meeting.hold_own(self.place(part), reduced, inputs)
+            contributions = {sender: one.contribution for sender, one in came.items()}
+            meeting.hold_own(self.place(part), reduced, inputs_of(contributions))
+            if meeting.kept is not None:
+                await asyncio.to_thread(meeting.kept.write, self.number, part, contributions)
 
     async def _next_contribution(self, sender: int, part: int) -> Came | None:
         """Returns a sender's next contribution, or None when the sender is gone. It may keep a reducer waiting for
@@ -201,13 +210,14 @@ class Butterfly:
     async def _send_means(self, channel: Channel, parts: list[int]) -> None:
         for part in parts:
             while True:
-                changed, reduced = self.meeting.changed.event, self.meeting.parts[part]
-                if reduced is not None:
+                changed = self.meeting.changed.event
+                reduced, reduction = self.meeting.parts[part], self.meeting.reductions[part]
+                if reduced is not None and reduction is not None:
                     break
                 if self.meeting.over:
                     return
                 await changed.wait()
-            await self.meeting.send_part(channel, part, reduced)
+            await self.meeting.send_part(channel, reduced, reduction)
 
     def _hear_no_more(self, sender: int) -> None:
         """Waits for a sender no more."""

@@ -18,13 +18,13 @@ from p2p_diloco.core.grid import Grid
 from p2p_diloco.core.group import Group
 from p2p_diloco.core.identity import Identity
 from p2p_diloco.core.signed_part import REDUCTION_BYTES, Contribution, Place, Reduction
-from p2p_diloco.core.update import MAX_CONTRIBUTORS, Part, check_mask
+from p2p_diloco.core.update import MAX_MASK_BYTES, Part, check_mask
 from p2p_diloco.core.waiting import Bell
+from p2p_diloco.round.kept import Kept
 from p2p_diloco.wire.channel import Channel, Meter, Transport
 
 log = logging.getLogger(__name__)
 
-MAX_MASK_BYTES = MAX_CONTRIBUTORS // 8
 LAPSED_SHARE = 0.25
 """Of ``Timeouts.part_s``: so long a reducer waits for a sender that was lost in an earlier round."""
 
@@ -61,7 +61,15 @@ class Meeting:
     norms: list[float] = field(init=False)
     """Of the parts that I have reduced or received; 0 for the others."""
     refused: set[bytes] = field(default_factory=set)
-    """Hashes of parts that members hold, and that I do not take: see ``objection``."""
+    """Hashes of parts that members hold, and that I do not take: see ``objection`` and ``takes``."""
+    lonely: set[int] = field(default_factory=set)
+    """Members that have reduced a part without most of those whose contributions it should have."""
+    delivered: set[tuple[int, int]] = field(default_factory=set)
+    """(number of the butterfly, part) of each contribution of mine that I have handed over in time."""
+    kept: Kept | None = None
+    """The contributions to the parts that I reduce; None in a run without audits."""
+    audit_parts: int = 0
+    """So many parts each member may ask me about."""
     lost: set[int] = field(default_factory=set)
     """Members that failed me in this round."""
     silent: set[int] = field(default_factory=set)
@@ -90,12 +98,14 @@ class Meeting:
         return Contribution.of(place, self.contribution(place.part), self.identity)
 
     def hashes(self) -> list[bytes]:
-        """Returns the hashes of the parts that I hold, an empty one for each that I do not hold."""
-        return [part.hash if part else b"" for part in self.parts]
+        """Returns the hashes of the parts that I hold, an empty one for each that I do not hold, or refuse."""
+        return [part.hash if part and part.hash not in self.refused else b"" for part in self.parts]
 
     def hold_own(self, place: Place, held: Part, inputs: bytes) -> None:
         """Signs and keeps a part of the update that I have reduced. ``inputs``: what stands for its contributions."""
-        self.hold_reduced(place.part, held, Reduction.of(place, held, inputs, self.me, self.identity))
+        reduction = Reduction.of(place, held, inputs, self.me, self.identity)
+        self.takes(place.part, held, reduction)  # others hear what I have, whether I take it or not
+        self.hold_reduced(place.part, held, reduction)
 
     def hold_reduced(self, part: int, held: Part, reduction: Reduction) -> None:
         """Keeps a part of the update that I have reduced, or that its reducer has sent me."""
@@ -136,12 +146,9 @@ class Meeting:
         self.meter.received += channel.meter.received
         channel.meter = self.meter
 
-    async def send_part(self, channel: Channel, index: int, part: Part) -> None:
-        """Sends the part of the update at ``index``, which I hold, as one frame: a byte with the mask's length, the
-        mask, the encoded mean, and what its reducer has signed. ValueError when I do not hold it."""
-        reduction = self.reductions[index]
-        if reduction is None:
-            raise ValueError(f"part {index} is not held")
+    async def send_part(self, channel: Channel, part: Part, reduction: Reduction) -> None:
+        """Sends a part of the update as one frame: a byte with the mask's length, the mask, the encoded mean, and what
+        its reducer has signed."""
         await channel.send_frame(bytes([len(part.mask)]), part.mask, part.data, reduction.to_bytes())
 
     async def receive_part(self, channel: Channel, part: int, timeout_s: float) -> tuple[Part, Reduction]:
@@ -169,6 +176,16 @@ class Meeting:
         return reduction.reducer < len(members) and reduction.is_signed(
             self.group.round_id, index, part, members[reduction.reducer].peer_id
         )
+
+    def takes(self, index: int, part: Part, reduction: Reduction) -> bool:
+        """Returns whether I take a part that is sound: most of those whose contributions should be in it are. Its
+        reducer may have been cut off from them, so it is not blamed, but another one does that part."""
+        if not self.group.leaves_out_most(part.mask):
+            return True
+        log.warning("outer step %d: refused: part %d leaves out most of the group", self.group.step, index)
+        self.refused.add(part.hash)
+        self.lonely.add(reduction.reducer)
+        return False
 
     def objection(self, part: int) -> str:
         """Returns what is wrong with the part that was just received: it is longer than what honest members would make

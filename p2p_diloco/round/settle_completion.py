@@ -67,6 +67,7 @@ class Completion:
                     log.warning("outer step %d: the group holds what I refuse: %s", self.group.step, objection)
                     meeting.refused.add(wanted)
                     continue
-                meeting.hold(part, received, reduction)
+                if meeting.takes(part, received, reduction):
+                    meeting.hold(part, received, reduction)
         except RemoteError as error:
             meeting.lose(source, error)

@@ -125,16 +125,16 @@ reduces_to_zeros = reduces(np.zeros_like)
 @in_rounds
 def reduces_differently(_: Liar, settlement: Settlement) -> None:
     """One mean to every second member, another one to the others."""
-    meeting, first = settlement.meeting, settlement.member.butterflies[0]
-    mine = set(first._parts_of(first.me))
+    meeting = settlement.meeting
 
-    def send_part(real: Callable[[Channel, int, Part], Any]) -> Callable[[Channel, int, Part], Any]:
-        async def sent(channel: Channel, index: int, part: Part) -> None:
-            if index in mine and meeting.index_of(channel.peer_id) % 2 and part == meeting.parts[index]:
+    def send_part(real: Callable[..., Any]) -> Callable[..., Any]:
+        async def sent(channel: Channel, part: Part, reduction: Reduction) -> None:
+            if meeting.index_of(channel.peer_id) % 2 and part in meeting.parts:
+                index = meeting.parts.index(part)
                 other = meeting.grid.encode(-meeting.grid.decode(index, part.data))
                 await send_signed(meeting, channel, index, Part(mask=part.mask, data=other))
                 return
-            await real(channel, index, part)
+            await real(channel, part, reduction)
 
         return sent
 
@@ -232,14 +232,13 @@ def commits_twice(_: Liar, settlement: Settlement) -> None:
         return
     twin = Twin(settlement, mine[0])
 
-    def send_part(real: Callable[[Channel, int, Part], Any]) -> Callable[[Channel, int, Part], Any]:
-        async def sent(channel: Channel, index: int, part: Part) -> None:
-            own = index == twin.part and part in (meeting.parts[twin.part], twin.first)
-            if own:
+    def send_part(real: Callable[..., Any]) -> Callable[..., Any]:
+        async def sent(channel: Channel, part: Part, reduction: Reduction) -> None:
+            if part in (meeting.parts[twin.part], twin.first):
                 part = twin.of(part) if twin.is_for(meeting.index_of(channel.peer_id)) else part
-                await send_signed(meeting, channel, index, part)
+                await send_signed(meeting, channel, twin.part, part)
                 return
-            await real(channel, index, part)
+            await real(channel, part, reduction)
 
         return sent
 
