@@ -13,4 +13,5 @@ Its files, from the bottom up:
     replica   this peer's copy of the outer state, in memory and on disk
     folder    a run as it lies in a peer's folder
     seats     a peer's seat, the owner's invitations, and revocations
+    found     what a peer has found of reducers, on disk
 """

@@ -33,7 +33,7 @@ from p2p_diloco.core.findings import FindingKind
 from p2p_diloco.core.signed_part import Contribution
 from p2p_diloco.core.update import Update, bits_of
 from p2p_diloco.core.waiting import now_s
-from p2p_diloco.ledger.findings_file import keep_findings, read_findings
+from p2p_diloco.ledger.found import keep_findings, read_findings
 from p2p_diloco.ledger.replica import Replica
 from p2p_diloco.round.company import Company
 from p2p_diloco.round.here import Here

@@ -36,4 +36,3 @@ class AskEvidence(Message):
     """Answers Accuses: prove it. Answered, as AskUpdate, by the evidence."""
 
     tag = "ask-evidence"
-    purpose = "other"

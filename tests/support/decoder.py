@@ -426,7 +426,7 @@ def state_digest(step: int, head: bytes, chunk_hashes: Sequence[bytes]) -> bytes
 
 MESSAGES: dict[str, tuple[set[str], set[str]]] = {
     "ready": ({"readiness", "record"}, set()),
-    "roster": ({"members", "signature"}, {"absent"}),
+    "roster": ({"members", "signature"}, {"absent", "idle"}),
     "too-few": ({"ready"}, set()),
     "no-witness": (set(), set()),
     "redirect": ({"record"}, set()),
@@ -445,6 +445,9 @@ MESSAGES: dict[str, tuple[set[str], set[str]]] = {
     "ask-witness": ({"link", "certificate"}, set()),
     "witnessed": ({"signature"}, set()),
     "ask-part": ({"round_id", "part", "hash"}, set()),
+    "ask-contributions": ({"round_id", "number", "part"}, set()),
+    "accuses": ({"peer_id"}, set()),
+    "ask-evidence": (set(), set()),
     "ask-heads": ({"since"}, set()),
     "heads": ({"first", "head", "links"}, set()),
     "ask-chain": ({"since"}, set()),
@@ -471,13 +474,14 @@ ANSWERS = {
     "took": ({"eta"}, {"certifies"}),
     "ask-commit": ({"eta"}, {"took-before", "commit"}),
     "ask-witness": ({"eta"}, {"witnessed"}),
+    "accuses": (set[str](), {"ask-evidence"}),
     "ask-heads": (set[str](), {"heads"}),
     "push": (set[str](), {"push"}),
     "ask-revocations": (set[str](), {"revocations"}),
     "ask-dial-back": (set[str](), {"dialed-back"}),
 }
 """Request -> what may come before the answer, and the answer; ``no`` in any case."""
-BLOBS = {"ask-chain", "ask-update", "ask-index", "ask-chunk", "ask-manifest"}
+BLOBS = {"ask-contributions", "ask-chain", "ask-update", "ask-index", "ask-chunk", "ask-manifest"}
 CHUNK_BYTES = 1048576
 
 
@@ -527,6 +531,7 @@ class Round:
     sealed: tuple[bytes, ...]
     signature: bytes
     absent: tuple[bytes, ...] = ()
+    idle: tuple[int, ...] = ()
     keep: bool = False
     min_group: int = 2
     known_on: Mapping[bytes, frozenset[str]] = field(default_factory=dict)
@@ -534,7 +539,7 @@ class Round:
 
     @cached_property
     def round_id(self) -> bytes:
-        return h(b"round", self.leader.encode(), *self.sealed, b"absent", *self.absent)
+        return h(b"round", self.leader.encode(), *self.sealed, b"absent", *self.absent, b"idle", bytes(self.idle))
 
     @cached_property
     def members(self) -> list[Mapping[str, Any]]:
@@ -607,6 +612,10 @@ class Round:
         return sum(self.weights[i] for i in came)
 
     def reducers(self, members: Sequence[int]) -> list[int]:
+        dialled = self.would_reduce(members)
+        return [i for i in dialled if i not in self.idle] or dialled
+
+    def would_reduce(self, members: Sequence[int]) -> list[int]:
         counting = [i for i in members if i in self.counting] or list(members)
         return [i for i in counting if not self.members[i]["client_mode"]] or counting
 
@@ -631,7 +640,7 @@ class Certificate:
     witness: bytes
 
     def packed(self, meeting: Round) -> bytes:
-        roster = [meeting.leader, list(meeting.sealed), list(meeting.absent), meeting.signature]
+        roster = [meeting.leader, list(meeting.sealed), list(meeting.absent), meeting.signature, list(meeting.idle)]
         signatures = [[i, signature] for i, signature in self.signatures]
         packed: bytes = msgpack.packb([roster, self.full, self.state, signatures, self.witness])
         return packed
@@ -657,8 +666,8 @@ class Certificate:
 def open_certificate(data: bytes, **rules: Any) -> tuple[Round, Certificate]:
     """``rules``: what ``Round`` has to be told."""
     roster, full, state, signatures, witness = unpack(data)
-    leader, members, absent, signature = roster
-    meeting = Round(leader, tuple(members), signature, tuple(absent), **rules)
+    leader, members, absent, signature, idle = roster
+    meeting = Round(leader, tuple(members), signature, tuple(absent), tuple(idle), **rules)
     certificate = Certificate(full, state, [(i, one) for i, one in signatures], witness)
     check(len(data) <= 524288 and certificate.packed(meeting) == data, "a certificate that is packed otherwise")
     return meeting, certificate
@@ -701,6 +710,13 @@ def place(round_id: bytes, number: int, part: int) -> bytes:
 def inputs_of(came: Mapping[int, tuple[bytes, bytes]], blake3: Blake3) -> bytes:
     """``came``: index in the roster -> (contribution, signature)."""
     return h(*(bytes([i]) + blake3(came[i][0]) + came[i][1] for i in sorted(came)))
+
+
+def contributions_of(blob: bytes) -> dict[int, tuple[bytes, bytes]]:
+    """What answers ``ask-contributions``, as ``inputs_of`` wants it."""
+    came = {i: (data, signature) for i, data, signature in unpack(blob)}
+    check(list(came) == sorted(came), "contributions in another order")
+    return came
 
 
 @dataclass
@@ -764,6 +780,10 @@ class Decoder:
                 self._part(decoded, request, down)
             elif request.tag in BLOBS:
                 self._blob(decoded, request, down)
+            elif request.tag == "accuses":
+                self._answers(decoded, down, *ANSWERS["accuses"])
+                if decoded.answered[-1].tag == "ask-evidence":
+                    self._blob(decoded, request, up)
             elif request.tag == "ask-transfer":
                 check(len(next(up)) == request.fields["up_bytes"], "a transfer of another length")
                 self._answers(decoded, down, set(), {"transferred"})
@@ -797,8 +817,12 @@ class Decoder:
         if last.tag == "roster":
             absent, rules = tuple(last.fields.get("absent", ())), self._rules()
             leader, members = decoded.stream.server, tuple(last.fields["members"])
-            found = Round(leader, members, last.fields["signature"], absent, **rules)
+            idle = tuple(last.fields.get("idle", ()))
+            found = Round(leader, members, last.fields["signature"], absent, idle, **rules)
             check(bool(found.members), "an empty roster")
+            would = found.would_reduce(range(len(found.members)))
+            fits = list(idle) == sorted(set(idle) & set(would)) and 2 * len(idle) <= len(would)
+            check(fits, "a roster that leaves the wrong ones idle")
             self.rounds[found.round_id] = found
         if last.tag == "again" and request.tag == "receipt":
             self.agains[request.fields["round_id"], last.fields["number"]] = last

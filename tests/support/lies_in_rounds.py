@@ -11,6 +11,7 @@ import numpy as np
 
 from p2p_diloco.core.certificate import Taken, certificate_of
 from p2p_diloco.core.codec import Vector
+from p2p_diloco.core.digest import digest
 from p2p_diloco.core.group import seal_roster
 from p2p_diloco.core.roster import open_readiness
 from p2p_diloco.core.signed_part import Place, Reduction
@@ -96,12 +97,14 @@ async def send_signed(meeting: Meeting, channel: Channel, index: int, part: Part
     await channel.send_frame(bytes([len(part.mask)]), part.mask, part.data, reduction.to_bytes())
 
 
-def reduces(change: Callable[[Vector], Vector]) -> Callable[[Liar], None]:
-    """The same false mean to everybody."""
+def reduces(
+    change: Callable[[Vector], Vector], lies_about: Callable[[bytes, int], bool] = lambda head, part: True
+) -> Callable[[Liar], None]:
+    """The same false mean to everybody, in those of its parts that it ``lies_about``."""
 
     def lie(_: Liar, settlement: Settlement) -> None:
         meeting, first = settlement.meeting, settlement.member.butterflies[0]
-        mine = set(first._parts_of(first.me))
+        mine = {part for part in first._parts_of(first.me) if lies_about(settlement.group.head, part)}
 
         def hold(real: Callable[[Place, Part, bytes], None]) -> Callable[[Place, Part, bytes], None]:
             def held(place: Place, reduced: Part, inputs: bytes) -> None:
@@ -120,6 +123,27 @@ def reduces(change: Callable[[Vector], Vector]) -> Callable[[Liar], None]:
 
 reduces_tenfold = reduces(lambda mean: TENFOLD * mean)
 reduces_to_zeros = reduces(np.zeros_like)
+reduces_a_quarter_to_zeros = reduces(np.zeros_like, lambda head, part: digest(head, bytes([part]))[0] % 4 == 0)
+
+
+def with_a_flipped_bit(mean: Vector) -> Vector:
+    """The exponent of the first value that is not zero: what faulty memory does to an honest peer."""
+    bits = mean.copy().view(np.uint32)
+    bits[np.flatnonzero(mean)[:1]] ^= np.uint32(1 << 24)
+    return bits.view(np.float32)
+
+
+flips_a_bit = reduces(with_a_flipped_bit)
+
+
+@in_rounds
+def masks_away(_: Liar, settlement: Settlement) -> None:
+    """A reducer that hears the others' contributions, and takes only its own and those of every second member."""
+    meeting = settlement.meeting
+    for butterfly in settlement.member.butterflies.values():
+        for sender in tuple(butterfly.queues)[::2]:
+            butterfly.gone.add(sender)
+    meeting.changed.ring()
 
 
 @in_rounds
