@@ -144,6 +144,7 @@ def group_of(
     aggregate: AggregateName = "mean",
     *,
     familiar: Sequence[Identity] | None = None,
+    idle: Sequence[int] = (),
     **changes: Sequence[Any],
 ) -> Group:
     """The group of ``members``, in the order of rank, whom the first of them has gathered; ``changes``: a value for
@@ -155,7 +156,7 @@ def group_of(
     ]
     sealed = [seal_readiness(mine, who) for mine, who in zip(readiness, members)]
     return open_roster(
-        seal_roster(sealed, [], leader), rules_of(aggregate), known(*(members if familiar is None else familiar))
+        seal_roster(sealed, [], leader, idle), rules_of(aggregate), known(*(members if familiar is None else familiar))
     )
 
 

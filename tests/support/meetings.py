@@ -26,6 +26,7 @@ from p2p_diloco.core.waiting import Bell, heard, now_s
 from p2p_diloco.round.meeting import Meeting
 from p2p_diloco.round.outcome import Missed, Settled
 from p2p_diloco.round.settle import Settlement
+from p2p_diloco.wire.audit_messages import AskContributions
 from p2p_diloco.wire.channel import Channel, Writer, run_protocol
 from p2p_diloco.wire.message import Message
 from p2p_diloco.wire.messages import No, Size
@@ -50,7 +51,7 @@ HISTORY = "abc"
 TIMEOUTS = Timeouts()
 N_PARTS = 6
 SMALL_PART_VALUES = 100
-OF_A_ROUND = (Contribute, Receipt, AskPart, AskCommit)
+OF_A_ROUND = (Contribute, Receipt, AskPart, AskCommit, AskContributions)
 LONGEST_ROUND_S = 150.0
 COMMIT_STARTS = b"\x92\xa6commit"
 
@@ -121,6 +122,8 @@ class Round:
     dropped: tuple[int, ...] = ()
     unknown: tuple[int, ...] = ()
     """Newcomers: all others are known."""
+    idle: tuple[int, ...] = ()
+    """Whom the roster gives no share."""
     codec: CodecName = "int8"
     n: int = (N_PARTS - 1) * SMALL_PART_VALUES + 7
     aggregate: AggregateName = "mean"
@@ -145,6 +148,7 @@ class Round:
             HISTORY,
             self.aggregate,
             familiar=self.familiar,
+            idle=self.idle,
             weight=self.weights or [100 * (i + 1) for i in range(self.count)],
             client_mode=[i in self.clients for i in range(self.count)],
             dropped=[i in self.dropped for i in range(self.count)],
