@@ -274,7 +274,7 @@ def check_history(run: Run, reader: Decoder, decoded: Sequence[Decoded]) -> dict
         states[state.step] = state
         for sim in run.peers.values():
             ledger = sim.peer.replica.ledger
-            assert not ledger.update_path(step).exists() or ledger.update_path(step).read_bytes() == data
+            assert not ledger.updates.path(step).exists() or ledger.updates.path(step).read_bytes() == data
             assert sim.history.get(state.step, (state.head, state.theta.tobytes())) == (
                 state.head,
                 state.theta.tobytes(),

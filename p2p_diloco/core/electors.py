@@ -10,12 +10,21 @@ has one itself counts no other of its own token.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Protocol
 
 from p2p_diloco.core.admission import Seated, counts_as, one_vote_each
+from p2p_diloco.core.known import WINDOW_STEPS, known_at
 from p2p_diloco.core.records import Record
 from p2p_diloco.core.swarm_head import Standing, way
+
+
+def electors_at(step: int, last: Sequence[Collection[str]], owner: str) -> frozenset[str]:
+    """Returns the peers that have a vote about what follows outer step ``step``. ``last``: the contributors of the last
+    updates before, as ``known_at`` has them; ``owner``: the peer id of the run's owner."""
+    if step < WINDOW_STEPS:
+        return frozenset((owner, *(peer_id for contributed in last for peer_id in contributed)))
+    return known_at(step, last).peers | {owner}
 
 
 class History(Protocol):

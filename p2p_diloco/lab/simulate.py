@@ -65,11 +65,7 @@ def open_simulation(
     run are relative to. ``warm_folder``: where starts are kept that others have, too. ``past``: what a swarm did, to be
     done again. Raises LocalError; UsageError when the folder holds another simulation."""
     spec, options, on = what.run, what.simulate, pick_device(device)
-    with open_checkpoint(folder) as checkpoint:
-        if checkpoint is not None:
-            checkpoint.check_what(what)
-    if (folder / MANIFEST_FILE).exists():
-        read_manifest(folder)  # what another protocol's simulation has left stays as it is
+    check_folder(folder, what)
     manifest, theta = begin(what, folder, base)
     torch.set_num_threads(threads or good_threads(manifest.n_params))
     names = list(past.names) if past else replica_names(options.most_replicas)
@@ -112,6 +108,16 @@ def open_simulation(
     if not restore(simulation):
         simulation.add_point(None, 0, 0)
     return simulation
+
+
+def check_folder(folder: Path, what: SimulatedRun) -> None:
+    """Raises LocalError where the folder holds what must stay as it is: another simulation, or one of another
+    protocol."""
+    with open_checkpoint(folder) as checkpoint:
+        if checkpoint is not None:
+            checkpoint.check_what(what)
+    if (folder / MANIFEST_FILE).exists():
+        read_manifest(folder)
 
 
 def begin(what: SimulatedRun, folder: Path, base: Path) -> tuple[RunManifest, Vector]:

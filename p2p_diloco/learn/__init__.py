@@ -23,6 +23,8 @@ Its files, from the bottom up:
     inner         learning alone: AdamW, its schedule, its state on disk
     process       the network process, as its trainer holds it
     speed         how fast a trainer makes inner steps
+    inner_steps   what a trainer's inner steps come to: tokens, loss, speed
+    shared        memory that a trainer and its network process share
     swarm         the handle that a trainer holds on the swarm
     keeper        a trainer's inner state, written to the disk beside training
     train         one peer, top to bottom: start reading here

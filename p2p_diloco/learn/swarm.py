@@ -17,9 +17,7 @@ its parameters *in* local; one on an accelerator is copied there and back at out
 
 from __future__ import annotations
 
-import mmap
 import os
-import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -38,14 +36,14 @@ from p2p_diloco.core.manifest import RunManifest, open_manifest
 from p2p_diloco.core.pace import outer_step_due
 from p2p_diloco.core.peer_row import PeerRow
 from p2p_diloco.core.records import Role
+from p2p_diloco.learn.inner_steps import InnerSteps
 from p2p_diloco.learn.process import NetworkHandle
-from p2p_diloco.learn.speed import Speed
+from p2p_diloco.learn.shared import anonymous_memory, shared_vectors
 from p2p_diloco.peer.control import (
     Begin,
     Begun,
     Evaluated,
     Found,
-    InnerStep,
     Joined,
     Left,
     Moved,
@@ -77,18 +75,13 @@ class Swarm:
         self.inner_step = 0
         """Inner steps since the last outer step."""
         self.planned = 0
-        self.tokens = 0
-        """Trained on since joining."""
-        self.tokens_per_s = 0.0
-        self.loss: float | None = None
         self.folder = Path()
         """Of this run: ledger, event log, inner state."""
         self.maddrs: list[str] = []
         self.peer_id = ""
-        self._tokens_since_theta = 0
-        self._tokens_this_step = 0
-        self._speed = Speed()
-        self._evaluate = False
+        self.evaluate_now = False
+        """Whether it is this peer's turn to evaluate theta."""
+        self._inner_steps = InnerSteps()
         self._descriptor = memory
         self._network = network
 
@@ -154,10 +147,7 @@ class Swarm:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        if error is None and self.done:
-            self.close("done")
-        else:  # who leaves the block before the run is over was asked to as well, by the user or by its own loop
-            self.close("asked" if error is None or isinstance(error, Stopped) else type(error).__name__)
+        self.close("done" if error is None and self.done else why_left(error))
 
     def close(self, reason: str) -> None:
         """Says goodbye and ends the network process; within 10 s, whatever it does."""
@@ -181,11 +171,6 @@ class Swarm:
         """Returns (outer step, held-out loss) of the swarm's newest evaluation; None before there is one."""
         return self._network.evaluation
 
-    @property
-    def evaluate_now(self) -> bool:
-        """Returns whether it is this peer's turn to evaluate theta."""
-        return self._evaluate
-
     def load_into(self, model: torch.nn.Module) -> None:
         """Gives the model theta, and counts this peer as training from here on. A model on the CPU keeps its parameters
         in shared memory from then on. UsageError when it is not the run's model."""
@@ -203,15 +188,16 @@ class Swarm:
             raise RuntimeError("theta is not here yet: wait_for_state comes before it is taken")
         self._network.say(Begin(planned=self.planned))
         begun = self._network.wait(Begun)
-        self.step, self.head, self._evaluate = begun.step, begun.head, begun.evaluate
+        self.step, self.head, self.evaluate_now = begun.step, begun.head, begun.evaluate
         self.local[:] = self.theta
-        self._speed.begin(time.monotonic(), self.tokens)
+        self._inner_steps.begin(time.monotonic())
 
     def restore_local(self, local: Vector, model: torch.nn.Module, *, inner_step: int, tokens: int) -> None:
         """Goes on from parameters that an earlier process of this peer saved, ``inner_step`` steps after theta."""
         self.local[:] = local
         self._parameters(model).write(self.local)
-        self.inner_step, self._tokens_since_theta, self._tokens_this_step = inner_step, tokens, tokens
+        self.inner_step = inner_step
+        self._inner_steps.resume(tokens)
 
     def read_local(self, model: torch.nn.Module) -> None:
         """Makes ``local`` what the model is now."""
@@ -223,15 +209,29 @@ class Swarm:
         return parameters_of(model, self.local)
 
     @property
+    def tokens(self) -> int:
+        """Returns the tokens trained on since joining."""
+        return self._inner_steps.tokens
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Returns the tokens per second of the last inner steps."""
+        return self._inner_steps.tokens_per_s
+
+    @property
+    def loss(self) -> float | None:
+        """Returns the loss of the last inner step, in nats per token; None before there is one."""
+        return self._inner_steps.loss
+
+    @property
     def tokens_since_theta(self) -> int:
         """Returns the tokens that the next contribution stands for."""
-        return self._tokens_since_theta
+        return self._inner_steps.tokens_since_theta
 
     @property
     def tokens_this_step(self) -> int:
-        """Returns the tokens trained on since the outer step at which this peer stands; fewer than since theta, where a
-        lost contribution is kept."""
-        return self._tokens_this_step
+        """Returns the tokens trained on since the outer step at which this peer stands."""
+        return self._inner_steps.tokens_this_step
 
     def theta_in(self, model: torch.nn.Module) -> AbstractContextManager[None]:
         """Makes the model theta inside the block, and what it was before afterwards."""
@@ -241,27 +241,10 @@ class Swarm:
         """Tells that an inner step ended: its mean loss in nats per token, and the tokens it took. It never waits.
         Raises what ended the network process, if it has ended."""
         self._network.check()
-        loss, tokens = float(loss), int(tokens)  # of whatever library
         self.inner_step += 1
-        self.tokens += tokens
-        self._tokens_since_theta += tokens
-        self._tokens_this_step += tokens
-        self.loss = loss
-        self._speed.step_ended(time.monotonic())
-        if self._speed.step_s:
-            self.tokens_per_s = tokens / self._speed.step_s
-        if not self._network.has_room():
-            return  # it is stopped; the next inner step says more than this one
-        self._network.say(
-            InnerStep(
-                inner_step=self.inner_step,
-                planned=self.planned,
-                step_s=self._speed.step_s,
-                loss=loss if np.isfinite(loss) else None,
-                tokens=self.tokens,
-                tokens_per_s=self.tokens_per_s,
-            )
-        )
+        self._inner_steps.ended(float(loss), int(tokens), time.monotonic())  # numbers of whatever library
+        if self._network.has_room():  # else it is stopped, and the next inner step says more than this one
+            self._network.say(self._inner_steps.line(self.inner_step, self.planned))
 
     def outer_step_due(self) -> bool:
         """Returns whether the planned inner steps are done, or the round closes before another one would end, or the
@@ -271,7 +254,7 @@ class Swarm:
         return outer_step_due(
             inner_step=self.inner_step,
             planned=self.planned,
-            step_s=self._speed.step_s,
+            step_s=self._inner_steps.speed.step_s,
             closes_in_s=closes_in_s,
             behind=self._network.behind,
         )
@@ -283,29 +266,28 @@ class Swarm:
         other peers do: the result says whether theta is new (``moved``), and why not, and whether the model goes on
         from its own parameters all the same (``kept``). ``dropped``: offer nothing, as if it had been lost on its way.
         """
-        ended_s = self._speed.ended_s(time.monotonic())
+        ended_s = self._inner_steps.speed.ended_s(time.monotonic())
         self.read_local(model)
-        pace = self._speed.offered(ended_s, self.tokens)
-        self._network.say(OuterStep(tokens=max(self._tokens_since_theta, 1), dropped=dropped, pace=pace))
+        pace = self._inner_steps.speed.offered(ended_s, self.tokens)
+        self._network.say(OuterStep(tokens=max(self.tokens_since_theta, 1), dropped=dropped, pace=pace))
         result = self._network.wait(OuterResult)
         if result.moved and not result.kept:
             self.local[:] = self.theta
-            self._tokens_since_theta = 0
         if result.moved:
-            self._tokens_this_step = 0
+            self._inner_steps.moved(kept=result.kept)
             self._parameters(model).write(self.local)
         self.step, self.head, self.planned = result.step, result.head, result.planned
         self.inner_step = 0
-        self._evaluate = result.evaluate
+        self.evaluate_now = result.evaluate
         result = replace(result, stall_s=time.monotonic() - ended_s)
         self._network.say(Stall(step=self.step, seconds=result.stall_s))
-        self._speed.begin(time.monotonic(), self.tokens)
+        self._inner_steps.begin(time.monotonic())
         return result
 
     def evaluated(self, held_out_loss: float, tokens: int, seconds: float) -> None:
         """Tells the swarm the loss of this outer step's theta on held-out text, in nats per token."""
-        self._evaluate = False
-        self._speed.begin(time.monotonic(), self.tokens)
+        self.evaluate_now = False
+        self._inner_steps.begin(time.monotonic())
         finite = float(held_out_loss) if np.isfinite(held_out_loss) else None
         self._network.say(Evaluated(step=self.step, held_out_loss=finite, tokens=int(tokens), seconds=float(seconds)))
 
@@ -316,6 +298,12 @@ class Swarm:
             self.step, self.head = line.step, line.head
 
 
+def why_left(error: BaseException | None) -> str:
+    """Returns what others are told of a peer that leaves before the run is over: that it was asked to, by the user or
+    by its own loop, or the name of the error that ended it."""
+    return "asked" if error is None or isinstance(error, Stopped) else type(error).__name__
+
+
 @contextmanager
 def closed_on_failure(swarm: Swarm) -> Iterator[None]:
     """Closes the handle where the block raises, so that nothing is left behind."""
@@ -324,22 +312,3 @@ def closed_on_failure(swarm: Swarm) -> Iterator[None]:
     except BaseException:
         swarm.close("could not join")
         raise
-
-
-def shared_vectors(memory: int, n: int) -> tuple[Vector, Vector]:
-    """Returns theta, read-only here, and local, float32 [n] each, in the memory behind this descriptor."""
-    shared = np.frombuffer(mmap.mmap(memory, 2 * 4 * n), np.float32)
-    theta, local = shared[:n], shared[n:]
-    theta.flags.writeable = False
-    return theta, local
-
-
-def anonymous_memory() -> int:
-    """Returns a descriptor of memory without a name, empty: gone with the last process that has it open."""
-    if hasattr(os, "memfd_create"):
-        descriptor = os.memfd_create("p2p-diloco")
-    else:
-        with tempfile.TemporaryFile() as file:
-            descriptor = os.dup(file.fileno())
-    os.set_inheritable(descriptor, False)
-    return descriptor

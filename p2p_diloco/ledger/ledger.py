@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from itertools import takewhile
 from pathlib import Path
@@ -23,18 +23,12 @@ from p2p_diloco.core.certificate import Certificate, Certified
 from p2p_diloco.core.codec import Vector
 from p2p_diloco.core.grid import Grid
 from p2p_diloco.core.outer import OuterState
-from p2p_diloco.core.update import (
-    Update,
-    UpdateHeader,
-    max_update_start_bytes,
-    open_update,
-    update_from_bytes,
-    update_pieces,
-)
+from p2p_diloco.core.update import Update, UpdateHeader
 from p2p_diloco.ledger.chain import Chain
-from p2p_diloco.ledger.disk import disk_errors, sync, write_whole
+from p2p_diloco.ledger.disk import disk_errors, sync
 from p2p_diloco.ledger.files import LedgerFiles, move_into
 from p2p_diloco.ledger.snapshot import SnapshotInfo, check_snapshot, save_snapshot, snapshot_bytes
+from p2p_diloco.ledger.updates import HeldUpdates, sound_pieces
 
 logger = logging.getLogger(__name__)
 
@@ -60,17 +54,14 @@ class Ledger:
         goes into every snapshot, and a snapshot with another one is foreign."""
         self.folder, self.grid, self.lr, self.momentum, self.run_id = folder, grid, lr, momentum, run_id
         self.lost_snapshots: dict[int, SnapshotInfo] = {}
-        self.lost_updates: dict[int, UpdateHeader] = {}
         """Outer step -> what has been found damaged or gone since opening, and ought to be there."""
         self._snapshot_every, self._keep_snapshots = snapshot_every, keep_snapshots
-        self._headers: dict[int, UpdateHeader] = {}
         self._snapshots: dict[int, SnapshotInfo] = {}
         self._files = LedgerFiles(folder)
         self.quarantined = self._files.quarantined
         self.chain = Chain(self._files, grid)
         with disk_errors(folder):
-            for path in self._files.updates():
-                self._open_update(path)
+            self.updates = HeldUpdates(self._files, grid, self.chain)
             for path in self._files.snapshots():
                 self._open_snapshot(path)
 
@@ -86,18 +77,14 @@ class Ledger:
 
     def header(self, step: int) -> UpdateHeader | None:
         """Returns the header of the update that leads from ``step`` to ``step + 1``; None where it is not here."""
-        return self._headers.get(step)
-
-    def update_path(self, step: int) -> Path:
-        """Returns where the update is, or would be, that leads from ``step`` to ``step + 1``."""
-        return self._files.update_path(step)
+        return self.updates.header(step)
 
     def heads(self) -> dict[int, bytes]:
         """Returns every outer step that this ledger can lead to, with its head."""
         heads: dict[int, bytes] = {}
         for snapshot in self.snapshots():
             heads[snapshot.step] = snapshot.head
-            leading_on = following(self._headers, snapshot.step, snapshot.head)
+            leading_on = self.updates.following(snapshot.step, snapshot.head)
             heads.update((header.step + 1, header.head) for header in leading_on)
         return heads
 
@@ -105,7 +92,7 @@ class Ledger:
         """Returns the newest snapshot from which updates lead to ``head`` at outer step ``step``, and these updates;
         None where no snapshot does."""
         for snapshot in reversed(self.snapshots()):
-            leading_on = following(self._headers, snapshot.step, snapshot.head)
+            leading_on = self.updates.following(snapshot.step, snapshot.head)
             updates = list(takewhile(lambda header: header.step < step, leading_on))
             reached = (updates[-1].step + 1, updates[-1].head) if updates else (snapshot.step, snapshot.head)
             if reached == (step, head):
@@ -115,30 +102,27 @@ class Ledger:
     def update_bytes(self, step: int) -> bytes | None:
         """Returns the update that leads from ``step`` to ``step + 1`` as it is served. It is read and verified at every
         call; None where it is not here, or not sound."""
-        checked = self._read_update(step)
+        checked = self.updates.read(step)
         return checked[0] if checked else None
 
     def update(self, step: int) -> Update | None:
         """Returns what ``update_bytes`` does, decoded."""
-        checked = self._read_update(step)
+        checked = self.updates.read(step)
         return checked[1] if checked else None
 
     def append(self, update: Update, certificate: Certificate) -> None:
         """Writes the update's entry in the chain, and then the update; both are durable on return. A history that
         contradicts it is abandoned. Raises ValueError for an update of another model, or that does not follow."""
-        if self._headers.get(update.header.step) != update.header:
-            sound_pieces(update, self.grid)
+        if not self.updates.has(update.header):
+            pieces = sound_pieces(update, self.grid)
             self.extend([Certified(header=update.header, certificate=certificate)])
-            self.restore(update)
+            self.updates.write(update.header, pieces)
 
     def restore(self, update: Update) -> None:
         """Writes an update that the chain has, which is durable on return; any other is left aside. Raises ValueError
         for an update of another model."""
-        if self.chain.has(update.header) and self._headers.get(update.header.step) != update.header:
-            pieces = sound_pieces(update, self.grid)
-            write_whole(self.update_path(update.header.step), pieces, sum(len(piece) for piece in pieces))
-            self._headers[update.header.step] = update.header
-            self.lost_updates.pop(update.header.step, None)
+        if self.chain.has(update.header) and not self.updates.has(update.header):
+            self.updates.write(update.header, sound_pieces(update, self.grid))
 
     def extend(self, entries: Sequence[Certified]) -> None:
         """Leads the chain on with ``entries``, which follow one from the other; it is durable on return. A history that
@@ -197,11 +181,6 @@ class Ledger:
         self._add_snapshot(info)
         return info
 
-    def lose_update(self, header: UpdateHeader, reason: str) -> None:
-        """Goes on without an update whose file is damaged or gone, and remembers that it ought to be here."""
-        if self.put_aside(header, reason):
-            self.lost_updates[header.step] = header
-
     def lose_snapshot(self, info: SnapshotInfo, reason: str) -> None:
         """Goes on without a snapshot whose file is damaged or gone, and remembers that it ought to be here."""
         if self._snapshots.get(info.step) is info:  # else another thread has just replaced it
@@ -209,46 +188,24 @@ class Ledger:
             self.lost_snapshots[info.step] = info
             self._files.quarantine(info.path, reason)
 
-    def put_aside(self, header: UpdateHeader, reason: str) -> bool:
-        """Goes on without an update that does not belong here. Returns False when it is not here any more."""
-        if self._headers.get(header.step) is not header:
-            return False
-        self._headers.pop(header.step)
-        self._files.quarantine(self.update_path(header.step), reason)
-        return True
-
     def truncate(self, step: int, *, cut: int | None = None) -> None:
         """Abandons the updates from outer step ``step`` on, and later snapshots: the swarm did not share them. The
         chain is cut there, or at outer step ``cut``."""
         cut = step if cut is None else cut
         # The newest first, and the chain last, so that a crash in the middle leaves an unbroken history.
         snapshots = [s for s in sorted(self._snapshots, reverse=True) if s > step]
-        updates = [s for s in sorted(self._headers, reverse=True) if s >= step]
+        updates = self.updates.since(step)
         self.lost_snapshots = {s: lost for s, lost in self.lost_snapshots.items() if s <= step}
-        self.lost_updates = {s: lost for s, lost in self.lost_updates.items() if s < step}
+        self.updates.lost = {s: lost for s, lost in self.updates.lost.items() if s < step}
         if snapshots or updates:
             with self._files.abandoning() as history:
                 self.chain.save_from(cut, history / self.chain.path.name)
                 for s in snapshots:
                     move_into(history, self._files.snapshot_path(s))
                     self._snapshots.pop(s, None)
-                for s in updates:
-                    move_into(history, self.update_path(s))
-                    self._headers.pop(s, None)
+                self.updates.move(updates, history)
             logger.warning("ledger: %d updates from outer step %d on moved to %s", len(updates), step, history)
         self.chain.truncate(cut)
-
-    def _open_update(self, path: Path) -> None:
-        try:
-            header = read_header(path, self.grid)
-            if path != self.update_path(header.step):
-                raise ValueError(f"it is update {header.step}")
-            if not self.chain.has(header):
-                raise ValueError("the chain has no certificate of it")
-        except ValueError as error:
-            self._files.quarantine(path, str(error))
-        else:
-            self._headers[header.step] = header
 
     def _open_snapshot(self, path: Path) -> None:
         try:
@@ -262,22 +219,6 @@ class Ledger:
         else:
             self._snapshots[info.step] = info
 
-    def _read_update(self, step: int) -> tuple[bytes, Update] | None:
-        """None, and the ledger without it, when it is gone or damaged."""
-        header, path = self._headers.get(step), self.update_path(step)
-        if header is None:
-            return None
-        with disk_errors(path):
-            try:
-                data = path.read_bytes()
-                update = update_from_bytes(data, self.grid)
-                if update.header != header:
-                    raise ValueError("it is another one than it was")
-            except (FileNotFoundError, ValueError) as error:
-                self.lose_update(header, "it is gone" if isinstance(error, FileNotFoundError) else str(error))
-                return None
-        return data, update
-
     def _add_snapshot(self, info: SnapshotInfo) -> None:
         self._snapshots[info.step] = info
         self.lost_snapshots.pop(info.step, None)
@@ -287,32 +228,7 @@ class Ledger:
         """Keeps the newest snapshots, and every update from the oldest of them on."""
         oldest = sorted(self._snapshots)[-self._keep_snapshots :][0]
         self.lost_snapshots = {s: lost for s, lost in self.lost_snapshots.items() if s > oldest}
-        self.lost_updates = {s: lost for s, lost in self.lost_updates.items() if s >= oldest}
         with disk_errors(self.folder):
             for step in [s for s in sorted(self._snapshots) if s < oldest]:
                 self._snapshots.pop(step).path.unlink(missing_ok=True)
-            for step in [s for s in sorted(self._headers) if s < oldest]:
-                self._headers.pop(step, None)
-                self.update_path(step).unlink(missing_ok=True)
-
-
-def following(headers: Mapping[int, UpdateHeader], step: int, head: bytes) -> Iterator[UpdateHeader]:
-    """Yields the updates that lead on from ``head`` at outer step ``step``, one after the other."""
-    while (header := headers.get(step)) is not None and header.parent == head:
-        yield header
-        step, head = step + 1, header.head
-
-
-def sound_pieces(update: Update, grid: Grid) -> list[bytes]:
-    """Returns the bytes of an update, in pieces. Raises ValueError for what opening a ledger would quarantine."""
-    pieces = update_pieces(update)
-    open_update(pieces[0], sum(len(piece) for piece in pieces), grid)
-    return pieces
-
-
-def read_header(path: Path, grid: Grid) -> UpdateHeader:
-    """Returns the header of an update's file. Raises ValueError when the file is none, or of another size than its
-    header makes it."""
-    with path.open("rb") as file:
-        start = file.read(max_update_start_bytes(grid))
-    return open_update(start, path.stat().st_size, grid)
+            self.updates.prune(oldest)

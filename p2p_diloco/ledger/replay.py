@@ -59,8 +59,8 @@ class Replay:
             return False
         for header in self._updates:
             places, start = part_places(header, ledger.grid), update_start(header)
-            if not begins_with(ledger.update_path(header.step), start, places[-1].stop):
-                ledger.lose_update(header, "its header or its size is not what it was")
+            if not begins_with(ledger.updates.path(header.step), start, places[-1].stop):
+                ledger.updates.lose(header, "its header or its size is not what it was")
                 return False
             self._places[header.step] = places
         return True
@@ -76,7 +76,7 @@ class Replay:
             try:
                 gradient = self._gradient(header, part)
             except ValueError as error:
-                self.ledger.lose_update(header, str(error))
+                self.ledger.updates.lose(header, str(error))
                 return None
             apply_part(theta, momentum, gradient, lr=self.ledger.lr, momentum=self.ledger.momentum)
         return theta, momentum
@@ -88,7 +88,7 @@ class Replay:
         return np.frombuffer(data, np.float32).copy()
 
     def _gradient(self, header: UpdateHeader, part: int) -> Vector:
-        data = read_chunk(self.ledger.update_path(header.step), self._places[header.step][part])
+        data = read_chunk(self.ledger.updates.path(header.step), self._places[header.step][part])
         stored = part_from_bytes(data, header)
         if stored.hash != header.part_hashes[part]:
             raise ValueError(f"part {part} is not what it was")
@@ -112,5 +112,5 @@ def load(ledger: Ledger, theta_out: Vector, momentum_out: Vector, *, at_most: in
             continue
         stray = ledger.header(state.step)
         if stray is not None and state.step != at_most:
-            ledger.put_aside(stray, "it does not follow from the state before it")
+            ledger.updates.put_aside(stray, "it does not follow from the state before it")
         return state

@@ -15,17 +15,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
-
 from p2p_diloco.core.certificate import Certificate, Certified
 from p2p_diloco.core.codec import Vector
 from p2p_diloco.core.errors import Gap, LedgerError
 from p2p_diloco.core.group import RosterRules
-from p2p_diloco.core.known import WINDOW_STEPS, Known, known_at
+from p2p_diloco.core.known import Known
 from p2p_diloco.core.manifest import RunManifest
 from p2p_diloco.core.outer import OuterState, apply_checked, check_update
 from p2p_diloco.core.swarm_head import Standing
 from p2p_diloco.core.update import Update, UpdateHeader, in_most_parts
+from p2p_diloco.ledger.comparison import agreed, differing
+from p2p_diloco.ledger.history import ChainHistory
 from p2p_diloco.ledger.ledger import Ledger
 from p2p_diloco.ledger.replay import Replay, load
 from p2p_diloco.ledger.snapshot import SnapshotInfo
@@ -53,6 +53,7 @@ class Replica:
     def __init__(self, manifest: RunManifest, ledger: Ledger, theta: Vector, momentum: Vector) -> None:
         self.manifest = manifest
         self.ledger = ledger
+        self.history = ChainHistory(manifest, ledger.chain)
         self.theta = theta
         self.momentum = momentum
         self.state: OuterState | None = None
@@ -143,24 +144,10 @@ class Replica:
     def _compared(self, replay: Replay) -> Iterator[tuple[Vector, Vector]]:
         """The parts of the replay. On the way, memory is compared with them."""
         for part, memory in enumerate(self.loaded.parts()):
-            pair = self._agreed(replay, part)
+            pair = agreed(replay, part, memory)
             if differing(pair, memory):
                 self.sound = False
             yield pair
-
-    def _agreed(self, replay: Replay, part: int) -> tuple[Vector, Vector]:
-        """A part as the files have it. It is computed again where memory differs, for the error may be here: two of the
-        three must agree."""
-        memory, first = self.loaded.parts()[part], replay.part(part)
-        if not differing(first, memory):
-            return first
-        second = replay.part(part)
-        if differing(second, first) and differing(second, memory):
-            raise LedgerError(
-                f"this machine computes part {part} of outer step {replay.step} differently each time; its memory or "
-                f"processor is faulty"
-            )
-        return second
 
     def adopt_snapshot(self, path: Path, digest: bytes, entries: Sequence[Certified] = ()) -> None:
         """Takes in a downloaded snapshot as ``Ledger.adopt_snapshot`` does; the state in memory stays what it is.
@@ -179,23 +166,6 @@ class Replica:
             made = (s.digest for s in self.ledger.snapshots() if (s.step, s.head) == (state.step, state.head))
             return next(made, None) or state.digest()
 
-    def certified_digest(self, step: int) -> bytes:
-        """Returns the digest of the state at an outer step, as the manifest names it, or the certificate of the update
-        that leads on from there; empty where none does."""
-        if step == 0:
-            return bytes.fromhex(self.manifest.genesis)
-        entry = self.ledger.chain.entry(step)
-        return b"" if entry is None else entry.certificate.state
-
-    def signers(self, step: int) -> tuple[str, ...]:
-        """Returns the ids of the members that have signed the certificate of the update that leads on from an outer
-        step; none where there is none."""
-        entry = self.ledger.chain.entry(step)
-        if entry is None:
-            return ()
-        ids = [peer_id for peer_id, _ in entry.header.contributors]
-        return tuple(ids[member] for member, _ in entry.certificate.signatures)
-
     # -- repairs -----------------------------------------------------------------------------------------------------
 
     def mend(self) -> bool:
@@ -205,7 +175,7 @@ class Replica:
             state = self.loaded
             replay = Replay(self.ledger, state.step, state.head)
             for part, memory in enumerate(state.parts()):
-                pair = self._agreed(replay, part)
+                pair = agreed(replay, part, memory)
                 self._flipped += differing(pair, memory)
                 for mine, stored in zip(memory, pair):
                     mine[:] = stored
@@ -219,7 +189,7 @@ class Replica:
 
     def lost_updates(self) -> list[UpdateHeader]:
         """Returns the updates between the oldest snapshot and here whose files turned out damaged, or gone."""
-        return [header for step, header in sorted(self.ledger.lost_updates.items()) if step < self.loaded.step]
+        return [header for step, header in sorted(self.ledger.updates.lost.items()) if step < self.loaded.step]
 
     def fill(self, update: Update) -> None:
         """Takes in an update that is lost, whose certificate the chain has; one that is not, changes nothing."""
@@ -241,7 +211,7 @@ class Replica:
                 ledger.write_snapshot(state)
                 for repair in lost:
                     self._note(repair)
-            ledger.lost_snapshots, ledger.lost_updates = {}, {}
+            ledger.lost_snapshots, ledger.updates.lost = {}, {}
 
     def took_snapshot(self, step: int) -> None:
         """Notes that the snapshot of outer step ``step`` was taken from another peer: this peer's was wrong, and so is
@@ -276,18 +246,6 @@ class Replica:
         """Returns who is known where the state stands."""
         return self.ledger.chain.known_at(self.loaded.step)
 
-    def step_of(self, head: bytes) -> int | None:
-        """Returns the outer step of a head of this peer's history; None for any other."""
-        return self.ledger.chain.step_of(head)
-
-    def electors(self, step: int) -> frozenset[str]:
-        """Returns the peers that have a vote about what follows an outer step of this peer's history (``electors``)."""
-        chain = self.ledger.chain
-        last = chain.last_contributors(min(step, chain.end))
-        if step < WINDOW_STEPS:
-            return frozenset((self.manifest.owner, *(peer_id for peers in last for peer_id in peers)))
-        return known_at(step, last).peers | {self.manifest.owner}
-
     def contributors(self, steps: int) -> set[str]:
         """Returns the ids of the peers that have contributed to any of the last ``steps`` updates, as far as these are
         in the ledger."""
@@ -300,8 +258,3 @@ class Replica:
         if not snapshots:
             raise LedgerError(f"{self.ledger.folder}: holds no snapshot")
         return snapshots[-1]
-
-
-def differing(one: tuple[Vector, Vector], other: tuple[Vector, Vector]) -> int:
-    """Returns how many values of the two parts have other bits."""
-    return sum(int(np.count_nonzero(a.view(np.uint32) != b.view(np.uint32))) for a, b in zip(one, other))

@@ -43,7 +43,7 @@ class Way:
         """Returns the digest of the state at an outer step of the way, as the manifest or a certificate names it;
         empty where none does. Reads the disk."""
         if step < self.step or step == 0:
-            return replica.certified_digest(step)
+            return replica.history.certified_digest(step)
         there = self.entries[step - self.step : step - self.step + 1]
         return there[0].certificate.state if there else b""
 

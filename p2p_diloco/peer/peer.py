@@ -93,7 +93,9 @@ class Peer:
         self.events = events
         self.role: Role = "seed" if local is None else "trainer"
         self.directory = directory_of(transport, identity, self.manifest)
-        self.seat = Seat(standing=NOWHERE, history=replica, role_trainer=local is not None, client_mode=client_mode)
+        self.seat = Seat(
+            standing=NOWHERE, history=replica.history, role_trainer=local is not None, client_mode=client_mode
+        )
         self.here = here = Here(
             transport=transport,
             identity=identity,

@@ -131,12 +131,12 @@ class Upkeep:
         """Compares my snapshots with the digests that manifest and certificates name. Mine follow from my own files, so
         one that differs has been wrong since I joined, or my machine computes otherwise than those that signed."""
         for mine in self.replica.ledger.snapshots():
-            digest = await asyncio.to_thread(self.replica.certified_digest, mine.step)
+            digest = await asyncio.to_thread(self.replica.history.certified_digest, mine.step)
             if digest in (b"", mine.digest):
                 continue
             if (mine.step, mine.digest) != self._told:
                 self._told = mine.step, mine.digest
-                others = await asyncio.to_thread(self.replica.signers, mine.step)
+                others = await asyncio.to_thread(self.replica.history.signers, mine.step)
                 self.events.write(StateDisputed(step=mine.step, others=others))
                 log.warning("the state at outer step %d has other bits at %s", mine.step, ", ".join(others))
             if await self.catchup.fetch_snapshot(mine.step, digest):

@@ -7,9 +7,10 @@ from dataclasses import dataclass, field
 import pytest
 
 from p2p_diloco.core.admission import Claim
-from p2p_diloco.core.electors import NoHistory, electorate, fork_step
+from p2p_diloco.core.electors import NoHistory, electorate, electors_at, fork_step
 from p2p_diloco.core.identity import Identity
 from p2p_diloco.core.invitation import Token
+from p2p_diloco.core.known import LEAST_STEPS, WINDOW_STEPS
 from p2p_diloco.core.records import Record
 from p2p_diloco.core.swarm_head import Standing, swarm_head
 from tests.support.builders import head, identity, record_of
@@ -58,6 +59,15 @@ def swarm(records: list[Record], ledger: Ledger, *histories: str) -> tuple[int, 
     before = ways(MINE, *histories)
     voters, mine = electorate(records, standing(), MY_CLAIM, before, ledger)
     return swarm_head(voters, mine, before)
+
+
+def test_in_the_beginning_whoever_has_contributed_has_a_vote_and_later_whoever_is_known() -> None:
+    once, often = [("a", "b")], [("c",)] * LEAST_STEPS
+    assert electors_at(0, [], "owner") == {"owner"}
+    for step in (5, WINDOW_STEPS - 1):
+        assert electors_at(step, [*once, *often], "owner") == {"owner", "a", "b", "c"}
+    assert electors_at(WINDOW_STEPS, [*once, *often], "owner") == {"owner", "c"}
+    assert electors_at(WINDOW_STEPS, once, "owner") == {"owner"}, "nobody is known, and yet no others have a vote"
 
 
 def test_who_is_not_known_has_no_vote() -> None:

@@ -4,9 +4,18 @@ from dataclasses import replace
 
 import pytest
 
-from p2p_diloco.core.event import DamageRepaired, Event, PeerCaughtUp, RoundEnded, StateDisputed, TrainerStalled
+from p2p_diloco.core.event import (
+    DamageRepaired,
+    Event,
+    PartAudited,
+    PeerCaughtUp,
+    ReducerFound,
+    RoundEnded,
+    StateDisputed,
+    TrainerStalled,
+)
 from p2p_diloco.core.totals import LIMITS_S, Durations, Totals
-from tests.support.events import CAUGHT_UP, COMMITTED, DISPUTED, EVENTS, REPAIRED, STALL
+from tests.support.events import AUDITED, CAUGHT_UP, COMMITTED, DISPUTED, EVENTS, FOUND, REPAIRED, STALL
 
 ROUND = replace(
     COMMITTED,
@@ -70,14 +79,18 @@ def test_the_other_events() -> None:
         replace(REPAIRED, what="state", how="replayed"),
         replace(REPAIRED, what="update", how="fetched"),
         DISPUTED,
+        AUDITED,
+        replace(AUDITED, result="sound"),
+        FOUND,
     )
     assert (sum(totals.stalls.counts), totals.stalls.sum_s) == (1, 0.3)
     assert (totals.catch_ups, totals.rolled_back, totals.disputes) == (2, 2, 1)
     assert totals.repairs == {"state": 1, "update": 1}
+    assert (totals.audits, totals.found) == ({"wrong": 1, "sound": 1}, {"wrong": 1})
 
 
 def test_all_others_count_for_nothing() -> None:
-    counted = (RoundEnded, TrainerStalled, PeerCaughtUp, DamageRepaired, StateDisputed)
+    counted = (RoundEnded, TrainerStalled, PeerCaughtUp, DamageRepaired, StateDisputed, PartAudited, ReducerFound)
     others = [event for event in EVENTS if not isinstance(event, counted)]
     assert len(others) == 9
     assert totals_of(*others) == Totals()

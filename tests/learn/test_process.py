@@ -15,7 +15,7 @@ from p2p_diloco.core.errors import NetworkError, UsageError
 from p2p_diloco.core.peer_row import PeerRow
 from p2p_diloco.learn import process
 from p2p_diloco.learn.process import NetworkHandle
-from p2p_diloco.learn.swarm import anonymous_memory
+from p2p_diloco.learn.shared import anonymous_memory
 from p2p_diloco.peer.control import Begin, Begun, Found, Joined, Leave, Left, LogLine, News, OuterResult, Peers
 from tests.support.builders import identity, record_of
 from tests.support.scripted import ScriptedNetwork, head_at, joined_at, outcome, scripted_manifest

@@ -22,8 +22,8 @@ from p2p_diloco.core.codecs import CodecName, encode
 from p2p_diloco.core.errors import LedgerError
 from p2p_diloco.core.grid import Grid
 from p2p_diloco.core.outer import OuterState, apply, genesis_state
-from p2p_diloco.core.update import Part, Update, UpdateHeader, max_update_bytes, update_to_bytes
-from p2p_diloco.ledger import replay
+from p2p_diloco.core.update import Part, Update, UpdateHeader, max_update_bytes, open_update, update_to_bytes
+from p2p_diloco.ledger import replay, updates
 from p2p_diloco.ledger.files import ABANDONED_KEPT
 from p2p_diloco.ledger.ledger import Ledger
 from p2p_diloco.ledger.snapshot import check_snapshot, snapshot_bytes
@@ -182,6 +182,20 @@ def test_writing_again_changes_nothing(tmp_path: Path) -> None:
     append(ledger, update_after(states[7]))
     ledger.write_snapshot(states[6])
     assert {name: (tmp_path / name).stat() for name in names(tmp_path)} == before
+
+
+def test_an_update_is_parsed_once_before_it_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every outer step waits for it."""
+    ledger, state, parsed = open_ledger(tmp_path), genesis(), list[int]()
+
+    def counted(start: bytes, size: int, grid: Grid) -> UpdateHeader:
+        parsed.append(size)
+        return open_update(start, size, grid)
+
+    monkeypatch.setattr(updates, "open_update", counted)
+    for step in range(3):
+        advance(ledger, state, 1)
+        assert len(parsed) == step + 1
 
 
 def test_an_update_of_another_model_is_not_appended(tmp_path: Path) -> None:
@@ -441,21 +455,21 @@ def test_what_is_lost_is_remembered_until_it_is_there_again_or_belongs_no_more(
         for t in updates:
             header = ledger.header(t)
             assert header is not None
-            ledger.lose_update(header, "test")
-            ledger.lose_update(header, "test")
+            ledger.updates.lose(header, "test")
+            ledger.updates.lose(header, "test")
             assert ledger.header(t) is None
 
     lose(3, 4, 7)
     ledger.lose_snapshot(ledger.snapshots()[0], "test")
-    assert (list(ledger.lost_updates), list(ledger.lost_snapshots)) == ([3, 4, 7], [3])
+    assert (list(ledger.updates.lost), list(ledger.lost_snapshots)) == ([3, 4, 7], [3])
     assert len(ledger.quarantined) == 4
     append(ledger, update_after(states[4]))
     ledger.write_snapshot(states[3])
-    assert (list(ledger.lost_updates), list(ledger.lost_snapshots)) == ([3, 7], [])
+    assert (list(ledger.updates.lost), list(ledger.lost_snapshots)) == ([3, 7], [])
     ledger.truncate(7)
-    assert list(ledger.lost_updates) == [3]
+    assert list(ledger.updates.lost) == [3]
     advance(ledger, copy_of(states[7]), 2)
-    assert list(ledger.lost_updates) == []
+    assert list(ledger.updates.lost) == []
     assert ledger.snapshots()[0].step == 6
 
 
@@ -466,9 +480,9 @@ def test_an_update_that_has_been_replaced_is_not_lost(damaged: tuple[Path, list[
     stale, fresh = ledger.header(7), update_after(states[7], seed=1)
     assert stale is not None
     append(ledger, fresh)
-    ledger.lose_update(stale, "test")
-    assert not ledger.put_aside(stale, "test")
-    assert (ledger.lost_updates, ledger.quarantined) == ({}, [])
+    ledger.updates.lose(stale, "test")
+    assert not ledger.updates.put_aside(stale, "test")
+    assert (ledger.updates.lost, ledger.quarantined) == ({}, [])
     assert ledger.update_bytes(7) == update_to_bytes(fresh)
 
 
@@ -496,7 +510,7 @@ def test_the_way_is_the_shortest_that_is_unbroken(damaged: tuple[Path, list[Oute
     assert way(8) == [3, 3, 4, 5, 6, 7]
     header = ledger.header(4)
     assert header is not None
-    ledger.lose_update(header, "test")
+    ledger.updates.lose(header, "test")
     assert way(8) is None
 
 
@@ -754,7 +768,7 @@ def test_an_adopted_snapshot_takes_the_place_of_a_damaged_one(tmp_path: Path, fo
     if found == "while it ran, and an update, too":
         header = ledger.header(4)
         assert header is not None
-        ledger.lose_update(header, "a bit flipped")
+        ledger.updates.lose(header, "a bit flipped")
     assert [info.step for info in ledger.snapshots()] == [6]
     ledger.adopt_snapshot(download, states[3].digest())
     for each in (ledger, open_ledger(folder)):

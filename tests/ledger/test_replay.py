@@ -134,7 +134,7 @@ def test_a_damaged_file_is_put_aside_and_another_way_taken_where_there_is_one(
         else:
             assert state.digest() == digest
     assert [info.step for info in ledger.lost_snapshots.values()] == ([6] if name == SNAPSHOT(6) else [])
-    assert [UPDATE(s) for s in ledger.lost_updates] == ([] if name == SNAPSHOT(6) else [name])
+    assert [UPDATE(s) for s in ledger.updates.lost] == ([] if name == SNAPSHOT(6) else [name])
     assert len(ledger.quarantined) == (how != "gone")
     assert not path.exists()
 

@@ -59,6 +59,8 @@ NAMES = {
     "catch_ups_total": ("counter", set()),
     "rolled_back_steps_total": ("counter", set()),
     "digest_mismatches_total": ("counter", set()),
+    "audits_total": ("counter", {"result"}),
+    "findings_total": ("counter", {"kind"}),
     "repairs_total": ("counter", {"what"}),
     "rejected_messages_total": ("counter", {"reason"}),
     "peers_seen": ("gauge", set()),

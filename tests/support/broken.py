@@ -116,11 +116,11 @@ def applied_before_written() -> Iterator[None]:
 
         def only_noted(update: Update, certificate: Certificate) -> None:
             ledger.chain.append(Certified(header=header, certificate=certificate))
-            ledger._headers[header.step] = header
+            ledger.updates._headers[header.step] = header
 
         with mock.patch.object(ledger, "append", only_noted):
             await commit(self, settled)
-        del ledger._headers[header.step]
+        del ledger.updates._headers[header.step]
         await asyncio.to_thread(ledger.append, settled.update, settled.certificate)
 
     with mock.patch.object(OuterSteps, "_commit", commit_first):

@@ -16,7 +16,8 @@ from p2p_diloco.core.manifest import RunManifest
 from p2p_diloco.core.runfile import DataSpec, InnerSpec, OuterSpec, RoundSpec
 from p2p_diloco.learn.parameters import layout_of
 from p2p_diloco.learn.process import NetworkHandle
-from p2p_diloco.learn.swarm import Swarm, anonymous_memory
+from p2p_diloco.learn.shared import anonymous_memory
+from p2p_diloco.learn.swarm import Swarm
 from p2p_diloco.peer.control import (
     Begin,
     Begun,
