@@ -127,11 +127,33 @@ def peer_rounds() -> list[Panel]:
             Query(peer("contribution_cosine"), "cosine"),
         ),
         lines(
+            "Certificate",
+            "Of the last round that committed: members that signed, of those that certify.",
+            PEERS,
+            Query(peer("certificate_members"), "certify"),
+            Query(peer("certificate_signatures"), "signed"),
+            Query(peer("known_members"), "known"),
+        ),
+        lines(
+            "Without a certificate",
+            "Time since the first round, after the last outer step, that had others in it and no certificate.",
+            "s",
+            Query(peer("uncertified_seconds"), "so far"),
+        ),
+        lines(
+            "Rounds without a certificate",
+            "By what was missing: the signatures of most, or the owner's witness.",
+            "short",
+            Query(f"increase({peer('uncertified_rounds_total')}{RECENT})", "{{reason}}"),
+            stacked=True,
+        ),
+        lines(
             "Catch-ups",
             "State taken from others, and outer steps given up.",
             "short",
             Query(f"increase({peer('catch_ups_total')}{RECENT})", "catch-ups"),
             Query(f"increase({peer('rolled_back_steps_total')}{RECENT})", "steps rolled back"),
+            Query(f"increase({peer('branches_left_total')}{RECENT})", "branches left"),
             width=12,
         ),
         lines(

@@ -125,6 +125,7 @@ def swarm_members() -> list[Panel]:
 
 def swarm_rounds() -> list[Panel]:
     groups = f"{swarm('peer_group_size')} > 0"
+    uncertified = f"sum by (reason) ({of_run(f'increase(p2p_diloco_uncertified_rounds_total{RECENT})')})"
     results = f"sum by (result) ({of_run(f'increase(p2p_diloco_rounds_total{RECENT})')})"
     return [
         lines(
@@ -156,6 +157,27 @@ def swarm_rounds() -> list[Panel]:
             "Among the peers at the swarm's outer step: more than one is a fault.",
             "suffix:heads",
             Query(swarm("heads"), "heads"),
+        ),
+        lines(
+            "Certificate of the last outer step",
+            "Members that signed it, of those that certify: most have to.",
+            PEERS,
+            Query(swarm("certificate_members"), "certify"),
+            Query(swarm("certificate_signatures"), "signed"),
+        ),
+        lines(
+            "Known members, and the owner's witness",
+            "Where fewer than two are known, the owner has to witness outer steps: trainers that wait for that.",
+            PEERS,
+            Query(swarm("known_members"), "known"),
+            Query(swarm("peers_awaiting_witness"), "wait for the owner"),
+        ),
+        lines(
+            "Rounds without a certificate",
+            f"By what was missing: the signatures of most, or the owner's witness. {SCRAPED}",
+            "short",
+            Query(uncertified, "{{reason}}"),
+            stacked=True,
         ),
     ]
 

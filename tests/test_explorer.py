@@ -30,7 +30,8 @@ ONCE_FAILED = (Path(__file__).parent / "once_failed.jsonl").read_text().splitlin
 """Peers that a cut network had made fail each other, and that then went without each other for ever; a head that the
 swarm had left; a slow peer that was one outer step behind again and again; a way that broke off after the roll-back;
 a half that took itself for the larger one whenever it tried to dial a peer of the other half that cannot be dialled; a
-group that came with the largest weights, and had its inner steps miscounted here, for one peer was absent."""
+group that came with the largest weights, and had its inner steps miscounted here, for one peer was absent; two halves
+that had gone on for so long that nobody had an update from before they parted, and each saw no vote but its own."""
 
 
 @pytest.mark.parametrize("number", range(len(ONCE_FAILED)))

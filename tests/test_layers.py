@@ -181,6 +181,30 @@ def test_text_is_utf8_whatever_the_locale(path: Path) -> None:
             assert binary or any(word.arg == "encoding" for word in node.keywords), f"line {node.lineno}: no encoding"
 
 
+NO_VERBS = {"Always", "As", "Bytes", "Is", "Its", "Perhaps", "Seconds", "Steps", "This", "Tokens", "Unless"}
+
+
+@pytest.mark.parametrize("module", FILES)
+def test_the_docstring_of_a_function_begins_with_a_sentence(module: str) -> None:
+    """Whose verb comes first: Returns ..., Tells ..., Waits ... That of a command is its help, and says: Make ..."""
+    for node in ast.walk(tree_of(module)):
+        if not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            continue
+        docstring = ast.get_docstring(node)
+        if docstring is not None and (module, node.name) not in commands():
+            first = docstring.split(maxsplit=1)[0].rstrip(",:;.")
+            verb = re.fullmatch(r"[A-Z][a-z]+s", first) and first not in NO_VERBS
+            assert verb, f"{module}.py:{node.lineno} {node.name}: {first} ..."
+
+
+@cache
+def commands() -> frozenset[tuple[str, str]]:
+    """Returns (module, function) of every command: the command line takes them from ``commands_*``."""
+    taken = [node for node in tree_of("cli/cli").body if isinstance(node, ast.ImportFrom)]
+    found = ((own(node.module or ""), alias.name) for node in taken for alias in node.names)
+    return frozenset((module, name) for module, name in found if module and module.startswith("cli/commands_"))
+
+
 def test_docstrings_name_what_there_is() -> None:
     """``module.Name`` in a docstring or comment is what the module has. In small letters it may be a key."""
     stems = {Path(module).name: module for module in FILES}

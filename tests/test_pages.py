@@ -19,7 +19,7 @@ from __future__ import annotations
 import ast
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args, get_origin
 
@@ -203,7 +203,7 @@ def test_defaults_are_those_of_the_code(whose: str, row: Row, tmp_path: Path) ->
         assert value == as_written(field.get_default(call_default_factory=True)), key
 
 
-def taken(toml: str, folder: Path) -> dict[str, Any]:
+def taken(toml: str, folder: Path) -> Mapping[str, Any]:
     (folder / "example.toml").write_text(toml, encoding="utf-8")
     return read_toml(folder / "example.toml", "example")
 

@@ -160,7 +160,7 @@ def test_a_container_is_no_roots_and_keeps_one_folder() -> None:
 def test_a_container_has_all_that_runs_may_need() -> None:
     """Text on the hub and in parquet files, and the monitor's page. ``tokenizers`` is a part of ``hf``; the others are
     for who studies or develops."""
-    project = read_toml(ROOT / "pyproject.toml", "project")["project"]
+    project: Any = read_toml(ROOT / "pyproject.toml", "project")["project"]
     extras = set(project["optional-dependencies"]) - {"dev", "experiments", "mutants", "tokenizers"}
     installed = [one.text for one in read_instructions(CONTAINERFILE) if one.name == "RUN" and "'.[" in one.text]
     assert [set(re.findall(r"\w+", text.partition("[")[2].partition("]")[0])) for text in installed] == [extras]

@@ -8,6 +8,7 @@ import sys
 import zipfile
 from importlib.metadata import packages_distributions
 from pathlib import Path
+from typing import Any
 
 from p2p_diloco.core.toml import read_toml
 from tests.support.wheel import ROOT, build_wheel
@@ -26,7 +27,7 @@ def test_every_file_of_the_package_is_in_the_wheel_and_nothing_else(tmp_path: Pa
 
 def test_what_is_imported_is_a_dependency() -> None:
     """Named, and not only there because another one needs it today."""
-    project = read_toml(ROOT / "pyproject.toml", "project")["project"]
+    project: Any = read_toml(ROOT / "pyproject.toml", "project")["project"]
     extras = [one for name, needed in project["optional-dependencies"].items() if name != "dev" for one in needed]
     named = {canonical(re.split(r"[^\w-]", one)[0]) for one in [*project["dependencies"], *extras]}
     imported = set[str]()

@@ -17,7 +17,7 @@ from p2p_diloco.learn.tokenizer import load_tokenizer_json, open_tokenizer
 
 def describe_run(manifest: RunManifest) -> dict[str, str]:
     """Returns the description of a run whose manifest has a valid signature."""
-    of_spec = describe_spec(manifest.spec, manifest.n_params, manifest.transformers_config["model_type"])
+    of_spec = describe_spec(manifest.spec, manifest.n_params, str(manifest.transformers_config["model_type"]))
     tokenizer = "of the run, in the manifest" if manifest.tokenizer_json else "bytes"
     return {
         "run": manifest.spec.name,
@@ -55,7 +55,7 @@ def describe_run_file(path: Path) -> dict[str, str]:
     return {
         "run file": f"{path}: sound",
         "run": spec.name,
-        **describe_spec(spec, start.layout.n, start.config["model_type"]),
+        **describe_spec(spec, start.layout.n, str(start.config["model_type"])),
         "tried": start.rehearsal.line(),
         **describe_text(spec.data, base, tokenizer_json),
     }

@@ -93,7 +93,7 @@ def settings(_app: App, commands: tuple[str, ...], arguments: ArgumentCollection
     for variable in SECRET_VARIABLES:
         os.environ.pop(variable, None)
     options = {a.name.removeprefix("--"): a for a in arguments if a.name.startswith("--")}
-    table: dict[str, Any] = {}
+    table: dict[str, str | list[str]] = {}
     # The prefix of the command is the longer one, so it comes second, and wins.
     for prefix, strict in ((ENVIRONMENT, False), (f"{ENVIRONMENT}{'_'.join(commands).upper()}_", True)):
         for variable in sorted(environment):
@@ -109,10 +109,10 @@ def settings(_app: App, commands: tuple[str, ...], arguments: ArgumentCollection
     if "config" in options and options["config"].tokens:
         path = at_home(options["config"].tokens[-1].value, "--config")
         try:
-            table = read_toml(path, "file")
+            written = read_toml(path, "file")
         except UsageError as error:
             raise UsageError(f"--config {error}") from error
-        file = {option_name(key): (key, value) for key, value in table.items()}
+        file = {option_name(key): (key, value) for key, value in written.items()}
         known = [name for name in options if name != "config"]
         for name, (key, _) in file.items():
             if name not in known:
@@ -131,7 +131,7 @@ def spelt_with(prefix: str) -> Callable[[str], str]:
     return lambda option: prefix + option.upper().replace("-", "_")
 
 
-def hint(name: str, known: Sequence[str] | Mapping[str, Any], spell: Callable[[str], str]) -> str:
+def hint(name: str, known: Sequence[str] | Mapping[str, object], spell: Callable[[str], str]) -> str:
     """Returns what somebody may have meant by a name that is not known."""
     nearest = difflib.get_close_matches(name, known, n=1)
     return f"did you mean {spell(nearest[0])}?" if nearest else f"known: {', '.join(map(spell, known))}"

@@ -121,8 +121,8 @@ class Admission:
     def check_roster(
         self, members: Sequence[Seated], absent: Sequence[Seated], *, now_s: float | None, step: int
     ) -> None:
-        """Unsound unless every member of a round at outer step ``step``, and everybody that counts as absent, may take
-        part, and no token has more of them than places. ``now_s`` as ``check`` has it."""
+        """Raises Unsound unless every member of a round at outer step ``step``, and everybody that counts as absent,
+        may take part, and no token has more of them than places. ``now_s`` as ``check`` has it."""
         late_s = None if now_s is None else now_s - EXPIRY_LEEWAY_S
         taken: Counter[str] = Counter()
         for peer in (*members, *absent):

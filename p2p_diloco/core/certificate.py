@@ -46,7 +46,7 @@ class Taken:
 
     @cached_property
     def signed_bytes(self) -> bytes:
-        """The bytes under the signature."""
+        """Returns the bytes under the signature."""
         return TAKEN_CONTEXT + digest(self.round_id, self.link, self.full, self.state)
 
     def sign(self, identity: Identity) -> bytes:

@@ -30,7 +30,7 @@ class Directory:
         favoured: Container[str] = (),
         admission: Admission | None = None,
     ) -> None:
-        """``admission``: to everybody where there is none."""
+        """Begins without records. ``admission``: to everybody where there is none."""
         self.peer_id = peer_id
         self.run_id = run_id
         self.admission = admission or Admission.to_all(run_id)

@@ -23,6 +23,10 @@ LoggedPhase = Phase | Literal["snapshot", "download", "serve"]
 """A phase of the record. Or: a snapshot is being written; one is being fetched; updates or a snapshot are being sent,
 told once a stream."""
 
+Uncertified = Literal["", "signatures", "witness"]
+"""Why a round's update has no certificate: most of those that certify did not sign it; or the owner's witness, which it
+needs, is missing. Empty where it has one, or it did not come so far."""
+
 NOT_YET = -1.0
 """The time of an event that no log has written. A line that does not say when it was written is no event, therefore."""
 
@@ -127,6 +131,15 @@ class RoundEnded(Moment):
     settle_s: float
     bytes_sent: int
     bytes_received: int
+    known: int
+    """Peers that are known where the peer stands after it."""
+    signatures: int
+    """Members that have signed the update's certificate; 0 where it did not commit."""
+    certifying: int
+    """Members that certify: most of them have to sign. 0 where it did not commit."""
+    witnessed: bool
+    """The run's owner has signed it as well."""
+    uncertified: Uncertified
     contribution_norm: float | None = None
     """As ``aggregate.Alignment`` has it; so the two below. None, and not in the line, where theta was not finite or
     nothing was committed."""
@@ -190,6 +203,37 @@ class PeerCaughtUp(Moment):
     bytes_received: int
     donors: int
     """Peers that something came from."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BranchLeft(Moment):
+    """The peer has given up its branch of the run's history for another one. From ``follower``."""
+
+    event: Literal["branch"] = "branch"
+    fork_step: int
+    """Where the two part."""
+    left_step: int
+    """Where the peer stood on its own one; so ``left_head``."""
+    left_head: str
+    step: int
+    """Where it stands now, on the other one; so ``head``."""
+    head: str
+    votes: int
+    """Of those who have a vote, how many stood on the other branch when the peer set out."""
+    votes_left: int
+    """And on its own one, itself included if it has a vote."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class WitnessAsked(Moment):
+    """The run's owner was asked to witness an update. From ``witness``."""
+
+    event: Literal["witness"] = "witness"
+    step: int
+    """The outer step that the update leads on from."""
+    signed: bool
+    reason: str
+    """Why it did not sign; empty where it did."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -267,6 +311,8 @@ Event = (
     | ReducerFound
     | TrainerStalled
     | PeerCaughtUp
+    | BranchLeft
+    | WitnessAsked
     | DamageRepaired
     | StateDisputed
     | DaemonRestarted

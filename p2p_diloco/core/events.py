@@ -77,7 +77,7 @@ class EventLog:
 
 
 def _cut_short(path: Path) -> bool:
-    """Whether a crash cut the last line."""
+    """Returns whether a crash cut the last line."""
     with path.open("rb") as file:
         size = file.seek(0, os.SEEK_END)
         file.seek(max(size - 1, 0))

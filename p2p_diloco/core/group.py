@@ -47,7 +47,7 @@ class SealedRoster:
 
     @cached_property
     def round_id(self) -> bytes:
-        """32 bytes that name the round."""
+        """Returns 32 bytes that name the round."""
         return round_id_of(self.leader, self.members, self.absent, self.idle)
 
     def pack(self) -> list[Any]:

@@ -34,7 +34,7 @@ PROTOCOL = 3
 MAX_MANIFEST_BYTES = 32 * 1024 * 1024
 """A tokenizer of 256 Ki tokens, which travels inside, fits."""
 
-TransformersConfig = dict[str, Any]
+TransformersConfig = dict[str, object]
 """A config of the transformers library as JSON: other keys for every type of models, which only that library knows."""
 HexDigest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 

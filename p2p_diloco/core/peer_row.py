@@ -39,6 +39,12 @@ class PeerRow:
     metrics_addr: str
     invitation: str
     """Name of the invitation under which it takes part; empty where it needs none."""
+    known: bool = False
+    known_members: int = 0
+    signatures: int = 0
+    certifying: int = 0
+    witnessed: bool = False
+    awaits_witness: bool = False
 
     @classmethod
     def of(cls, record: Record) -> PeerRow:

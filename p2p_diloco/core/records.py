@@ -144,6 +144,19 @@ class Record(Signed):
     """Under which it takes part in a run by invitation; empty in a run that is open, and of the run's owner."""
     revocations: Natural = 0
     """Number of the newest list of revocations that it has and serves; 0 where there is none."""
+    known: bool = False
+    """Whether it is known where it stands, as its own ledger has it."""
+    known_members: Natural = 0
+    """How many peers are known there."""
+    signatures: Natural = 0
+    """Members that have signed the certificate of the update that led here; 0 where it did not take part in that
+    round."""
+    certifying: Natural = 0
+    """Members of that round that certify."""
+    witnessed: bool = False
+    """Whether the run's owner has signed that certificate, too."""
+    awaits_witness: bool = False
+    """Whether its last round, on this head, did not commit for want of the owner's witness."""
 
     @property
     def beyond_genesis(self) -> bool:

@@ -10,7 +10,7 @@ import difflib
 import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Literal, get_args
 
 from pydantic import (
     BaseModel,
@@ -40,7 +40,7 @@ class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
 
-def has_nan(value: Any) -> bool:
+def has_nan(value: object) -> bool:
     """Returns whether there is a nan anywhere in what TOML or JSON can hold. Infinity is allowed: some types of models
     have it as a limit."""
     if isinstance(value, dict):
@@ -53,7 +53,7 @@ def has_nan(value: Any) -> bool:
 class ModelSpec(Section):
     """``[model]``: either a transformers config, or a folder with one and with weights to start from."""
 
-    config: dict[str, Any] | None = None
+    config: dict[str, object] | None = None
     """A transformers config, ``model_type`` and whatever differs from that type's defaults."""
     path: str | None = None
     """A transformers folder with weights, relative to the run file, or ``hub:OWNER/NAME`` on the Hugging Face hub. The
@@ -118,9 +118,9 @@ class DataSpec(Section):
         return self
 
     @model_serializer(mode="wrap")
-    def _without_absent_keys(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+    def _without_absent_keys(self, serialize: SerializerFunctionWrapHandler) -> dict[str, object]:
         """Leaves out a key that came later where it is not given: a run keeps its id."""
-        table: dict[str, Any] = serialize(self)
+        table: dict[str, object] = serialize(self)
         if self.end_token is None:
             table.pop("end_token", None)
         return table
@@ -195,9 +195,9 @@ class RoundSpec(Section):
     contributed to them. Whose part is wrong reduces and leads no more. 0: nobody looks."""
 
     @model_serializer(mode="wrap")
-    def _without_absent_keys(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+    def _without_absent_keys(self, serialize: SerializerFunctionWrapHandler) -> dict[str, object]:
         """Leaves out a key that came later where it has its default: a run keeps its id."""
-        table: dict[str, Any] = serialize(self)
+        table: dict[str, object] = serialize(self)
         if self.audit_parts == type(self).model_fields["audit_parts"].default:
             table.pop("audit_parts", None)
         return table
@@ -240,9 +240,9 @@ class RunSpec(Section):
         return data
 
     @model_serializer(mode="wrap")
-    def _without_absent_keys(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+    def _without_absent_keys(self, serialize: SerializerFunctionWrapHandler) -> dict[str, object]:
         """Leaves out a key that came later where it says what was so before: a run keeps its id."""
-        table: dict[str, Any] = serialize(self)
+        table: dict[str, object] = serialize(self)
         if self.membership == "open":
             table.pop("membership", None)
         return table

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import codecs
 import sys
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from p2p_diloco.core.errors import UsageError
 
@@ -15,7 +15,11 @@ else:
     import tomli as tomllib
 
 
-def read_toml(path: Path, what: str) -> dict[str, Any]:
+TomlTable = Mapping[str, object]
+"""A table as somebody has written it. What is in it is known once it has been parsed."""
+
+
+def read_toml(path: Path, what: str) -> TomlTable:
     """Returns the table in a file in UTF-8, with a byte order mark or without. Raises a UsageError that names the file,
     and ``what`` it should be."""
     try:

@@ -7,6 +7,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 
 from p2p_diloco.core.event import (
+    BranchLeft,
     DamageRepaired,
     Event,
     PartAudited,
@@ -15,6 +16,7 @@ from p2p_diloco.core.event import (
     RoundEnded,
     StateDisputed,
     TrainerStalled,
+    WitnessAsked,
 )
 
 LIMITS_S = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 25.0, 60.0, 120.0)
@@ -45,8 +47,19 @@ class Totals:
     """Of the rounds that came so far."""
     stalls: Durations = field(default_factory=Durations)
     members_lost: int = 0
+    last_round: RoundEnded | None = None
     last_commit: RoundEnded | None = None
     """The last round that committed here."""
+    witnessed: int = 0
+    """Updates committed here that the run's owner has signed."""
+    uncertified: Counter[str] = field(default_factory=Counter)
+    """Rounds whose update has no certificate, by ``event.Uncertified``."""
+    uncertified_since_s: float | None = None
+    """Unix time at which the first round ended in which others were there and nothing was certified, since the last
+    outer step; None where none has."""
+    branches_left: int = 0
+    witness_asked: Counter[bool] = field(default_factory=Counter)
+    """Times that this peer, the run's owner, was asked to witness an update, by whether it signed."""
     catch_ups: int = 0
     rolled_back: int = 0
     """Outer steps given up."""
@@ -69,6 +82,11 @@ class Totals:
             case PeerCaughtUp():
                 self.catch_ups += 1
                 self.rolled_back += event.rolled_back
+                self.uncertified_since_s = None
+            case BranchLeft():
+                self.branches_left += 1
+            case WitnessAsked():
+                self.witness_asked[event.signed] += 1
             case PartAudited():
                 self.audits[event.result] += 1
             case ReducerFound():
@@ -87,4 +105,10 @@ class Totals:
             self.phases["settle"].add(event.settle_s)
         if event.committed:
             self.phases["apply"].add(event.apply_s)
-            self.last_commit = event
+            self.last_commit, self.uncertified_since_s = event, None
+            self.witnessed += event.witnessed
+        elif (event.group or event.uncertified) and self.uncertified_since_s is None:
+            self.uncertified_since_s = event.wall_s
+        if event.uncertified:
+            self.uncertified[event.uncertified] += 1
+        self.last_round = event

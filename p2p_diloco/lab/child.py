@@ -33,7 +33,7 @@ class Child:
     """The trainer, from ``start`` on."""
 
     def __init__(self, name: str, folder: Path, *, maddr: str, enter: Sequence[str] = ()) -> None:
-        """``enter``: what a command begins with to run in this peer's own network."""
+        """Starts nothing yet. ``enter``: what a command begins with to run in this peer's own network."""
         self.name, self.folder, self.maddr, self.enter = name, folder, maddr, list(enter)
         self.tail = EventTail(folder)
         self.felled = False
@@ -91,22 +91,22 @@ class Child:
 
     @property
     def running(self) -> bool:
-        """Whether the trainer has not ended."""
+        """Returns whether the trainer has not ended."""
         return self.process.poll() is None
 
     @property
     def living(self) -> bool:
-        """Whether it runs, and is not about to die: what is killed takes a while to end."""
+        """Returns whether it runs, and is not about to die: what is killed takes a while to end."""
         return self.running and not self.felled
 
     @property
     def ended(self) -> bool:
-        """Whether nothing is left of it."""
+        """Returns whether nothing is left of it."""
         return not self.running and not any(map(is_alive, self._hit))
 
     @property
     def address(self) -> str | None:
-        """Where others reach it, once it has started."""
+        """Returns the address at which others reach it; None before it has started."""
         started = latest(self.tail.log, PeerStarted)
         if started is None or started.mono_s < self.started_s or not self.living:
             return None
@@ -114,22 +114,22 @@ class Child:
 
     @property
     def log(self) -> Sequence[Event]:
-        """Its events, as far as ``tail`` has read them."""
+        """Returns its events, as far as ``tail`` has read them."""
         return self.tail.log
 
     @property
     def failed(self) -> bool:
-        """Whether it ended by itself, with an error."""
+        """Returns whether it ended by itself, with an error."""
         return self.process.poll() not in (None, 0) and not self.felled
 
     @property
     def fate(self) -> str | None:
-        """How it ended; None while it runs."""
+        """Returns how it ended; None while it runs."""
         return None if self.running else "failed" if self.failed else "killed" if self.felled else "done"
 
     @property
     def output(self) -> str:
-        """What it has printed, of all starts."""
+        """Returns what it has printed, of all starts."""
         return (self.folder / "output.log").read_text(encoding="utf-8", errors="replace")
 
     def last_line(self) -> str:

@@ -70,7 +70,7 @@ class Children:
         patience: float = 1.0,
         network: Network | None = None,
     ) -> None:
-        """``trainer``: a program with the options of ``p2p-diloco peer``, and some of these."""
+        """Starts nothing yet. ``trainer``: a program with the options of ``p2p-diloco peer``, and some of these."""
         self.run_file, self.spec, self.folder, self.network = run_file, spec, folder, network
         self.seed: Child | None = None
         self.trainers: list[Child] = []
@@ -91,7 +91,7 @@ class Children:
 
     @property
     def all(self) -> list[Child]:
-        """All that have been started, the seed first."""
+        """Returns all that have been started, the seed first."""
         return [child for child in (self.seed, *self.trainers) if child is not None]
 
     def named(self, name: str) -> Child:

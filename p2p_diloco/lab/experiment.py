@@ -70,7 +70,7 @@ class Work:
 
     @property
     def of_trial(self) -> Path:
-        """The folder of this simulation."""
+        """Returns the folder of this simulation."""
         return self.folder / TRIALS / self.trial.key
 
 

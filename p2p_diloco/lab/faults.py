@@ -99,7 +99,7 @@ class FaultPlan(Section):
 
     @property
     def cuts(self) -> bool:
-        """Whether peers need networks of their own."""
+        """Returns whether peers need networks of their own."""
         return any(fault.action in ("cut", "restore") for fault in self.fault)
 
     @classmethod
@@ -153,7 +153,7 @@ class Done:
 
     @property
     def told(self) -> ToldFault:
-        """What ``summary.json`` says of it."""
+        """Returns what ``summary.json`` says of it."""
         return ToldFault(
             at_s=self.at_s,
             action=self.act.action,

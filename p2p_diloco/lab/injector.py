@@ -32,12 +32,12 @@ class Injector:
 
     @property
     def poll_s(self) -> float:
-        """How soon to poll again."""
+        """Returns in how many seconds to poll again."""
         return PHASE_POLL_S if waits_for_phase(self.plan, self.done) else POLL_S
 
     @property
     def restarts_to_come(self) -> bool:
-        """Whether a peer that is killed now will be started again."""
+        """Returns whether a peer that is killed now will be started again."""
         return restarts_to_come(self.plan, self.done)
 
     def poll(self) -> list[Done]:

@@ -122,7 +122,7 @@ class LocalSwarm:
 
     @property
     def logs(self) -> Mapping[str, Log]:
-        """The trainers' events, by name."""
+        """Returns the trainers' events, by name."""
         return {child.name: child.tail.log for child in self.children.trainers}
 
     def start(self, peers: int) -> None:

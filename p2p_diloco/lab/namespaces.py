@@ -38,12 +38,12 @@ class Namespace:
 
     @property
     def enter(self) -> tuple[str, ...]:
-        """What a command begins with to run in it."""
+        """Returns what a command begins with to run in it."""
         return "nsenter", f"--net=/proc/{self.holder.pid}/ns/net"
 
     @property
     def maddr(self) -> str:
-        """The address for a peer to listen on."""
+        """Returns the address for a peer to listen on."""
         return f"/ip4/{self.address}/tcp/{PORT}"
 
 

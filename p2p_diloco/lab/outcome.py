@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import json
 import statistics
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 
@@ -253,6 +254,12 @@ class SwarmOutcome:
     """Outer step -> how many made it together."""
     lost: Sequence[LostMember]
     missed_rounds: int
+    certified: Mapping[int, tuple[int, int]]
+    """Outer step -> how many members have signed its certificate, and how many certify."""
+    witnessed: Sequence[int]
+    """Outer steps that the run's owner has witnessed, rising."""
+    uncertified_rounds: Mapping[str, int]
+    """Rounds of single peers without a certificate, by what was missing (``event.Uncertified``)."""
 
 
 def outcome_of(logs: Mapping[str, Log]) -> SwarmOutcome:
@@ -283,6 +290,9 @@ def outcome_of(logs: Mapping[str, Log]) -> SwarmOutcome:
         group={event.step: len(event.group) for event in rounds if event.committed},
         lost=[LostMember(step=step, peer=peer_id) for step, peer_id in sorted(lost)],
         missed_rounds=sum(not event.committed for event in rounds),
+        certified={event.step: (event.signatures, event.certifying) for event in rounds if event.committed},
+        witnessed=sorted({event.step for event in rounds if event.witnessed}),
+        uncertified_rounds=Counter(event.uncertified for event in rounds if event.uncertified),
     )
 
 

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
-from typing import IO, Any
+from typing import IO, Any, TypedDict
 
 from p2p_diloco.core.errors import UsageError
 from p2p_diloco.lab.simulation_result import TrialResult
@@ -177,6 +177,15 @@ def plot(study: Study, results: Mapping[str, TrialResult], path: Path | IO[bytes
     pyplot.close(figure)
 
 
+class LineLook(TypedDict):
+    """How a line looks, in the words of matplotlib."""
+
+    color: str
+    linestyle: str | tuple[int, tuple[float, ...]]
+    """Without gaps, or (offset, dashes)."""
+    linewidth: float
+
+
 def figure_of(study: Study, results: Mapping[str, TrialResult]) -> Any:
     """Returns a figure of matplotlib: held-out loss against the share of training, an arm a line, which is named at its
     end: the mean over seeds, in a band of all of them. An arm keeps its color and dashes while others have no
@@ -201,7 +210,7 @@ def figure_of(study: Study, results: Mapping[str, TrialResult]) -> Any:
         shares = [share for share, _ in min(curves, key=len)]
         columns = list(zip(*([loss for _, loss in curve[: len(shares)]] for curve in curves)))
         color, dashes = style_of(number)
-        look: dict[str, Any] = {"color": color, "linestyle": (0, dashes) if dashes else "-", "linewidth": 1.4}
+        look = LineLook(color=color, linestyle=(0, dashes) if dashes else "-", linewidth=1.4)
         means = [mean(column) for column in columns]
         axes.plot([100 * share for share in shares], means, **look)
         lines.append((literal(arm.name), (100 * shares[-1], means[-1]), look))
@@ -222,7 +231,7 @@ def figure_of(study: Study, results: Mapping[str, TrialResult]) -> Any:
     return figure
 
 
-NamedLine = tuple[str, tuple[float, float], Mapping[str, Any]]
+NamedLine = tuple[str, tuple[float, float], LineLook]
 """Its name; where it ends, in data; how matplotlib is to draw it."""
 
 

@@ -13,7 +13,7 @@ from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
 from p2p_diloco.core.errors import UsageError
 from p2p_diloco.core.runfile import Fraction, OnMissed, RunSpec, Section, explain
-from p2p_diloco.core.toml import read_toml
+from p2p_diloco.core.toml import TomlTable, read_toml
 
 Replicas = Annotated[int, Field(gt=0, le=100)]
 Speed = Annotated[float, Field(gt=0, le=1)]
@@ -59,7 +59,7 @@ class SimulationSpec(Section):
 
     @property
     def most_replicas(self) -> int:
-        """How many train at the same time, at most."""
+        """Returns how many train at the same time, at most."""
         return max(self.replicas)
 
     def replicas_at(self, step: int, outer_steps: int) -> int:
@@ -103,7 +103,7 @@ class SimulatedRun(Section):
         return self.parse({**self.run.model_dump(), "simulate": simulate}, "command line")
 
     @classmethod
-    def parse(cls, table: dict[str, Any], source: str) -> SimulatedRun:
+    def parse(cls, table: TomlTable, source: str) -> SimulatedRun:
         """Returns what a table says. ``table``: a run file's, perhaps with ``simulate``. Raises UsageError that names
         ``source`` and the key."""
         run = {key: value for key, value in table.items() if key != "simulate"}

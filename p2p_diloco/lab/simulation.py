@@ -61,13 +61,13 @@ class Simulation:
 
     @property
     def done(self) -> bool:
-        """Whether it has made its last outer step, or nothing will come of further ones."""
+        """Returns whether it has made its last outer step, or nothing will come of further ones."""
         last = self.what.run.outer.steps if self.past is None else len(self.past.inner_steps)
         return self.state.step >= last or self.diverged
 
     @property
     def diverged(self) -> bool:
-        """Whether theta is not finite: nothing will come of it."""
+        """Returns whether theta is not finite: nothing will come of it."""
         return not np.isfinite(self.state.theta).all()
 
     def differing_heads(self) -> list[int]:
@@ -125,7 +125,7 @@ class Simulation:
         return draws_drop(self.what.run.seed, replica.name, step, self.what.simulate.drop)
 
     def _reduce(self, members: Sequence[SimulatedTrainer], dropped: set[str]) -> tuple[Update, int]:
-        """The update of a round of ``members``, in the order of rank; and the bytes of one contribution."""
+        """Returns the update of a round of ``members``, in the order of rank; and the bytes of one contribution."""
         spec, options, state = self.what.run, self.what.simulate, self.state
         grid, lossy = self.rule.grid, options.quantize
         policy = options.divided_by(spec.round.on_missed)
@@ -150,7 +150,7 @@ class Simulation:
         return Update(header=header, parts=tuple(parts)), self._contribution_bytes()
 
     def _outer_gradient(self, replica: SimulatedTrainer) -> Vector:
-        """float32 [n]: theta - local, and what is left of it."""
+        """Returns, as float32 [n], theta - local, and what is left of it."""
         gradient: Vector = np.subtract(self.state.theta, replica.local)
         options = self.what.simulate
         if options.prune:

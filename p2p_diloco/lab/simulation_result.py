@@ -91,7 +91,7 @@ class TrialResult:
 
     @property
     def loss(self) -> float:
-        """The final held-out loss; infinite where theta is not finite."""
+        """Returns the final held-out loss; infinite where theta is not finite."""
         return math.inf if self.last.held_out_loss is None else self.last.held_out_loss
 
     def as_figures(self) -> Mapping[str, object]:

@@ -18,7 +18,6 @@ differences between them are paired.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -31,7 +30,7 @@ from p2p_diloco.core.errors import UsageError
 from p2p_diloco.core.manifest import canonical_json
 from p2p_diloco.core.paths import beside
 from p2p_diloco.core.runfile import RunSpec, Section, explain
-from p2p_diloco.core.toml import read_toml
+from p2p_diloco.core.toml import TomlTable, read_toml
 from p2p_diloco.lab.simulated_run import SimulatedRun, listed
 from p2p_diloco.learn.hub import END_FILES
 from p2p_diloco.learn.source import listing
@@ -41,7 +40,7 @@ from p2p_diloco.learn.textfiles import text_files
 Size = Literal["full", "quick", "large"]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 Seeds = Annotated[tuple[Seed, ...], BeforeValidator(listed), Field(min_length=1, max_length=100)]
-Keys = dict[str, Any]
+Keys = dict[str, object]
 
 
 def check_arm_name(name: str) -> str:
@@ -110,13 +109,13 @@ class Trial:
 
     @property
     def name(self) -> str:
-        """The arm and the seed, in words."""
+        """Returns the arm and the seed, in words."""
         return f"{self.arm}, seed {self.seed}"
 
     @cached_property
     def key(self) -> str:
-        """The name of what is simulated: studies that have the same arm have the same simulation, which is made
-        once."""
+        """Returns the name of what is simulated: studies that have the same arm have the same simulation, which is
+        made once."""
         files = [canonical_json(self.files)] if self.files else []
         what = self.what.model_dump(mode="json")
         if what["run"]["outer"]["aggregate"] == "mean":
@@ -163,7 +162,7 @@ class Study:
         return cls(name=path.stem, spec=spec, size=size, base=folder, trials=trials)
 
 
-def trial_of(base: Mapping[str, Any], arm: Arm, seed: int, changes: list[Keys], folder: Path, source: str) -> Trial:
+def trial_of(base: TomlTable, arm: Arm, seed: int, changes: list[Keys], folder: Path, source: str) -> Trial:
     """Returns one simulation: ``base`` with the changes, in their order. UsageError that names ``source`` and the
     key."""
     table = copy.deepcopy(dict(base))
@@ -197,11 +196,12 @@ def files_of(spec: RunSpec, folder: Path) -> list[list[Any]]:
     return found
 
 
-def change(table: dict[str, Any], key: str, value: Any, source: str) -> None:
+def change(table: dict[str, object], key: str, value: object, source: str) -> None:
     """Sets a dotted key. UsageError where it goes through something that is no table."""
     *sections, last = key.split(".")
     for section in sections:
-        table = table.setdefault(section, {})
-        if not isinstance(table, dict):
+        inner = table.setdefault(section, {})
+        if not isinstance(inner, dict):
             raise UsageError(f"{source}: key {key!r}: {section!r} is not a table")
+        table = inner
     table[last] = value

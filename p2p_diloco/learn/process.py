@@ -63,7 +63,7 @@ class NetworkHandle:
     """The swarm has moved on."""
 
     def __init__(self, control: socket, process: Process) -> None:
-        """``control``: the trainer's end, ours from now on."""
+        """Takes over ``control``, the trainer's end of the socket."""
         self.rows: tuple[PeerRow, ...] = ()
         """Everybody, me first; renewed every second."""
         self.evaluation: tuple[int, float] | None = None
@@ -121,7 +121,7 @@ class NetworkHandle:
                 raise failure(line)
 
     def close(self, reason: str) -> None:
-        """Have it say goodbye, and end it; within 10 s, whatever it does."""
+        """Lets it say goodbye, and ends it; within 10 s, whatever it does."""
         self._leaving = True
         if self.has_room():
             self.say(Leave(reason=reason))
@@ -135,8 +135,9 @@ class NetworkHandle:
         self._control.close()
 
     def _read(self) -> None:
-        """Thread: sorts what the network process says, until it is gone. One that is killed may leave half a line, and
-        a reset instead of an end. Whatever ends this thread, who waits for an answer hears that none will come."""
+        """Sorts, in a thread, what the network process says, until it is gone. One that is killed may leave
+        half a line, and a reset instead of an end. Whatever ends this thread, who waits for an answer hears that none
+        will come."""
         try:
             with self._control.makefile("rb") as stream, contextlib.suppress(ConnectionError):
                 for data in stream:
@@ -161,7 +162,7 @@ class NetworkHandle:
             self._answers.put(line)
 
     def _end_orphan(self) -> None:
-        """The network process is gone, killed perhaps: this process must not go on for ever without it."""
+        """Ends this process, which must not go on for ever without the network process, once that is gone."""
         deadline_s = time.monotonic() + ORPHAN_S
         while time.monotonic() < deadline_s:
             if self._leaving:

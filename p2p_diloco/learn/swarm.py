@@ -68,7 +68,7 @@ class Swarm:
     """float32 [n], what this peer trains."""
 
     def __init__(self, network: NetworkHandle, memory: int) -> None:
-        """``memory``: descriptor of what this process shares with the network process, ours from now on."""
+        """Takes over ``memory``, the descriptor of what this process shares with the network process."""
         self.step = 0
         """Outer step at which this peer stands; a seed follows the swarm inside ``serve``."""
         self.head = ""

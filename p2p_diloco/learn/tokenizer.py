@@ -115,7 +115,7 @@ class LibraryTokenizer:
         return None if not special else self.end_token if token_id == self.end else str(added.content)
 
     def _is_made_of(self, token: str) -> bool:
-        """Whether text that holds the name of ``token`` is encoded as that token, at least in some places."""
+        """Returns whether text that holds the name of ``token`` is encoded as that token, at least in some places."""
         texts = [f"{before}{token}{after}" for before in ("", " ", "a", "\n") for after in ("", " ", "a", ".")]
         try:
             with tokenizing():

@@ -53,6 +53,7 @@ class Place:
     """Of its length, in bytes from the beginning of the file."""
     stop: int
     parent: bytes
+    link: bytes
     head: bytes
     in_most_parts: tuple[str, ...]
     """As ``Certified`` has it."""
@@ -80,7 +81,7 @@ class Chain:
 
     @property
     def end(self) -> int:
-        """The outer step to which the chain leads: it has the updates before."""
+        """Returns the outer step to which the chain leads: it has the updates before."""
         return len(self._places)
 
     def head_at(self, step: int) -> bytes | None:
@@ -93,6 +94,10 @@ class Chain:
     def step_of(self, head: bytes) -> int | None:
         """Returns the outer step of a head; None for one that the chain does not lead to."""
         return self._steps.get(head)
+
+    def links(self, since: int, most: int) -> list[bytes]:
+        """Returns the links that lead on from outer step ``since``, at most ``most`` of them."""
+        return [place.link for place in self._places[since : since + most]]
 
     def has(self, header: UpdateHeader) -> bool:
         """Returns whether the chain has this update."""
@@ -272,7 +277,14 @@ class Chain:
             # Ten thousand entries name the same few peers: interned, each id is in memory once.
             contributed = tuple(sys.intern(peer_id) for peer_id in certified.in_most_parts())
             places.append(
-                Place(start=start, stop=stop, parent=header.parent, head=header.head, in_most_parts=contributed)
+                Place(
+                    start=start,
+                    stop=stop,
+                    parent=header.parent,
+                    link=header.link,
+                    head=header.head,
+                    in_most_parts=contributed,
+                )
             )
             start = stop
         return places, pieces

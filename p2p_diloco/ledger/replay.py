@@ -52,7 +52,7 @@ class Replay:
         raise Gap(f"{self.ledger.folder}: does not lead to outer step {self.step}; restart to download it")
 
     def _starts_soundly(self) -> bool:
-        """Look at all of the files but their parts."""
+        """Looks at all of the files but their parts; returns whether that is sound. What is not, the ledger loses."""
         ledger = self.ledger
         if not starts_soundly(self._base, n=ledger.grid.n, run_id=ledger.run_id):
             ledger.lose_snapshot(self._base, "its header or its size is not what it was")
@@ -66,7 +66,7 @@ class Replay:
         return True
 
     def _computed(self, part: int) -> tuple[Vector, Vector] | None:
-        """None, and the ledger without it, when a file on the way is damaged."""
+        """Returns (theta, momentum) of one part; None when a file on the way is damaged, which the ledger loses."""
         try:
             theta, momentum = self._values(part), self._values(len(self._chunks) // 2 + part)
         except ValueError as error:

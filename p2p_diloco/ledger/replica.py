@@ -129,7 +129,7 @@ class Replica:
                 self._make_snapshot(*missing[0])
 
     def _make_snapshot(self, step: int, head: bytes) -> None:
-        """Unless a file on the way turns out to be damaged, and there is no other."""
+        """Makes one snapshot, unless a file on the way turns out to be damaged, and there is no other way."""
         lost = step in self.ledger.lost_snapshots
         try:
             replay = Replay(self.ledger, step, head)
@@ -142,7 +142,7 @@ class Replica:
             self._note(Repair(what="snapshot", step=step, how="replayed"))
 
     def _compared(self, replay: Replay) -> Iterator[tuple[Vector, Vector]]:
-        """The parts of the replay. On the way, memory is compared with them."""
+        """Yields the parts of the replay. On the way, memory is compared with them."""
         for part, memory in enumerate(self.loaded.parts()):
             pair = agreed(replay, part, memory)
             if differing(pair, memory):

@@ -55,7 +55,7 @@ from p2p_diloco.look.network_trial import (
     would_relay,
 )
 from p2p_diloco.look.request import Request
-from p2p_diloco.look.status import live_records, observer
+from p2p_diloco.look.status import directory_of, observer
 from p2p_diloco.wire.channel import Transport, run_protocol
 from p2p_diloco.wire.discovery import find_manifest
 
@@ -120,7 +120,7 @@ class Checkup:
                 await self._connection(node, run_id, candidates_of(served.get(run_id, []), self.records))
 
     async def _find_run(self, answering: Sequence[AddressTrial]) -> None:
-        """As a peer does; with a clock that shuts one out of the DHT, at the addresses alone."""
+        """Looks for the run as a peer does; with a clock that shuts one out of the DHT, at the addresses alone."""
         self.checklist.measure("looking for the run")
         behind_s, trouble = self.behind_s or 0.0, ""
         if abs(behind_s) > self.timeouts.record_life_s / 2:
@@ -140,12 +140,13 @@ class Checkup:
             self.checklist.add(error_finding("run", error))
             return
         self.signed, self.manifest = signed, manifest
-        self.records = live_records(sealed, "", manifest, time.time() + behind_s)
+        swarm_s = time.time() + behind_s
+        self.records = directory_of(manifest, sealed, "", swarm_s).live(swarm_s)
         client_mode = self.request.client_mode
         self.checklist.add(run_finding(manifest, self.records, client_mode=client_mode, trouble=trouble))
 
     async def _clock(self, node: Transport, run_id: str, peers: Sequence[Candidate]) -> None:
-        """With the first peers that tell their time."""
+        """Compares this clock with those of the first peers that tell their time."""
         if self.behind_s is not None:
             return
         self.checklist.measure("comparing clocks")
@@ -155,7 +156,7 @@ class Checkup:
             self.checklist.add(clock_finding(offsets_s, self.timeouts))
 
     async def _connection(self, node: Transport, run_id: str, candidates: Sequence[Candidate]) -> None:
-        """Bandwidth, and whether others reach us."""
+        """Finds out the bandwidth, and whether others reach us."""
         protocol, request = run_protocol(run_id), self.request
         await self._clock(node, run_id, candidates)
         if self.behind_s is None:

@@ -23,7 +23,16 @@ from p2p_diloco.core.manifest import RunManifest
 from p2p_diloco.core.records import Fault, Record, Role
 from p2p_diloco.look.display import label, plain
 from p2p_diloco.look.history import History
-from p2p_diloco.look.overview import STATES, Overview, SeatRow, State, addresses_to_join, scrape_targets, state_of
+from p2p_diloco.look.overview import (
+    STATES,
+    CertificateRow,
+    Overview,
+    SeatRow,
+    State,
+    addresses_to_join,
+    scrape_targets,
+    state_of,
+)
 from p2p_diloco.peer.web import Response
 
 PREFIX = "p2p_diloco_swarm_"
@@ -46,18 +55,20 @@ class Sight:
 
     @cached_property
     def metrics(self) -> Response:
-        """The text that Prometheus scrapes."""
-        collected = _Collected((*swarm_metrics(self), *peer_metrics(self.overview)))
+        """Returns the text that Prometheus scrapes."""
+        collected = _Collected(
+            (*swarm_metrics(self), *certificate_metrics(self.overview), *peer_metrics(self.overview))
+        )
         return Response(body=generate_latest(collected), content_type=METRICS_TYPE)
 
     @cached_property
     def targets(self) -> Response:
-        """The peers that Prometheus can scrape themselves, as JSON."""
+        """Returns the peers that Prometheus can scrape themselves, as JSON."""
         return json_response([asdict(target) for target in targets_of(self)])
 
     @cached_property
     def status(self) -> Response:
-        """What the page asks for, as JSON."""
+        """Returns what the page asks for, as JSON."""
         return json_response(asdict(page_of(self)))
 
 
@@ -119,6 +130,21 @@ def swarm_metrics(sight: Sight) -> Iterator[Metric]:
     yield rejected
 
 
+def certificate_metrics(overview: Overview) -> Iterator[Metric]:
+    """Yields what the peers on the swarm's head say of its certificate, and of the next one."""
+    certificate = overview.certificate
+    yield gauge("known_members", "Peers that are known at the swarm's head.", ({}, overview.known_members))
+    where = "the certificate of the last outer step."
+    signatures = None if certificate is None else certificate.signatures
+    yield gauge("certificate_signatures", f"Members that have signed {where}", ({}, signatures))
+    certifying = None if certificate is None else certificate.certifying
+    yield gauge("certificate_members", f"Members, most of which have to sign {where}", ({}, certifying))
+    witnessed = None if certificate is None else certificate.witnessed
+    yield gauge("certificate_witnessed", f"1 where the run's owner has signed {where}", ({}, witnessed))
+    text = "Trainers on the swarm's head whose last round did not commit for want of the owner's witness."
+    yield gauge("peers_awaiting_witness", text, ({}, overview.awaiting_witness))
+
+
 def peer_metrics(overview: Overview) -> Iterator[Metric]:
     """Yields the metrics that have one series for each live peer, labelled with its whole id."""
     records = overview.records
@@ -138,6 +164,7 @@ def peer_metrics(overview: Overview) -> Iterator[Metric]:
         ("peer_group_size", "Of its last round.", [r.group_size for r in records]),
         ("peer_round_seconds", "That its last round took.", [r.round_s for r in records]),
         ("peer_round_bytes", "Sent and received in its last round.", [r.round_bytes for r in records]),
+        ("peer_known", "1 where it says that it is known at its head.", [float(r.known) for r in records]),
         ("peer_record_age_seconds", "Since it signed its record.", [overview.now_s - r.issued_s for r in records]),
     ):
         yield gauge(name, text, *zip(ids, values))
@@ -220,6 +247,8 @@ class PageRow:
     version: str
     invitation: str
     """Under which it takes part; empty where it needs none."""
+    known: bool
+    """At its head, as it says."""
 
     @classmethod
     def of(cls, record: Record) -> PageRow:
@@ -237,6 +266,7 @@ class PageRow:
             tokens_per_s=record.tokens_per_s,
             version=plain(record.version),
             invitation=invited_as(record),
+            known=record.known,
         )
 
 
@@ -262,6 +292,9 @@ class Page:
     curve: Mapping[str, list[float | None]]
     """Columns."""
     pace: Mapping[str, list[float | None]]
+    known_members: int | None
+    certificate: CertificateRow | None
+    waits_for_owner: bool
     by_invitation: bool
     """Who wants to join needs an invitation."""
     seats: tuple[SeatRow, ...]
@@ -296,6 +329,9 @@ def page_of(sight: Sight) -> Page:
         rows=tuple(PageRow.of(r) for r in sorted(overview.records, key=lambda r: (r.role == "seed", -r.tokens))),
         curve=history.curve_columns(),
         pace=history.pace_columns(),
+        known_members=overview.known_members,
+        certificate=overview.certificate,
+        waits_for_owner=overview.waits_for_owner,
         by_invitation=by_invitation,
         seats=tuple(overview.seats),
     )

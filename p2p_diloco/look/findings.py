@@ -37,7 +37,7 @@ class Finding:
 
     @property
     def line(self) -> str:
-        """What was measured, and after a semicolon the remedy, where one is needed."""
+        """Returns what was measured, and after a semicolon the remedy, where one is needed."""
         return f"{self.measured}; {self.remedy}" if self.remedy else self.measured
 
 
@@ -164,6 +164,6 @@ class Checklist:
         return code
 
     def _print(self, line: str) -> None:
-        """However long, one line."""
+        """Prints one line, however long."""
         if self._console is not None:
             self._console.print(Text(line), soft_wrap=True)

@@ -54,7 +54,7 @@ class MachineTrial:
 
     @property
     def inner_step_s(self) -> float | None:
-        """The time of an inner step; None where none was timed."""
+        """Returns the seconds of an inner step; None where none was timed."""
         return statistics.median(self.step_s[1:] or self.step_s) if self.step_s else None
 
 

@@ -6,9 +6,10 @@
     /sd                 peers that can be scraped themselves, for Prometheus's HTTP service discovery
     /healthz            whether the monitor itself is well
 
-It is a node in client mode: it serves nothing to peers and publishes nothing, so none ever counts on it. It stays in
-the DHT through whomever it has met there, so it outlives the peers that it was started with, and finds a swarm that
-comes back. There is no login: what it shows is what every peer of the run can see, some addresses included.
+It is a node in client mode: it serves nothing to peers and publishes nothing, so none ever counts on it. In a run by
+invitation it asks them for the owner's list of revocations, as they ask each other. It stays in the DHT through
+whomever it has met there, so it outlives the peers that it was started with, and finds a swarm that comes back. There
+is no login: what it shows is what every peer of the run can see, some addresses included.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ from p2p_diloco.look.exposition import Sight
 from p2p_diloco.look.history import History
 from p2p_diloco.look.overview import overview_of
 from p2p_diloco.look.status import ask_for_manifest
+from p2p_diloco.peer.revocations import Dialling, NewestList
 from p2p_diloco.peer.web import Response, plain_response, serving
 from p2p_diloco.wire.daemon import private_socket_folder
 from p2p_diloco.wire.node import Node
@@ -63,11 +65,10 @@ TYPES = {
 }
 
 
-class Observing(Protocol):
+class Observing(Dialling, Protocol):
     """What a monitor needs of a network. ``node.Node`` is the real one."""
 
     peer_id: str
-    timeouts: Timeouts
 
     @property
     def rejected(self) -> Counter[Fault]:
@@ -99,6 +100,7 @@ class Monitor:
         self.initial_peers = tuple(initial_peers)
         self.private_targets = private_targets
         self.directory = Directory(transport.peer_id, manifest.run_id, admission=manifest.admission())
+        self.revocations = NewestList(transport=transport, directory=self.directory, owner=manifest.owner)
         self.history_path = folder / f"history-{manifest.run_id}.json"
         self.history = History.load(self.history_path, manifest.run_id)
         self.unsound: Counter[Fault] = Counter()
@@ -134,6 +136,8 @@ class Monitor:
                 found |= self.directory.learn(one, wall_s) is not None
             except Unsound as error:
                 self.unsound[error.fault] += 1
+        self.directory.step = self.history.step
+        await self.revocations.hear(self.directory.live(wall_s))
         records = self.directory.live(wall_s)
         seen_before = len(self.sight.overview.records)
         self.sight = self._sight(records, wall_s)
@@ -146,7 +150,8 @@ class Monitor:
         return found
 
     def _pause_s(self) -> float:
-        """Longer where many records have to be read; never so long that one of them could have been renewed twice."""
+        """Returns the seconds until records are read again: more where there are many, and never so many that one of
+        them could have been renewed twice."""
         timeouts, seen = self.transport.timeouts, len(self.sight.overview.records)
         return min(max(timeouts.refresh_s, seen / RECORDS_PER_S), timeouts.record_every_s)
 

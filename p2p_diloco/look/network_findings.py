@@ -40,7 +40,7 @@ class AddressTrial:
 
     @property
     def peer_id(self) -> str:
-        """The peer that the address names."""
+        """Returns the id of the peer that the address names."""
         return self.maddr.rpartition("/p2p/")[2]
 
 

@@ -75,12 +75,12 @@ class Candidate:
 
     @property
     def label(self) -> str:
-        """What it is called."""
+        """Returns what it is called."""
         return f"peer …{self.peer_id[-8:]}"
 
     @property
     def publicness(self) -> int:
-        """As ``addresses.publicness`` has it, of its best address."""
+        """Returns the publicness of its best address (``addresses.publicness``)."""
         return min(map(publicness, self.maddrs))
 
 

@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from statistics import median
-from typing import Literal, get_args
+from typing import Literal, TypeVar, get_args
 
 from p2p_diloco.core.addresses import METRICS_FLAG, Endpoint, dial_bytes, is_public, publicness
 from p2p_diloco.core.admission import one_vote_each
@@ -22,6 +22,7 @@ from p2p_diloco.core.invitation import open_seat
 from p2p_diloco.core.records import Record
 from p2p_diloco.core.swarm_head import newest_evaluation, swarm_head
 
+T = TypeVar("T")
 State = Literal["training", "round", "joining", "seed"]
 STATES: tuple[State, ...] = get_args(State)
 PHASES_OF_A_ROUND = ("gather", "reduce", "settle", "apply")
@@ -42,6 +43,17 @@ class SeatRow:
     peers: int
     expires_s: int
     """Unix time."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CertificateRow:
+    """The certificate of an update, in figures."""
+
+    signatures: int
+    certifying: int
+    """Members that certify: most of them have to sign."""
+    witnessed: bool
+    """The run's owner has signed it, too."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,8 +79,20 @@ class Overview:
     held_out_step: int
     round_s: float | None
     """Median of the peers' last rounds."""
+    known_members: int | None
+    """Peers that are known at the swarm's head, as most of those there say."""
+    certificate: CertificateRow | None
+    """Of the update that led to the swarm's head, as most of those say that made it."""
+    awaiting_witness: int
+    """Trainers on the swarm's head whose last round did not commit for want of the owner's witness."""
     seats: Sequence[SeatRow]
     """Of a run by invitation, by name."""
+
+    @property
+    def waits_for_owner(self) -> bool:
+        """Returns whether most trainers on the swarm's head wait for the owner's witness: a few who say so may lie."""
+        here = [record for record in self.records if record.step == self.step and record.role == "trainer"]
+        return 2 * self.awaiting_witness > len(here)
 
 
 def overview_of(records: Sequence[Record], now_s: float) -> Overview:
@@ -79,6 +103,7 @@ def overview_of(records: Sequence[Record], now_s: float) -> Overview:
     held_out_step, held_out_loss = newest_evaluation(records, swarm) or (0, None)
     states = Counter(map(state_of, records))
     rounds_s = [record.round_s for record in records if record.group_size]
+    there = [record for record in one_vote_each(records) if (record.step, record.head) == swarm]
     return Overview(
         now_s=now_s,
         records=records,
@@ -91,8 +116,23 @@ def overview_of(records: Sequence[Record], now_s: float) -> Overview:
         held_out_loss=held_out_loss,
         held_out_step=held_out_step,
         round_s=finite(median(rounds_s)) if rounds_s else None,
+        known_members=most_common(record.known_members for record in there),
+        certificate=most_common(certificate_of(record) for record in there if record.certifying),
+        awaiting_witness=sum(record.awaits_witness for record in there if record.role == "trainer"),
         seats=seats_of(records),
     )
+
+
+def most_common(values: Iterable[T]) -> T | None:
+    """Returns the value that is there most often, the first of those that are there equally often; None where there is
+    none."""
+    counted = Counter(values).most_common(1)
+    return counted[0][0] if counted else None
+
+
+def certificate_of(record: Record) -> CertificateRow:
+    """Returns what a record says of the certificate of the update that led to its peer's head."""
+    return CertificateRow(signatures=record.signatures, certifying=record.certifying, witnessed=record.witnessed)
 
 
 def seats_of(records: Iterable[Record]) -> list[SeatRow]:

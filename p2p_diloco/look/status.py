@@ -27,7 +27,8 @@ from p2p_diloco.core.peer_row import PeerRow
 from p2p_diloco.core.records import Record, peers_key
 from p2p_diloco.core.swarm_head import newest_evaluation, swarm_head
 from p2p_diloco.look.display import Legible, count, held_out, peers_table
-from p2p_diloco.look.overview import SeatRow, seats_of
+from p2p_diloco.look.overview import Overview, SeatRow, overview_of
+from p2p_diloco.peer.revocations import NewestList
 from p2p_diloco.wire.daemon import private_socket_folder
 from p2p_diloco.wire.discovery import find_manifest
 from p2p_diloco.wire.node import Node
@@ -43,6 +44,7 @@ class Status:
     """The swarm's, as its peers' records tell."""
     records: Sequence[Record]
     """Of the live peers; who is furthest comes first."""
+    overview: Overview
 
 
 @asynccontextmanager
@@ -71,35 +73,41 @@ async def fetch_manifest(initial_peers: Sequence[str], run_id: str | None, timeo
 
 
 async def gather_status(initial_peers: Sequence[str], run_id: str | None, timeouts: Timeouts) -> Status:
-    """Returns what the run's peers say of themselves now. Raises UsageError or NetworkError that say what to do."""
+    """Returns what the run's peers say of themselves now, without those whose invitation is revoked. Raises UsageError
+    or NetworkError that say what to do."""
     async with observer(initial_peers, timeouts) as node:
         manifest = open_manifest(await ask_for_manifest(node, initial_peers, run_id), "the run")
         sealed = await node.look_up(peers_key(manifest.run_id))
-        return status_of(manifest, sealed, node.peer_id, time.time())
+        directory = directory_of(manifest, sealed, node.peer_id, time.time())
+        newest = NewestList(transport=node, directory=directory, owner=manifest.owner)
+        await newest.hear(directory.live(time.time()))
+        return status_of(manifest, directory, time.time())
 
 
-def status_of(manifest: RunManifest, sealed: Sequence[bytes], me: str, now_s: float) -> Status:
-    """Returns the status that the records in ``sealed`` come to: what the DHT holds under the run's key, sound or not.
-    NetworkError when no peer is alive."""
-    records = live_records(sealed, me, manifest, now_s)
-    swarm = swarm_head(one_vote_each(records), None)
-    if swarm is None:
-        raise NetworkError(f"run {manifest.spec.name} {manifest.run_id}: no peer of it is up now")
-    step, head = swarm
-    ordered = sorted(records, key=lambda record: (-record.step, record.role, record.label))
-    return Status(manifest=manifest, step=step, head=head, records=ordered)
-
-
-def live_records(sealed: Sequence[bytes], me: str, manifest: RunManifest, now_s: float) -> list[Record]:
-    """Returns one record for each peer of the run that is there, except ``me``; what is not sound is left out, and so
-    is who has no seat in a run by invitation."""
+def directory_of(manifest: RunManifest, sealed: Sequence[bytes], me: str, now_s: float) -> Directory:
+    """Returns a directory of the records in ``sealed``, what the DHT holds under the run's key, except ``me``. What is
+    not sound is left out, and so is who has no seat in a run by invitation. Its outer step is the swarm's."""
     directory = Directory(me, manifest.run_id, admission=manifest.admission())
     for one in sealed:
         try:
             directory.learn(one, now_s)
         except ValueError:
             continue
-    return directory.live(now_s)
+    swarm = swarm_head(one_vote_each(directory.live(now_s)), None)
+    directory.step = 0 if swarm is None else swarm[0]
+    return directory
+
+
+def status_of(manifest: RunManifest, directory: Directory, now_s: float) -> Status:
+    """Returns the status that the live records of a directory come to. NetworkError when no peer is alive."""
+    records = directory.live(now_s)
+    swarm = swarm_head(one_vote_each(records), None)
+    if swarm is None:
+        raise NetworkError(f"run {manifest.spec.name} {manifest.run_id}: no peer of it is up now")
+    step, head = swarm
+    ordered = sorted(records, key=lambda record: (-record.step, record.role, record.label))
+    overview = overview_of(records, now_s)
+    return Status(manifest=manifest, step=step, head=head, records=ordered, overview=overview)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,6 +154,18 @@ def invited(seats: Sequence[SeatRow]) -> str:
     return ", ".join(f"{seat.name} ({seat.peers} of {seat.places})" for seat in seats) or "nobody is here"
 
 
+def certified(overview: Overview) -> str:
+    """Returns the words for the certificate of the last outer step, and for what the next one waits for; empty where
+    nobody says anything of that."""
+    told, certificate = [], overview.certificate
+    if certificate is not None:
+        told.append(f"{certificate.signatures} of {certificate.certifying} signed it")
+        told += ["witnessed by the owner"] if certificate.witnessed else []
+    told += [f"{overview.known_members} known"] if overview.known_members else []
+    told += ["waiting for the owner's seed, which has to witness the next one"] if overview.waits_for_owner else []
+    return " · ".join(told)
+
+
 def screen_of(status: Status, width: int) -> RenderableType:
     """Returns the status for a terminal of ``width`` columns."""
     rows = [PeerRow.of(record) for record in status.records]
@@ -156,7 +176,9 @@ def screen_of(status: Status, width: int) -> RenderableType:
         f"outer step {status.step} of {manifest.spec.outer.steps} · head {status.head.hex()[:16]}",
         f"{len(trainers)} training, {count(sum(r.tokens_per_s for r in trainers))} tokens/s · {held_out(evaluation)}",
     ]
+    if words := certified(status.overview):
+        lines.insert(2, words)
     if manifest.spec.membership == "invite":
-        lines.append(f"by invitation: {invited(seats_of(status.records))}")
+        lines.append(f"by invitation: {invited(status.overview.seats)}")
     table = peers_table(rows, head=status.head.hex(), width=width, most=len(rows), own=False)
     return Legible(Group(*map(Text, lines), Text(), table))

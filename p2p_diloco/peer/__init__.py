@@ -21,7 +21,8 @@ Its files, from the bottom up:
     witness      the run's owner signs updates that too few known members make
     reception    streams that others open, and who answers them
     round_event  the event of one attempt at an outer step
-    outer_steps  a trainer's outer steps: rounds tried, an update committed, or the swarm's state taken
+    attempts     one round at a time: gathered, reduced, settled, and its update committed
+    outer_steps  a trainer's outer steps: rounds tried until one commits, or the swarm's state taken
     peer         the network side of one peer, on any transport: its parts and its life
     web          a small HTTP server that strangers may reach
     metrics      one peer's metrics for Prometheus

@@ -129,14 +129,13 @@ class Catchup:
             return
         try:
             async with deadline(self.here.timeouts.request_s):
-                path = await self.donors.ask_path(record, (record.step, record.head))
+                way = await self.donors.ask_way(record, self.here.seat.history)
         except asyncio.TimeoutError:
             log.info("%s takes too long to show the way to outer step %d", record.label, record.step)
         except RemoteError as error:
             drop(error, self.here)
         else:
-            if path is not None:
-                self.here.directory.show([path[step] for step in sorted(path, reverse=True)])
+            self.here.directory.show(way)
 
     async def fetch_update(self, step: int, head: bytes) -> Update | None:
         """Returns the update that leads from outer step ``step`` to ``head``, verified and not committed, from whoever

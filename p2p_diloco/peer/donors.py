@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from p2p_diloco.core.electors import History
 from p2p_diloco.core.errors import Misbehaved
 from p2p_diloco.core.records import Record
 from p2p_diloco.core.roster import rank
@@ -71,3 +72,25 @@ class Donors:
         if path.get(target[0]) != target[1]:
             return None
         return {step: head for step, head in path.items() if step <= target[0]}
+
+    async def ask_way(self, record: Record, history: History) -> list[bytes]:
+        """Asks a peer how it came to where its record says that it stands. Returns the heads that led there, newest
+        first, back to one that is in ``history`` if there is any: that may be longer ago than anybody has updates of.
+        They are true if the record's head is; nothing where the peer has left it, or does not say."""
+        heads, step = [record.head], record.step
+        channel = await self.here.open(record.peer_id)
+        try:
+            while step > 0 and history.step_of(heads[-1]) is None:
+                since = max(step - MAX_LINKS, 0)
+                answer: Heads = await channel.request(AskHeads(since=since, pruned=True), Heads)
+                page = [answer.head]
+                for link in answer.links:
+                    page.append(next_head(page[-1], link))
+                older = page[: step - answer.first] if since == answer.first else []
+                if not older or page[len(older) : len(older) + 1] != [heads[-1]]:
+                    return []
+                heads += reversed(older)
+                step = since
+        finally:
+            channel.close()
+        return heads

@@ -181,7 +181,7 @@ class Handout:
         return max(min(self._due_s().values(), default=now_s + self._late_s) - now_s, 0.0)
 
     def _due_s(self) -> dict[int, float]:
-        """Item -> when it is late, for those that may be asked from one more donor."""
+        """Returns item -> when it is late, for those that may be asked from one more donor."""
         late_s = max(LATE * median(self._took_s), LEAST_LATE_S) if self._took_s else self._late_s
         return {item: max(asked.values()) + late_s for item, asked in self._asked.items() if len(asked) < COPIES}
 

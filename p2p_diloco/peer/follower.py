@@ -17,9 +17,9 @@ import logging
 from dataclasses import dataclass, field
 
 from p2p_diloco.core.admission import one_vote_each
-from p2p_diloco.core.event import PeerCaughtUp
+from p2p_diloco.core.event import BranchLeft, PeerCaughtUp
 from p2p_diloco.core.events import EventLog
-from p2p_diloco.core.swarm_head import from_nowhere, must_catch_up, swarm_head
+from p2p_diloco.core.swarm_head import Standing, from_nowhere, must_catch_up, swarm_head, way_of
 from p2p_diloco.core.waiting import now_s
 from p2p_diloco.ledger.replica import Replica
 from p2p_diloco.peer.catchup import Catchup, CaughtUp
@@ -34,6 +34,17 @@ PATIENCE = 3
 """Catch-ups in a row that lead nowhere before whoever claims that head has no vote for a while."""
 WAYS_ASKED = 8
 """At a time."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Branch:
+    """My branch of the run's history when I set out for another one, and how the votes stood."""
+
+    standing: Standing
+    votes: int
+    """For where I set out for."""
+    votes_left: int
+    """For where I was."""
 
 
 @dataclass(kw_only=True, eq=False)
@@ -129,7 +140,7 @@ class Follower:
         while True:
             target, caught_up = self.target(), None
             if target is not None and (self.replica.state is None or must_catch_up(self.here.seat.standing, target)):
-                started_s = now_s()
+                started_s, before = now_s(), self._branch(target)
                 await self.upkeep.settled()
                 caught_up = await self.catchup.to(target)
                 if caught_up is None:
@@ -150,8 +161,8 @@ class Follower:
             self.presence.take_standing()
             self.upkeep.moved()
             self._log(caught_up, now_s() - started_s)
-            if caught_up.rolled_back:
-                log.warning("gave up %d outer steps that the swarm did not share", caught_up.rolled_back)
+            if caught_up.rolled_back and before is not None:
+                self._log_branch(caught_up, before)
             await self.presence.push_to_all()  # the answers say how far the swarm is by now
 
     def _log(self, caught_up: CaughtUp, seconds: float) -> None:
@@ -163,6 +174,34 @@ class Follower:
             snapshot=caught_up.snapshot,
             bytes_received=caught_up.bytes_received,
             donors=caught_up.donors,
+        )
+        self.events.write(event)
+
+    def _branch(self, target: tuple[int, bytes]) -> Branch | None:
+        """Returns how the votes stand between where I am and where I set out for; None where I have no state."""
+        if self.replica.state is None:
+            return None
+        directory, standing = self.here.directory, self.here.seat.standing
+        voters, mine = self.here.voters()
+        ways = [way_of(one, directory.before) for one in (*voters, *([mine] if mine else ()))]
+        there, here = (sum(head in way for way in ways) for head in (target[1], standing.head))
+        return Branch(standing=standing, votes=there, votes_left=here)
+
+    def _log_branch(self, caught_up: CaughtUp, before: Branch) -> None:
+        standing, fork_step = self.here.seat.standing, before.standing.step - caught_up.rolled_back
+        log.warning(
+            "gave up %d outer steps that the swarm did not share: of those who have a vote, %d stood on the other "
+            "branch and %d on mine",
+            *(caught_up.rolled_back, before.votes, before.votes_left),
+        )
+        event = BranchLeft(
+            fork_step=fork_step,
+            left_step=before.standing.step,
+            left_head=before.standing.head.hex(),
+            step=standing.step,
+            head=standing.head.hex(),
+            votes=before.votes,
+            votes_left=before.votes_left,
         )
         self.events.write(event)
 

@@ -26,7 +26,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from p2p_diloco import __version__
 from p2p_diloco.core.addresses import METRICS_FLAG, Endpoint
 from p2p_diloco.core.errors import UsageError
-from p2p_diloco.core.event import AuditResult
+from p2p_diloco.core.event import AuditResult, Uncertified
 from p2p_diloco.core.findings import LASTS_STEPS
 from p2p_diloco.core.totals import LIMITS_S, Durations
 from p2p_diloco.core.waiting import now_s
@@ -43,6 +43,7 @@ LOOK_EVERY_S = 5.0
 RENDER_EVERY_S = 1.0
 
 RESULTS = ("committed", *get_args(MissedReason))
+UNCERTIFIED = tuple(filter(None, get_args(Uncertified)))
 REASONS = ("misbehaved", "silent", "gone", "refused")
 REPAIRS = ("state", "snapshot", "update")
 
@@ -110,6 +111,7 @@ class PeerMetrics:
         yield from self._identity()
         yield from self._training()
         yield from self._rounds()
+        yield from self._certificates()
         yield from self._repairs()
         yield from self._network()
 
@@ -164,12 +166,36 @@ class PeerMetrics:
         text = f"Cosine between this peer's outer gradient and the group's mean {where}."
         yield gauge("contribution_cosine", text, last.cosine if last else None)
 
+    def _certificates(self) -> Iterator[Metric]:
+        totals, known = self.peer.events.totals, self.peer.seat.known.peers
+        last, since_s = totals.last_commit, totals.uncertified_since_s
+        yield gauge("known_members", "Peers that are known where this peer stands.", len(known))
+        yield gauge("known", "1 where this peer is known itself.", self.peer.identity.peer_id in known)
+        where = "in the last round of this peer that committed."
+        text = f"Members that signed the update's certificate, {where}"
+        yield gauge("certificate_signatures", text, last.signatures if last else None)
+        text = f"Members that certify, most of which have to sign, {where}"
+        yield gauge("certificate_members", text, last.certifying if last else None)
+        text = "Outer steps of this peer that the run's owner has witnessed."
+        yield counter("witnessed_steps_total", text, totals.witnessed)
+        text = "Rounds whose update got no certificate: most did not sign it, or the owner's witness was missing."
+        counts = {reason: totals.uncertified[reason] for reason in UNCERTIFIED}
+        yield counters("uncertified_rounds_total", text, "reason", counts)
+        text = "Since the first round, after the last outer step, that had others in it and no certificate; 0 if none."
+        waited_s = 0.0 if since_s is None else max(self.peer.here.wall_s() - since_s, 0.0)
+        yield gauge("uncertified_seconds", text, waited_s)
+        text = "Updates that this peer, the run's owner, was asked to witness, by what it answered."
+        asked = {"signed": totals.witness_asked[True], "refused": totals.witness_asked[False]}
+        yield counters("witness_requests_total", text, "result", asked)
+
     def _repairs(self) -> Iterator[Metric]:
         totals = self.peer.events.totals
         text = "Times that this peer took the swarm's state from other peers, after it had joined or missed a round."
         yield counter("catch_ups_total", text, totals.catch_ups)
         text = "Outer steps that this peer gave up because the swarm did not share them."
         yield counter("rolled_back_steps_total", text, totals.rolled_back)
+        text = "Branches of the run's history that this peer gave up for another one, by the votes."
+        yield counter("branches_left_total", text, totals.branches_left)
         text = "Times that other peers' digest of a state was another one than this peer's."
         yield counter("digest_mismatches_total", text, totals.disputes)
         text = "Parts that others have reduced and this peer has audited, by result."

@@ -24,11 +24,13 @@ from p2p_diloco.core.event import PeerJoined, PeerLeft
 from p2p_diloco.core.events import EventLog
 from p2p_diloco.core.identity import Identity
 from p2p_diloco.core.manifest import RunManifest
+from p2p_diloco.core.pace import Phase
 from p2p_diloco.core.records import Role
 from p2p_diloco.core.roster import on_head, rank
 from p2p_diloco.core.swarm_head import Standing
 from p2p_diloco.core.waiting import deadline, now_s
 from p2p_diloco.ledger.replica import Replica
+from p2p_diloco.peer.attempts import Attempts
 from p2p_diloco.peer.audits import Audits
 from p2p_diloco.peer.catchup import Catchup
 from p2p_diloco.peer.control import OuterResult
@@ -53,14 +55,31 @@ NOWHERE = Standing(step=0, head=bytes(32), heads=())
 """Before there is any state."""
 
 
-def directory_of(transport: Transport, identity: Identity, manifest: RunManifest) -> Directory:
-    """Returns the directory of a peer of this run, with nobody in it."""
-    return Directory(
+def here_of(
+    transport: Transport,
+    identity: Identity,
+    manifest: RunManifest,
+    seat: Seat,
+    *,
+    sealed_seat: bytes,
+    wall_s: Callable[[], float],
+) -> Here:
+    """Returns what all parts of a peer of this run share, with nobody in its directory."""
+    directory = Directory(
         identity.peer_id,
         manifest.run_id,
         transport.timeouts,
         favoured=transport.favoured,
         admission=manifest.admission(),
+    )
+    return Here(
+        transport=transport,
+        identity=identity,
+        directory=directory,
+        seat=seat,
+        timeouts=transport.timeouts,
+        wall_s=wall_s,
+        sealed_seat=sealed_seat,
     )
 
 
@@ -92,19 +111,11 @@ class Peer:
         self.local = local
         self.events = events
         self.role: Role = "seed" if local is None else "trainer"
-        self.directory = directory_of(transport, identity, self.manifest)
         self.seat = Seat(
             standing=NOWHERE, history=replica.history, role_trainer=local is not None, client_mode=client_mode
         )
-        self.here = here = Here(
-            transport=transport,
-            identity=identity,
-            directory=self.directory,
-            seat=self.seat,
-            timeouts=transport.timeouts,
-            wall_s=wall_s,
-            sealed_seat=seat,
-        )
+        self.here = here = here_of(transport, identity, self.manifest, self.seat, sealed_seat=seat, wall_s=wall_s)
+        self.directory = here.directory
         catchup = Catchup(here=here, replica=replica, events=events)
         self.matchmaker = Matchmaker(here, self.manifest)
         self.uploads = Uploads(
@@ -116,7 +127,7 @@ class Peer:
         )
         self.upkeep = Upkeep(here=here, replica=replica, catchup=catchup, events=events)
         self.presence = Presence(here=here, replica=replica, events=events, role=self.role, name=name, metrics=metrics)
-        witness = Witness(here=here, replica=replica)
+        witness = Witness(here=here, replica=replica, events=events)
         self.revoked = Revoked(here=here, replica=replica, presence=self.presence)
         self.follower = Follower(
             here=here,
@@ -128,31 +139,46 @@ class Peer:
             events=events,
         )
         self.audits = Audits(here=here, replica=replica, company=self.matchmaker.company, events=events)
-        self.reception = Reception(
-            here=here,
+        self.reception = self._reception(signed_manifest, witness)
+        self.outer_steps = None if local is None else self._outer_steps(local)
+
+    def _reception(self, signed_manifest: bytes, witness: Witness) -> Reception:
+        return Reception(
+            here=self.here,
             signed_manifest=signed_manifest,
-            replica=replica,
+            replica=self.replica,
             matchmaker=self.matchmaker,
             presence=self.presence,
             uploads=self.uploads,
-            probes=Probes(here=here, rate=self.uploads.rate),
+            probes=Probes(here=self.here, rate=self.uploads.rate),
             revoked=self.revoked,
             witness=witness,
             audits=self.audits,
         )
-        self.outer_steps = None if local is None else self._outer_steps(local)
 
     def _outer_steps(self, local: Vector) -> OuterSteps:
-        return OuterSteps(
+        phase = Phase(inner_steps=self.manifest.spec.inner.steps)
+        attempts = Attempts(
             here=self.here,
             replica=self.replica,
             local=local,
             matchmaker=self.matchmaker,
-            follower=self.follower,
             upkeep=self.upkeep,
             presence=self.presence,
             reception=self.reception,
             events=self.events,
+            phase=phase,
+        )
+        return OuterSteps(
+            here=self.here,
+            replica=self.replica,
+            local=local,
+            attempts=attempts,
+            follower=self.follower,
+            upkeep=self.upkeep,
+            presence=self.presence,
+            events=self.events,
+            phase=phase,
         )
 
     async def join(self) -> None:

@@ -15,10 +15,11 @@ from p2p_diloco import __version__
 from p2p_diloco.core.addresses import Endpoint
 from p2p_diloco.core.admission import LAPSED, Lapsed
 from p2p_diloco.core.errors import Misbehaved, RemoteError, UsageError
-from p2p_diloco.core.event import PhaseBegan
+from p2p_diloco.core.event import PhaseBegan, RoundEnded
 from p2p_diloco.core.events import EventLog
 from p2p_diloco.core.records import HEADS_SHOWN, RUNS_KEY, Phase, Record, Role, peers_key, seal_record
 from p2p_diloco.core.roster import announces_run
+from p2p_diloco.core.swarm_head import Standing
 from p2p_diloco.core.waiting import Bell, heard, now_s
 from p2p_diloco.ledger.replica import Replica
 from p2p_diloco.round.here import Here
@@ -227,7 +228,10 @@ class Presence:
     def record(self) -> Record:
         """Returns what I say about myself now. Every record is newer than the last, even within one tick of the
         clock."""
-        standing, progress, trained = self.here.seat.standing, self.here.seat.progress, self.trained
+        seat, totals, trained = self.here.seat, self.events.totals, self.trained
+        standing, progress = seat.standing, seat.progress
+        made = totals.last_commit if _ended_at(totals.last_commit, standing) else None
+        waits = totals.last_round if _ended_at(totals.last_round, standing) else None
         snapshots = self.replica.ledger.snapshots()
         metrics_addr = self.metrics.announced(self._maddrs) if self.metrics else ""
         now_s = self.here.wall_s()
@@ -241,7 +245,7 @@ class Presence:
             issued_s=self._last_issued_s,
             life_s=self.here.timeouts.record_life_s,
             role=self.role,
-            phase=self.here.seat.phase,
+            phase=seat.phase,
             step=standing.step,
             head=standing.head,
             committed=standing.beyond_genesis,
@@ -249,7 +253,7 @@ class Presence:
             snapshot_step=snapshots[-1].step if snapshots else 0,
             snapshot_digest=snapshots[-1].digest if snapshots else bytes(32),
             maddrs=fitting(self._maddrs, MADDRS_BYTES - len(metrics_addr)),
-            client_mode=self.here.seat.client_mode,
+            client_mode=seat.client_mode,
             name=self.name,
             version=__version__,
             inner_step=progress.inner_step,
@@ -265,7 +269,18 @@ class Presence:
             metrics_addr=metrics_addr,
             seat=self.here.sealed_seat,
             revocations=self.here.directory.admission.number,
+            known=self.here.peer_id in seat.known.peers,
+            known_members=len(seat.known.peers),
+            signatures=made.signatures if made else 0,
+            certifying=made.certifying if made else 0,
+            witnessed=made is not None and made.witnessed,
+            awaits_witness=waits is not None and waits.uncertified == "witness",
         )
+
+
+def _ended_at(ended: RoundEnded | None, standing: Standing) -> bool:
+    """Tells whether a round has ended where I stand."""
+    return ended is not None and ended.head == standing.head.hex()
 
 
 def fitting(maddrs: list[str], max_bytes: int) -> list[str]:

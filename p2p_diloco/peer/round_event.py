@@ -3,28 +3,35 @@
 from __future__ import annotations
 
 from p2p_diloco.core.aggregate import Alignment
+from p2p_diloco.core.certificate import is_witnessed
 from p2p_diloco.core.event import RoundEnded
-from p2p_diloco.core.swarm_head import Standing
-from p2p_diloco.round.outcome import Missed
+from p2p_diloco.round.outcome import Missed, Settled
+from p2p_diloco.round.seat import Seat
 from p2p_diloco.round.settle import RoundCost, Settlement
 
 
 def round_ended(
-    standing: Standing,
-    missed: Missed | None,
+    seat: Seat,
+    outcome: Settled | Missed,
     settlement: Settlement | None = None,
     *,
     gather_s: float = 0.0,
     apply_s: float = 0.0,
     alignment: Alignment | None = None,
 ) -> RoundEnded:
-    """Returns the event of a round after which I stand at ``standing``. ``missed``: why it did not commit, if it did
-    not. ``settlement``: where a group was found. ``alignment``: where it can be told."""
+    """Returns the event of a round after which I stand where ``seat`` has it. ``settlement``: where a group was found.
+    ``alignment``: where it can be told."""
     members = settlement.group.members if settlement else ()
+    missed = outcome if isinstance(outcome, Missed) else None
+    certificate = None if isinstance(outcome, Missed) else outcome.certificate
+    witnessed = False
+    if certificate is not None and settlement is not None:
+        signers = (member for member, _ in certificate.signatures)
+        witnessed = is_witnessed(settlement.group, settlement.meeting.owner, signers, certificate.witness)
     cost = settlement.cost() if settlement else RoundCost()
     return RoundEnded(
-        step=standing.step,
-        head=standing.head.hex(),
+        step=seat.standing.step,
+        head=seat.standing.head.hex(),
         committed=missed is None,
         reason=missed.reason if missed else "",
         detail=missed.detail if missed else "",
@@ -37,6 +44,11 @@ def round_ended(
         settle_s=cost.settle_s,
         bytes_sent=cost.bytes_sent,
         bytes_received=cost.bytes_received,
+        known=len(seat.known.peers),
+        signatures=len(certificate.signatures) if certificate else 0,
+        certifying=len(settlement.group.voting) if certificate and settlement else 0,
+        witnessed=witnessed,
+        uncertified=missed.uncertified if missed else "",
         contribution_norm=alignment.contribution_norm if alignment else None,
         update_norm=alignment.update_norm if alignment else None,
         cosine=alignment.cosine if alignment else None,

@@ -45,6 +45,7 @@ log = logging.getLogger(__name__)
 UPLOADS = 4
 """Peers that updates or chunks are sent to at a time; others are sent to other donors."""
 
+NOT_HERE = "not in my ledger"
 SMALL_CHAIN_BYTES = 1024 * 1024
 """So much of the chain is sent without a slot: who missed a few rounds asks for little."""
 
@@ -117,7 +118,7 @@ class Uploads:
 
     async def _answer(self, channel: Channel, request: Request, turn: Turn | None = None) -> None:
         if isinstance(request, AskHeads):
-            await channel.send(await asyncio.to_thread(self._heads, request.since))
+            await channel.send(await asyncio.to_thread(self._heads, request))
             return
         data = await asyncio.to_thread(self._find, request)
         if isinstance(data, No):
@@ -163,11 +164,11 @@ class Uploads:
             return bytes(msgpack.packb(entries)) if entries else No(reason="not in my chain")
         if isinstance(request, AskUpdate):
             if not self._has_update(request):
-                return No(reason="not in my ledger")
+                return No(reason=NOT_HERE)
             return self.ledger.update_bytes(request.step) or No(reason="gone or found damaged")
         snapshot = self._snapshot(request)
         if snapshot is None or (isinstance(request, AskChunk) and request.chunk >= len(self._slices)):
-            return No(reason="not in my ledger")
+            return No(reason=NOT_HERE)
         if isinstance(request, AskIndex):
             return b"".join((snapshot.head, *snapshot.chunk_hashes))
         chunk = read_chunk(snapshot.path, self._slices[request.chunk])
@@ -176,13 +177,21 @@ class Uploads:
             return No(reason="gone or found damaged")
         return chunk
 
-    def _heads(self, since: int) -> Heads | No:
+    def _heads(self, request: AskHeads) -> Heads | No:
         """Returns my heads from ``since`` on, as far back from the newest one as one leads to the next: what is before
-        a gap leads nowhere."""
+        a gap leads nowhere. Of pruned ones, what my chain has."""
+        since, chain = request.since, self.ledger.chain
+        if request.pruned:
+            head = chain.head_at(since)
+            return (
+                No(reason=NOT_HERE)
+                if head is None
+                else Heads(first=since, head=head, links=chain.links(since, MAX_LINKS))
+            )
         mine = self.ledger.heads()
         first = max((step for step in mine if step >= since), default=None)
         if first is None:
-            return No(reason="not in my ledger")
+            return No(reason=NOT_HERE)
         links: deque[bytes] = deque()
         while first > since:
             before = self.ledger.header(first - 1)

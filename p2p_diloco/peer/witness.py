@@ -25,6 +25,8 @@ from dataclasses import dataclass, field
 from p2p_diloco.core.admission import Seated, votes
 from p2p_diloco.core.certificate import Certificate, check_most
 from p2p_diloco.core.errors import Misbehaved
+from p2p_diloco.core.event import WitnessAsked
+from p2p_diloco.core.events import EventLog
 from p2p_diloco.core.group import Group, open_roster
 from p2p_diloco.core.roster import on_head, open_readiness
 from p2p_diloco.core.update import next_head
@@ -58,6 +60,7 @@ class Witness:
 
     here: Here
     replica: Replica
+    events: EventLog
     _signed: LastSigned | None = field(default=None, init=False)
     _asked: tuple[bytes, float] = field(default=(b"", 0.0), init=False)
     """The head for which a witness was asked last, and the loop time at which it was for the first time."""
@@ -85,6 +88,7 @@ class Witness:
         self._signed = LastSigned(head=group.head, link=message.link, until_s=until_s)
         signature = certificate.taken(message.link).sign(self.here.identity)
         log.info("outer step %d: witnessed", group.step)
+        self.events.write(WitnessAsked(step=group.step, signed=True, reason=""))
         await channel.send(Witnessed(signature=signature))
 
     async def _catch_up(self, channel: Channel, step: int, head: bytes) -> None:
@@ -135,4 +139,5 @@ class Witness:
 
     async def _refuse(self, channel: Channel, step: int, reason: str) -> None:
         log.warning("outer step %d: not witnessed: %s", step, reason)
+        self.events.write(WitnessAsked(step=step, signed=False, reason=reason))
         await channel.send(No(reason=reason))

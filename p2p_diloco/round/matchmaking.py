@@ -169,7 +169,7 @@ class Matchmaker:
             return Missed(reason="alone", detail=f"{answer.ready} ready, {limits.min_group} needed")
         if isinstance(answer, NoWitness):
             log.warning("no outer step: %s", NO_WITNESS)
-            return Missed(reason="alone", detail=NO_WITNESS)
+            return Missed(reason="alone", detail=NO_WITNESS, uncertified="witness")
         if isinstance(answer, Behind):
             company.learn(leader, answer.record)
             if company.beyond(mine.head) is None:

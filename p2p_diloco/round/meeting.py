@@ -14,6 +14,7 @@ from p2p_diloco.core.codec import Vector
 from p2p_diloco.core.config import Timeouts
 from p2p_diloco.core.directory import Directory
 from p2p_diloco.core.errors import Misbehaved, RemoteError, Silent
+from p2p_diloco.core.event import Uncertified
 from p2p_diloco.core.grid import Grid
 from p2p_diloco.core.group import Group
 from p2p_diloco.core.identity import Identity
@@ -78,6 +79,8 @@ class Meeting:
     """The bytes of all streams of this round. The streams are not kept: a member may open any number of them."""
     changed: Bell = field(default_factory=Bell)
     """Rings when anything of this round has changed at this member."""
+    uncertified: Uncertified = ""
+    """What the last commit that I saw lacked for a certificate, as its leader says."""
     over: bool = False
     """Nothing more will be reduced or committed; what there is can still be served."""
 

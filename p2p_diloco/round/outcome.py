@@ -6,10 +6,14 @@ from dataclasses import dataclass
 from typing import Literal
 
 from p2p_diloco.core.certificate import Certificate
+from p2p_diloco.core.event import Uncertified
 from p2p_diloco.core.update import Update
 from p2p_diloco.wire.round_messages import Commit
 
 MissedReason = Literal["alone", "behind", "failed", "leaving", "diverged", "repaired"]
+
+NOT_WITNESSED = "the run's owner, whose witness so few known members need, does not give it"
+"""What a leader says when it has the signatures of most, and they do not do."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,6 +22,8 @@ class Missed:
 
     reason: MissedReason
     detail: str
+    uncertified: Uncertified = ""
+    """What its update lacked for a certificate."""
 
 
 @dataclass(frozen=True, kw_only=True)

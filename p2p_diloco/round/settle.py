@@ -54,7 +54,7 @@ does: the result is an update with its certificate, or a Missed with the reason,
 from __future__ import annotations
 
 import asyncio
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from p2p_diloco.core.waiting import deadline, now_s
 from p2p_diloco.round.meeting import Meeting
@@ -102,13 +102,16 @@ class Settlement:
         started_s = now_s()
         try:
             async with deadline(self.member.left_s()):
-                return await self._settle()
+                outcome = await self._settle()
         except asyncio.TimeoutError:
-            return Missed(reason="failed", detail="the round took longer than its time")
+            outcome = Missed(reason="failed", detail="the round took longer than its time")
         finally:
             self.settle_s = now_s() - started_s
             self.meeting.over = True
             self.meeting.changed.ring()
+        if isinstance(outcome, Missed) and outcome.reason == "failed":
+            outcome = replace(outcome, uncertified=self.meeting.uncertified)
+        return outcome
 
     async def _settle(self) -> Settled | Missed:
         """Holds to one leader after another, in the order of rank, until one of them, or this peer, has an outcome."""

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from p2p_diloco.core.errors import Misbehaved
 from p2p_diloco.core.waiting import heard, now_s
-from p2p_diloco.round.outcome import Missed, Settled
+from p2p_diloco.round.outcome import NOT_WITNESSED, Missed, Settled
 from p2p_diloco.round.settle_ballot import Ballot
 from p2p_diloco.round.settle_decide import Decision, agreed_state, decide, without_refused
 from p2p_diloco.round.settle_hearing import Hearing
@@ -118,11 +118,13 @@ class Leader:
         while not ballot.has_most:
             changed = meeting.changed.event
             if now_s() >= deadline_s or ballot.is_over:
+                meeting.uncertified = "signatures"
                 return self._fail("most of the group did not sign the update")
             await heard(changed, deadline_s - now_s())
         certificate = await ballot.certificate()
         if certificate is None:
-            return self._fail("the run's owner, whose witness so few known members need, does not give it")
+            meeting.uncertified = "witness"
+            return self._fail(NOT_WITNESSED)
         self.committed = True
         settled = pledge.settled = Settled(update=update, certificate=certificate)
         meeting.changed.ring()

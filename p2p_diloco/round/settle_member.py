@@ -20,7 +20,7 @@ from p2p_diloco.core.errors import Misbehaved, Refused, RemoteError, Silent
 from p2p_diloco.core.waiting import deadline, now_s
 from p2p_diloco.round.butterfly import Butterfly
 from p2p_diloco.round.meeting import Meeting
-from p2p_diloco.round.outcome import Missed, Settled
+from p2p_diloco.round.outcome import NOT_WITNESSED, Missed, Settled
 from p2p_diloco.round.settle_completion import COULD_NOT_FETCH, Completion
 from p2p_diloco.round.settle_decide import again_fits, commit_fits
 from p2p_diloco.round.settle_eta import telling
@@ -161,6 +161,7 @@ class Member:
         await channel.send(word)
         answer = await self._hear(channel, Certifies)
         if isinstance(answer, No):
+            self.meeting.uncertified = "witness" if answer.reason == NOT_WITNESSED else "signatures"
             why = word.reason if isinstance(word, No) else answer.reason
             raise Refused(channel.peer_id, f"commits what most do not sign: {why}")
         return await self.pledge.certify(commit, answer, leader)

@@ -17,6 +17,7 @@ from typing import Protocol, TypeVar
 
 from p2p_diloco.core.config import Timeouts
 from p2p_diloco.core.errors import Gone, Misbehaved, Refused, Silent
+from p2p_diloco.core.manifest import PROTOCOL
 from p2p_diloco.core.waiting import deadline, now_s
 from p2p_diloco.wire.message import CHUNK_BYTES, MAX_FRAME_BYTES, Message
 from p2p_diloco.wire.messages import No, Size, pack, parse
@@ -30,8 +31,8 @@ DIAL_BACK_PROTOCOL = "p2p-diloco/1/dial-back"
 
 def run_protocol(run_id: str) -> str:
     """Returns the name of a run's streams, all but those that give its manifest. Handler names are global to a libp2p
-    host, so the run's id is in them."""
-    return f"p2p-diloco/2/{run_id}"
+    host, so the run's id is in them, and so is the protocol: peers of two versions never talk past each other."""
+    return f"p2p-diloco/{PROTOCOL}/{run_id}"
 
 
 M = TypeVar("M", bound=Message)

@@ -218,8 +218,8 @@ class Daemon:
         return answer
 
     async def _ask(self, request: Any) -> tuple[Any, asyncio.StreamReader, asyncio.StreamWriter]:
-        """On a connection of its own, which stays open. hivemind's client leaves it open, too, where p2pd refuses or
-        the caller gives up; here it is closed then."""
+        """Sends a request on a connection of its own, which stays open, and returns the answer with it. hivemind's
+        client leaves it open, too, where p2pd refuses or the caller gives up; here it is closed then."""
         reader, writer = await self.p2p._client.control.daemon_connector.open_connection()
         try:
             await control.write_pbmsg(writer, request)

@@ -17,17 +17,20 @@ MAX_CHAIN_BYTES = 16 * 1024 * 1024
 
 
 class AskHeads(Message):
-    """I want to catch up: which way did you go from outer step ``since`` on? Answered by Heads, or by No when there are
-    none from there on."""
+    """Which way did you go from outer step ``since`` on? Answered by Heads, or by No when there are none from there
+    on."""
 
     tag = "ask-heads"
     purpose = "catchup"
     since: Natural
+    pruned: bool = False
+    """Those, too, that no update of yours leads to any more: I want to know where our ways part, not to catch up."""
 
 
 class Heads(Message):
-    """The head at outer step ``first``, and the links of the updates from there on that I can serve. Heads follow from
-    links, so nobody can invent a way to a head that others stand on."""
+    """The head at outer step ``first``, and the links of the updates from there on, of those that I can serve, or of
+    all in my chain where ``pruned`` was asked for. Heads follow from links, so nobody can invent a way to a head that
+    others stand on."""
 
     tag = "heads"
     first: Natural

@@ -39,11 +39,13 @@ LINES = r"""
 {"event": "offered", "wall_s": 1700000000.5, "mono_s": 12.25, "step": 3, "tokens": 640}
 {"event": "round", "wall_s": 1700000000.5, "mono_s": 12.25, "step": 3, "head": "0a", "committed": false, @
 "reason": "alone", "detail": "nobody to meet", "group": [], "dropped": [], "lost": [], "gather_s": 1.5, @
-"apply_s": 0.0, "reduce_s": 0.0, "settle_s": 0.0, "bytes_sent": 0, "bytes_received": 0}
+"apply_s": 0.0, "reduce_s": 0.0, "settle_s": 0.0, "bytes_sent": 0, "bytes_received": 0, "known": 0, @
+"signatures": 0, "certifying": 0, "witnessed": false, "uncertified": ""}
 {"event": "round", "wall_s": 1700000000.5, "mono_s": 12.25, "step": 4, "head": "0b", "committed": true, @
 "reason": "", "detail": "", "group": ["12D3a", "12D3b"], "dropped": ["12D3b"], "lost": ["12D3b"], @
 "gather_s": 0.5, "apply_s": 0.0625, "reduce_s": 0.25, "settle_s": 0.125, "bytes_sent": 1000, @
-"bytes_received": 2000, "contribution_norm": 3.0, "update_norm": 2.0, "cosine": -0.5}
+"bytes_received": 2000, "known": 3, "signatures": 2, "certifying": 2, "witnessed": true, "uncertified": "", @
+"contribution_norm": 3.0, "update_norm": 2.0, "cosine": -0.5}
 {"event": "audit", "wall_s": 1700000000.5, "mono_s": 12.25, "step": 3, "reducer": "12D3b", "part": 7, @
 "result": "wrong", "seconds": 0.25}
 {"event": "found", "wall_s": 1700000000.5, "mono_s": 12.25, "step": 4, "reducer": "12D3b", "kind": "wrong", @
@@ -51,6 +53,9 @@ LINES = r"""
 {"event": "stall", "wall_s": 1700000000.5, "mono_s": 12.25, "step": 4, "seconds": 1.25}
 {"event": "caught_up", "wall_s": 1700000000.5, "mono_s": 12.25, "seconds": 2.5, "from_step": null, "to_step": 9, @
 "rolled_back": 1, "snapshot": true, "bytes_received": 4096, "donors": 2}
+{"event": "branch", "wall_s": 1700000000.5, "mono_s": 12.25, "fork_step": 6, "left_step": 8, "left_head": "0d", @
+"step": 9, "head": "0e", "votes": 3, "votes_left": 1}
+{"event": "witness", "wall_s": 1700000000.5, "mono_s": 12.25, "step": 8, "signed": false, "reason": "too few"}
 {"event": "repaired", "wall_s": 1700000000.5, "mono_s": 12.25, "what": "update", "step": 8, "how": "fetched"}
 {"event": "disputed", "wall_s": 1700000000.5, "mono_s": 12.25, "step": 8, "others": ["12D3b", "12D3c"]}
 {"event": "p2pd_restarted", "wall_s": 1700000000.5, "mono_s": 12.25, "maddrs": ["/ip4/127.0.0.1/tcp/2/p2p/12D3a"]}
@@ -76,7 +81,7 @@ def test_the_log_writes_every_kind_as_it_always_was(tmp_path: Path, monkeypatch:
 def test_a_round_whose_theta_was_not_finite_has_no_alignment() -> None:
     event = replace(COMMITTED, contribution_norm=None, update_norm=None, cosine=None)
     line = pack_event(event)
-    assert line.decode().endswith('"bytes_sent": 1000, "bytes_received": 2000}\n')
+    assert line.decode().endswith('"witnessed": true, "uncertified": ""}\n')
     assert parse_event(line) == event
 
 
@@ -98,7 +103,8 @@ def damaged(event: Event, /, **changes: Any) -> bytes:
 OTHERS: tuple[Any, ...] = ("7", 7, 7.5, True, None, [7], {"a": 7}, [["a"]])
 """No field takes all of them."""
 FITS: dict[str, tuple[type, ...]] = {
-    "str": (str,), "int": (int,), "float": (int, float), "bool": (bool,), "NotNegative": (int, float),
+    "str": (str,), "Uncertified": (), "int": (int,), "float": (int, float), "bool": (bool,),
+    "NotNegative": (int, float),
     "int | None": (int, type(None)), "float | None": (int, float, type(None)),
 }  # fmt: skip
 

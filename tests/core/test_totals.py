@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 
 from p2p_diloco.core.event import (
+    BranchLeft,
     DamageRepaired,
     Event,
     PartAudited,
@@ -13,9 +14,21 @@ from p2p_diloco.core.event import (
     RoundEnded,
     StateDisputed,
     TrainerStalled,
+    WitnessAsked,
 )
 from p2p_diloco.core.totals import LIMITS_S, Durations, Totals
-from tests.support.events import AUDITED, CAUGHT_UP, COMMITTED, DISPUTED, EVENTS, FOUND, REPAIRED, STALL
+from tests.support.events import (
+    AUDITED,
+    BRANCH,
+    CAUGHT_UP,
+    COMMITTED,
+    DISPUTED,
+    EVENTS,
+    FOUND,
+    REPAIRED,
+    STALL,
+    WITNESS,
+)
 
 ROUND = replace(
     COMMITTED,
@@ -89,8 +102,41 @@ def test_the_other_events() -> None:
     assert (totals.audits, totals.found) == ({"wrong": 1, "sound": 1}, {"wrong": 1})
 
 
+def test_certificates_that_came_and_that_did_not() -> None:
+    unsigned = replace(missed("failed"), wall_s=11.0, uncertified="signatures")
+    unwitnessed = replace(missed("alone"), wall_s=12.0, group=(), uncertified="witness")
+    plain = replace(ROUND, witnessed=False, wall_s=20.0)
+    totals = totals_of(ROUND, unsigned, unwitnessed, unwitnessed)
+    assert totals.uncertified == {"signatures": 1, "witness": 2}
+    assert (totals.witnessed, totals.uncertified_since_s, totals.last_round) == (1, 11.0, unwitnessed)
+    totals.add(plain)
+    assert (totals.witnessed, totals.uncertified_since_s, totals.last_round) == (1, None, plain)
+
+
+def test_time_without_a_certificate_counts_from_when_others_were_there() -> None:
+    alone = replace(missed("alone"), group=(), wall_s=8.0)
+    failed = replace(missed("failed"), wall_s=13.0)
+    totals = totals_of(ROUND, alone)
+    assert totals.uncertified_since_s is None
+    totals.add(failed)
+    assert totals.uncertified_since_s == 13.0
+    totals.add(replace(failed, wall_s=14.0))
+    assert totals.uncertified_since_s == 13.0
+    totals.add(CAUGHT_UP)
+    assert totals.uncertified_since_s is None
+
+
+def test_branches_left_and_what_the_owner_was_asked() -> None:
+    totals = totals_of(BRANCH, WITNESS, replace(WITNESS, signed=True, reason=""), WITNESS)
+    assert totals.branches_left == 1
+    assert totals.witness_asked == {False: 2, True: 1}
+
+
 def test_all_others_count_for_nothing() -> None:
-    counted = (RoundEnded, TrainerStalled, PeerCaughtUp, DamageRepaired, StateDisputed, PartAudited, ReducerFound)
+    counted = (
+        *(RoundEnded, TrainerStalled, PeerCaughtUp, BranchLeft, WitnessAsked, DamageRepaired, StateDisputed),
+        *(PartAudited, ReducerFound),
+    )
     others = [event for event in EVENTS if not isinstance(event, counted)]
     assert len(others) == 9
     assert totals_of(*others) == Totals()

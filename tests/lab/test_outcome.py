@@ -43,6 +43,7 @@ def made(step: int, head: str, group: list[str], *, committed: bool = True, lost
         COMMITTED, step=step, head=head, committed=committed, reason="" if committed else "failed", group=tuple(group),
         dropped=(), lost=lost, bytes_sent=1000, bytes_received=2000,
         gather_s=0.25, reduce_s=0.5, settle_s=0.125, apply_s=0.125,
+        signatures=2 * committed, certifying=2 * committed, witnessed=committed,
     )  # fmt: skip
 
 
@@ -94,6 +95,9 @@ def test_summary(logs: dict[str, list[Event]]) -> None:
         "group": {1: 2, 2: 2},
         "lost": [{"step": 1, "peer": "id-a"}],
         "missed_rounds": 1,
+        "certified": {1: (2, 2), 2: (2, 2)},
+        "witnessed": [1, 2],
+        "uncertified_rounds": {},
     }
 
 
@@ -111,8 +115,18 @@ def test_json_is_written_in_this_order(logs: dict[str, list[Event]]) -> None:
         '"identical": true, "held_out": [[0, 5.5], [1, 4.0]], "tokens_per_s": {"total": 100.0, "peers": {"a": 100.0}}, '
         '"stalled_s": {"median": 0.25, "peers": {"a": {"1": 0.25}}}, "evaluate_s": {"a": {"0": 0.5, "1": 0.5}}, '
         '"bytes_sent": {"a": {"1": 1000}}, "bytes_received": {"a": {"1": 2000}}, "group": {"1": 2}, "lost": [], '
-        '"missed_rounds": 0}'
+        '"missed_rounds": 0, "certified": {"1": [2, 2]}, "witnessed": [1], "uncertified_rounds": {}}'
     )
+
+
+def test_rounds_without_a_certificate_count_by_what_was_missing(logs: dict[str, list[Event]]) -> None:
+    failed = made(1, "h1", BOTH, committed=False)
+    logs["a"] += [replace(failed, uncertified="witness"), replace(failed, uncertified="signatures"), failed]
+    logs["b"] += [replace(failed, uncertified="witness"), replace(made(3, "h3", BOTH), signatures=1, witnessed=False)]
+    outcome = outcome_of(logs)
+    assert outcome.uncertified_rounds == {"witness": 2, "signatures": 1}
+    assert outcome.certified[3] == (1, 2)
+    assert outcome.witnessed == [1, 2]
 
 
 def test_other_head_at_one_step_is_told(logs: dict[str, list[Event]]) -> None:

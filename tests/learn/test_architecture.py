@@ -94,8 +94,10 @@ def test_a_larger_vocabulary_and_older_names_are_fine() -> None:
 
 def test_infinite_values_survive_canonical_json() -> None:
     sizes = {"hidden_size": 16, "num_heads": 4, "head_dim": 8, "state_size": 4, "num_hidden_layers": 1, "n_groups": 1}
-    config = resolve_config(ModelSpec(config={"model_type": "mamba2"} | sizes), base=Path(), vocab_size=256)
-    assert {"__float__": "Infinity"} in config["time_step_limit"]
+    config = resolve_config(ModelSpec(config={"model_type": "mamba2", **sizes}), base=Path(), vocab_size=256)
+    limit = config["time_step_limit"]
+    assert isinstance(limit, list)
+    assert {"__float__": "Infinity"} in limit
     model = build_model(json.loads(canonical_json(config)), seed=None)
     assert list(model.config.time_step_limit) == [0.0, math.inf]  # type: ignore[union-attr,arg-type]
     assert context_tokens(model) is None

@@ -29,11 +29,14 @@ SWARM_METRICS = {
     *("run_info", "build_info", "model_parameters", "up", "outer_step", "outer_steps_goal", "peers"),
     *("tokens", "tokens_per_second"),
     *("loss_nats", "held_out_loss_nats", "held_out_step", "heads", "last_step_timestamp_seconds", "round_seconds"),
-    "records_rejected_total",
+    *("known_members", "peers_awaiting_witness", "records_rejected_total"),
 }
+CERTIFICATE_METRICS = {"certificate_signatures", "certificate_members", "certificate_witnessed"}
+"""There where somebody says that it was in the last round."""
 PEER_METRICS = {
     *("peer_info", "peer_outer_step", "peer_inner_step", "peer_inner_steps_planned", "peer_loss_nats", "peer_tokens"),
     *("peer_tokens_per_second", "peer_group_size", "peer_round_seconds", "peer_round_bytes", "peer_record_age_seconds"),
+    "peer_known",
 }
 
 
@@ -114,6 +117,23 @@ def test_a_peers_series_are_its_records_and_end_with_it() -> None:
     assert alone["tokens"] == {labels(): 7.0}
 
 
+def test_certificate_and_witness_are_what_most_on_the_swarms_head_say() -> None:
+    said: dict[str, Any] = {"signatures": 3, "certifying": 4, "known_members": 5, "known": True}
+    lies: dict[str, Any] = {"signatures": 9, "certifying": 9, "known_members": 900, "witnessed": True}
+    records = [trainer(i, **said, awaits_witness=i == 1) for i in (1, 2, 3)]
+    sight = sight_of(*records, trainer(4, **lies, awaits_witness=True))
+    found, page = samples(sight), json.loads(sight.status.body)
+    figures = {"signatures": 3, "members": 4, "witnessed": 0}
+    assert {name: found[f"certificate_{name}"][labels()] for name in figures} == figures
+    assert (found["known_members"][labels()], found["peers_awaiting_witness"][labels()]) == (5, 2)
+    assert found["peer_known"] == {labels(peer=identity(i).peer_id): float(i < 4) for i in (1, 2, 3, 4)}
+    assert page["certificate"] == {"signatures": 3, "certifying": 4, "witnessed": False}
+    assert (page["known_members"], page["waits_for_owner"]) == (5, False)
+    assert {row["known"] for row in page["rows"]} == {True, False}
+    waiting = json.loads(sight_of(*(trainer(i, awaits_witness=i < 3) for i in (1, 2, 3))).status.body)
+    assert (waiting["waits_for_owner"], waiting["certificate"]) == (True, None)
+
+
 def test_a_monitor_that_sees_nobody_says_so_and_keeps_the_step() -> None:
     history = History(run_id=MANIFEST.run_id)
     sight_of(trainer(1), history=history)
@@ -192,9 +212,10 @@ def test_json_is_written_in_this_order() -> None:
         '"peers":{"training":1,"round":0,"joining":0,"seed":0},"tokens":7,"tokens_per_s":3.0,"loss":2.5,'
         '"held_out_loss":2.0,"held_out_step":1,"join_line":"",'
         f'"rows":[{{"peer":"{peer_id}","name":"one","role":"trainer","state":"training","step":1,"inner_step":0,'
-        '"planned":0,"loss":2.5,"tokens":7,"tokens_per_s":3.0,"version":"","invitation":""}],'
+        '"planned":0,"loss":2.5,"tokens":7,"tokens_per_s":3.0,"version":"","invitation":"","known":false}],'
         '"curve":{"step":[1],"held_out_loss":[2.0],"loss":[2.5]},'
-        f'"pace":{{"at_s":[{NOW_S}],"tokens_per_s":[3.0],"peers":[1]}},"by_invitation":false,"seats":[]}}'
+        f'"pace":{{"at_s":[{NOW_S}],"tokens_per_s":[3.0],"peers":[1]}},"known_members":0,"certificate":null,'
+        '"waits_for_owner":false,"by_invitation":false,"seats":[]}'
     )
 
 

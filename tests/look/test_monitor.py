@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from html.parser import HTMLParser
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from p2p_diloco.core.errors import NetworkError
@@ -18,7 +19,11 @@ from p2p_diloco.core.records import MAX_RECORD_BYTES
 from p2p_diloco.core.waiting import now_s
 from p2p_diloco.look import monitor as monitor_module
 from p2p_diloco.look.monitor import MAX_MET, MAX_SOUGHT, PAGE, Monitor, first_to_end, page_files
+from p2p_diloco.wire.channel import Channel, run_protocol
+from p2p_diloco.wire.state_messages import AskRevocations, RevocationList
 from tests.support.builders import identity
+from tests.support.fakes import FakeTransport, make_manifest
+from tests.support.invited import OWNER, revocations_of, token_of
 from tests.support.observed import FakeDHT, monitor_of
 from tests.support.simloop import START_S, run_simulated
 
@@ -127,6 +132,53 @@ def test_records_of_another_run_are_not_this_runs(tmp_path: Path) -> None:
         assert series(monitor, "up") == ["p2p_diloco_swarm_up 0.0"]
 
     run_simulated(main())
+
+
+def test_a_revoked_peer_is_shown_no_more(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """The owner's seed says in its record that it has a list, and is asked for it once; what another peer serves, which
+    the owner has not signed, is not taken. Who was revoked from a later outer step on is shown until then."""
+    caplog.set_level(logging.INFO)
+
+    async def main() -> None:
+        owner, run = OWNER, make_manifest(1000, np.zeros(1000, np.float32), OWNER, membership="invite")
+        now, later = (token_of(name, key=2000 + i, run_id=run.run_id) for i, name in enumerate(("now", "later")))
+        dht, steps = FakeDHT(manifest=run), {now.invitation.token: 2, later.invitation.token: 3}
+        seats = {1: now.seat(identity(1).peer_id), 2: later.seat(identity(2).peer_id)}
+        dht.peers = {i: {"seat": seat} for i, seat in seats.items()}
+        asked = Counter[str]()
+
+        def serve(index: int, sealed: bytes) -> None:
+            async def handler(channel: Channel) -> None:
+                await channel.receive(AskRevocations, timeout_s=10.0)
+                asked[channel.peer_id] += 1
+                await channel.send(RevocationList(sealed=sealed))
+
+            peer = FakeTransport(dht.network, identity(index).peer_id, dht.timeouts)
+            peer.handlers[run_protocol(run.run_id)] = handler
+            dht.peers[index]["revocations"] = 5
+
+        forged = revocations_of(steps, number=5, run_id=run.run_id, owner=identity(2))
+        serve(2, forged)
+        monitor = monitor_of(dht, tmp_path)
+        await monitor.look()
+        assert len(series(monitor, "peer_info")) == 2
+        assert dht.traffic.rejected["misbehaved"] == 1
+        dht.peers[1000] = {"role": "seed"}
+        serve(1000, revocations_of(steps, number=5, run_id=run.run_id, owner=owner))
+        for _ in range(3):
+            await asyncio.sleep(dht.timeouts.refresh_s)
+            await monitor.look()
+            assert {row["name"] for row in json.loads(text_of(monitor, "/api/status.json"))["seats"]} == {"later"}
+        assert asked[dht.peer_id] == 2, "each was asked once"
+        for fields in dht.peers.values():
+            fields.update(step=3, head=bytes([3]) * 32, heads=[])
+        for _ in range(2):
+            await asyncio.sleep(dht.timeouts.refresh_s)
+            await monitor.look()
+        assert [row["peer"] for row in json.loads(text_of(monitor, "/api/status.json"))["rows"]] == [owner.peer_id]
+
+    run_simulated(main())
+    assert "the run's owner has revoked 2 invitations" in caplog.text
 
 
 def test_it_remembers_some_addresses_and_dials_fewer(tmp_path: Path) -> None:

@@ -8,12 +8,15 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from p2p_diloco.core.config import Timeouts
 from p2p_diloco.peer.web import Response, Site, serving
 from tests.support import chromium
-from tests.support.builders import head
+from tests.support.builders import head, identity
+from tests.support.fakes import make_manifest
+from tests.support.invited import OWNER, token_of
 from tests.support.observed import INITIAL, MANIFEST, FakeDHT, monitor_of
 
 pytestmark = pytest.mark.skipif(chromium.PROGRAM is None, reason="Chromium is not installed")
@@ -50,12 +53,15 @@ def peers_at(step: int) -> dict[int, dict[str, Any]]:
 
 
 def serve(
-    folder: Path, work: Callable[[FakeDHT, str], None], change: Callable[[Site], Site] = lambda site: site
+    folder: Path,
+    work: Callable[[FakeDHT, str], None],
+    change: Callable[[Site], Site] = lambda site: site,
+    dht: FakeDHT | None = None,
 ) -> None:
     """``work`` talks to the browser, in a thread of its own."""
+    dht = dht or FakeDHT(timeouts=QUICK, peers=peers_at(0))
 
     async def main() -> None:
-        dht = FakeDHT(timeouts=QUICK, peers=peers_at(0))
         monitor = monitor_of(dht, folder)
         running = asyncio.create_task(monitor.run())
         async with serving("127.0.0.1", 0, change(monitor.site), Timeouts(leave_s=1.0)) as url:
@@ -122,6 +128,53 @@ def test_a_killed_peer_leaves_the_page(page: chromium.Page, tmp_path: Path) -> N
         assert page.value("document.getElementById('peers').textContent") == "3"
 
     serve(tmp_path, work)
+
+
+def test_the_certificate_is_told_and_what_the_next_one_waits_for(page: chromium.Page, tmp_path: Path) -> None:
+    def work(dht: FakeDHT, url: str) -> None:
+        begin(page, url)
+        told = "document.getElementById('certificate').textContent"
+        assert page.value(told) == ""
+        said = {"signatures": 3, "certifying": 4, "known_members": 3}
+        dht.peers = {i: peer | said | {"witnessed": True, "known": i != 2} for i, peer in peers_at(1).items()}
+        page.wait_for(f"{told}.startsWith('3 of 4 signed')")
+        assert page.value(told) == "3 of 4 signed the last outer step; witnessed by the owner; 3 members are known"
+        about = page.value(f"{ROWS}.map((row) => row.querySelector('small').textContent.split(' · ')[1])")
+        assert sorted(about) == ["known", "known", "known", "newcomer"]
+        assert page.value("document.getElementById('health-text').textContent") == "live"
+        dht.peers = {i: peer | {"awaits_witness": True} for i, peer in peers_at(1).items()}
+        page.wait_for("document.getElementById('health').dataset.health === 'owner'")
+        assert page.value("document.getElementById('health-text').textContent") == "waiting for the owner's seed"
+        assert page.value(told) == "waiting for the owner's seed, which has to witness the next one"
+        assert page.complaints == []
+
+    serve(tmp_path, work)
+
+
+def test_who_was_invited_is_shown_in_a_run_by_invitation_alone(page: chromium.Page, tmp_path: Path) -> None:
+    run = make_manifest(1000, np.zeros(1000, np.float32), OWNER, membership="invite")
+    two = token_of("<b>attic</b>", places=2, expires_s=4_102_444_800, run_id=run.run_id)
+    seats = "[...document.querySelectorAll('#seats tbody tr')]"
+
+    def open_run(_: FakeDHT, url: str) -> None:
+        begin(page, url)
+        assert page.value("document.getElementById('seats').hidden && document.getElementById('invited').hidden")
+
+    def work(dht: FakeDHT, url: str) -> None:
+        begin(page, url)
+        page.wait_for(f"{seats}.length === 1")
+        assert not page.value("document.getElementById('seats').hidden || document.getElementById('invited').hidden")
+        assert page.value(f"{seats}[0].innerText.split('\\t')") == ["<b>attic</b>", "2", "2", "2100-01-01"]
+        assert page.value("document.getElementById('join-line').textContent").endswith("--invite FILE")
+        about = page.value(f"{ROWS}.map((row) => row.querySelector('small').textContent.split(' · ')[1])")
+        assert about == ["<b>attic</b>"] * 2
+        dht.peers[2]["phase"] = "left"
+        page.wait_for(f"{ROWS}.length === 1 && {seats}[0].cells[1].textContent === '1'")
+        assert page.complaints == []
+
+    serve(tmp_path, open_run)
+    peers = {i: peers_at(0)[i] | {"seat": two.seat(identity(i).peer_id)} for i in (1, 2)}
+    serve(tmp_path, work, dht=FakeDHT(timeouts=QUICK, manifest=run, peers=peers))
 
 
 def test_hostile_names_are_text(page: chromium.Page, tmp_path: Path) -> None:

@@ -7,13 +7,18 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from p2p_diloco.core.config import Timeouts
 from p2p_diloco.core.errors import NetworkError
 from p2p_diloco.core.identity import Identity
 from p2p_diloco.core.manifest import RunManifest
 from p2p_diloco.core.records import Record, seal_record
 from p2p_diloco.core.runfile import RunSpec
-from p2p_diloco.look.status import screen_of, status_of, to_json
-from tests.support.invited import token_of
+from p2p_diloco.look.status import certified, directory_of, screen_of, status_of, to_json
+from p2p_diloco.peer.revocations import NewestList
+from p2p_diloco.wire.channel import Channel, run_protocol
+from p2p_diloco.wire.state_messages import AskRevocations, RevocationList
+from tests.support.fakes import FakeNetwork, FakeTransport, run_simulated
+from tests.support.invited import revocations_of, token_of
 
 NOW_S = 1_000_000.0
 HEADS = [bytes([i]) * 32 for i in range(9)]
@@ -53,7 +58,7 @@ def sealed(peer: int, step: int, **changes: Any) -> bytes:
 
 
 def look(*records: bytes) -> Any:
-    return status_of(MANIFEST, records, OWNER.peer_id, NOW_S)
+    return status_of(MANIFEST, directory_of(MANIFEST, records, OWNER.peer_id, NOW_S), NOW_S)
 
 
 def test_the_swarm_is_where_most_of_its_peers_are_or_one_step_on() -> None:
@@ -105,12 +110,27 @@ def test_json_is_written_in_this_order() -> None:
         '"maddrs": ["/ip4/1.2.3.4/tcp/5"], "client_mode": false, "name": "peer 0", "version": "", "inner_step": 0, '
         '"inner_steps_planned": 0, "loss": null, "held_out_loss": 2.5, "held_out_step": 4, "tokens": 0, '
         '"tokens_per_s": 0.0, "group_size": 0, "round_s": 0.0, "round_bytes": 0, "metrics_addr": "", '
-        '"invitation": "", "on_swarm_head": true}'
+        '"invitation": "", "known": false, "known_members": 0, "signatures": 0, "certifying": 0, "witnessed": false, '
+        '"awaits_witness": false, "on_swarm_head": true}'
     )
     assert written == (
         f'{{"run_id": "{MANIFEST.run_id}", "name": "tiny", "step": 4, "steps": 100, "head": "{HEADS[4].hex()}", '
         f'"peers": [{peer}]}}'
     )
+
+
+def test_the_certificate_of_the_last_outer_step_is_told_and_what_the_next_one_waits_for() -> None:
+    certificate = {"signatures": 3, "certifying": 4, "known_members": 5}
+    told = look(*(sealed(i, 4, **certificate, witnessed=i < 3, awaits_witness=i > 0) for i in range(4)))
+    assert certified(told.overview) == (
+        "3 of 4 signed it · witnessed by the owner · 5 known · waiting for the owner's seed, which has to witness the "
+        "next one"
+    )
+    console = Console(file=io.StringIO(), width=120)
+    console.print(screen_of(told, 120))
+    assert isinstance(console.file, io.StringIO)
+    assert certified(told.overview) in console.file.getvalue()
+    assert certified(look(sealed(0, 4), sealed(1, 4)).overview) == ""
 
 
 def test_a_run_by_invitation_names_who_was_invited() -> None:
@@ -127,13 +147,44 @@ def test_a_run_by_invitation_names_who_was_invited() -> None:
         sealed(peer, step, run_id=run_id, heads=[], seat=b"" if token is None else token.seat(PEERS[peer].peer_id))
         for peer, token, step in claims
     ]
-    status = status_of(manifest, records, none.key.peer_id, NOW_S)
+    status = status_of(manifest, directory_of(manifest, records, none.key.peer_id, NOW_S), NOW_S)
     assert {record.peer_id for record in status.records} == {PEERS[i].peer_id for i in (0, 1, 2)}
     assert [peer["invitation"] for peer in json.loads(to_json(status))["peers"]] == ["two", "two", "one"]
     console = Console(file=io.StringIO(), width=80)
     console.print(screen_of(status, 80))
     assert isinstance(console.file, io.StringIO)
     assert "by invitation: one (1 of 2), two (2 of 2)" in console.file.getvalue()
+
+
+def test_whom_the_owner_has_revoked_is_not_there() -> None:
+    """Who looks on asks the peers for the owner's list, and it holds from its outer step on."""
+
+    async def main() -> None:
+        spec = RunSpec.model_validate({**MANIFEST.spec.model_dump(), "membership": "invite"})
+        manifest = MANIFEST.model_copy(update={"spec": spec})
+        run_id, timeouts, network = manifest.run_id, Timeouts(), FakeNetwork()
+        tokens = [token_of(f"seat-{i}", key=2000 + i, run_id=run_id, owner=OWNER) for i in range(3)]
+        steps = {tokens[0].invitation.token: 4, tokens[1].invitation.token: 5}
+        records = [
+            sealed(i, 4, run_id=run_id, heads=[], seat=token.seat(PEERS[i].peer_id), revocations=2 * (i == 2))
+            for i, token in enumerate(tokens)
+        ]
+
+        async def handler(channel: Channel) -> None:
+            await channel.receive(AskRevocations, timeout_s=10.0)
+            listed = revocations_of(steps, number=2, run_id=run_id, owner=OWNER)
+            await channel.send(RevocationList(sealed=listed))
+
+        FakeTransport(network, PEERS[2].peer_id, timeouts).handlers[run_protocol(run_id)] = handler
+        directory = directory_of(manifest, records, "", NOW_S)
+        assert len(status_of(manifest, directory, NOW_S).records) == 3
+        onlooker = FakeTransport(network, OWNER.peer_id, timeouts)
+        newest = NewestList(transport=onlooker, directory=directory, owner=OWNER.peer_id)
+        assert await newest.hear(directory.live(NOW_S))
+        there = {record.peer_id for record in status_of(manifest, directory, NOW_S).records}
+        assert there == {PEERS[1].peer_id, PEERS[2].peer_id}
+
+    run_simulated(main())
 
 
 def test_the_table_names_everybody_and_marks_who_is_elsewhere() -> None:

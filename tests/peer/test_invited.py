@@ -197,7 +197,7 @@ def test_a_forged_list_is_taken_from_nobody(tmp_path: Path) -> None:
         liar = sims[2]
         forged = revocations_of({swarm.token("a", 1).invitation.token: 0}, run_id=swarm.manifest.run_id, owner=OWNER)
         body = forged[:-64] + bytes(64)
-        liar.peer.revoked._sealed = body
+        liar.peer.revoked.newest.sealed = body
         fake = replace(liar.peer.directory.admission)
         vars(fake)["revocations"] = type("Fake", (), {"number": 9, "tokens": [], "steps": []})()
         liar.peer.directory.admission = fake

@@ -62,6 +62,15 @@ NAMES = {
     "audits_total": ("counter", {"result"}),
     "findings_total": ("counter", {"kind"}),
     "repairs_total": ("counter", {"what"}),
+    "branches_left_total": ("counter", set()),
+    "known_members": ("gauge", set()),
+    "known": ("gauge", set()),
+    "certificate_signatures": ("gauge", set()),
+    "certificate_members": ("gauge", set()),
+    "witnessed_steps_total": ("counter", set()),
+    "uncertified_rounds_total": ("counter", {"reason"}),
+    "uncertified_seconds": ("gauge", set()),
+    "witness_requests_total": ("counter", {"result"}),
     "rejected_messages_total": ("counter", {"reason"}),
     "peers_seen": ("gauge", set()),
     "connections": ("gauge", {"kind"}),
@@ -148,12 +157,15 @@ def check_against_the_log(values: Values, events: list[dict[str, Any]]) -> None:
     for phase, ran in (("gather", rounds), ("reduce", met), ("settle", met), ("apply", committed)):
         assert values[f"round_phase_seconds_count {phase}"] == len(ran)
         assert values[f"round_phase_seconds_sum {phase}"] == pytest.approx(sum(event[f"{phase}_s"] for event in ran))
+    assert values["witnessed_steps_total"] == sum(event["witnessed"] for event in committed)
     catch_ups = [event for event in events if event["event"] == "caught_up"]
     assert values["catch_ups_total"] == len(catch_ups)
     assert values["rolled_back_steps_total"] == sum(event["rolled_back"] for event in catch_ups)
     if committed:
         last = committed[-1]
         assert values["last_commit_timestamp_seconds"] == last["wall_s"]
+        assert values["certificate_signatures"] == last["signatures"] > 0
+        assert values["certificate_members"] == last["certifying"] >= last["signatures"]
         for name, field in (("contribution_norm",) * 2, ("update_norm",) * 2, ("contribution_cosine", "cosine")):
             assert values[name] == last[field]
 

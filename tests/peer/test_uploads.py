@@ -81,6 +81,26 @@ def test_one_stream_carries_any_number_of_requests(tmp_path: Path) -> None:
     run_simulated(main())
 
 
+def test_heads_whose_updates_are_pruned_come_from_the_chain(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(uploads, "MAX_LINKS", 5)
+
+    async def main() -> None:
+        library, donor = a_donor(tmp_path, 13)
+        chain = donor.replica.ledger.chain
+        channel = await library.open(donor)
+        assert min(donor.replica.ledger.heads()) == 5
+        for since, n in ((0, 5), (2, 5), (12, 1), (13, 0)):
+            heads: Heads = await channel.request(AskHeads(since=since, pruned=True), Heads)
+            assert (heads.first, heads.head, len(heads.links)) == (since, chain.head_at(since), n)
+            for step, link in enumerate(heads.links, since):
+                assert next_head(chain.head_at(step) or b"", link) == chain.head_at(step + 1)
+        for since in (14, 2**59):
+            with pytest.raises(Refused, match="not in my ledger"):
+                await channel.request(AskHeads(since=since, pruned=True), Heads)
+
+    run_simulated(main())
+
+
 def test_a_donor_refuses_what_it_does_not_have(tmp_path: Path) -> None:
     async def main() -> None:
         library, donor = a_donor(tmp_path, 13)

@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 
 from p2p_diloco.core.certificate import Certificate, Taken, certificate_of
+from p2p_diloco.core.event import WitnessAsked, of_kind
+from p2p_diloco.core.events import read_events
 from p2p_diloco.core.group import Group, RosterRules
 from p2p_diloco.core.identity import Identity
 from p2p_diloco.core.known import NOBODY_KNOWN, Known
@@ -100,6 +102,8 @@ def test_another_one_on_the_same_head_has_to_wait(tmp_path: Path) -> None:
         life_s = table.seed.peer.here.timeouts.record_life_s
         assert await table.ask(table.group()) is True
         assert await table.ask(table.group(nonce=1), link=b"2" * 32) == ANOTHER
+        told = of_kind(read_events(table.seed.peer.events.path), WitnessAsked)
+        assert [(event.step, event.signed, event.reason) for event in told] == [(0, True, ""), (0, False, ANOTHER)]
         assert table.seed.peer.follower.target() == (1, table.seed.peer.follower.witness.leads_to(table.head))
         await asyncio.sleep(life_s)
         assert table.seed.peer.follower.witness.leads_to(table.head) is None

@@ -1388,6 +1388,6 @@ def test_where_too_few_are_known_the_owner_has_to_be_there(newcomers: tuple[int,
             assert group.needs_witness
             assert group.reducers == (0, 1, 2)
         else:
-            assert set(found.values()) == {Missed(reason="alone", detail=NO_WITNESS)}
+            assert set(found.values()) == {Missed(reason="alone", detail=NO_WITNESS, uncertified="witness")}
 
     run_simulated(main())

@@ -184,6 +184,7 @@ def test_a_leader_whose_commit_most_do_not_sign_applies_nothing() -> None:
 
         await meeting.run(misbehave(1), misbehave(2))
         assert meeting.missed() == {("failed", "most of the group did not sign the update")}
+        assert meeting.uncertified() == {"signatures"}
         assert meeting.took_s[0] == pytest.approx(TIMEOUTS.settle_s, abs=2)
 
     run_simulated(main())

@@ -21,6 +21,7 @@ from p2p_diloco.core.lineage import Lineage
 from p2p_diloco.core.records import Record
 from p2p_diloco.core.swarm_head import Standing, way_of
 from p2p_diloco.core.update import Part, Update, contributor_mask, in_most_parts
+from p2p_diloco.peer.attempts import Attempts
 from p2p_diloco.peer.control import OuterResult
 from p2p_diloco.peer.outer_steps import OuterSteps
 from p2p_diloco.peer.presence import Presence
@@ -109,9 +110,9 @@ def local_values_where_a_reducer_died() -> Iterator[None]:
 @contextlib.contextmanager
 def applied_before_written() -> Iterator[None]:
     """The state moves, and is told to others, before the update is on the disk."""
-    commit = OuterSteps._commit
+    commit = Attempts._commit
 
-    async def commit_first(self: OuterSteps, settled: Settled) -> None:
+    async def commit_first(self: Attempts, settled: Settled) -> None:
         ledger, header = self.replica.ledger, settled.update.header
 
         def only_noted(update: Update, certificate: Certificate) -> None:
@@ -123,7 +124,7 @@ def applied_before_written() -> Iterator[None]:
         del ledger.updates._headers[header.step]
         await asyncio.to_thread(ledger.append, settled.update, settled.certificate)
 
-    with mock.patch.object(OuterSteps, "_commit", commit_first):
+    with mock.patch.object(Attempts, "_commit", commit_first):
         yield
 
 

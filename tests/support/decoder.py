@@ -62,6 +62,7 @@ RECORD = (
     *("snapshot_step", "snapshot_digest", "maddrs", "client_mode", "name", "version", "inner_step"),
     *("inner_steps_planned", "loss", "held_out_loss", "held_out_step", "tokens", "tokens_per_s", "group_size"),
     *("round_s", "round_bytes", "metrics_addr", "seat", "revocations"),
+    *("known", "known_members", "signatures", "certifying", "witnessed", "awaits_witness"),
 )
 READINESS = (
     *("peer_id", "run_id", "leader", "step", "head", "weight", "client_mode", "dropped", "tokens_per_s", "nonce"),
@@ -448,7 +449,7 @@ MESSAGES: dict[str, tuple[set[str], set[str]]] = {
     "ask-contributions": ({"round_id", "number", "part"}, set()),
     "accuses": ({"peer_id"}, set()),
     "ask-evidence": (set(), set()),
-    "ask-heads": ({"since"}, set()),
+    "ask-heads": ({"since"}, {"pruned"}),
     "heads": ({"first", "head", "links"}, set()),
     "ask-chain": ({"since"}, set()),
     "ask-update": ({"step", "head"}, set()),

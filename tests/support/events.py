@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from p2p_diloco.core.event import (
+    BranchLeft,
     DaemonRestarted,
     DamageRepaired,
     Event,
@@ -24,6 +25,7 @@ from p2p_diloco.core.event import (
     StateDisputed,
     ThetaEvaluated,
     TrainerStalled,
+    WitnessAsked,
 )
 
 STARTED = PeerStarted(
@@ -58,6 +60,11 @@ MISSED = RoundEnded(
     settle_s=0.0,
     bytes_sent=0,
     bytes_received=0,
+    known=0,
+    signatures=0,
+    certifying=0,
+    witnessed=False,
+    uncertified="",
     wall_s=1.7e9,
     mono_s=0.0,
 )
@@ -76,6 +83,11 @@ COMMITTED = RoundEnded(
     settle_s=0.125,
     bytes_sent=1000,
     bytes_received=2000,
+    known=3,
+    signatures=2,
+    certifying=2,
+    witnessed=True,
+    uncertified="",
     contribution_norm=3.0,
     update_norm=2.0,
     cosine=-0.5,
@@ -96,6 +108,18 @@ CAUGHT_UP = PeerCaughtUp(
     wall_s=1.7e9,
     mono_s=0.0,
 )
+BRANCH = BranchLeft(
+    fork_step=6,
+    left_step=8,
+    left_head="0d",
+    step=9,
+    head="0e",
+    votes=3,
+    votes_left=1,
+    wall_s=1.7e9,
+    mono_s=0.0,
+)
+WITNESS = WitnessAsked(step=8, signed=False, reason="too few", wall_s=1.7e9, mono_s=0.0)
 REPAIRED = DamageRepaired(what="update", step=8, how="fetched", wall_s=1.7e9, mono_s=0.0)
 DISPUTED = StateDisputed(step=8, others=("12D3b", "12D3c"), wall_s=1.7e9, mono_s=0.0)
 RESTARTED = DaemonRestarted(maddrs=("/ip4/127.0.0.1/tcp/2/p2p/12D3a",), wall_s=1.7e9, mono_s=0.0)
@@ -104,9 +128,8 @@ LOST = EventsLost(lines=1, wall_s=1.7e9, mono_s=0.0)
 LEFT = PeerLeft(step=9, head="0c", reason="done \N{DNA DOUBLE HELIX}", wall_s=1.7e9, mono_s=0.0)
 
 EVENTS: tuple[Event, ...] = (
-    *(STARTED, JOINED, PHASE, INNER, OFFERED, MISSED, COMMITTED, AUDITED, FOUND),
-    *(STALL, CAUGHT_UP, REPAIRED, DISPUTED, RESTARTED),
-    *(EVALUATED, LOST, LEFT),
+    *(STARTED, JOINED, PHASE, INNER, OFFERED, MISSED, COMMITTED, AUDITED, FOUND, STALL, CAUGHT_UP, BRANCH, WITNESS),
+    *(REPAIRED, DISPUTED, RESTARTED, EVALUATED, LOST, LEFT),
 )
 
 

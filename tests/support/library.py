@@ -200,7 +200,7 @@ class Library:
             transport=self.transport,
             identity=ME,
             directory=self.directory,
-            seat=Seat(standing=nowhere, role_trainer=True, client_mode=False),
+            seat=Seat(standing=nowhere, history=self.replica.history, role_trainer=True, client_mode=False),
             timeouts=self.timeouts,
             wall_s=lambda: NOW_S,
         )

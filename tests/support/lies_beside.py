@@ -104,10 +104,11 @@ def extends(liar: Liar) -> None:
                 result: OuterResult = await real(tokens, **rest)
                 return result
             async with steps.follower.moving:
-                await steps._commit(await witnessed(liar, invented(liar)))
+                await steps.attempts._commit(await witnessed(liar, invented(liar)))
             await steps.presence.push_to_all()
             steps.here.seat.closes_s = None
-            return steps._result(committed=True, group=len(liar.accomplices))
+            made_alone = steps._without_round("", adopted=False)
+            return replace(made_alone, committed=True, group=len(liar.accomplices))
 
         return made
 
@@ -148,7 +149,8 @@ def stays_on_the_head(liar: Liar) -> None:
             if not liar.lying():
                 honest: OuterResult = await real(tokens, **rest)
                 return honest
-            result = await steps._adopt() if steps.follower.must_move() else steps._result(reason="alone")
+            alone = steps._without_round("alone", adopted=False)
+            result = await steps._adopt() if steps.follower.must_move() else alone
             steps.follower.behind = False
             steps.here.seat.closes_s = None
             steps.presence.enter("inner")

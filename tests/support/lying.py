@@ -61,6 +61,6 @@ def in_rounds(change: Callable[[Liar, Settlement], None]) -> Callable[[Liar], No
 
             return met
 
-        override(liar.steps, "_meet", meet)
+        override(liar.steps.attempts, "_meet", meet)
 
     return corrupt

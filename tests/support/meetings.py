@@ -387,6 +387,11 @@ class Round:
         assert all(isinstance(outcome, Missed) for outcome in missed), missed
         return {(outcome.reason, outcome.detail) for outcome in missed if isinstance(outcome, Missed)}
 
+    def uncertified(self, of: Sequence[int] | None = None) -> set[str]:
+        """What the honest members say that their updates lacked for a certificate."""
+        missed = [self.outcomes[i] for i in self.honest if of is None or i in of]
+        return {outcome.uncertified for outcome in missed if isinstance(outcome, Missed)}
+
     def lost(self, of: int) -> set[int]:
         return self.settlements[of].meeting.lost
 

@@ -62,15 +62,16 @@ class Idler(SimPeer):
         outer_steps = self.peer.outer_steps
         assert outer_steps is not None
         if self.peer.step >= self.honest_steps:
-            outer_steps.__dict__["_meet"] = self._meet
+            outer_steps.attempts.__dict__["_meet"] = self._meet
         return await super().offer(tokens)
 
     def _meet(self, group: Group, last_norms: tuple[float, ...] | None, state: bytes) -> Settlement:
         outer_steps = self.peer.outer_steps
         assert outer_steps is not None
-        meeting = type(outer_steps)._meet(outer_steps, group, last_norms, state).meeting
+        attempts = outer_steps.attempts
+        meeting = type(attempts)._meet(attempts, group, last_norms, state).meeting
         settlement = IdleSettlement(meeting)
-        outer_steps.reception.open_round(settlement)
+        attempts.reception.open_round(settlement)
         return settlement
 
 

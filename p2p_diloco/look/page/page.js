@@ -67,8 +67,10 @@ function render(status) {
   show("goal", `${count(run.n_params)} parameters; the goal is ${count(run.steps)} outer steps`);
   if (!status.up) health("blind", "no peer is there");
   else if (status.heads > 1) health("split", `${status.heads} heads: the peers disagree`);
+  else if (status.waits_for_owner) health("owner", "waiting for the owner's seed");
   else health("live", "live");
   renderProgress(status);
+  renderCertificate(status);
   renderFigures(status);
   renderCharts(status);
   renderJoin(status);
@@ -83,6 +85,17 @@ function renderProgress({ run, step, step_since_s, now_s, held_out_loss, held_ou
   show("progress-text", `${count(step)} of ${count(run.steps)}${made}`);
   const news = `Outer step ${count(held_out_step)}: held-out loss ${decimal(held_out_loss)}`;
   show("news", held_out_loss === null ? "" : news);
+}
+
+function renderCertificate({ certificate, known_members, waits_for_owner }) {
+  const told = [];
+  if (certificate) {
+    told.push(`${count(certificate.signatures)} of ${count(certificate.certifying)} signed the last outer step`);
+    if (certificate.witnessed) told.push("witnessed by the owner");
+  }
+  if (known_members) told.push(`${count(known_members)} ${known_members === 1 ? "member is" : "members are"} known`);
+  if (waits_for_owner) told.push("waiting for the owner's seed, which has to witness the next one");
+  show("certificate", told.join("; "));
 }
 
 function renderFigures({ run, held_out_loss, tokens_per_s, peers, tokens }) {
@@ -120,9 +133,9 @@ function renderJoin({ run, join_line, by_invitation }) {
   element("copy").disabled = !join_line;
 }
 
-function renderRows({ rows, tokens }) {
+function renderRows({ rows, tokens, known_members }) {
   const body = element("rows").tBodies[0];
-  body.replaceChildren(...rows.slice(0, MOST_ROWS).map((peer) => rowOf(peer, tokens)));
+  body.replaceChildren(...rows.slice(0, MOST_ROWS).map((peer) => rowOf(peer, tokens, known_members)));
   show("rows-note", rows.length > MOST_ROWS ? `and ${rows.length - MOST_ROWS} more` : rows.length ? "" : "nobody");
 }
 
@@ -140,14 +153,16 @@ function renderSeats({ by_invitation, seats }) {
   element("seats").querySelector("tbody").replaceChildren(...lines);
 }
 
-function rowOf(peer, allTokens) {
+function rowOf(peer, allTokens, knownMembers) {
   const trains = peer.role === "trainer";
   const line = document.createElement("tr");
   const name = cell("th", peer.name);
   name.scope = "row";
   name.title = peer.peer;
   const id = document.createElement("small");
-  id.textContent = `…${peer.peer.slice(-8)}${peer.invitation ? ` · ${peer.invitation}` : ""}`;
+  const about = [`…${peer.peer.slice(-8)}`, peer.invitation];
+  if (trains && knownMembers) about.push(peer.known ? "known" : "newcomer");
+  id.textContent = about.filter(Boolean).join(" · ");
   name.append(id);
   const state = cell("td", "");
   const pill = document.createElement("span");
