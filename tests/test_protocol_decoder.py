@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter, defaultdict
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -188,6 +188,7 @@ def decoded_by(run: Run, story: Callable[[], Awaitable[None]]) -> tuple[Decoder,
         n=N,
         codec=spec.outer.codec,
         owner=run.manifest.owner,
+        blake3=b3,
         keep=spec.round.on_missed == "keep",
         min_group=spec.round.min_group,
     )
@@ -227,6 +228,16 @@ def recomputed(run: Run, reader: Decoder, decoded: Sequence[Decoded], meeting: R
         }
         assert sent <= {data}
     return meeting.reduce(came, where.stop - where.start, codec)
+
+
+def check_audited(decoded: Sequence[Decoded], asked: Mapping[str, Any], shown: bytes) -> None:
+    """What a reducer shows is what it has signed that it took, and what went to it over the wire."""
+    inputs = decoder.inputs_of(decoder.contributions_of(shown), b3)
+    of_round = [one for one in decoded if one.asked[0].fields.get("round_id") == asked["round_id"]]
+    made = {one.reductions[asked["part"]] for one in of_round if asked["part"] in one.reductions}
+    assert {one.inputs for one in made if one.number == asked["number"]} == {inputs}
+    sent = {one.signatures[asked["part"]] for one in of_round if asked["part"] in one.signatures}
+    assert len(sent.intersection(one for _, one in decoder.contributions_of(shown).values())) >= 1
 
 
 def check_certificate(
@@ -309,6 +320,7 @@ def test_everything_that_peers_say_is_decoded_and_computed_again(
     assert {"ready", "roster", "closing", "eta", "contribute", "receipt", "commit", "took", "push"} <= tags_of(decoded)
     assert {"certifies", "ask-witness", "witnessed"} <= tags_of(decoded)
     assert {"ask-heads", "heads", "ask-chain", "ask-update", "ask-index", "ask-chunk", "size"} <= tags_of(decoded)
+    assert any(request.tag == "ask-contributions" for one in decoded for request, _ in one.blobs)
     states = check_history(run, reader, decoded)
     assert set(states) == set(range(OUTER_STEPS + 1))
     assert any(meeting.absent for meeting in reader.rounds.values()) == (on_missed == "keep")
@@ -319,6 +331,9 @@ def test_everything_that_peers_say_is_decoded_and_computed_again(
     for request, data in (blob for one in decoded for blob in one.blobs):
         if request.tag == "ask-chain":
             check_chain(run, states, request.fields["since"], data)
+            continue
+        if request.tag == "ask-contributions":
+            check_audited(decoded, request.fields, data)
             continue
         state = states[request.fields["step"]]
         hashes = [b3(chunk) for chunk in state.chunks()]
@@ -401,9 +416,10 @@ def settle(tap: Tap, small_parts: None, monkeypatch: pytest.MonkeyPatch) -> Sett
         meeting = run_simulated(main())
         assert set(meeting.committed()) == set(range(7)) - meeting.killed
         group, known = meeting.group, {meeting.ids[i] for i in range(7) if i not in unknown}
-        reader = Decoder(n=meeting.n, codec=meeting.codec, owner=OWNER.peer_id, known_on={group.head: frozenset(known)})
+        known_on = {group.head: frozenset(known)}
+        reader = Decoder(n=meeting.n, codec=meeting.codec, owner=OWNER.peer_id, blake3=b3, known_on=known_on)
         sealed = group.sealed
-        roster = Round(sealed.leader, sealed.members, sealed.signature, known_on=reader.known_on)
+        roster = Round(sealed.leader, sealed.members, sealed.signature, idle=sealed.idle, known_on=reader.known_on)
         reader.rounds[roster.round_id] = roster
         assert (roster.round_id, roster.counting) == (group.round_id, sorted(group.counting))
         assert roster.reducers(range(7)) == list(group.reducers)
@@ -428,6 +444,11 @@ def test_a_round_of_known_members_and_newcomers(
     assert not certificate.witness
     reducers = [i for i in range(7) if i not in (*unknown, *clients)][: meetings.N_PARTS]
     assert {one.stream.server for one in settled.decoded if one.contributions} == {meeting.ids[i] for i in reducers}
+    assert {part for one in settled.decoded for part in one.reductions} == set(range(meetings.N_PARTS))
+    for part, made in ((part, made) for one in settled.decoded for part, made in one.reductions.items()):
+        sent = {i: meeting.sent(i, part) for i in range(7)}
+        came = {i: (signed.data, signed.signature) for i, signed in sent.items()}
+        assert made.inputs == decoder.inputs_of(came, b3)
 
 
 @pytest.mark.parametrize(("given", "told"), [(1, 1), (3, 3), (6, 5)])

@@ -43,6 +43,7 @@ from p2p_diloco.core.manifest import PROTOCOL, RunManifest
 from p2p_diloco.core.records import RUNS_KEY, Record, peers_key
 from p2p_diloco.core.roster import READINESS_CONTEXT, Readiness
 from p2p_diloco.core.runfile import RunSpec
+from p2p_diloco.core.signed_part import CONTRIBUTION_CONTEXT, REDUCTION_CONTEXT
 from p2p_diloco.core.update import UPDATE_MAGIC
 from p2p_diloco.ledger.chain import CHAIN_MAGIC
 from p2p_diloco.peer.probes import CONSENT_CONTEXT, DialConsent, Probes
@@ -329,6 +330,8 @@ def test_names_and_prefixes() -> None:
         "context of revocations": text(REVOCATIONS_CONTEXT),
         "context of a consent": text(CONSENT_CONTEXT),
         "context of a roster": text(ROSTER_CONTEXT),
+        "context of a contribution": text(CONTRIBUTION_CONTEXT),
+        "context of a reduced part": text(REDUCTION_CONTEXT),
         "context of a commit that is taken": text(TAKEN_CONTEXT),
         "context of an anchor": text(ANCHOR_CONTEXT),
         "context of a manifest": text(manifest.SIGNATURE_CONTEXT),

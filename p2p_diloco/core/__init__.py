@@ -39,6 +39,8 @@ Its files, from the bottom up:
     known         which peers are known at a head: those that have contributed to the updates before it
     roster        who may meet in a round: readiness, who leads, whom a leader takes in
     group         a roster that its leader has signed, and what follows from it for all that read it
+    signed_part   what senders and reducers sign of the parts that they send
+    audit         whether a part is the mean of what was contributed, and the evidence where it is not
     certificate   who has made an update, and the signatures of most of them
     lineage       a chain of headers and certificates, followed from one to the next
     anchor        the owner's word that a state belongs to the run's history
@@ -47,6 +49,7 @@ Its files, from the bottom up:
     pace          how many inner steps a peer plans, and when its outer step is due
     waiting       waits that end, and can be cancelled
     buckets       token buckets: a rate that is kept, and how often a peer may ask
+    findings      what a peer has found of others as reducers, and for how long
     event         the events of a peer, and the line that each is in its log
     totals        what a peer's events add up to
     events        the event log

@@ -18,7 +18,7 @@ from typing import Literal, Protocol
 
 import numpy as np
 
-from p2p_diloco.core.agreement import agreeing, bounded, bounded_by_weight
+from p2p_diloco.core.agreement import AGREES_FROM, agreeing, bounded, bounded_by_weight
 from p2p_diloco.core.codec import Vector
 from p2p_diloco.core.grid import Grid
 from p2p_diloco.core.norms import squared_norms
@@ -42,6 +42,11 @@ class Aggregation(Protocol):
         """Returns the largest weight that counts, over the group's median."""
         ...
 
+    @property
+    def leaves_out_from(self) -> float:
+        """Returns how many have to contribute before the rule may leave one of them out."""
+        ...
+
     def reduce(
         self, came: Mapping[int, Vector], weights: Sequence[int], part: int, grid: Grid, total_weight: int | None = None
     ) -> Part:
@@ -61,6 +66,7 @@ class Mean:
     """``aggregate = "mean"``: every contribution counts in full, by its tokens."""
 
     largest_weight = Fraction(LARGEST_WEIGHT_OVER_MEDIAN)
+    leaves_out_from = math.inf
 
     def reduce(
         self, came: Mapping[int, Vector], weights: Sequence[int], part: int, grid: Grid, total_weight: int | None = None
@@ -78,6 +84,7 @@ class Robust:
     the part. ``agreement`` has the rules, docs/log.md what they cost and prevent."""
 
     largest_weight = Fraction(LARGEST_ROBUST_WEIGHT_OVER_MEDIAN)
+    leaves_out_from = AGREES_FROM
 
     def reduce(
         self, came: Mapping[int, Vector], weights: Sequence[int], part: int, grid: Grid, total_weight: int | None = None

@@ -74,10 +74,9 @@ class Certificate:
 
     def to_bytes(self) -> bytes:
         """Returns the certificate as it travels and lies on disk."""
-        roster = self.roster
         packed: bytes = msgpack.packb(
             [
-                [roster.leader, list(roster.members), list(roster.absent), roster.signature],
+                self.roster.pack(),
                 self.full,
                 self.state,
                 [[member, signature] for member, signature in self.signatures],
@@ -94,9 +93,9 @@ class Certificate:
             raise ValueError("a certificate that is too large")
         content: Any = unpack_plain(data)
         try:
-            (leader, members, absent, signature), full, state, signatures, witness = content
+            roster, full, state, signatures, witness = content
             certificate = cls(
-                roster=SealedRoster(leader=leader, members=tuple(members), absent=tuple(absent), signature=signature),
+                roster=SealedRoster.unpack(roster),
                 full=full,
                 state=state,
                 signatures=tuple((member, one) for member, one in signatures),

@@ -15,6 +15,7 @@ from typing import Annotated, ClassVar, Literal, TypeVar
 
 from pydantic import ConfigDict, Field, TypeAdapter
 
+from p2p_diloco.core.findings import FindingKind
 from p2p_diloco.core.records import Phase, Role
 from p2p_diloco.core.runfile import NotNegative
 
@@ -144,6 +145,36 @@ class RoundEnded(Moment):
     nothing was committed."""
     update_norm: float | None = None
     cosine: float | None = None
+
+
+AuditResult = Literal["sound", "wrong", "not answered"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PartAudited(Moment):
+    """The mean of a part that another peer has reduced was taken again, or was to be. From ``audits``."""
+
+    event: Literal["audit"] = "audit"
+    step: int
+    """The outer step that the update ends."""
+    reducer: str
+    """Its peer id."""
+    part: int
+    result: AuditResult
+    seconds: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReducerFound(Moment):
+    """Something was found of a peer that reduces, which it remembers for some outer steps. From ``audits``."""
+
+    event: Literal["found"] = "found"
+    step: int
+    reducer: str
+    """Its peer id."""
+    kind: FindingKind
+    accuser: str
+    """The peer id of who has proved it to this peer; empty where it has found it itself."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -299,6 +330,8 @@ Event = (
     | InnerStepEnded
     | OuterGradientOffered
     | RoundEnded
+    | PartAudited
+    | ReducerFound
     | TrainerStalled
     | PeerCaughtUp
     | BranchLeft

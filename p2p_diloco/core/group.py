@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
+from typing import Any
 
 from p2p_diloco.core.admission import Admission, counts_as, votes
 from p2p_diloco.core.aggregate import Aggregation
@@ -19,7 +21,7 @@ from p2p_diloco.core.manifest import RunManifest
 from p2p_diloco.core.records import MAX_RECORD_BYTES, Record, open_record
 from p2p_diloco.core.roster import Readiness, counted_weights, on_head, open_readiness, rank
 from p2p_diloco.core.runfile import OnMissed
-from p2p_diloco.core.update import UpdateHeader
+from p2p_diloco.core.update import UpdateHeader, bits_of
 
 ROSTER_CONTEXT = b"p2p-diloco roster\0"
 MAX_MEMBERS = 128
@@ -39,11 +41,25 @@ class SealedRoster:
     absent: tuple[bytes, ...]
     """Sealed records of trainers on this head that do not come, in a run that keeps missed rounds."""
     signature: bytes
+    idle: tuple[int, ...] = ()
+    """Indices of members that neither reduce nor lead in this round, rising, because of what the leader has found of
+    them: at most half of those that would."""
 
     @cached_property
     def round_id(self) -> bytes:
         """Returns 32 bytes that name the round."""
-        return round_id_of(self.leader, self.members, self.absent)
+        return round_id_of(self.leader, self.members, self.absent, self.idle)
+
+    def pack(self) -> list[Any]:
+        """Returns the roster as plain values, which are packed."""
+        return [self.leader, list(self.members), list(self.absent), self.signature, list(self.idle)]
+
+    @classmethod
+    def unpack(cls, values: Any) -> SealedRoster:
+        """Returns the roster that these values are; no field is checked. TypeError or ValueError where they are
+        none."""
+        leader, members, absent, signature, idle = values
+        return cls(leader=leader, members=tuple(members), absent=tuple(absent), signature=signature, idle=tuple(idle))
 
     def is_sound(self) -> bool:
         """Returns whether every field is of its type and size. Nothing is verified."""
@@ -54,21 +70,29 @@ class SealedRoster:
             and len(self.members) <= MAX_MEMBERS
             and len(self.absent) <= MAX_ABSENT
             and all(type(piece) is bytes and len(piece) <= MAX_RECORD_BYTES for piece in pieces)
+            and all(type(i) is int and 0 <= i < len(self.members) for i in self.idle)
+            and all(earlier < later for earlier, later in pairwise(self.idle))
             and type(self.signature) is bytes
             and len(self.signature) == SIGNATURE_BYTES
         )
 
 
-def round_id_of(leader: str, members: Sequence[bytes], absent: Sequence[bytes]) -> bytes:
+def round_id_of(leader: str, members: Sequence[bytes], absent: Sequence[bytes], idle: Sequence[int]) -> bytes:
     """Returns the id of the round that ``leader`` forms of these members."""
-    return digest(b"round", leader.encode(), *members, b"absent", *absent)
+    return digest(b"round", leader.encode(), *members, b"absent", *absent, b"idle", bytes(idle))
 
 
-def seal_roster(members: Sequence[bytes], absent: Sequence[bytes], leader: Identity) -> SealedRoster:
-    """Returns a roster as ``leader`` signs it."""
-    round_id = round_id_of(leader.peer_id, members, absent)
-    signature = leader.sign(ROSTER_CONTEXT + round_id)
-    return SealedRoster(leader=leader.peer_id, members=tuple(members), absent=tuple(absent), signature=signature)
+def seal_roster(
+    members: Sequence[bytes], absent: Sequence[bytes], leader: Identity, idle: Sequence[int] = ()
+) -> SealedRoster:
+    """Returns a roster as ``leader`` signs it. ``idle``: as in ``SealedRoster``."""
+    return SealedRoster(
+        leader=leader.peer_id,
+        members=tuple(members),
+        absent=tuple(absent),
+        signature=leader.sign(ROSTER_CONTEXT + round_id_of(leader.peer_id, members, absent, idle)),
+        idle=tuple(idle),
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,9 +172,9 @@ class Group:
 
     def reducers_among(self, members: Sequence[int]) -> tuple[int, ...]:
         """Returns the indices of those of ``members`` that reduce for them: all that count and can be dialled; all that
-        count, when none of them can; all, when none counts."""
-        counting = [i for i in members if i in self.counting] or list(members)
-        return tuple(i for i in counting if not self.members[i].client_mode) or tuple(counting)
+        count, when none of them can; all, when none counts. Of these, those that the roster does not leave idle, when
+        there are any."""
+        return _reducers(self.members, self.counting, self.sealed.idle, members)
 
     @cached_property
     def voting(self) -> frozenset[int]:
@@ -164,6 +188,11 @@ class Group:
     def is_most(self, members: Collection[int]) -> bool:
         """Returns whether these members are most of those that certify."""
         return 2 * len(self.voting.intersection(members)) > len(self.voting)
+
+    def leaves_out_most(self, mask: bytes) -> bool:
+        """Returns whether a part with this mask is without most of the members that count and contribute."""
+        due = {i for i in self.counting if not self.members[i].dropped}
+        return 2 * len(due.intersection(bits_of(mask))) < len(due)
 
     def index_of(self, peer_id: str) -> int:
         """Returns the index of a member. ValueError for any other peer."""
@@ -200,13 +229,17 @@ def open_roster(sealed: SealedRoster, rules: RosterRules, known: Known) -> Group
     check_members(members, rules, sealed.leader, step, head)
     away = check_absent(sealed.absent, members, rules, head)
     rules.admission.check_roster(members, away, now_s=None, step=step)
-    familiar = frozenset(i for i, member in enumerate(members) if member.peer_id in known.peers)
+    familiar, counting = _counting(members, known, rules.least_known)
     needs_witness = votes(members[i] for i in familiar) < rules.least_known
     dialable = any(not members[i].client_mode for i in familiar)
     if not needs_witness and dialable and sealed.leader not in known.peers:
         raise ValueError("a roster that a newcomer gathered")
     if not needs_witness and len(members) - len(familiar) > most_unknown(len(familiar)):
         raise ValueError(f"a roster with {len(members) - len(familiar)} newcomers beside {len(familiar)} known members")
+    would_reduce = _reducers(members, counting, (), range(len(members)))
+    idle = list(sealed.idle)
+    if idle != sorted(set(idle) & set(would_reduce)) or 2 * len(idle) > len(would_reduce):
+        raise ValueError(f"a roster that leaves {len(idle)} members idle, too many or the wrong ones")
     claimed = [member.weight for member in members]
     weights, total_weight = counted_weights(claimed, rules.aggregation, rules.on_missed, absent=len(away))
     return Group(
@@ -217,9 +250,35 @@ def open_roster(sealed: SealedRoster, rules: RosterRules, known: Known) -> Group
         weights=weights,
         total_weight=total_weight,
         aggregation=rules.aggregation,
-        counting=frozenset(range(len(members))) if needs_witness else familiar,
+        counting=counting,
         needs_witness=needs_witness,
     )
+
+
+def _counting(members: Sequence[Readiness], known: Known, least_known: int) -> tuple[frozenset[int], frozenset[int]]:
+    """Returns the indices of the known members, and of those that count: all, where too few are known."""
+    familiar = frozenset(i for i, member in enumerate(members) if member.peer_id in known.peers)
+    enough = votes(members[i] for i in familiar) >= least_known
+    return familiar, familiar if enough else frozenset(range(len(members)))
+
+
+def _reducers(
+    roster: Sequence[Readiness], counting: Collection[int], idle: Collection[int], members: Sequence[int]
+) -> tuple[int, ...]:
+    """Returns what ``Group.reducers_among`` does."""
+    count = [i for i in members if i in counting] or list(members)
+    dialable = [i for i in count if not roster[i].client_mode] or count
+    return tuple(i for i in dialable if i not in idle) or tuple(dialable)
+
+
+def idle_among(members: Sequence[Readiness], known: Known, least_known: int, unfit: Sequence[str]) -> list[int]:
+    """Returns the indices of the members that a leader leaves idle, rising: of those in ``unfit``, from the worst on,
+    as many as a roster may name."""
+    _, counting = _counting(members, known, least_known)
+    would_reduce = _reducers(members, counting, (), range(len(members)))
+    index_of = {members[i].peer_id: i for i in would_reduce}
+    chosen = [index_of[peer_id] for peer_id in unfit if peer_id in index_of]
+    return sorted(chosen[: len(would_reduce) // 2])
 
 
 def check_members(members: Sequence[Readiness], rules: RosterRules, leader: str, step: int, head: bytes) -> None:

@@ -190,6 +190,17 @@ class RoundSpec(Section):
     """What becomes of the inner steps of a peer that misses a round. ``adopt``: they are lost, it goes on from theta.
     ``keep``: it goes on from its own parameters, and its next outer gradient is from the theta of then to these, as in
     the paper's ablation; the mean is then over all who train, with nothing from those who are absent."""
+    audit_parts: Annotated[int, Field(ge=0, le=16)] = 1
+    """After an outer step each peer takes the mean of so many parts again, which others have reduced, from what was
+    contributed to them. Whose part is wrong reduces and leads no more. 0: nobody looks."""
+
+    @model_serializer(mode="wrap")
+    def _without_absent_keys(self, serialize: SerializerFunctionWrapHandler) -> dict[str, object]:
+        """Leaves out a key that came later where it has its default: a run keeps its id."""
+        table: dict[str, object] = serialize(self)
+        if self.audit_parts == type(self).model_fields["audit_parts"].default:
+            table.pop("audit_parts", None)
+        return table
 
     @model_validator(mode="after")
     def _ordered(self) -> RoundSpec:

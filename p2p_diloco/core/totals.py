@@ -10,7 +10,9 @@ from p2p_diloco.core.event import (
     BranchLeft,
     DamageRepaired,
     Event,
+    PartAudited,
     PeerCaughtUp,
+    ReducerFound,
     RoundEnded,
     StateDisputed,
     TrainerStalled,
@@ -61,6 +63,10 @@ class Totals:
     catch_ups: int = 0
     rolled_back: int = 0
     """Outer steps given up."""
+    audits: Counter[str] = field(default_factory=Counter)
+    """Parts that others have reduced and this peer has looked at, by result."""
+    found: Counter[str] = field(default_factory=Counter)
+    """Times that something was found of a reducer, by kind."""
     disputes: int = 0
     """Times that others named another digest of a state."""
     repairs: Counter[str] = field(default_factory=Counter)
@@ -81,6 +87,10 @@ class Totals:
                 self.branches_left += 1
             case WitnessAsked():
                 self.witness_asked[event.signed] += 1
+            case PartAudited():
+                self.audits[event.result] += 1
+            case ReducerFound():
+                self.found[event.kind] += 1
             case StateDisputed():
                 self.disputes += 1
             case DamageRepaired():

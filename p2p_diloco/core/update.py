@@ -19,6 +19,7 @@ from p2p_diloco.core.identity import MAX_PEER_ID_CHARS
 
 MAX_CONTRIBUTORS = 256
 """Bits of a part's contributor mask, hence the largest group."""
+MAX_MASK_BYTES = MAX_CONTRIBUTORS // 8
 
 
 def next_head(head: bytes, link: bytes) -> bytes:

@@ -18,4 +18,5 @@ Its files, from the bottom up:
     anchors     the owner's anchors, from the first one on
     verify      the whole check of a run as it lies on a disk
     seats       a peer's seat, the owner's invitations, and revocations
+    found       what a peer has found of reducers, on disk
 """

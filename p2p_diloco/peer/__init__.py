@@ -18,6 +18,7 @@ Its files, from the bottom up:
     anchoring    the anchors of the run's owner: made, heard of, kept, served
     follower     when a peer goes to where the swarm is, and when it gives that up
     probes       what others may measure with a peer: dial backs, transfers, its clock
+    audits       what others have reduced, looked at; what was found of them, passed on
     witness      the run's owner signs updates that too few known members make
     reception    streams that others open, and who answers them
     round_event  the event of one attempt at an outer step

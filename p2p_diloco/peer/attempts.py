@@ -103,6 +103,7 @@ class Attempts:
         finally:
             self.here.seat.in_round = False
             self.here.seat.changed.ring()
+        self.reception.audits.begin(settlement.meeting, outcome.update)
         if settlement.leads:
             self._telling = asyncio.create_task(self.presence.push_to_seeds())
         standing = self.here.seat.standing
@@ -171,6 +172,8 @@ class Attempts:
                 state=state,
                 last_norms=last_norms,
                 lapsed=frozenset(self.matchmaker.company.lapsed),
+                kept=self.reception.audits.kept(),
+                audit_parts=self.reception.audits.count,
             )
         )
         self.reception.open_round(settlement)

@@ -26,7 +26,8 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from p2p_diloco import __version__
 from p2p_diloco.core.addresses import METRICS_FLAG, Endpoint
 from p2p_diloco.core.errors import UsageError
-from p2p_diloco.core.event import Uncertified
+from p2p_diloco.core.event import AuditResult, Uncertified
+from p2p_diloco.core.findings import LASTS_STEPS
 from p2p_diloco.core.totals import LIMITS_S, Durations
 from p2p_diloco.core.waiting import now_s
 from p2p_diloco.ledger.folder import folder_bytes
@@ -200,6 +201,10 @@ class PeerMetrics:
         yield counter("branches_left_total", text, totals.branches_left)
         text = "Times that other peers' digest of a state was another one than this peer's."
         yield counter("digest_mismatches_total", text, totals.disputes)
+        text = "Parts that others have reduced and this peer has audited, by result."
+        yield counters("audits_total", text, "result", {one: totals.audits[one] for one in get_args(AuditResult)})
+        text = "Times that something was found of a peer that reduces, by this peer or proved to it."
+        yield counters("findings_total", text, "kind", {kind: totals.found[kind] for kind in LASTS_STEPS})
         text = "Repairs of what this peer holds in memory or on disk."
         yield counters("repairs_total", text, "what", {what: totals.repairs[what] for what in REPAIRS})
 

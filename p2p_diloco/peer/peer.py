@@ -32,6 +32,7 @@ from p2p_diloco.core.waiting import deadline, now_s
 from p2p_diloco.ledger.replica import Replica
 from p2p_diloco.peer.anchoring import Anchoring
 from p2p_diloco.peer.attempts import Attempts
+from p2p_diloco.peer.audits import Audits
 from p2p_diloco.peer.catchup import Catchup
 from p2p_diloco.peer.control import OuterResult
 from p2p_diloco.peer.follower import Follower
@@ -139,6 +140,7 @@ class Peer:
             witness=witness,
             events=events,
         )
+        self.audits = Audits(here=here, replica=replica, company=self.matchmaker.company, events=events)
         self.reception = self._reception(signed_manifest, witness)
         self.outer_steps = None if local is None else self._outer_steps(local)
 
@@ -154,6 +156,7 @@ class Peer:
             revoked=self.revoked,
             anchoring=self.anchoring,
             witness=witness,
+            audits=self.audits,
         )
 
     def _outer_steps(self, local: Vector) -> OuterSteps:
@@ -188,6 +191,7 @@ class Peer:
         await asyncio.to_thread(self.replica.load)
         self.revoked.read()
         await self.anchoring.read()
+        self.audits.read()
         from_step = self.replica.state.step if self.replica.state else None
         if self.replica.state is not None:
             self.presence.take_standing()
@@ -259,6 +263,7 @@ class Peer:
         self.presence.enter("left")
         if self.outer_steps is not None:
             self.outer_steps.close()
+        self.audits.cancel()
         self.events.write(PeerLeft(step=self.step, head=self.seat.standing.head.hex(), reason=reason))
         await asyncio.gather(self.presence.publish(), self.presence.push_to_all())
         await self.presence.close()

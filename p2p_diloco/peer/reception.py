@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass, field
+from typing import TypeAlias
 
 from p2p_diloco.core.waiting import Bell, heard, now_s
 from p2p_diloco.ledger.replica import Replica
 from p2p_diloco.peer.anchoring import Anchoring
+from p2p_diloco.peer.audits import Audits
 from p2p_diloco.peer.presence import Presence
 from p2p_diloco.peer.probes import Probes
 from p2p_diloco.peer.revocations import Revoked
@@ -17,6 +19,7 @@ from p2p_diloco.round.here import Here
 from p2p_diloco.round.matchmaking import Matchmaker
 from p2p_diloco.round.settle import Settlement
 from p2p_diloco.wire.anchor_messages import AskAnchors
+from p2p_diloco.wire.audit_messages import Accuses, AskContributions
 from p2p_diloco.wire.channel import Channel
 from p2p_diloco.wire.message import Message
 from p2p_diloco.wire.messages import No
@@ -35,10 +38,11 @@ from p2p_diloco.wire.state_messages import (
 
 ROUNDS_KEPT = 2
 """Finished rounds whose parts are still served to members that are late."""
-OF_A_ROUND = (Contribute, Receipt, AskPart, AskCommit)
+OF_A_ROUND = (Contribute, Receipt, AskPart, AskCommit, AskContributions)
+OfARound: TypeAlias = Contribute | Receipt | AskPart | AskCommit | AskContributions
 OF_A_DONOR = (AskHeads, AskChain, AskIndex, AskChunk, AskUpdate)
-OF_THE_OWNER = (AskRevocations, AskAnchors)
-REQUESTS = (Ready, Closing, *OF_A_ROUND, AskWitness, *OF_A_DONOR, AskDialBack, AskTransfer, Push, *OF_THE_OWNER)
+OF_OTHERS = (Accuses, AskDialBack, AskTransfer, Push, AskRevocations, AskAnchors)
+REQUESTS = (Ready, Closing, *OF_A_ROUND, AskWitness, *OF_A_DONOR, *OF_OTHERS)
 MAX_REQUEST_BYTES = 6144
 """Two sealed statements, in ``Ready``, and what goes around them."""
 RECEIPT_BYTES = 34
@@ -59,6 +63,7 @@ class Reception:
     revoked: Revoked
     anchoring: Anchoring
     witness: Witness
+    audits: Audits
     rounds: deque[Settlement] = field(default_factory=lambda: deque(maxlen=ROUNDS_KEPT))
     _round_opened: Bell = field(default_factory=Bell)
 
@@ -68,7 +73,10 @@ class Reception:
         self._max_request_bytes = max(MAX_REQUEST_BYTES + RECEIPT_BYTES * n_parts, largest)
 
     def open_round(self, settlement: Settlement) -> None:
-        """Serves the members of a round from now on."""
+        """Serves the members of a round from now on, and forgets the one before the last."""
+        if len(self.rounds) == ROUNDS_KEPT:
+            self.rounds[0].close()
+        self.audits.cancel()
         self.rounds.append(settlement)
         self._round_opened.ring()
 
@@ -103,12 +111,14 @@ class Reception:
             await self.witness.on_ask_witness(channel, message)
         elif isinstance(message, OF_A_DONOR):
             await self.uploads.serve(channel, message)
+        elif isinstance(message, Accuses):
+            await self.audits.on_accuses(channel, message)
         elif isinstance(message, AskDialBack):
             await self.probes.on_ask_dial_back(channel, message)
         elif isinstance(message, AskTransfer):
             await self.probes.on_ask_transfer(channel, message)
 
-    async def _serve_round(self, channel: Channel, message: Contribute | Receipt | AskPart | AskCommit) -> None:
+    async def _serve_round(self, channel: Channel, message: OfARound) -> None:
         settlement = await self._find_round(message.round_id)
         if settlement is not None:
             await settlement.serve(channel, message)

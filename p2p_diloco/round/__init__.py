@@ -11,6 +11,7 @@ Its files, from the bottom up:
     company                whom a peer may form a round with: who ranks first, who has failed it
     gathering              the rounds that a peer leads while they are formed, and when they close
     matchmaking            the roster of a round: whom a peer asks to lead, what it answers who asks
+    kept                   the contributions that a reducer keeps, so that others can look at them
     meeting                one round at one member: who meets, what it holds, whom it lost
     butterfly              one all-reduce: some parts, among some members of a round
     settle_decide          which commit a leader proposes, who signs it, which wait ends, whose word fits: all pure

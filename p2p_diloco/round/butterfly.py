@@ -5,7 +5,7 @@ back on the same stream. The reducer decodes, checks, takes the mean by the run'
 once and sends *these bytes* to everybody; it uses the decoded bytes itself.
 
 A contribution goes through the codec even where sender and reducer are the same peer, so that the result does not
-depend on who reduces what.
+depend on who reduces what. Both are signed (``core.signed_part``): to sign a part takes 0.04 ms, to check one 0.14 ms.
 
 A sender that fails is left out from that part on; a reducer that fails leaves holes. Nothing here raises for what
 another peer does: what is missing in the end is seen when the round is settled, and another butterfly is run for it.
@@ -15,11 +15,14 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Coroutine, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from p2p_diloco.core.aggregate import norm_of
 from p2p_diloco.core.codec import Vector
 from p2p_diloco.core.errors import Gone, Misbehaved, RemoteError
+from p2p_diloco.core.identity import SIGNATURE_BYTES
+from p2p_diloco.core.signed_part import Contribution, Place, inputs_of
 from p2p_diloco.core.waiting import deadline, now_s
 from p2p_diloco.round.meeting import Meeting
 from p2p_diloco.wire.channel import Channel
@@ -28,6 +31,18 @@ from p2p_diloco.wire.round_messages import Contribute
 QUEUED_PARTS = 2
 """So many contributions of one sender a reducer holds decoded; then the sender waits. Those of a sender that is gone
 are read and thrown away: it still gets the means."""
+IN_TIME_SHARE = 0.5
+"""Of ``Timeouts.part_s``: a contribution that is handed over so soon after the butterfly began is in time for every
+reducer that heard of the round when I did."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Came:
+    """A contribution that its reducer holds."""
+
+    contribution: Contribution
+    values: Vector
+    """The same, decoded."""
 
 
 class Butterfly:
@@ -40,13 +55,14 @@ class Butterfly:
         self.me = meeting.me
         self.reducers = meeting.group.reducers_among(members)
         self.parts = parts
+        self.began_s = now_s()
         others = [i for i in members if i != self.me]
         self.waiting = set(others)
         """Members whose stream has not come yet."""
-        self.queues: dict[int, asyncio.Queue[Vector | None]] = {
+        self.queues: dict[int, asyncio.Queue[Came | None]] = {
             i: asyncio.Queue(QUEUED_PARTS) for i in others if not meeting.group.members[i].dropped
         }
-        """Reducer only: sender -> its decoded contributions to my parts, in order; None when there will be no more."""
+        """Reducer only: sender -> its contributions to my parts, in order; None when there will be no more."""
         self.patience_s = {i: meeting.patience_s(i) for i in self.queues}
         """Reducer only: how long a sender is still waited for, in all."""
         self.gone: set[int] = set()
@@ -72,6 +88,10 @@ class Butterfly:
         """Returns the reducer of each of the parts."""
         return {part: self.reducers[i % len(self.reducers)] for i, part in enumerate(self.parts)}
 
+    def place(self, part: int) -> Place:
+        """Returns what names one of the parts in what is signed."""
+        return Place(round_id=self.meeting.group.round_id, number=self.number, part=part)
+
     # -- as a sender -------------------------------------------------------------------------------------------------
 
     async def _contribute(self, reducer: int) -> None:
@@ -93,15 +113,22 @@ class Butterfly:
         if self.meeting.group.members[self.me].dropped:
             return
         for part in parts:
-            await channel.send_frame(self.meeting.contribution(part))
+            contribution = self.meeting.signed_contribution(self.place(part))
+            await channel.send_frame(contribution.data, contribution.signature)
+            if now_s() < self.began_s + self.meeting.timeouts.part_s * IN_TIME_SHARE:
+                self.meeting.delivered.add((self.number, part))
 
     async def _receive_means(self, channel: Channel, parts: list[int]) -> None:
         meeting = self.meeting
         for part in parts:
-            received = await meeting.receive_part(channel, part, meeting.timeouts.reduced_part_s)
+            received, reduction = await meeting.receive_part(channel, part, meeting.timeouts.reduced_part_s)
+            mine = reduction.number == self.number and reduction.reducer == meeting.index_of(channel.peer_id)
+            if not mine and reduction.number <= self.number:  # else it has been reduced again meanwhile
+                raise Misbehaved(channel.peer_id, f"sends part {part} of another reducer")
             if objection := meeting.objection(part):
                 raise Misbehaved(channel.peer_id, f"sends {objection}")
-            meeting.hold_reduced(part, received)
+            if meeting.takes(part, received, reduction):
+                meeting.hold_reduced(part, received, reduction)
 
     # -- as a reducer ------------------------------------------------------------------------------------------------
 
@@ -110,14 +137,19 @@ class Butterfly:
         meeting, group = self.meeting, self.meeting.group
         for part in self._parts_of(self.me):
             others = await asyncio.gather(*(self._next_contribution(sender, part) for sender in self.queues))
-            came = {sender: values for sender, values in zip(self.queues, others) if values is not None}
+            came = {sender: one for sender, one in zip(self.queues, others) if one is not None}
             if not group.members[self.me].dropped:
-                came[self.me] = meeting.grid.decode(part, meeting.contribution(part))
-            reduced = group.aggregation.reduce(came, group.weights, part, meeting.grid, group.total_weight)
+                mine = meeting.signed_contribution(self.place(part))
+                came[self.me] = Came(contribution=mine, values=meeting.grid.decode(part, mine.data))
+            values = {sender: one.values for sender, one in came.items()}
+            reduced = group.aggregation.reduce(values, group.weights, part, meeting.grid, group.total_weight)
             meeting.norms[part] = norm_of(meeting.grid.decode(part, reduced.data))
-            meeting.hold_reduced(part, reduced)
+            contributions = {sender: one.contribution for sender, one in came.items()}
+            meeting.hold_own(self.place(part), reduced, inputs_of(contributions))
+            if meeting.kept is not None:
+                await asyncio.to_thread(meeting.kept.write, self.number, part, contributions)
 
-    async def _next_contribution(self, sender: int, part: int) -> Vector | None:
+    async def _next_contribution(self, sender: int, part: int) -> Came | None:
         """Returns a sender's next contribution, or None when the sender is gone. It may keep a reducer waiting for
         ``Timeouts.part_s`` at a time (a quarter of it, when I lost it in an earlier round), and in all for not much
         longer than its bytes take at ``Timeouts.min_rate_bytes_per_s``: else its reducers, which wait, were slow in
@@ -127,17 +159,17 @@ class Butterfly:
         timeouts, began_s = self.meeting.timeouts, now_s()
         try:
             async with deadline(min(self.patience_s[sender], self.meeting.patience_s(sender))):
-                values = await self.queues[sender].get()
+                came = await self.queues[sender].get()
             self.meeting.changed.ring()
         except asyncio.TimeoutError:
-            values = None
+            came = None
         sent_meanwhile_bytes = len(self.reducers) * self.meeting.grid.part_bytes(part)
         self.patience_s[sender] += sent_meanwhile_bytes / timeouts.min_rate_bytes_per_s - (now_s() - began_s)
-        if values is None:
+        if came is None:
             self.gone.add(sender)
             self.meeting.lose(sender, None)
             self.meeting.changed.ring()
-        return values
+        return came
 
     async def on_contribute(self, channel: Channel, sender: int) -> None:
         """Serves a member's stream to me as a reducer: contributions come, means go."""
@@ -153,30 +185,39 @@ class Butterfly:
             return
         try:
             for part in parts:
-                size = meeting.grid.part_bytes(part)
-                data = await channel.receive_frame(size, meeting.timeouts.reduced_part_s)
-                try:
-                    values = meeting.grid.decode(part, data)
-                except ValueError as error:
-                    raise Misbehaved(channel.peer_id, f"sends a contribution that does not decode: {error}") from error
+                came = await self._take_contribution(channel, part)
                 while queue.full() and sender not in self.gone and not meeting.over:
                     await meeting.changed.event.wait()
                 if sender not in self.gone and not meeting.over:
-                    queue.put_nowait(values)
+                    queue.put_nowait(came)
         except RemoteError as error:
             self.meeting.lose(sender, error)
             self._hear_no_more(sender)
 
+    async def _take_contribution(self, channel: Channel, part: int) -> Came:
+        """Returns a sender's next contribution. Misbehaved unless it decodes, and its sender has signed it."""
+        size = self.meeting.grid.part_bytes(part) + SIGNATURE_BYTES
+        frame = await channel.receive_frame(size, self.meeting.timeouts.reduced_part_s)
+        contribution = Contribution.from_frame(frame)
+        try:
+            values = self.meeting.grid.decode(part, contribution.data)
+        except ValueError as error:
+            raise Misbehaved(channel.peer_id, f"sends a contribution that does not decode: {error}") from error
+        if not contribution.is_signed(self.place(part), channel.peer_id):
+            raise Misbehaved(channel.peer_id, f"sends a contribution to part {part} that it did not sign")
+        return Came(contribution=contribution, values=values)
+
     async def _send_means(self, channel: Channel, parts: list[int]) -> None:
         for part in parts:
             while True:
-                changed, reduced = self.meeting.changed.event, self.meeting.parts[part]
-                if reduced is not None:
+                changed = self.meeting.changed.event
+                reduced, reduction = self.meeting.parts[part], self.meeting.reductions[part]
+                if reduced is not None and reduction is not None:
                     break
                 if self.meeting.over:
                     return
                 await changed.wait()
-            await self.meeting.send_part(channel, reduced)
+            await self.meeting.send_part(channel, reduced, reduction)
 
     def _hear_no_more(self, sender: int) -> None:
         """Waits for a sender no more."""

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from p2p_diloco.core.admission import Lapsed, votes
 from p2p_diloco.core.credit import Credit
 from p2p_diloco.core.errors import Misbehaved, Refused
+from p2p_diloco.core.findings import Findings
 from p2p_diloco.core.group import Group, RosterRules, SealedRoster, open_roster
 from p2p_diloco.core.manifest import RunManifest
 from p2p_diloco.core.records import Record, open_record
@@ -48,6 +49,8 @@ class Company:
     """What each peer may still be waited for in vain while rounds gather."""
     rounds: Credit = field(init=False)
     """What each peer may still cost as a leader, and as a member that contributes nothing."""
+    findings: Findings = field(default_factory=Findings)
+    """What was found of peers as reducers."""
     lapsed: dict[str, float] = field(default_factory=dict)
     """Peer that I lost in a round, and that has not contributed in full to one since -> loop time of the last loss."""
 
@@ -87,12 +90,18 @@ class Company:
 
     def is_trusted(self, leader: str) -> bool:
         """Returns whether a peer is asked to lead in the order of its rank: it is proven, has failed no lead within
-        ``Timeouts.record_life_s``, on whatever head, is not in debt, and has at least half of its credit left for what
-        was waited for it in vain: who does not come when it said does not lead first either."""
+        ``Timeouts.record_life_s``, on whatever head, is not in debt, was not found to reduce wrongly, and has at least
+        half of its credit left for what was waited for it in vain: who does not come when it said does not lead first
+        either."""
         now = now_s()
         recent = any(until_s > now for _, until_s in self.failures.get(leader, ()))
         keeps_its_word = self.waits.is_good(leader, now) and not self.is_idle(leader)
-        return leader in self.here.directory.proven and not recent and keeps_its_word
+        sound = keeps_its_word and not self.is_wrong(leader)
+        return leader in self.here.directory.proven and not recent and sound
+
+    def is_wrong(self, peer_id: str) -> bool:
+        """Returns whether a peer was found to reduce wrongly."""
+        return self.findings.is_wrong(peer_id, self.here.seat.standing.step)
 
     def failed(self, head: bytes, leader: str, *, cost_s: float, lied: bool = False) -> None:
         """Notes that a peer has failed me as the leader on ``head``, which has cost ``cost_s``. It counts for
@@ -204,8 +213,8 @@ class Company:
     def group_of(self, leader: str, roster: Roster) -> Group:
         """Returns the group of a roster that ``leader`` has sent. Misbehaved when the roster is not sound; Refused
         where a seat in it has lapsed, for its leader may not have heard of that."""
-        members, absent = tuple(roster.members), tuple(roster.absent)
-        sealed = SealedRoster(leader=leader, members=members, absent=absent, signature=roster.signature)
+        members, absent, idle = tuple(roster.members), tuple(roster.absent), tuple(roster.idle)
+        sealed = SealedRoster(leader=leader, members=members, absent=absent, signature=roster.signature, idle=idle)
         try:
             group = open_roster(sealed, self.rules, self.here.seat.known)
         except ValueError as error:

@@ -34,9 +34,11 @@ the same: the roster, which the leader signs, of the known ones among them and a
 that fewer than ``round.min_group`` came; or that too few of them are known, and the run's owner, who would have to
 witness the update, is not there. Whoever was lost in a round a moment ago, or is in debt for such rounds
 (``Company.is_idle``), is left out of the roster, unless there are fewer than ``round.min_group`` without it: it is
-treated as if it came too late. The gathering ends early when a leader that precedes this one (``roster.precedence``)
-gathers on this head (all are sent there), or when this head is left behind. A leader that is in debt for rounds is
-believed that it gathers only when somebody else says that it waits there.
+treated as if it came too late. Whoever the leader has found to reduce wrongly, to leave others out, or to show nothing
+when it was audited is a member and has no share (``findings``). The gathering ends early when a leader that precedes
+this one (``roster.precedence``) gathers on this head (all are sent there), or when this head is left behind. A leader
+that is in debt for rounds, or was found to reduce wrongly, is believed that it gathers only when somebody else says
+that it waits there.
 """
 
 from __future__ import annotations
@@ -47,7 +49,7 @@ from dataclasses import dataclass, field
 from typing import TypeAlias
 
 from p2p_diloco.core.errors import Misbehaved, Refused, RemoteError
-from p2p_diloco.core.group import MAX_ABSENT, seal_roster
+from p2p_diloco.core.group import MAX_ABSENT, idle_among, seal_roster
 from p2p_diloco.core.records import open_record
 from p2p_diloco.core.roster import form_roster, on_head, open_readiness
 from p2p_diloco.core.waiting import Bell, heard, now_s
@@ -159,19 +161,21 @@ class Gatherings:
         placed = self.company.with_places(gathering.head, ready.values())
         if len(placed) < limits.min_group:
             return TooFew(ready=len(placed))
-        idle = {peer_id for peer_id in placed if self.company.is_idle(peer_id)}
-        if len(placed) - len(idle) < limits.min_group:
-            idle = set()
-        gathering.declined = (ready.keys() - placed) | idle
+        useless = {peer_id for peer_id in placed if self.company.is_idle(peer_id)}
+        if len(placed) - len(useless) < limits.min_group:
+            useless = set()
+        gathering.declined = (ready.keys() - placed) | useless
         taken = [sealed for peer_id, sealed in ready.items() if peer_id not in gathering.declined]
         known, least_known = self.seat.known, self.company.rules.least_known
         members = form_roster(taken, gathering.head, limits.max_group, known, least_known)
         if len(members) < limits.min_group:
             return TooFew(ready=len(members))
-        if self.company.lacks_witness([open_readiness(one) for one in members]):
+        opened = [open_readiness(one) for one in members]
+        if self.company.lacks_witness(opened):
             return NoWitness()
-        roster = seal_roster(members, self._absent(gathering, members), self.here.identity)
-        return Roster(members=members, absent=list(roster.absent), signature=roster.signature)
+        idle = idle_among(opened, known, least_known, self.company.findings.unfit(self.seat.standing.step))
+        roster = seal_roster(members, self._absent(gathering, members), self.here.identity, idle)
+        return Roster(members=members, absent=list(roster.absent), signature=roster.signature, idle=idle)
 
     def _charge_absent(self, gathering: Gathering) -> None:
         """Takes what the round has waited for those that did not come from their credit."""
@@ -276,7 +280,8 @@ class Gatherings:
     def _yield(self, gathering: Gathering, leader: str) -> None:
         """Sends all that have come here to a peer that precedes me, gathers and may lead me on this head: two leaders
         on one head would make two histories. One that is in debt for rounds need be waited for by others, too."""
-        believed = not self.company.rounds.in_debt(leader, now_s()) or leader in gathering.awaited
+        doubted = self.company.rounds.in_debt(leader, now_s()) or self.company.is_wrong(leader)
+        believed = not doubted or leader in gathering.awaited
         if leader in gathering.claims and believed and self.company.is_fit(gathering.head, leader):
             gathering.answer = gathering.answer or gathering.claims[leader]
             gathering.changed.ring()

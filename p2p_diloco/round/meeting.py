@@ -18,13 +18,14 @@ from p2p_diloco.core.event import Uncertified
 from p2p_diloco.core.grid import Grid
 from p2p_diloco.core.group import Group
 from p2p_diloco.core.identity import Identity
-from p2p_diloco.core.update import MAX_CONTRIBUTORS, Part, check_mask
+from p2p_diloco.core.signed_part import REDUCTION_BYTES, Contribution, Place, Reduction
+from p2p_diloco.core.update import MAX_MASK_BYTES, Part, check_mask
 from p2p_diloco.core.waiting import Bell
+from p2p_diloco.round.kept import Kept
 from p2p_diloco.wire.channel import Channel, Meter, Transport
 
 log = logging.getLogger(__name__)
 
-MAX_MASK_BYTES = MAX_CONTRIBUTORS // 8
 LAPSED_SHARE = 0.25
 """Of ``Timeouts.part_s``: so long a reducer waits for a sender that was lost in an earlier round."""
 
@@ -54,12 +55,22 @@ class Meeting:
     """Peers that I lost in an earlier round, and that have not contributed in full since."""
     parts: list[Part | None] = field(init=False)
     """What I hold of the update; None for a part that I do not hold."""
+    reductions: list[Reduction | None] = field(init=False)
+    """What the reducer of each part that I hold has signed."""
     reduced: list[bytes] = field(init=False)
     """The hash of each part as its reducer has sent it to me, or I have reduced it; empty for the others."""
     norms: list[float] = field(init=False)
     """Of the parts that I have reduced or received; 0 for the others."""
     refused: set[bytes] = field(default_factory=set)
-    """Hashes of parts that members hold, and that I do not take: see ``objection``."""
+    """Hashes of parts that members hold, and that I do not take: see ``objection`` and ``takes``."""
+    lonely: set[int] = field(default_factory=set)
+    """Members that have reduced a part without most of those whose contributions it should have."""
+    delivered: set[tuple[int, int]] = field(default_factory=set)
+    """(number of the butterfly, part) of each contribution of mine that I have handed over in time."""
+    kept: Kept | None = None
+    """The contributions to the parts that I reduce; None in a run without audits."""
+    audit_parts: int = 0
+    """So many parts each member may ask me about."""
     lost: set[int] = field(default_factory=set)
     """Members that failed me in this round."""
     silent: set[int] = field(default_factory=set)
@@ -76,6 +87,7 @@ class Meeting:
     def __post_init__(self) -> None:
         self.me = self.group.index_of(self.identity.peer_id)
         self.parts = [None] * self.grid.n_parts
+        self.reductions = [None] * self.grid.n_parts
         self.reduced = [b""] * self.grid.n_parts
         self.norms = [0.0] * self.grid.n_parts
 
@@ -84,23 +96,33 @@ class Meeting:
         where = self.grid.slices[part]
         return self.grid.encode(np.subtract(self.theta[where], self.local[where]))
 
-    def hashes(self) -> list[bytes]:
-        """Returns the hashes of the parts that I hold, an empty one for each that I do not hold."""
-        return [part.hash if part else b"" for part in self.parts]
+    def signed_contribution(self, place: Place) -> Contribution:
+        """Returns the same as I send it to the reducer of that part."""
+        return Contribution.of(place, self.contribution(place.part), self.identity)
 
-    def hold_reduced(self, part: int, held: Part) -> None:
+    def hashes(self) -> list[bytes]:
+        """Returns the hashes of the parts that I hold, an empty one for each that I do not hold, or refuse."""
+        return [part.hash if part and part.hash not in self.refused else b"" for part in self.parts]
+
+    def hold_own(self, place: Place, held: Part, inputs: bytes) -> None:
+        """Signs and keeps a part of the update that I have reduced. ``inputs``: what stands for its contributions."""
+        reduction = Reduction.of(place, held, inputs, self.me, self.identity)
+        self.takes(place.part, held, reduction)  # others hear what I have, whether I take it or not
+        self.hold_reduced(place.part, held, reduction)
+
+    def hold_reduced(self, part: int, held: Part, reduction: Reduction) -> None:
         """Keeps a part of the update that I have reduced, or that its reducer has sent me."""
         self.reduced[part] = held.hash
-        self.hold(part, held)
+        self.hold(part, held, reduction)
 
-    def hold(self, part: int, held: Part) -> None:
-        """Keeps a part of the update."""
-        self.parts[part] = held
+    def hold(self, part: int, held: Part, reduction: Reduction) -> None:
+        """Keeps a part of the update, and what its reducer has signed."""
+        self.parts[part], self.reductions[part] = held, reduction
         self.changed.ring()
 
     def forget(self, part: int) -> None:
         """Holds a part no more: it is reduced once more."""
-        self.parts[part], self.reduced[part] = None, b""
+        self.parts[part], self.reductions[part], self.reduced[part] = None, None, b""
 
     def index_of(self, peer_id: str) -> int:
         """Returns the index of a member in the roster. Misbehaved for any other peer."""
@@ -127,25 +149,46 @@ class Meeting:
         self.meter.received += channel.meter.received
         channel.meter = self.meter
 
-    async def send_part(self, channel: Channel, part: Part) -> None:
-        """Sends a part of the update as one frame: a byte with the mask's length, the mask, the encoded mean."""
-        await channel.send_frame(bytes([len(part.mask)]), part.mask, part.data)
+    async def send_part(self, channel: Channel, part: Part, reduction: Reduction) -> None:
+        """Sends a part of the update as one frame: a byte with the mask's length, the mask, the encoded mean, and what
+        its reducer has signed."""
+        await channel.send_frame(bytes([len(part.mask)]), part.mask, part.data, reduction.to_bytes())
 
-    async def receive_part(self, channel: Channel, part: int, timeout_s: float) -> Part:
-        """Returns a part of the update that a member sends. Misbehaved unless it is a sound part of this round; Refused
-        for a No in its place."""
+    async def receive_part(self, channel: Channel, part: int, timeout_s: float) -> tuple[Part, Reduction]:
+        """Returns a part of the update that a member sends, and what its reducer has signed. Misbehaved unless it is a
+        sound part of this round that some member has reduced; Refused for a No in its place."""
         size = self.grid.part_bytes(part)
-        data = await channel.receive_frame(1 + MAX_MASK_BYTES + size, timeout_s)
-        if not data or len(data) != 1 + data[0] + size or data[0] > MAX_MASK_BYTES:
+        data = await channel.receive_frame(1 + MAX_MASK_BYTES + size + REDUCTION_BYTES, timeout_s)
+        if not data or len(data) != 1 + data[0] + size + REDUCTION_BYTES or data[0] > MAX_MASK_BYTES:
             raise channel.refusal(data) or Misbehaved(channel.peer_id, f"sends part {part} with a wrong length")
-        received = Part(mask=data[1 : 1 + data[0]], data=data[1 + data[0] :])
+        received = Part(mask=data[1 : 1 + data[0]], data=data[1 + data[0] : -REDUCTION_BYTES])
+        reduction = Reduction.from_bytes(data[-REDUCTION_BYTES:])
         try:
             check_mask(received.mask, len(self.group.members))
             values = self.grid.decode(part, received.data)
         except ValueError as error:
             raise Misbehaved(channel.peer_id, f"sends part {part} that does not decode: {error}") from error
+        if not self.is_signed(part, received, reduction):
+            raise Misbehaved(channel.peer_id, f"sends part {part} that its reducer did not sign")
         self.norms[part] = norm_of(values)
-        return received
+        return received, reduction
+
+    def is_signed(self, index: int, part: Part, reduction: Reduction) -> bool:
+        """Returns whether the member that a reduction names has signed it for this part."""
+        members = self.group.members
+        return reduction.reducer < len(members) and reduction.is_signed(
+            self.group.round_id, index, part, members[reduction.reducer].peer_id
+        )
+
+    def takes(self, index: int, part: Part, reduction: Reduction) -> bool:
+        """Returns whether I take a part that is sound: most of those whose contributions should be in it are. Its
+        reducer may have been cut off from them, so it is not blamed, but another one does that part."""
+        if not self.group.leaves_out_most(part.mask):
+            return True
+        log.warning("outer step %d: refused: part %d leaves out most of the group", self.group.step, index)
+        self.refused.add(part.hash)
+        self.lonely.add(reduction.reducer)
+        return False
 
     def objection(self, part: int) -> str:
         """Returns what is wrong with the part that was just received: it is longer than what honest members would make

@@ -63,6 +63,7 @@ from p2p_diloco.round.settle_leader import Leader
 from p2p_diloco.round.settle_leader_answers import LeaderAnswers
 from p2p_diloco.round.settle_member import Member
 from p2p_diloco.round.settle_member_answers import MemberAnswers
+from p2p_diloco.wire.audit_messages import AskContributions
 from p2p_diloco.wire.channel import Channel
 from p2p_diloco.wire.round_messages import AskCommit, AskPart, Contribute, Receipt
 
@@ -139,9 +140,19 @@ class Settlement:
             bytes_received=self.meeting.meter.received,
         )
 
-    async def serve(self, channel: Channel, message: Contribute | Receipt | AskPart | AskCommit) -> None:
+    def close(self) -> None:
+        """Forgets the contributions that were kept: nobody asks about this round any more."""
+        if self.meeting.kept is not None:
+            self.meeting.kept.close()
+
+    async def serve(
+        self, channel: Channel, message: Contribute | Receipt | AskPart | AskCommit | AskContributions
+    ) -> None:
         """Serves a stream that a member of this round has opened to me."""
         sender = self.meeting.index_of(channel.peer_id)
+        if isinstance(message, AskContributions):
+            await self.member_answers.on_ask_contributions(channel, sender, message)
+            return
         self.meeting.count(channel)
         if isinstance(message, Contribute):
             await self.member_answers.on_contribute(channel, sender, message.number)

@@ -58,7 +58,7 @@ class Completion:
                 try:
                     wanted = commit.part_hashes[part]
                     await channel.request(AskPart(round_id=self.group.round_id, part=part, hash=wanted), Size)
-                    received = await meeting.receive_part(channel, part, meeting.timeouts.request_s)
+                    received, reduction = await meeting.receive_part(channel, part, meeting.timeouts.request_s)
                 finally:
                     channel.close()
                 if received.hash != wanted:
@@ -67,6 +67,7 @@ class Completion:
                     log.warning("outer step %d: the group holds what I refuse: %s", self.group.step, objection)
                     meeting.refused.add(wanted)
                     continue
-                meeting.hold(part, received)
+                if meeting.takes(part, received, reduction):
+                    meeting.hold(part, received, reduction)
         except RemoteError as error:
             meeting.lose(source, error)

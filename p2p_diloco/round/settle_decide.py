@@ -34,24 +34,25 @@ def decide(
     reducers: Sequence[int],
     newest: int,
     state: bytes,
+    apart: Set[int] = frozenset(),
 ) -> Decision:
     """Returns what a leader tells the members that have sent a receipt.
 
     It is a commit when most of the members that certify have sent receipts, and every part is held by one of them.
     Parts that none of them holds are reduced again by all of them, in a butterfly of a new number; there are fewer of
     these than members. So are parts of which they hold different bytes, none of them most: without whoever reduced
-    those, if the others are enough. The round fails otherwise.
+    those, if the others are enough; the same goes for members that are ``apart``. The round fails otherwise.
 
     ``held``: member -> the hashes of the parts that it holds, the leader, ``me``, among them. ``reducers``: who has
     reduced each part; I have not sent different bytes. ``newest``: the highest number of a butterfly that the leader
-    has heard of. ``state``: as ``agreed_state`` has it.
+    has heard of. ``state``: as ``agreed_state`` has it. ``apart``: who has reduced without most of the others.
     """
     size, n_parts = len(group.members), len(reducers)
     if len(held) < min_group or not group.is_most(held.keys()):
         return No(reason=f"{len(held)} of {size} members are left, too few to commit")
     hashes, holders = choose_parts(held, n_parts)
     torn = [part for part in range(n_parts) if reducers[part] != me and is_torn(part, hashes[part], held, group)]
-    others = held.keys() - {reducers[part] for part in torn}
+    others = held.keys() - {reducers[part] for part in torn} - (apart - {me})
     if len(others) < min_group or not group.is_most(others):
         torn, others = [], set(held)
     missing = sorted({*torn, *(part for part, chosen in enumerate(hashes) if not chosen)})

@@ -58,6 +58,7 @@ class Leader:
                 reducers=member.reducers(),
                 newest=max(number, *(receipt.number for receipt in hearing.receipts.values()), 0),
                 state=self._agreed_state(),
+                apart=meeting.lonely,
             )
             if isinstance(decision, No):
                 return self._fail(decision.reason)

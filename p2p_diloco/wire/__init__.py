@@ -8,6 +8,7 @@ Its files, from the bottom up:
     traffic          bytes by purpose, and streams that others spoiled, counted
     message          what every message of our streams is
     round_messages   those about a round: gathering, reducing, settling
+    audit_messages   those by which what reducers have done is looked at
     state_messages   those about what peers hold: updates, snapshots, records, the manifest
     anchor_messages  those about the anchors of the run's owner
     probe_messages   those by which peers measure each other

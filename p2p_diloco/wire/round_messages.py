@@ -35,6 +35,10 @@ class Roster(Message):
     """Records of trainers on this head that do not come. Only in runs that keep missed rounds, where they count in the
     total weight."""
     signature: Signature
+    idle: Annotated[list[Annotated[int, Field(ge=0, lt=256)]], FailFast(), Field(max_length=MAX_MEMBERS)] = Field(
+        default=[]
+    )
+    """Indices of members that neither reduce nor lead in this round, rising."""
 
 
 class TooFew(Message):

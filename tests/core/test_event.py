@@ -46,6 +46,10 @@ LINES = r"""
 "gather_s": 0.5, "apply_s": 0.0625, "reduce_s": 0.25, "settle_s": 0.125, "bytes_sent": 1000, @
 "bytes_received": 2000, "known": 3, "signatures": 2, "certifying": 2, "witnessed": true, "uncertified": "", @
 "contribution_norm": 3.0, "update_norm": 2.0, "cosine": -0.5}
+{"event": "audit", "wall_s": 1700000000.5, "mono_s": 12.25, "step": 3, "reducer": "12D3b", "part": 7, @
+"result": "wrong", "seconds": 0.25}
+{"event": "found", "wall_s": 1700000000.5, "mono_s": 12.25, "step": 4, "reducer": "12D3b", "kind": "wrong", @
+"accuser": "12D3c"}
 {"event": "stall", "wall_s": 1700000000.5, "mono_s": 12.25, "step": 4, "seconds": 1.25}
 {"event": "caught_up", "wall_s": 1700000000.5, "mono_s": 12.25, "seconds": 2.5, "from_step": null, "to_step": 9, @
 "rolled_back": 1, "snapshot": true, "bytes_received": 4096, "donors": 2}

@@ -12,12 +12,13 @@ from hypothesis import strategies as st
 
 from p2p_diloco.core.admission import Admission
 from p2p_diloco.core.aggregate import AGGREGATIONS, AggregateName
-from p2p_diloco.core.group import Group, RosterRules, SealedRoster, evaluator, open_roster, seal_roster
+from p2p_diloco.core.group import Group, RosterRules, SealedRoster, evaluator, idle_among, open_roster, seal_roster
 from p2p_diloco.core.identity import Identity
 from p2p_diloco.core.invitation import Token
 from p2p_diloco.core.known import Known
 from p2p_diloco.core.records import seal, seal_record
 from p2p_diloco.core.roster import new_nonce, rank, seal_readiness
+from p2p_diloco.core.update import contributor_mask
 from tests.support.builders import (
     RUN_ID,
     group_of,
@@ -355,3 +356,67 @@ def test_nobody_leads_or_evaluates_for_long() -> None:
     assert {evaluator(group, at) for at in heads} == {who.peer_id for who in MEMBERS}
     firsts = {min(records, key=lambda r: rank(at, r.peer_id)).peer_id for at in heads}
     assert firsts == {who.peer_id for who in MEMBERS}
+
+
+# -- members without a share ----------------------------------------------------------------------------------------
+
+
+def with_idle(idle: Sequence[int], *, clients: Sequence[int] = (), unknown: Sequence[int] = ()) -> Group:
+    members = ranked(head("a"), 6)
+    sealed = [
+        seal_readiness(readiness_of(who, "a", leader=members[0].peer_id, client_mode=i in clients), who)
+        for i, who in enumerate(members)
+    ]
+    familiar = [who for i, who in enumerate(members) if i not in unknown]
+    return open_roster(seal_roster(sealed, [], members[0], idle), rules_of(), known(*familiar))
+
+
+def test_members_that_a_roster_leaves_idle_neither_reduce_nor_lead() -> None:
+    group = with_idle([0, 2, 3])
+    assert group.reducers == (1, 4, 5)
+    assert group.leader == 1
+    assert group.voting == group.counting == frozenset(range(6)), "they certify, and contribute"
+    assert group.reducers_among([0, 1, 2]) == (1,)
+    assert group.reducers_among([0, 2, 3]) == (0, 2, 3), "somebody has to"
+    assert group.round_id != with_idle([0, 2]).round_id
+    assert with_idle([1], clients=(0, 5), unknown=(4,)).reducers == (2, 3)
+
+
+@pytest.mark.parametrize(
+    ("idle", "clients", "unknown"),
+    [
+        ([0, 1, 2, 3], (), ()),
+        ([0, 1, 2], (3,), ()),
+        ([3], (3,), ()),
+        ([4], (), (4,)),
+        ([1, 0], (), ()),
+        ([1, 1], (), ()),
+        ([6], (), ()),
+    ],
+    ids=["too many", "too many that can be dialled", "a client", "a newcomer", "falling", "twice", "nobody"],
+)
+def test_rosters_that_leave_the_wrong_ones_idle(
+    idle: Sequence[int], clients: Sequence[int], unknown: Sequence[int]
+) -> None:
+    with pytest.raises(ValueError, match=f"leaves {len(idle)} members idle"):
+        with_idle(idle, clients=clients, unknown=unknown)
+
+
+def test_a_leader_leaves_the_worst_idle_as_far_as_it_may() -> None:
+    group = with_idle([])
+    ids = [member.peer_id for member in group.members]
+    familiar, rules = known(*ranked(head("a"), 6)), rules_of()
+    for unfit, idle in (
+        ([], []),
+        ([identity(99).peer_id], []),
+        ([ids[5], ids[0]], [0, 5]),
+        ([ids[5], ids[4], ids[0], ids[1]], [0, 4, 5]),
+    ):
+        assert idle_among(group.members, familiar, rules.least_known, unfit) == idle
+        assert with_idle(idle).sealed.idle == tuple(idle)
+
+
+def test_a_part_without_most_of_the_known_contributors() -> None:
+    group = with_idle([], unknown=(5,))
+    for inside, most in (((), False), ((0, 1), False), ((0, 1, 5), False), ((1, 2, 4), True), ((0, 1, 2, 3), True)):
+        assert group.leaves_out_most(contributor_mask(inside)) == (not most)

@@ -8,14 +8,27 @@ from p2p_diloco.core.event import (
     BranchLeft,
     DamageRepaired,
     Event,
+    PartAudited,
     PeerCaughtUp,
+    ReducerFound,
     RoundEnded,
     StateDisputed,
     TrainerStalled,
     WitnessAsked,
 )
 from p2p_diloco.core.totals import LIMITS_S, Durations, Totals
-from tests.support.events import BRANCH, CAUGHT_UP, COMMITTED, DISPUTED, EVENTS, REPAIRED, STALL, WITNESS
+from tests.support.events import (
+    AUDITED,
+    BRANCH,
+    CAUGHT_UP,
+    COMMITTED,
+    DISPUTED,
+    EVENTS,
+    FOUND,
+    REPAIRED,
+    STALL,
+    WITNESS,
+)
 
 ROUND = replace(
     COMMITTED,
@@ -79,10 +92,14 @@ def test_the_other_events() -> None:
         replace(REPAIRED, what="state", how="replayed"),
         replace(REPAIRED, what="update", how="fetched"),
         DISPUTED,
+        AUDITED,
+        replace(AUDITED, result="sound"),
+        FOUND,
     )
     assert (sum(totals.stalls.counts), totals.stalls.sum_s) == (1, 0.3)
     assert (totals.catch_ups, totals.rolled_back, totals.disputes) == (2, 2, 1)
     assert totals.repairs == {"state": 1, "update": 1}
+    assert (totals.audits, totals.found) == ({"wrong": 1, "sound": 1}, {"wrong": 1})
 
 
 def test_certificates_that_came_and_that_did_not() -> None:
@@ -116,7 +133,10 @@ def test_branches_left_and_what_the_owner_was_asked() -> None:
 
 
 def test_all_others_count_for_nothing() -> None:
-    counted = (RoundEnded, TrainerStalled, PeerCaughtUp, BranchLeft, WitnessAsked, DamageRepaired, StateDisputed)
+    counted = (
+        *(RoundEnded, TrainerStalled, PeerCaughtUp, BranchLeft, WitnessAsked, DamageRepaired, StateDisputed),
+        *(PartAudited, ReducerFound),
+    )
     others = [event for event in EVENTS if not isinstance(event, counted)]
     assert len(others) == 9
     assert totals_of(*others) == Totals()

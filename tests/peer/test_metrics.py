@@ -60,6 +60,8 @@ NAMES = {
     "catch_ups_total": ("counter", set()),
     "rolled_back_steps_total": ("counter", set()),
     "digest_mismatches_total": ("counter", set()),
+    "audits_total": ("counter", {"result"}),
+    "findings_total": ("counter", {"kind"}),
     "repairs_total": ("counter", {"what"}),
     "branches_left_total": ("counter", set()),
     "known_members": ("gauge", set()),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import replace
 
 import msgpack
 import numpy as np
@@ -12,6 +13,7 @@ import pytest
 
 from p2p_diloco.core.codecs import CodecName, decode, encode
 from p2p_diloco.core.errors import Gone, RemoteError
+from p2p_diloco.core.signed_part import REDUCTION_BYTES, Contribution, Reduction
 from p2p_diloco.core.update import Part, contributor_mask
 from p2p_diloco.core.waiting import now_s
 from p2p_diloco.round.butterfly import run_all
@@ -137,12 +139,14 @@ def changed(data: bytes) -> bytes:
     [
         (lambda data: data[:-1], "Misbehaved: sends a contribution that does not decode: 103 bytes for 100 values"),
         (lambda data: b"", "Misbehaved: sends a contribution that does not decode: 0 bytes"),
-        (lambda data: data[:4], "Misbehaved: sends a contribution that does not decode: 4 bytes"),
-        (lambda data: data + b"x", "Misbehaved: announces a frame of 105 bytes where at most 104 are due"),
-        (lambda data: data * 4, "Misbehaved: announces a frame of 416 bytes where at most 104 are due"),
+        (lambda data: data[:68], "Misbehaved: sends a contribution that does not decode: 4 bytes"),
+        (lambda data: data + b"x", "Misbehaved: announces a frame of 169 bytes where at most 168 are due"),
+        (lambda data: data * 4, "Misbehaved: announces a frame of 672 bytes where at most 168 are due"),
         (changed, "Misbehaved: sends a contribution that does not decode: a scale is not finite"),
         (lambda data: np.float32(1e30).tobytes() + data[4:], "or too large"),
         (lambda data: np.float32(-1).tobytes() + data[4:], "negative"),
+        (lambda data: data[:-1] + bytes([data[-1] ^ 1]), "Misbehaved: sends a contribution to part"),
+        (lambda data: data[:9] + bytes([data[9] ^ 1]) + data[10:], "that it did not sign"),
     ],
 )
 @pytest.mark.parametrize("good_parts", [0, 2])
@@ -155,7 +159,7 @@ def test_a_contribution_that_does_not_decode(
         async def send(to: int) -> None:
             channel = await meeting.contribute(2, to, good_parts)
             await asyncio.sleep(0.5)
-            await channel.send_frame(spoil(meeting.contribution(2, 0)))
+            await channel.send_frame(spoil(meeting.signed(2, 0)))
 
         began_s = now_s()
         await meeting.run(send(0), send(1))
@@ -219,10 +223,10 @@ def test_a_sender_that_comes_too_late_is_served_but_not_for_ever(losses: Losses)
             channel = await meeting.contribute(2, to, 0)
             await asyncio.sleep(TIMEOUTS.part_s + 1)
             for part in meeting.parts_of(to):
-                await channel.send_frame(meeting.contribution(2, part))
+                await channel.send_frame(meeting.signed(2, part))
             got[to] = []
             for _ in meeting.parts_of(to):
-                data = await channel.receive_frame(1000, 10.0)
+                data = (await channel.receive_frame(1000, 10.0))[:-REDUCTION_BYTES]
                 got[to].append(Part(mask=data[1 : 1 + data[0]], data=data[1 + data[0] :]))
 
         await meeting.run(send(0), send(1))
@@ -336,7 +340,7 @@ def test_a_sender_that_takes_almost_every_time_out(losses: Losses) -> None:
             channel = await meeting.contribute(3, to, 0)
             for part in meeting.parts_of(to):
                 await asyncio.sleep(TIMEOUTS.part_s - 1)
-                await channel.send_frame(meeting.contribution(3, part))
+                await channel.send_frame(meeting.signed(3, part))
 
         await meeting.run(*(send(i) for i in range(3)))
         late = [part for i in range(3) for part in meeting.parts_of(i)[1:]]
@@ -352,8 +356,9 @@ def test_a_sender_that_takes_almost_every_time_out(losses: Losses) -> None:
 # -- reducers: member 2 of three has parts 2 and 5 ------------------------------------------------------------------
 
 
-Answers = Callable[[int, Part], bytes | None]
-"""(to whom, what an honest reducer would answer) -> the frame, or None to end the stream."""
+Answers = Callable[[int, Part], Part | bytes | None]
+"""(to whom, what an honest reducer would answer) -> the part that it signs and sends; the frame, where it is no such
+part; or None to end the stream."""
 
 
 async def reduce_by_hand(
@@ -364,14 +369,14 @@ async def reduce_by_hand(
     async def hand(channel: Channel, message: Message) -> None:
         if isinstance(message, AskPart):
             if held is not None:
-                await meeting.answer_part(channel, held)
+                await meeting.answer_part(channel, message.part, held)
             return
         for part in meeting.parts_of(2):
             await channel.receive_frame(1000, 10.0)
             frame = answers(meeting.ids.index(channel.peer_id), meeting.mean(part, range(meeting.count)))
             if frame is None:
                 return
-            await channel.send_frame(frame)
+            await channel.send_frame(meeting.frame(part, frame) if isinstance(frame, Part) else frame)
 
     meeting.serve(2, hand)
     for i in meeting.honest:
@@ -380,32 +385,34 @@ async def reduce_by_hand(
         await meeting.receipt(2, 0, receipt)
 
 
-SPOILED: list[tuple[Callable[[Part], bytes | None], str]] = [
+Spoil = Callable[[Part], Part | bytes | None]
+SPOILED: list[tuple[Spoil, str]] = [
     (lambda part: None, "Gone: closed the stream"),
     (lambda part: b"", "Misbehaved: sends part 2 with a wrong length"),
     (lambda part: msgpack.packb(["no", {"reason": "leaving"}]), "Refused: leaving"),
     (lambda part: msgpack.packb(["closing", {}]), "Misbehaved: sends part 2 with a wrong length"),
     (lambda part: frame_of(part)[:-1], "Misbehaved: sends part 2 with a wrong length"),
     (lambda part: frame_of(part) + b"x", "Misbehaved: sends part 2 with a wrong length"),
-    (lambda part: frame_of(part) + bytes(200), "Misbehaved: announces a frame of 306 bytes where at most 137 are due"),
-    (lambda part: bytes([33]) + bytes(32) + part.data, "Misbehaved: sends part 2 with a wrong length"),
+    (lambda part: frame_of(part) + bytes(200), "Misbehaved: announces a frame of 404 bytes where at most 235 are due"),
+    (lambda part: bytes([33]) + bytes(32) + frame_of(part)[2:], "Misbehaved: sends part 2 with a wrong length"),
     (
-        lambda part: frame_of(Part(mask=part.mask, data=changed(part.data))),
+        lambda part: Part(mask=part.mask, data=changed(part.data)),
         "Misbehaved: sends part 2 that does not decode: a scale",
     ),
     (
-        lambda part: frame_of(Part(mask=b"\x0f", data=part.data)),
+        lambda part: Part(mask=b"\x0f", data=part.data),
         "Misbehaved: sends part 2 that does not decode: a mask names others",
     ),
     (
-        lambda part: frame_of(Part(mask=b"\x07\x00", data=part.data)),
+        lambda part: Part(mask=b"\x07\x00", data=part.data),
         "Misbehaved: sends part 2 that does not decode: a mask names others",
     ),
+    (frame_of, "Misbehaved: sends part 2 that its reducer did not sign"),
 ]
 
 
 @pytest.mark.parametrize(("spoil", "why"), SPOILED, ids=[str(i) for i in range(len(SPOILED))])
-def test_a_reducer_whose_means_are_no_parts(losses: Losses, spoil: Callable[[Part], bytes | None], why: str) -> None:
+def test_a_reducer_whose_means_are_no_parts(losses: Losses, spoil: Spoil, why: str) -> None:
     """Its parts are reduced again, without it; its contributions to the others' parts count."""
 
     async def main() -> None:
@@ -434,9 +441,7 @@ def test_a_reducer_whose_mean_is_longer_than_honest_ones_are(losses: Losses, fac
 
     async def main() -> None:
         meeting = Round(3, by_hand=(2,), aggregate="robust", n=N_PARTS * SMALL_PART_VALUES)
-        await meeting.run(
-            reduce_by_hand(meeting, lambda _, part: frame_of(scaled(meeting, part, factor)), receipt=None)
-        )
+        await meeting.run(reduce_by_hand(meeting, lambda _, part: scaled(meeting, part, factor), receipt=None))
         assert list(meeting.update().parts) == meeting.means(range(3), but=(2, 5), of=(0, 1))
         meeting.check_blamed(2)
         assert all(reason.startswith("Misbehaved: sends part 2 with a norm of") for _, _, reason in losses), losses
@@ -456,7 +461,7 @@ def test_a_mean_of_what_the_last_update_was_is_no_lie(losses: Losses) -> None:
         await meeting.run(
             reduce_by_hand(
                 meeting,
-                lambda _, part: frame_of(scaled(meeting, part, -10.0)),
+                lambda _, part: scaled(meeting, part, -10.0),
                 receipt=[part.hash if part else b"" for part in lied],
             )
         )
@@ -472,9 +477,7 @@ def test_a_mean_that_another_member_took_is_refused_without_blaming_that_one(los
     async def main() -> None:
         meeting = Round(3, by_hand=(2,), aggregate="robust", n=N_PARTS * SMALL_PART_VALUES)
         meeting.settlements[1].meeting.last_norms = [1000.0] * N_PARTS
-        await meeting.run(
-            reduce_by_hand(meeting, lambda _, part: frame_of(scaled(meeting, part, -100.0)), receipt=None)
-        )
+        await meeting.run(reduce_by_hand(meeting, lambda _, part: scaled(meeting, part, -100.0), receipt=None))
         assert meeting.settlements[0].meeting.refused, "1 held what the leader refuses"
         assert list(meeting.update().parts) == meeting.means(range(3), but=(2, 5), of=(0, 1))
         assert {(by, member) for by, member, _ in losses} == {(0, 2)}, "who believed it had no reason to complain"
@@ -497,11 +500,11 @@ def test_a_committed_part_that_is_too_long_is_not_signed(losses: Losses) -> None
                 await channel.receive(No, timeout_s=10.0)
                 await channel.send(No(reason="most of the group did not sign the update"))
             elif isinstance(message, AskPart):
-                await meeting.answer_part(channel, lied[message.part])
+                await meeting.answer_part(channel, message.part, lied[message.part])
             else:
                 for part in meeting.parts_of(0):
                     await channel.receive_frame(1000, 10.0)
-                    await channel.send_frame(frame_of(meeting.mean(part, range(3))))
+                    await channel.send_frame(meeting.frame(part, meeting.mean(part, range(3))))
 
         async def contribute() -> None:
             for i in meeting.honest:
@@ -512,6 +515,48 @@ def test_a_committed_part_that_is_too_long_is_not_signed(losses: Losses) -> None
         assert list(meeting.update().parts) == meeting.means(range(3))
         complaint = "Refused: commits what most do not sign: part 0 is not what its reducer sent me"
         assert sorted(losses) == [(i, 0, complaint) for i in (1, 2)]
+
+    run_simulated(main())
+
+
+@pytest.mark.parametrize(
+    ("by", "at", "number"),
+    [(1, 2, 0), (2, 5, 0), (2, 2, 1), (9, 2, 0)],
+    ids=["another reducer's", "another part's", "another butterfly's", "nobody's"],
+)
+def test_a_mean_that_is_signed_for_something_else(losses: Losses, by: int, at: int, number: int) -> None:
+    """Neither another member's signature nor one for another place makes a part."""
+
+    async def main() -> None:
+        meeting = Round(3, by_hand=(2,))
+        told = meeting.mean(2, range(3))
+        signer = meeting.members[by] if by < 3 else identity(99)
+        signed = Reduction.of(meeting.place(at, number), told, bytes(32), by, signer).to_bytes()
+        sent = frame_of(told, bytes([0]) + signed[1:])
+        await meeting.run(reduce_by_hand(meeting, lambda *_: sent, receipt=None))
+        assert list(meeting.update().parts) == meeting.means(range(3), but=(2, 5), of=(0, 1))
+        why = "sends part 2 of another reducer" if by == 1 else "sends part 2 that its reducer did not sign"
+        assert losses.by(0) == losses.by(1) == [(2, f"Misbehaved: {why}")]
+
+    run_simulated(main())
+
+
+def test_a_contribution_that_is_signed_for_another_round(losses: Losses) -> None:
+    """A reducer cannot be given, or show, what somebody has sent at another time."""
+
+    async def main() -> None:
+        meeting = Round(3, by_hand=(2,), clients=(2,))
+
+        async def send(to: int) -> None:
+            channel = await meeting.contribute(2, to, 0)
+            old = replace(meeting.place(meeting.parts_of(to)[0]), round_id=bytes(32))
+            sent = Contribution.of(old, meeting.contribution(2, old.part), meeting.members[2])
+            await channel.send_frame(sent.data + sent.signature)
+
+        await meeting.run(send(0), send(1))
+        assert list(meeting.update().parts) == meeting.means(range(2))
+        complaint = "Misbehaved: sends a contribution to part {} that it did not sign"
+        assert [losses.by(i) for i in (0, 1)] == [[(2, complaint.format(i))] for i in (0, 1)]
 
     run_simulated(main())
 
@@ -558,7 +603,7 @@ def test_a_reducer_that_tells_everybody_something_else(losses: Losses, caplog: p
             await meeting.run(
                 reduce_by_hand(
                     meeting,
-                    lambda to, part: frame_of(told[to]),
+                    lambda to, part: told[to],
                     receipt=[part.hash for part in meeting.means(range(4))],
                 )
             )
@@ -575,7 +620,7 @@ def test_a_reducer_that_dies_after_it_told_one(losses: Losses) -> None:
 
     async def main() -> None:
         meeting = Round(3, by_hand=(2,))
-        await meeting.run(reduce_by_hand(meeting, lambda to, part: frame_of(part) if to == 1 else None, receipt=None))
+        await meeting.run(reduce_by_hand(meeting, lambda to, part: part if to == 1 else None, receipt=None))
         assert list(meeting.update().parts) == meeting.means(range(3))
         assert meeting.lost(0) == {2}
         assert losses.by(0) == [(2, "Gone: closed the stream")]
@@ -617,7 +662,7 @@ def test_a_reducer_that_takes_almost_every_time_out(losses: Losses) -> None:
         async def hand(channel: Channel, message: Message) -> None:
             for part in meeting.parts_of(2):
                 await asyncio.sleep(TIMEOUTS.reduced_part_s - 1)
-                await channel.send_frame(frame_of(meeting.mean(part, range(3))))
+                await channel.send_frame(meeting.frame(part, meeting.mean(part, range(3))))
 
         async def send(to: int) -> None:
             await meeting.contribute(2, to)

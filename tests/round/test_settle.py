@@ -8,19 +8,25 @@ import random
 import weakref
 from collections.abc import Callable
 from itertools import combinations, product
+from pathlib import Path
 from typing import Literal
 
 import msgpack
 import pytest
 
+from p2p_diloco.core.audit import parse_contributions
+from p2p_diloco.core.errors import Refused
+from p2p_diloco.core.signed_part import inputs_of
+from p2p_diloco.round.kept import Kept
 from p2p_diloco.round.outcome import Settled
 from p2p_diloco.round.settle import RoundCost
+from p2p_diloco.wire.audit_messages import AskContributions
 from p2p_diloco.wire.channel import Channel
 from p2p_diloco.wire.message import Message
 from p2p_diloco.wire.messages import No
 from p2p_diloco.wire.round_messages import AskCommit, Commit, Contribute, Eta, TookBefore
 from tests.support.fakes import run_simulated
-from tests.support.meetings import N_PARTS, PROTOCOL, TIMEOUTS, Round, frame_of, server
+from tests.support.meetings import N_PARTS, PROTOCOL, TIMEOUTS, Losses, Round, server
 
 pytestmark = pytest.mark.usefixtures("small_parts")
 
@@ -37,7 +43,7 @@ def test_who_pretends_that_the_leader_is_gone_cannot_take_its_place() -> None:
             assert isinstance(message, Contribute), "nobody takes it for the leader"
             await asyncio.sleep(TIMEOUTS.request_s)
             for part in meeting.parts_of(1):
-                await channel.send_frame(frame_of(meeting.mean(part, range(4))))
+                await channel.send_frame(meeting.frame(part, meeting.mean(part, range(4))))
 
         async def ask(to: int) -> None:
             await meeting.contribute(1, to) if to != 3 else None
@@ -335,5 +341,82 @@ def test_a_reducer_fails_in_the_second_butterfly_as_well(fault: Fault, longest_s
         assert sorted(meeting.settlements[0].member.butterflies) == [0, 1, 2]
         assert all(meeting.lost(i) == {2, 3} for i in (0, 1, 4))
         assert max(meeting.took_s[i] for i in (0, 1, 4)) < longest_s
+
+    run_simulated(main())
+
+
+# -- parts that leave most out, members without a share, and what a reducer shows -----------------------------------
+
+
+def test_parts_that_leave_most_of_the_group_out_are_reduced_by_others(losses: Losses) -> None:
+    """Their reducer may have been cut off: it is not blamed, and takes no part in reducing them."""
+
+    async def main() -> None:
+        meeting = Round(4, by_hand=(3,))
+
+        async def hand(channel: Channel, message: Message) -> None:
+            if isinstance(message, Contribute):
+                for part in meeting.parts_of(3):
+                    await channel.receive_frame(1000, 10.0)
+                    await channel.send_frame(meeting.frame(part, meeting.mean(part, (3,))))
+
+        async def contribute(to: int) -> None:
+            channel = await meeting.contribute(3, to)
+            for _ in meeting.parts_of(to):
+                await channel.receive_frame(1000, 10.0)
+            if to == 0:
+                await meeting.receipt(3, 0, [b""] * N_PARTS)
+
+        meeting.serve(3, hand)
+        await meeting.run(*(contribute(to) for to in range(3)))
+        assert list(meeting.update().parts) == meeting.means(range(4), but=meeting.parts_of(3), of=(0, 1, 2))
+        assert meeting.settlements[0].meeting.lonely == {3}
+        assert not losses
+        assert [max(meeting.settlements[i].member.butterflies) for i in range(3)] == [1, 1, 1], "the fault fired"
+
+    run_simulated(main())
+
+
+def test_members_that_the_roster_leaves_idle_contribute_certify_and_reduce_nothing(losses: Losses) -> None:
+    async def main() -> None:
+        meeting = Round(4, idle=(0, 2))
+        assert meeting.group.reducers == (1, 3)
+        await meeting.run()
+        assert list(meeting.update().parts) == meeting.means(range(4))
+        assert [meeting.settlements[i].leads for i in range(4)] == [False, True, False, False]
+        assert [len(meeting.parts_of(i)) for i in range(4)] == [0, N_PARTS // 2, 0, N_PARTS // 2]
+        assert not losses
+
+    run_simulated(main())
+
+
+def test_a_reducer_shows_the_contributions_that_it_has_signed_for_once_to_each_member(tmp_path: Path) -> None:
+    async def main() -> None:
+        meeting = Round(3)
+        reducer = meeting.settlements[1].meeting
+        reducer.kept, reducer.audit_parts = Kept(tmp_path), 1
+        await meeting.run()
+
+        async def ask(who: int, part: int, number: int = 0) -> bytes | No:
+            ask = AskContributions(round_id=meeting.round_id, number=number, part=part)
+            channel = await meeting.say(who, 1, ask)
+            try:
+                return await channel.receive_blob(10_000, 10.0)
+            except Refused as error:
+                return No(reason=error.reason)
+
+        shown = await ask(0, 4)
+        assert isinstance(shown, bytes)
+        came = parse_contributions(shown, 3)
+        assert came == {i: meeting.sent(i, 4) for i in range(3)}
+        held = meeting.settlements[0].meeting.reductions[4]
+        assert held is not None
+        assert held.inputs == inputs_of(came)
+        assert await ask(0, 4) == No(reason="nothing more is shown")
+        assert await ask(2, 3) == No(reason="nothing is kept"), "somebody else's part"
+        assert await ask(2, 1) == No(reason="nothing more is shown")
+        meeting.settlements[1].close()
+        reducer.audit_parts = 5
+        assert await ask(2, 4) == No(reason="nothing is kept")
 
     run_simulated(main())

@@ -15,7 +15,7 @@ from p2p_diloco.wire.message import Message
 from p2p_diloco.wire.messages import No
 from p2p_diloco.wire.round_messages import Again, AskCommit, AskPart, Commit, Contribute, Eta, Receipt
 from tests.support.fakes import run_simulated
-from tests.support.meetings import N_PARTS, TIMEOUTS, Losses, Round, frame_of
+from tests.support.meetings import N_PARTS, TIMEOUTS, Losses, Round
 
 pytestmark = pytest.mark.usefixtures("small_parts")
 
@@ -247,7 +247,7 @@ def test_who_reduces_and_then_only_promises_costs_half_of_the_time_that_is_left(
             async def serve(channel: Channel, message: Message) -> None:
                 if isinstance(message, Contribute):
                     for part in meeting.parts_of(me):
-                        await channel.send_frame(frame_of(meeting.mean(part, range(5))))
+                        await channel.send_frame(meeting.frame(part, meeting.mean(part, range(5))))
                 while isinstance(message, AskCommit) and me == 3:
                     asked_s.append(now_s())
                     await channel.send(Eta(eta_s=1.0))

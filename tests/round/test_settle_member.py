@@ -16,7 +16,7 @@ from p2p_diloco.wire.messages import No, Size
 from p2p_diloco.wire.round_messages import Again, AskCommit, AskPart, Certifies, Commit, Contribute, Eta, Receipt, Took
 from tests.support.builders import identity
 from tests.support.fakes import run_simulated
-from tests.support.meetings import N_PARTS, PROTOCOL, TIMEOUTS, Losses, Round, Transport, frame_of
+from tests.support.meetings import N_PARTS, PROTOCOL, TIMEOUTS, Losses, Round, Transport
 
 pytestmark = pytest.mark.usefixtures("small_parts")
 
@@ -38,7 +38,7 @@ async def lead_by_hand(meeting: Round, settle: Settle) -> None:
         elif isinstance(message, Contribute):
             for part in meeting.parts_of(0):
                 await channel.receive_frame(1000, 10.0)
-                await channel.send_frame(frame_of(meeting.mean(part, range(meeting.count))))
+                await channel.send_frame(meeting.frame(part, meeting.mean(part, range(meeting.count))))
 
     meeting.serve(0, hand)
     for i in meeting.honest:
@@ -359,7 +359,7 @@ def test_parts_are_given_to_members_who_name_them() -> None:
 
         channel = await ask(4, part.hash)
         assert await channel.receive(Size, timeout_s=10.0) == Size(size_bytes=len(part.data))
-        assert await channel.receive_frame(1000, 10.0) == frame_of(part)
+        assert await channel.receive_frame(1000, 10.0) == meeting.frame(4, part, of=range(2))
         for at, wanted in ((3, part.hash), (4, UNKNOWN), (N_PARTS, part.hash), (2**59, part.hash)):
             channel = await ask(at, wanted)
             assert await channel.receive(No, timeout_s=10.0) == No(reason="not held")
@@ -426,7 +426,7 @@ def test_who_knows_that_a_commit_is_certified_tells_it() -> None:
         async def hand(channel: Channel, message: Message) -> None:
             for part in meeting.parts_of(1):
                 await channel.receive_frame(1000, 10.0)
-                await channel.send_frame(frame_of(meeting.mean(part, range(3))))
+                await channel.send_frame(meeting.frame(part, meeting.mean(part, range(3))))
 
         async def ask() -> None:
             for i in meeting.honest:

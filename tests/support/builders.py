@@ -21,6 +21,7 @@ from p2p_diloco.core.known import Known
 from p2p_diloco.core.records import Record, Signed
 from p2p_diloco.core.roster import Readiness, rank, seal_readiness
 from p2p_diloco.wire.anchor_messages import AnchorList, AskAnchors
+from p2p_diloco.wire.audit_messages import Accuses, AskContributions, AskEvidence
 from p2p_diloco.wire.channel import Channel
 from p2p_diloco.wire.message import Message
 from p2p_diloco.wire.messages import No, Size
@@ -144,6 +145,7 @@ def group_of(
     aggregate: AggregateName = "mean",
     *,
     familiar: Sequence[Identity] | None = None,
+    idle: Sequence[int] = (),
     **changes: Sequence[Any],
 ) -> Group:
     """The group of ``members``, in the order of rank, whom the first of them has gathered; ``changes``: a value for
@@ -155,7 +157,7 @@ def group_of(
     ]
     sealed = [seal_readiness(mine, who) for mine, who in zip(readiness, members)]
     return open_roster(
-        seal_roster(sealed, [], leader), rules_of(aggregate), known(*(members if familiar is None else familiar))
+        seal_roster(sealed, [], leader, idle), rules_of(aggregate), known(*(members if familiar is None else familiar))
     )
 
 
@@ -244,7 +246,7 @@ HASH = bytes(range(32))
 SIGNATURE = bytes(range(64))
 MESSAGE_EXAMPLES: list[Message] = [
     Ready(readiness=b"a" * 300, record=b"b" * 2048),
-    Roster(members=[b"a" * 1000] * 100, absent=[b"b" * 1600] * 64, signature=SIGNATURE),
+    Roster(members=[b"a" * 1000] * 100, absent=[b"b" * 1600] * 64, signature=SIGNATURE, idle=list(range(64))),
     TooFew(ready=1),
     NoWitness(),
     Redirect(record=b"b"),
@@ -263,6 +265,9 @@ MESSAGE_EXAMPLES: list[Message] = [
     AskWitness(link=HASH, certificate=b"c" * 512 * 1024),
     Witnessed(signature=SIGNATURE),
     AskPart(round_id=HASH, part=7, hash=HASH),
+    AskContributions(round_id=HASH, number=255, part=7),
+    Accuses(peer_id="1" * 64),
+    AskEvidence(),
     AskHeads(since=0),
     Heads(first=5, head=HASH, links=[HASH] * 1024),
     AskChain(since=2**59),

@@ -80,6 +80,8 @@ CONTEXTS = {
     REVOCATIONS: b"p2p-diloco revocations\0",
 }
 ROSTER_CONTEXT = b"p2p-diloco roster\0"
+CONTRIBUTION_CONTEXT = b"p2p-diloco contribution\0"
+REDUCTION_CONTEXT = b"p2p-diloco reduction\0"
 TAKEN_CONTEXT = b"p2p-diloco taken\0"
 
 
@@ -426,7 +428,7 @@ def state_digest(step: int, head: bytes, chunk_hashes: Sequence[bytes]) -> bytes
 
 MESSAGES: dict[str, tuple[set[str], set[str]]] = {
     "ready": ({"readiness", "record"}, set()),
-    "roster": ({"members", "signature"}, {"absent"}),
+    "roster": ({"members", "signature"}, {"absent", "idle"}),
     "too-few": ({"ready"}, set()),
     "no-witness": (set(), set()),
     "redirect": ({"record"}, set()),
@@ -445,6 +447,9 @@ MESSAGES: dict[str, tuple[set[str], set[str]]] = {
     "ask-witness": ({"link", "certificate"}, set()),
     "witnessed": ({"signature"}, set()),
     "ask-part": ({"round_id", "part", "hash"}, set()),
+    "ask-contributions": ({"round_id", "number", "part"}, set()),
+    "accuses": ({"peer_id"}, set()),
+    "ask-evidence": (set(), set()),
     "ask-heads": ({"since"}, {"pruned"}),
     "heads": ({"first", "head", "links"}, set()),
     "ask-chain": ({"since"}, set()),
@@ -473,6 +478,7 @@ ANSWERS = {
     "took": ({"eta"}, {"certifies"}),
     "ask-commit": ({"eta"}, {"took-before", "commit"}),
     "ask-witness": ({"eta"}, {"witnessed"}),
+    "accuses": (set[str](), {"ask-evidence"}),
     "ask-heads": (set[str](), {"heads"}),
     "push": (set[str](), {"push"}),
     "ask-revocations": (set[str](), {"revocations"}),
@@ -480,7 +486,7 @@ ANSWERS = {
     "ask-dial-back": (set[str](), {"dialed-back"}),
 }
 """Request -> what may come before the answer, and the answer; ``no`` in any case."""
-BLOBS = {"ask-chain", "ask-update", "ask-index", "ask-chunk", "ask-manifest"}
+BLOBS = {"ask-contributions", "ask-chain", "ask-update", "ask-index", "ask-chunk", "ask-manifest"}
 CHUNK_BYTES = 1048576
 
 
@@ -530,6 +536,7 @@ class Round:
     sealed: tuple[bytes, ...]
     signature: bytes
     absent: tuple[bytes, ...] = ()
+    idle: tuple[int, ...] = ()
     keep: bool = False
     min_group: int = 2
     known_on: Mapping[bytes, frozenset[str]] = field(default_factory=dict)
@@ -537,7 +544,7 @@ class Round:
 
     @cached_property
     def round_id(self) -> bytes:
-        return h(b"round", self.leader.encode(), *self.sealed, b"absent", *self.absent)
+        return h(b"round", self.leader.encode(), *self.sealed, b"absent", *self.absent, b"idle", bytes(self.idle))
 
     @cached_property
     def members(self) -> list[Mapping[str, Any]]:
@@ -610,6 +617,10 @@ class Round:
         return sum(self.weights[i] for i in came)
 
     def reducers(self, members: Sequence[int]) -> list[int]:
+        dialled = self.would_reduce(members)
+        return [i for i in dialled if i not in self.idle] or dialled
+
+    def would_reduce(self, members: Sequence[int]) -> list[int]:
         counting = [i for i in members if i in self.counting] or list(members)
         return [i for i in counting if not self.members[i]["client_mode"]] or counting
 
@@ -634,7 +645,7 @@ class Certificate:
     witness: bytes
 
     def packed(self, meeting: Round) -> bytes:
-        roster = [meeting.leader, list(meeting.sealed), list(meeting.absent), meeting.signature]
+        roster = [meeting.leader, list(meeting.sealed), list(meeting.absent), meeting.signature, list(meeting.idle)]
         signatures = [[i, signature] for i, signature in self.signatures]
         packed: bytes = msgpack.packb([roster, self.full, self.state, signatures, self.witness])
         return packed
@@ -660,8 +671,8 @@ class Certificate:
 def open_certificate(data: bytes, **rules: Any) -> tuple[Round, Certificate]:
     """``rules``: what ``Round`` has to be told."""
     roster, full, state, signatures, witness = unpack(data)
-    leader, members, absent, signature = roster
-    meeting = Round(leader, tuple(members), signature, tuple(absent), **rules)
+    leader, members, absent, signature, idle = roster
+    meeting = Round(leader, tuple(members), signature, tuple(absent), tuple(idle), **rules)
     certificate = Certificate(full, state, [(i, one) for i, one in signatures], witness)
     check(len(data) <= 524288 and certificate.packed(meeting) == data, "a certificate that is packed otherwise")
     return meeting, certificate
@@ -687,6 +698,32 @@ class Stream:
     down: bytes
 
 
+@dataclass(frozen=True)
+class Made:
+    """What stands behind a reduced part."""
+
+    number: int
+    reducer: int
+    inputs: bytes
+    signature: bytes
+
+
+def place(round_id: bytes, number: int, part: int) -> bytes:
+    return h(round_id, bytes([number]), part.to_bytes(4, "big"))
+
+
+def inputs_of(came: Mapping[int, tuple[bytes, bytes]], blake3: Blake3) -> bytes:
+    """``came``: index in the roster -> (contribution, signature)."""
+    return h(*(bytes([i]) + blake3(came[i][0]) + came[i][1] for i in sorted(came)))
+
+
+def contributions_of(blob: bytes) -> dict[int, tuple[bytes, bytes]]:
+    """What answers ``ask-contributions``, as ``inputs_of`` wants it."""
+    came = {i: (data, signature) for i, data, signature in unpack(blob)}
+    check(list(came) == sorted(came), "contributions in another order")
+    return came
+
+
 @dataclass
 class Decoded:
     """One stream's frames, each read as what it is."""
@@ -696,8 +733,12 @@ class Decoded:
     answered: list[Message] = field(default_factory=list)
     contributions: dict[int, bytes] = field(default_factory=dict)
     """Part -> what the opener sent for it."""
+    signatures: dict[int, bytes] = field(default_factory=dict)
+    """Part -> the opener's, over that."""
     means: dict[int, Mean] = field(default_factory=dict)
     """Part -> what the server sent for it."""
+    reductions: dict[int, Made] = field(default_factory=dict)
+    """Part -> what its reducer has signed."""
     blobs: list[tuple[Message, bytes]] = field(default_factory=list)
     """Request -> what came for it."""
     frames: int = 0
@@ -710,6 +751,7 @@ class Decoder:
     n: int
     codec: str
     owner: str
+    blake3: Blake3
     keep: bool = False
     min_group: int = 2
     rounds: dict[bytes, Round] = field(default_factory=dict)
@@ -743,6 +785,10 @@ class Decoder:
                 self._part(decoded, request, down)
             elif request.tag in BLOBS:
                 self._blob(decoded, request, down)
+            elif request.tag == "accuses":
+                self._answers(decoded, down, *ANSWERS["accuses"])
+                if decoded.answered[-1].tag == "ask-evidence":
+                    self._blob(decoded, request, up)
             elif request.tag == "ask-transfer":
                 check(len(next(up)) == request.fields["up_bytes"], "a transfer of another length")
                 self._answers(decoded, down, set(), {"transferred"})
@@ -776,8 +822,12 @@ class Decoder:
         if last.tag == "roster":
             absent, rules = tuple(last.fields.get("absent", ())), self._rules()
             leader, members = decoded.stream.server, tuple(last.fields["members"])
-            found = Round(leader, members, last.fields["signature"], absent, **rules)
+            idle = tuple(last.fields.get("idle", ()))
+            found = Round(leader, members, last.fields["signature"], absent, idle, **rules)
             check(bool(found.members), "an empty roster")
+            would = found.would_reduce(range(len(found.members)))
+            fits = list(idle) == sorted(set(idle) & set(would)) and 2 * len(idle) <= len(would)
+            check(fits, "a roster that leaves the wrong ones idle")
             self.rounds[found.round_id] = found
         if last.tag == "again" and request.tag == "receipt":
             self.agains[request.fields["round_id"], last.fields["number"]] = last
@@ -835,27 +885,38 @@ class Decoder:
         reducers = found.reducers(members)
         mine = parts[reducers.index(found.ids.index(decoded.stream.server)) :: len(reducers)]
         for part, frame in zip(mine, up):
-            check(len(frame) == encoded_bytes(self._values(part), self.codec), "a contribution of another length")
-            decoded.contributions[part] = frame
+            data, signature = frame[:-64], frame[-64:]
+            check(len(data) == encoded_bytes(self._values(part), self.codec), "a contribution of another length")
+            signed = CONTRIBUTION_CONTEXT + h(place(round_id, number, part), self.blake3(data))
+            check(is_signed(public_key(decoded.stream.opener), signed, signature), "a contribution that is not signed")
+            decoded.contributions[part] = data
+            decoded.signatures[part] = signature
         for part, frame in zip(mine, down):
-            if not self._mean(decoded, part, frame):
+            if not self._mean(decoded, found, part, frame):
                 decoded.answered.append(message(frame))
                 return
+            said, by = decoded.reductions[part].number, found.ids[decoded.reductions[part].reducer]
+            check((said, by) == (number, decoded.stream.server) or said > number, "a part of another reducer")
 
-    def _mean(self, decoded: Decoded, part: int, frame: bytes) -> bool:
+    def _mean(self, decoded: Decoded, found: Round, part: int, frame: bytes) -> bool:
         size = encoded_bytes(self._values(part), self.codec)
-        if not frame or len(frame) != 1 + frame[0] + size:
+        if not frame or len(frame) != 1 + frame[0] + size + 98:
             return False
-        mask = frame[1 : 1 + frame[0]]
+        mask, behind = frame[1 : 1 + frame[0]], frame[-98:]
         members_of(mask)
-        decoded.means[part] = Mean(mask, frame[1 + len(mask) :])
+        mean = Mean(mask, frame[1 + len(mask) : -98])
+        made = Made(number=behind[0], reducer=behind[1], inputs=behind[2:34], signature=behind[34:])
+        signed = REDUCTION_CONTEXT + h(place(found.round_id, made.number, part), made.inputs, mean.hash)
+        check(is_signed(public_key(found.ids[made.reducer]), signed, made.signature), "a part that is not signed")
+        decoded.means[part], decoded.reductions[part] = mean, made
         return True
 
     def _part(self, decoded: Decoded, request: Message, down: Iterator[bytes]) -> None:
         part, size = request.fields["part"], message(next(down))
         decoded.answered.append(size)
         if size.tag == "size":
-            check(self._mean(decoded, part, next(down)), "a part of another length")
+            found = self.rounds[request.fields["round_id"]]
+            check(self._mean(decoded, found, part, next(down)), "a part of another length")
             mean = decoded.means[part]
             check((mean.hash, len(mean.data)) == (request.fields["hash"], size.fields["size_bytes"]), "another part")
 

@@ -16,11 +16,13 @@ from p2p_diloco.core.event import (
     EventsLost,
     InnerStepEnded,
     OuterGradientOffered,
+    PartAudited,
     PeerCaughtUp,
     PeerJoined,
     PeerLeft,
     PeerStarted,
     PhaseBegan,
+    ReducerFound,
     RoundEnded,
     StateDisputed,
     ThetaEvaluated,
@@ -94,6 +96,8 @@ COMMITTED = RoundEnded(
     wall_s=1.7e9,
     mono_s=0.0,
 )
+AUDITED = PartAudited(step=3, reducer="12D3b", part=7, result="wrong", seconds=0.25, wall_s=1.7e9, mono_s=0.0)
+FOUND = ReducerFound(step=4, reducer="12D3b", kind="wrong", accuser="12D3c", wall_s=1.7e9, mono_s=0.0)
 STALL = TrainerStalled(step=4, seconds=1.25, wall_s=1.7e9, mono_s=0.0)
 CAUGHT_UP = PeerCaughtUp(
     seconds=2.5,
@@ -128,8 +132,8 @@ LOST = EventsLost(lines=1, wall_s=1.7e9, mono_s=0.0)
 LEFT = PeerLeft(step=9, head="0c", reason="done \N{DNA DOUBLE HELIX}", wall_s=1.7e9, mono_s=0.0)
 
 EVENTS: tuple[Event, ...] = (
-    *(STARTED, JOINED, PHASE, INNER, OFFERED, MISSED, COMMITTED, STALL, CAUGHT_UP, BRANCH, WITNESS, REPAIRED),
-    *(DISPUTED, ANCHORED, DIFFER, RESTARTED, EVALUATED, LOST, LEFT),
+    *(STARTED, JOINED, PHASE, INNER, OFFERED, MISSED, COMMITTED, AUDITED, FOUND, STALL, CAUGHT_UP, BRANCH, WITNESS),
+    *(REPAIRED, DISPUTED, ANCHORED, DIFFER, RESTARTED, EVALUATED, LOST, LEFT),
 )
 
 

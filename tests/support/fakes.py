@@ -50,6 +50,7 @@ def make_manifest(
     snapshot_every: int = 5,
     aggregate: AggregateName = "mean",
     membership: Membership = "open",
+    audit_parts: int = 1,
 ) -> RunManifest:
     """A sound manifest for vectors of ``n`` values that belong to no real model. ``mean``: what an update holds can be
     counted exactly."""
@@ -67,6 +68,7 @@ def make_manifest(
                 gather_s=2.0,
                 snapshot_every=snapshot_every,
                 on_missed=on_missed,
+                audit_parts=audit_parts,
             ),
         ),
         model_config_json='{"model_type":"llama"}',

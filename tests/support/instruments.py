@@ -17,6 +17,7 @@ from p2p_diloco.core.certificate import Certificate, Certified
 from p2p_diloco.core.errors import Misbehaved, RemoteError
 from p2p_diloco.core.identity import Identity
 from p2p_diloco.core.records import Record
+from p2p_diloco.core.signed_part import Reduction
 from p2p_diloco.core.swarm_head import Standing
 from p2p_diloco.core.update import Part, Update
 from p2p_diloco.ledger.ledger import Ledger
@@ -164,8 +165,8 @@ def instrumented(world: World) -> Iterator[None]:
         show(lambda witness, peer: witness.contributes(meeting.group, peer, part, values))
         return encoded
 
-    def hold(meeting: Meeting, part: int, held: Part) -> None:
-        real_hold(meeting, part, held)
+    def hold(meeting: Meeting, part: int, held: Part, reduction: Reduction) -> None:
+        real_hold(meeting, part, held, reduction)
         if not FETCHING.get():
             show(lambda witness, _: witness.reduced(meeting.group, held.hash))
 
@@ -199,7 +200,7 @@ def instrumented(world: World) -> Iterator[None]:
         mock.patch("p2p_diloco.core.events.time", _SimClock),
         *(
             mock.patch(f"p2p_diloco.core.{module}.verify", verify)
-            for module in ("records", "group", "certificate", "anchor")
+            for module in ("records", "group", "certificate", "signed_part", "anchor")
         ),
         mock.patch("p2p_diloco.round.matchmaking.new_nonce", nonce),
         mock.patch("os.fsync", sync),

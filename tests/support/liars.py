@@ -31,6 +31,9 @@ CONTRIBUTIONS: dict[str, Callable[[Liar], None]] = {
 REDUCERS: dict[str, Callable[[Liar], None]] = {
     "mean x-10": lies_in_rounds.reduces_tenfold,
     "zeros for a mean": lies_in_rounds.reduces_to_zeros,
+    "zeros in a quarter": lies_in_rounds.reduces_a_quarter_to_zeros,
+    "flipped bits": lies_in_rounds.flips_a_bit,
+    "masks others away": lies_in_rounds.masks_away,
     "two means": lies_in_rounds.reduces_differently,
 }
 LEADERS: dict[str, Callable[[Liar], None]] = {

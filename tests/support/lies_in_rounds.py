@@ -11,8 +11,10 @@ import numpy as np
 
 from p2p_diloco.core.certificate import Taken, certificate_of
 from p2p_diloco.core.codec import Vector
+from p2p_diloco.core.digest import digest
 from p2p_diloco.core.group import seal_roster
 from p2p_diloco.core.roster import open_readiness
+from p2p_diloco.core.signed_part import Place, Reduction
 from p2p_diloco.core.update import Part, Update, in_most_parts
 from p2p_diloco.core.waiting import heard, now_s
 from p2p_diloco.round.meeting import Meeting
@@ -83,30 +85,65 @@ def stale(liar: Liar) -> None:
 # -- reducers ----------------------------------------------------------------------------------------------------------
 
 
-def reduces(change: Callable[[Vector], Vector]) -> Callable[[Liar], None]:
-    """The same false mean to everybody."""
+def signed_by(meeting: Meeting, index: int, part: Part) -> Reduction:
+    """What a liar signs that says to have reduced a part."""
+    place, held = Place(round_id=meeting.group.round_id, number=0, part=index), meeting.reductions[index]
+    return Reduction.of(place, part, bytes(32) if held is None else held.inputs, meeting.me, meeting.identity)
+
+
+async def send_signed(meeting: Meeting, channel: Channel, index: int, part: Part) -> None:
+    """As an honest reducer sends a part of its own."""
+    reduction = signed_by(meeting, index, part)
+    await channel.send_frame(bytes([len(part.mask)]), part.mask, part.data, reduction.to_bytes())
+
+
+def reduces(
+    change: Callable[[Vector], Vector], lies_about: Callable[[bytes, int], bool] = lambda head, part: True
+) -> Callable[[Liar], None]:
+    """The same false mean to everybody, in those of its parts that it ``lies_about``."""
 
     def lie(_: Liar, settlement: Settlement) -> None:
         meeting, first = settlement.meeting, settlement.member.butterflies[0]
-        mine = set(first._parts_of(first.me))
+        mine = {part for part in first._parts_of(first.me) if lies_about(settlement.group.head, part)}
 
-        def hold(real: Callable[[int, Part], None]) -> Callable[[int, Part], None]:
-            def held(part: int, reduced: Part) -> None:
-                if part in mine:
-                    mine.remove(part)
-                    values = change(meeting.grid.decode(part, reduced.data))
+        def hold(real: Callable[[Place, Part, bytes], None]) -> Callable[[Place, Part, bytes], None]:
+            def held(place: Place, reduced: Part, inputs: bytes) -> None:
+                if place.part in mine:
+                    mine.remove(place.part)
+                    values = change(meeting.grid.decode(place.part, reduced.data))
                     reduced = Part(mask=reduced.mask, data=meeting.grid.encode(values))
-                real(part, reduced)
+                real(place, reduced, inputs)
 
             return held
 
-        override(meeting, "hold_reduced", hold)
+        override(meeting, "hold_own", hold)
 
     return in_rounds(lie)
 
 
 reduces_tenfold = reduces(lambda mean: TENFOLD * mean)
 reduces_to_zeros = reduces(np.zeros_like)
+reduces_a_quarter_to_zeros = reduces(np.zeros_like, lambda head, part: digest(head, bytes([part]))[0] % 4 == 0)
+
+
+def with_a_flipped_bit(mean: Vector) -> Vector:
+    """The exponent of the first value that is not zero: what faulty memory does to an honest peer."""
+    bits = mean.copy().view(np.uint32)
+    bits[np.flatnonzero(mean)[:1]] ^= np.uint32(1 << 24)
+    return bits.view(np.float32)
+
+
+flips_a_bit = reduces(with_a_flipped_bit)
+
+
+@in_rounds
+def masks_away(_: Liar, settlement: Settlement) -> None:
+    """A reducer that hears the others' contributions, and takes only its own and those of every second member."""
+    meeting = settlement.meeting
+    for butterfly in settlement.member.butterflies.values():
+        for sender in tuple(butterfly.queues)[::2]:
+            butterfly.gone.add(sender)
+    meeting.changed.ring()
 
 
 @in_rounds
@@ -114,13 +151,14 @@ def reduces_differently(_: Liar, settlement: Settlement) -> None:
     """One mean to every second member, another one to the others."""
     meeting = settlement.meeting
 
-    def send_part(real: Callable[[Channel, Part], Any]) -> Callable[[Channel, Part], Any]:
-        async def sent(channel: Channel, part: Part) -> None:
+    def send_part(real: Callable[..., Any]) -> Callable[..., Any]:
+        async def sent(channel: Channel, part: Part, reduction: Reduction) -> None:
             if meeting.index_of(channel.peer_id) % 2 and part in meeting.parts:
                 index = meeting.parts.index(part)
                 other = meeting.grid.encode(-meeting.grid.decode(index, part.data))
-                part = Part(mask=part.mask, data=other)
-            await real(channel, part)
+                await send_signed(meeting, channel, index, Part(mask=part.mask, data=other))
+                return
+            await real(channel, part, reduction)
 
         return sent
 
@@ -146,7 +184,8 @@ def commits_invented(_: Liar, settlement: Settlement) -> None:
     def give(real: Callable[[Commit], Any]) -> Callable[[Commit], Any]:
         async def given(commit: Commit) -> Settled | Missed:
             for part in range(len(meeting.parts)):
-                meeting.parts[part] = invented_part(settlement, part)
+                invented = meeting.parts[part] = invented_part(settlement, part)
+                meeting.reductions[part] = signed_by(meeting, part, invented)
             hashes = meeting.hashes()
             holders = [meeting.me] * len(hashes)
             outcome: Settled | Missed = await real(Commit(part_hashes=hashes, holders=holders, state=commit.state))
@@ -217,10 +256,13 @@ def commits_twice(_: Liar, settlement: Settlement) -> None:
         return
     twin = Twin(settlement, mine[0])
 
-    def send_part(real: Callable[[Channel, Part], Any]) -> Callable[[Channel, Part], Any]:
-        async def sent(channel: Channel, part: Part) -> None:
-            own = part in (meeting.parts[twin.part], twin.first)
-            await real(channel, twin.of(part) if own and twin.is_for(meeting.index_of(channel.peer_id)) else part)
+    def send_part(real: Callable[..., Any]) -> Callable[..., Any]:
+        async def sent(channel: Channel, part: Part, reduction: Reduction) -> None:
+            if part in (meeting.parts[twin.part], twin.first):
+                part = twin.of(part) if twin.is_for(meeting.index_of(channel.peer_id)) else part
+                await send_signed(meeting, channel, twin.part, part)
+                return
+            await real(channel, part, reduction)
 
         return sent
 
@@ -265,7 +307,7 @@ def commits_twice(_: Liar, settlement: Settlement) -> None:
                 await real(channel, message)
                 return
             await channel.send(Size(size_bytes=len(twin.second.data)))
-            await meeting.send_part(channel, twin.second)
+            await send_signed(meeting, channel, twin.part, twin.second)
 
         return answered
 

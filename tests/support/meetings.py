@@ -20,11 +20,13 @@ from p2p_diloco.core.directory import Directory
 from p2p_diloco.core.grid import Grid, part_slices
 from p2p_diloco.core.identity import Identity
 from p2p_diloco.core.records import seal_record
+from p2p_diloco.core.signed_part import REDUCTION_BYTES, Contribution, Place, Reduction, inputs_of
 from p2p_diloco.core.update import Part, Update, contributor_mask
 from p2p_diloco.core.waiting import Bell, heard, now_s
 from p2p_diloco.round.meeting import Meeting
 from p2p_diloco.round.outcome import Missed, Settled
 from p2p_diloco.round.settle import Settlement
+from p2p_diloco.wire.audit_messages import AskContributions
 from p2p_diloco.wire.channel import Channel, Writer, run_protocol
 from p2p_diloco.wire.message import Message
 from p2p_diloco.wire.messages import No, Size
@@ -49,13 +51,14 @@ HISTORY = "abc"
 TIMEOUTS = Timeouts()
 N_PARTS = 6
 SMALL_PART_VALUES = 100
-OF_A_ROUND = (Contribute, Receipt, AskPart, AskCommit)
+OF_A_ROUND = (Contribute, Receipt, AskPart, AskCommit, AskContributions)
 LONGEST_ROUND_S = 150.0
 COMMIT_STARTS = b"\x92\xa6commit"
 
 
-def frame_of(part: Part) -> bytes:
-    return bytes([len(part.mask)]) + part.mask + part.data
+def frame_of(part: Part, reduction: bytes = bytes(REDUCTION_BYTES)) -> bytes:
+    """As a reducer sends it; that it has signed nothing shows only where all else is right."""
+    return bytes([len(part.mask)]) + part.mask + part.data + reduction
 
 
 class Losses(list[tuple[int, int, str]]):
@@ -119,6 +122,8 @@ class Round:
     dropped: tuple[int, ...] = ()
     unknown: tuple[int, ...] = ()
     """Newcomers: all others are known."""
+    idle: tuple[int, ...] = ()
+    """Whom the roster gives no share."""
     codec: CodecName = "int8"
     n: int = (N_PARTS - 1) * SMALL_PART_VALUES + 7
     aggregate: AggregateName = "mean"
@@ -143,6 +148,7 @@ class Round:
             HISTORY,
             self.aggregate,
             familiar=self.familiar,
+            idle=self.idle,
             weight=self.weights or [100 * (i + 1) for i in range(self.count)],
             client_mode=[i in self.clients for i in range(self.count)],
             dropped=[i in self.dropped for i in range(self.count)],
@@ -260,6 +266,26 @@ class Round:
         where = self.slices[part]
         return encode(self.theta[where] - self.locals[member][where], self.codec)
 
+    def place(self, part: int, number: int = 0) -> Place:
+        return Place(round_id=self.round_id, number=number, part=part)
+
+    def sent(self, me: int, part: int, number: int = 0) -> Contribution:
+        """A member's contribution to a part, as it signs it."""
+        return Contribution.of(self.place(part, number), self.contribution(me, part), self.members[me])
+
+    def signed(self, me: int, part: int, number: int = 0) -> bytes:
+        """The frame of that."""
+        sent = self.sent(me, part, number)
+        return sent.data + sent.signature
+
+    def frame(self, index: int, part: Part, of: Sequence[int] = ()) -> bytes:
+        """A part of the update as its reducer signs it in the first butterfly; ``of``: whose contributions it took."""
+        reducers = self.group.reducers
+        reducer = reducers[index % len(reducers)]
+        inputs = inputs_of({i: self.sent(i, index) for i in of})
+        reduction = Reduction.of(self.place(index), part, inputs, reducer, self.members[reducer])
+        return frame_of(part, reduction.to_bytes())
+
     def mean(self, part: int, members: Sequence[int]) -> Part:
         """The part of the update to which ``members`` contributed."""
         grid, group = Grid(n=self.n, codec=self.codec), self.group
@@ -279,7 +305,7 @@ class Round:
         """As a sender: open the stream and send the first ``parts`` parts, or all."""
         channel = await self.say(me, to, Contribute(round_id=self.round_id, number=number))
         for part in self.parts_of(to)[:parts]:
-            await channel.send_frame(self.contribution(me, part))
+            await channel.send_frame(self.signed(me, part, number=number))
         return channel
 
     async def receipt(
@@ -321,9 +347,9 @@ class Round:
             if not isinstance(answer, Eta):
                 return answer
 
-    async def answer_part(self, channel: Channel, part: Part) -> None:
+    async def answer_part(self, channel: Channel, index: int, part: Part) -> None:
         await channel.send(Size(size_bytes=len(part.data)))
-        await channel.send_frame(frame_of(part))
+        await channel.send_frame(self.frame(index, part))
 
     def serve(self, me: int, hand: Callable[[Channel, Message], Awaitable[None]]) -> None:
         async def handler(channel: Channel) -> None:

@@ -1,0 +1,83 @@
+"""The contributions to the parts that a peer has reduced in one round, kept so that others can look at them.
+
+They lie in a file without a name, which is gone when the round is forgotten, and when the process ends. That is about
+as much as an encoded vector where all members can be dialled; to write what came to one part takes a few milliseconds,
+while its mean is on its way. A disk that is full costs what is kept, and no round.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import tempfile
+import weakref
+from collections.abc import Mapping
+from pathlib import Path
+from threading import Lock
+
+from p2p_diloco.core.audit import pack_contributions
+from p2p_diloco.core.signed_part import Contribution
+
+log = logging.getLogger(__name__)
+
+MAX_KEPT_BYTES = 4 * 1024**3
+"""Of one round. What comes after that is not kept."""
+
+
+class Kept:
+    """The contributions of one round. Its methods block for as long as the disk does; any thread may call them."""
+
+    def __init__(self, folder: Path) -> None:
+        """``folder``: where the file is made, which is there."""
+        self._folder = folder
+        self._file: int | None = None
+        """Its descriptor, which is closed with this object at the latest: a peer that ends closes nothing."""
+        self._release: weakref.finalize[[int], Kept] | None = None
+        self._places: dict[tuple[int, int], tuple[int, int]] = {}
+        """(number of the butterfly, part) -> (start, length) in the file."""
+        self._end = 0
+        self._closed = False
+        self._lock = Lock()
+
+    def write(self, number: int, part: int, came: Mapping[int, Contribution]) -> None:
+        """Keeps the contributions to one part of a butterfly: index in the roster -> contribution."""
+        packed = pack_contributions(came)
+        with self._lock:
+            if self._closed or self._end + len(packed) > MAX_KEPT_BYTES:
+                return
+            try:
+                if self._file is None:
+                    self._open()
+                written = os.pwrite(self._file, packed, self._end) if self._file is not None else 0
+            except OSError as error:
+                log.warning("contributions are not kept, nobody can audit what I reduce now: %s", error.strerror)
+                self._closed = True
+                return
+            if written == len(packed):
+                self._places[number, part] = self._end, len(packed)
+                self._end += len(packed)
+
+    def read(self, number: int, part: int) -> bytes | None:
+        """Returns what was kept for one part of a butterfly, packed; None where nothing is."""
+        with self._lock:
+            place = self._places.get((number, part))
+            if place is None or self._file is None:
+                return None
+            start, length = place
+            data = os.pread(self._file, length, start)
+        return data if len(data) == length else None
+
+    def _open(self) -> None:
+        """Makes the file, and takes its name away at once."""
+        self._file, name = tempfile.mkstemp(prefix="contributions-", dir=self._folder)
+        self._release = weakref.finalize(self, os.close, self._file)
+        os.unlink(name)
+
+    def close(self) -> None:
+        """Forgets everything."""
+        with self._lock:
+            self._closed = True
+            self._places.clear()
+            self._file = None
+            if self._release is not None:
+                self._release()
