@@ -23,7 +23,7 @@ from p2p_diloco.core.errors import Misbehaved, RemoteError
 from p2p_diloco.core.event import AnchorContradicted, AnchorTaken
 from p2p_diloco.core.events import EventLog
 from p2p_diloco.core.records import Record
-from p2p_diloco.core.waiting import deadline, now_s
+from p2p_diloco.core.waiting import deadline, heard, now_s
 from p2p_diloco.ledger.anchors import keep_anchors, read_anchors
 from p2p_diloco.ledger.ledger import Ledger
 from p2p_diloco.ledger.replica import Replica
@@ -63,12 +63,24 @@ class Anchoring:
     async def run(self) -> None:
         """Hears of anchors, and makes them at the run's owner, every ``refresh_s``, until it is cancelled."""
         while True:
-            heard = await self.hear()
+            news = await self.hear()
             if await self.make():
                 await self.presence.push_to_all()
-            elif heard:
+            elif news:
                 self.presence.publish_now.ring()
+            await self._pause()
+
+    async def _pause(self) -> None:
+        """Returns after ``refresh_s``. Where outer steps are shorter than that, the owner sees its snapshots all the
+        same, whenever it moves: only the last two are kept."""
+        if not self.is_owner:
             await asyncio.sleep(self.here.timeouts.refresh_s)
+            return
+        ends_s = now_s() + self.here.timeouts.refresh_s
+        while (left_s := ends_s - now_s()) > 0:
+            changed = self.here.seat.changed.event
+            self._note_computed()
+            await heard(changed, left_s)
 
     async def read(self) -> None:
         """Takes the anchors on the disk."""
