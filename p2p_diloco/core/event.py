@@ -1,8 +1,8 @@
 """The events of a peer, one class for each kind, and the line of JSON that each is in the log.
 
 A line has the fields in the order of the class, ``event`` first, which names the kind. ``pack_event`` alone writes it,
-and ``parse_event`` alone reads it. Steps are outer steps, heads are hex, losses are nats per token.
-Each class says at its end from which module of the network process it comes.
+and ``parse_event`` alone reads it. Steps are outer steps, heads are hex, losses are nats per token. Each class says at
+its end from which module of the network process it comes.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Annotated, ClassVar, Literal, TypeVar
 
 from pydantic import ConfigDict, Field, TypeAdapter
 
-from p2p_diloco.core.findings import FindingKind
+from p2p_diloco.core.findings import AuditResult, FindingKind
 from p2p_diloco.core.records import Phase, Role
 from p2p_diloco.core.runfile import NotNegative
 
@@ -147,18 +147,13 @@ class RoundEnded(Moment):
     cosine: float | None = None
 
 
-AuditResult = Literal["sound", "wrong", "not answered"]
-
-
 @dataclass(frozen=True, kw_only=True)
 class PartAudited(Moment):
-    """The mean of a part that another peer has reduced was taken again, or was to be. From ``audits``."""
+    """A part of the update that ended ``step``, which ``reducer`` had reduced, was looked at. From ``audits``."""
 
     event: Literal["audit"] = "audit"
     step: int
-    """The outer step that the update ends."""
     reducer: str
-    """Its peer id."""
     part: int
     result: AuditResult
     seconds: float
@@ -166,15 +161,13 @@ class PartAudited(Moment):
 
 @dataclass(frozen=True, kw_only=True)
 class ReducerFound(Moment):
-    """Something was found of a peer that reduces, which it remembers for some outer steps. From ``audits``."""
+    """Something was found of ``reducer``, and is remembered; ``accuser`` has proved it, or nobody. From ``audits``."""
 
     event: Literal["found"] = "found"
     step: int
     reducer: str
-    """Its peer id."""
     kind: FindingKind
     accuser: str
-    """The peer id of who has proved it to this peer; empty where it has found it itself."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -346,7 +339,6 @@ Event = (
     | PeerLeft
 )
 E = TypeVar("E", bound=Event)
-
 ALIGNMENT = ("contribution_norm", "update_norm", "cosine")
 """Fields of ``RoundEnded`` that a line has only where they are known."""
 

@@ -20,6 +20,7 @@ from p2p_diloco.core.identity import MAX_PEER_ID_CHARS
 from p2p_diloco.core.records import unpack_plain
 
 FindingKind = Literal["wrong", "left out", "not answered"]
+AuditResult = Literal["sound", "wrong", "not answered"]
 WRONG_STEPS = 100
 SLIGHT_STEPS = 10
 LASTS_STEPS: Mapping[FindingKind, int] = {

@@ -56,7 +56,7 @@ class Contribution:
 
     @cached_property
     def hash(self) -> bytes:
-        """BLAKE3 of the data: a reducer hashes as many bytes as it receives, while others wait for it."""
+        """Returns BLAKE3 of the data: a reducer hashes as many bytes as it receives, while others wait for it."""
         return blake3.blake3(self.data).digest()
 
     def signed_bytes(self, place: Place) -> bytes:

@@ -26,8 +26,8 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from p2p_diloco import __version__
 from p2p_diloco.core.addresses import METRICS_FLAG, Endpoint
 from p2p_diloco.core.errors import UsageError
-from p2p_diloco.core.event import AuditResult, Uncertified
-from p2p_diloco.core.findings import LASTS_STEPS
+from p2p_diloco.core.event import Uncertified
+from p2p_diloco.core.findings import LASTS_STEPS, AuditResult
 from p2p_diloco.core.totals import LIMITS_S, Durations
 from p2p_diloco.core.waiting import now_s
 from p2p_diloco.ledger.folder import folder_bytes

@@ -28,7 +28,7 @@ class Kept:
     """The contributions of one round. Its methods block for as long as the disk does; any thread may call them."""
 
     def __init__(self, folder: Path) -> None:
-        """``folder``: where the file is made, which is there."""
+        """Makes nothing yet. ``folder``: where the file will be made, which is there."""
         self._folder = folder
         self._file: int | None = None
         """Its descriptor, which is closed with this object at the latest: a peer that ends closes nothing."""
