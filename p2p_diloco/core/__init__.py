@@ -40,6 +40,8 @@ Its files, from the bottom up:
     roster        who may meet in a round: readiness, who leads, whom a leader takes in
     group         a roster that its leader has signed, and what follows from it for all that read it
     certificate   who has made an update, and the signatures of most of them
+    equivocation  proofs that a peer has signed two of what is signed once
+    barred        the peers that are barred from a run, each with its proof
     lineage       a chain of headers and certificates, followed from one to the next
     swarm_head    which head is the swarm's; held-out losses
     electors      whose word counts about which branch is the swarm's
