@@ -10,6 +10,7 @@ from p2p_diloco.core.event import (
     BranchLeft,
     DamageRepaired,
     Event,
+    PeerBarred,
     PeerCaughtUp,
     RoundEnded,
     StateDisputed,
@@ -63,6 +64,8 @@ class Totals:
     """Outer steps given up."""
     disputes: int = 0
     """Times that others named another digest of a state."""
+    equivocations: Counter[str] = field(default_factory=Counter)
+    """Peers that were barred, by what they have signed two of."""
     repairs: Counter[str] = field(default_factory=Counter)
     """By what was repaired."""
 
@@ -83,6 +86,8 @@ class Totals:
                 self.witness_asked[event.signed] += 1
             case StateDisputed():
                 self.disputes += 1
+            case PeerBarred():
+                self.equivocations[event.why] += 1
             case DamageRepaired():
                 self.repairs[event.what] += 1
 

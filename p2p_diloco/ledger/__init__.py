@@ -16,4 +16,5 @@ Its files, from the bottom up:
     replica     this peer's copy of the outer state, in memory and on disk
     folder      a run as it lies in a peer's folder
     seats       a peer's seat, the owner's invitations, and revocations
+    proofs      proofs against peers that are barred
 """

@@ -15,6 +15,7 @@ Its files, from the bottom up:
     upkeep       snapshots in time, damage found and mended, bits compared with the others'
     presence     what a peer makes known about itself: records published and pushed
     revocations  which tokens the run's owner has revoked: heard of, kept, passed on
+    proofs       who is barred and with which proof: kept, told, heard of
     follower     when a peer goes to where the swarm is, and when it gives that up
     probes       what others may measure with a peer: dial backs, transfers, its clock
     witness      the run's owner signs updates that too few known members make

@@ -171,6 +171,7 @@ class Attempts:
                 state=state,
                 last_norms=last_norms,
                 lapsed=frozenset(self.matchmaker.company.lapsed),
+                around=self.reception.around(group),
             )
         )
         self.reception.open_round(settlement)

@@ -4,9 +4,9 @@
     begin       the trainer takes theta: from now on the state moves at outer steps only (``outer_steps``)
     leave       withdraw the record
 
-Everything runs in one event loop. Four tasks live as long as the peer (``run``): publish my record, read the others',
-follow the swarm, and keep sound what I hold. What other peers do wrong ends in a log line and a value; what goes wrong
-here (disk, daemon) raises LocalError out of ``run``.
+Everything runs in one event loop. Some tasks live as long as the peer (``run``): publish my record, read the others',
+hear who is barred, follow the swarm, and keep sound what I hold. What other peers do wrong ends in a log line and a
+value; what goes wrong here (disk, daemon) raises LocalError out of ``run``.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ from p2p_diloco.peer.follower import Follower
 from p2p_diloco.peer.outer_steps import OuterSteps
 from p2p_diloco.peer.presence import Presence
 from p2p_diloco.peer.probes import Probes
+from p2p_diloco.peer.proofs import Proofs
 from p2p_diloco.peer.reception import Reception
 from p2p_diloco.peer.revocations import Revoked
 from p2p_diloco.peer.upkeep import Upkeep
@@ -128,6 +129,7 @@ class Peer:
         self.presence = Presence(here=here, replica=replica, events=events, role=self.role, name=name, metrics=metrics)
         witness = Witness(here=here, replica=replica, events=events)
         self.revoked = Revoked(here=here, replica=replica, presence=self.presence)
+        self.proofs = Proofs(here=here, replica=replica, presence=self.presence, events=events)
         self.follower = Follower(
             here=here,
             replica=replica,
@@ -150,6 +152,7 @@ class Peer:
             uploads=self.uploads,
             probes=Probes(here=self.here, rate=self.uploads.rate),
             revoked=self.revoked,
+            proofs=self.proofs,
             witness=witness,
         )
 
@@ -184,6 +187,7 @@ class Peer:
         started_s = now_s()
         await asyncio.to_thread(self.replica.load)
         self.revoked.read()
+        self.proofs.read()
         from_step = self.replica.state.step if self.replica.state else None
         if self.replica.state is not None:
             self.presence.take_standing()
@@ -231,6 +235,7 @@ class Peer:
             self.presence.publish_loop(),
             self.presence.refresh_loop(),
             self.revoked.run(),
+            self.proofs.run(),
             self.follower.run(),
             self.upkeep.run(),
         )

@@ -275,6 +275,8 @@ class Presence:
             certifying=made.certifying if made else 0,
             witnessed=made is not None and made.witnessed,
             awaits_witness=waits is not None and waits.uncertified == "witness",
+            barred=len(self.here.directory.barred),
+            barred_digest=self.here.directory.barred.digest(),
         )
 
 

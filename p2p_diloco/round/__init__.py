@@ -11,6 +11,7 @@ Its files, from the bottom up:
     company                whom a peer may form a round with: who ranks first, who has failed it
     gathering              the rounds that a peer leads while they are formed, and when they close
     matchmaking            the roster of a round: whom a peer asks to lead, what it answers who asks
+    signatures             which commits the members of a round have signed, and whether it is void
     meeting                one round at one member: who meets, what it holds, whom it lost
     butterfly              one all-reduce: some parts, among some members of a round
     settle_decide          which commit a leader proposes, who signs it, which wait ends, whose word fits: all pure
@@ -23,5 +24,7 @@ Its files, from the bottom up:
     settle_hearing         what a leader hears before it decides: receipts, and what was signed before
     settle_leader          the leader: it proposes a commit, and has it certified
     settle_leader_answers  what a leader tells each member that gives it a receipt
+    settle_once            no two updates of one round: who applies one tells the others first
+    rosters                no two rounds of one leader: those beside a round are asked for its roster
     settle                 how the members of a round agree on its outcome: the rules, and who leads next
 """

@@ -9,6 +9,7 @@ Its files, from the bottom up:
     message         what every message of our streams is
     round_messages  those about a round: gathering, reducing, settling
     state_messages  those about what peers hold: updates, snapshots, records, the manifest
+    proof_messages  those by which peers find out who lies, and give each other proofs
     probe_messages  those by which peers measure each other
     messages        all of them by their tags, the bytes of each, and those that answer anything
     channel         our streams: frames, time-outs, counted bytes

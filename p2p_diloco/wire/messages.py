@@ -10,7 +10,7 @@ import msgpack
 from pydantic import ValidationError
 
 from p2p_diloco.core.records import Natural, unpack_plain
-from p2p_diloco.wire import probe_messages, round_messages, state_messages
+from p2p_diloco.wire import probe_messages, proof_messages, round_messages, state_messages
 from p2p_diloco.wire.message import Message, Reason
 
 
@@ -28,7 +28,13 @@ class Size(Message):
     size_bytes: Natural
 
 
-TOPICS = (__name__, round_messages.__name__, state_messages.__name__, probe_messages.__name__)
+TOPICS = (
+    __name__,
+    round_messages.__name__,
+    state_messages.__name__,
+    proof_messages.__name__,
+    probe_messages.__name__,
+)
 """The files that messages are in, in the order of docs/protocol.md."""
 MESSAGES: dict[str, type[Message]] = {
     kind.tag: kind for kind in sorted(Message.__subclasses__(), key=lambda kind: TOPICS.index(kind.__module__))

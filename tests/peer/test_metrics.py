@@ -59,6 +59,8 @@ NAMES = {
     "catch_ups_total": ("counter", set()),
     "rolled_back_steps_total": ("counter", set()),
     "digest_mismatches_total": ("counter", set()),
+    "equivocations_total": ("counter", {"what"}),
+    "barred_peers": ("gauge", set()),
     "repairs_total": ("counter", {"what"}),
     "branches_left_total": ("counter", set()),
     "known_members": ("gauge", set()),

@@ -14,6 +14,7 @@ from p2p_diloco.core.event import (
     EventsLost,
     InnerStepEnded,
     OuterGradientOffered,
+    PeerBarred,
     PeerCaughtUp,
     PeerJoined,
     PeerLeft,
@@ -118,6 +119,7 @@ BRANCH = BranchLeft(
 WITNESS = WitnessAsked(step=8, signed=False, reason="too few", wall_s=1.7e9, mono_s=0.0)
 REPAIRED = DamageRepaired(what="update", step=8, how="fetched", wall_s=1.7e9, mono_s=0.0)
 DISPUTED = StateDisputed(step=8, others=("12D3b", "12D3c"), wall_s=1.7e9, mono_s=0.0)
+BARRED = PeerBarred(step=8, peer="12D3b", why="rosters", wall_s=1.7e9, mono_s=0.0)
 RESTARTED = DaemonRestarted(maddrs=("/ip4/127.0.0.1/tcp/2/p2p/12D3a",), wall_s=1.7e9, mono_s=0.0)
 EVALUATED = ThetaEvaluated(step=9, held_out_loss=None, tokens=1024, seconds=0.75, wall_s=1.7e9, mono_s=0.0)
 LOST = EventsLost(lines=1, wall_s=1.7e9, mono_s=0.0)
@@ -125,7 +127,7 @@ LEFT = PeerLeft(step=9, head="0c", reason="done \N{DNA DOUBLE HELIX}", wall_s=1.
 
 EVENTS: tuple[Event, ...] = (
     *(STARTED, JOINED, PHASE, INNER, OFFERED, MISSED, COMMITTED, STALL, CAUGHT_UP, BRANCH, WITNESS, REPAIRED),
-    *(DISPUTED, RESTARTED, EVALUATED, LOST, LEFT),
+    *(DISPUTED, BARRED, RESTARTED, EVALUATED, LOST, LEFT),
 )
 
 
