@@ -8,8 +8,6 @@ from __future__ import annotations
 
 KNOWN_WANTING: dict[str, tuple[int, str]] = {
     "zeros for a mean": (0, "astray"),
-    "two commits": (2, "one-outcome"),
-    "two rosters": (1, "never-lost"),
     "extends alone": (2, "pace"),
     "idle members": (0, "pace"),
     "Eta(86400)": (0, "pace"),
