@@ -24,6 +24,7 @@ Peers, ledgers and protocol are the real ones; clock, links and DHT are ``fakes`
     never-lost      a committed outer step stays in the history while one peer that holds it lives. Where peers may take
                     living ones for dead (cut links, stopped processes), it may be given up for another's, and the log
                     says so. What takes its place was there before it was given up
+    no-honest-barred    nobody holds a proof that an honest peer has signed two of what is signed once
     durable         what a peer has committed is on its disk when it is started again
     progress        while ``min_group`` trainers can reach each other, and enough of them are known or all of them reach
                     the run's owner, outer steps follow each other in bounded time

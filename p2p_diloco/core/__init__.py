@@ -42,6 +42,8 @@ Its files, from the bottom up:
     signed_part   what senders and reducers sign of the parts that they send
     audit         whether a part is the mean of what was contributed, and the evidence where it is not
     certificate   who has made an update, and the signatures of most of them
+    equivocation  proofs that a peer has signed two of what is signed once
+    barred        the peers that are barred from a run, each with its proof
     lineage       a chain of headers and certificates, followed from one to the next
     anchor        the owner's word that a state belongs to the run's history
     swarm_head    which head is the swarm's; held-out losses

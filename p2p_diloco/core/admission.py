@@ -6,12 +6,14 @@ Rules of this file, in a run by invitation:
     - All peers of one token have one vote, and one signature: that of the first of them in a roster.
     - No round has more members of one token than the token has places.
     - Expiry and revocation stop admission, and not history: what a round has committed stays.
+
+In any run, whoever is proved to lie is barred (``barred``): that, too, stops admission, and not history.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Container, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Protocol
@@ -34,8 +36,8 @@ LAPSED = (
 
 
 class Lapsed(Unsound):
-    """A seat that was good once: it has expired, or its token has been revoked. Who shows it, or passes it on, may not
-    have heard of that: it is no lie."""
+    """A peer that might take part once, and may not any more: its seat has expired, its token has been revoked, or it
+    is barred. Who shows it, or passes it on, may not have heard of that: it is no lie."""
 
     def __init__(self, message: str) -> None:
         super().__init__("seat", message)
@@ -68,6 +70,8 @@ class Admission:
     by_invitation: bool
     revocations: Revocations | None = None
     """The newest list that is known. None: no token has been revoked."""
+    barred: Container[str] = ()
+    """Peers that are proved to lie, as far as this peer knows: more of them as proofs come."""
 
     @classmethod
     def to_all(cls, run_id: str) -> Admission:
@@ -99,8 +103,10 @@ class Admission:
         return invitation
 
     def check(self, peer: Seated, *, now_s: float | None, step: int) -> Invitation | None:
-        """Returns what ``invitation_of`` does. Lapsed where the seat has expired at Unix time ``now_s``, or is revoked
-        at outer step ``step``. ``now_s`` is None for a round of the past."""
+        """Returns what ``invitation_of`` does. Lapsed where the peer is barred, or its seat has expired at Unix time
+        ``now_s``, or is revoked at outer step ``step``. ``now_s`` is None for a round of the past."""
+        if peer.peer_id in self.barred:
+            raise Lapsed("a peer that is barred, for it has signed two of what is signed once")
         invitation = self.invitation_of(peer)
         if invitation is not None:
             if now_s is not None and now_s >= invitation.expires_s:

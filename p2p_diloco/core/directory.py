@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Container, Iterable, Sequence
+from dataclasses import replace
 from itertools import islice, pairwise
 
 from p2p_diloco.core.admission import IDS_PER_PLACE, Admission, counts_as
+from p2p_diloco.core.barred import Barred
 from p2p_diloco.core.config import Timeouts
 from p2p_diloco.core.places import Places
 from p2p_diloco.core.proven import Proven
@@ -33,7 +35,10 @@ class Directory:
         """Begins without records. ``admission``: to everybody where there is none."""
         self.peer_id = peer_id
         self.run_id = run_id
-        self.admission = admission or Admission.to_all(run_id)
+        admission = admission or Admission.to_all(run_id)
+        self.barred = Barred(run_id=run_id, me=peer_id, owner=admission.owner, favoured=favoured)
+        """Who is proved to lie: of such a peer no record is taken in."""
+        self.admission = replace(admission, barred=self.barred)
         """Whose records are taken in. Another one takes its place when tokens are revoked."""
         self.step = 0
         """The outer step at which I stand: a revocation is from one on."""

@@ -276,6 +276,18 @@ class AnchorContradicted(Moment):
 
 
 @dataclass(frozen=True, kw_only=True)
+class PeerBarred(Moment):
+    """Another peer is proved to lie, and takes no part here any more. From ``proofs``."""
+
+    event: Literal["barred"] = "barred"
+    step: int
+    peer: str
+    """Its peer id."""
+    why: str
+    """What it has signed two of: "rosters" or "links"."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class DaemonRestarted(Moment):
     """p2pd was lost, and is there again. From ``network``."""
 
@@ -333,6 +345,7 @@ Event = (
     | StateDisputed
     | AnchorTaken
     | AnchorContradicted
+    | PeerBarred
     | DaemonRestarted
     | ThetaEvaluated
     | EventsLost

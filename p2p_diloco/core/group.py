@@ -31,8 +31,8 @@ MAX_ABSENT = 64
 
 @dataclass(frozen=True, kw_only=True)
 class SealedRoster:
-    """A roster as the leader that gathered it has signed it. Two of one leader with the same readiness in them are a
-    proof that it lies."""
+    """A roster as the leader that gathered it has signed it. Two of one leader with the same readiness of its own in
+    them are a proof that it lies (``equivocation``)."""
 
     leader: str
     """The peer id of who gathered it. It need be no member: its trainer may not have been ready."""
@@ -61,6 +61,11 @@ class SealedRoster:
         leader, members, absent, signature, idle = values
         return cls(leader=leader, members=tuple(members), absent=tuple(absent), signature=signature, idle=tuple(idle))
 
+    @property
+    def is_signed(self) -> bool:
+        """Returns whether its leader has signed it."""
+        return is_roster_signed(self.leader, self.round_id, self.signature)
+
     def is_sound(self) -> bool:
         """Returns whether every field is of its type and size. Nothing is verified."""
         pieces = (*self.members, *self.absent)
@@ -80,6 +85,11 @@ class SealedRoster:
 def round_id_of(leader: str, members: Sequence[bytes], absent: Sequence[bytes], idle: Sequence[int]) -> bytes:
     """Returns the id of the round that ``leader`` forms of these members."""
     return digest(b"round", leader.encode(), *members, b"absent", *absent, b"idle", bytes(idle))
+
+
+def is_roster_signed(leader: str, round_id: bytes, signature: bytes) -> bool:
+    """Returns whether ``leader`` has signed the roster of this round."""
+    return verify(leader, ROSTER_CONTEXT + round_id, signature)
 
 
 def seal_roster(
@@ -222,7 +232,7 @@ def open_roster(sealed: SealedRoster, rules: RosterRules, known: Known) -> Group
     """
     if not rules.min_group <= len(sealed.members) <= rules.max_group:
         raise ValueError(f"a roster of {len(sealed.members)}")
-    if not verify(sealed.leader, ROSTER_CONTEXT + sealed.round_id, sealed.signature):
+    if not sealed.is_signed:
         raise ValueError("a roster that its leader did not sign")
     members = tuple(open_readiness(one) for one in sealed.members)
     step, head = members[0].step, members[0].head

@@ -37,6 +37,7 @@ class PeerRow:
     round_s: float
     round_bytes: int
     metrics_addr: str
+    barred: int
     invitation: str
     """Name of the invitation under which it takes part; empty where it needs none."""
     known: bool = False

@@ -19,6 +19,9 @@ from p2p_diloco.core.identity import MAX_PEER_ID_CHARS, Identity, verify
 
 MAX_RECORD_BYTES = 2048
 MAX_SEAT_BYTES = 512
+MAX_BARRED = 64
+"""Peers that one has barred."""
+BARRED_DIGEST_BYTES = 8
 MAX_RECORD_LIFE_S = 900.0
 HEADS_SHOWN = 4
 """In a record, beside the head: there is no room for more."""
@@ -161,6 +164,10 @@ class Record(Signed):
     """Outer step of the newest anchor that it goes by; 0 where there is none."""
     anchor: Annotated[bytes, Field(max_length=HASH_BYTES)] = b""
     """That anchor's digest; empty where there is none."""
+    barred: Annotated[int, Field(ge=0, le=MAX_BARRED)] = 0
+    """How many peers it has barred, each with a proof that it serves."""
+    barred_digest: Annotated[bytes, Field(max_length=BARRED_DIGEST_BYTES)] = b""
+    """Tells whether these are the same as another peer's; empty where there are none."""
 
     @property
     def beyond_genesis(self) -> bool:

@@ -11,6 +11,7 @@ from p2p_diloco.core.event import (
     DamageRepaired,
     Event,
     PartAudited,
+    PeerBarred,
     PeerCaughtUp,
     ReducerFound,
     RoundEnded,
@@ -69,6 +70,8 @@ class Totals:
     """Times that something was found of a reducer, by kind."""
     disputes: int = 0
     """Times that others named another digest of a state."""
+    equivocations: Counter[str] = field(default_factory=Counter)
+    """Peers that were barred, by what they have signed two of."""
     repairs: Counter[str] = field(default_factory=Counter)
     """By what was repaired."""
 
@@ -93,6 +96,8 @@ class Totals:
                 self.found[event.kind] += 1
             case StateDisputed():
                 self.disputes += 1
+            case PeerBarred():
+                self.equivocations[event.why] += 1
             case DamageRepaired():
                 self.repairs[event.what] += 1
 

@@ -19,4 +19,5 @@ Its files, from the bottom up:
     verify      the whole check of a run as it lies on a disk
     seats       a peer's seat, the owner's invitations, and revocations
     found       what a peer has found of reducers, on disk
+    proofs      proofs against peers that are barred
 """

@@ -16,6 +16,7 @@ Its files, from the bottom up:
     presence     what a peer makes known about itself: records published and pushed
     revocations  which tokens the run's owner has revoked: heard of, kept, passed on
     anchoring    the anchors of the run's owner: made, heard of, kept, served
+    proofs       who is barred and with which proof: kept, told, heard of
     follower     when a peer goes to where the swarm is, and when it gives that up
     probes       what others may measure with a peer: dial backs, transfers, its clock
     audits       what others have reduced, looked at; what was found of them, passed on

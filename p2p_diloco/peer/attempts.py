@@ -174,6 +174,7 @@ class Attempts:
                 lapsed=frozenset(self.matchmaker.company.lapsed),
                 kept=self.reception.audits.kept(),
                 audit_parts=self.reception.audits.count,
+                around=self.reception.around(group),
             )
         )
         self.reception.open_round(settlement)

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 
 from p2p_diloco.core.anchor import Anchor
 from p2p_diloco.core.certificate import Certified
+from p2p_diloco.core.equivocation import between
 from p2p_diloco.core.errors import Misbehaved, RemoteError
 from p2p_diloco.core.lineage import Lineage
 from p2p_diloco.core.records import Record, unpack_plain
@@ -112,7 +113,16 @@ class Chains:
             channel.close()
         if lineage.head != target[1]:
             raise Misbehaved(guide.peer_id, f"serves a chain to another head of outer step {target[0]} than it shows")
+        if kept:
+            self._compare(await asyncio.to_thread(self.chain.entry, fork), kept[0])
         return Way(step=lineage.step if stored else fork, entries=tuple(kept))
+
+    def _compare(self, mine: Certified | None, theirs: Certified) -> None:
+        """Bars those whose signatures under two updates that lead on from one head, both of them sound, prove that they
+        lie."""
+        barred = self.here.directory.barred
+        for proof in () if mine is None else between(mine, theirs, run_id=barred.run_id, owner=barred.owner):
+            barred.add(proof)
 
     async def entry_after(self, step: int, head: bytes, donors: Sequence[Record]) -> Certified | None:
         """Returns the verified entry that leads from outer step ``step``, which my chain leads to, to ``head``; None

@@ -25,6 +25,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 
 from p2p_diloco import __version__
 from p2p_diloco.core.addresses import METRICS_FLAG, Endpoint
+from p2p_diloco.core.equivocation import KINDS
 from p2p_diloco.core.errors import UsageError
 from p2p_diloco.core.event import Uncertified
 from p2p_diloco.core.findings import LASTS_STEPS, AuditResult
@@ -192,7 +193,7 @@ class PeerMetrics:
         yield counters("witness_requests_total", text, "result", asked)
 
     def _repairs(self) -> Iterator[Metric]:
-        totals = self.peer.events.totals
+        peer, totals = self.peer, self.peer.events.totals
         text = "Times that this peer took the swarm's state from other peers, after it had joined or missed a round."
         yield counter("catch_ups_total", text, totals.catch_ups)
         text = "Outer steps that this peer gave up because the swarm did not share them."
@@ -205,6 +206,11 @@ class PeerMetrics:
         yield counters("audits_total", text, "result", {one: totals.audits[one] for one in get_args(AuditResult)})
         text = "Times that something was found of a peer that reduces, by this peer or proved to it."
         yield counters("findings_total", text, "kind", {kind: totals.found[kind] for kind in LASTS_STEPS})
+        text = "Peers that this peer has barred since it was started, by what they have signed two of."
+        found = {kind: totals.equivocations[kind] for kind in KINDS}
+        yield counters("equivocations_total", text, "what", found)
+        text = "Peers that are barred here, each with a proof that it has signed two of what is signed once."
+        yield gauge("barred_peers", text, len(peer.directory.barred))
         text = "Repairs of what this peer holds in memory or on disk."
         yield counters("repairs_total", text, "what", {what: totals.repairs[what] for what in REPAIRS})
 

@@ -4,9 +4,9 @@
     begin       the trainer takes theta: from now on the state moves at outer steps only (``outer_steps``)
     leave       withdraw the record
 
-Everything runs in one event loop. Four tasks live as long as the peer (``run``): publish my record, read the others',
-follow the swarm, and keep sound what I hold. What other peers do wrong ends in a log line and a value; what goes wrong
-here (disk, daemon) raises LocalError out of ``run``.
+Everything runs in one event loop. Some tasks live as long as the peer (``run``): publish my record, read the others',
+hear who is barred, follow the swarm, and keep sound what I hold. What other peers do wrong ends in a log line and a
+value; what goes wrong here (disk, daemon) raises LocalError out of ``run``.
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ from p2p_diloco.peer.follower import Follower
 from p2p_diloco.peer.outer_steps import OuterSteps
 from p2p_diloco.peer.presence import Presence
 from p2p_diloco.peer.probes import Probes
+from p2p_diloco.peer.proofs import Proofs
 from p2p_diloco.peer.reception import Reception
 from p2p_diloco.peer.revocations import Revoked
 from p2p_diloco.peer.upkeep import Upkeep
@@ -131,6 +132,7 @@ class Peer:
         witness = Witness(here=here, replica=replica, events=events)
         self.revoked = Revoked(here=here, replica=replica, presence=self.presence)
         self.anchoring = Anchoring(here=here, replica=replica, presence=self.presence, events=events)
+        self.proofs = Proofs(here=here, replica=replica, presence=self.presence, events=events)
         self.follower = Follower(
             here=here,
             replica=replica,
@@ -155,6 +157,7 @@ class Peer:
             probes=Probes(here=self.here, rate=self.uploads.rate),
             revoked=self.revoked,
             anchoring=self.anchoring,
+            proofs=self.proofs,
             witness=witness,
             audits=self.audits,
         )
@@ -192,6 +195,7 @@ class Peer:
         self.revoked.read()
         await self.anchoring.read()
         self.audits.read()
+        self.proofs.read()
         from_step = self.replica.state.step if self.replica.state else None
         if self.replica.state is not None:
             self.presence.take_standing()
@@ -241,6 +245,7 @@ class Peer:
             self.presence.refresh_loop(),
             self.revoked.run(),
             self.anchoring.run(),
+            self.proofs.run(),
             self.follower.run(),
             self.upkeep.run(),
         )

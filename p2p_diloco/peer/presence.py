@@ -277,6 +277,8 @@ class Presence:
             awaits_witness=waits is not None and waits.uncertified == "witness",
             anchored_step=newest.step if newest else 0,
             anchor=newest.digest if newest else b"",
+            barred=len(self.here.directory.barred),
+            barred_digest=self.here.directory.barred.digest(),
         )
 
 

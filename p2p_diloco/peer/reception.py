@@ -6,12 +6,16 @@ from collections import deque
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
+from p2p_diloco.core.errors import Misbehaved
+from p2p_diloco.core.group import Group, is_roster_signed
+from p2p_diloco.core.roster import on_head
 from p2p_diloco.core.waiting import Bell, heard, now_s
 from p2p_diloco.ledger.replica import Replica
 from p2p_diloco.peer.anchoring import Anchoring
 from p2p_diloco.peer.audits import Audits
 from p2p_diloco.peer.presence import Presence
 from p2p_diloco.peer.probes import Probes
+from p2p_diloco.peer.proofs import Proofs
 from p2p_diloco.peer.revocations import Revoked
 from p2p_diloco.peer.uploads import Uploads
 from p2p_diloco.peer.witness import Witness
@@ -24,6 +28,7 @@ from p2p_diloco.wire.channel import Channel
 from p2p_diloco.wire.message import Message
 from p2p_diloco.wire.messages import No
 from p2p_diloco.wire.probe_messages import AskDialBack, AskTransfer
+from p2p_diloco.wire.proof_messages import AskBarred, AskOther, AskRoster
 from p2p_diloco.wire.round_messages import AskCommit, AskPart, AskWitness, Closing, Contribute, Ready, Receipt
 from p2p_diloco.wire.state_messages import (
     AskChain,
@@ -38,11 +43,13 @@ from p2p_diloco.wire.state_messages import (
 
 ROUNDS_KEPT = 2
 """Finished rounds whose parts are still served to members that are late."""
-OF_A_ROUND = (Contribute, Receipt, AskPart, AskCommit, AskContributions)
-OfARound: TypeAlias = Contribute | Receipt | AskPart | AskCommit | AskContributions
+MAX_TELLERS = 64
+"""Peers of whose round I remember the leader."""
+OF_A_ROUND = (Contribute, Receipt, AskPart, AskCommit, AskContributions, AskOther)
+OfARound: TypeAlias = Contribute | Receipt | AskPart | AskCommit | AskContributions | AskOther
 OF_A_DONOR = (AskHeads, AskChain, AskIndex, AskChunk, AskUpdate)
-OF_OTHERS = (Accuses, AskDialBack, AskTransfer, Push, AskRevocations, AskAnchors)
-REQUESTS = (Ready, Closing, *OF_A_ROUND, AskWitness, *OF_A_DONOR, *OF_OTHERS)
+OF_OTHERS = (Accuses, AskDialBack, AskTransfer, Push, AskRevocations, AskAnchors, AskBarred)
+REQUESTS = (Ready, Closing, *OF_A_ROUND, AskRoster, AskWitness, *OF_A_DONOR, *OF_OTHERS)
 MAX_REQUEST_BYTES = 6144
 """Two sealed statements, in ``Ready``, and what goes around them."""
 RECEIPT_BYTES = 34
@@ -62,10 +69,13 @@ class Reception:
     probes: Probes
     revoked: Revoked
     anchoring: Anchoring
+    proofs: Proofs
     witness: Witness
     audits: Audits
     rounds: deque[Settlement] = field(default_factory=lambda: deque(maxlen=ROUNDS_KEPT))
     _round_opened: Bell = field(default_factory=Bell)
+    _tellers: dict[str, tuple[bytes, str]] = field(default_factory=dict)
+    """Peer -> the head and the leader of its round, as it told me last; the newest last."""
 
     def __post_init__(self) -> None:
         n_parts, is_owner = self.replica.ledger.grid.n_parts, self.here.peer_id == self.replica.manifest.owner
@@ -99,14 +109,20 @@ class Reception:
             await self.revoked.serve(channel)
         elif isinstance(message, AskAnchors):
             await self.anchoring.serve(channel, message)
+        elif isinstance(message, AskBarred):
+            await self.proofs.serve(channel)
         elif self.replica.state is None:
             await channel.send(No(reason="joining"))
+        elif isinstance(message, (Ready, Closing)) and channel.peer_id in self.here.directory.barred:
+            await channel.send(No(reason="barred from this run: you have signed two of what is signed once"))
         elif isinstance(message, Ready):
             await self.matchmaker.on_ready(channel, message)
         elif isinstance(message, Closing):
             await self.matchmaker.on_closing(channel, message)
         elif isinstance(message, OF_A_ROUND):
             await self._serve_round(channel, message)
+        elif isinstance(message, AskRoster):
+            await self._show_roster(channel, message)
         elif isinstance(message, AskWitness):
             await self.witness.on_ask_witness(channel, message)
         elif isinstance(message, OF_A_DONOR):
@@ -118,17 +134,44 @@ class Reception:
         elif isinstance(message, AskTransfer):
             await self.probes.on_ask_transfer(channel, message)
 
+    async def _show_roster(self, channel: Channel, message: AskRoster) -> None:
+        """Answers a member of a round that asks whether I am in another one of its leader. When my roster comes later
+        than the question, I ask back (``around``)."""
+        if not is_roster_signed(message.leader, message.round_id, message.signature):
+            raise Misbehaved(channel.peer_id, "shows a roster that its leader did not sign")
+        self._tellers.pop(channel.peer_id, None)
+        self._tellers[channel.peer_id] = message.head, message.leader
+        for oldest in list(self._tellers)[:-MAX_TELLERS]:
+            del self._tellers[oldest]
+        for settlement in reversed(self.rounds):
+            group = settlement.group
+            alike = (group.head, group.sealed.leader) == (message.head, message.leader)
+            if alike and group.round_id != message.round_id:
+                await settlement.rosters.show(channel)
+                return
+        await channel.send(No(reason="no other roster of this leader"))
+
+    def around(self, group: Group) -> tuple[str, ...]:
+        """Returns the peers that may be in another round of the leader of mine: who has told me so, and then those that
+        are expected on my head, and can be dialled."""
+        directory, members = self.here.directory, {member.peer_id for member in group.members}
+        told = [who for who, said in self._tellers.items() if said == (group.head, group.sealed.leader)]
+        expected = on_head(directory.expected(self.here.wall_s()), group.head)
+        around = [r.peer_id for r in expected if r.peer_id in directory.proven and not r.client_mode]
+        return tuple(dict.fromkeys(peer_id for peer_id in (*told, *around) if peer_id not in members))
+
     async def _serve_round(self, channel: Channel, message: OfARound) -> None:
-        settlement = await self._find_round(message.round_id)
+        patience_s = 0.0 if isinstance(message, AskOther) else self.here.timeouts.request_s
+        settlement = await self._find_round(message.round_id, patience_s)
         if settlement is not None:
             await settlement.serve(channel, message)
         elif not isinstance(message, Receipt):  # whose sender takes a closed stream for a leader that is gone
             await channel.send(No(reason="no such round"))
 
-    async def _find_round(self, round_id: bytes) -> Settlement | None:
+    async def _find_round(self, round_id: bytes, patience_s: float) -> Settlement | None:
         """Returns the round that a member means. It may know the roster a moment before I do: then I wait for mine, up
-        to ``request_s``."""
-        deadline_s = now_s() + self.here.timeouts.request_s
+        to ``patience_s``."""
+        deadline_s = now_s() + patience_s
         while True:
             opened = self._round_opened.event
             for settlement in self.rounds:

@@ -12,6 +12,7 @@ Its files, from the bottom up:
     gathering              the rounds that a peer leads while they are formed, and when they close
     matchmaking            the roster of a round: whom a peer asks to lead, what it answers who asks
     kept                   the contributions that a reducer keeps, so that others can look at them
+    signatures             which commits the members of a round have signed, and whether it is void
     meeting                one round at one member: who meets, what it holds, whom it lost
     butterfly              one all-reduce: some parts, among some members of a round
     settle_decide          which commit a leader proposes, who signs it, which wait ends, whose word fits: all pure
@@ -24,5 +25,7 @@ Its files, from the bottom up:
     settle_hearing         what a leader hears before it decides: receipts, and what was signed before
     settle_leader          the leader: it proposes a commit, and has it certified
     settle_leader_answers  what a leader tells each member that gives it a receipt
+    settle_once            no two updates of one round: who applies one tells the others first
+    rosters                no two rounds of one leader: those beside a round are asked for its roster
     settle                 how the members of a round agree on its outcome: the rules, and who leads next
 """

@@ -212,7 +212,9 @@ class Company:
 
     def group_of(self, leader: str, roster: Roster) -> Group:
         """Returns the group of a roster that ``leader`` has sent. Misbehaved when the roster is not sound; Refused
-        where a seat in it has lapsed, for its leader may not have heard of that."""
+        where a seat in it has lapsed, or somebody in it is barred, for its leader may not have heard of that."""
+        if leader in self.here.directory.barred:
+            raise Refused(leader, "it is barred")
         members, absent, idle = tuple(roster.members), tuple(roster.absent), tuple(roster.idle)
         sealed = SealedRoster(leader=leader, members=members, absent=absent, signature=roster.signature, idle=idle)
         try:

@@ -13,7 +13,7 @@ from p2p_diloco.core.aggregate import norm_of
 from p2p_diloco.core.codec import Vector
 from p2p_diloco.core.config import Timeouts
 from p2p_diloco.core.directory import Directory
-from p2p_diloco.core.errors import Misbehaved, RemoteError, Silent
+from p2p_diloco.core.errors import Misbehaved, Refused, RemoteError, Silent
 from p2p_diloco.core.event import Uncertified
 from p2p_diloco.core.grid import Grid
 from p2p_diloco.core.group import Group
@@ -22,6 +22,7 @@ from p2p_diloco.core.signed_part import REDUCTION_BYTES, Contribution, Place, Re
 from p2p_diloco.core.update import MAX_MASK_BYTES, Part, check_mask
 from p2p_diloco.core.waiting import Bell
 from p2p_diloco.round.kept import Kept
+from p2p_diloco.round.signatures import Signatures
 from p2p_diloco.wire.channel import Channel, Meter, Transport
 
 log = logging.getLogger(__name__)
@@ -53,6 +54,10 @@ class Meeting:
     """The norm of each part of the update that led to theta; None where I do not have it."""
     lapsed: frozenset[str] = frozenset()
     """Peers that I lost in an earlier round, and that have not contributed in full since."""
+    around: tuple[str, ...] = ()
+    """Peers on this head that are no members, and may be in another round."""
+    signatures: Signatures = field(init=False)
+    """Which commits the members have signed."""
     parts: list[Part | None] = field(init=False)
     """What I hold of the update; None for a part that I do not hold."""
     reductions: list[Reduction | None] = field(init=False)
@@ -75,6 +80,8 @@ class Meeting:
     """Members that failed me in this round."""
     silent: set[int] = field(default_factory=set)
     """Those of them that were silent, which takes time; the others were gone, or broke the protocol."""
+    elsewhere: set[int] = field(default_factory=set)
+    """Those of them that have refused what is asked in a round: they may be in another one."""
     meter: Meter = field(default_factory=Meter)
     """The bytes of all streams of this round. The streams are not kept: a member may open any number of them."""
     changed: Bell = field(default_factory=Bell)
@@ -86,6 +93,7 @@ class Meeting:
 
     def __post_init__(self) -> None:
         self.me = self.group.index_of(self.identity.peer_id)
+        self.signatures = Signatures(group=self.group, owner=self.owner, barred=self.directory.barred)
         self.parts = [None] * self.grid.n_parts
         self.reductions = [None] * self.grid.n_parts
         self.reduced = [b""] * self.grid.n_parts
@@ -212,6 +220,8 @@ class Meeting:
         self.lost.add(member)
         if error is None or isinstance(error, Silent):
             self.silent.add(member)
+        if isinstance(error, Refused):
+            self.elsewhere.add(member)
         self.changed.ring()
         peer_id = self.group.members[member].peer_id
         self.transport.traffic.reject(error or Silent(peer_id, "silent"))

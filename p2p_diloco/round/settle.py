@@ -9,6 +9,7 @@
     leader -> member   Certifies: the signatures of most; or No
     leader -> member   AskCommit: what have you signed? Answered by TookBefore, by Commit and Certifies, or by No
     member -> member   AskPart: answered by its size and the part, or by No
+    member -> reducer  AskOther: this I am about to apply; answered by Other, or by No
 
 Where a word of another peer is checked, before anything is done about it:
 
@@ -19,6 +20,8 @@ Where a word of another peer is checked, before anything is done about it:
     Took, TookBefore        ``settle_ballot``
     Witnessed               ``settle_ballot``
     AskPart, AskCommit      ``settle_member_answers``; Contribute as well, and then ``butterfly``
+    AskOther, Other         ``settle_once``
+    AskRoster, Roster       ``rosters``, where two rosters may prove that their leader lies
 
 Rules of this file and of those whose names begin with its own:
 
@@ -29,6 +32,9 @@ Rules of this file and of those whose names begin with its own:
     - **What a member signs.** One commit in a round, all of whose parts it holds, when each part is what its reducer
       has sent to it: a leader counts what members hold, and decides nothing. Two commits of one round can be certified
       only when somebody in both majorities has signed both, and then the two signatures prove that it lies.
+    - **One update.** Before a member applies what is certified, it tells the other reducers, and hears whether another
+      update of the round is certified (``settle_once``), or its leader has signed another roster (``rosters``). Then
+      the round is void for it: it has failed.
     - **What a leader proposes.** Only what it holds itself, and only when most of the members that certify have sent
       receipts.
     - **Who leads next.** Leaders are the members that count and can be dialled, in the order of rank. One that is
@@ -54,18 +60,25 @@ does: the result is an update with its certificate, or a Missed with the reason,
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Coroutine
 from dataclasses import dataclass, replace
+from typing import Any, TypeVar
 
 from p2p_diloco.core.waiting import deadline, now_s
 from p2p_diloco.round.meeting import Meeting
 from p2p_diloco.round.outcome import Missed, Settled
+from p2p_diloco.round.rosters import Rosters
 from p2p_diloco.round.settle_leader import Leader
 from p2p_diloco.round.settle_leader_answers import LeaderAnswers
 from p2p_diloco.round.settle_member import Member
 from p2p_diloco.round.settle_member_answers import MemberAnswers
+from p2p_diloco.round.settle_once import Once
 from p2p_diloco.wire.audit_messages import AskContributions
 from p2p_diloco.wire.channel import Channel
+from p2p_diloco.wire.proof_messages import AskOther
 from p2p_diloco.wire.round_messages import AskCommit, AskPart, Contribute, Receipt
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,29 +101,63 @@ class Settlement:
         self.leader = Leader(self.member)
         self.member_answers = MemberAnswers(self.member)
         self.leader_answers = LeaderAnswers(self.leader)
+        self.once = Once(meeting)
+        self.rosters = Rosters(meeting)
         self.reduce_s = 0.0
         self.settle_s = 0.0
 
     async def reduce(self) -> None:
-        """Runs the butterfly. It ends in time, whatever others do; parts may be missing then."""
-        await self.member.reduce()
+        """Runs the butterfly. It ends in time, whatever others do, and at once when the round is void; parts may be
+        missing then. Peers beside the round are asked for other rosters meanwhile."""
+        self.rosters.ask(self.meeting.around)
+        try:
+            await self._unless_void(self.member.reduce())
+        except asyncio.CancelledError:
+            await self.rosters.close()
+            raise
         self.reduce_s = now_s() - self.member.started_s
 
     async def settle(self) -> Settled | Missed:
         """Agrees with the others on the outcome, and returns it, at the latest when the round must have ended. Nothing
         is reduced or committed here after that."""
         started_s = now_s()
+        self.rosters.ask(self.group.members[i].peer_id for i in sorted(self.meeting.elsewhere))
         try:
             async with deadline(self.member.left_s()):
-                outcome = await self._settle()
+                outcome = await self._unless_void(self._settle_once())
         except asyncio.TimeoutError:
             outcome = Missed(reason="failed", detail="the round took longer than its time")
         finally:
+            await self.rosters.close()
             self.settle_s = now_s() - started_s
             self.meeting.over = True
             self.meeting.changed.ring()
+        if outcome is None:
+            self.member.pledge.settled = None  # nobody shall hear of it from me
+            return Missed(reason="failed", detail=f"the round is void: {self.meeting.signatures.void}")
         if isinstance(outcome, Missed) and outcome.reason == "failed":
             outcome = replace(outcome, uncertified=self.meeting.uncertified)
+        return outcome
+
+    async def _unless_void(self, work: Coroutine[Any, Any, T]) -> T | None:
+        """Returns what comes of a part of the round; None, as soon as the round is void."""
+        signatures = self.meeting.signatures
+        task, voided = asyncio.ensure_future(work), asyncio.ensure_future(signatures.voided.wait())
+        try:
+            await asyncio.wait((task, voided), return_when=asyncio.FIRST_COMPLETED)
+            return None if signatures.void else task.result()
+        finally:
+            task.cancel()
+            voided.cancel()
+            await asyncio.gather(task, voided, return_exceptions=True)
+
+    async def _settle_once(self) -> Settled | Missed:
+        """Settles the round, and returns its update when nobody knows of another one that is certified, nor of another
+        roster of its leader."""
+        outcome = await self._settle()
+        if isinstance(outcome, Settled):
+            await self.once.confirm(outcome)
+            await self.rosters.answered()
         return outcome
 
     async def _settle(self) -> Settled | Missed:
@@ -128,8 +175,8 @@ class Settlement:
 
     @property
     def leads(self) -> bool:
-        """Returns whether it was my commit that was certified."""
-        return self.leader.committed
+        """Returns whether it was my commit that was certified, and something came of it."""
+        return self.leader.committed and not self.meeting.signatures.void
 
     def cost(self) -> RoundCost:
         """Returns what the round has taken so far."""
@@ -146,7 +193,7 @@ class Settlement:
             self.meeting.kept.close()
 
     async def serve(
-        self, channel: Channel, message: Contribute | Receipt | AskPart | AskCommit | AskContributions
+        self, channel: Channel, message: Contribute | Receipt | AskPart | AskCommit | AskContributions | AskOther
     ) -> None:
         """Serves a stream that a member of this round has opened to me."""
         sender = self.meeting.index_of(channel.peer_id)
@@ -160,5 +207,7 @@ class Settlement:
             await self.leader_answers.on_receipt(channel, sender, message)
         elif isinstance(message, AskPart):
             await self.member_answers.on_ask_part(channel, message)
+        elif isinstance(message, AskOther):
+            await self.once.on_ask_other(channel, message)
         else:
             await self.member_answers.on_ask_commit(channel, sender)

@@ -40,10 +40,13 @@ class Ballot:
         self.meeting.changed.ring()
 
     def count(self, member: int, signature: bytes) -> None:
-        """Counts a member's signature. Misbehaved when it is of something else."""
+        """Counts a member's signature. Misbehaved when it is of something else, or the member has signed another commit
+        as well."""
         peer_id = self.meeting.group.members[member].peer_id
         if not self.taken.is_signed(peer_id, signature):
             raise Misbehaved(peer_id, "signs something else than the commit")
+        if not self.meeting.signatures.note(member, self.taken, signature):
+            raise Misbehaved(peer_id, "signs two commits of one round")
         if member in self.meeting.group.voting:
             self.signatures[member] = signature
 

@@ -11,6 +11,7 @@ Its files, from the bottom up:
     audit_messages   those by which what reducers have done is looked at
     state_messages   those about what peers hold: updates, snapshots, records, the manifest
     anchor_messages  those about the anchors of the run's owner
+    proof_messages   those by which peers find out who lies, and give each other proofs
     probe_messages   those by which peers measure each other
     messages         all of them by their tags, the bytes of each, and those that answer anything
     channel          our streams: frames, time-outs, counted bytes

@@ -10,7 +10,14 @@ import msgpack
 from pydantic import ValidationError
 
 from p2p_diloco.core.records import Natural, unpack_plain
-from p2p_diloco.wire import anchor_messages, audit_messages, probe_messages, round_messages, state_messages
+from p2p_diloco.wire import (
+    anchor_messages,
+    audit_messages,
+    probe_messages,
+    proof_messages,
+    round_messages,
+    state_messages,
+)
 from p2p_diloco.wire.message import Message, Reason
 
 
@@ -30,7 +37,8 @@ class Size(Message):
 
 TOPICS = (
     __name__,
-    *(topic.__name__ for topic in (round_messages, audit_messages, state_messages, anchor_messages, probe_messages)),
+    *(topic.__name__ for topic in (round_messages, audit_messages, state_messages, anchor_messages, proof_messages)),
+    probe_messages.__name__,
 )
 """The files that messages are in, in the order of docs/protocol.md."""
 MESSAGES: dict[str, type[Message]] = {

@@ -60,6 +60,7 @@ LINES = r"""
 {"event": "disputed", "wall_s": 1700000000.5, "mono_s": 12.25, "step": 8, "others": ["12D3b", "12D3c"]}
 {"event": "anchored", "wall_s": 1700000000.5, "mono_s": 12.25, "step": 6, "head": "0d", "number": 3, "made": false}
 {"event": "anchors_differ", "wall_s": 1700000000.5, "mono_s": 12.25, "step": 6, "number": 3, "other_step": 5}
+{"event": "barred", "wall_s": 1700000000.5, "mono_s": 12.25, "step": 8, "peer": "12D3b", "why": "rosters"}
 {"event": "p2pd_restarted", "wall_s": 1700000000.5, "mono_s": 12.25, "maddrs": ["/ip4/127.0.0.1/tcp/2/p2p/12D3a"]}
 {"event": "evaluated", "wall_s": 1700000000.5, "mono_s": 12.25, "step": 9, "held_out_loss": null, @
 "tokens": 1024, "seconds": 0.75}

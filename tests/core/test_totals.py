@@ -9,6 +9,7 @@ from p2p_diloco.core.event import (
     DamageRepaired,
     Event,
     PartAudited,
+    PeerBarred,
     PeerCaughtUp,
     ReducerFound,
     RoundEnded,
@@ -135,7 +136,7 @@ def test_branches_left_and_what_the_owner_was_asked() -> None:
 def test_all_others_count_for_nothing() -> None:
     counted = (
         *(RoundEnded, TrainerStalled, PeerCaughtUp, BranchLeft, WitnessAsked, DamageRepaired, StateDisputed),
-        *(PartAudited, ReducerFound),
+        *(PartAudited, ReducerFound, PeerBarred),
     )
     others = [event for event in EVENTS if not isinstance(event, counted)]
     assert len(others) == 9

@@ -62,6 +62,8 @@ NAMES = {
     "digest_mismatches_total": ("counter", set()),
     "audits_total": ("counter", {"result"}),
     "findings_total": ("counter", {"kind"}),
+    "equivocations_total": ("counter", {"what"}),
+    "barred_peers": ("gauge", set()),
     "repairs_total": ("counter", {"what"}),
     "branches_left_total": ("counter", set()),
     "known_members": ("gauge", set()),

@@ -111,7 +111,7 @@ def framed_ask(round_id: bytes) -> bytes:
 Fault = Literal["kill", "stop"]
 STEP_S = 0.015
 """Shorter than a link's latency: no message between two instants."""
-CALM_S = 0.17
+CALM_S = 0.225
 """What a round of four or five takes that nothing happens to."""
 REDUCE_S = TIMEOUTS.reduced_part_s
 ASK_S = TIMEOUTS.heartbeat_s

@@ -26,6 +26,7 @@ from p2p_diloco.wire.channel import Channel
 from p2p_diloco.wire.message import Message
 from p2p_diloco.wire.messages import No, Size
 from p2p_diloco.wire.probe_messages import AskDialBack, AskTransfer, DialBack, DialedBack, Transferred
+from p2p_diloco.wire.proof_messages import AskBarred, AskOther, AskProof, AskRoster, BarredPeers, Other
 from p2p_diloco.wire.round_messages import (
     Again,
     AskCommit,
@@ -281,6 +282,12 @@ MESSAGE_EXAMPLES: list[Message] = [
     RevocationList(sealed=b"s" * 65536),
     AskAnchors(since=2**60 - 1),
     AnchorList(anchors=[b"a" * 512] * 256),
+    AskRoster(head=HASH, leader="12D3KooWa", round_id=HASH, signature=SIGNATURE),
+    AskOther(round_id=HASH, link=HASH, full=b"\x1f", members=[0, 127], signatures=[SIGNATURE] * 2),
+    Other(link=HASH, full=b"", state=HASH, members=[0], signatures=[SIGNATURE], witness=SIGNATURE),
+    AskBarred(),
+    BarredPeers(peer_ids=["12D3KooWa"] * 64),
+    AskProof(peer_id="12D3KooWa"),
     AskDialBack(consent=b"c" * 400),
     DialBack(),
     DialedBack(reached=False, ip="2001:db8::7", reason="no answer"),

@@ -196,6 +196,12 @@ class Chronicle:
             rest = slice(where.start + 2 * MAX_PEERS, where.stop)
             local[rest] -= np.float32(0.1) * (local[rest] - target[rest])
 
+    def bars(self, peer: int, other: str) -> None:
+        """A peer bars another one, with a proof. Violation when that is an honest one."""
+        index = self.names.get(other)
+        if index is not None and index not in self.liars:
+            raise Violation("no-honest-barred", f"peer {peer} has a proof that {index} has signed two of what is one")
+
     def denies(self, round_id: bytes, peer: int, place: int) -> None:
         """A peer tells the leader at ``place`` that it has taken no commit."""
         self.denied[round_id, peer] = max(self.denied.get((round_id, peer), -1), place)

@@ -63,7 +63,7 @@ RECORD = (
     *("inner_steps_planned", "loss", "held_out_loss", "held_out_step", "tokens", "tokens_per_s", "group_size"),
     *("round_s", "round_bytes", "metrics_addr", "seat", "revocations"),
     *("known", "known_members", "signatures", "certifying", "witnessed", "awaits_witness"),
-    *("anchored_step", "anchor"),
+    *("anchored_step", "anchor", "barred", "barred_digest"),
 )
 READINESS = (
     *("peer_id", "run_id", "leader", "step", "head", "weight", "client_mode", "dropped", "tokens_per_s", "nonce"),
@@ -463,6 +463,12 @@ MESSAGES: dict[str, tuple[set[str], set[str]]] = {
     "revocations": ({"sealed"}, set()),
     "ask-anchors": ({"since"}, set()),
     "anchors": ({"anchors"}, set()),
+    "ask-roster": ({"head", "leader", "round_id", "signature"}, set()),
+    "ask-other": ({"round_id", "link", "full", "members", "signatures"}, {"state", "witness"}),
+    "other": ({"link", "full", "members", "signatures"}, {"state", "witness"}),
+    "ask-barred": (set(), set()),
+    "barred": ({"peer_ids"}, set()),
+    "ask-proof": ({"peer_id"}, set()),
     "ask-dial-back": ({"consent"}, set()),
     "dial-back": (set(), set()),
     "dialed-back": ({"reached", "ip"}, {"reason"}),
@@ -483,10 +489,13 @@ ANSWERS = {
     "push": (set[str](), {"push"}),
     "ask-revocations": (set[str](), {"revocations"}),
     "ask-anchors": (set[str](), {"anchors"}),
+    "ask-roster": (set[str](), {"roster"}),
+    "ask-other": (set[str](), {"other"}),
+    "ask-barred": (set[str](), {"barred"}),
     "ask-dial-back": (set[str](), {"dialed-back"}),
 }
 """Request -> what may come before the answer, and the answer; ``no`` in any case."""
-BLOBS = {"ask-contributions", "ask-chain", "ask-update", "ask-index", "ask-chunk", "ask-manifest"}
+BLOBS = {"ask-contributions", "ask-chain", "ask-update", "ask-index", "ask-chunk", "ask-manifest", "ask-proof"}
 CHUNK_BYTES = 1048576
 
 
@@ -513,7 +522,7 @@ def message(frame: bytes) -> Message:
     must, may = MESSAGES[tag]
     check(must <= set(fields) <= must | may, f"{tag} with fields {sorted(fields)}")
     for name, kind in (("record", RECORD), ("readiness", READINESS), ("consent", CONSENT), ("leader", RECORD)):
-        if fields.get(name):
+        if isinstance(fields.get(name), bytes) and fields[name]:
             open_sealed(fields[name], kind)
     return Message(tag, fields)
 
@@ -793,6 +802,8 @@ class Decoder:
                 check(len(next(up)) == request.fields["up_bytes"], "a transfer of another length")
                 self._answers(decoded, down, set(), {"transferred"})
                 check(len(next(down)) == request.fields["down_bytes"], "a transfer of another length")
+            elif decoded.asked[0].tag == "ask-roster" and request.tag in ("roster", "no"):
+                check(decoded.answered[-1].tag == "roster", f"{request.tag} is no request")
             elif request.tag in ("eta", "no"):
                 check(decoded.answered[-1].tag == "commit", f"{request.tag} is no request")
                 if request.tag == "no":
@@ -819,7 +830,9 @@ class Decoder:
         last = decoded.answered[-1] if decoded.answered else None
         if last is None:
             return
-        if last.tag == "roster":
+        if request.tag == "ask-other":
+            self._told(decoded, request.fields)
+        if last.tag == "roster" and request.tag == "ready":
             absent, rules = tuple(last.fields.get("absent", ())), self._rules()
             leader, members = decoded.stream.server, tuple(last.fields["members"])
             idle = tuple(last.fields.get("idle", ()))
@@ -857,6 +870,15 @@ class Decoder:
         found = self.certified.setdefault(meeting.round_id, (commit["part_hashes"], certificate))
         check(found[0] == commit["part_hashes"], "two commits of one round")
         self._learn(header, [meeting.ids[i] for i in members_of(certificate.full)])
+
+    def _told(self, decoded: Decoded, fields: Mapping[str, Any]) -> None:
+        """What a member is about to apply is certified, by no more of its signatures than it takes."""
+        meeting = self.rounds[fields["round_id"]]
+        signatures = list(zip(fields["members"], fields["signatures"]))
+        witness, state = fields.get("witness", b""), fields.get("state", b"")
+        told = Certificate(full=fields["full"], state=state, signatures=signatures, witness=witness)
+        told.check(meeting, fields["link"], self.owner)
+        check(decoded.answered[-1].tag == "no", "two updates of one round")
 
     def _learn(self, header: Header, in_most_parts: list[str]) -> None:
         self.history[header.head] = header.parent, in_most_parts

@@ -17,6 +17,7 @@ from p2p_diloco.core.event import (
     InnerStepEnded,
     OuterGradientOffered,
     PartAudited,
+    PeerBarred,
     PeerCaughtUp,
     PeerJoined,
     PeerLeft,
@@ -126,6 +127,7 @@ REPAIRED = DamageRepaired(what="update", step=8, how="fetched", wall_s=1.7e9, mo
 DISPUTED = StateDisputed(step=8, others=("12D3b", "12D3c"), wall_s=1.7e9, mono_s=0.0)
 ANCHORED = AnchorTaken(step=6, head="0d", number=3, made=False, wall_s=1.7e9, mono_s=0.0)
 DIFFER = AnchorContradicted(step=6, number=3, other_step=5, wall_s=1.7e9, mono_s=0.0)
+BARRED = PeerBarred(step=8, peer="12D3b", why="rosters", wall_s=1.7e9, mono_s=0.0)
 RESTARTED = DaemonRestarted(maddrs=("/ip4/127.0.0.1/tcp/2/p2p/12D3a",), wall_s=1.7e9, mono_s=0.0)
 EVALUATED = ThetaEvaluated(step=9, held_out_loss=None, tokens=1024, seconds=0.75, wall_s=1.7e9, mono_s=0.0)
 LOST = EventsLost(lines=1, wall_s=1.7e9, mono_s=0.0)
@@ -133,7 +135,7 @@ LEFT = PeerLeft(step=9, head="0c", reason="done \N{DNA DOUBLE HELIX}", wall_s=1.
 
 EVENTS: tuple[Event, ...] = (
     *(STARTED, JOINED, PHASE, INNER, OFFERED, MISSED, COMMITTED, AUDITED, FOUND, STALL, CAUGHT_UP, BRANCH, WITNESS),
-    *(REPAIRED, DISPUTED, ANCHORED, DIFFER, RESTARTED, EVALUATED, LOST, LEFT),
+    *(REPAIRED, DISPUTED, ANCHORED, DIFFER, BARRED, RESTARTED, EVALUATED, LOST, LEFT),
 )
 
 

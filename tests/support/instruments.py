@@ -13,6 +13,7 @@ from typing import Any
 from unittest import mock
 
 from p2p_diloco.core import known
+from p2p_diloco.core.barred import Barred
 from p2p_diloco.core.certificate import Certificate, Certified
 from p2p_diloco.core.errors import Misbehaved, RemoteError
 from p2p_diloco.core.identity import Identity
@@ -65,7 +66,7 @@ def instrumented(world: World) -> Iterator[None]:
     real_roll_back, real_truncate, real_send = Replica.roll_back, Ledger.truncate, Channel.send
     real_settle, real_answer = Settlement.settle, MemberAnswers.on_ask_commit
     real_contribution, real_hold, real_fetch = Meeting.contribution, Meeting.hold, Completion._fetch
-    real_reject = Traffic.reject
+    real_reject, real_bar = Traffic.reject, Barred._bar
     real_swarm_head = vars(follower)["swarm_head"]  # which may be that of a broken protocol
 
     def replace_file(source: Any, target: Any) -> None:
@@ -182,6 +183,11 @@ def instrumented(world: World) -> Iterator[None]:
         if isinstance(error, Misbehaved):
             show(lambda witness, peer: witness.blames(peer, error.peer_id, error.reason))
 
+    def bar(barred: Barred, peer_id: str, data: bytes) -> bool:
+        is_new = real_bar(barred, peer_id, data)
+        tell(lambda chronicle, peer: chronicle.bars(peer, peer_id))
+        return is_new
+
     def nonce() -> bytes:
         return world.random.randbytes(8)
 
@@ -202,6 +208,7 @@ def instrumented(world: World) -> Iterator[None]:
             mock.patch(f"p2p_diloco.core.{module}.verify", verify)
             for module in ("records", "group", "certificate", "signed_part", "anchor")
         ),
+        mock.patch.object(Barred, "_bar", bar),
         mock.patch("p2p_diloco.round.matchmaking.new_nonce", nonce),
         mock.patch("os.fsync", sync),
         mock.patch("os.replace", replace_file),

@@ -7,8 +7,6 @@ then on its first schedules have to hold.
 from __future__ import annotations
 
 KNOWN_WANTING: dict[str, tuple[int, str]] = {
-    "two commits": (7, "one-outcome"),
-    "two rosters": (1, "never-lost"),
     "extends alone": (2, "pace"),
     "idle members": (2, "pace"),
     "Eta(86400)": (0, "pace"),

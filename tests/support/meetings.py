@@ -30,6 +30,7 @@ from p2p_diloco.wire.audit_messages import AskContributions
 from p2p_diloco.wire.channel import Channel, Writer, run_protocol
 from p2p_diloco.wire.message import Message
 from p2p_diloco.wire.messages import No, Size
+from p2p_diloco.wire.proof_messages import AskOther
 from p2p_diloco.wire.round_messages import (
     Again,
     AskCommit,
@@ -51,7 +52,7 @@ HISTORY = "abc"
 TIMEOUTS = Timeouts()
 N_PARTS = 6
 SMALL_PART_VALUES = 100
-OF_A_ROUND = (Contribute, Receipt, AskPart, AskCommit, AskContributions)
+OF_A_ROUND = (Contribute, Receipt, AskPart, AskCommit, AskContributions, AskOther)
 LONGEST_ROUND_S = 150.0
 COMMIT_STARTS = b"\x92\xa6commit"
 
@@ -353,7 +354,11 @@ class Round:
 
     def serve(self, me: int, hand: Callable[[Channel, Message], Awaitable[None]]) -> None:
         async def handler(channel: Channel) -> None:
-            await hand(channel, await channel.receive(*OF_A_ROUND, timeout_s=100.0))
+            message: Message = await channel.receive(*OF_A_ROUND, timeout_s=100.0)
+            if isinstance(message, AskOther):
+                await channel.send(No(reason="no other one"))
+                return
+            await hand(channel, message)
 
         self.transports[me].handlers[PROTOCOL] = handler
 

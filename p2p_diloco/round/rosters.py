@@ -1,0 +1,107 @@
+"""How the members of a round find out that its leader has signed another roster: they ask those that could be in one.
+
+A leader that gives some of the peers on a head one roster, and others another one, makes two rounds whose members have
+no reason to speak to each other. So each member tells peers on its head that are not in its roster which one it has,
+beside the butterfly, and those that have refused it there, for they may be in another round. Where a peer has another
+roster of the same leader, both show theirs to each other. Whatever the two prove (``core.equivocation``) makes the
+round void at both: an honest leader that tries again signs another readiness of its own.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Iterable
+
+from p2p_diloco.core.equivocation import TwoRosters, proved
+from p2p_diloco.core.errors import Misbehaved, RemoteError
+from p2p_diloco.core.group import SealedRoster
+from p2p_diloco.round.butterfly import run_all
+from p2p_diloco.round.meeting import Meeting
+from p2p_diloco.wire.channel import Channel
+from p2p_diloco.wire.messages import No
+from p2p_diloco.wire.proof_messages import AskRoster
+from p2p_diloco.wire.round_messages import Roster
+
+log = logging.getLogger(__name__)
+
+NEIGHBOURS = 16
+"""Peers that a member asks: in a large swarm each member asks others."""
+
+
+class Rosters:
+    """Asks others on the head of a round whether they have another roster of its leader."""
+
+    def __init__(self, meeting: Meeting) -> None:
+        self.meeting = meeting
+        self.group = meeting.group
+        self._asking: list[asyncio.Task[None]] = []
+
+    def ask(self, peer_ids: Iterable[str]) -> None:
+        """Begins to ask some peers, NEIGHBOURS at most."""
+        chosen = list(peer_ids)[:NEIGHBOURS]
+        self._asking.append(asyncio.create_task(run_all(*(self._ask(peer_id) for peer_id in chosen))))
+
+    async def answered(self) -> None:
+        """Returns when all have answered that were asked, or after ``Timeouts.heartbeat_s``."""
+        await asyncio.wait(self._asking, timeout=self.meeting.timeouts.heartbeat_s)
+
+    async def close(self) -> None:
+        """Asks no more."""
+        for task in self._asking:
+            task.cancel()
+        await asyncio.gather(*self._asking, return_exceptions=True)
+
+    async def _ask(self, peer_id: str) -> None:
+        """Asks one peer, and gives it my roster where the two prove something."""
+        meeting, sealed = self.meeting, self.group.sealed
+        ask = AskRoster(
+            head=self.group.head, leader=sealed.leader, round_id=sealed.round_id, signature=sealed.signature
+        )
+        try:
+            channel = await meeting.transport.open(peer_id, meeting.directory.maddrs(peer_id), meeting.protocol)
+            try:
+                meeting.count(channel)
+                answer: Roster | No = await channel.request(ask, Roster, No)
+                if isinstance(answer, Roster):
+                    proof = self._compare(answer)
+                    await channel.send(No(reason="no proof") if proof is None else self._roster())
+                    if proof is not None:
+                        meeting.signatures.prove(proof)
+            finally:
+                channel.close()
+        except RemoteError as error:
+            log.debug("outer step %d: %s", self.group.step, error)
+            meeting.transport.traffic.reject(error)
+
+    async def show(self, channel: Channel) -> None:
+        """Answers a peer that has another roster of my leader: with mine; and hears whether the two prove anything.
+        Misbehaved when it says so, and they do not."""
+        await channel.send(self._roster())
+        answer: Roster | No = await channel.receive(Roster, No, timeout_s=self.meeting.timeouts.request_s)
+        if isinstance(answer, Roster):
+            proof = self._compare(answer)
+            if proof is None:
+                raise Misbehaved(channel.peer_id, "sends a roster that proves nothing")
+            self.meeting.signatures.prove(proof)
+
+    def _compare(self, other: Roster) -> TwoRosters | None:
+        """Returns the proof that my roster and another one make; None where they make none."""
+        mine = self.group.sealed
+        theirs = SealedRoster(
+            leader=mine.leader,
+            members=tuple(other.members),
+            absent=tuple(other.absent),
+            signature=other.signature,
+            idle=tuple(other.idle),
+        )
+        return proved(mine, theirs, run_id=self.meeting.directory.run_id, owner=self.meeting.owner)
+
+    def _roster(self) -> Roster:
+        sealed = self.group.sealed
+        return Roster(
+            members=list(sealed.members),
+            absent=list(sealed.absent),
+            signature=sealed.signature,
+            idle=list(sealed.idle),
+        )
