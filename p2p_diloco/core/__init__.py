@@ -52,6 +52,8 @@ Its files, from the bottom up:
     waiting       waits that end, and can be cancelled
     buckets       token buckets: a rate that is kept, and how often a peer may ask
     findings      what a peer has found of others as reducers, and for how long
+    moment        what every event has
+    trust_event   the events about whom a peer believes
     event         the events of a peer, and the line that each is in its log
     totals        what a peer's events add up to
     events        the event log

@@ -11,13 +11,22 @@ import json
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
-from typing import Annotated, ClassVar, Literal, TypeVar
+from typing import Annotated, Literal, TypeVar
 
-from pydantic import ConfigDict, Field, TypeAdapter
+from pydantic import Field, TypeAdapter
 
-from p2p_diloco.core.findings import AuditResult, FindingKind
+from p2p_diloco.core.moment import Moment
 from p2p_diloco.core.records import Phase, Role
-from p2p_diloco.core.runfile import NotNegative
+from p2p_diloco.core.trust_event import (
+    AnchorContradicted,
+    AnchorTaken,
+    BranchLeft,
+    PartAudited,
+    PeerBarred,
+    ReducerFound,
+    StateDisputed,
+    WitnessAsked,
+)
 
 LoggedPhase = Phase | Literal["snapshot", "download", "serve"]
 """A phase of the record. Or: a snapshot is being written; one is being fetched; updates or a snapshot are being sent,
@@ -26,22 +35,6 @@ told once a stream."""
 Uncertified = Literal["", "signatures", "witness"]
 """Why a round's update has no certificate: most of those that certify did not sign it; or the owner's witness, which it
 needs, is missing. Empty where it has one, or it did not come so far."""
-
-NOT_YET = -1.0
-"""The time of an event that no log has written. A line that does not say when it was written is no event, therefore."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Moment:
-    """Every event has its kind and two times. The log sets both times when it writes the event."""
-
-    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(strict=True, allow_inf_nan=False, validate_default=True)
-
-    event: str
-    wall_s: NotNegative = NOT_YET
-    """Unix time."""
-    mono_s: NotNegative = NOT_YET
-    """Seconds of a clock that is never set back."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,29 +141,6 @@ class RoundEnded(Moment):
 
 
 @dataclass(frozen=True, kw_only=True)
-class PartAudited(Moment):
-    """A part of the update that ended ``step``, which ``reducer`` had reduced, was looked at. From ``audits``."""
-
-    event: Literal["audit"] = "audit"
-    step: int
-    reducer: str
-    part: int
-    result: AuditResult
-    seconds: float
-
-
-@dataclass(frozen=True, kw_only=True)
-class ReducerFound(Moment):
-    """Something was found of ``reducer``, and is remembered; ``accuser`` has proved it, or nobody. From ``audits``."""
-
-    event: Literal["found"] = "found"
-    step: int
-    reducer: str
-    kind: FindingKind
-    accuser: str
-
-
-@dataclass(frozen=True, kw_only=True)
 class TrainerStalled(Moment):
     """The trainer learns again after an outer step. From ``network``."""
 
@@ -199,37 +169,6 @@ class PeerCaughtUp(Moment):
 
 
 @dataclass(frozen=True, kw_only=True)
-class BranchLeft(Moment):
-    """The peer has given up its branch of the run's history for another one. From ``follower``."""
-
-    event: Literal["branch"] = "branch"
-    fork_step: int
-    """Where the two part."""
-    left_step: int
-    """Where the peer stood on its own one; so ``left_head``."""
-    left_head: str
-    step: int
-    """Where it stands now, on the other one; so ``head``."""
-    head: str
-    votes: int
-    """Of those who have a vote, how many stood on the other branch when the peer set out."""
-    votes_left: int
-    """And on its own one, itself included if it has a vote."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class WitnessAsked(Moment):
-    """The run's owner was asked to witness an update. From ``witness``."""
-
-    event: Literal["witness"] = "witness"
-    step: int
-    """The outer step that the update leads on from."""
-    signed: bool
-    reason: str
-    """Why it did not sign; empty where it did."""
-
-
-@dataclass(frozen=True, kw_only=True)
 class DamageRepaired(Moment):
     """Something of the peer's was damaged, and is whole again. From ``upkeep``."""
 
@@ -240,51 +179,6 @@ class DamageRepaired(Moment):
     """Where the state or snapshot stands, or which step the update ends."""
     how: str
     """"replayed" from other files, "fetched" from a peer, or "rewritten": a fresh snapshot stands in for it."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class StateDisputed(Moment):
-    """The certificate of an update names other bits of the state that it leads on from. From ``upkeep``."""
-
-    event: Literal["disputed"] = "disputed"
-    step: int
-    others: tuple[str, ...]
-    """Peer ids of those who have signed it."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class AnchorTaken(Moment):
-    """The peer goes by a newer anchor of the run's owner. From ``anchoring``."""
-
-    event: Literal["anchored"] = "anchored"
-    step: int
-    head: str
-    number: int
-    made: bool
-    """Whether this peer, the owner's, has just signed it."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class AnchorContradicted(Moment):
-    """The run's owner has signed an anchor that contradicts the one that the peer goes by. From ``anchoring``."""
-
-    event: Literal["anchors_differ"] = "anchors_differ"
-    step: int
-    """Of the one that it goes by; so ``number``."""
-    number: int
-    other_step: int
-
-
-@dataclass(frozen=True, kw_only=True)
-class PeerBarred(Moment):
-    """Another peer is proved to lie, and takes no part here any more. From ``proofs``."""
-
-    event: Literal["barred"] = "barred"
-    step: int
-    peer: str
-    """Its peer id."""
-    why: str
-    """What it has signed two of: "rosters" or "links"."""
 
 
 @dataclass(frozen=True, kw_only=True)

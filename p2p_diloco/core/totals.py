@@ -6,19 +6,8 @@ from bisect import bisect_left
 from collections import Counter
 from dataclasses import dataclass, field
 
-from p2p_diloco.core.event import (
-    BranchLeft,
-    DamageRepaired,
-    Event,
-    PartAudited,
-    PeerBarred,
-    PeerCaughtUp,
-    ReducerFound,
-    RoundEnded,
-    StateDisputed,
-    TrainerStalled,
-    WitnessAsked,
-)
+from p2p_diloco.core.event import DamageRepaired, Event, PeerCaughtUp, RoundEnded, TrainerStalled
+from p2p_diloco.core.trust_event import BranchLeft, PartAudited, PeerBarred, ReducerFound, StateDisputed, WitnessAsked
 
 LIMITS_S = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 25.0, 60.0, 120.0)
 """Up to which durations are told apart: from a round on one machine to one that takes all of its time."""

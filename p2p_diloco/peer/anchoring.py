@@ -20,9 +20,9 @@ from dataclasses import dataclass
 
 from p2p_diloco.core.anchor import ANCHORED_AFTER, Anchor, Anchors, anchored_steps, open_anchor
 from p2p_diloco.core.errors import Misbehaved, RemoteError
-from p2p_diloco.core.event import AnchorContradicted, AnchorTaken
 from p2p_diloco.core.events import EventLog
 from p2p_diloco.core.records import Record
+from p2p_diloco.core.trust_event import AnchorContradicted, AnchorTaken
 from p2p_diloco.core.waiting import deadline, heard, now_s
 from p2p_diloco.ledger.anchors import keep_anchors, read_anchors
 from p2p_diloco.ledger.ledger import Ledger

@@ -27,10 +27,10 @@ from p2p_diloco.core.audit import (
     parse_contributions,
 )
 from p2p_diloco.core.errors import LedgerError, Misbehaved, RemoteError
-from p2p_diloco.core.event import PartAudited, ReducerFound
 from p2p_diloco.core.events import EventLog
 from p2p_diloco.core.findings import AuditResult, FindingKind
 from p2p_diloco.core.signed_part import Contribution
+from p2p_diloco.core.trust_event import PartAudited, ReducerFound
 from p2p_diloco.core.update import Update, bits_of
 from p2p_diloco.core.waiting import now_s
 from p2p_diloco.ledger.found import keep_findings, read_findings

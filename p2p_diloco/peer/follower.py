@@ -17,9 +17,10 @@ import logging
 from dataclasses import dataclass, field
 
 from p2p_diloco.core.admission import one_vote_each
-from p2p_diloco.core.event import BranchLeft, PeerCaughtUp
+from p2p_diloco.core.event import PeerCaughtUp
 from p2p_diloco.core.events import EventLog
 from p2p_diloco.core.swarm_head import Standing, from_nowhere, must_catch_up, swarm_head, way_of
+from p2p_diloco.core.trust_event import BranchLeft
 from p2p_diloco.core.waiting import now_s
 from p2p_diloco.ledger.replica import Replica
 from p2p_diloco.peer.catchup import Catchup, CaughtUp

@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from p2p_diloco.core.barred import Barred
 from p2p_diloco.core.equivocation import MAX_PROOF_BYTES, parse_proof
 from p2p_diloco.core.errors import Gone, Misbehaved, RemoteError
-from p2p_diloco.core.event import PeerBarred
 from p2p_diloco.core.events import EventLog
+from p2p_diloco.core.trust_event import PeerBarred
 from p2p_diloco.core.waiting import heard, now_s
 from p2p_diloco.ledger.proofs import keep_proofs, read_proofs
 from p2p_diloco.ledger.replica import Replica

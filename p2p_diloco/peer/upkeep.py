@@ -17,8 +17,9 @@ from collections import Counter
 from dataclasses import dataclass, field
 
 from p2p_diloco.core.errors import Gap
-from p2p_diloco.core.event import DamageRepaired, PhaseBegan, StateDisputed
+from p2p_diloco.core.event import DamageRepaired, PhaseBegan
 from p2p_diloco.core.events import EventLog
+from p2p_diloco.core.trust_event import StateDisputed
 from p2p_diloco.core.waiting import Bell, heard
 from p2p_diloco.ledger.replica import Replica
 from p2p_diloco.peer.catchup import Catchup

@@ -25,10 +25,10 @@ from dataclasses import dataclass, field
 from p2p_diloco.core.admission import Seated, votes
 from p2p_diloco.core.certificate import Certificate, check_most
 from p2p_diloco.core.errors import Misbehaved
-from p2p_diloco.core.event import WitnessAsked
 from p2p_diloco.core.events import EventLog
 from p2p_diloco.core.group import Group, open_roster
 from p2p_diloco.core.roster import on_head, open_readiness
+from p2p_diloco.core.trust_event import WitnessAsked
 from p2p_diloco.core.update import next_head
 from p2p_diloco.core.waiting import heard, now_s
 from p2p_diloco.ledger.replica import Replica

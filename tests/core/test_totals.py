@@ -4,20 +4,9 @@ from dataclasses import replace
 
 import pytest
 
-from p2p_diloco.core.event import (
-    BranchLeft,
-    DamageRepaired,
-    Event,
-    PartAudited,
-    PeerBarred,
-    PeerCaughtUp,
-    ReducerFound,
-    RoundEnded,
-    StateDisputed,
-    TrainerStalled,
-    WitnessAsked,
-)
+from p2p_diloco.core.event import DamageRepaired, Event, PeerCaughtUp, RoundEnded, TrainerStalled
 from p2p_diloco.core.totals import LIMITS_S, Durations, Totals
+from p2p_diloco.core.trust_event import BranchLeft, PartAudited, PeerBarred, ReducerFound, StateDisputed, WitnessAsked
 from tests.support.events import (
     AUDITED,
     BRANCH,

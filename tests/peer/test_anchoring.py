@@ -7,8 +7,9 @@ import shutil
 from pathlib import Path
 
 from p2p_diloco.core.anchor import Anchors
-from p2p_diloco.core.event import AnchorContradicted, AnchorTaken, of_kind
+from p2p_diloco.core.event import of_kind
 from p2p_diloco.core.events import EVENTS_FILE, read_events
+from p2p_diloco.core.trust_event import AnchorContradicted, AnchorTaken
 from p2p_diloco.ledger.anchors import keep_anchors, read_anchors
 from tests.peer.test_peer import Simulated
 from tests.support.builders import identity

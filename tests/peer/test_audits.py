@@ -12,9 +12,10 @@ import pytest
 
 from p2p_diloco.core.audit import Evidence
 from p2p_diloco.core.errors import Misbehaved
-from p2p_diloco.core.event import PartAudited, ReducerFound, of_kind
+from p2p_diloco.core.event import of_kind
 from p2p_diloco.core.events import read_events
 from p2p_diloco.core.signed_part import Reduction, inputs_of
+from p2p_diloco.core.trust_event import PartAudited, ReducerFound
 from p2p_diloco.core.update import contributors_in_full
 from p2p_diloco.ledger.found import keep_findings, read_findings
 from p2p_diloco.round.settle import Settlement

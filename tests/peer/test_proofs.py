@@ -6,10 +6,11 @@ import asyncio
 from pathlib import Path
 
 from p2p_diloco.core.equivocation import pack_proof
-from p2p_diloco.core.event import PeerBarred, of_kind
+from p2p_diloco.core.event import of_kind
 from p2p_diloco.core.events import EVENTS_FILE, read_events
 from p2p_diloco.core.records import seal_record
 from p2p_diloco.core.roster import Readiness, seal_readiness
+from p2p_diloco.core.trust_event import PeerBarred
 from p2p_diloco.wire.channel import Channel, run_protocol
 from p2p_diloco.wire.messages import No
 from p2p_diloco.wire.proof_messages import AskBarred, AskProof, BarredPeers

@@ -9,8 +9,9 @@ from typing import Any, cast
 import pytest
 
 from p2p_diloco.core.aggregate import Alignment
-from p2p_diloco.core.event import NOT_YET, Uncertified
+from p2p_diloco.core.event import Uncertified
 from p2p_diloco.core.known import Known
+from p2p_diloco.core.moment import NOT_YET
 from p2p_diloco.core.swarm_head import Standing
 from p2p_diloco.peer.round_event import round_ended
 from p2p_diloco.round.outcome import Missed, Settled

@@ -13,11 +13,12 @@ import pytest
 from p2p_diloco.core.codec import Vector
 from p2p_diloco.core.config import Timeouts
 from p2p_diloco.core.errors import Misbehaved
-from p2p_diloco.core.event import DamageRepaired, E, PeerJoined, RoundEnded, StateDisputed, of_kind
+from p2p_diloco.core.event import DamageRepaired, E, PeerJoined, RoundEnded, of_kind
 from p2p_diloco.core.events import read_events
 from p2p_diloco.core.outer import genesis_state
 from p2p_diloco.core.records import Phase
 from p2p_diloco.core.runfile import OnMissed
+from p2p_diloco.core.trust_event import StateDisputed
 from p2p_diloco.core.update import Update
 from p2p_diloco.ledger.ledger import Ledger
 from p2p_diloco.ledger.replay import Replay, load

@@ -7,27 +7,29 @@ from pathlib import Path
 from typing import Any
 
 from p2p_diloco.core.event import (
-    AnchorContradicted,
-    AnchorTaken,
-    BranchLeft,
     DaemonRestarted,
     DamageRepaired,
     Event,
     EventsLost,
     InnerStepEnded,
     OuterGradientOffered,
-    PartAudited,
-    PeerBarred,
     PeerCaughtUp,
     PeerJoined,
     PeerLeft,
     PeerStarted,
     PhaseBegan,
-    ReducerFound,
     RoundEnded,
-    StateDisputed,
     ThetaEvaluated,
     TrainerStalled,
+)
+from p2p_diloco.core.trust_event import (
+    AnchorContradicted,
+    AnchorTaken,
+    BranchLeft,
+    PartAudited,
+    PeerBarred,
+    ReducerFound,
+    StateDisputed,
     WitnessAsked,
 )
 
