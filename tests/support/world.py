@@ -51,7 +51,7 @@ AGREE_S = 60.0
 """Steps are short here, against the time-outs: so long it may take, however many steps that are."""
 QUIET_S = 90.0
 """After the trainers have stopped, all that they began is over within this time."""
-IDLE_TASKS = 7
+IDLE_TASKS = 8
 """Of a peer that does nothing: its life, and the loops that publish and look."""
 AIM_S = 20.0
 """A fault waits so long for the phase that it is aimed at."""
