@@ -37,7 +37,6 @@ class PeerRow:
     round_s: float
     round_bytes: int
     metrics_addr: str
-    barred: int
     invitation: str
     """Name of the invitation under which it takes part; empty where it needs none."""
     known: bool = False
@@ -46,6 +45,7 @@ class PeerRow:
     certifying: int = 0
     witnessed: bool = False
     awaits_witness: bool = False
+    barred: int = 0
 
     @classmethod
     def of(cls, record: Record) -> PeerRow:

@@ -175,6 +175,7 @@ class Attempts:
                 kept=self.reception.audits.kept(),
                 audit_parts=self.reception.audits.count,
                 around=self.reception.around(group),
+                known=self.here.seat.known.peers,
             )
         )
         self.reception.open_round(settlement)

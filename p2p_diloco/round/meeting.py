@@ -56,6 +56,8 @@ class Meeting:
     """Peers that I lost in an earlier round, and that have not contributed in full since."""
     around: tuple[str, ...] = ()
     """Peers on this head that are no members, and may be in another round."""
+    known: frozenset[str] = frozenset()
+    """Peers that are known on this head, members or not."""
     signatures: Signatures = field(init=False)
     """Which commits the members have signed."""
     parts: list[Part | None] = field(init=False)

@@ -16,7 +16,6 @@ from collections.abc import Iterable
 from p2p_diloco.core.equivocation import TwoRosters, proved
 from p2p_diloco.core.errors import Misbehaved, RemoteError
 from p2p_diloco.core.group import SealedRoster
-from p2p_diloco.round.butterfly import run_all
 from p2p_diloco.round.meeting import Meeting
 from p2p_diloco.wire.channel import Channel
 from p2p_diloco.wire.messages import No
@@ -35,22 +34,30 @@ class Rosters:
     def __init__(self, meeting: Meeting) -> None:
         self.meeting = meeting
         self.group = meeting.group
-        self._asking: list[asyncio.Task[None]] = []
+        self._asking: dict[str, asyncio.Task[None]] = {}
 
     def ask(self, peer_ids: Iterable[str]) -> None:
         """Begins to ask some peers, NEIGHBOURS at most."""
-        chosen = list(peer_ids)[:NEIGHBOURS]
-        self._asking.append(asyncio.create_task(run_all(*(self._ask(peer_id) for peer_id in chosen))))
+        for peer_id in list(peer_ids)[:NEIGHBOURS]:
+            if peer_id not in self._asking:
+                self._asking[peer_id] = asyncio.create_task(self._ask(peer_id))
 
     async def answered(self) -> None:
-        """Returns when all have answered that were asked, or after ``Timeouts.heartbeat_s``."""
-        await asyncio.wait(self._asking, timeout=self.meeting.timeouts.heartbeat_s)
+        """Returns when all known peers have answered that were asked, or after ``Timeouts.heartbeat_s``. Nobody else is
+        waited for: a stranger costs nothing, and a round of strangers needs the owner's witness. Who was silent is not
+        asked again before it has answered something."""
+        waited_for = {peer_id: task for peer_id, task in self._asking.items() if peer_id in self.meeting.known}
+        if waited_for:
+            await asyncio.wait(waited_for.values(), timeout=self.meeting.timeouts.heartbeat_s)
+        for peer_id, task in waited_for.items():
+            if not task.done():
+                self.meeting.directory.proven.failed(peer_id)
 
     async def close(self) -> None:
         """Asks no more."""
-        for task in self._asking:
+        for task in self._asking.values():
             task.cancel()
-        await asyncio.gather(*self._asking, return_exceptions=True)
+        await asyncio.gather(*self._asking.values(), return_exceptions=True)
 
     async def _ask(self, peer_id: str) -> None:
         """Asks one peer, and gives it my roster where the two prove something."""

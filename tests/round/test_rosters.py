@@ -82,7 +82,10 @@ def test_a_member_asks_beside_its_round_and_gives_it_up_where_its_leader_lies(re
     run_simulated(main())
 
 
-def test_who_says_nothing_is_waited_for_no_longer_than_a_heartbeat() -> None:
+@pytest.mark.parametrize("known", [True, False])
+def test_who_says_nothing_is_waited_for_no_longer_than_a_heartbeat(known: bool) -> None:
+    """And not at all, where it is a stranger."""
+
     async def main() -> None:
         meeting = Round(3)
 
@@ -90,9 +93,16 @@ def test_who_says_nothing_is_waited_for_no_longer_than_a_heartbeat() -> None:
             await asyncio.sleep(500)
 
         beside(meeting, hand)
+        directory = meeting.settlements[0].meeting.directory
+        directory.proven.answered(BESIDE.peer_id)
+        if known:
+            meeting.settlements[0].meeting.known = frozenset([BESIDE.peer_id])
         await meeting.run()
         assert meeting.committed() == [0, 1, 2]
-        assert meeting.timeouts.heartbeat_s <= meeting.took_s[0] < meeting.timeouts.heartbeat_s + 1
+        waited_s = meeting.timeouts.heartbeat_s if known else 0.0
+        assert waited_s <= meeting.took_s[0] < waited_s + 1
+        assert (BESIDE.peer_id in directory.proven) == (not known)
+        await meeting.all_streams_end(500.0)
 
     run_simulated(main())
 
