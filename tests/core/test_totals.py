@@ -128,5 +128,5 @@ def test_all_others_count_for_nothing() -> None:
         *(PartAudited, ReducerFound, PeerBarred),
     )
     others = [event for event in EVENTS if not isinstance(event, counted)]
-    assert len(others) == 9
+    assert len(others) == 11
     assert totals_of(*others) == Totals()

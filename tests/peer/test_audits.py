@@ -269,5 +269,7 @@ def test_what_was_found_is_taken_up_again_and_a_damaged_file_is_left_behind(
         keep_findings(folder, b"damaged")
         assert read_findings(folder) is None
         assert "what was found of others is forgotten" in caplog.text
+        for sim in swarm.sims.values():
+            sim.peer.events.close()
 
     run_simulated(main())
