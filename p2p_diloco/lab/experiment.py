@@ -109,18 +109,24 @@ def run_studies(
 
 
 def write_results(study: Study, results: Mapping[str, TrialResult], folder: Path, console: Console) -> None:
-    """Writes table, plot and raw figures, and prints the table; what is not there yet is left out."""
+    """Writes table, plot and raw figures, one process at a time, and prints the table; what is not there yet is left
+    out."""
     stem = study.name if study.size == "full" else f"{study.name}-{study.size}"
     table, picture = folder / f"{stem}.md", folder / f"{stem}.png"
     text = markdown(study, arm_results(study, results))
     drawn = io.BytesIO()
     plot(study, results, drawn)
-    for path, data in (
+    written = (
         (table, text.encode()),
         (folder / f"{stem}.json", figures_json(study, results).encode()),
         (picture, drawn.getvalue()),
-    ):
-        write_whole(path, [data], len(data))
+    )
+    lock = folder / TRIALS / "results.lock"
+    with disk_errors(lock):
+        lock.touch()
+    with locked(lock):
+        for path, data in written:
+            write_whole(path, [data], len(data))
     console.print(Markdown(text) if console.is_terminal else text, markup=False, soft_wrap=True)
     console.print(f"{table}\n{picture}\n", soft_wrap=True)
 
