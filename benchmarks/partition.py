@@ -13,7 +13,8 @@ from benchmarks.histories import newest, rounds
 from benchmarks.loopback import Log
 from benchmarks.stage import Stage
 from benchmarks.table import Table
-from p2p_diloco.core.event import PeerCaughtUp, of_kind
+from p2p_diloco.core.event import PeerCaughtUp, PeerStarted, latest, of_kind
+from p2p_diloco.core.known import WINDOW_STEPS, known_at
 from p2p_diloco.lab.faults import Fault
 
 TRAINERS = 4
@@ -37,6 +38,7 @@ def part_and_heal(stage: Stage) -> Healed:
     """RuntimeError when two histories stay, or none is given up."""
     stage.wait_until_calm()
     logs, island = stage.logs, list(stage.logs)[TRAINERS // 2 :]
+    stage.wait_until(lambda: all_known(logs) or None, "all are known")  # newcomers alone would wait for the owner
     stage.plan(Fault(action="cut", at_s=0.0, peer=island))
     parted = stage.wait_until(lambda: stage.done, "two are cut off together")[-1]
 
@@ -63,6 +65,15 @@ def part_and_heal(stage: Stage) -> Healed:
     if not given_up:
         raise stage.failure("nothing was given up: were the halves apart?")
     return Healed(made=made, given_up=dict(given_up), seconds=together_s - healed.mono_s)
+
+
+def all_known(logs: Mapping[str, Log]) -> bool:
+    """Returns whether each of these peers is known by the rounds that their logs tell of."""
+    groups = {event.step: event.group for log in logs.values() for event in rounds(log)}
+    newest = max(groups, default=0)
+    last = [groups.get(step, ()) for step in range(max(newest - WINDOW_STEPS, 0) + 1, newest + 1)]
+    started = (latest(log, PeerStarted) for log in logs.values())
+    return {event.peer_id for event in started if event is not None} <= known_at(newest, last).peers
 
 
 def last_common(logs: Mapping[str, Log], island: Collection[str]) -> int:

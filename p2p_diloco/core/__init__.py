@@ -51,6 +51,7 @@ Its files, from the bottom up:
     pace          how many inner steps a peer plans, and when its outer step is due
     waiting       waits that end, and can be cancelled
     buckets       token buckets: a rate that is kept, and how often a peer may ask
+    asked         whom a peer has asked of late
     findings      what a peer has found of others as reducers, and for how long
     moment        what every event has
     trust_event   the events about whom a peer believes

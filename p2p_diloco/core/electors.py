@@ -44,7 +44,7 @@ class History(Protocol):
 
 
 class NoHistory:
-    """That of a peer that has no ledger yet."""
+    """Is that of a peer that has no ledger yet."""
 
     def step_of(self, head: bytes) -> int | None:
         """Returns None: no head is in it."""

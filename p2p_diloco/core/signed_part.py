@@ -37,7 +37,7 @@ class Place:
 
 @dataclass(frozen=True, kw_only=True)
 class Contribution:
-    """What a sender sends to the reducer of a part."""
+    """Is what a sender sends to the reducer of a part."""
 
     data: bytes
     """The encoded outer gradient."""

@@ -43,7 +43,7 @@ ORIGIN_WORDS = {
 
 @dataclass(frozen=True, kw_only=True)
 class Origin:
-    """What the figures of a simulation depend on, beside its run file: another start of it must have the same."""
+    """Says what the figures of a simulation depend on, beside its run file: another start of it must have the same."""
 
     genesis: str
     """Digest of S_0, in hex."""

@@ -37,7 +37,7 @@ WithHead = PeerJoined | RoundEnded | PeerLeft
 
 @dataclass(frozen=True, kw_only=True)
 class TrainerNow:
-    """Where one trainer is."""
+    """Says where one trainer is."""
 
     peer_id: str = ""
     phase: str = "starting"
@@ -234,7 +234,8 @@ class LostMember:
 
 @dataclass(frozen=True, kw_only=True)
 class SwarmOutcome:
-    """What became of a swarm, as its trainers' logs tell. Every outer step is a key, which JSON writes as a string."""
+    """Says what became of a swarm, as its trainers' logs tell. Every outer step is a key, which JSON writes as a
+    string."""
 
     outer_steps: int
     """Made by whoever came furthest."""
@@ -298,7 +299,7 @@ def outcome_of(logs: Mapping[str, Log]) -> SwarmOutcome:
 
 @dataclass(frozen=True, kw_only=True)
 class LocalRun:
-    """What ``swarm`` itself knows of a run, beside its trainers' logs."""
+    """Says what ``swarm`` itself knows of a run, beside its trainers' logs."""
 
     run_id: str | None
     """None where no trainer was started."""

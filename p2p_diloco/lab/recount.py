@@ -19,8 +19,8 @@ from p2p_diloco.ledger.folder import read_manifest
 
 @dataclass(frozen=True, kw_only=True)
 class Past:
-    """What a swarm did, so that it can be done again. Outer steps are counted from 0; a head is where the swarm stood
-    after so many."""
+    """Says what a swarm did, so that it can be done again. Outer steps are counted from 0; a head is where the swarm
+    stood after so many."""
 
     names: tuple[str, ...]
     """Peer ids of all who were ever in a round."""

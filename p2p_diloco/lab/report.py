@@ -22,7 +22,7 @@ from p2p_diloco.lab.study import Study
 
 @dataclass(frozen=True, kw_only=True)
 class ArmResult:
-    """What came of one arm; seeds in the study's order."""
+    """Says what came of one arm; seeds in the study's order."""
 
     arm: str
     seeds: tuple[int, ...]
@@ -178,7 +178,7 @@ def plot(study: Study, results: Mapping[str, TrialResult], path: Path | IO[bytes
 
 
 class LineLook(TypedDict):
-    """How a line looks, in the words of matplotlib."""
+    """Says how a line looks, in the words of matplotlib."""
 
     color: str
     linestyle: str | tuple[int, tuple[float, ...]]

@@ -24,7 +24,7 @@ PEER_COLUMNS = 10
 
 @dataclass(frozen=True)
 class RunClock:
-    """How long a run is, and how long it has taken."""
+    """Says how long a run is, and how long it has taken."""
 
     outer_steps: int
     """Of the whole run."""

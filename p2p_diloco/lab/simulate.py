@@ -224,7 +224,7 @@ def write_summary(simulation: Simulation) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class Counts:
-    """How far one replica is."""
+    """Says how far one replica is."""
 
     steps: dict[str, float]
     """Of AdamW, as ``InnerOptimizer.moments`` has them."""
@@ -234,7 +234,7 @@ class Counts:
 
 @dataclass(frozen=True, kw_only=True)
 class Facts:
-    """What a checkpoint says beside its tensors; its fields are keys in the file."""
+    """Holds what a checkpoint says beside its tensors; its fields are keys in the file."""
 
     what: SimulatedRun
     step: int

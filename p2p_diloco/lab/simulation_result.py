@@ -65,7 +65,7 @@ class Summary:
 
 @dataclass(frozen=True, kw_only=True)
 class TrialResult:
-    """What a study takes of one simulation, and writes among its figures."""
+    """Is what a study takes of one simulation, and writes among its figures."""
 
     last: Point
     held_out: tuple[tuple[int, float], ...]

@@ -35,8 +35,8 @@ WARM_KEPT_EVERY = 500
 
 @dataclass(kw_only=True)
 class SimulatedTrainer:
-    """What a trainer is in a simulation: its text, its model with an inner optimizer, and what it has learned since it
-    took theta. On the CPU the model's parameters lie in ``local``, as a peer's do."""
+    """Is what a trainer is in a simulation: its text, its model with an inner optimizer, and what it has learned since
+    it took theta. On the CPU the model's parameters lie in ``local``, as a peer's do."""
 
     name: str
     corpus: Corpus

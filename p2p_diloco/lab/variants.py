@@ -69,7 +69,7 @@ def quantized_bytes(n: int, bits: str) -> int:
 
 @dataclass(kw_only=True)
 class OuterRule:
-    """How a simulation makes an outer step. ``nesterov`` is a peer's own; ``second`` is Adam's second moment."""
+    """Says how a simulation makes an outer step. ``nesterov`` is a peer's own; ``second`` is Adam's second moment."""
 
     spec: SimulationSpec
     grid: Grid

@@ -25,7 +25,7 @@ from p2p_diloco.core.digest import digest
 
 @dataclass(frozen=True)
 class Layout:
-    """Which values of the vector are which parameter."""
+    """Says which values of the vector are which parameter."""
 
     names: tuple[str, ...]
     shapes: tuple[tuple[int, ...], ...]

@@ -47,7 +47,7 @@ ORPHAN_S = 4.0
 
 
 class Process(Protocol):
-    """What is needed of the network process beyond its socket; ``subprocess.Popen`` has it."""
+    """Is what is needed of the network process beyond its socket; ``subprocess.Popen`` has it."""
 
     def wait(self, timeout: float | None = None) -> int: ...
 

@@ -34,7 +34,7 @@ LOSS_TOLERANCE = 1e-4
 
 @dataclass(frozen=True, kw_only=True)
 class Rehearsal:
-    """What it took, and what is worth knowing of a model that passed."""
+    """Says what it took, and what is worth knowing of a model that passed."""
 
     tokens: int
     """Of one row."""

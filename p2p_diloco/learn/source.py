@@ -31,7 +31,7 @@ NO_OWN_TEXT = "this run brings no text of its own; add --data FILE-OR-FOLDER"
 
 @dataclass(frozen=True)
 class Source:
-    """Where documents come from."""
+    """Says where documents come from."""
 
     name: str
     """For messages."""

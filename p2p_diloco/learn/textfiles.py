@@ -142,7 +142,7 @@ def first_foreign_byte(file: IO[bytes]) -> tuple[tuple[int, int, bool], bytes] |
 
 @dataclass(frozen=True, kw_only=True)
 class TextFiles:
-    """What is below a path."""
+    """Is what is below a path."""
 
     root: Path
     files: tuple[TextFile, ...]

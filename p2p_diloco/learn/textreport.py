@@ -41,7 +41,7 @@ MAY_BE_TEXT = (UNKNOWN, NO_TEXT)
 
 
 class Skipped(BaseModel):
-    """What was not read, for one reason."""
+    """Says what was not read, for one reason."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -64,7 +64,7 @@ class Skipped(BaseModel):
 
 @dataclass
 class TextTally:
-    """What was read so far, and what was skipped."""
+    """Says what was read so far, and what was skipped."""
 
     files: int = 0
     """In which there was text."""
@@ -88,7 +88,7 @@ class TextTally:
 
 
 class TextReport(BaseModel):
-    """What was read of a run's text, and what was skipped, once all of it is read."""
+    """Says what was read of a run's text, and what was skipped, once all of it is read."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 

@@ -40,7 +40,7 @@ SMALL_MODEL = 5_000_000
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """What a volunteer chooses about the training itself."""
+    """Is what a volunteer chooses about the training itself."""
 
     device: str = "auto"
     threads: int | None = None

@@ -8,8 +8,8 @@ from p2p_diloco.ledger.chain import Chain
 
 
 class ChainHistory:
-    """What a chain says about outer steps that are behind it. It is an ``electors.History``. Methods that read an entry
-    may raise LedgerError when the disk fails."""
+    """Tells what a chain says about outer steps that are behind it. It is an ``electors.History``. Methods that read an
+    entry may raise LedgerError when the disk fails."""
 
     def __init__(self, manifest: RunManifest, chain: Chain) -> None:
         self.manifest = manifest

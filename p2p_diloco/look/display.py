@@ -71,7 +71,7 @@ def bar(done: float, of: float, columns: int) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class View:
-    """What the screen of one peer shows."""
+    """Says what the screen of one peer shows."""
 
     run: str
     run_id: str

@@ -222,7 +222,7 @@ def targets_of(sight: Sight) -> list[Target]:
 
 @dataclass(frozen=True, kw_only=True)
 class PageRun:
-    """What the page says of the run itself."""
+    """Holds what the page says of the run itself."""
 
     name: str
     id: str
@@ -274,7 +274,8 @@ class PageRow:
 
 @dataclass(frozen=True, kw_only=True)
 class Page:
-    """What the page asks for every few seconds; ``overview.Overview`` and ``history.History`` say what figures mean."""
+    """Is what the page asks for every few seconds; ``overview.Overview`` and ``history.History`` say what figures
+    mean."""
 
     run: PageRun
     now_s: float

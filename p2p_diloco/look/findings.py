@@ -27,7 +27,7 @@ Kind = Literal["ok", "warning", "problem"]
 
 @dataclass(frozen=True, kw_only=True)
 class Finding:
-    """What came of looking at one thing."""
+    """Says what came of looking at one thing."""
 
     kind: Kind
     what: str
@@ -48,7 +48,7 @@ def exit_code(findings: Sequence[Finding]) -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """What ``doctor --json`` says."""
+    """Holds what ``doctor --json`` says."""
 
     can_train: bool
     run_id: str

@@ -40,7 +40,7 @@ class CurvePoint(BaseModel):
 
 
 class PacePoint(BaseModel):
-    """How fast the swarm was at one moment."""
+    """Says how fast the swarm was at one moment."""
 
     model_config = ConfigDict(strict=True, extra="forbid")
 

@@ -32,7 +32,7 @@ tensor's two moments at a time, which in a model that is a single tensor are all
 
 @dataclass(frozen=True, kw_only=True)
 class MachineTrial:
-    """What ``machine_trial`` found out, as far as it came."""
+    """Says what ``machine_trial`` found out, as far as it came."""
 
     device: str = ""
     """And what it is called; empty where torch did not come so far."""

@@ -66,7 +66,7 @@ TYPES = {
 
 
 class Observing(Dialling, Protocol):
-    """What a monitor needs of a network. ``node.Node`` is the real one."""
+    """Is what a monitor needs of a network. ``node.Node`` is the real one."""
 
     peer_id: str
 
@@ -82,7 +82,7 @@ class Observing(Dialling, Protocol):
 
 
 class Monitor:
-    """What is seen of one run, and what is shown of it."""
+    """Says what is seen of one run, and what is shown of it."""
 
     def __init__(
         self,

@@ -26,7 +26,7 @@ OTHER_ADDRESS = "ask for the address of a peer that is in the run now"
 
 @dataclass(frozen=True, kw_only=True)
 class AddressTrial:
-    """What came of one address of ``--initial-peers``."""
+    """Says what came of one address of ``--initial-peers``."""
 
     maddr: str
     ips: tuple[str, ...] = ()
@@ -131,7 +131,7 @@ def clock_finding(behind_s: Sequence[float], timeouts: Timeouts) -> Finding:
 
 @dataclass(frozen=True, kw_only=True)
 class Dialled:
-    """What a peer says that it found when it dialled us; ``reached`` is what we saw ourselves."""
+    """Holds what a peer says that it found when it dialled us; ``reached`` is what we saw ourselves."""
 
     by: str
     ip: str
@@ -197,7 +197,7 @@ def forward(port: int, ip: str) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class Bandwidth:
-    """What was measured with one peer."""
+    """Says what was measured with one peer."""
 
     peer: str
     round_trip_s: float

@@ -8,7 +8,7 @@ from pathlib import Path
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """What the user would start a peer with."""
+    """Is what the user would start a peer with."""
 
     initial_peers: tuple[str, ...]
     folder: Path

@@ -119,7 +119,7 @@ class JsonRow(PeerRow):
 
 @dataclass(frozen=True, kw_only=True)
 class JsonStatus:
-    """What ``status --json`` prints."""
+    """Is what ``status --json`` prints."""
 
     run_id: str
     name: str

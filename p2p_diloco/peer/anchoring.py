@@ -19,6 +19,7 @@ import logging
 from dataclasses import dataclass
 
 from p2p_diloco.core.anchor import ANCHORED_AFTER, Anchor, Anchors, anchored_steps, open_anchor
+from p2p_diloco.core.asked import Asked
 from p2p_diloco.core.errors import Misbehaved, RemoteError
 from p2p_diloco.core.events import EventLog
 from p2p_diloco.core.records import Record
@@ -48,8 +49,7 @@ class Anchoring:
 
     def __post_init__(self) -> None:
         self.is_owner = self.here.peer_id == self.replica.manifest.owner
-        self._asked: dict[str, float] = {}
-        """Peer id -> loop time until which it is not asked again."""
+        self._asked = Asked()
         self._taking = asyncio.Lock()
         """Held while the file of the anchors is written."""
         self._computed: dict[int, tuple[bytes, bytes]] = {}
@@ -95,11 +95,10 @@ class Anchoring:
         """Asks those that name an anchor which I do not know, the owner first, each once in a record's life. Returns
         whether any leads on from mine."""
         asked_s, timeouts = now_s(), self.here.timeouts
-        self._asked = {peer_id: until_s for peer_id, until_s in self._asked.items() if until_s > asked_s}
-        unknown = [r for r in self.here.live() if self._is_news(r) and r.peer_id not in self._asked]
+        unknown = self._asked.unasked(filter(self._is_news, self.here.live()), asked_s)
         unknown.sort(key=lambda record: (record.peer_id != self.replica.manifest.owner, -record.anchored_step))
         chosen = [record.peer_id for record in unknown[:ANCHORS_ASKED_AT_ONCE]]
-        self._asked |= dict.fromkeys(chosen, asked_s + timeouts.record_life_s)
+        self._asked.note(chosen, asked_s + timeouts.record_life_s)
         before = self.anchors.number
         await asyncio.gather(*map(self._ask, chosen))
         return self.anchors.number > before

@@ -36,7 +36,7 @@ from p2p_diloco.round.settle import RoundCost, Settlement
 
 @dataclass(frozen=True, kw_only=True)
 class Offer:
-    """What the trainer has for a round."""
+    """Is what the trainer has for a round."""
 
     tokens: int
     """It has learned from so many since its last outer step."""

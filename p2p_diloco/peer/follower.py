@@ -17,6 +17,7 @@ import logging
 from dataclasses import dataclass, field
 
 from p2p_diloco.core.admission import one_vote_each
+from p2p_diloco.core.asked import Asked
 from p2p_diloco.core.event import PeerCaughtUp
 from p2p_diloco.core.events import EventLog
 from p2p_diloco.core.swarm_head import Standing, from_nowhere, must_catch_up, swarm_head, way_of
@@ -66,8 +67,8 @@ class Follower:
     """Held while the state moves other than by a round."""
     behind: bool = False
     """The swarm went on without me, or my state was wrong: the trainer shall come for an outer step now."""
-    _ways_asked: dict[str, float] = field(default_factory=dict)
-    """Peer id -> until when it is not asked again how it came where it is."""
+    _ways_asked: Asked = field(default_factory=Asked)
+    """Who was asked how it came where it is."""
     _in_vain: int = 0
     """Catch-ups in a row that led nowhere."""
 
@@ -121,17 +122,16 @@ class Follower:
         if self.replica.state is None:
             return
         asked_s = now_s()
-        self._ways_asked = {peer_id: until_s for peer_id, until_s in self._ways_asked.items() if until_s > asked_s}
         directory = self.here.directory
         voters = directory.believed(self.here.wall_s())
         claims = from_nowhere(voters, self.here.seat.standing, directory.before)
         unasked = {
             record.head: record
-            for record in claims
-            if record.peer_id not in self._ways_asked and (failed or not directory.proven.has_failed(record.peer_id))
+            for record in self._ways_asked.unasked(claims, asked_s)
+            if failed or not directory.proven.has_failed(record.peer_id)
         }
         chosen = list(unasked.values())[:WAYS_ASKED]
-        self._ways_asked |= {record.peer_id: asked_s + self.here.timeouts.record_life_s for record in chosen}
+        self._ways_asked.note((r.peer_id for r in chosen), asked_s + self.here.timeouts.record_life_s)
         await asyncio.gather(*(self.catchup.learn_way(record) for record in chosen))
 
     async def catch_up(self, patience_s: float) -> bool:

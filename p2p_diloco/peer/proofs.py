@@ -13,6 +13,7 @@ import contextlib
 import logging
 from dataclasses import dataclass
 
+from p2p_diloco.core.asked import Asked
 from p2p_diloco.core.barred import Barred
 from p2p_diloco.core.equivocation import MAX_PROOF_BYTES, parse_proof
 from p2p_diloco.core.errors import Gone, Misbehaved, RemoteError
@@ -44,8 +45,7 @@ class Proofs:
     def __post_init__(self) -> None:
         self._told: set[str] = set()
         """Those whose barring has been written down."""
-        self._asked: dict[str, float] = {}
-        """Peer id -> loop time until which it is not asked again."""
+        self._asked = Asked()
 
     @property
     def barred(self) -> Barred:
@@ -88,11 +88,11 @@ class Proofs:
         """Asks peers whose records say that they have barred others than I have, each once within
         ``record_life_s``."""
         asked_s, mine = now_s(), self.barred.digest()
-        self._asked = {peer_id: until_s for peer_id, until_s in self._asked.items() if until_s > asked_s}
-        others = [r for r in self.here.live() if r.barred and r.barred_digest != mine and r.peer_id not in self._asked]
+        live = self.here.live()
+        others = self._asked.unasked((r for r in live if r.barred and r.barred_digest != mine), asked_s)
         others.sort(key=lambda record: -record.barred)
         chosen = [record.peer_id for record in others[:ASKED_AT_ONCE]]
-        self._asked |= dict.fromkeys(chosen, asked_s + self.here.timeouts.record_life_s)
+        self._asked.note(chosen, asked_s + self.here.timeouts.record_life_s)
         await asyncio.gather(*map(self._ask, chosen))
 
     async def _ask(self, peer_id: str) -> None:

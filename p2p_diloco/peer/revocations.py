@@ -15,6 +15,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Protocol
 
+from p2p_diloco.core.asked import Asked
 from p2p_diloco.core.config import Timeouts
 from p2p_diloco.core.directory import Directory
 from p2p_diloco.core.errors import Misbehaved, RemoteError
@@ -36,7 +37,7 @@ ASKED_AT_ONCE = 4
 
 
 class Dialling(Protocol):
-    """What it takes to ask others for a list. ``channel.Transport`` has it."""
+    """Is what it takes to ask others for a list. ``channel.Transport`` has it."""
 
     timeouts: Timeouts
     traffic: Traffic
@@ -57,8 +58,7 @@ class NewestList:
     """The list, as the owner has sealed it; empty where none has been heard of."""
 
     def __post_init__(self) -> None:
-        self._asked: dict[str, float] = {}
-        """Peer id -> loop time until which it is not asked again."""
+        self._asked = Asked()
 
     async def hear(self, live: Iterable[Record]) -> bool:
         """Asks for a newer list where one of the ``live`` records says that there is one, and returns whether there
@@ -66,11 +66,10 @@ class NewestList:
         asked_s, admission = now_s(), self.directory.admission
         if not admission.by_invitation:
             return False
-        self._asked = {peer_id: until_s for peer_id, until_s in self._asked.items() if until_s > asked_s}
-        newer = [r for r in live if r.revocations > admission.number and r.peer_id not in self._asked]
+        newer = self._asked.unasked((r for r in live if r.revocations > admission.number), asked_s)
         newer.sort(key=lambda record: (record.peer_id != admission.owner, -record.revocations))
         chosen = [record.peer_id for record in newer[:ASKED_AT_ONCE]]
-        self._asked |= dict.fromkeys(chosen, asked_s + self.transport.timeouts.record_life_s)
+        self._asked.note(chosen, asked_s + self.transport.timeouts.record_life_s)
         lists = await asyncio.gather(*map(self._ask, chosen))
         return any([self.take(sealed) for sealed in lists if sealed])
 

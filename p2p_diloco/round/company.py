@@ -17,7 +17,7 @@ from p2p_diloco.core.admission import Lapsed, votes
 from p2p_diloco.core.credit import Credit
 from p2p_diloco.core.errors import Misbehaved, Refused
 from p2p_diloco.core.findings import Findings
-from p2p_diloco.core.group import Group, RosterRules, SealedRoster, open_roster
+from p2p_diloco.core.group import Group, RosterRules, open_roster
 from p2p_diloco.core.manifest import RunManifest
 from p2p_diloco.core.records import Record, open_record
 from p2p_diloco.core.roster import Readiness, leader_order, on_head, open_readiness, precedence, rank
@@ -215,13 +215,11 @@ class Company:
         where a seat in it has lapsed, or somebody in it is barred, for its leader may not have heard of that."""
         if leader in self.here.directory.barred:
             raise Refused(leader, "it is barred")
-        members, absent, idle = tuple(roster.members), tuple(roster.absent), tuple(roster.idle)
-        sealed = SealedRoster(leader=leader, members=members, absent=absent, signature=roster.signature, idle=idle)
         try:
-            group = open_roster(sealed, self.rules, self.here.seat.known)
+            group = open_roster(roster.sealed_by(leader), self.rules, self.here.seat.known)
         except ValueError as error:
             raise Misbehaved(leader, f"sends {error}") from error
-        admission, away = self.here.directory.admission, [open_record(one) for one in absent]
+        admission, away = self.here.directory.admission, [open_record(one) for one in roster.absent]
         try:
             admission.check_roster(group.members, away, now_s=self.here.wall_s(), step=group.step)
         except Lapsed as error:

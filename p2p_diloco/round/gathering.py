@@ -174,8 +174,7 @@ class Gatherings:
         if self.company.lacks_witness(opened):
             return NoWitness()
         idle = idle_among(opened, known, least_known, self.company.findings.unfit(self.seat.standing.step))
-        roster = seal_roster(members, self._absent(gathering, members), self.here.identity, idle)
-        return Roster(members=members, absent=list(roster.absent), signature=roster.signature, idle=idle)
+        return Roster.of(seal_roster(members, self._absent(gathering, members), self.here.identity, idle))
 
     def _charge_absent(self, gathering: Gathering) -> None:
         """Takes what the round has waited for those that did not come from their credit."""

@@ -15,7 +15,6 @@ from collections.abc import Iterable
 
 from p2p_diloco.core.equivocation import TwoRosters, proved
 from p2p_diloco.core.errors import Misbehaved, RemoteError
-from p2p_diloco.core.group import SealedRoster
 from p2p_diloco.round.meeting import Meeting
 from p2p_diloco.wire.channel import Channel
 from p2p_diloco.wire.messages import No
@@ -72,7 +71,7 @@ class Rosters:
                 answer: Roster | No = await channel.request(ask, Roster, No)
                 if isinstance(answer, Roster):
                     proof = self._compare(answer)
-                    await channel.send(No(reason="no proof") if proof is None else self._roster())
+                    await channel.send(No(reason="no proof") if proof is None else Roster.of(self.group.sealed))
                     if proof is not None:
                         meeting.signatures.prove(proof)
             finally:
@@ -84,7 +83,7 @@ class Rosters:
     async def show(self, channel: Channel) -> None:
         """Answers a peer that has another roster of my leader: with mine; and hears whether the two prove anything.
         Misbehaved when it says so, and they do not."""
-        await channel.send(self._roster())
+        await channel.send(Roster.of(self.group.sealed))
         answer: Roster | No = await channel.receive(Roster, No, timeout_s=self.meeting.timeouts.request_s)
         if isinstance(answer, Roster):
             proof = self._compare(answer)
@@ -95,20 +94,6 @@ class Rosters:
     def _compare(self, other: Roster) -> TwoRosters | None:
         """Returns the proof that my roster and another one make; None where they make none."""
         mine = self.group.sealed
-        theirs = SealedRoster(
-            leader=mine.leader,
-            members=tuple(other.members),
-            absent=tuple(other.absent),
-            signature=other.signature,
-            idle=tuple(other.idle),
-        )
-        return proved(mine, theirs, run_id=self.meeting.directory.run_id, owner=self.meeting.owner)
-
-    def _roster(self) -> Roster:
-        sealed = self.group.sealed
-        return Roster(
-            members=list(sealed.members),
-            absent=list(sealed.absent),
-            signature=sealed.signature,
-            idle=list(sealed.idle),
+        return proved(
+            mine, other.sealed_by(mine.leader), run_id=self.meeting.directory.run_id, owner=self.meeting.owner
         )

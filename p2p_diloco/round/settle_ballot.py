@@ -9,11 +9,14 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass, field, replace
 
-from p2p_diloco.core.certificate import Certificate, Taken, certificate_of, is_witnessed
+from p2p_diloco.core.certificate import Certificate, Taken, certificate_of, check_signatures, is_witnessed
 from p2p_diloco.core.errors import Misbehaved, RemoteError
+from p2p_diloco.core.group import Group
 from p2p_diloco.core.update import Update
 from p2p_diloco.round.meeting import Meeting
+from p2p_diloco.round.settle_eta import beyond_etas
 from p2p_diloco.wire.messages import No
+from p2p_diloco.wire.proof_messages import AskOther, Other
 from p2p_diloco.wire.round_messages import AskWitness, Certifies, Eta, Took, Witnessed
 
 log = logging.getLogger(__name__)
@@ -82,9 +85,8 @@ class Ballot:
         channel = await meeting.transport.open(owner, meeting.directory.maddrs(owner), meeting.protocol)
         try:
             ask = AskWitness(link=self.update.header.link, certificate=certificate.to_bytes())
-            answer: Eta | Witnessed = await channel.request(ask, Eta, Witnessed)
-            while isinstance(answer, Eta):
-                answer = await channel.receive(Eta, Witnessed, timeout_s=meeting.timeouts.request_s)
+            word: Eta | Witnessed = await channel.request(ask, Eta, Witnessed)
+            answer = await beyond_etas(channel, word, Witnessed, timeout_s=meeting.timeouts.request_s)
         finally:
             channel.close()
         if not self.taken.is_signed(owner, answer.signature):
@@ -100,3 +102,24 @@ def certifies(certificate: Certificate) -> Certifies:
         signatures=[signature for _, signature in certificate.signatures],
         witness=certificate.witness,
     )
+
+
+def certificate_in(
+    said: Certifies | AskOther | Other, group: Group, *, state: bytes, link: bytes, owner: str, source: str
+) -> Certificate:
+    """Returns the certificate in what a member says, verified for the update with this link. ``state``: as in
+    ``Taken``. Misbehaved of ``source`` when it is not sound."""
+    if len(said.members) != len(said.signatures):
+        raise Misbehaved(source, "sends a certificate that does not fit the round")
+    certificate = Certificate(
+        roster=group.sealed,
+        full=said.full,
+        state=state,
+        signatures=tuple(zip(said.members, said.signatures)),
+        witness=said.witness,
+    )
+    try:
+        check_signatures(certificate, group, link, owner)
+    except ValueError as error:
+        raise Misbehaved(source, f"sends {error}") from error
+    return certificate

@@ -8,8 +8,10 @@ from typing import Any, TypeVar
 
 from p2p_diloco.core.waiting import heard, now_s
 from p2p_diloco.wire.channel import Channel
+from p2p_diloco.wire.message import Message
 from p2p_diloco.wire.round_messages import Eta
 
+M = TypeVar("M", bound=Message)
 T = TypeVar("T")
 
 
@@ -36,3 +38,11 @@ async def keep_waiting(channel: Channel, changed: asyncio.Event, next_word_s: fl
         return next_word_s
     await channel.send(Eta(eta_s=every_s))
     return now_s() + every_s
+
+
+async def beyond_etas(channel: Channel, word: Eta | M, *kinds: type[M], timeout_s: float) -> M:
+    """Returns the first word, from ``word`` on, that is no Eta: one of ``kinds``. Raises Silent when the next one takes
+    longer than ``timeout_s``; else as ``Channel.receive``."""
+    while isinstance(word, Eta):
+        word = await channel.receive(Eta, *kinds, timeout_s=timeout_s)
+    return word

@@ -15,6 +15,7 @@ from p2p_diloco.core.errors import RemoteError
 from p2p_diloco.core.waiting import deadline, heard, now_s
 from p2p_diloco.round.butterfly import run_all
 from p2p_diloco.round.settle_decide import collects_until_s, commit_fits
+from p2p_diloco.round.settle_eta import beyond_etas
 from p2p_diloco.round.settle_member import Member
 from p2p_diloco.wire.messages import No
 from p2p_diloco.wire.round_messages import AskCommit, Certifies, Commit, Eta, Receipt, TookBefore
@@ -23,7 +24,7 @@ log = logging.getLogger(__name__)
 
 
 class Hearing:
-    """What the members have told one that leads now or later, and the waits for it."""
+    """Says what the members have told one that leads now or later, and the waits for it."""
 
     def __init__(self, member: Member) -> None:
         self.member = member
@@ -121,9 +122,10 @@ class Hearing:
                 async with deadline(first_s):
                     channel = await meeting.open(asked)
                     ask = AskCommit(round_id=self.group.round_id)
-                    answer: Eta | TookBefore | Commit | No = await channel.request(ask, Eta, TookBefore, Commit, No)
-                while isinstance(answer, Eta):
-                    answer = await channel.receive(Eta, TookBefore, Commit, No, timeout_s=timeouts.request_s)
+                    word: Eta | TookBefore | Commit | No = await channel.request(ask, Eta, TookBefore, Commit, No)
+                answer: TookBefore | Commit | No = await beyond_etas(
+                    channel, word, TookBefore, Commit, No, timeout_s=timeouts.request_s
+                )
                 if isinstance(answer, Commit):
                     certifies: Certifies = await channel.receive(Certifies, timeout_s=timeouts.request_s)
         except asyncio.TimeoutError:

@@ -9,7 +9,7 @@ from p2p_diloco.core.errors import Misbehaved, RemoteError
 from p2p_diloco.core.waiting import now_s
 from p2p_diloco.round.settle_ballot import certifies
 from p2p_diloco.round.settle_decide import Decision, answer_to_receipt, receipt_fits
-from p2p_diloco.round.settle_eta import keep_waiting
+from p2p_diloco.round.settle_eta import beyond_etas, keep_waiting
 from p2p_diloco.round.settle_leader import Leader
 from p2p_diloco.wire.channel import Channel
 from p2p_diloco.wire.messages import No
@@ -66,10 +66,9 @@ class LeaderAnswers:
 
     async def _hear_signature(self, channel: Channel, sender: int) -> None:
         """Takes a member's signature over the commit that I gave it, which it may have to complete first."""
-        meeting = self.meeting
-        word: Eta | Took | No = await channel.receive(Eta, Took, No, timeout_s=meeting.timeouts.request_s)
-        while isinstance(word, Eta):
-            word = await channel.receive(Eta, Took, No, timeout_s=meeting.timeouts.request_s)
+        request_s = self.meeting.timeouts.request_s
+        first: Eta | Took | No = await channel.receive(Eta, Took, No, timeout_s=request_s)
+        word: Took | No = await beyond_etas(channel, first, Took, No, timeout_s=request_s)
         if self.leader.ballot is not None:
             self.leader.ballot.hear(sender, word)
 

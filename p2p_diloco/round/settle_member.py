@@ -23,7 +23,7 @@ from p2p_diloco.round.meeting import Meeting
 from p2p_diloco.round.outcome import NOT_WITNESSED, Missed, Settled
 from p2p_diloco.round.settle_completion import COULD_NOT_FETCH, Completion
 from p2p_diloco.round.settle_decide import again_fits, commit_fits
-from p2p_diloco.round.settle_eta import telling
+from p2p_diloco.round.settle_eta import beyond_etas, telling
 from p2p_diloco.round.settle_pledge import Pledge
 from p2p_diloco.wire.channel import Channel
 from p2p_diloco.wire.message import Message
@@ -138,10 +138,8 @@ class Member:
         request_s = self.meeting.timeouts.request_s
         try:
             async with deadline(self.left_s() * LEADERS_SHARE):
-                answer: Eta | M | No = await channel.receive(Eta, *kinds, No, timeout_s=request_s)
-                while isinstance(answer, Eta):
-                    answer = await channel.receive(Eta, *kinds, No, timeout_s=request_s)
-                return answer
+                word: Eta | M | No = await channel.receive(Eta, *kinds, No, timeout_s=request_s)
+                return await beyond_etas(channel, word, *kinds, No, timeout_s=request_s)
         except asyncio.TimeoutError:
             raise Silent(channel.peer_id, "promises a word, and does not come to it") from None
 

@@ -16,13 +16,14 @@ from __future__ import annotations
 import asyncio
 import logging
 
-from p2p_diloco.core.certificate import Certificate, check_signatures
+from p2p_diloco.core.certificate import Certificate
 from p2p_diloco.core.errors import Misbehaved, RemoteError
 from p2p_diloco.core.group import Group
 from p2p_diloco.core.waiting import deadline
 from p2p_diloco.round.butterfly import run_all
 from p2p_diloco.round.meeting import Meeting
 from p2p_diloco.round.outcome import Settled
+from p2p_diloco.round.settle_ballot import certificate_in
 from p2p_diloco.wire.channel import Channel
 from p2p_diloco.wire.messages import No
 from p2p_diloco.wire.proof_messages import AskOther, Other
@@ -103,20 +104,14 @@ class Once:
 
     def _certificate_of(self, source: str, message: AskOther | Other) -> Certificate:
         """Returns the certificate in what a member says, verified. Misbehaved of ``source`` when it is not sound."""
-        if len(message.members) != len(message.signatures):
-            raise Misbehaved(source, "sends a certificate that does not fit the round")
-        certificate = Certificate(
-            roster=self.group.sealed,
-            full=message.full,
+        return certificate_in(
+            message,
+            self.group,
             state=message.state,
-            signatures=tuple(zip(message.members, message.signatures)),
-            witness=message.witness,
+            link=message.link,
+            owner=self.meeting.owner,
+            source=source,
         )
-        try:
-            check_signatures(certificate, self.group, message.link, self.meeting.owner)
-        except ValueError as error:
-            raise Misbehaved(source, f"sends {error}") from error
-        return certificate
 
     def _other(self, link: bytes, certificate: Certificate) -> Other:
         members, signatures = enough(self.group, certificate, self.meeting.owner)

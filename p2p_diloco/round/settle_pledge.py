@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import logging
 
-from p2p_diloco.core.certificate import Certificate, Taken, check_signatures
+from p2p_diloco.core.certificate import Taken
 from p2p_diloco.core.errors import Misbehaved
 from p2p_diloco.core.update import in_most_parts
 from p2p_diloco.round.meeting import Meeting
 from p2p_diloco.round.outcome import Missed, Settled
+from p2p_diloco.round.settle_ballot import certificate_in
 from p2p_diloco.round.settle_completion import COULD_NOT_FETCH, Completion
 from p2p_diloco.round.settle_decide import objection_to
 from p2p_diloco.wire.messages import No
@@ -63,19 +64,9 @@ class Pledge:
         """Takes in what certifies a commit, and returns its update, after fetching the parts that I do not hold.
         Misbehaved of ``source``, a member, when it is not certified so."""
         peer_id, link = self.group.members[source].peer_id, self.group.header(commit.part_hashes).link
-        if len(certifies.members) != len(certifies.signatures):
-            raise Misbehaved(peer_id, "sends a certificate that does not fit the round")
-        certificate = Certificate(
-            roster=self.group.sealed,
-            full=certifies.full,
-            state=commit.state,
-            signatures=tuple(zip(certifies.members, certifies.signatures)),
-            witness=certifies.witness,
+        certificate = certificate_in(
+            certifies, self.group, state=commit.state, link=link, owner=self.meeting.owner, source=peer_id
         )
-        try:
-            check_signatures(certificate, self.group, link, self.meeting.owner)
-        except ValueError as error:
-            raise Misbehaved(peer_id, f"sends {error}") from error
         update = await self.completion.complete(commit, source)
         if update is None:
             return Missed(reason="behind", detail=COULD_NOT_FETCH)

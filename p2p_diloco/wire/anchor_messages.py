@@ -15,7 +15,7 @@ ANCHORS_SENT = 256
 
 
 class AskAnchors(Message):
-    """Which anchors do you go by whose number is larger than ``since``? Answered by AnchorList."""
+    """Asks for the anchors that a peer goes by whose number is larger than ``since``. Answered by AnchorList."""
 
     tag = "ask-anchors"
     purpose = "other"

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import FailFast, Field
 
 from p2p_diloco.core.certificate import MAX_CERTIFICATE_BYTES, MAX_FULL_BYTES
-from p2p_diloco.core.group import MAX_ABSENT, MAX_MEMBERS
+from p2p_diloco.core.group import MAX_ABSENT, MAX_MEMBERS, SealedRoster
 from p2p_diloco.core.records import Hash, Natural
 from p2p_diloco.wire.message import MAX_FRAME_BYTES, Message, Sealed, Signature
 
@@ -39,6 +39,26 @@ class Roster(Message):
         default=[]
     )
     """Indices of members that neither reduce nor lead in this round, rising."""
+
+    @classmethod
+    def of(cls, roster: SealedRoster) -> Roster:
+        """Returns the message that has a roster in it. Who sends it, or is asked about it, is its leader."""
+        return cls(
+            members=list(roster.members),
+            absent=list(roster.absent),
+            signature=roster.signature,
+            idle=list(roster.idle),
+        )
+
+    def sealed_by(self, leader: str) -> SealedRoster:
+        """Returns the roster in it, as that of ``leader``. Nothing is verified."""
+        return SealedRoster(
+            leader=leader,
+            members=tuple(self.members),
+            absent=tuple(self.absent),
+            signature=self.signature,
+            idle=tuple(self.idle),
+        )
 
 
 class TooFew(Message):

@@ -17,8 +17,8 @@ MAX_CHAIN_BYTES = 16 * 1024 * 1024
 
 
 class AskHeads(Message):
-    """Which way did you go from outer step ``since`` on? Answered by Heads, or by No when there are none from there
-    on."""
+    """Asks which way a peer went from outer step ``since`` on. Answered by Heads, or by No when there are none from
+    there on."""
 
     tag = "ask-heads"
     purpose = "catchup"

@@ -25,7 +25,7 @@ from p2p_diloco.peer.attempts import Attempts
 from p2p_diloco.peer.control import OuterResult
 from p2p_diloco.peer.outer_steps import OuterSteps
 from p2p_diloco.peer.presence import Presence
-from p2p_diloco.round import settle_decide, settle_pledge
+from p2p_diloco.round import settle_ballot, settle_decide
 from p2p_diloco.round.here import Here
 from p2p_diloco.round.meeting import Meeting
 from p2p_diloco.round.outcome import Settled
@@ -246,7 +246,7 @@ def certificate_not_checked() -> Iterator[None]:
         self._last.append(certified.in_most_parts())
         self.step, self.head = certified.header.step + 1, certified.header.head
 
-    with mock.patch.object(settle_pledge, "check_signatures", believe), mock.patch.object(Lineage, "follow", follow):
+    with mock.patch.object(settle_ballot, "check_signatures", believe), mock.patch.object(Lineage, "follow", follow):
         yield
 
 
