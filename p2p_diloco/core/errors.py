@@ -1,6 +1,6 @@
 """Every exception of the package.
 
-Two roots, so that a reader of an ``except`` knows whose fault it is::
+Two roots, so that a reader of an ``except`` knows whose fault it is, and one exception that is nobody's::
 
     LocalError                 ours: shown to the user as one line, ends the command
      +-- UsageError            a flag, file or address that the user can mend        exit code 2
@@ -8,12 +8,12 @@ Two roots, so that a reader of an ``except`` knows whose fault it is::
      +-- LedgerError           the ledger cannot be read or written                  exit code 1
      |    +-- Gap              its files do not lead there; another peer's may
      +-- NetworkError          we cannot start, reach or keep our network side       exit code 1
-     +-- Stopped               the user, or the end of the run, asked us to leave    exit code 0
     RemoteError                a peer's: never ends our process; names the peer
      +-- Misbehaved            its bytes break the protocol: it is excluded from the round
      +-- Silent                it did not answer within the time-out
      +-- Gone                  it cannot be reached, or closed the stream
      +-- Refused               it answered that it will not, and said why
+    Stopped                    a signal asked this process to end                    exit code 0
 """
 
 from __future__ import annotations
@@ -56,7 +56,10 @@ class NetworkError(LocalError):
     """This peer's network side cannot start, cannot reach anybody, or has ended."""
 
 
-class Stopped(LocalError):
+class Stopped(BaseException):
+    """A signal asked this process to end, wherever it was. Like KeyboardInterrupt it is no Exception: ``logging`` and
+    other libraries take every Exception that passes through them for a failure of their own, and go on."""
+
     exit_code = 0
 
 

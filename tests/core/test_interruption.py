@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import asyncio
+import io
+import logging
 import signal
 import subprocess
 import sys
@@ -198,6 +200,17 @@ def test_a_signal_stops_at_once_but_for_an_inner_step() -> None:
         assert signal.alarm(0) == 0, "nobody is interrupted later"
     with stop_signals() as stop, pytest.raises(Stopped):
         signal.raise_signal(signal.SIGTERM)
+
+
+def test_a_signal_in_the_midst_of_a_line_of_the_log_comes_through() -> None:
+    class Interrupted:
+        def __str__(self) -> str:
+            signal.raise_signal(signal.SIGTERM)
+            return "never"
+
+    handler = logging.StreamHandler(io.StringIO())
+    with stop_signals(), pytest.raises(Stopped):
+        handler.handle(logging.LogRecord("train", logging.INFO, __file__, 1, "%s", (Interrupted(),), None))
 
 
 def test_an_inner_step_has_some_seconds_to_end_in() -> None:
