@@ -1,8 +1,10 @@
 """Audits: which parts of an update a member looks at, and whether a part is the mean of what was contributed. Pure.
 
-A reducer signs a part together with all contributions that it took (``signed_part``), before anybody knows which parts
-are audited: that follows from the head that the update leads to. Whoever has the contributions, the roster and the part
-can take the mean again, and comes to the same bits. So a part that is wrong proves itself to everybody.
+A reducer signs a part together with all contributions that came to it (``signed_part``), before anybody knows which
+parts are audited: that follows from the head that the update leads to. Whoever has the contributions, the roster and
+the part can take the mean again, and comes to the same bits. So a part that is wrong proves itself to everybody: also
+one without a contribution that the run's rule does not leave out. Who claims a contribution that did not come cannot
+show it.
 
 What it cannot show: that a reducer took its own contribution, or that of a friend, after it had seen the others.
 """
@@ -21,7 +23,7 @@ from p2p_diloco.core.group import MAX_ABSENT, MAX_MEMBERS, Group, RosterRules, S
 from p2p_diloco.core.identity import SIGNATURE_BYTES
 from p2p_diloco.core.known import NOBODY_KNOWN
 from p2p_diloco.core.records import MAX_RECORD_BYTES, unpack_plain
-from p2p_diloco.core.signed_part import REDUCTION_BYTES, Contribution, Place, Reduction, inputs_of
+from p2p_diloco.core.signed_part import REDUCTION_BYTES, Contribution, Inputs, Place, Reduction
 from p2p_diloco.core.update import MAX_MASK_BYTES, Part
 
 MAX_ROSTER_BYTES = (MAX_MEMBERS + MAX_ABSENT) * (MAX_RECORD_BYTES + 8) + 1024
@@ -83,7 +85,7 @@ def parse_contributions(data: bytes, members: int) -> dict[int, Contribution]:
 
 def is_what_was_reduced(came: Mapping[int, Contribution], reduction: Reduction) -> bool:
     """Returns whether these are the contributions that a reducer has signed that it took."""
-    return inputs_of(came) == reduction.inputs
+    return Inputs.of(came) == reduction.inputs
 
 
 def is_wrong(

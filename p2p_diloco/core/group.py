@@ -199,10 +199,19 @@ class Group:
         """Returns whether these members are most of those that certify."""
         return 2 * len(self.voting.intersection(members)) > len(self.voting)
 
-    def leaves_out_most(self, mask: bytes) -> bool:
-        """Returns whether a part with this mask is without most of the members that count and contribute."""
+    def lacks_most(self, senders: bytes) -> bool:
+        """Returns whether a part to which only the members of this mask have sent lacks most of those that count and
+        contribute. Whom of the senders the run's rule then leaves out makes no difference."""
         due = {i for i in self.counting if not self.members[i].dropped}
-        return 2 * len(due.intersection(bits_of(mask))) < len(due)
+        return 2 * len(due.intersection(bits_of(senders))) < len(due)
+
+    def may_have_made(self, mask: bytes, senders: bytes) -> bool:
+        """Returns whether a part with this mask may be what the run's rule makes of what these senders have sent. It
+        leaves out nobody, or a minority where enough have sent; whether the right ones only an audit tells."""
+        inside, sent = set(bits_of(mask)), set(bits_of(senders))
+        if len(sent) < self.aggregation.leaves_out_from:
+            return inside == sent
+        return inside <= sent and 2 * len(inside) > len(sent)
 
     def index_of(self, peer_id: str) -> int:
         """Returns the index of a member. ValueError for any other peer."""

@@ -1,7 +1,7 @@
 """What senders and reducers sign of the parts that they send, so that whoever keeps them can show who has sent what.
 
 A contribution is signed by its sender. A reduced part is signed by its reducer, together with the contributions that it
-says are in it: from then on it cannot choose which ones to show.
+says came to it: from then on it cannot choose which ones to show.
 """
 
 from __future__ import annotations
@@ -14,11 +14,12 @@ import blake3
 
 from p2p_diloco.core.digest import HASH_BYTES, digest
 from p2p_diloco.core.identity import SIGNATURE_BYTES, Identity, verify
-from p2p_diloco.core.update import Part
+from p2p_diloco.core.update import MAX_MASK_BYTES, Part, contributor_mask
 
 CONTRIBUTION_CONTEXT = b"p2p-diloco contribution\0"
 REDUCTION_CONTEXT = b"p2p-diloco reduction\0"
-REDUCTION_BYTES = 1 + 1 + HASH_BYTES + SIGNATURE_BYTES
+INPUTS_BYTES = MAX_MASK_BYTES + HASH_BYTES
+REDUCTION_BYTES = 1 + 1 + INPUTS_BYTES + SIGNATURE_BYTES
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,10 +69,29 @@ class Contribution:
         return verify(peer_id, self.signed_bytes(place), self.signature)
 
 
-def inputs_of(came: Mapping[int, Contribution]) -> bytes:
-    """Returns 32 bytes that stand for the contributions to a part. ``came``: index in the roster -> contribution."""
-    pieces = (bytes([i]) + came[i].hash + came[i].signature for i in sorted(came))
-    return digest(*pieces)
+@dataclass(frozen=True, kw_only=True)
+class Inputs:
+    """Stands for the contributions that came to a part, also those that the run's rule leaves out of it."""
+
+    senders: bytes
+    """The mask of whose contributions they are."""
+    digest: bytes
+    """Of the contributions themselves."""
+
+    @classmethod
+    def of(cls, came: Mapping[int, Contribution]) -> Inputs:
+        """Returns what stands for these contributions. ``came``: index in the roster -> contribution."""
+        pieces = (bytes([i]) + came[i].hash + came[i].signature for i in sorted(came))
+        return cls(senders=contributor_mask(came), digest=digest(*pieces))
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> Inputs:
+        """Returns what ``to_bytes`` has packed. ``data``: INPUTS_BYTES of any content; nothing is verified."""
+        return cls(senders=data[:MAX_MASK_BYTES].rstrip(b"\0"), digest=data[MAX_MASK_BYTES:])
+
+    def to_bytes(self) -> bytes:
+        """Returns the inputs as they are signed."""
+        return self.senders.ljust(MAX_MASK_BYTES, b"\0") + self.digest
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,13 +102,12 @@ class Reduction:
     """Of the butterfly."""
     reducer: int
     """Its index in the roster."""
-    inputs: bytes
-    """As ``inputs_of`` has it: of all contributions that it took, also those that its rule left out."""
+    inputs: Inputs
     signature: bytes
     """The reducer's, over this and the part."""
 
     @classmethod
-    def of(cls, place: Place, part: Part, inputs: bytes, reducer: int, identity: Identity) -> Reduction:
+    def of(cls, place: Place, part: Part, inputs: Inputs, reducer: int, identity: Identity) -> Reduction:
         """Returns what a reducer signs of a part."""
         signature = identity.sign(reduction_bytes(place, part, inputs))
         return cls(number=place.number, reducer=reducer, inputs=inputs, signature=signature)
@@ -96,12 +115,13 @@ class Reduction:
     @classmethod
     def from_bytes(cls, data: bytes) -> Reduction:
         """Returns what ``to_bytes`` has packed. ``data``: REDUCTION_BYTES of any content; nothing is verified."""
-        number, reducer = data[:2]
-        return cls(number=number, reducer=reducer, inputs=data[2 : 2 + HASH_BYTES], signature=data[2 + HASH_BYTES :])
+        (number, reducer), signature = data[:2], data[2 + INPUTS_BYTES :]
+        inputs = Inputs.from_bytes(data[2 : 2 + INPUTS_BYTES])
+        return cls(number=number, reducer=reducer, inputs=inputs, signature=signature)
 
     def to_bytes(self) -> bytes:
         """Returns the reduction as it travels behind its part."""
-        return bytes([self.number, self.reducer]) + self.inputs + self.signature
+        return bytes([self.number, self.reducer]) + self.inputs.to_bytes() + self.signature
 
     def is_signed(self, round_id: bytes, index: int, part: Part, peer_id: str) -> bool:
         """Returns whether ``peer_id`` has signed that it has reduced this part, the one at ``index``."""
@@ -109,6 +129,6 @@ class Reduction:
         return verify(peer_id, reduction_bytes(place, part, self.inputs), self.signature)
 
 
-def reduction_bytes(place: Place, part: Part, inputs: bytes) -> bytes:
+def reduction_bytes(place: Place, part: Part, inputs: Inputs) -> bytes:
     """Returns the bytes under a reducer's signature."""
-    return REDUCTION_CONTEXT + digest(place.to_bytes(), inputs, part.hash)
+    return REDUCTION_CONTEXT + digest(place.to_bytes(), inputs.to_bytes(), part.hash)

@@ -127,8 +127,6 @@ class Audits:
         if wrong:
             evidence = Evidence(roster=group.sealed, index=index, part=part, reduction=reduction, came=came)
             self._hold(reducer, await asyncio.to_thread(evidence.to_bytes))
-        elif meeting.me not in came and (reduction.number, index) in meeting.delivered:
-            await self._note(reducer, "left out", group.step)
 
     async def _fetch(self, meeting: Meeting, index: int, reducer: str) -> dict[int, Contribution]:
         """Returns the contributions to a part, as its reducer has signed for them. RemoteError where it does not show
@@ -259,13 +257,11 @@ def reducers_of(meeting: Meeting, update: Update) -> dict[int, str]:
 
 
 def left_out_by(meeting: Meeting, update: Update) -> Iterator[str]:
-    """Yields the peers that have reduced a part of an update without my contribution, which I had delivered. None where
-    the run's rule may have left it out: then the audit tells."""
-    group = meeting.group
-    if len(group.members) >= group.aggregation.leaves_out_from:
-        return
+    """Yields the peers that have reduced a part of an update and say that my contribution, which I had delivered, did
+    not come. Whether one that came was left out rightly the audits tell."""
     for index, reducer in reducers_of(meeting, update).items():
         reduction = meeting.reductions[index]
-        delivered = reduction is not None and (reduction.number, index) in meeting.delivered
-        if delivered and meeting.me not in bits_of(update.parts[index].mask) and reducer != meeting.identity.peer_id:
+        if reduction is None or (reduction.number, index) not in meeting.delivered:
+            continue
+        if meeting.me not in bits_of(reduction.inputs.senders) and reducer != meeting.identity.peer_id:
             yield reducer

@@ -22,7 +22,7 @@ from p2p_diloco.core.aggregate import norm_of
 from p2p_diloco.core.codec import Vector
 from p2p_diloco.core.errors import Gone, Misbehaved, RemoteError
 from p2p_diloco.core.identity import SIGNATURE_BYTES
-from p2p_diloco.core.signed_part import Contribution, Place, inputs_of
+from p2p_diloco.core.signed_part import Contribution, Inputs, Place
 from p2p_diloco.core.waiting import deadline, now_s
 from p2p_diloco.round.meeting import Meeting
 from p2p_diloco.wire.channel import Channel
@@ -145,7 +145,7 @@ class Butterfly:
             reduced = group.aggregation.reduce(values, group.weights, part, meeting.grid, group.total_weight)
             meeting.norms[part] = norm_of(meeting.grid.decode(part, reduced.data))
             contributions = {sender: one.contribution for sender, one in came.items()}
-            meeting.hold_own(self.place(part), reduced, inputs_of(contributions))
+            meeting.hold_own(self.place(part), reduced, Inputs.of(contributions))
             if meeting.kept is not None:
                 await asyncio.to_thread(meeting.kept.write, self.number, part, contributions)
 

@@ -18,7 +18,7 @@ from p2p_diloco.core.event import Uncertified
 from p2p_diloco.core.grid import Grid
 from p2p_diloco.core.group import Group
 from p2p_diloco.core.identity import Identity
-from p2p_diloco.core.signed_part import REDUCTION_BYTES, Contribution, Place, Reduction
+from p2p_diloco.core.signed_part import REDUCTION_BYTES, Contribution, Inputs, Place, Reduction
 from p2p_diloco.core.update import MAX_MASK_BYTES, Part, check_mask
 from p2p_diloco.core.waiting import Bell
 from p2p_diloco.round.kept import Kept
@@ -71,7 +71,7 @@ class Meeting:
     refused: set[bytes] = field(default_factory=set)
     """Hashes of parts that members hold, and that I do not take: see ``objection`` and ``takes``."""
     lonely: set[int] = field(default_factory=set)
-    """Members that have reduced a part without most of those whose contributions it should have."""
+    """Members that have reduced a part to which most of those that count have not come."""
     delivered: set[tuple[int, int]] = field(default_factory=set)
     """(number of the butterfly, part) of each contribution of mine that I have handed over in time."""
     kept: Kept | None = None
@@ -114,7 +114,7 @@ class Meeting:
         """Returns the hashes of the parts that I hold, an empty one for each that I do not hold, or refuse."""
         return [part.hash if part and part.hash not in self.refused else b"" for part in self.parts]
 
-    def hold_own(self, place: Place, held: Part, inputs: bytes) -> None:
+    def hold_own(self, place: Place, held: Part, inputs: Inputs) -> None:
         """Signs and keeps a part of the update that I have reduced. ``inputs``: what stands for its contributions."""
         reduction = Reduction.of(place, held, inputs, self.me, self.identity)
         self.takes(place.part, held, reduction)  # others hear what I have, whether I take it or not
@@ -175,11 +175,14 @@ class Meeting:
         reduction = Reduction.from_bytes(data[-REDUCTION_BYTES:])
         try:
             check_mask(received.mask, len(self.group.members))
+            check_mask(reduction.inputs.senders, len(self.group.members))
             values = self.grid.decode(part, received.data)
         except ValueError as error:
             raise Misbehaved(channel.peer_id, f"sends part {part} that does not decode: {error}") from error
         if not self.is_signed(part, received, reduction):
             raise Misbehaved(channel.peer_id, f"sends part {part} that its reducer did not sign")
+        if not self.group.may_have_made(received.mask, reduction.inputs.senders):
+            raise Misbehaved(channel.peer_id, f"sends part {part} that no rule makes of what came to its reducer")
         self.norms[part] = norm_of(values)
         return received, reduction
 
@@ -191,11 +194,11 @@ class Meeting:
         )
 
     def takes(self, index: int, part: Part, reduction: Reduction) -> bool:
-        """Returns whether I take a part that is sound: most of those whose contributions should be in it are. Its
-        reducer may have been cut off from them, so it is not blamed, but another one does that part."""
-        if not self.group.leaves_out_most(part.mask):
+        """Returns whether I take a part that is sound: the contributions of most of those who count came to its
+        reducer. It may have been cut off from them, so it is not blamed, but another one does that part."""
+        if not self.group.lacks_most(reduction.inputs.senders):
             return True
-        log.warning("outer step %d: refused: part %d leaves out most of the group", self.group.step, index)
+        log.warning("outer step %d: refused: part %d lacks most of the group", self.group.step, index)
         self.refused.add(part.hash)
         self.lonely.add(reduction.reducer)
         return False

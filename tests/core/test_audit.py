@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from p2p_diloco.core.audit import (
     Evidence,
     drawn_parts,
+    is_what_was_reduced,
     is_wrong,
     max_contributions_bytes,
     max_evidence_bytes,
@@ -24,7 +25,7 @@ from p2p_diloco.core.audit import (
 from p2p_diloco.core.digest import digest
 from p2p_diloco.core.grid import Grid
 from p2p_diloco.core.group import Group
-from p2p_diloco.core.signed_part import Contribution, Place, Reduction, inputs_of
+from p2p_diloco.core.signed_part import Contribution, Inputs, Place, Reduction
 from p2p_diloco.core.update import Part
 from tests.support.builders import group_of, head, identity, ranked, rules_of
 
@@ -49,7 +50,7 @@ ZEROS = Part(mask=MEAN.mask, data=GRID.encode(np.zeros(GRID.n, np.float32)))
 def evidence(part: Part = ZEROS, came: dict[int, Contribution] | None = None) -> Evidence:
     """As the reducer has signed it."""
     came = CAME if came is None else came
-    reduction = Reduction.of(PLACE, part, inputs_of(came), REDUCER, MEMBERS[REDUCER])
+    reduction = Reduction.of(PLACE, part, Inputs.of(came), REDUCER, MEMBERS[REDUCER])
     return Evidence(roster=GROUP.sealed, index=0, part=part, reduction=reduction, came=came)
 
 
@@ -149,6 +150,24 @@ def test_the_mean_of_what_was_contributed_is_right_to_the_bit() -> None:
     assert wrong(GROUP, MEAN, {i: CAME[i] for i in range(4)})
 
 
+def test_a_reducer_that_leaves_out_what_it_has_signed_for_is_wrong() -> None:
+    """A mask that the rule might have made, and a mean that goes with it: members take it, and an audit does not."""
+    some = {i: GRID.decode(0, CAME[i].data) for i in (1, 3, 4)}
+    of_some = GROUP.aggregation.reduce(some, GROUP.weights, 0, GRID, None)
+    assert GROUP.may_have_made(of_some.mask, Inputs.of(CAME).senders)
+    assert wrong(GROUP, of_some, CAME)
+    assert evidence(of_some).accused(RULES, GRID) == (MEMBERS[REDUCER].peer_id, 1)
+
+
+def test_a_reducer_that_claims_contributions_that_did_not_come_cannot_show_them() -> None:
+    some = {i: CAME[i] for i in (1, 3, 4)}
+    claimed = replace(Inputs.of(some), senders=Inputs.of(CAME).senders)
+    reduction = Reduction.of(PLACE, MEAN, claimed, REDUCER, MEMBERS[REDUCER])
+    assert not is_what_was_reduced(some, reduction)
+    assert not is_what_was_reduced(CAME, reduction)
+    assert is_what_was_reduced(CAME, evidence().reduction)
+
+
 def test_a_reducer_that_signs_for_what_nobody_has_sent_is_wrong() -> None:
     for forged in (
         replace(CAME[1], signature=bytes(64)),
@@ -171,7 +190,7 @@ def test_what_proves_nothing() -> None:
     sound = evidence()
     other = contribution(1)
     twice = CAME | {1: Contribution.of(PLACE, other.data[:-1] + bytes([other.data[-1] ^ 1]), MEMBERS[1])}
-    by_another = Reduction.of(PLACE, ZEROS, inputs_of(CAME), 2, MEMBERS[REDUCER])
+    by_another = Reduction.of(PLACE, ZEROS, Inputs.of(CAME), 2, MEMBERS[REDUCER])
     for nothing, why in (
         (evidence(MEAN), "right"),
         (replace(evidence(MEAN), came=twice), "other contributions"),

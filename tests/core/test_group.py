@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from itertools import combinations, product
 from typing import Any
 
 import pytest
@@ -416,7 +417,17 @@ def test_a_leader_leaves_the_worst_idle_as_far_as_it_may() -> None:
         assert with_idle(idle).sealed.idle == tuple(idle)
 
 
-def test_a_part_without_most_of_the_known_contributors() -> None:
+def test_a_part_that_most_of_the_known_contributors_have_not_sent_to() -> None:
     group = with_idle([], unknown=(5,))
-    for inside, most in (((), False), ((0, 1), False), ((0, 1, 5), False), ((1, 2, 4), True), ((0, 1, 2, 3), True)):
-        assert group.leaves_out_most(contributor_mask(inside)) == (not most)
+    for sent, most in (((), False), ((0, 1), False), ((0, 1, 5), False), ((1, 2, 4), True), ((0, 1, 2, 3), True)):
+        assert group.lacks_most(contributor_mask(sent)) == (not most)
+
+
+@pytest.mark.parametrize("aggregate", ["mean", "robust"])
+def test_a_mask_that_the_rule_may_have_made(aggregate: AggregateName) -> None:
+    """All that sent or, where the rule leaves some out, most of five and more."""
+    group = group_of(ranked(head("a"), 6), "a", aggregate)
+    subsets = [frozenset(one) for size in range(7) for one in combinations(range(6), size)]
+    for sent, inside in product(subsets, subsets):
+        some_out = aggregate == "robust" and inside < sent and len(sent) >= 5 and len(inside) > len(sent - inside)
+        assert group.may_have_made(contributor_mask(inside), contributor_mask(sent)) == (inside == sent or some_out)

@@ -7,7 +7,7 @@ from dataclasses import replace
 import blake3
 import pytest
 
-from p2p_diloco.core.signed_part import REDUCTION_BYTES, Contribution, Place, Reduction, inputs_of
+from p2p_diloco.core.signed_part import REDUCTION_BYTES, Contribution, Inputs, Place, Reduction
 from p2p_diloco.core.update import Part
 from tests.support.builders import identity
 from tests.support.decoder import h, is_signed, public_key
@@ -37,9 +37,10 @@ def test_a_frame_of_any_length_is_no_contribution(frame: bytes) -> None:
 
 def test_a_reduction_is_signed_for_one_part_with_its_inputs_by_its_reducer() -> None:
     came = {5: Contribution.of(PLACE, b"b", REDUCER), 0: Contribution.of(PLACE, b"a", SENDER)}
-    inputs = inputs_of(came)
+    inputs = Inputs.of(came)
     entries = [bytes([i]) + blake3.blake3(came[i].data).digest() + came[i].signature for i in (0, 5)]
-    assert inputs == h(*entries)
+    assert inputs.to_bytes() == b"\x21" + bytes(31) + h(*entries)
+    assert Inputs.from_bytes(inputs.to_bytes()) == inputs
     reduction = Reduction.of(PLACE, PART, inputs, 5, REDUCER)
     assert len(reduction.to_bytes()) == REDUCTION_BYTES
     assert Reduction.from_bytes(reduction.to_bytes()) == reduction
@@ -47,15 +48,16 @@ def test_a_reduction_is_signed_for_one_part_with_its_inputs_by_its_reducer() -> 
     assert not reduction.is_signed(PLACE.round_id, PLACE.part, PART, SENDER.peer_id)
     assert not reduction.is_signed(bytes(32), PLACE.part, PART, REDUCER.peer_id)
     assert not reduction.is_signed(PLACE.round_id, 1, PART, REDUCER.peer_id)
-    for changed in (replace(reduction, number=2), replace(reduction, inputs=inputs_of({}))):
+    others = Inputs.of({}), replace(inputs, senders=b"\x25"), replace(inputs, digest=bytes(32))
+    for changed in (replace(reduction, number=2), *(replace(reduction, inputs=other) for other in others)):
         assert not changed.is_signed(PLACE.round_id, PLACE.part, PART, REDUCER.peer_id)
     for part in (replace(PART, mask=b"\x01"), replace(PART, data=b"Mean")):
         assert not reduction.is_signed(PLACE.round_id, PLACE.part, part, REDUCER.peer_id)
-    signed = b"p2p-diloco reduction\0" + h(NAMED, inputs, PART.hash)
+    signed = b"p2p-diloco reduction\0" + h(NAMED, inputs.to_bytes(), PART.hash)
     assert is_signed(public_key(REDUCER.peer_id), signed, reduction.signature)
 
 
 def test_inputs_stand_for_who_sent_what_under_which_signature() -> None:
     sent = Contribution.of(PLACE, b"a", SENDER)
     others = [{}, {1: sent}, {0: replace(sent, data=b"b")}, {0: replace(sent, signature=bytes(64))}, {0: sent, 1: sent}]
-    assert len({inputs_of(came) for came in [{0: sent}, *others]}) == 6
+    assert len({Inputs.of(came) for came in [{0: sent}, *others]}) == 6

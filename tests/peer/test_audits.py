@@ -14,7 +14,7 @@ from p2p_diloco.core.audit import Evidence
 from p2p_diloco.core.errors import Misbehaved
 from p2p_diloco.core.event import of_kind
 from p2p_diloco.core.events import read_events
-from p2p_diloco.core.signed_part import Reduction, inputs_of
+from p2p_diloco.core.signed_part import Inputs, Reduction
 from p2p_diloco.core.trust_event import PartAudited, ReducerFound
 from p2p_diloco.core.update import contributors_in_full
 from p2p_diloco.ledger.found import keep_findings, read_findings
@@ -203,7 +203,7 @@ def evidence_of(swarm: Swarm, *, wrong: bool) -> tuple[int, bytes]:
     if wrong:
         part = type(part)(mask=b"\x01", data=part.data)
         place = kept.member.butterflies[0].place(index)
-        reduction = Reduction.of(place, part, inputs_of(came), reduction.reducer, identity(reducer))
+        reduction = Reduction.of(place, part, Inputs.of(came), reduction.reducer, identity(reducer))
     roster = meeting.group.sealed
     return reducer, Evidence(roster=roster, index=index, part=part, reduction=reduction, came=came).to_bytes()
 

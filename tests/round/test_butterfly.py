@@ -13,7 +13,7 @@ import pytest
 
 from p2p_diloco.core.codecs import CodecName, decode, encode
 from p2p_diloco.core.errors import Gone, RemoteError
-from p2p_diloco.core.signed_part import REDUCTION_BYTES, Contribution, Reduction
+from p2p_diloco.core.signed_part import REDUCTION_BYTES, Contribution, Inputs, Reduction
 from p2p_diloco.core.update import Part, contributor_mask
 from p2p_diloco.core.waiting import now_s
 from p2p_diloco.round.butterfly import run_all
@@ -64,6 +64,25 @@ def test_all_commit_the_robust_mean(count: int) -> None:
         assert list(update.parts) == meeting.means(range(count))
         inside = [i for i in range(count) if i != count - 2 or count < 5]
         assert {part.mask for part in update.parts} == {contributor_mask(inside)}
+        meeting.check_blamed()
+
+    run_simulated(main())
+
+
+def test_a_part_is_taken_that_the_rule_made_without_most_of_the_known_members() -> None:
+    """All contributions came. Three of the five known ones point away from the others, two newcomers among these."""
+
+    async def main() -> None:
+        meeting = Round(7, unknown=(1, 4), aggregate="robust")
+        common = np.random.default_rng(2).standard_normal(meeting.n).astype(np.float32)
+        away = (0, 3, 6)
+        for i, local in enumerate(meeting.locals):
+            local[:] = meeting.theta - (common + (meeting.theta - local) / 10) * (-1 if i in away else 1)
+        await meeting.run()
+        update = meeting.update()
+        assert list(update.parts) == meeting.means(range(7))
+        assert {part.mask for part in update.parts} == {contributor_mask([1, 2, 4, 5])}
+        assert not any(settlement.meeting.refused for settlement in meeting.settlements.values())
         meeting.check_blamed()
 
     run_simulated(main())
@@ -393,7 +412,7 @@ SPOILED: list[tuple[Spoil, str]] = [
     (lambda part: msgpack.packb(["closing", {}]), "Misbehaved: sends part 2 with a wrong length"),
     (lambda part: frame_of(part)[:-1], "Misbehaved: sends part 2 with a wrong length"),
     (lambda part: frame_of(part) + b"x", "Misbehaved: sends part 2 with a wrong length"),
-    (lambda part: frame_of(part) + bytes(200), "Misbehaved: announces a frame of 404 bytes where at most 235 are due"),
+    (lambda part: frame_of(part) + bytes(200), "Misbehaved: announces a frame of 436 bytes where at most 267 are due"),
     (lambda part: bytes([33]) + bytes(32) + frame_of(part)[2:], "Misbehaved: sends part 2 with a wrong length"),
     (
         lambda part: Part(mask=part.mask, data=changed(part.data)),
@@ -520,6 +539,28 @@ def test_a_committed_part_that_is_too_long_is_not_signed(losses: Losses) -> None
 
 
 @pytest.mark.parametrize(
+    ("mask", "senders", "why"),
+    [
+        (b"\x06", b"\x07", "that no rule makes of what came to its reducer"),
+        (b"\x07", b"\x06", "that no rule makes of what came to its reducer"),
+        (b"\x07", b"\x0f", "that does not decode: a mask names others than the 3 contributors"),
+    ],
+)
+def test_a_mean_of_others_than_have_sent(losses: Losses, mask: bytes, senders: bytes, why: str) -> None:
+    """Of three nobody may be left out that is said to have sent."""
+
+    async def main() -> None:
+        meeting = Round(3, by_hand=(2,))
+        told = Part(mask=mask, data=meeting.mean(2, range(3)).data)
+        sent = meeting.frame(2, told, senders)
+        await meeting.run(reduce_by_hand(meeting, lambda *_: sent, receipt=None))
+        assert list(meeting.update().parts) == meeting.means(range(3), but=(2, 5), of=(0, 1))
+        assert losses.by(0) == losses.by(1) == [(2, f"Misbehaved: sends part 2 {why}")]
+
+    run_simulated(main())
+
+
+@pytest.mark.parametrize(
     ("by", "at", "number"),
     [(1, 2, 0), (2, 5, 0), (2, 2, 1), (9, 2, 0)],
     ids=["another reducer's", "another part's", "another butterfly's", "nobody's"],
@@ -531,7 +572,8 @@ def test_a_mean_that_is_signed_for_something_else(losses: Losses, by: int, at: i
         meeting = Round(3, by_hand=(2,))
         told = meeting.mean(2, range(3))
         signer = meeting.members[by] if by < 3 else identity(99)
-        signed = Reduction.of(meeting.place(at, number), told, bytes(32), by, signer).to_bytes()
+        inputs = Inputs.of({i: meeting.sent(i, 2) for i in range(3)})
+        signed = Reduction.of(meeting.place(at, number), told, inputs, by, signer).to_bytes()
         sent = frame_of(told, bytes([0]) + signed[1:])
         await meeting.run(reduce_by_hand(meeting, lambda *_: sent, receipt=None))
         assert list(meeting.update().parts) == meeting.means(range(3), but=(2, 5), of=(0, 1))

@@ -16,7 +16,7 @@ import pytest
 
 from p2p_diloco.core.audit import parse_contributions
 from p2p_diloco.core.errors import Refused
-from p2p_diloco.core.signed_part import inputs_of
+from p2p_diloco.core.signed_part import Inputs
 from p2p_diloco.round.kept import Kept
 from p2p_diloco.round.outcome import Settled
 from p2p_diloco.round.settle import RoundCost
@@ -411,7 +411,7 @@ def test_a_reducer_shows_the_contributions_that_it_has_signed_for_once_to_each_m
         assert came == {i: meeting.sent(i, 4) for i in range(3)}
         held = meeting.settlements[0].meeting.reductions[4]
         assert held is not None
-        assert held.inputs == inputs_of(came)
+        assert held.inputs == Inputs.of(came)
         assert await ask(0, 4) == No(reason="nothing more is shown")
         assert await ask(2, 3) == No(reason="nothing is kept"), "somebody else's part"
         assert await ask(2, 1) == No(reason="nothing more is shown")

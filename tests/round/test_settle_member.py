@@ -359,7 +359,7 @@ def test_parts_are_given_to_members_who_name_them() -> None:
 
         channel = await ask(4, part.hash)
         assert await channel.receive(Size, timeout_s=10.0) == Size(size_bytes=len(part.data))
-        assert await channel.receive_frame(1000, 10.0) == meeting.frame(4, part, of=range(2))
+        assert await channel.receive_frame(1000, 10.0) == meeting.frame(4, part)
         for at, wanted in ((3, part.hash), (4, UNKNOWN), (N_PARTS, part.hash), (2**59, part.hash)):
             channel = await ask(at, wanted)
             assert await channel.receive(No, timeout_s=10.0) == No(reason="not held")

@@ -714,6 +714,7 @@ class Made:
     number: int
     reducer: int
     inputs: bytes
+    """A mask of 32 bytes, then 32 bytes for the contributions."""
     signature: bytes
 
 
@@ -723,7 +724,8 @@ def place(round_id: bytes, number: int, part: int) -> bytes:
 
 def inputs_of(came: Mapping[int, tuple[bytes, bytes]], blake3: Blake3) -> bytes:
     """``came``: index in the roster -> (contribution, signature)."""
-    return h(*(bytes([i]) + blake3(came[i][0]) + came[i][1] for i in sorted(came)))
+    senders = sum(1 << i for i in came).to_bytes(32, "little")
+    return senders + h(*(bytes([i]) + blake3(came[i][0]) + came[i][1] for i in sorted(came)))
 
 
 def contributions_of(blob: bytes) -> dict[int, tuple[bytes, bytes]]:
@@ -922,14 +924,16 @@ class Decoder:
 
     def _mean(self, decoded: Decoded, found: Round, part: int, frame: bytes) -> bool:
         size = encoded_bytes(self._values(part), self.codec)
-        if not frame or len(frame) != 1 + frame[0] + size + 98:
+        if not frame or len(frame) != 1 + frame[0] + size + 130:
             return False
-        mask, behind = frame[1 : 1 + frame[0]], frame[-98:]
-        members_of(mask)
-        mean = Mean(mask, frame[1 + len(mask) : -98])
-        made = Made(number=behind[0], reducer=behind[1], inputs=behind[2:34], signature=behind[34:])
+        mask, behind = frame[1 : 1 + frame[0]], frame[-130:]
+        inside = set(members_of(mask))
+        mean = Mean(mask, frame[1 + len(mask) : -130])
+        made = Made(number=behind[0], reducer=behind[1], inputs=behind[2:66], signature=behind[66:])
         signed = REDUCTION_CONTEXT + h(place(found.round_id, made.number, part), made.inputs, mean.hash)
         check(is_signed(public_key(found.ids[made.reducer]), signed, made.signature), "a part that is not signed")
+        sent = set(members_of(made.inputs[:32].rstrip(b"\0")))
+        check(inside == sent or (inside < sent and len(sent) >= 5 and 2 * len(inside) > len(sent)), "another mask")
         decoded.means[part], decoded.reductions[part] = mean, made
         return True
 

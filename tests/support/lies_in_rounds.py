@@ -14,7 +14,7 @@ from p2p_diloco.core.codec import Vector
 from p2p_diloco.core.digest import digest
 from p2p_diloco.core.group import seal_roster
 from p2p_diloco.core.roster import open_readiness
-from p2p_diloco.core.signed_part import Place, Reduction
+from p2p_diloco.core.signed_part import Inputs, Place, Reduction
 from p2p_diloco.core.update import Part, Update, in_most_parts
 from p2p_diloco.core.waiting import heard, now_s
 from p2p_diloco.round.meeting import Meeting
@@ -88,7 +88,8 @@ def stale(liar: Liar) -> None:
 def signed_by(meeting: Meeting, index: int, part: Part) -> Reduction:
     """What a liar signs that says to have reduced a part."""
     place, held = Place(round_id=meeting.group.round_id, number=0, part=index), meeting.reductions[index]
-    return Reduction.of(place, part, bytes(32) if held is None else held.inputs, meeting.me, meeting.identity)
+    inputs = Inputs.of({}) if held is None else held.inputs
+    return Reduction.of(place, part, inputs, meeting.me, meeting.identity)
 
 
 async def send_signed(meeting: Meeting, channel: Channel, index: int, part: Part) -> None:
@@ -106,8 +107,8 @@ def reduces(
         meeting, first = settlement.meeting, settlement.member.butterflies[0]
         mine = {part for part in first._parts_of(first.me) if lies_about(settlement.group.head, part)}
 
-        def hold(real: Callable[[Place, Part, bytes], None]) -> Callable[[Place, Part, bytes], None]:
-            def held(place: Place, reduced: Part, inputs: bytes) -> None:
+        def hold(real: Callable[[Place, Part, Inputs], None]) -> Callable[[Place, Part, Inputs], None]:
+            def held(place: Place, reduced: Part, inputs: Inputs) -> None:
                 if place.part in mine:
                     mine.remove(place.part)
                     values = change(meeting.grid.decode(place.part, reduced.data))

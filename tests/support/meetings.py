@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -20,8 +20,8 @@ from p2p_diloco.core.directory import Directory
 from p2p_diloco.core.grid import Grid, part_slices
 from p2p_diloco.core.identity import Identity
 from p2p_diloco.core.records import seal_record
-from p2p_diloco.core.signed_part import REDUCTION_BYTES, Contribution, Place, Reduction, inputs_of
-from p2p_diloco.core.update import Part, Update, contributor_mask
+from p2p_diloco.core.signed_part import REDUCTION_BYTES, Contribution, Inputs, Place, Reduction
+from p2p_diloco.core.update import Part, Update, bits_of, contributor_mask
 from p2p_diloco.core.waiting import Bell, heard, now_s
 from p2p_diloco.round.meeting import Meeting
 from p2p_diloco.round.outcome import Missed, Settled
@@ -279,11 +279,13 @@ class Round:
         sent = self.sent(me, part, number)
         return sent.data + sent.signature
 
-    def frame(self, index: int, part: Part, of: Sequence[int] = ()) -> bytes:
-        """A part of the update as its reducer signs it in the first butterfly; ``of``: whose contributions it took."""
+    def frame(self, index: int, part: Part, senders: bytes | None = None) -> bytes:
+        """A part of the update as its reducer signs it in the first butterfly, with the contributions that are in it;
+        ``senders``: the mask of those that it says came, where it is another one."""
         reducers = self.group.reducers
         reducer = reducers[index % len(reducers)]
-        inputs = inputs_of({i: self.sent(i, index) for i in of})
+        inputs = Inputs.of({i: self.sent(i, index) for i in bits_of(part.mask) if i < self.count})
+        inputs = inputs if senders is None else replace(inputs, senders=senders)
         reduction = Reduction.of(self.place(index), part, inputs, reducer, self.members[reducer])
         return frame_of(part, reduction.to_bytes())
 
