@@ -60,6 +60,9 @@ class Audits:
     company: Company
     events: EventLog
     _auditing: asyncio.Task[None] | None = None
+    """The audit of my last round, until it is ended."""
+    _tasks: set[asyncio.Task[None]] = field(default_factory=set)
+    """That one, and those before it whose end has not come."""
     _evidence: dict[str, bytes] = field(default_factory=dict)
     """Accused -> evidence."""
     _told: dict[str, set[str]] = field(default_factory=dict)
@@ -90,11 +93,19 @@ class Audits:
         self.cancel()
         if self.count:
             self._auditing = asyncio.create_task(self._look(meeting, update))
+            self._tasks.add(self._auditing)
+            self._auditing.add_done_callback(self._tasks.discard)
 
     def cancel(self) -> None:
-        """Ends an audit that is not over."""
+        """Begins to end an audit that is not over."""
         if self._auditing is not None:
             self._auditing.cancel()
+            self._auditing = None  # to cancel it twice would break off its end
+
+    async def close(self) -> None:
+        """Audits nothing any more, and returns when no audit is left."""
+        self.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
 
     # -- what others have reduced ------------------------------------------------------------------------------------
 

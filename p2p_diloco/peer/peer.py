@@ -268,7 +268,7 @@ class Peer:
         self.presence.enter("left")
         if self.outer_steps is not None:
             self.outer_steps.close()
-        self.audits.cancel()
+        await self.audits.close()
         self.events.write(PeerLeft(step=self.step, head=self.seat.standing.head.hex(), reason=reason))
         await asyncio.gather(self.presence.publish(), self.presence.push_to_all())
         await self.presence.close()

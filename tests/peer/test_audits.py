@@ -160,6 +160,29 @@ def test_without_audits_nothing_is_kept_or_looked_at(tmp_path: Path) -> None:
     run_simulated(main())
 
 
+def test_who_leaves_waits_for_the_end_of_its_audit(tmp_path: Path) -> None:
+    """Also where that takes a while."""
+
+    async def main() -> None:
+        swarm = Swarm(tmp_path, None)
+        peer, ended = swarm.sims[1].peer, 0
+
+        async def look(*_: object) -> None:
+            nonlocal ended
+            try:
+                await asyncio.get_running_loop().create_future()
+            finally:
+                await asyncio.sleep(100.0)
+                ended += 1
+
+        override(peer.audits, "_look", lambda real: look)
+        await swarm.reach(2)
+        await peer.leave("over")
+        assert ended == 2
+
+    run_simulated(main())
+
+
 # -- what others say -------------------------------------------------------------------------------------------------
 
 
