@@ -9,7 +9,7 @@ majority of a run, and not whether they can: only invitations do.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 WINDOW_STEPS = 16
@@ -39,6 +39,30 @@ def known_at(step: int, last: Sequence[Collection[str]]) -> Known:
         return Known(step=step, peers=frozenset())
     steps = Counter(peer_id for contributed in last for peer_id in set(contributed))
     return Known(step=step, peers=frozenset(peer_id for peer_id, count in steps.items() if count >= LEAST_STEPS))
+
+
+def carried_to(step: int, contributed: Mapping[int, Collection[str]], least_known: int) -> int:
+    """Returns the outer step up to which a history has been carried on by most of those that might have left it, if it
+    was sound up to ``step``. ``contributed``: the outer step of each update from WINDOW_STEPS before that on -> who is
+    in most of its parts. ``least_known``: so many known members can do without the owner's witness.
+
+    Most of those known at an outer step have contributed to an update there or later: they stood there. They carry the
+    history to where the last of these updates leads on from that has most of them behind it, and then those count that
+    are known there. So members may come and go, but not most of them at once. Where too few are known, or those that
+    have not gone on are too few, nobody can leave without the owner.
+    """
+    newest = {peer_id: at for at in sorted(contributed) for peer_id in contributed[at]}
+    while step in contributed:
+        known = known_at(step, [contributed[at] for at in range(max(step - WINDOW_STEPS, 0), step)]).peers
+        if len(known) < least_known:
+            step += 1
+            continue
+        enough = min(len(known) // 2 + 1, len(known) - least_known + 1)
+        reached = sorted((newest[peer_id] for peer_id in known), reverse=True)[enough - 1]
+        if reached <= step:
+            break
+        step = reached
+    return step
 
 
 def most_unknown(known: int) -> int:

@@ -125,6 +125,12 @@ class Chain:
             raise Gap(f"{self.path}: leads to outer step {self.end} only, not to {step}; restart to download the rest")
         return [place.in_most_parts for place in self._places[max(step - WINDOW_STEPS, 0) : step]]
 
+    def contributed(self, since: int) -> dict[int, tuple[str, ...]]:
+        """Returns the outer step of each update from WINDOW_STEPS before ``since`` on -> who contributed to most of its
+        parts."""
+        first = max(since - WINDOW_STEPS, 0)
+        return {first + i: place.in_most_parts for i, place in enumerate(self._places[first:])}
+
     def known_at(self, step: int) -> Known:
         """Returns who is known where outer step ``step`` begins. Raises Gap when the chain does not reach so far."""
         return known_at(step, self.last_contributors(step))

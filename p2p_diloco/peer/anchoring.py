@@ -5,11 +5,14 @@
     make    at the owner: sign the state that is old enough
 
 The owner signs what it has itself computed: a snapshot that it has made from the one before, after two more were due.
-It asks for newer anchors of its own first: its folder may be an old copy. While two contradict each other, nobody
-changes what it goes by; the owner alone is led by the votes again, and its next anchor settles it.
+It asks for newer anchors of its own first: its folder may be an old copy. It signs only what most of those that are
+known carry on (``known.carried_to``): where it is in the smaller half of a network that is cut, its word would lead
+newcomers to a history that is given up. While two anchors contradict each other, nobody changes what it goes by; the
+owner alone is led by the votes again, and its next anchor settles it.
 
-Known weakness: after a snapshot that it had to download, the owner signs what follows from there. Of the outer steps
-between it has seen the certificates alone.
+Known weaknesses: after a snapshot that it had to download, the owner signs what follows from there. Of the outer steps
+between it has seen the certificates alone. And where most of those that are known leave at once and for good, nothing
+is anchored any more: that looks like a network that is cut.
 """
 
 from __future__ import annotations
@@ -22,6 +25,7 @@ from p2p_diloco.core.anchor import ANCHORED_AFTER, Anchor, Anchors, anchored_ste
 from p2p_diloco.core.asked import Asked
 from p2p_diloco.core.errors import Misbehaved, RemoteError
 from p2p_diloco.core.events import EventLog
+from p2p_diloco.core.known import carried_to
 from p2p_diloco.core.records import Record
 from p2p_diloco.core.trust_event import AnchorContradicted, AnchorTaken
 from p2p_diloco.core.waiting import deadline, heard, now_s
@@ -54,6 +58,8 @@ class Anchoring:
         """Held while the file of the anchors is written."""
         self._computed: dict[int, tuple[bytes, bytes]] = {}
         """Outer step -> head and digest of a snapshot that was made here from the one before."""
+        self._held_back: int | None = None
+        """The outer step up to which the history is carried on, where a state beyond that is old enough."""
 
     @property
     def anchors(self) -> Anchors:
@@ -184,11 +190,16 @@ class Anchoring:
         if not self.is_owner or self.replica.state is None:
             return False
         self._note_computed()
-        if self._due() is None:
+        old_enough = self.here.seat.standing.step - ANCHORED_AFTER * self.replica.manifest.spec.round.snapshot_every
+        newest_due = self._due(old_enough)
+        if newest_due is None:
             return False
         await self.hear()
+        carried = await asyncio.to_thread(self._carried_to)
         async with self._taking:
-            if (due := self._due()) is None:
+            due = self._due(min(old_enough, carried))
+            self._tell_of_held_back(carried if carried < newest_due[0] else None)
+            if due is None:
                 return False
             step, (head, digest) = due
             if await asyncio.to_thread(self.replica.history.certified_digest, step) not in (b"", digest):
@@ -210,10 +221,25 @@ class Anchoring:
         oldest = self.here.seat.standing.step - 4 * self._every
         self._computed = {step: what for step, what in self._computed.items() if step >= oldest}
 
-    def _due(self) -> tuple[int, tuple[bytes, bytes]] | None:
-        """Returns the newest state that may be anchored: (outer step, (head, digest)). It is old enough, on the way to
-        where I stand, and beyond the newest anchor."""
-        last = self.here.seat.standing.step - ANCHORED_AFTER * self.replica.manifest.spec.round.snapshot_every
+    def _carried_to(self) -> int:
+        """Returns the outer step up to which my history is carried on by most of those known (``known``). Blocks where
+        the newest anchor is long ago."""
+        newest = self.here.seat.anchor
+        since = 0 if newest is None else newest.step
+        return carried_to(since, self.replica.ledger.chain.contributed(since), self.replica.rules.least_known)
+
+    def _tell_of_held_back(self, carried: int | None) -> None:
+        """Says so, once, when nothing is anchored because most of those known have not gone on. ``carried``: since
+        where; None where they have."""
+        if carried is not None and carried != self._held_back:
+            log.warning(
+                "no outer step after %d is anchored until most of those known there have gone on from it", carried
+            )
+        self._held_back = carried
+
+    def _due(self, last: int) -> tuple[int, tuple[bytes, bytes]] | None:
+        """Returns the newest state up to outer step ``last`` that may be anchored: (outer step, (head, digest)). It is
+        on the way to where I stand, and beyond the newest anchor."""
         newest = self.here.seat.anchor
         for step in sorted(self._computed, reverse=True):
             head, digest = self._computed[step]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from p2p_diloco.core.known import LEAST_STEPS, NOBODY_KNOWN, WINDOW_STEPS, known_at, most_unknown
+from p2p_diloco.core.known import LEAST_STEPS, NOBODY_KNOWN, WINDOW_STEPS, carried_to, known_at, most_unknown
 
 
 def test_nobody_is_known_before_the_window_is_full() -> None:
@@ -32,3 +32,40 @@ def test_an_update_counts_once() -> None:
 def test_newcomers_are_fewer_than_half_of_the_known_ones_but_one(known: int, most: int) -> None:
     assert most_unknown(known) == most
     assert 2 * most < known or most == 1
+
+
+# -- how far a history is carried on -----------------------------------------------------------------------------------
+
+
+def updates(*stretches: tuple[int, str]) -> dict[int, str]:
+    """(updates, their contributors), one stretch after the other, from outer step 0 on."""
+    made = [who for count, who in stretches for _ in range(count)]
+    return dict(enumerate(made))
+
+
+@pytest.mark.parametrize(
+    ("stretches", "carried"),
+    [
+        ([(10, "abc")], 10),  # the owner has witnessed all of it
+        ([(40, "abcde")], 39),
+        ([(40, "abcde"), (40, "abc")], 79),
+        ([(40, "abcde"), (40, "ab")], 39),  # however long they go on alone
+        ([(40, "abcde"), (40, "ab"), (1, "abc")], 80),  # and when one of the others is back
+        ([(40, "abcde"), (40, "abxyz")], 39),  # or strangers come
+        ([(40, "abcd"), (40, "ab")], 39),  # nor is a half of them enough
+        ([(40, "abc"), (40, "a")], 39),
+        ([(40, "ab"), (40, "a")], 80),  # the one that is away can do nothing without the owner
+        ([(40, "abc"), (20, "abx"), (20, "axy"), (20, "xyz")], 99),  # one after another leaves
+    ],
+)
+def test_how_far_most_of_those_known_carry_a_history(stretches: list[tuple[int, str]], carried: int) -> None:
+    made = updates(*stretches)
+    assert carried_to(0, made, 2) == carried
+    since = 30 if carried > 30 else 0
+    assert carried_to(since, {at: who for at, who in made.items() if at >= since - WINDOW_STEPS}, 2) == carried
+
+
+def test_where_one_may_go_on_alone_two_carry_a_history_together() -> None:
+    assert carried_to(0, updates((40, "ab"), (40, "a")), 1) == 39
+    assert carried_to(0, updates((40, "a")), 1) == 39
+    assert carried_to(50, updates((40, "a")), 1) == 50

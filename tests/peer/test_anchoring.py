@@ -6,6 +6,8 @@ import asyncio
 import shutil
 from pathlib import Path
 
+import pytest
+
 from p2p_diloco.core.anchor import Anchors
 from p2p_diloco.core.event import of_kind
 from p2p_diloco.core.events import EVENTS_FILE, read_events
@@ -41,10 +43,10 @@ class Anchored(Simulated):
         self.peers.append(sim)
         return sim
 
-    async def begin(self) -> list[SimPeer]:
+    async def begin(self, trainers: int = 3) -> list[SimPeer]:
         self.come(0)
         await asyncio.sleep(1.0)
-        return [self.come(index) for index in range(1, 4)]
+        return [self.come(index + 1) for index in range(trainers)]
 
     async def until_anchored(self, sims: list[SimPeer], step: int) -> None:
         for _ in range(1200):
@@ -147,6 +149,39 @@ def test_two_that_contradict_each_other_are_settled_by_the_next_one(tmp_path: Pa
         assert warned[0]
         await swarm.until(sims, settles.step + 6, limit_s=400.0)
         assert all(sim.peer.seat.anchors.contrary is None for sim in [seed, *sims])
+
+    run_simulated(main())
+
+
+def test_an_owner_that_is_cut_off_with_a_few_anchors_nothing_that_the_others_leave(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It stands with two of six that are known, who go on, and so do the other four. When all hear each other again,
+    they follow the four: no anchor binds anybody to the history of the two."""
+    for module in ("core.known", "core.lineage", "ledger.chain"):
+        monkeypatch.setattr(f"p2p_diloco.{module}.WINDOW_STEPS", 4)
+    monkeypatch.setattr("p2p_diloco.core.known.LEAST_STEPS", 2)
+
+    async def main() -> None:
+        swarm = Anchored(tmp_path, k=6, outer_steps=100)
+        sims = await swarm.begin(6)
+        await swarm.until_anchored(sims, 6)
+        few, most = [swarm.peers[0], *sims[:2]], sims[2:]
+        ends = [(one.peer.identity.peer_id, other.peer.identity.peer_id) for one in few for other in most]
+        for one, other in ends:
+            swarm.network.cut(one, other, "reset")
+        parted = max(sim.peer.step for sim in swarm.peers)
+        await swarm.until(most, parted + 9, limit_s=600.0)
+        assert few[0].peer.step > parted + 6, "they have gone on for longer than peers are known"
+        assert max(map(swarm.anchored_step, few)) <= parted
+        assert "until most of those known there have gone on from it" in caplog.text
+        theirs = most[0].peer.replica.ledger.chain
+        kept = [theirs.head_at(step) for step in range(parted + 9)]
+        for one, other in ends:
+            swarm.network.restore(one, other)
+        await swarm.until_anchored(swarm.peers, parted + 9)
+        for sim in swarm.peers:
+            assert [sim.peer.replica.ledger.chain.head_at(step) for step in range(parted + 9)] == kept
 
     run_simulated(main())
 
