@@ -11,7 +11,7 @@ import asyncio
 import logging
 from collections.abc import Set
 
-from p2p_diloco.core.errors import RemoteError
+from p2p_diloco.core.errors import Misbehaved, RemoteError
 from p2p_diloco.core.waiting import deadline, heard, now_s
 from p2p_diloco.round.butterfly import run_all
 from p2p_diloco.round.settle_decide import collects_until_s, commit_fits
@@ -113,7 +113,7 @@ class Hearing:
         time-out: its first word has to come within ``Timeouts.heartbeat_s``, its answer within ``Timeouts.request_s``.
         """
         meeting, member, timeouts = self.meeting, self.member, self.meeting.timeouts
-        n_parts, channel = len(meeting.parts), None
+        channel = None
         whole_s, first_s = member.left_s() / 2, timeouts.request_s
         if asked in meeting.lost:
             whole_s, first_s = min(timeouts.request_s, whole_s), timeouts.heartbeat_s
@@ -126,6 +126,7 @@ class Hearing:
                 answer: TookBefore | Commit | No = await beyond_etas(
                     channel, word, TookBefore, Commit, No, timeout_s=timeouts.request_s
                 )
+                self._check_fits(channel.peer_id, answer)
                 if isinstance(answer, Commit):
                     certifies: Certifies = await channel.receive(Certifies, timeout_s=timeouts.request_s)
         except asyncio.TimeoutError:
@@ -133,12 +134,20 @@ class Hearing:
         except RemoteError as error:
             meeting.lose(asked, error)
         else:
-            if isinstance(answer, TookBefore) and len(answer.part_hashes) == n_parts:
+            if isinstance(answer, TookBefore):
                 self.before[asked] = answer
                 meeting.changed.ring()
-            if isinstance(answer, Commit) and commit_fits(answer, group_size=len(self.group.members), n_parts=n_parts):
+            if isinstance(answer, Commit):
                 self.certified = asked, answer, certifies
                 meeting.changed.ring()
         finally:
             if channel is not None:
                 channel.close()
+
+    def _check_fits(self, source: str, answer: TookBefore | Commit | No) -> None:
+        """Raises Misbehaved of ``source`` when what it says that it has taken is no commit of this round."""
+        group_size, n_parts = len(self.group.members), len(self.meeting.parts)
+        if isinstance(answer, TookBefore) and len(answer.part_hashes) != n_parts:
+            raise Misbehaved(source, "says that it has signed a commit that does not fit the round")
+        if isinstance(answer, Commit) and not commit_fits(answer, group_size=group_size, n_parts=n_parts):
+            raise Misbehaved(source, "sends a commit that does not fit the round")

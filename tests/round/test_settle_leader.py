@@ -13,7 +13,7 @@ from p2p_diloco.core.waiting import now_s
 from p2p_diloco.wire.channel import Channel
 from p2p_diloco.wire.message import Message
 from p2p_diloco.wire.messages import No
-from p2p_diloco.wire.round_messages import Again, AskCommit, AskPart, Commit, Contribute, Eta, Receipt
+from p2p_diloco.wire.round_messages import Again, AskCommit, AskPart, Commit, Contribute, Eta, Receipt, TookBefore
 from tests.support.fakes import run_simulated
 from tests.support.meetings import N_PARTS, TIMEOUTS, Losses, Round
 
@@ -232,6 +232,40 @@ def test_who_is_asked_for_a_commit_and_promises_for_ever() -> None:
         assert meeting.committed() == [1, 2, 4]
         assert now_s() - began_s < TIMEOUTS.round_s
         assert any(isinstance(message, AskCommit) for message in asked)
+
+    run_simulated(main())
+
+
+@pytest.mark.parametrize(
+    ("answer", "why"),
+    [
+        (TookBefore(part_hashes=[UNKNOWN] * 5, signature=bytes(64)), "says that it has signed a commit that"),
+        (TookBefore(part_hashes=[UNKNOWN] * 7, signature=bytes(64)), "says that it has signed a commit that"),
+        (Commit(part_hashes=[UNKNOWN] * 5, holders=[3] * 5), "sends a commit that"),
+        (Commit(part_hashes=[UNKNOWN] * 6, holders=[5] * 6), "sends a commit that"),
+    ],
+)
+def test_who_is_asked_for_a_commit_and_names_one_that_does_not_fit(
+    losses: Losses, answer: TookBefore | Commit, why: str
+) -> None:
+    """The leader is gone; its successor says who has answered so, and settles the round without it."""
+
+    async def main() -> None:
+        meeting = Round(5, by_hand=(0, 3), clients=(3,))
+
+        async def lies(channel: Channel, message: Message) -> None:
+            if isinstance(message, AskCommit):
+                await channel.send(answer)
+
+        async def contribute() -> None:
+            for i in meeting.honest:
+                await meeting.contribute(3, i)
+
+        meeting.serve(3, lies)
+        meeting.kill(0)
+        await meeting.run(contribute())
+        assert meeting.committed() == [1, 2, 4]
+        assert (3, f"Misbehaved: {why} does not fit the round") in losses.by(1)
 
     run_simulated(main())
 
