@@ -46,6 +46,7 @@ class PeerRow:
     witnessed: bool = False
     awaits_witness: bool = False
     barred: int = 0
+    found_wrong: int = 0
 
     @classmethod
     def of(cls, record: Record) -> PeerRow:

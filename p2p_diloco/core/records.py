@@ -168,6 +168,8 @@ class Record(Signed):
     """How many peers it has barred, each with a proof that it serves."""
     barred_digest: Annotated[bytes, Field(max_length=BARRED_DIGEST_BYTES)] = b""
     """Tells whether these are the same as another peer's; empty where there are none."""
+    found_wrong: Natural = 0
+    """How many peers it has found, or was shown, to have reduced wrongly, as far as that counts today."""
 
     @property
     def beyond_genesis(self) -> bool:

@@ -106,6 +106,10 @@ def swarm_metrics(sight: Sight) -> Iterator[Metric]:
     yield gauge("outer_steps_goal", "Outer steps of the whole run.", ({}, manifest.spec.outer.steps))
     text = "Newest outer step that the run's owner has anchored, as half of the live peers say at least."
     yield gauge("anchored_step", text, ({}, overview.anchored_step or None))
+    text = "Peers that have reduced parts wrongly, as half of the live peers say at least."
+    yield gauge("peers_found_wrong", text, ({}, overview.found_wrong))
+    text = "Peers that are barred from the run, as half of the live peers say at least."
+    yield gauge("peers_barred", text, ({}, overview.barred))
     peers = [({"state": state}, overview.peers[state]) for state in STATES]
     yield gauge("peers", "Live peers by state.", *peers)
     yield gauge("tokens_per_second", "Of all trainers together.", ({}, overview.tokens_per_s))
@@ -302,6 +306,8 @@ class Page:
     """Who wants to join needs an invitation."""
     seats: tuple[SeatRow, ...]
     anchored_step: int
+    found_wrong: int
+    barred: int
 
 
 def page_of(sight: Sight) -> Page:
@@ -339,4 +345,6 @@ def page_of(sight: Sight) -> Page:
         by_invitation=by_invitation,
         seats=tuple(overview.seats),
         anchored_step=overview.anchored_step,
+        found_wrong=overview.found_wrong,
+        barred=overview.barred,
     )

@@ -90,6 +90,10 @@ class Overview:
     anchored_step: int
     """Newest outer step that the run's owner has anchored, as half of the live peers say at least; 0 where there is
     none."""
+    found_wrong: int
+    """Peers that have reduced parts wrongly, as half of the live peers say at least."""
+    barred: int
+    """Peers that are barred from the run, as half of the live peers say at least."""
 
     @property
     def waits_for_owner(self) -> bool:
@@ -124,6 +128,8 @@ def overview_of(records: Sequence[Record], now_s: float) -> Overview:
         awaiting_witness=sum(record.awaits_witness for record in there if record.role == "trainer"),
         seats=seats_of(records),
         anchored_step=median_low([record.anchored_step for record in records] or [0]),
+        found_wrong=median_low([record.found_wrong for record in records] or [0]),
+        barred=median_low([record.barred for record in records] or [0]),
     )
 
 

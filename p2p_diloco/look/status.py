@@ -155,14 +155,16 @@ def invited(seats: Sequence[SeatRow]) -> str:
 
 
 def certified(overview: Overview) -> str:
-    """Returns the words for the certificate of the last outer step, and for what the next one waits for; empty where
-    nobody says anything of that."""
+    """Returns the words for the certificate of the last outer step, for what the next one waits for, and for how many
+    peers lie or err; empty where nobody says anything of that."""
     told, certificate = [], overview.certificate
     if certificate is not None:
         told.append(f"{certificate.signatures} of {certificate.certifying} signed it")
         told += ["witnessed by the owner"] if certificate.witnessed else []
     told += [f"{overview.known_members} known"] if overview.known_members else []
     told += ["waiting for the owner's seed, which has to witness the next one"] if overview.waits_for_owner else []
+    told += [f"{overview.found_wrong} found to have averaged wrongly"] if overview.found_wrong else []
+    told += [f"{overview.barred} barred"] if overview.barred else []
     return " · ".join(told)
 
 

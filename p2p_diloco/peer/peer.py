@@ -128,7 +128,15 @@ class Peer:
             max_bytes_per_s=max_upload_bytes_per_s,
         )
         self.upkeep = Upkeep(here=here, replica=replica, catchup=catchup, events=events)
-        self.presence = Presence(here=here, replica=replica, events=events, role=self.role, name=name, metrics=metrics)
+        self.presence = Presence(
+            here=here,
+            replica=replica,
+            company=self.matchmaker.company,
+            events=events,
+            role=self.role,
+            name=name,
+            metrics=metrics,
+        )
         witness = Witness(here=here, replica=replica, events=events)
         self.revoked = Revoked(here=here, replica=replica, presence=self.presence)
         self.anchoring = Anchoring(here=here, replica=replica, presence=self.presence, events=events)

@@ -22,6 +22,7 @@ from p2p_diloco.core.roster import announces_run
 from p2p_diloco.core.swarm_head import Standing
 from p2p_diloco.core.waiting import Bell, heard, now_s
 from p2p_diloco.ledger.replica import Replica
+from p2p_diloco.round.company import Company
 from p2p_diloco.round.here import Here
 from p2p_diloco.wire.channel import Channel
 from p2p_diloco.wire.state_messages import Push
@@ -65,6 +66,7 @@ class Presence:
 
     here: Here
     replica: Replica
+    company: Company
     events: EventLog
     role: Role
     name: str
@@ -279,6 +281,7 @@ class Presence:
             anchor=newest.digest if newest else b"",
             barred=len(self.here.directory.barred),
             barred_digest=self.here.directory.barred.digest(),
+            found_wrong=self.company.findings.count("wrong", standing.step),
         )
 
 

@@ -27,7 +27,7 @@ INITIAL = f"/ip4/127.0.0.1/tcp/4001/p2p/{identity(9).peer_id}"
 MANIFEST = make_manifest(1000, np.zeros(1000, np.float32), identity(9), codec="int8")
 SWARM_METRICS = {
     *("run_info", "build_info", "model_parameters", "up", "outer_step", "outer_steps_goal", "peers"),
-    "anchored_step",
+    *("anchored_step", "peers_found_wrong", "peers_barred"),
     *("tokens", "tokens_per_second"),
     *("loss_nats", "held_out_loss_nats", "held_out_step", "heads", "last_step_timestamp_seconds", "round_seconds"),
     *("known_members", "peers_awaiting_witness", "records_rejected_total"),
@@ -57,7 +57,7 @@ def sight_of(*records: Record, history: History | None = None, rejected: dict[An
 
 def trainer(index: int, **changes: Any) -> Record:
     known = {"loss": 2.5, "held_out_loss": 2.0, "held_out_step": 1, "tokens": 7, "tokens_per_s": 3.0, "group_size": 2}
-    known["anchored_step"] = 1
+    known |= {"anchored_step": 1, "found_wrong": 2, "barred": 1}
     return record_of(identity(index), "a", **known | changes)
 
 
@@ -217,7 +217,7 @@ def test_json_is_written_in_this_order() -> None:
         '"planned":0,"loss":2.5,"tokens":7,"tokens_per_s":3.0,"version":"","invitation":"","known":false}],'
         '"curve":{"step":[1],"held_out_loss":[2.0],"loss":[2.5]},'
         f'"pace":{{"at_s":[{NOW_S}],"tokens_per_s":[3.0],"peers":[1]}},"known_members":0,"certificate":null,'
-        '"waits_for_owner":false,"by_invitation":false,"seats":[],"anchored_step":1}'
+        '"waits_for_owner":false,"by_invitation":false,"seats":[],"anchored_step":1,"found_wrong":2,"barred":1}'
     )
 
 

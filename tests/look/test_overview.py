@@ -53,6 +53,13 @@ def test_what_is_anchored_is_what_half_of_the_peers_say_at_least() -> None:
     assert overview_of([], NOW_S).anchored_step == 0
 
 
+def test_who_lies_or_errs_is_what_half_of_the_peers_say_at_least() -> None:
+    said = [trainer(i, found_wrong=wrong, barred=wrong // 2) for i, wrong in enumerate((128, 3, 2, 2, 0), 1)]
+    assert (overview_of(said, NOW_S).found_wrong, overview_of(said, NOW_S).barred) == (2, 1)
+    assert (overview_of(said[:2], NOW_S).found_wrong, overview_of(said[:2], NOW_S).barred) == (3, 1)
+    assert (overview_of([], NOW_S).found_wrong, overview_of([], NOW_S).barred) == (0, 0)
+
+
 def test_nobody_there_is_no_step_and_no_loss() -> None:
     overview = overview_of([], NOW_S)
     assert (overview.step, overview.loss, overview.held_out_loss, overview.round_s) == (None, None, None, None)

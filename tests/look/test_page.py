@@ -146,6 +146,9 @@ def test_the_certificate_is_told_and_what_the_next_one_waits_for(page: chromium.
         page.wait_for("document.getElementById('health').dataset.health === 'owner'")
         assert page.value("document.getElementById('health-text').textContent") == "waiting for the owner's seed"
         assert page.value(told) == "waiting for the owner's seed, which has to witness the next one"
+        dht.peers = {i: peer | {"found_wrong": 2, "barred": 1} for i, peer in peers_at(1).items()}
+        page.wait_for(f"{told}.includes('barred')")
+        assert page.value(told) == "2 found to have averaged wrongly; 1 barred for signing two of one thing"
         assert page.complaints == []
 
     serve(tmp_path, work)

@@ -110,6 +110,7 @@ def test_a_reducer_that_is_wrong_is_found_by_all_and_reduces_no_more_but_contrib
             kept = read_findings(swarm.sims[i].peer.replica.ledger.folder)
             assert kept is not None
             assert kept.is_wrong(ID[LIAR], 8)
+            assert swarm.sims[i].peer.presence.record().found_wrong == 1
         assert any(not one.accuser for i in HONEST for one in swarm.found(i)), "somebody has found it"
         assert any(one.accuser for i in HONEST for one in swarm.found(i)), "somebody was told"
         ledger = swarm.sims[0].peer.replica.ledger

@@ -88,7 +88,7 @@ function renderProgress({ run, step, step_since_s, now_s, held_out_loss, held_ou
   show("news", held_out_loss === null ? "" : news);
 }
 
-function renderCertificate({ certificate, known_members, waits_for_owner }) {
+function renderCertificate({ certificate, known_members, waits_for_owner, found_wrong, barred }) {
   const told = [];
   if (certificate) {
     told.push(`${count(certificate.signatures)} of ${count(certificate.certifying)} signed the last outer step`);
@@ -96,6 +96,8 @@ function renderCertificate({ certificate, known_members, waits_for_owner }) {
   }
   if (known_members) told.push(`${count(known_members)} ${known_members === 1 ? "member is" : "members are"} known`);
   if (waits_for_owner) told.push("waiting for the owner's seed, which has to witness the next one");
+  if (found_wrong) told.push(`${count(found_wrong)} found to have averaged wrongly`);
+  if (barred) told.push(`${count(barred)} barred for signing two of one thing`);
   show("certificate", told.join("; "));
 }
 
