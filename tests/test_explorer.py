@@ -110,30 +110,38 @@ def test_the_halves_of_a_group_that_is_split_in_the_middle_of_a_round_do_not_bot
     assert all("committed=False reason=failed" in line for line in failed)
 
 
-FOUND_BY: dict[str, tuple[int, str]] = {
-    "settle skipped": (0, "certified"),
-    "loudest head": (1, "progress"),
-    "local values where a reducer died": (8, "same-bytes"),
-    "applied before written": (28, "durable"),
-    "sent again": (63, "counted-once"),
-    "kept although it arrived": (7, "counted-once"),
-    "endless patience": (4, "agreement"),
-    "half settles": (3, "certified"),
-    "half of the voters": (74, "head-choice"),
-    "denied at once": (26, "one-outcome"),
-    "certificate not checked": (0, "no-invention"),
-    "known by claims": (2, "certified"),
-    "anchor ignored": (0, "no-invention"),
+FOUND_BY: dict[str, tuple[tuple[int, ...], str]] = {
+    "settle skipped": ((0, 1, 2), "certified"),
+    "loudest head": ((1,), "progress"),
+    "local values where a reducer died": ((8,), "same-bytes"),
+    "applied before written": ((28,), "durable"),
+    "sent again": ((63,), "counted-once"),
+    "kept although it arrived": ((7,), "counted-once"),
+    "endless patience": ((4,), "agreement"),
+    "half settles": ((3,), "certified"),
+    "half of the voters": ((74,), "head-choice"),
+    "denied at once": ((26,), "one-outcome"),
+    "certificate not checked": ((0, 1), "no-invention"),
+    "known by claims": ((2, 5), "certified"),
+    "anchor ignored": ((0,), "no-invention"),
 }
-"""Broken protocol -> the first seed from 0 on whose schedule finds it, and the invariant that is violated."""
+"""Broken protocol -> up to three of the first seeds whose schedules find it, and the invariant that is violated. Which
+seeds do shifts with every message that the protocol sends: one of them is enough."""
+
+
+def found_by(name: str) -> int:
+    """The first of these seeds whose schedule finds a broken protocol today."""
+    seeds, invariant = FOUND_BY[name]
+    with VARIANTS[name]():
+        found = (seed for seed in seeds if explore(drawn_for(name, seed)).invariant == invariant)
+        first = next(found, None)
+    assert first is not None, f"{name}: no {invariant} by {seeds}; python -m tests.explorer --broken finds other seeds"
+    return first
 
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_a_protocol_that_is_broken_on_purpose_is_found(name: str) -> None:
-    seed, invariant = FOUND_BY[name]
-    with VARIANTS[name]():
-        assert explore(drawn_for(name, seed)).invariant == invariant
-    assert explore(drawn_for(name, seed)).ok
+    assert explore(drawn_for(name, found_by(name))).ok
 
 
 HELD = 2
@@ -187,7 +195,7 @@ def test_workers_leave_nothing_behind(tmp_path: Path, monkeypatch: pytest.Monkey
 
 def test_a_schedule_that_fails_is_made_smaller() -> None:
     name = "applied before written"
-    seed, invariant = FOUND_BY[name]
+    seed, (_, invariant) = found_by(name), FOUND_BY[name]
     with VARIANTS[name]():
         small = shrink(draw(seed), lambda schedule: explore(schedule).invariant == invariant, tries=25)
         assert explore(small).invariant == invariant
