@@ -79,6 +79,7 @@ CASES: tuple[Case, ...] = (
     Case(row=21, kind="two commits"),
     Case(row=21, kind="two rosters"),
     Case(row=21, kind="A-Again-B"),
+    Case(row=21, kind="decides nothing"),
     Case(row=22, kind="extends alone"),
     Case(row=23, kind=GHOSTS, liars=2),
     Case(row=24, kind=INVENTED_SNAPSHOT, liars=6),

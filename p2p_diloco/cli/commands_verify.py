@@ -72,7 +72,10 @@ def verify(
     run = find_run(folder, run_id)
     manifest = read_manifest(run)
     with same_files(run) as view:
-        found = verify_ledger(view / "ledger", manifest)
+        try:
+            found = verify_ledger(view / "ledger", manifest)
+        except UsageError as error:  # the view is gone when a person reads this
+            raise UsageError(f"{run}: {error}") from error
     findings = findings_of(found)
     if as_json:
         print(json.dumps(asdict(findings), indent=2))

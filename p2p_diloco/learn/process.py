@@ -70,6 +70,8 @@ class NetworkHandle:
         """(outer step, held-out loss) of the newest evaluation that is believed; renewed every second."""
         self._answers: queue.Queue[FromNetwork | FromTrainer] = queue.Queue()
         self._leaving = False
+        self._end = Failed(message="the network process died", exit_code=1)
+        """What ended it, when it has ended: what it has said of that, if it could."""
         self._control, self._process = control, process
         self._reader = threading.Thread(target=self._read, name="network process", daemon=True)
         self._reader.start()
@@ -144,7 +146,7 @@ class NetworkHandle:
                     if data.endswith(b"\n"):
                         self._on_line(unpack_line(data))
         finally:
-            self._answers.put(Failed(message="the network process died", exit_code=1))
+            self._answers.put(self._end)
             if not self._leaving:
                 self._end_orphan()
 
@@ -159,17 +161,20 @@ class NetworkHandle:
         else:
             if isinstance(line, OuterResult):  # what was news before this outer step is so no longer
                 self.closes_s, self.behind = None, False
+            elif isinstance(line, Failed):
+                self._end = line
             self._answers.put(line)
 
     def _end_orphan(self) -> None:
-        """Ends this process, which must not go on for ever without the network process, once that is gone."""
+        """Ends this process, which must not go on for ever without the network process, once that is gone. A person is
+        told why here, for the trainer may be in a long inner step, or read its text."""
         deadline_s = time.monotonic() + ORPHAN_S
         while time.monotonic() < deadline_s:
             if self._leaving:
                 return
             time.sleep(POLL_S)
-        print("error: the network process died; this peer ends", file=sys.stderr, flush=True)
-        os._exit(1)
+        print(f"error: {self._end.message}; this peer ends", file=sys.stderr, flush=True)
+        os._exit(self._end.exit_code)
 
 
 def failure(line: Failed) -> NetworkError | UsageError:

@@ -109,7 +109,7 @@ def verify_ledger(ledger: Path, manifest: RunManifest) -> Verified:
     files, found = LedgerFiles(ledger), Verified(manifest=manifest)
     found.states[0] = bytes.fromhex(manifest.genesis)
     if not (files.chain_path.exists() or files.updates() or files.snapshots()):
-        raise UsageError(f"{ledger}: holds nothing of the run yet")
+        raise UsageError("its ledger holds nothing of the run yet")
     log.info("verifying the chain")
     check_chain(files.chain_path, found)
     log.info("verifying %d updates", len(files.updates()))

@@ -142,12 +142,17 @@ class Attempts:
 
     def _judge(self, settlement: Settlement, outcome: Settled | Missed, idle: frozenset[int], took_s: float) -> None:
         """Remembers who failed me in a round, and who contributed in full. ``idle``: those whom I lost in the
-        butterfly, and who count as idle."""
+        butterfly, and who count as idle. A leader that was silent, or only promised, pays for what it has cost, also
+        where the next one brings the round to its end."""
         company, group = self.matchmaker.company, settlement.group
         ids = [member.peer_id for member in group.members]
         contributed = [] if isinstance(outcome, Missed) else contributors_in_full(outcome.update)
         company.judge_round({ids[i] for i in idle}, len(ids) - 1, took_s, contributed)
-        if isinstance(outcome, Missed) and group.leader in settlement.meeting.lost:
+        stalled_s = settlement.stalled_s
+        if len(settlement.meeting.lost) < len(ids) - 1:  # else I was cut off myself, most likely
+            for leader in stalled_s:
+                company.failed(group.head, ids[leader], cost_s=stalled_s[leader])
+        if isinstance(outcome, Missed) and group.leader in settlement.meeting.lost - stalled_s.keys():
             company.failed(group.head, ids[group.leader], cost_s=0.0)
 
     async def _digest_due(self) -> bytes:

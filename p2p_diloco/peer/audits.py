@@ -5,8 +5,10 @@
 
 Nothing waits for an audit, and the next round ends one that is not over. Whom this peer has found wrong it names to
 the members of its rounds, each of which asks for the evidence once, checks it, and passes it on: so all learn within
-two outer steps, and nobody has to be believed. Evidence that proves nothing costs whoever brings it that nobody listens
-to it again. Only peers that are known, or have met this one in a round, are listened to.
+two outer steps, and nobody has to be believed. A finding counts from the outer step of the round that the evidence is
+about, whenever it is brought: else each newcomer that is told would make it count anew for everybody. Evidence that
+proves nothing costs whoever brings it that nobody listens to it again. Only peers that are known, or have met this one
+in a round, are listened to.
 """
 
 from __future__ import annotations
@@ -28,7 +30,7 @@ from p2p_diloco.core.audit import (
 )
 from p2p_diloco.core.errors import LedgerError, Misbehaved, RemoteError
 from p2p_diloco.core.events import EventLog
-from p2p_diloco.core.findings import AuditResult, FindingKind
+from p2p_diloco.core.findings import LASTS_STEPS, AuditResult, FindingKind
 from p2p_diloco.core.signed_part import Contribution
 from p2p_diloco.core.trust_event import PartAudited, ReducerFound
 from p2p_diloco.core.update import Update, bits_of
@@ -192,7 +194,10 @@ class Audits:
             del self._evidence[oldest], self._told[oldest]
 
     async def _tell(self) -> None:
-        """Names those of whom I hold evidence to the members of my last round that have not heard it from me."""
+        """Names those of whom I hold evidence that still counts to the members of my last round that have not heard it
+        from me."""
+        for lapsed in [one for one in self._evidence if not self.company.is_wrong(one)]:
+            del self._evidence[lapsed], self._told[lapsed]
         for accused in tuple(self._evidence):
             others = sorted(self._met - self._told[accused] - {accused})
             for at in range(0, len(others), TOLD_AT_ONCE):
@@ -231,11 +236,15 @@ class Audits:
             except RemoteError:
                 self._disbelieved.append(accuser)
                 raise
+        step = min(step, self.here.seat.standing.step)  # a liar may sign for a round that nobody has come to
+        if self.here.seat.standing.step >= step + LASTS_STEPS["wrong"]:
+            log.debug("%s shows what counts no more of %s", accuser[-8:], accused[-8:])
+            return
         self._hold(accused, data)
         self._told[accused].add(accuser)
         own = "this peer, whose memory may be faulty" if accused == self.here.peer_id else f"peer {accused[-8:]}"
         log.warning("%s: a part of outer step %d is not the mean, as %s has shown", own, step, accuser[-8:])
-        await self._note(accused, "wrong", self.here.seat.standing.step, accuser)
+        await self._note(accused, "wrong", step, accuser)
 
     def _listens(self, accuser: str, accused: str) -> bool:
         """Returns whether evidence is asked for: it is news, and its bringer neither a stranger nor disbelieved."""

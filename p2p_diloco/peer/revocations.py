@@ -100,7 +100,7 @@ class NewestList:
             return False
         self.sealed = sealed
         directory.admission = replace(directory.admission, revocations=revocations)
-        log.info("the run's owner has revoked %d invitations", len(revocations.tokens))
+        log.info("invitations that the run's owner has revoked: %d", len(revocations.tokens))
         return True
 
 

@@ -103,6 +103,8 @@ class Settlement:
         self.leader_answers = LeaderAnswers(self.leader)
         self.once = Once(meeting)
         self.rosters = Rosters(meeting)
+        self.stalled_s: dict[int, float] = {}
+        """Leader that was silent, or only promised -> the seconds that I have held to it in vain."""
         self.reduce_s = 0.0
         self.settle_s = 0.0
 
@@ -167,10 +169,13 @@ class Settlement:
                 continue
             self.member.place = place
             self.meeting.changed.ring()
+            began_s = now_s()
             i_lead = leader == self.meeting.me
             outcome = await (self.leader.lead() if i_lead else self.member.follow(leader))
             if outcome is not None:
                 return outcome
+            if leader in self.meeting.silent:
+                self.stalled_s[leader] = now_s() - began_s
         return Missed(reason="failed", detail="nobody is left to settle the round")
 
     @property

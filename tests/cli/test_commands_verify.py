@@ -125,7 +125,7 @@ def test_what_is_no_run(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture
     for words, message in (
         ([str(tmp_path / "attic")], "attic: no such folder"),
         ([str(tmp_path / "empty")], "empty: no run here"),
-        ([str(run)], "holds nothing of the run yet"),
+        ([str(run)], f"error: {run}: its ledger holds nothing of the run yet"),
         ([str(run), "--run-id", "ab" * 20], "no run " + "ab" * 20),
         ([], "FOLDER"),
     ):

@@ -16,7 +16,7 @@ from p2p_diloco.core.peer_row import PeerRow
 from p2p_diloco.learn import process
 from p2p_diloco.learn.process import NetworkHandle
 from p2p_diloco.learn.shared import anonymous_memory
-from p2p_diloco.peer.control import Begin, Begun, Found, Joined, Leave, Left, LogLine, News, OuterResult, Peers
+from p2p_diloco.peer.control import Begin, Begun, Failed, Found, Joined, Leave, Left, LogLine, News, OuterResult, Peers
 from tests.support.builders import identity, record_of
 from tests.support.scripted import ScriptedNetwork, head_at, joined_at, outcome, scripted_manifest
 
@@ -138,6 +138,18 @@ def test_a_trainer_whose_network_process_died_ends_even_inside_an_inner_step(
     wait_for_the_reader(handle)
     assert exits == [1]
     assert capsys.readouterr().err == "error: the network process died; this peer ends\n"
+
+
+def test_what_a_network_process_says_of_its_end_is_told_inside_an_inner_step(
+    pair: Pair, exits: list[int], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(process, "ORPHAN_S", 0.05)
+    network, handle = pair
+    network.say(Failed(message="this peer's invitation was revoked", exit_code=2))
+    network.die()
+    wait_for_the_reader(handle)
+    assert exits == [2]
+    assert capsys.readouterr().err == "error: this peer's invitation was revoked; this peer ends\n"
 
 
 @pytest.mark.parametrize("end", [lambda network, handle: None, lambda network, handle: network.die()])

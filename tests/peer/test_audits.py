@@ -10,10 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 
+from p2p_diloco.core import findings
 from p2p_diloco.core.audit import Evidence
 from p2p_diloco.core.errors import Misbehaved
 from p2p_diloco.core.event import of_kind
 from p2p_diloco.core.events import read_events
+from p2p_diloco.core.grid import Grid
 from p2p_diloco.core.signed_part import Inputs, Reduction
 from p2p_diloco.core.trust_event import PartAudited, ReducerFound
 from p2p_diloco.core.update import contributors_in_full
@@ -59,10 +61,17 @@ class Swarm:
     async def reach(self, step: int) -> None:
         for sim in self.sims.values():
             sim.start()
+        await self.until(step)
+
+    async def until(self, step: int) -> None:
         behind = list(self.sims.values())
         while behind:
             await asyncio.sleep(0.5)
             behind = [sim for sim in behind if sim.peer.step < step]
+
+    @property
+    def grid(self) -> Grid:
+        return self.sims[0].peer.replica.ledger.grid
 
     def found(self, i: int) -> list[ReducerFound]:
         return of_kind(read_events(self.sims[i].peer.events.path), ReducerFound)
@@ -244,6 +253,32 @@ def test_evidence_is_believed_whoever_brings_it(tmp_path: Path) -> None:
         assert not company.is_trusted(ID[reducer])
         assert not await accuser.accuse(reducer, evidence), "known already"
         assert accuser.blamed() == []
+
+    run_simulated(main())
+
+
+def test_evidence_counts_from_its_own_round_on_and_is_forgotten_afterwards(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else whoever brings it again, or to a newcomer, would keep a peer without a share for the rest of the run."""
+    monkeypatch.setitem(findings.LASTS_STEPS, "wrong", 4)
+
+    async def main() -> None:
+        swarm = Swarm(tmp_path, None)
+        await swarm.reach(3)
+        reducer, evidence = evidence_of(swarm, wrong=True)
+        proved = Evidence.from_bytes(evidence).accused(swarm.sims[2].peer.replica.rules, swarm.grid)
+        first, second = [i for i in (2, 3, 4) if i != reducer][:2]
+        assert await Accuser(swarm, first).accuse(reducer, evidence)
+        await swarm.until(proved[1] + 6)
+        again = Accuser(swarm, second)
+        assert await again.accuse(reducer, evidence), "it is news once more"
+        await swarm.until(swarm.sims[1].peer.step + 2)
+        found = [[(one.reducer, one.step) for one in swarm.found(i)] for i in (1, *(i for i in TRAINERS if i != 1))]
+        assert found[0] == [proved]
+        assert all(one in ([], [proved]) for one in found), found
+        assert not again.peer.matchmaker.company.is_wrong(ID[reducer])
+        assert again.blamed() == []
 
     run_simulated(main())
 

@@ -9,7 +9,10 @@ from pathlib import Path
 import pytest
 
 from p2p_diloco.core import grid
+from p2p_diloco.core.waiting import now_s
 from tests.support.fakes import SimPeer, run_simulated
+from tests.support.lies_in_rounds import decides_nothing
+from tests.support.lying import Liar
 from tests.support.stallers import (
     INNER_STEPS,
     STEP_S,
@@ -87,6 +90,29 @@ def test_idle_members_cost_two_rounds(tmp_path: Path, honest_steps: int) -> None
         assert await swarm.made_in(PHASE_S * (PHASES + 0.5)) >= PHASES - 4
         groups = [result.group for result in swarm.honest[0].results if result.committed]
         assert groups[-5:] == [4] * 5
+
+    run_simulated(main())
+
+
+def test_a_leader_that_never_decides_pays_for_what_was_waited(tmp_path: Path) -> None:
+    """Also where the next one brings the round to its end; and nobody else pays."""
+
+    async def main() -> None:
+        swarm = Swarm(tmp_path)
+        await swarm.start()
+        liar = swarm.add(20)
+        decides_nothing(Liar(sim=liar, lying=lambda: True, accomplices=()))  # type: ignore[arg-type]
+        results = swarm.honest[0].results
+        while not (slow := [result for result in results if result.settle_s > PHASE_S]):
+            await asyncio.sleep(STEP_S)
+            assert swarm.step < 2 * PHASES
+        assert slow[0].committed
+        ids = [sim.peer.identity.peer_id for sim in (liar, *swarm.honest)]
+        for sim in swarm.honest:
+            rounds = sim.peer.matchmaker.company.rounds
+            others = [rounds.left_s(peer_id, now_s()) for peer_id in ids if peer_id != sim.peer.identity.peer_id]
+            assert others[0] < rounds.full_s / 2
+            assert others[1:] == [rounds.full_s] * 3
 
     run_simulated(main())
 

@@ -10,5 +10,6 @@ KNOWN_WANTING: dict[str, tuple[int, str]] = {
     "extends alone": (2, "pace"),
     "idle members": (2, "pace"),
     "Eta(86400)": (0, "pace"),
+    "decides nothing": (0, "pace"),
     "always busy": (0, "pace"),
 }

@@ -37,6 +37,7 @@ REDUCERS: dict[str, Callable[[Liar], None]] = {
     "two means": lies_in_rounds.reduces_differently,
 }
 LEADERS: dict[str, Callable[[Liar], None]] = {
+    "decides nothing": lies_in_rounds.decides_nothing,
     "invented parts": lies_in_rounds.commits_invented,
     "two commits": lies_in_rounds.commits_twice,
     A_AGAIN_B: lies_in_rounds.commits_and_asks_again,

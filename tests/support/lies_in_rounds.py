@@ -321,6 +321,16 @@ def commits_twice(_: Liar, settlement: Settlement) -> None:
 
 
 @in_rounds
+def decides_nothing(_: Liar, settlement: Settlement) -> None:
+    """A leader that comes to no decision, while those that wait for it hear that it is still there."""
+
+    async def undecided() -> None:
+        await asyncio.sleep(FOR_EVER_S)
+
+    override(settlement.leader, "lead", lambda real: undecided)
+
+
+@in_rounds
 def commits_and_asks_again(_: Liar, settlement: Settlement) -> None:
     """A-Again-B: a first leader that gives its commit to as few members as can certify it, and the certificate to them
     alone. It asks the others to reduce everything again, and is silent from then on."""
