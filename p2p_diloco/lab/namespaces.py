@@ -56,7 +56,7 @@ class Network:
         self.islands: set[str] = set()
 
     def __enter__(self) -> Network:
-        self.switch = hold(1)
+        self.switch = hold(f"{SUBNET}.1")
         self._ip("link add switch type bridge")
         self._ip(f"addr add {self.switch.address}/24 dev switch")
         self._ip("link set switch up")
@@ -70,7 +70,7 @@ class Network:
         """Returns a new namespace, connected."""
         if len(self.namespaces) == MOST:
             raise NetworkError(f"more than {MOST} peers do not fit into one network")
-        new = self.namespaces[name] = hold(len(self.namespaces) + 2)
+        new = self.namespaces[name] = hold(f"{SUBNET}.{len(self.namespaces) + 2}")
         self._ip(f"link add dev {name} type veth peer name cable netns {new.holder.pid}")
         self._ip(f"link set dev {name} master switch up")
         for words in ("link set lo up", f"addr add {new.address}/24 dev cable", "link set cable up"):
@@ -97,14 +97,14 @@ class Network:
         run(*self.switch.enter, "ip", *words.split())
 
 
-def hold(number: int) -> Namespace:
-    """Returns a new namespace. ``number``: the last byte of its address. NetworkError when it cannot be made."""
+def hold(address: str) -> Namespace:
+    """Returns a new namespace, which is to have ``address``. NetworkError when it cannot be made."""
     command = ("unshare", "--net", "sh", "-c", "echo made; exec cat")
     holder = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True)
     assert holder.stdout is not None
     if not holder.stdout.readline():
         raise NetworkError(f"a network namespace cannot be made: unshare ends with exit code {holder.wait()}")
-    return Namespace(holder, f"{SUBNET}.{number}")
+    return Namespace(holder, address)
 
 
 def run(*command: str) -> None:
