@@ -1107,6 +1107,62 @@ def test_all_who_have_waited_remember_for_whom() -> None:
     run_simulated(main())
 
 
+WAITED_S = 2.0 + CLOSING_MARGIN_S
+
+
+@pytest.mark.parametrize("moves_on", [False, True])
+def test_a_member_charges_however_short_it_has_waited_and_wherever_that_peer_stands_by_then(moves_on: bool) -> None:
+    """Who leaves for a history of its own, and comes back, cost each leader its credit anew."""
+
+    async def main() -> None:
+        table = Table(4, by_hand=(3,))
+
+        async def goes_its_own_way(table: Table, channel: Channel, message: Message) -> None:
+            await channel.send(Eta(eta_s=2.0))
+            if moves_on:
+                for i in table.honest:
+                    table.directory(i).learn(table.record(3, HISTORY[:-1] + "z", issued_s=NOW_S + 0.5), NOW_S + 1)
+            await asyncio.sleep(500)
+
+        table.serve(3, goes_its_own_way)
+        table.groups(await table.meet(), 0, 1, 2)
+        for i in table.honest:
+            waits = table.matchmakers[i].company.waits
+            assert waits.left_s(table.ids[3], now_s()) == pytest.approx(waits.full_s - WAITED_S, abs=0.5)
+            assert all(waits.left_s(table.ids[j], now_s()) == waits.full_s for j in table.honest)
+
+    run_simulated(main())
+
+
+@pytest.mark.parametrize("why", ["no place", "no place for one more newcomer", "it was lost in a round"])
+def test_who_is_left_out_although_it_came_is_not_charged(why: str) -> None:
+    """By members, which cannot know for whom their leader has waited."""
+
+    async def main() -> None:
+        full = manifest_with(max_group=4) if why == "no place" else MANIFEST
+        newcomers = (3, 4) if why == "no place for one more newcomer" else ()
+        table = Table(6, by_hand=(5,), manifest=full, newcomers=newcomers)
+        if why == "it was lost in a round":
+            for i in table.honest:
+                table.matchmakers[i].company.judge_round([table.ids[4]], 3, 0.0, ())
+
+        async def comes_late(table: Table, channel: Channel, message: Message) -> None:
+            await channel.send(Eta(eta_s=2.0))
+            await asyncio.sleep(500)
+
+        table.serve(5, comes_late)
+        meeting = asyncio.ensure_future(table.meet())
+        await asyncio.sleep(WAITED_S + 1.0)
+        meeting.cancel()
+        for i in (1, 2):
+            waits = table.matchmakers[i].company.waits
+            assert waits.left_s(table.ids[4], now_s()) == waits.full_s
+            absent = waits.full_s if why == "no place" else pytest.approx(waits.full_s - WAITED_S, abs=0.5)
+            assert waits.left_s(table.ids[5], now_s()) == absent
+
+    run_simulated(main())
+
+
 def test_who_was_lost_in_a_round_sits_out_the_next_and_is_told_when_it_is_over() -> None:
     async def main() -> None:
         table = Table(4)
