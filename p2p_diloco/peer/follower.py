@@ -109,11 +109,14 @@ class Follower:
             if self.by_itself:
                 await self.catch_up(patience_s=0.0)
                 self.presence.publish_now.ring()
-            elif self.here.seat.phase in ("inner", "evaluate") and not self.behind:
+                return
+            target = self.target()
+            entry = None if target is None else await self.catchup.check_ahead(target)
+            if self.must_move() and self.here.seat.phase in ("inner", "evaluate") and not self.behind:
                 self.behind = True
                 self.here.seat.changed.ring()
-                if (target := self.target()) is not None:
-                    await self.catchup.fetch_ahead(target)
+                if entry is not None:
+                    await self.catchup.fetch_ahead(entry)
 
     async def ask_ways(self, *, failed: bool = True) -> None:
         """Asks peers whose records do not show that we share a history how they came there: a group that went on while
