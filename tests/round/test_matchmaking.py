@@ -1430,6 +1430,24 @@ def test_two_leaders_on_one_head_make_one_group() -> None:
     run_simulated(main())
 
 
+def test_who_is_sent_to_a_leader_that_it_has_lost_gathers_anew() -> None:
+    """It does not hear the same answer again and again until it has asked all that it may."""
+
+    async def main() -> None:
+        table = Table(3, by_hand=(0,))
+        for i in table.honest:
+            table.directory(i).suspect(table.ids[0])
+        meeting = asyncio.ensure_future(table.meet(1))
+        await asyncio.sleep(0.5)
+        await table.say(0, 1, Closing(head=AT, gather_s=GATHER_S, record=table.record(0)))
+        await asyncio.sleep(0.5)
+        assert not meeting.done()
+        found = await table.meet(2) | await meeting
+        assert table.members_of(table.groups(found, 1, 2)) == [1, 2]
+
+    run_simulated(main())
+
+
 def test_close_ends_the_gatherings() -> None:
     async def main() -> None:
         table = Table(3, by_hand=(1, 2))
