@@ -260,7 +260,8 @@ class Company:
         return longest_s + self.here.timeouts.round_limit_s(8 * self.manifest.n_params) if busy else longest_s
 
     def patience_s(self, leader: str, *, busy: bool) -> float:
-        """Returns how long a leader may keep me waiting for a roster, in seconds. ``busy``: it says that it is in
+        """Returns how long a leader may keep me waiting for a roster, in seconds: CLOSING_MARGIN_S longer than a
+        gathering may last, for I would else leave when the roster is on its way. ``busy``: it says that it is in
         another round, or waits for one; then it may take what credit it has left in addition."""
         left_s = max(self.rounds.left_s(leader, now_s()), 0.0) if busy else 0.0
-        return min(self.longest_s(busy=False) + left_s, self.longest_s(busy=True))
+        return min(self.longest_s(busy=False) + left_s, self.longest_s(busy=True)) + CLOSING_MARGIN_S

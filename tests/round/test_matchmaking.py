@@ -516,6 +516,27 @@ def test_a_member_that_waits_for_long_hears_from_its_leader(step_s: float) -> No
     run_simulated(main())
 
 
+def test_a_member_waits_for_the_roster_of_the_longest_gathering() -> None:
+    """It was ready before its leader heard of it, so it has waited for longer than that."""
+
+    async def main() -> None:
+        table = Table(2, by_hand=(0,))
+        longest_s = table.matchmakers[1].company.longest_s(busy=False)
+        roster = sends_roster(lambda table, asker: [of(table, 0), asker])
+
+        async def gathers_as_long_as_it_may(table: Table, channel: Channel, message: Message) -> None:
+            for tenths in range(10):
+                await channel.send(Eta(eta_s=longest_s * (1 - tenths / 10)))
+                await asyncio.sleep(longest_s / 10)
+            await channel.send(Eta(eta_s=0.0))
+            await roster(table, channel, message)
+
+        table.serve(0, gathers_as_long_as_it_may)
+        assert table.members_of(table.groups(await table.meet(), 1)) == [0, 1]
+
+    run_simulated(main())
+
+
 def test_who_looks_for_a_better_leader_says_that_it_is_there() -> None:
     """The two best ranked machines are off, which takes a time-out each to find out. The third still trains, and hears
     of it from the fourth, which knows."""
