@@ -42,7 +42,9 @@ With liars among the peers (``liars``) all of these judge honest peers alone, an
     astray          at most ASTRAY_STEPS updates go against honest peers: in some part, less than LEAST_SHARE of what
                     they contributed on average is left
     no-blame        no honest peer takes another honest peer for one that misbehaves
-    pace            honest peers make at least LEAST_PACE of the outer steps that they make without the liars
+    pace            honest peers make at least LEAST_PACE of the outer steps that they make without the liars. More, and
+                    that for inner phases of at least three times ``Timeouts.settle_s`` alone, is promised and judged by
+                    ``benchmarks/liars.py``: phases are shorter here, and one wait takes several of them
     work            and in each of them at least LEAST_WORK of the inner steps
 
 docs/reliability.md says which of them protocol 3 cannot hold against which lie. counted-once is not judged where liars

@@ -144,11 +144,21 @@ class Directory:
         claim = [record.peer_id for record in current if head in (record.head, *record.heads)]
         few = 2 * len(claim) < len(current) + 1
         for peer_id in claim:
-            again = self._doubted.get(peer_id, 0)
-            self._doubts[peer_id] = now_s + life_s * (1 << again if few else 1)
-            if few:
-                self._doubted[peer_id] = min(again + 1, MAX_DOUBTS)
+            self._take_vote(peer_id, now_s, life_s, again=few)
         return len(claim)
+
+    def disbelieve(self, peer_id: str, now_s: float, life_s: float) -> None:
+        """Takes the vote of one peer, which has shown a history that is not sound, for ``life_s``, and for twice as
+        long each time again, as ``doubt`` does that of a few."""
+        if peer_id in self._records:
+            self._take_vote(peer_id, now_s, life_s, again=True)
+
+    def _take_vote(self, peer_id: str, now_s: float, life_s: float, *, again: bool) -> None:
+        """Takes a vote for ``life_s``; for longer where that is done once ``again``."""
+        before = self._doubted.get(peer_id, 0)
+        self._doubts[peer_id] = now_s + life_s * (1 << before if again else 1)
+        if again:
+            self._doubted[peer_id] = min(before + 1, MAX_DOUBTS)
 
     def believed(self, now_s: float) -> list[Record]:
         """Returns the voters: the same as ``live``, without those in doubt, and with all in client mode whose record is

@@ -90,6 +90,17 @@ def form_roster(sealed: Iterable[bytes], head: bytes, max_group: int, known: Kno
     return [one for one in ranked if one in drawn]
 
 
+def has_place(peer_id: str, members: Sequence[Seated], max_group: int, known: Known, least_known: int) -> bool:
+    """Returns whether a roster of these members has a place for one more, which is this peer. A full one has none,
+    whoever may rank before its members."""
+    familiar = [member for member in members if member.peer_id in known.peers]
+    if len(members) >= max_group:
+        return False
+    if peer_id in known.peers or votes(familiar) < least_known:
+        return True
+    return len(members) - len(familiar) < most_unknown(len(familiar))
+
+
 def counted_weights(
     tokens: Sequence[int], aggregation: Aggregation, on_missed: OnMissed, absent: int
 ) -> tuple[tuple[int, ...], int | None]:

@@ -24,7 +24,7 @@ import asyncio
 import logging
 from dataclasses import dataclass
 
-from p2p_diloco.core.certificate import Certificate
+from p2p_diloco.core.certificate import Certificate, Certified
 from p2p_diloco.core.errors import LedgerError, Misbehaved, Refused, RemoteError
 from p2p_diloco.core.events import EventLog
 from p2p_diloco.core.records import Record
@@ -109,18 +109,22 @@ class Catchup:
                 self.promising = tally.refused or tally.bytes_received > 0
         return None
 
-    async def fetch_ahead(self, target: tuple[int, bytes]) -> None:
-        """Fetches the update to ``target`` and its certificate, where it is the only one that is missing, for ``to`` to
-        commit later. While the trainer ends its inner step the state must not move; a peer that fetched only then could
-        be one outer step late for ever."""
+    async def check_ahead(self, target: tuple[int, bytes]) -> Certified | None:
+        """Returns the verified entry that leads to ``target``, where it is the only one that is missing, and has not
+        been fetched ahead; else None. Whoever shows one that is not sound has no vote for a while."""
         step = self.replica.loaded.step
         if target[0] != step + 1 or (self._ahead is not None and self._ahead.update.header.head == target[1]):
-            return
-        entry = await self.chains.entry_after(step, target[1], self.donors.of_head(target[1]))
-        if entry is not None:
-            found = await self._fetch_one(step, target[1], self.donors.of_head(target[1]))
-            if found is not None:
-                self._ahead = Ahead(update=found[0], certificate=entry.certificate, donor=found[1])
+            return None
+        return await self.chains.entry_after(step, target[1], self.donors.of_head(target[1]))
+
+    async def fetch_ahead(self, entry: Certified) -> None:
+        """Fetches the update that ``check_ahead`` has returned the entry of, for ``to`` to commit later. While the
+        trainer ends its inner step the state must not move; a peer that fetched only then could be one outer step late
+        for ever."""
+        step, head = entry.header.step, entry.header.head
+        found = await self._fetch_one(step, head, self.donors.of_head(head))
+        if found is not None:
+            self._ahead = Ahead(update=found[0], certificate=entry.certificate, donor=found[1])
 
     async def learn_way(self, record: Record) -> None:
         """Asks a peer how it came to where its record says that it stands, and tells the directory. It ends within

@@ -190,6 +190,7 @@ class Chains:
             for certified in new:
                 await asyncio.to_thread(lineage.follow, certified)
         except ValueError as error:
+            self.here.directory.disbelieve(channel.peer_id, self.here.wall_s(), self.here.timeouts.record_life_s)
             raise Misbehaved(channel.peer_id, f"serves a chain that is not sound: {error}") from error
         return new
 

@@ -2,7 +2,8 @@
 is in ``catchup``.
 
     run        look whenever records have come: a state that nobody trains on follows the swarm by itself; a trainer is
-               told to come, and what it will need is fetched ahead
+               told to come, and what it will need is fetched ahead, unless whoever claims to be one outer step ahead
+               shows no sound certificate of it
     catch_up   go to the swarm's head, and on while it moves
     ask_ways   ask peers whose records do not show how they came to where they are
 
@@ -104,16 +105,19 @@ class Follower:
     async def _follow(self) -> None:
         await self.ask_ways()
         async with self.moving:
-            if not self.must_move():
+            if self.behind or not self.must_move():
                 return
             if self.by_itself:
                 await self.catch_up(patience_s=0.0)
                 self.presence.publish_now.ring()
-            elif self.here.seat.phase in ("inner", "evaluate") and not self.behind:
+                return
+            target = self.target()
+            entry = None if target is None else await self.catchup.check_ahead(target)
+            if self.must_move() and self.here.seat.phase in ("inner", "evaluate"):
                 self.behind = True
                 self.here.seat.changed.ring()
-                if (target := self.target()) is not None:
-                    await self.catchup.fetch_ahead(target)
+                if entry is not None:
+                    await self.catchup.fetch_ahead(entry)
 
     async def ask_ways(self, *, failed: bool = True) -> None:
         """Asks peers whose records do not show that we share a history how they came there: a group that went on while

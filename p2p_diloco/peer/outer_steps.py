@@ -139,8 +139,10 @@ class OuterSteps:
                     return result  # else nobody has what was claimed, and those on our head wait for us
             result = await self.attempts.make(offer)
             if result.reason == "behind":
-                return await self._adopt()
-            if result.reason != "failed":
+                result = await self._adopt()
+                if result.moved or self.follower.must_move():
+                    return result
+            elif result.reason != "failed":
                 break
         return result
 

@@ -9,7 +9,8 @@ signed, and nobody have the update; so it signs another one on the same head whe
 
 Nor does it sign for the first that asks: where fewer than LEAST_SHARE of those that have contributed so far, and are
 here, are in the roster, it waits for that time as well, in which they can meet; before the first update, of the
-trainers that have answered it. Else whoever trains least would be known before all others. Not most of them: some may
+trainers that have answered it. It is one of them itself, if it trains. Else whoever trains least would be known before
+all others. Not most of them: some may
 be ready and contribute nothing, and shall not stop the rest.
 
 Known weaknesses: whoever holds back such an update for longer than that can bring it out later, and then there are two.
@@ -126,12 +127,13 @@ class Witness:
 
     def _leaves_out_others(self, group: Group) -> bool:
         """Tells whether fewer than LEAST_SHARE of those that have contributed so far, and are on my way, are in a
-        group; before the first update, of the trainers that have answered me. Their records may not have heard of the
-        last outer step yet."""
+        group; before the first update, of the trainers that have answered me, and of me, if I train. Their records may
+        not have heard of the last outer step yet."""
         seat, proven = self.here.seat, self.here.directory.proven
         way = {seat.standing.head, *seat.standing.heads}
         here = (record for record in self.here.live() if record.role == "trainer" and record.head in way)
         there = {record.peer_id for record in here if record.peer_id in proven}
+        there |= {self.here.peer_id} if seat.role_trainer else set()
         if group.step:
             there &= seat.history.electors(group.step)
         inside = there.intersection(member.peer_id for member in group.members)

@@ -20,7 +20,7 @@ from p2p_diloco.core.findings import Findings
 from p2p_diloco.core.group import Group, RosterRules, open_roster
 from p2p_diloco.core.manifest import RunManifest
 from p2p_diloco.core.records import Record, open_record
-from p2p_diloco.core.roster import Readiness, leader_order, on_head, open_readiness, precedence, rank
+from p2p_diloco.core.roster import Readiness, has_place, leader_order, on_head, open_readiness, precedence, rank
 from p2p_diloco.core.swarm_head import must_catch_up, swarm_head, way_of
 from p2p_diloco.core.waiting import now_s
 from p2p_diloco.round.here import Here
@@ -123,15 +123,20 @@ class Company:
         }
         self.failures = {leader: failures for leader, failures in counting.items() if failures}
 
-    def judge_gathering(self, group: Group, took_s: float) -> None:
-        """Notes how long I have waited for a roster that somebody else made. Where that was longer than a round waits
-        for those who come in time, it was for proven peers on this head that are not in it, as far as I can know: what
-        one peer costs all shall not be charged by one leader after another."""
-        if took_s > self.manifest.spec.round.gather_s + 2 * CLOSING_MARGIN_S:
-            present, directory = {member.peer_id for member in group.members}, self.here.directory
-            for record in on_head(directory.expected(self.here.wall_s()), group.head):
-                if record.peer_id not in present and record.peer_id in directory.proven:
-                    self.waits.charge(record.peer_id, took_s, now_s())
+    def expected_on(self, head: bytes) -> frozenset[str]:
+        """Returns the peers that a round which gathers on ``head`` now has to wait for, as far as I can know."""
+        around = on_head(self.here.directory.expected(self.here.wall_s()), head)
+        return frozenset(record.peer_id for record in around if self.is_waited_for(record.peer_id))
+
+    def judge_gathering(self, group: Group, expected: Collection[str], took_s: float) -> None:
+        """Notes how long I have waited for a roster that somebody else made. It was for those of the ``expected`` that
+        are not in it although it has a place for them, as far as I can know, wherever they stand by now: what one peer
+        costs all shall not be charged by one leader after another."""
+        known, limits = self.here.seat.known, self.manifest.spec.round
+        for peer_id in set(expected).difference(member.peer_id for member in group.members):
+            takes_in = has_place(peer_id, group.members, limits.max_group, known, self.rules.least_known)
+            if takes_in and not self.is_idle(peer_id):
+                self.waits.charge(peer_id, took_s, now_s())
 
     def judge_round(self, lost: Collection[str], others: int, took_s: float, contributed: Iterable[str]) -> None:
         """Notes what became of a round with so many ``others``: whom I ``lost`` while it was reduced, and who has
@@ -255,7 +260,8 @@ class Company:
         return longest_s + self.here.timeouts.round_limit_s(8 * self.manifest.n_params) if busy else longest_s
 
     def patience_s(self, leader: str, *, busy: bool) -> float:
-        """Returns how long a leader may keep me waiting for a roster, in seconds. ``busy``: it says that it is in
+        """Returns how long a leader may keep me waiting for a roster, in seconds: CLOSING_MARGIN_S longer than a
+        gathering may last, for I would else leave when the roster is on its way. ``busy``: it says that it is in
         another round, or waits for one; then it may take what credit it has left in addition."""
         left_s = max(self.rounds.left_s(leader, now_s()), 0.0) if busy else 0.0
-        return min(self.longest_s(busy=False) + left_s, self.longest_s(busy=True))
+        return min(self.longest_s(busy=False) + left_s, self.longest_s(busy=True)) + CLOSING_MARGIN_S

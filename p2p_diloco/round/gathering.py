@@ -110,8 +110,8 @@ class Gatherings:
         gathering = self._at(self.seat.standing.head)
         gathering.ready[self.company.me] = sealed
         gathering.changed.ring()
-        while gathering.answer is None:
-            await gathering.changed.event.wait()
+        while gathering.answer is None or self.by_head.get(gathering.head) is gathering:
+            await gathering.changed.event.wait()  # until it has ended: I would else come back to it, and hear the same
         return gathering.answer
 
     def _at(self, head: bytes) -> Gathering:

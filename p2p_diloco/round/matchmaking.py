@@ -98,6 +98,7 @@ class Matchmaker:
             if leader is None:
                 break
             began_s = now_s()
+            expected = company.expected_on(head)
             mine = self._readiness(weight, dropped, tokens_per_s, leader)
             sealed = seal_readiness(mine, self.identity)
             try:
@@ -110,7 +111,7 @@ class Matchmaker:
                     continue
                 group = self._outcome(leader, answer, mine, sealed)
                 if isinstance(group, Group) and leader != company.me:
-                    company.judge_gathering(group, now_s() - began_s)
+                    company.judge_gathering(group, expected, now_s() - began_s)
                 return group
             except Refused as error:
                 log.debug("%s does not lead: %s", leader[-8:], error.reason)

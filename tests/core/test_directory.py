@@ -164,6 +164,17 @@ def test_one_of_a_few_is_in_doubt_for_twice_as_long_each_time_and_most_are_not()
         assert len(known.believed(NOW_S + 20)) == 4, "the one in doubt before"
 
 
+def test_who_is_disbelieved_has_no_vote_for_twice_as_long_each_time_and_nobody_else_with_its_head() -> None:
+    known = Known()
+    for i in (2, 3, 4):
+        known.hear(i, life_s=900.0)
+    known.disbelieve(identity(500).peer_id, NOW_S, 20.0)
+    for times in (1, 2, 4, 8, 16, 16):
+        known.disbelieve(OTHER.peer_id, NOW_S, 20.0)
+        assert len(known.believed(NOW_S + 20 * times - 1)) == 2
+        assert len(known.believed(NOW_S + 20 * times)) == 3
+
+
 def test_who_was_gone_for_a_record_life_begins_without_doubts() -> None:
     known, doubted = Known(), bytes([9]) * 32
     for _ in range(2):

@@ -13,6 +13,7 @@ from p2p_diloco.core.roster import (
     READINESS_CONTEXT,
     announces_run,
     form_roster,
+    has_place,
     leader_order,
     new_nonce,
     on_head,
@@ -66,6 +67,21 @@ def test_newcomers_are_few_and_drawn_by_rank(
     sealed = [seal_readiness(readiness_of(who, HISTORY), who) for who in members]
     who = known(*(members[i] for i in familiar))
     assert form_roster(reversed(sealed), head(HISTORY), max_group, who, least_known) == [sealed[i] for i in drawn]
+
+
+@pytest.mark.parametrize("familiar", [*((*range(count),) for count in range(6)), (0, 5), (3, 4, 5)])
+@pytest.mark.parametrize(("max_group", "least_known"), [(6, 2), (4, 2), (2, 2), (6, 1)])
+def test_a_roster_has_a_place_for_whoever_would_be_taken_in_beside_its_members(
+    familiar: tuple[int, ...], max_group: int, least_known: int
+) -> None:
+    members = ranked(head(HISTORY), 6)
+    sealed = [seal_readiness(readiness_of(who, HISTORY), who) for who in members]
+    who = known(*(members[i] for i in familiar))
+    for size in range(1, 6):
+        taken = form_roster(sealed[:size], head(HISTORY), max_group, who, least_known)
+        with_the_last = form_roster([*taken, sealed[5]], head(HISTORY), max_group, who, least_known)
+        place = has_place(members[5].peer_id, [*map(open_readiness, taken)], max_group, who, least_known)
+        assert place == (len(taken) < max_group and sealed[5] in with_the_last)
 
 
 def test_nonces_differ() -> None:

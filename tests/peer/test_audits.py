@@ -56,7 +56,7 @@ class Swarm:
             for i in (0, *TRAINERS)
         }
         if lie is not None:
-            lie(Liar(sim=self.sims[LIAR], lying=lambda: True, accomplices=()))  # type: ignore[arg-type]
+            lie(Liar(sim=self.sims[LIAR], lying=lambda: True, accomplices=()))
 
     async def reach(self, step: int) -> None:
         for sim in self.sims.values():

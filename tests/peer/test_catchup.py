@@ -624,8 +624,8 @@ def test_the_one_update_that_is_missing_is_there_before_it_is_asked_for(
         liar = library.add(replica_at(tmp_path / "liar", 8), on(AskUpdate, update_with_other_parts))
         donor = library.add(replica_at(tmp_path / "donor", 8))
         target = (8, donor.replica.loaded.head)
-        await library.catchup.fetch_ahead(target)
-        await library.catchup.fetch_ahead(target)
+        await library.fetch_ahead(target)
+        await library.fetch_ahead(target)
         assert library.replica.loaded.step == mine
         asked = [len(each.asked) for each in (liar, donor)]
         caught_up = await library.catchup.to(target)
@@ -646,7 +646,7 @@ def test_an_update_that_was_fetched_ahead_and_cannot_be_applied_is_its_donors_fa
         library = Library(tmp_path, replica_at(tmp_path / "me", 7))
         donor = library.add(replica_at(tmp_path / "donor", 8))
         target = (8, donor.replica.loaded.head)
-        await library.catchup.fetch_ahead(target)
+        await library.fetch_ahead(target)
 
         def refuse(update: object, certificate: object) -> None:
             raise ValueError("an update that leads nowhere")

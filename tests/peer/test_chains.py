@@ -23,7 +23,7 @@ from p2p_diloco.wire.message import Message
 from p2p_diloco.wire.messages import No, Size
 from p2p_diloco.wire.state_messages import AskChain, AskChunk, AskUpdate, Heads
 from tests.support import library as support
-from tests.support.builders import damaged, identity, plain_values
+from tests.support.builders import NOW_S, damaged, identity, plain_values
 from tests.support.fakes import run_simulated
 from tests.support.library import (
     Donor,
@@ -378,17 +378,41 @@ def test_the_certificate_of_an_update_that_was_fetched_ahead_is_verified(tmp_pat
         swarm = replica_at(tmp_path / "swarm", 19)
         liar = library.add(swarm, blob(chain_of(*last_changed(entries_of(swarm, 17), "unsigned")[1:])))
         target = (19, swarm.loaded.head)
-        await library.catchup.fetch_ahead(target)
+        await library.fetch_ahead(target)
         assert library.suspects() == [0]
         assert liar.count(AskUpdate) == 0
         donor = library.add(swarm)
-        await library.catchup.fetch_ahead(target)
+        await library.fetch_ahead(target)
         assert (donor.count(AskChain), donor.count(AskUpdate)) == (1, 1)
         assert library.replica.ledger.chain.end == 18
         assert await library.catchup.to(target) is not None
         assert (donor.count(AskChain), donor.count(AskUpdate)) == (1, 1)
         same_chain(library, swarm)
         library.check_same(swarm)
+
+    run_simulated(main())
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+def test_who_shows_a_chain_that_is_not_sound_has_no_vote_and_others_with_that_head_have_theirs(
+    tmp_path: Path, ahead: bool
+) -> None:
+    """Whatever newer record it signs."""
+
+    async def main() -> None:
+        library = Library(tmp_path, replica_at(tmp_path / "me", 18))
+        swarm = replica_at(tmp_path / "swarm", 19)
+        liar = library.add(swarm, blob(chain_of(*last_changed(entries_of(swarm, 17), "unsigned")[1:])))
+        other = library.add(swarm)
+        target = (19, swarm.loaded.head)
+        assert (await library.catchup.check_ahead(target) if ahead else await library.to(swarm)) is not None
+        library.publish(liar, NOW_S + 1)
+        assert [record.peer_id for record in library.directory.believed(NOW_S + 1)] == [other.who.peer_id]
+        again_s = NOW_S + library.timeouts.record_life_s
+        assert {record.peer_id for record in library.directory.believed(again_s)} == {
+            liar.who.peer_id,
+            other.who.peer_id,
+        }
 
     run_simulated(main())
 

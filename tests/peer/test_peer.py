@@ -47,6 +47,8 @@ from p2p_diloco.wire.round_messages import (
 from p2p_diloco.wire.state_messages import AskHeads, AskIndex, Push
 from tests.support.builders import identity, record_of
 from tests.support.fakes import FakeNetwork, FakeTransport, SimPeer, make_manifest, run_simulated
+from tests.support.lies_beside import extends
+from tests.support.lying import Liar
 from tests.support.reference import diloco
 
 RUN_OWNER = identity(0)
@@ -659,6 +661,25 @@ def test_a_liar_that_nobody_can_follow_does_not_stop_the_swarm(tmp_path: Path, a
         for sim in sims[1:]:
             assert STRANGER.peer_id not in [record.peer_id for record in sim.peer.here.voters()[0]]
         assert answers == "nothing" or any(isinstance(message, AskHeads) for message in asked)
+
+    run_simulated(main())
+
+
+def test_whoever_extends_the_head_without_a_certificate_costs_others_one_round_and_no_more(tmp_path: Path) -> None:
+    """It was one of them until then, so its word is a vote; others look at what leads there before they believe it."""
+
+    async def main() -> None:
+        swarm = Simulated(tmp_path, 4, n=500, outer_steps=1000)
+        *honest, liar = await swarm.start(4)
+        await swarm.until(honest, 2)
+        from_s = asyncio.get_running_loop().time()
+        extends(Liar(sim=liar, lying=lambda: True, accomplices=(liar.peer.identity.peer_id,)))
+        await swarm.until(honest, 12)
+        assert asyncio.get_running_loop().time() - from_s < 12 * 10.0
+        for index in (1, 2, 3):
+            rounds = [one for one in swarm.events(index, RoundEnded) if one.step >= 2]
+            assert {one.step for one in rounds if not one.committed} <= {2}, "when it is found out"
+        swarm.check_identical(honest)
 
     run_simulated(main())
 

@@ -131,6 +131,21 @@ def test_who_is_first_with_few_has_to_wait_for_those_who_are_there(tmp_path: Pat
     run_simulated(main())
 
 
+@pytest.mark.parametrize("owner_trains", [False, True])
+def test_an_owner_that_trains_is_one_of_those_who_are_there(tmp_path: Path, owner_trains: bool) -> None:
+    """Else one of three others, with a name that it has made up, is three in ten, and makes all outer steps alone."""
+
+    async def main() -> None:
+        table = Table(tmp_path)
+        await table.start()
+        table.trains_here(*MEMBERS)
+        table.seed.peer.seat.role_trainer = owner_trains
+        two = [MEMBERS[0], identity(99)]
+        assert await table.ask(table.group(two), signers=two) == (LEFT_OUT if owner_trains else True)
+
+    run_simulated(main())
+
+
 def test_names_that_never_answered_leave_nobody_out(tmp_path: Path) -> None:
     async def main() -> None:
         table = Table(tmp_path)

@@ -516,6 +516,27 @@ def test_a_member_that_waits_for_long_hears_from_its_leader(step_s: float) -> No
     run_simulated(main())
 
 
+def test_a_member_waits_for_the_roster_of_the_longest_gathering() -> None:
+    """It was ready before its leader heard of it, so it has waited for longer than that."""
+
+    async def main() -> None:
+        table = Table(2, by_hand=(0,))
+        longest_s = table.matchmakers[1].company.longest_s(busy=False)
+        roster = sends_roster(lambda table, asker: [of(table, 0), asker])
+
+        async def gathers_as_long_as_it_may(table: Table, channel: Channel, message: Message) -> None:
+            for tenths in range(10):
+                await channel.send(Eta(eta_s=longest_s * (1 - tenths / 10)))
+                await asyncio.sleep(longest_s / 10)
+            await channel.send(Eta(eta_s=0.0))
+            await roster(table, channel, message)
+
+        table.serve(0, gathers_as_long_as_it_may)
+        assert table.members_of(table.groups(await table.meet(), 1)) == [0, 1]
+
+    run_simulated(main())
+
+
 def test_who_looks_for_a_better_leader_says_that_it_is_there() -> None:
     """The two best ranked machines are off, which takes a time-out each to find out. The third still trains, and hears
     of it from the fourth, which knows."""
@@ -1107,6 +1128,62 @@ def test_all_who_have_waited_remember_for_whom() -> None:
     run_simulated(main())
 
 
+WAITED_S = 2.0 + CLOSING_MARGIN_S
+
+
+@pytest.mark.parametrize("moves_on", [False, True])
+def test_a_member_charges_however_short_it_has_waited_and_wherever_that_peer_stands_by_then(moves_on: bool) -> None:
+    """Who leaves for a history of its own, and comes back, cost each leader its credit anew."""
+
+    async def main() -> None:
+        table = Table(4, by_hand=(3,))
+
+        async def goes_its_own_way(table: Table, channel: Channel, message: Message) -> None:
+            await channel.send(Eta(eta_s=2.0))
+            if moves_on:
+                for i in table.honest:
+                    table.directory(i).learn(table.record(3, HISTORY[:-1] + "z", issued_s=NOW_S + 0.5), NOW_S + 1)
+            await asyncio.sleep(500)
+
+        table.serve(3, goes_its_own_way)
+        table.groups(await table.meet(), 0, 1, 2)
+        for i in table.honest:
+            waits = table.matchmakers[i].company.waits
+            assert waits.left_s(table.ids[3], now_s()) == pytest.approx(waits.full_s - WAITED_S, abs=0.5)
+            assert all(waits.left_s(table.ids[j], now_s()) == waits.full_s for j in table.honest)
+
+    run_simulated(main())
+
+
+@pytest.mark.parametrize("why", ["no place", "no place for one more newcomer", "it was lost in a round"])
+def test_who_is_left_out_although_it_came_is_not_charged(why: str) -> None:
+    """By members, which cannot know for whom their leader has waited."""
+
+    async def main() -> None:
+        full = manifest_with(max_group=4) if why == "no place" else MANIFEST
+        newcomers = (3, 4) if why == "no place for one more newcomer" else ()
+        table = Table(6, by_hand=(5,), manifest=full, newcomers=newcomers)
+        if why == "it was lost in a round":
+            for i in table.honest:
+                table.matchmakers[i].company.judge_round([table.ids[4]], 3, 0.0, ())
+
+        async def comes_late(table: Table, channel: Channel, message: Message) -> None:
+            await channel.send(Eta(eta_s=2.0))
+            await asyncio.sleep(500)
+
+        table.serve(5, comes_late)
+        meeting = asyncio.ensure_future(table.meet())
+        await asyncio.sleep(WAITED_S + 1.0)
+        meeting.cancel()
+        for i in (1, 2):
+            waits = table.matchmakers[i].company.waits
+            assert waits.left_s(table.ids[4], now_s()) == waits.full_s
+            absent = waits.full_s if why == "no place" else pytest.approx(waits.full_s - WAITED_S, abs=0.5)
+            assert waits.left_s(table.ids[5], now_s()) == absent
+
+    run_simulated(main())
+
+
 def test_who_was_lost_in_a_round_sits_out_the_next_and_is_told_when_it_is_over() -> None:
     async def main() -> None:
         table = Table(4)
@@ -1370,6 +1447,24 @@ def test_two_leaders_on_one_head_make_one_group() -> None:
 
         found = await asyncio.gather(later(0.0, 1, 2), later(0.3, 0, 3))
         table.groups(found[0] | found[1], 0, 1, 2, 3)
+
+    run_simulated(main())
+
+
+def test_who_is_sent_to_a_leader_that_it_has_lost_gathers_anew() -> None:
+    """It does not hear the same answer again and again until it has asked all that it may."""
+
+    async def main() -> None:
+        table = Table(3, by_hand=(0,))
+        for i in table.honest:
+            table.directory(i).suspect(table.ids[0])
+        meeting = asyncio.ensure_future(table.meet(1))
+        await asyncio.sleep(0.5)
+        await table.say(0, 1, Closing(head=AT, gather_s=GATHER_S, record=table.record(0)))
+        await asyncio.sleep(0.5)
+        assert not meeting.done()
+        found = await table.meet(2) | await meeting
+        assert table.members_of(table.groups(found, 1, 2)) == [1, 2]
 
     run_simulated(main())
 

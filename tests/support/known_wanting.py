@@ -1,15 +1,14 @@
 """Which lies the protocol does not stand today: kind -> a seed of ``draw_with_liars``, and which invariant it violates.
 
 The tests want each of them to be violated exactly so. Whoever mends the protocol takes the kind out of this table; from
-then on its first schedules have to hold.
+then on its first schedules have to hold. Both of those that are left violate ``pace`` alone, in inner phases that are
+shorter than those for which a pace is promised (``explorer``): in these ``benchmarks/liars.py`` finds no bound missed.
 """
 
 from __future__ import annotations
 
 KNOWN_WANTING: dict[str, tuple[int, str]] = {
-    "extends alone": (2, "pace"),
     "idle members": (2, "pace"),
-    "Eta(86400)": (0, "pace"),
     "decides nothing": (0, "pace"),
     "always busy": (0, "pace"),
 }

@@ -241,6 +241,12 @@ class Library:
     async def to(self, target: Replica) -> CaughtUp | None:
         return await self.catchup.to((target.loaded.step, target.loaded.head))
 
+    async def fetch_ahead(self, target: tuple[int, bytes]) -> None:
+        """As the follower does it."""
+        entry = await self.catchup.check_ahead(target)
+        if entry is not None:
+            await self.catchup.fetch_ahead(entry)
+
     async def learn_way(self, donor: Donor) -> None:
         record = self.directory.get(donor.who.peer_id)
         assert record is not None

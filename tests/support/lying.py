@@ -9,13 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from p2p_diloco.peer.outer_steps import OuterSteps
 from p2p_diloco.round.settle import Settlement
-
-if TYPE_CHECKING:
-    from tests.support.world import CountedPeer
+from tests.support.fakes import SimPeer
 
 FOR_EVER_S = 10_000.0
 IDLES_S = 12.0
@@ -26,7 +24,7 @@ IDLES_S = 12.0
 class Liar:
     """A peer that lies, as those who patch it see it."""
 
-    sim: CountedPeer
+    sim: SimPeer
     lying: Callable[[], bool]
     """Whether it lies by now."""
     accomplices: tuple[str, ...]
