@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from p2p_diloco.cli.arguments import check_run_id
 from p2p_diloco.cli.options import OUTPUT, JsonFlag, Output
-from p2p_diloco.core.errors import LedgerError, OtherProtocol, UsageError
+from p2p_diloco.core.errors import LedgerError, LocalError, OtherProtocol, UsageError
 from p2p_diloco.core.interruption import importing
 from p2p_diloco.look.display import plain
 
@@ -19,27 +19,28 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Findings:
-    """Holds what ``verify --json`` prints."""
+    """Holds what ``verify --json`` prints; nothing but a reason, where nothing could be verified."""
 
-    ok: bool
+    ok: bool = False
     """All that is here is sound."""
-    anchored: bool
+    anchored: bool = False
     """The run's owner has signed a state of this history."""
-    run_id: str
-    owner: str
-    step: int
+    run_id: str = ""
+    owner: str = ""
+    step: int = 0
     """The outer step to which sound certificates, and snapshots, lead."""
-    head: str
-    certificates: int
-    updates: int
-    snapshots: list[int]
-    replayed_from: int | None
-    replayed_to: int | None
-    anchors: int
-    anchored_step: int | None
-    wrong_step: int | None
+    head: str = ""
+    certificates: int = 0
+    updates: int = 0
+    snapshots: list[int] = field(default_factory=list)
+    replayed_from: int | None = None
+    replayed_to: int | None = None
+    anchors: int = 0
+    anchored_step: int | None = None
+    wrong_step: int | None = None
     reason: str
-    """What is wrong, at ``wrong_step``; or how to get an anchor; empty where nothing is to be said."""
+    """What is wrong, at ``wrong_step``, or why nothing could be verified; or how to get an anchor; empty where nothing
+    is to be said."""
 
 
 def verify(
@@ -62,6 +63,24 @@ def verify(
         One JSON object on stdout.
     """
     check_run_id(run_id)
+    try:
+        found = verified(folder, run_id)
+    except LocalError as error:
+        if as_json:
+            print_json(Findings(reason=str(error)))
+        raise
+    findings = findings_of(found)
+    if as_json:
+        print_json(findings)
+    else:
+        for line in lines_of(findings, found):
+            print(line)
+    return 0 if findings.ok and findings.anchored else 1
+
+
+def verified(folder: Path, run_id: str | None) -> Verified:
+    """Returns what comes of a run in a folder. LocalError where there is nothing to be verified, or it cannot be
+    read."""
     with importing("verify"):
         from p2p_diloco.ledger.folder import find_run, read_manifest, same_files
         from p2p_diloco.ledger.verify import verify_ledger
@@ -73,16 +92,14 @@ def verify(
     manifest = read_manifest(run)
     with same_files(run) as view:
         try:
-            found = verify_ledger(view / "ledger", manifest)
+            return verify_ledger(view / "ledger", manifest)
         except UsageError as error:  # the view is gone when a person reads this
             raise UsageError(f"{run}: {error}") from error
-    findings = findings_of(found)
-    if as_json:
-        print(json.dumps(asdict(findings), indent=2))
-    else:
-        for line in lines_of(findings, found):
-            print(line)
-    return 0 if findings.ok and findings.anchored else 1
+
+
+def print_json(findings: Findings) -> None:
+    """Prints findings as one JSON object."""
+    print(json.dumps(asdict(findings), indent=2))
 
 
 def refuse_unsound_manifests(folder: Path) -> None:

@@ -19,9 +19,8 @@ import msgpack
 
 from p2p_diloco.core.digest import digest
 from p2p_diloco.core.grid import Grid
-from p2p_diloco.core.group import MAX_ABSENT, MAX_MEMBERS, Group, RosterRules, SealedRoster, open_roster
+from p2p_diloco.core.group import MAX_ABSENT, MAX_MEMBERS, Group, RosterRules, SealedRoster, open_anywhere
 from p2p_diloco.core.identity import SIGNATURE_BYTES
-from p2p_diloco.core.known import NOBODY_KNOWN
 from p2p_diloco.core.records import MAX_RECORD_BYTES, unpack_plain
 from p2p_diloco.core.signed_part import REDUCTION_BYTES, Contribution, Inputs, Place, Reduction
 from p2p_diloco.core.update import MAX_MASK_BYTES, Part
@@ -149,7 +148,7 @@ class Evidence:
         """Returns the id of the peer that has reduced the part wrongly, and the outer step of the round. ValueError
         where this does not prove it of anybody: the roster is none of this run, the reducer has not signed the part
         and these contributions, or the part is what they make."""
-        group = open_roster(self.roster, rules, NOBODY_KNOWN)  # who is known changes no weight
+        group = open_anywhere(self.roster, rules)  # who is known changes no weight
         if self.index >= grid.n_parts or self.reduction.reducer >= len(group.members):
             raise ValueError("evidence of a part or of a member that is none")
         accused = group.members[self.reduction.reducer].peer_id

@@ -68,32 +68,32 @@ class Directory:
 
     def _learn(self, sealed: bytes, now_s: float, *, came: bool) -> Record | None:
         if sealed in self._verified:
-            known = self._records[self._verified[sealed]]
-            self._places.take(known.peer_id, came=came, favoured=self._favoured)
-            return known if self._is_there(known, now_s) else None
-        known = open_record(sealed)
-        if known.peer_id == self.peer_id or known.run_id != self.run_id or not is_current(known, now_s):
+            record = self._records[self._verified[sealed]]
+            self._places.take(record.peer_id, came=came, favoured=self._favoured)
+            return record if self._is_there(record, now_s) else None
+        record = open_record(sealed)
+        if record.peer_id == self.peer_id or record.run_id != self.run_id or not is_current(record, now_s):
             return None
-        invitation = self.admission.invitation_of(known)
-        if not self._is_there(known, now_s):
+        invitation = self.admission.invitation_of(record)
+        if not self._is_there(record, now_s):
             return None
-        if known.peer_id not in self._records and invitation is not None:
-            alike = sum(counts_as(record) == invitation.token for record in self.current(now_s))
+        if record.peer_id not in self._records and invitation is not None:
+            alike = sum(counts_as(other) == invitation.token for other in self.current(now_s))
             if alike >= IDS_PER_PLACE * invitation.places:
                 return None
-        has_place, made_room = self._places.take(known.peer_id, came=came, favoured=self._favoured)
+        has_place, made_room = self._places.take(record.peer_id, came=came, favoured=self._favoured)
         if made_room is not None:
             self._forget(made_room)
         if not has_place:
             return None
-        newest = self._records.get(known.peer_id)
-        if newest is None or newest.issued_s < known.issued_s:
+        newest = self._records.get(record.peer_id)
+        if newest is None or newest.issued_s < record.issued_s:
             if newest is not None:
-                del self._verified[self._sealed[known.peer_id]]
-            self._records[known.peer_id] = known
-            self._verified[sealed] = known.peer_id
-            self._sealed[known.peer_id] = sealed
-        return self._records[known.peer_id]
+                del self._verified[self._sealed[record.peer_id]]
+            self._records[record.peer_id] = record
+            self._verified[sealed] = record.peer_id
+            self._sealed[record.peer_id] = sealed
+        return self._records[record.peer_id]
 
     def learn_from(self, peer_id: str, sealed: bytes, now_s: float) -> Record | None:
         """Does the same as ``learn`` with a record that comes from the peer that it is about. Unsound when that is

@@ -7,7 +7,7 @@ check it before they meet, and whoever takes the update later checks it again, b
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
 from typing import Any
@@ -230,10 +230,30 @@ class Group:
 
 
 def open_roster(sealed: SealedRoster, rules: RosterRules, known: Known) -> Group:
-    """Returns the group of a roster. ValueError unless its leader signed it, every member signed, once, for this leader
-    and one head of the run; every absent peer signed that it trains there; all of them have the seats that the run asks
-    for, whether these have lapsed by now or not; and there are no more unknown members than the known ones allow.
-    ``known``: at that head.
+    """Returns the group of a roster. ValueError where ``open_anywhere`` raises it, and unless a known member has
+    gathered it, where one could have; there are no more unknown members than the known ones allow; and those that are
+    left idle are few, and would reduce. ``known``: at the head of the round."""
+    group = open_anywhere(sealed, rules)
+    members = group.members
+    familiar, counting = _counting(members, known, rules.least_known)
+    needs_witness = votes(members[i] for i in familiar) < rules.least_known
+    dialable = any(not members[i].client_mode for i in familiar)
+    if not needs_witness and dialable and sealed.leader not in known.peers:
+        raise ValueError("a roster that a newcomer gathered")
+    if not needs_witness and len(members) - len(familiar) > most_unknown(len(familiar)):
+        raise ValueError(f"a roster with {len(members) - len(familiar)} newcomers beside {len(familiar)} known members")
+    would_reduce = _reducers(members, counting, (), range(len(members)))
+    idle = list(sealed.idle)
+    if idle != sorted(set(idle) & set(would_reduce)) or 2 * len(idle) > len(would_reduce):
+        raise ValueError(f"a roster that leaves {len(idle)} members idle, too many or the wrong ones")
+    return replace(group, counting=counting, needs_witness=needs_witness)
+
+
+def open_anywhere(sealed: SealedRoster, rules: RosterRules) -> Group:
+    """Returns the group of a roster, for who does not know its head, and so nobody there: all members count. ValueError
+    unless its leader signed it, every member signed, once, for this leader and one head of the run; every absent peer
+    signed that it trains there; and all of them have the seats that the run asks for, whether these have lapsed by now
+    or not.
 
     ``RosterRules.on_missed`` "keep": a peer that misses a round comes to the next one with the progress of both, so the
     sum is divided by the weights of all that train on this head, absent ones at the group's median (docs/log.md has the
@@ -248,17 +268,6 @@ def open_roster(sealed: SealedRoster, rules: RosterRules, known: Known) -> Group
     check_members(members, rules, sealed.leader, step, head)
     away = check_absent(sealed.absent, members, rules, head)
     rules.admission.check_roster(members, away, now_s=None, step=step)
-    familiar, counting = _counting(members, known, rules.least_known)
-    needs_witness = votes(members[i] for i in familiar) < rules.least_known
-    dialable = any(not members[i].client_mode for i in familiar)
-    if not needs_witness and dialable and sealed.leader not in known.peers:
-        raise ValueError("a roster that a newcomer gathered")
-    if not needs_witness and len(members) - len(familiar) > most_unknown(len(familiar)):
-        raise ValueError(f"a roster with {len(members) - len(familiar)} newcomers beside {len(familiar)} known members")
-    would_reduce = _reducers(members, counting, (), range(len(members)))
-    idle = list(sealed.idle)
-    if idle != sorted(set(idle) & set(would_reduce)) or 2 * len(idle) > len(would_reduce):
-        raise ValueError(f"a roster that leaves {len(idle)} members idle, too many or the wrong ones")
     claimed = [member.weight for member in members]
     weights, total_weight = counted_weights(claimed, rules.aggregation, rules.on_missed, absent=len(away))
     return Group(
@@ -269,8 +278,8 @@ def open_roster(sealed: SealedRoster, rules: RosterRules, known: Known) -> Group
         weights=weights,
         total_weight=total_weight,
         aggregation=rules.aggregation,
-        counting=counting,
-        needs_witness=needs_witness,
+        counting=frozenset(range(len(members))),
+        needs_witness=True,
     )
 
 

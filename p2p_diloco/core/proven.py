@@ -15,7 +15,7 @@ MAX_PROVEN = 4096
 
 
 @dataclass(kw_only=True)
-class Proof:
+class Contact:
     """Holds what is known of one peer."""
 
     proven: bool = False
@@ -32,41 +32,41 @@ class Proven:
     def __init__(self, *, least_pause_s: float, most_pause_s: float) -> None:
         self.least_pause_s = least_pause_s
         self.most_pause_s = most_pause_s
-        self._proofs: dict[str, Proof] = {}
+        self._contacts: dict[str, Contact] = {}
 
     def __contains__(self, peer_id: str) -> bool:
-        proof = self._proofs.get(peer_id)
-        return proof is not None and proof.proven
+        contact = self._contacts.get(peer_id)
+        return contact is not None and contact.proven
 
     def has_failed(self, peer_id: str) -> bool:
         """Returns whether a peer has failed me, and has not answered since."""
-        proof = self._proofs.get(peer_id)
-        return proof is not None and proof.failures > 0
+        contact = self._contacts.get(peer_id)
+        return contact is not None and contact.failures > 0
 
     def answered(self, peer_id: str) -> None:
         """Notes that a peer has answered me, or has come by itself."""
-        proof = self._of(peer_id)
-        proof.proven, proof.failures = True, 0
+        contact = self._of(peer_id)
+        contact.proven, contact.failures = True, 0
 
     def failed(self, peer_id: str) -> None:
         """Notes that a peer did not answer me, or broke the protocol."""
-        proof = self._of(peer_id)
-        proof.proven, proof.failures = False, proof.failures + 1
+        contact = self._of(peer_id)
+        contact.proven, contact.failures = False, contact.failures + 1
 
     def call(self, peer_id: str, now_s: float) -> bool:
         """Returns whether a peer may be called now: always when it is proven, else when the pause since its last call
         is over, which is noted as called."""
         if peer_id in self:
             return True
-        proof = self._of(peer_id)
-        pause_s = min(self.least_pause_s * 2 ** min(max(proof.failures - 1, 0), 16), self.most_pause_s)
-        if now_s < proof.called_s + pause_s:
+        contact = self._of(peer_id)
+        pause_s = min(self.least_pause_s * 2 ** min(max(contact.failures - 1, 0), 16), self.most_pause_s)
+        if now_s < contact.called_s + pause_s:
             return False
-        proof.called_s = now_s
+        contact.called_s = now_s
         return True
 
-    def _of(self, peer_id: str) -> Proof:
-        proof = self._proofs[peer_id] = self._proofs.pop(peer_id, Proof())
-        if len(self._proofs) > MAX_PROVEN:
-            del self._proofs[next(iter(self._proofs))]
-        return proof
+    def _of(self, peer_id: str) -> Contact:
+        contact = self._contacts[peer_id] = self._contacts.pop(peer_id, Contact())
+        if len(self._contacts) > MAX_PROVEN:
+            del self._contacts[next(iter(self._contacts))]
+        return contact

@@ -38,11 +38,12 @@ def read_anchors(ledger: Path, manifest: RunManifest) -> tuple[Anchors, str]:
             return Anchors(), f"it has more than {MAX_FILE_BYTES} bytes"
         data = path.read_bytes()
     chain: list[Anchor] = []
+    stop = 0
     try:
-        while data:
-            length = int.from_bytes(data[:LENGTH_BYTES], "big")
-            one, data = data[LENGTH_BYTES : LENGTH_BYTES + length], data[LENGTH_BYTES + length :]
-            anchor = open_anchor(one, run_id=manifest.run_id, owner=manifest.owner)
+        while stop < len(data):
+            start = stop + LENGTH_BYTES
+            stop = start + int.from_bytes(data[stop:start], "big")
+            anchor = open_anchor(data[start:stop], run_id=manifest.run_id, owner=manifest.owner)
             if not leads_on(chain[-1] if chain else None, anchor):
                 raise ValueError(f"anchor {anchor.number} does not name the one before it")
             chain.append(anchor)

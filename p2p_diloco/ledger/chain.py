@@ -46,7 +46,7 @@ def max_entry_bytes(grid: Grid) -> int:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Place:
+class ChainPlace:
     """An entry of the chain, as it is kept in memory."""
 
     start: int
@@ -66,7 +66,7 @@ class Chain:
         """Opens the chain, or begins one. What is damaged goes to the quarantine, with all that follows it."""
         self.path = files.chain_path
         self._max_entry_bytes = max_entry_bytes(grid)
-        self._places: list[Place] = []
+        self._places: list[ChainPlace] = []
         self._steps: dict[bytes, int] = {}
         """Head -> its outer step, of the places, and of the genesis."""
         self._lock = threading.Lock()
@@ -199,7 +199,7 @@ class Chain:
                     copy.write(file.read(place.stop - place.start))
             sync(path)
 
-    def _remember(self, places: Sequence[Place]) -> None:
+    def _remember(self, places: Sequence[ChainPlace]) -> None:
         if not self._places:
             self._steps[places[0].parent] = 0
         for place in places:
@@ -256,10 +256,10 @@ class Chain:
                         break  # it is cut off when the chain is opened the next time
         return found
 
-    def _placed(self, entries: Sequence[Certified], start: int) -> tuple[list[Place], list[bytes]]:
+    def _placed(self, entries: Sequence[Certified], start: int) -> tuple[list[ChainPlace], list[bytes]]:
         """Returns where the entries will lie, from the byte ``start`` on, and the bytes to be written there. Raises
         ValueError unless each follows from the one before."""
-        places: list[Place] = []
+        places: list[ChainPlace] = []
         pieces: list[bytes] = []
         for certified in entries:
             header, data = certified.header, certified.to_bytes()
@@ -272,7 +272,7 @@ class Chain:
             # Ten thousand entries name the same few peers: interned, each id is in memory once.
             contributed = tuple(sys.intern(peer_id) for peer_id in certified.in_most_parts())
             places.append(
-                Place(
+                ChainPlace(
                     start=start,
                     stop=stop,
                     parent=header.parent,

@@ -143,7 +143,7 @@ class Attempts:
     def _judge(self, settlement: Settlement, outcome: Settled | Missed, idle: frozenset[int], took_s: float) -> None:
         """Remembers who failed me in a round, and who contributed in full. ``idle``: those whom I lost in the
         butterfly, and who count as idle. A leader that was silent, or only promised, pays for what it has cost, also
-        where the next one brings the round to its end."""
+        where the next one brings the round to its end; so does a reducer that answered late."""
         company, group = self.matchmaker.company, settlement.group
         ids = [member.peer_id for member in group.members]
         contributed = [] if isinstance(outcome, Missed) else contributors_in_full(outcome.update)
@@ -152,6 +152,10 @@ class Attempts:
         if len(settlement.meeting.lost) < len(ids) - 1:  # else I was cut off myself, most likely
             for leader in stalled_s:
                 company.failed(group.head, ids[leader], cost_s=stalled_s[leader])
+        late_s = settlement.once.late_s
+        if len(settlement.meeting.lost | late_s.keys()) < len(ids) - 1:
+            for reducer in late_s:
+                company.kept_waiting(ids[reducer], late_s[reducer])
         if isinstance(outcome, Missed) and group.leader in settlement.meeting.lost - stalled_s.keys():
             company.failed(group.head, ids[group.leader], cost_s=0.0)
 

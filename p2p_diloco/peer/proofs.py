@@ -19,7 +19,7 @@ from p2p_diloco.core.equivocation import MAX_PROOF_BYTES, parse_proof
 from p2p_diloco.core.errors import Gone, Misbehaved, RemoteError
 from p2p_diloco.core.events import EventLog
 from p2p_diloco.core.trust_event import PeerBarred
-from p2p_diloco.core.waiting import heard, now_s
+from p2p_diloco.core.waiting import deadline, heard, now_s
 from p2p_diloco.ledger.proofs import keep_proofs, read_proofs
 from p2p_diloco.ledger.replica import Replica
 from p2p_diloco.peer.presence import Presence
@@ -96,27 +96,33 @@ class Proofs:
         await asyncio.gather(*map(self._ask, chosen))
 
     async def _ask(self, peer_id: str) -> None:
-        """Takes the proofs of a peer that I do not have."""
+        """Takes the proofs of a peer that I do not have, as many as come within ``request_s``."""
         try:
-            channel = await self.here.open(peer_id)
-            try:
-                theirs: BarredPeers = await channel.request(AskBarred(), BarredPeers)
-                for other in theirs.peer_ids:
-                    if other not in self.barred:
-                        await channel.send(AskProof(peer_id=other))
-                        self._take(peer_id, await channel.receive_blob(MAX_PROOF_BYTES, self.here.timeouts.request_s))
-            finally:
-                channel.close()
+            async with deadline(self.here.timeouts.request_s):
+                channel = await self.here.open(peer_id)
+                try:
+                    theirs: BarredPeers = await channel.request(AskBarred(), BarredPeers)
+                    for other in theirs.peer_ids:
+                        if other not in self.barred:
+                            await self._fetch(channel, other)
+                finally:
+                    channel.close()
+        except asyncio.TimeoutError:
+            log.debug("%s takes too long to send its proofs", peer_id[-8:])
         except RemoteError as error:
             log.debug("no proofs of %s: %s", peer_id[-8:], error.reason)
             self.here.transport.traffic.reject(error)
 
-    def _take(self, source: str, data: bytes) -> None:
-        """Bars the peer that a proof is about. Misbehaved of ``source``, who has sent it, when it proves nothing."""
+    async def _fetch(self, channel: Channel, other: str) -> None:
+        """Bars ``other`` with the proof that is sent. Misbehaved when it proves nothing of this peer."""
+        await channel.send(AskProof(peer_id=other))
+        data = await channel.receive_blob(MAX_PROOF_BYTES, self.here.timeouts.request_s)
         try:
+            if parse_proof(data).peer_id != other:
+                raise ValueError("a proof about another peer than was asked for")
             self.barred.take(data)
         except ValueError as error:
-            raise Misbehaved(source, f"sends {error}") from error
+            raise Misbehaved(channel.peer_id, f"sends {error}") from error
 
     async def serve(self, channel: Channel) -> None:
         """Answers a peer that asks whom I have barred, and gives it the proofs that it wants."""

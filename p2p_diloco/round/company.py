@@ -48,7 +48,7 @@ class Company:
     waits: Credit = field(init=False)
     """What each peer may still be waited for in vain while rounds gather."""
     rounds: Credit = field(init=False)
-    """What each peer may still cost as a leader, and as a member that contributes nothing."""
+    """What each peer may still cost as a leader, and as a member that contributes nothing or answers late."""
     findings: Findings = field(default_factory=Findings)
     """What was found of peers as reducers."""
     lapsed: dict[str, float] = field(default_factory=dict)
@@ -109,6 +109,10 @@ class Company:
         until_s = now_s() + self.here.timeouts.record_life_s
         self.failures.setdefault(leader, []).extend([(head, until_s)] * (CHANCES if lied else 1))
         self.rounds.charge(leader, cost_s, now_s())
+
+    def kept_waiting(self, peer_id: str, waited_s: float) -> None:
+        """Notes that a member has kept me waiting so long at the end of a round, which was committed all the same."""
+        self.rounds.charge(peer_id, waited_s, now_s())
 
     def is_fit(self, head: bytes, leader: str) -> bool:
         """Returns whether a peer may still lead me on ``head``: it has failed me there less often than CHANCES."""

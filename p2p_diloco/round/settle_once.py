@@ -7,19 +7,21 @@ all reducers first, and each reducer keeps the first certificate that it has or 
 with it. So of two members that reach one honest reducer, at least the later one hears of both. The round is void for it
 then, and who has signed both is barred.
 
-It costs one answer of each reducer, and where one is silent ``Timeouts.heartbeat_s``, once: a member that cannot reach
-the others applies what is certified all the same.
+It costs one answer of each reducer, and where one is silent ``Timeouts.heartbeat_s``: a member that cannot reach the
+others applies what is certified all the same. Who keeps it waiting for more than PROMPT_SHARE of that pays for it
+(``Company.kept_waiting``), or a reducer that answers all but this could slow down every round.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Collection, Mapping
 
 from p2p_diloco.core.certificate import Certificate
 from p2p_diloco.core.errors import Misbehaved, RemoteError
 from p2p_diloco.core.group import Group
-from p2p_diloco.core.waiting import deadline
+from p2p_diloco.core.waiting import deadline, now_s
 from p2p_diloco.round.butterfly import run_all
 from p2p_diloco.round.meeting import Meeting
 from p2p_diloco.round.outcome import Settled
@@ -31,6 +33,8 @@ from p2p_diloco.wire.proof_messages import AskOther, Other
 log = logging.getLogger(__name__)
 
 TWO_UPDATES = "two updates of it are certified"
+PROMPT_SHARE = 0.5
+"""Of ``Timeouts.heartbeat_s``: within this an answer costs nobody anything. It is a few round trips of a slow line."""
 
 
 class Once:
@@ -41,6 +45,8 @@ class Once:
         self.group = meeting.group
         self.first: tuple[bytes, Certificate] | None = None
         """Link and certificate of the first update that I have or was told of."""
+        self.late_s: dict[int, float] = {}
+        """Reducer that did not answer promptly -> the seconds that I have waited for it."""
 
     async def confirm(self, settled: Settled) -> None:
         """Tells the other reducers which update I am about to apply, and returns when all have answered that they know
@@ -58,11 +64,18 @@ class Once:
             witness=certificate.witness,
         )
         others = [i for i in self.group.reducers if i != meeting.me and i not in meeting.lost]
+        limit_s, took_s, began_s = meeting.timeouts.heartbeat_s, dict[int, float](), now_s()
+
+        async def ask_one(member: int) -> None:
+            await self._ask(member, ask)
+            took_s[member] = now_s() - began_s
+
         try:
-            async with deadline(meeting.timeouts.heartbeat_s):
-                await run_all(*(self._ask(i, ask) for i in others))
+            async with deadline(limit_s):
+                await run_all(*map(ask_one, others))
         except asyncio.TimeoutError:
             log.info("outer step %d: not all have said whether they know of another update", self.group.step)
+        self.late_s = late(others, took_s, limit_s)
 
     async def _ask(self, member: int, ask: AskOther) -> None:
         """Tells one reducer, and takes in what it knows."""
@@ -123,6 +136,14 @@ class Once:
             signatures=signatures,
             witness=certificate.witness,
         )
+
+
+def late(asked: Collection[int], took_s: Mapping[int, float], limit_s: float) -> dict[int, float]:
+    """Returns the reducers that did not answer promptly, and the seconds that each was waited for. ``took_s``: those
+    that are no longer waited for, and how long each took, whatever came of it; the others were waited for until
+    ``limit_s``."""
+    waited_s = {member: took_s.get(member, limit_s) for member in asked}
+    return {member: waited for member, waited in waited_s.items() if waited > PROMPT_SHARE * limit_s}
 
 
 def enough(group: Group, certificate: Certificate, owner: str) -> tuple[list[int], list[bytes]]:

@@ -119,6 +119,24 @@ def test_a_manifest_that_somebody_has_changed(run: Path, capsys: pytest.CaptureF
         assert "the manifest's signature is not its owner's; somebody changed it" in err
 
 
+def test_a_program_hears_in_json_why_nothing_could_be_verified(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In the same object as ever; people hear the same on stderr, and the exit code is the same as without."""
+    _, sound = verified(run, capsys)
+    path = run / "manifest.json"
+    path.write_bytes(path.read_bytes().replace(b'"steps":20', b'"steps":21'))
+    for folder, code in ((run, 1), (tmp_path / "attic", 2)):
+        plain = verify(str(folder), capsys=capsys)
+        assert plain[:2] == (code, "")
+        found = verify(str(folder), "--json", capsys=capsys)
+        assert (found[0], found[2]) == (code, plain[2])
+        told: dict[str, object] = json.loads(found[1])
+        assert told.keys() == sound.keys()
+        assert (told["ok"], told["anchored"], told["certificates"]) == (False, False, 0)
+        assert f"error: {told['reason']}\n" == plain[2]
+
+
 def test_what_is_no_run(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "empty").mkdir()
     shutil.rmtree(run / "ledger")

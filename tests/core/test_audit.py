@@ -185,6 +185,20 @@ def test_evidence_proves_that_a_part_is_wrong() -> None:
     assert len(data) <= max_evidence_bytes(GRID, 5)
 
 
+def test_evidence_is_sound_whoever_is_known_to_who_reads_it() -> None:
+    """The known members are in client mode, so they reduce, and one of them is left idle; who knows nobody would take
+    the stranger, which can be dialled, for the only reducer."""
+    stranger, idle, liar = MEMBERS[:3]
+    clients = [False, True, True]
+    group = group_of([stranger, idle, liar], "a", "robust", familiar=[idle, liar], idle=[1], client_mode=clients)
+    place = Place(round_id=group.round_id, number=0, part=0)
+    came = {i: contribution(i, place=place) for i in range(3)}
+    reduction = Reduction.of(place, ZEROS, inputs_of(came), 2, liar)
+    shown = Evidence(roster=group.sealed, index=0, part=ZEROS, reduction=reduction, came=came)
+    assert group.reducers == (2,)
+    assert shown.accused(RULES, GRID) == (liar.peer_id, 1)
+
+
 def test_what_proves_nothing() -> None:
     """Whoever brings it cannot make an honest reducer look wrong, not even with what others sign twice."""
     sound = evidence()

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Awaitable, Callable
 from pathlib import Path
+
+import pytest
 
 from p2p_diloco.core.equivocation import pack_proof
 from p2p_diloco.core.event import of_kind
 from p2p_diloco.core.events import EVENTS_FILE, read_events
-from p2p_diloco.core.records import seal_record
+from p2p_diloco.core.records import MAX_BARRED, seal_record
 from p2p_diloco.core.roster import Readiness, seal_readiness
 from p2p_diloco.core.trust_event import PeerBarred
+from p2p_diloco.core.waiting import now_s
 from p2p_diloco.wire.channel import Channel, run_protocol
 from p2p_diloco.wire.messages import No
 from p2p_diloco.wire.proof_messages import AskBarred, AskProof, BarredPeers
@@ -88,40 +92,74 @@ def test_who_is_started_again_remembers_and_a_newcomer_hears_of_it(tmp_path: Pat
     run_simulated(main())
 
 
-def test_a_proof_that_proves_nothing_is_held_against_who_sends_it(tmp_path: Path) -> None:
-    """A peer that claims to have barred somebody, and serves ``data`` for it."""
-    served: list[str] = []
+async def claims_to_have_barred(
+    swarm: Simulated, victim: SimPeer, peer_ids: list[str], answer: Callable[[Channel, AskProof], Awaitable[None]]
+) -> None:
+    """A stranger, whose record the victim has, says that it has barred these peers; ``answer``: whoever asks why."""
+    claimant = FakeTransport(swarm.network, identity(7).peer_id, victim.transport.timeouts)
 
-    async def main(data: bytes) -> None:
-        swarm = Simulated(tmp_path / data.hex()[:8], 3, n=1000, outer_steps=8)
+    async def serve(channel: Channel) -> None:
+        await channel.receive(AskBarred, timeout_s=10.0)
+        await channel.send(BarredPeers(peer_ids=peer_ids))
+        for _ in peer_ids:
+            await answer(channel, await channel.receive(AskProof, timeout_s=10.0))
+
+    await claimant.serve(run_protocol(swarm.manifest.run_id), serve)
+    record = record_of(
+        identity(7), run_id=swarm.manifest.run_id, issued_s=now_s(), barred=len(peer_ids), barred_digest=b"12345678"
+    )
+    victim.peer.directory.learn(seal_record(record, identity(7)), victim.peer.here.wall_s())
+
+
+@pytest.mark.parametrize(
+    "data",
+    [b"x", pack_proof(proof_of(identity(1), (1, 1))), pack_proof(proof_of(identity(2)))],
+    ids=["no proof", "of one commit", "about another peer"],
+)
+def test_a_proof_that_proves_nothing_is_held_against_who_sends_it(tmp_path: Path, data: bytes) -> None:
+    """A peer that claims to have barred somebody, and serves ``data`` for it."""
+
+    async def main() -> None:
+        swarm = Simulated(tmp_path, 3, n=1000, outer_steps=8)
         sims = await swarm.start(2)
         await swarm.until(sims, 1)
-        false = FakeTransport(swarm.network, identity(7).peer_id, sims[0].transport.timeouts)
+        served: list[str] = []
 
-        async def serve(channel: Channel) -> None:
-            await channel.receive(AskBarred, timeout_s=10.0)
-            ask: AskProof = await channel.request(BarredPeers(peer_ids=[identity(1).peer_id]), AskProof)
+        async def answer(channel: Channel, ask: AskProof) -> None:
             served.append(ask.peer_id)
             await channel.send_blob(data)
 
-        await false.serve(run_protocol(swarm.manifest.run_id), serve)
-        record = record_of(
-            identity(7),
-            run_id=swarm.manifest.run_id,
-            issued_s=asyncio.get_running_loop().time(),
-            barred=1,
-            barred_digest=b"12345678",
-        )
-        victim = sims[1].peer
-        victim.directory.learn(seal_record(record, identity(7)), victim.here.wall_s())
-        await victim.proofs.hear()
-        assert barred_by(sims[1]) == []
-        assert victim.here.transport.traffic.rejected["misbehaved"] == 1
-
-    for data in (b"x", pack_proof(proof_of(identity(1), (1, 1)))):
-        served.clear()
-        run_simulated(main(data))
+        await claims_to_have_barred(swarm, sims[1], [identity(1).peer_id], answer)
+        await sims[1].peer.proofs.hear()
         assert served == [identity(1).peer_id]
+        assert barred_by(sims[1]) == []
+        assert sims[1].peer.here.transport.traffic.rejected["misbehaved"] == 1
+
+    run_simulated(main())
+
+
+def test_who_sends_its_proofs_slowly_is_not_heard_for_longer_than_a_request(tmp_path: Path) -> None:
+    """What has come until then is taken."""
+
+    async def main() -> None:
+        swarm = Simulated(tmp_path, 3, n=1000, outer_steps=8)
+        sims = await swarm.start(2)
+        await swarm.until(sims, 1)
+        liars = {identity(i).peer_id: identity(i) for i in range(100, 100 + MAX_BARRED)}
+        timeouts = sims[1].peer.here.timeouts
+
+        async def answer(channel: Channel, ask: AskProof) -> None:
+            await asyncio.sleep(0.4 * timeouts.request_s)
+            await channel.send_blob(pack_proof(proof_of(liars[ask.peer_id])))
+
+        await claims_to_have_barred(swarm, sims[1], list(liars), answer)
+        began_s = now_s()
+        await sims[1].peer.proofs.hear()
+        assert now_s() - began_s == pytest.approx(timeouts.request_s)
+        assert barred_by(sims[1]) == list(liars)[:2]
+        assert sims[1].peer.here.transport.traffic.rejected["misbehaved"] == 0
+
+    run_simulated(main())
 
 
 def test_who_is_barred_is_told_so_when_it_wants_to_meet(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import pytest
 from p2p_diloco.core import grid
 from p2p_diloco.core.waiting import now_s
 from tests.support.fakes import SimPeer, run_simulated
-from tests.support.lies_in_rounds import decides_nothing
+from tests.support.lies_in_rounds import decides_nothing, tells_no_other
 from tests.support.lying import Liar
 from tests.support.stallers import (
     INNER_STEPS,
@@ -113,6 +113,30 @@ def test_a_leader_that_never_decides_pays_for_what_was_waited(tmp_path: Path) ->
             others = [rounds.left_s(peer_id, now_s()) for peer_id in ids if peer_id != sim.peer.identity.peer_id]
             assert others[0] < rounds.full_s / 2
             assert others[1:] == [rounds.full_s] * 3
+
+    run_simulated(main())
+
+
+def test_a_reducer_that_says_nothing_of_another_update_costs_its_credit(tmp_path: Path) -> None:
+    """Each time a member waits for ``heartbeat_s``, and then such a reducer is left out; and nobody else pays."""
+
+    async def main() -> None:
+        swarm = Swarm(tmp_path)
+        await swarm.start()
+        liar = swarm.add(20)
+        tells_no_other(Liar(sim=liar, lying=lambda: True, accomplices=()))  # type: ignore[arg-type]
+        ids = [sim.peer.identity.peer_id for sim in (liar, *swarm.honest)]
+        company, results = swarm.honest[0].peer.matchmaker.company, swarm.honest[0].results
+        while not company.rounds.in_debt(ids[0], now_s()):
+            await asyncio.sleep(STEP_S)
+            assert swarm.step < 4 * PHASES
+        for sim in swarm.honest:
+            rounds = sim.peer.matchmaker.company.rounds
+            assert all(rounds.left_s(i, now_s()) == rounds.full_s for i in ids[1:] if i != sim.peer.identity.peer_id)
+        await swarm.until(swarm.step + 2)
+        assert results[-1].group == len(swarm.honest)
+        assert results[-1].settle_s < liar.peer.here.timeouts.heartbeat_s / 2
+        assert all(result.committed for result in results[1:])
 
     run_simulated(main())
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
 
 import pytest
@@ -9,11 +10,13 @@ import pytest
 from p2p_diloco.core.certificate import Taken
 from p2p_diloco.core.equivocation import check_proof, parse_proof
 from p2p_diloco.round.outcome import Missed, Settled
-from p2p_diloco.round.settle_once import enough
+from p2p_diloco.round.settle_once import enough, late
+from p2p_diloco.wire.channel import Channel
 from p2p_diloco.wire.messages import No
 from p2p_diloco.wire.proof_messages import AskOther, Other
 from tests.support.builders import OWNER, RUN_ID
 from tests.support.fakes import run_simulated
+from tests.support.lying import override
 from tests.support.meetings import Round
 
 pytestmark = pytest.mark.usefixtures("small_parts")
@@ -128,6 +131,35 @@ def test_members_that_cannot_be_reached_are_not_waited_for_long() -> None:
         await again.run()
         assert all(isinstance(again.outcomes[i], Settled) for i in again.outcomes)
         assert max(again.took_s.values()) > calm_s
+
+    run_simulated(main())
+
+
+def test_whoever_answers_late_or_never_is_late_by_what_was_waited() -> None:
+    assert late([0, 2, 3, 4], {0: 0.1, 2: 5.0, 3: 5.1}, 10.0) == {3: 5.1, 4: 10.0}
+    assert late([0, 2], {0: 0.0, 2: 0.0}, 10.0) == {}
+
+
+@pytest.mark.parametrize("waits_s", [1000.0, 3.0, 1.0])
+def test_a_member_remembers_which_reducer_kept_it_waiting(waits_s: float) -> None:
+    """Member 1 says nothing for ``waits_s``, and then that it knows of no other update."""
+
+    async def main() -> None:
+        meeting = Round(4)
+        limit_s = meeting.settlements[0].meeting.timeouts.heartbeat_s
+
+        async def slow(channel: Channel, message: AskOther) -> None:
+            await asyncio.sleep(waits_s)
+            await channel.send(No(reason="no other one"))
+
+        override(meeting.settlements[1].once, "on_ask_other", lambda real: slow)
+        await meeting.run()
+        assert meeting.committed() == [0, 1, 2, 3]
+        for i in (0, 2, 3):
+            late_s = meeting.settlements[i].once.late_s
+            assert set(late_s) == ({1} if waits_s > limit_s / 2 else set())
+            assert all(waited_s == pytest.approx(min(waits_s, limit_s), abs=0.2) for waited_s in late_s.values())
+        assert meeting.settlements[1].once.late_s == {}
 
     run_simulated(main())
 

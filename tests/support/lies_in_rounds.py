@@ -24,6 +24,7 @@ from p2p_diloco.round.settle_ballot import Ballot, certifies
 from p2p_diloco.wire.channel import Channel
 from p2p_diloco.wire.message import Message
 from p2p_diloco.wire.messages import No, Size
+from p2p_diloco.wire.proof_messages import AskOther
 from p2p_diloco.wire.round_messages import Again, AskPart, Commit, Eta, Roster, Took
 from tests.support.lying import FOR_EVER_S, IDLES_S, Liar, in_rounds, override
 
@@ -328,6 +329,16 @@ def decides_nothing(_: Liar, settlement: Settlement) -> None:
         await asyncio.sleep(FOR_EVER_S)
 
     override(settlement.leader, "lead", lambda real: undecided)
+
+
+@in_rounds
+def tells_no_other(_: Liar, settlement: Settlement) -> None:
+    """A member that does all that is its own, and leaves those without an answer that ask about another update."""
+
+    async def say_nothing(channel: Channel, message: AskOther) -> None:
+        await asyncio.sleep(FOR_EVER_S)
+
+    override(settlement.once, "on_ask_other", lambda real: say_nothing)
 
 
 @in_rounds
