@@ -193,7 +193,7 @@ def test_evidence_is_sound_whoever_is_known_to_who_reads_it() -> None:
     group = group_of([stranger, idle, liar], "a", "robust", familiar=[idle, liar], idle=[1], client_mode=clients)
     place = Place(round_id=group.round_id, number=0, part=0)
     came = {i: contribution(i, place=place) for i in range(3)}
-    reduction = Reduction.of(place, ZEROS, inputs_of(came), 2, liar)
+    reduction = Reduction.of(place, ZEROS, Inputs.of(came), 2, liar)
     shown = Evidence(roster=group.sealed, index=0, part=ZEROS, reduction=reduction, came=came)
     assert group.reducers == (2,)
     assert shown.accused(RULES, GRID) == (liar.peer_id, 1)

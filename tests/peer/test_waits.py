@@ -101,7 +101,7 @@ def test_a_leader_that_never_decides_pays_for_what_was_waited(tmp_path: Path) ->
         swarm = Swarm(tmp_path)
         await swarm.start()
         liar = swarm.add(20)
-        decides_nothing(Liar(sim=liar, lying=lambda: True, accomplices=()))  # type: ignore[arg-type]
+        decides_nothing(Liar(sim=liar, lying=lambda: True, accomplices=()))
         results = swarm.honest[0].results
         while not (slow := [result for result in results if result.settle_s > PHASE_S]):
             await asyncio.sleep(STEP_S)
@@ -124,7 +124,7 @@ def test_a_reducer_that_says_nothing_of_another_update_costs_its_credit(tmp_path
         swarm = Swarm(tmp_path)
         await swarm.start()
         liar = swarm.add(20)
-        tells_no_other(Liar(sim=liar, lying=lambda: True, accomplices=()))  # type: ignore[arg-type]
+        tells_no_other(Liar(sim=liar, lying=lambda: True, accomplices=()))
         ids = [sim.peer.identity.peer_id for sim in (liar, *swarm.honest)]
         company, results = swarm.honest[0].peer.matchmaker.company, swarm.honest[0].results
         while not company.rounds.in_debt(ids[0], now_s()):
