@@ -178,7 +178,7 @@ def test_a_revoked_peer_is_shown_no_more(tmp_path: Path, caplog: pytest.LogCaptu
         assert [row["peer"] for row in json.loads(text_of(monitor, "/api/status.json"))["rows"]] == [owner.peer_id]
 
     run_simulated(main())
-    assert "the run's owner has revoked 2 invitations" in caplog.text
+    assert "invitations that the run's owner has revoked: 2" in caplog.text
 
 
 def test_it_remembers_some_addresses_and_dials_fewer(tmp_path: Path) -> None:
