@@ -2,7 +2,7 @@
 
 The tests want each of them to be violated exactly so. Whoever mends the protocol takes the kind out of this table; from
 then on its first schedules have to hold. Both of those that are left violate ``pace`` alone, in inner phases that are
-shorter than those for which a pace is promised (``explorer``): in these ``benchmarks/liars.py`` finds no bound missed.
+shorter than those for which a pace is promised (``explorer``); what they cost in these, ``benchmarks/liars.py`` says.
 """
 
 from __future__ import annotations
