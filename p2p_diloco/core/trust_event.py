@@ -12,7 +12,7 @@ from p2p_diloco.core.moment import Moment
 
 @dataclass(frozen=True, kw_only=True)
 class PartAudited(Moment):
-    """A part of the update that ended ``step``, which ``reducer`` had reduced, was looked at. From ``audits``."""
+    """A part of a round at ``step``, which ``reducer`` had reduced, was looked at. From ``audits``."""
 
     event: Literal["audit"] = "audit"
     step: int

@@ -93,6 +93,7 @@ class Attempts:
             idle = lost if isinstance(outcome, Missed) else silent  # who is gone costs little where others commit
             self._judge(settlement, outcome, idle, cost.reduce_s + cost.settle_s)
             if isinstance(outcome, Missed):
+                self.reception.audits.begin(settlement.meeting, None)
                 self.events.write(round_ended(self.here.seat, outcome, settlement, gather_s=gather_s))
                 return self._result(outcome.reason, len(group.members), gather_s, cost)
             self.presence.enter("apply")

@@ -1,8 +1,10 @@
 """How a peer looks at what others have reduced, after each outer step, and what comes of it.
 
-    begin        the update is applied: some parts that others have reduced are audited beside training
+    begin        a round is over: some parts that others have reduced are audited beside training
     on_accuses   another peer says that it can prove a part wrong: it has to
 
+Of each reducer that has sent a part which is longer than this peer expects, that part is audited, whatever came of the
+round: it is refused, so no update has it, and its reducer would make everybody settle without it in each round anew.
 Nothing waits for an audit, and the next round ends one that is not over. Whom this peer has found wrong it names to
 the members of its rounds, each of which asks for the evidence once, checks it, and passes it on: so all learn within
 two outer steps, and nobody has to be believed. A finding counts from the outer step of the round that the evidence is
@@ -16,8 +18,9 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
+from operator import itemgetter
 
 from p2p_diloco.core.audit import (
     Evidence,
@@ -31,9 +34,9 @@ from p2p_diloco.core.audit import (
 from p2p_diloco.core.errors import LedgerError, Misbehaved, RemoteError
 from p2p_diloco.core.events import EventLog
 from p2p_diloco.core.findings import LASTS_STEPS, AuditResult, FindingKind
-from p2p_diloco.core.signed_part import Contribution
+from p2p_diloco.core.signed_part import Contribution, Reduction
 from p2p_diloco.core.trust_event import PartAudited, ReducerFound
-from p2p_diloco.core.update import Update, bits_of
+from p2p_diloco.core.update import Part, Update, bits_of
 from p2p_diloco.core.waiting import now_s
 from p2p_diloco.ledger.found import keep_findings, read_findings
 from p2p_diloco.ledger.replica import Replica
@@ -90,8 +93,9 @@ class Audits:
         """Returns what keeps the contributions of a new round; None in a run without audits."""
         return Kept(self.replica.ledger.folder) if self.count else None
 
-    def begin(self, meeting: Meeting, update: Update) -> None:
-        """Audits parts of an update that was just applied, in a task of its own."""
+    def begin(self, meeting: Meeting, update: Update | None) -> None:
+        """Audits parts of a round that is over, in a task of its own. ``update``: the one that was just applied; None
+        where the round has failed."""
         self.cancel()
         if self.count:
             self._auditing = asyncio.create_task(self._look(meeting, update))
@@ -111,25 +115,35 @@ class Audits:
 
     # -- what others have reduced ------------------------------------------------------------------------------------
 
-    async def _look(self, meeting: Meeting, update: Update) -> None:
-        """Audits what is drawn, and tells the others what I have found."""
-        step, me = update.header.step, self.here.peer_id
+    async def _look(self, meeting: Meeting, update: Update | None) -> None:
+        """Audits what I had refused and what is drawn, and tells the others what I have found."""
+        step, me = meeting.group.step, self.here.peer_id
         self._met = {member.peer_id for member in meeting.group.members} - {me}
         self.company.findings.forget(step)
-        for reducer in sorted(set(left_out_by(meeting, update))):
-            await self._note(reducer, "left out", step)
-        for part in drawn_parts(update.header.head, me, reducers_of(meeting, update), self.count):
-            await self._audit(meeting, part)
+        refused = refused_of(meeting)
+        for index, part, reduction in refused.values():
+            await self._audit(meeting, index, part, reduction)
+        if update is not None:
+            await self._look_at(meeting, update, asked=refused.keys())
         await self._tell()
 
-    async def _audit(self, meeting: Meeting, index: int) -> None:
+    async def _look_at(self, meeting: Meeting, update: Update, asked: Collection[str]) -> None:
+        """Audits what is drawn of an update. ``asked``: reducers that have been asked in this round, and are asked no
+        more: an honest one answers as often as the run lets it be audited."""
+        for reducer in sorted(set(left_out_by(meeting, update))):
+            await self._note(reducer, "left out", meeting.group.step)
+        reducer_of = {part: one for part, one in reducers_of(meeting, update).items() if one not in asked}
+        for index in drawn_parts(update.header.head, self.here.peer_id, reducer_of, self.count):
+            part, reduction = meeting.parts[index], meeting.reductions[index]
+            if part is not None and reduction is not None:
+                await self._audit(meeting, index, part, reduction)
+
+    async def _audit(self, meeting: Meeting, index: int, part: Part, reduction: Reduction) -> None:
         """Takes the mean of one part again, and remembers what comes of it."""
-        group, part, reduction = meeting.group, meeting.parts[index], meeting.reductions[index]
-        if part is None or reduction is None:
-            return
-        reducer, began_s = group.members[reduction.reducer].peer_id, now_s()
+        group, began_s = meeting.group, now_s()
+        reducer = group.members[reduction.reducer].peer_id
         try:
-            came = await self._fetch(meeting, index, reducer)
+            came = await self._fetch(meeting, index, reduction)
         except RemoteError as error:
             log.info("outer step %d: no audit of %s: %s", group.step, reducer[-8:], error.reason)
             self.here.transport.traffic.reject(error)
@@ -141,12 +155,10 @@ class Audits:
             evidence = Evidence(roster=group.sealed, index=index, part=part, reduction=reduction, came=came)
             self._hold(reducer, await asyncio.to_thread(evidence.to_bytes))
 
-    async def _fetch(self, meeting: Meeting, index: int, reducer: str) -> dict[int, Contribution]:
+    async def _fetch(self, meeting: Meeting, index: int, reduction: Reduction) -> dict[int, Contribution]:
         """Returns the contributions to a part, as its reducer has signed for them. RemoteError where it does not show
         them."""
-        reduction, members = meeting.reductions[index], len(meeting.group.members)
-        if reduction is None:
-            raise ValueError(f"part {index} is not held")
+        reducer, members = meeting.group.members[reduction.reducer].peer_id, len(meeting.group.members)
         most_bytes = max_contributions_bytes(meeting.grid, index, members)
         channel = await self.here.open(reducer)
         try:
@@ -263,6 +275,16 @@ class Audits:
         if proved != accused:
             raise Misbehaved(accuser, "brings evidence about another peer")
         return step
+
+
+def refused_of(meeting: Meeting) -> dict[str, tuple[int, Part, Reduction]]:
+    """Returns each other peer that has reduced a part which was too long for me -> the first such part: its index, and
+    what the reducer has signed."""
+    first: dict[str, tuple[int, Part, Reduction]] = {}
+    for index, (part, reduction) in sorted(meeting.too_long.items(), key=itemgetter(0)):
+        if reduction.reducer != meeting.me:
+            first.setdefault(meeting.group.members[reduction.reducer].peer_id, (index, part, reduction))
+    return first
 
 
 def reducers_of(meeting: Meeting, update: Update) -> dict[int, str]:

@@ -125,7 +125,7 @@ class Butterfly:
             mine = reduction.number == self.number and reduction.reducer == meeting.index_of(channel.peer_id)
             if not mine and reduction.number <= self.number:  # else it has been reduced again meanwhile
                 raise Misbehaved(channel.peer_id, f"sends part {part} of another reducer")
-            if objection := meeting.objection(part):
+            if objection := meeting.objection(part, received, reduction):
                 raise Misbehaved(channel.peer_id, f"sends {objection}")
             if meeting.takes(part, received, reduction):
                 meeting.hold_reduced(part, received, reduction)

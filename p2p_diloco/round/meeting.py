@@ -70,6 +70,9 @@ class Meeting:
     """Of the parts that I have reduced or received; 0 for the others."""
     refused: set[bytes] = field(default_factory=set)
     """Hashes of parts that members hold, and that I do not take: see ``objection`` and ``takes``."""
+    too_long: dict[int, tuple[Part, Reduction]] = field(default_factory=dict)
+    """The parts among those that are longer than I expect, as their reducers have signed them: an audit shows whether
+    they are wrong."""
     lonely: set[int] = field(default_factory=set)
     """Members that have reduced a part to which most of those that count have not come."""
     delivered: set[tuple[int, int]] = field(default_factory=set)
@@ -203,12 +206,15 @@ class Meeting:
         self.lonely.add(reduction.reducer)
         return False
 
-    def objection(self, part: int) -> str:
+    def objection(self, index: int, part: Part, reduction: Reduction) -> str:
         """Returns what is wrong with the part that was just received: it is longer than what honest members would make
         of their contributions. Empty where it is not. It is the word of the reducer that made it, and of nobody who
         has taken it: a slower member, whose own contribution is shorter, refuses more or less than others do."""
-        norm, largest = self.norms[part], self._largest_norm(part)
-        return f"part {part} with a norm of {norm:.2g}, more than {largest:.2g}" if norm > largest else ""
+        norm, largest = self.norms[index], self._largest_norm(index)
+        if norm <= largest:
+            return ""
+        self.too_long[index] = (part, reduction)
+        return f"part {index} with a norm of {norm:.2g}, more than {largest:.2g}"
 
     def _largest_norm(self, part: int) -> float:
         """Returns the norm above which a part is refused."""

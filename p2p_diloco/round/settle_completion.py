@@ -63,7 +63,7 @@ class Completion:
                     channel.close()
                 if received.hash != wanted:
                     raise Misbehaved(channel.peer_id, f"sends other bytes for part {part} than it said that it holds")
-                if objection := meeting.objection(part):
+                if objection := meeting.objection(part, received, reduction):
                     log.warning("outer step %d: the group holds what I refuse: %s", self.group.step, objection)
                     meeting.refused.add(wanted)
                     continue

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 
 from p2p_diloco.core import findings
+from p2p_diloco.core.aggregate import AggregateName
 from p2p_diloco.core.audit import Evidence
 from p2p_diloco.core.errors import Misbehaved
 from p2p_diloco.core.event import of_kind
@@ -39,9 +41,15 @@ LIAR = 4
 class Swarm:
     """The owner's seed and four trainers; the last of them is told how to lie."""
 
-    def __init__(self, folder: Path, lie: Callable[[Any], None] | None, audit_parts: int = 1) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        lie: Callable[[Any], None] | None,
+        audit_parts: int = 1,
+        aggregate: AggregateName = "mean",
+    ) -> None:
         genesis, self.network = np.zeros(N, np.float32), FakeNetwork()
-        manifest = make_manifest(N, genesis, identity(0), audit_parts=audit_parts)
+        manifest = make_manifest(N, genesis, identity(0), audit_parts=audit_parts, aggregate=aggregate)
         targets = np.random.default_rng(1).standard_normal((5, N)).astype(np.float32)
         self.sims = {
             i: SimPeer.create(
@@ -126,6 +134,39 @@ def test_a_reducer_that_is_wrong_is_found_by_all_and_reduces_no_more_but_contrib
         updates = [update for update in map(ledger.update, range(3, 8)) if update is not None]
         contributed = [ID[LIAR] in contributors_in_full(update) for update in updates]
         assert sum(contributed) >= 3, contributed
+
+    run_simulated(main())
+
+
+def test_a_reducer_whose_part_is_refused_for_its_length_is_found_although_no_update_has_that_part(
+    tmp_path: Path,
+) -> None:
+    async def main() -> None:
+        thousandfold = lies_in_rounds.reduces(lambda mean: np.float32(1000) * mean)
+        swarm = Swarm(tmp_path, thousandfold, aggregate="robust")
+        await swarm.reach(6)
+        for i in HONEST:
+            found = [one for one in swarm.found(i) if one.kind == "wrong"]
+            assert [one.reducer for one in found] == [ID[LIAR]], "once"
+            assert found[0].step <= 1
+            assert swarm.reducers(i) == {ID[j] for j in HONEST}
+
+    run_simulated(main())
+
+
+def test_what_an_honest_reducer_made_is_sound_also_where_it_was_refused_and_it_is_asked_once(tmp_path: Path) -> None:
+    """It shows no more in a round, and must not seem to hide anything."""
+
+    def expects_nothing(_: Liar, settlement: Settlement) -> None:
+        override(settlement.meeting, "_largest_norm", lambda real: lambda part: 0.0)
+
+    async def main() -> None:
+        swarm = Swarm(tmp_path, in_rounds(expects_nothing))
+        await swarm.reach(5)
+        audits = Counter((audit.step, audit.reducer) for audit in swarm.audited(LIAR))
+        assert {reducer for _, reducer in audits} == {ID[i] for i in HONEST}
+        assert set(audits.values()) == {1}
+        assert not any(swarm.found(i) for i in TRAINERS)
 
     run_simulated(main())
 
