@@ -27,6 +27,7 @@ from p2p_diloco.core.records import Record
 from p2p_diloco.core.runfile import OnMissed
 from p2p_diloco.core.swarm_head import Standing, way_of
 from p2p_diloco.core.update import Update, in_most_parts
+from p2p_diloco.peer.reception import ROUNDS_KEPT
 
 MAX_PEERS = 12
 PART_VALUES = 32
@@ -62,6 +63,8 @@ class Settled:
 
     peer: int
     began_s: float
+    settles_s: float
+    """When it began to settle: it asks nobody before."""
     head: bytes | None
     """None: without an update."""
     heard: bool
@@ -111,6 +114,8 @@ class Chronicle:
     total_weights: dict[bytes, int] = field(default_factory=dict)
     """Head -> what the weighted sum of the update that leads there is divided by, in tokens, as its round agreed; where
     missed rounds are kept."""
+    begun_s: dict[int, list[float]] = field(default_factory=dict)
+    """Peer -> when its rounds began that have ended."""
     denied: dict[tuple[bytes, int], int] = field(default_factory=dict)
     """Round id and peer -> the last one in the order of leaders to whom it has said that it has taken no commit."""
 
@@ -221,8 +226,16 @@ class Chronicle:
             for leader, member in ((now, one), (one, now)):
                 if leader.peer != member.peer and leader.leads and member.head is not None:
                     apart = well_since_s(leader.peer, member.peer) > min(leader.began_s, member.began_s)
-                    self._check_leader(leader, member, apart=apart, knew=leader is now)
+                    knew = leader is now and not self._has_forgotten(member, leader.settles_s)
+                    self._check_leader(leader, member, apart=apart, knew=knew)
         others.append(now)
+        self.begun_s.setdefault(now.peer, []).append(now.began_s)
+
+    def _has_forgotten(self, member: Settled, at_s: float) -> bool:
+        """Returns whether a member serves a round no more at ``at_s``: it has met in ROUNDS_KEPT later ones. A leader
+        that was held up for so long hears nothing of it, and can only catch up."""
+        later_s = [began_s for began_s in self.begun_s[member.peer] if member.began_s < began_s <= at_s]
+        return len(later_s) >= ROUNDS_KEPT
 
     @staticmethod
     def _check_leader(leader: Settled, member: Settled, *, apart: bool, knew: bool) -> None:

@@ -121,6 +121,7 @@ def instrumented(world: World) -> Iterator[None]:
                 Settled(
                     peer=peer,
                     began_s=member.started_s,
+                    settles_s=member.started_s + settlement.reduce_s,
                     head=ended.update.header.head if isinstance(ended, outcome.Settled) else None,
                     heard=knows_commit(settlement),
                     place=member.place,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -275,7 +276,16 @@ TALKING, APART = -math.inf, math.inf
 
 def settled(peer: int, head: bytes | None, *, place: int = 0, leads: bool = False, decided: bool = False) -> Settled:
     heard = head is not None
-    return Settled(peer=peer, began_s=10.0, head=head, heard=heard, place=place, leads=leads, decided=decided)
+    return Settled(
+        peer=peer,
+        began_s=10.0,
+        settles_s=20.0,
+        head=head,
+        heard=heard,
+        place=place,
+        leads=leads,
+        decided=decided,
+    )
 
 
 def since(well_since_s: float) -> Callable[[int, int], float]:
@@ -335,6 +345,19 @@ def test_who_leads_in_place_of_others_settles_the_round_as_those_did_whom_it_can
     story = Story()
     for one in (member, known):
         story.chronicle.settles(b"round", one, since(TALKING))
+
+
+@pytest.mark.parametrize(("begun_s", "forgotten"), [((12.0, 20.0), True), ((12.0, 20.1), False), ((12.0,), False)])
+def test_who_has_met_in_two_later_rounds_tells_nobody_how_that_one_ended(
+    begun_s: tuple[float, ...], forgotten: bool
+) -> None:
+    """However well they can talk: it serves that round no more when the leader begins to ask."""
+    story, member = Story(), settled(2, HEADS[0])
+    story.chronicle.settles(b"round", member, since(TALKING))
+    for i, at_s in enumerate(begun_s):
+        story.chronicle.settles(bytes([i]), dataclasses.replace(member, began_s=at_s), since(TALKING))
+    with nullcontext() if forgotten else pytest.raises(Violation, match="one-outcome"):
+        story.chronicle.settles(b"round", DEAF, since(TALKING))
 
 
 def test_who_tells_a_leader_of_no_commit_takes_none_from_a_leader_before_it() -> None:
