@@ -23,6 +23,14 @@ from p2p_diloco.core.interruption import (
 )
 
 
+@pytest.fixture(autouse=True)
+def no_nohup() -> Iterator[None]:
+    """Also where these tests run under nohup."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
 def test_a_signal_waits_for_the_end_of_what_is_undisturbed() -> None:
     done: list[str] = []
 
@@ -120,14 +128,6 @@ def test_after_the_imports_signals_do_what_they_did() -> None:
         assert received == [signal.SIGINT]
 
 
-@pytest.fixture
-def no_nohup() -> Iterator[None]:
-    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
-    yield
-    signal.signal(signal.SIGHUP, before)
-
-
-@pytest.mark.usefixtures("no_nohup")
 def test_a_closed_terminal_is_told_twice_and_ends_once() -> None:
     """By the shell, and by the system when the shell is gone: the goodbye is not cut short."""
     done: list[str] = []
@@ -144,7 +144,6 @@ def test_a_closed_terminal_is_told_twice_and_ends_once() -> None:
     assert (done, received) == (["said goodbye"], [signal.SIGHUP] * 2)
 
 
-@pytest.mark.usefixtures("no_nohup")
 @pytest.mark.parametrize("first", [signal.SIGHUP, signal.SIGTERM])
 def test_a_closed_terminal_ends_training_once(first: signal.Signals) -> None:
     with stop_signals() as stop:
