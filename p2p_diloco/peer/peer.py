@@ -120,13 +120,7 @@ class Peer:
         self.directory = here.directory
         catchup = Catchup(here=here, replica=replica, events=events)
         self.matchmaker = Matchmaker(here, self.manifest)
-        self.uploads = Uploads(
-            ledger=replica.ledger,
-            n=self.manifest.n_params,
-            events=events,
-            timeouts=here.timeouts,
-            max_bytes_per_s=max_upload_bytes_per_s,
-        )
+        self.uploads = self._uploads(max_upload_bytes_per_s)
         self.upkeep = Upkeep(here=here, replica=replica, catchup=catchup, events=events)
         self.presence = Presence(
             here=here,
@@ -153,6 +147,15 @@ class Peer:
         self.audits = Audits(here=here, replica=replica, company=self.matchmaker.company, events=events)
         self.reception = self._reception(signed_manifest, witness)
         self.outer_steps = None if local is None else self._outer_steps(local)
+
+    def _uploads(self, max_bytes_per_s: float | None) -> Uploads:
+        return Uploads(
+            ledger=self.replica.ledger,
+            n=self.manifest.n_params,
+            events=self.events,
+            timeouts=self.here.timeouts,
+            max_bytes_per_s=max_bytes_per_s,
+        )
 
     def _reception(self, signed_manifest: bytes, witness: Witness) -> Reception:
         return Reception(
