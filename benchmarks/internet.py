@@ -17,7 +17,7 @@ import os
 import shutil
 import subprocess
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, TypeAlias, TypeVar
 
@@ -114,12 +114,8 @@ class Node:
 class Router(Node):
     """Translates addresses for what is behind it, and lets nobody in who was not asked, over IPv6 neither."""
 
-    forwarded: list[int] = field(default_factory=list)
-    """Ports that it lets through to a home."""
-
     def forward(self, port: int, home: Node) -> None:
         """Lets connections to ``port`` through to the same port of ``home``."""
-        self.forwarded.append(port)
         nft(self, f"add rule ip nat before iifname wan tcp dport {port} dnat to {home.address}")
 
     def forget_after(self, seconds: int) -> None:
@@ -132,8 +128,8 @@ class Router(Node):
         return f"src={home.address} " in subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
     def change_address(self) -> None:
-        """Gives it another address, as providers do at night: what its homes had open ends
-        for them when they use it, and for the others never."""
+        """Gives it another address, as providers do at night: what its homes had open ends for them when they use it,
+        and for the others never."""
         self.run(f"ip addr del {self.address}/24 dev wan")
         self.moves += 1
         self.run(f"ip addr add {self.address}/24 dev wan")

@@ -20,7 +20,6 @@ import logging
 from collections import deque
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
-from operator import itemgetter
 
 from p2p_diloco.core.audit import (
     Evidence,
@@ -281,7 +280,8 @@ def refused_of(meeting: Meeting) -> dict[str, tuple[int, Part, Reduction]]:
     """Returns each other peer that has reduced a part which was too long for me -> the first such part: its index, and
     what the reducer has signed."""
     first: dict[str, tuple[int, Part, Reduction]] = {}
-    for index, (part, reduction) in sorted(meeting.too_long.items(), key=itemgetter(0)):
+    for index in sorted(meeting.too_long):
+        part, reduction = meeting.too_long[index]
         if reduction.reducer != meeting.me:
             first.setdefault(meeting.group.members[reduction.reducer].peer_id, (index, part, reduction))
     return first

@@ -23,8 +23,8 @@ class AskAnchors(Message):
 
 
 class AnchorList(Message):
-    """Those that I go by, the oldest first, as many as there is room for; none where there is none. Whoever gets
-    ANCHORS_SENT asks for more."""
+    """Lists the anchors that a peer goes by, the oldest first, as many as there is room for; none where there is none.
+    Whoever gets ANCHORS_SENT asks for more."""
 
     tag = "anchors"
     anchors: Annotated[

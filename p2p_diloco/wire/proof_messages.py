@@ -58,22 +58,22 @@ class Other(Message):
 
 
 class AskBarred(Message):
-    """Whom have you barred? Answered by BarredPeers, or by No where you have barred nobody; then by as many AskProof as
-    I want."""
+    """Asks whom a peer has barred. Answered by BarredPeers, or by No where that is nobody; as many AskProof as are
+    wanted follow."""
 
     tag = "ask-barred"
     purpose = "other"
 
 
 class BarredPeers(Message):
-    """Those that I have barred, each with a proof that I serve."""
+    """Lists the peers that one has barred, each with a proof that it serves."""
 
     tag = "barred"
     peer_ids: Annotated[list[PeerId], FailFast(), Field(max_length=MAX_BARRED)]
 
 
 class AskProof(Message):
-    """Send me your proof against a peer. Answered by Size and then as many bytes in frames of CHUNK_BYTES, or by No."""
+    """Asks for the proof against a peer. Answered by Size and then as many bytes in frames of CHUNK_BYTES, or by No."""
 
     tag = "ask-proof"
     peer_id: PeerId

@@ -94,14 +94,20 @@ def test_idle_members_cost_two_rounds(tmp_path: Path, honest_steps: int) -> None
     run_simulated(main())
 
 
+async def with_liar(folder: Path, lie: Callable[[Liar], None]) -> tuple[Swarm, SimPeer]:
+    """Honest peers that have begun, and one that lies in every round."""
+    swarm = Swarm(folder)
+    await swarm.start()
+    liar = swarm.add(20)
+    lie(Liar(sim=liar, lying=lambda: True, accomplices=()))
+    return swarm, liar
+
+
 def test_a_leader_that_never_decides_pays_for_what_was_waited(tmp_path: Path) -> None:
     """Also where the next one brings the round to its end; and nobody else pays."""
 
     async def main() -> None:
-        swarm = Swarm(tmp_path)
-        await swarm.start()
-        liar = swarm.add(20)
-        decides_nothing(Liar(sim=liar, lying=lambda: True, accomplices=()))
+        swarm, liar = await with_liar(tmp_path, decides_nothing)
         results = swarm.honest[0].results
         while not (slow := [result for result in results if result.settle_s > PHASE_S]):
             await asyncio.sleep(STEP_S)
@@ -121,10 +127,7 @@ def test_a_reducer_that_says_nothing_of_another_update_costs_its_credit(tmp_path
     """Each time a member waits for ``heartbeat_s``, and then such a reducer is left out; and nobody else pays."""
 
     async def main() -> None:
-        swarm = Swarm(tmp_path)
-        await swarm.start()
-        liar = swarm.add(20)
-        tells_no_other(Liar(sim=liar, lying=lambda: True, accomplices=()))
+        swarm, liar = await with_liar(tmp_path, tells_no_other)
         ids = [sim.peer.identity.peer_id for sim in (liar, *swarm.honest)]
         company, results = swarm.honest[0].peer.matchmaker.company, swarm.honest[0].results
         while not company.rounds.in_debt(ids[0], now_s()):
