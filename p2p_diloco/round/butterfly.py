@@ -146,8 +146,8 @@ class Butterfly:
             meeting.norms[part] = norm_of(meeting.grid.decode(part, reduced.data))
             contributions = {sender: one.contribution for sender, one in came.items()}
             meeting.hold_own(self.place(part), reduced, Inputs.of(contributions))
-            if meeting.kept is not None:
-                await asyncio.to_thread(meeting.kept.write, self.number, part, contributions)
+            if meeting.kept is not None and meeting.kept.hold(self.number, part, contributions):
+                await asyncio.to_thread(meeting.kept.spill)
 
     async def _next_contribution(self, sender: int, part: int) -> Came | None:
         """Returns a sender's next contribution, or None when the sender is gone. It may keep a reducer waiting for
