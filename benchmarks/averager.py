@@ -23,11 +23,12 @@ from p2p_diloco.core.config import PeerConfig, Timeouts
 from p2p_diloco.core.digest import digest
 from p2p_diloco.core.directory import Directory
 from p2p_diloco.core.grid import Grid
-from p2p_diloco.core.group import RosterRules, SealedRoster, open_roster, seal_roster
+from p2p_diloco.core.group import SealedRoster, open_roster, seal_roster
 from p2p_diloco.core.identity import Identity
 from p2p_diloco.core.known import NOBODY_KNOWN, Known
 from p2p_diloco.core.records import MAX_RECORD_LIFE_S, Record, seal_record
 from p2p_diloco.core.roster import Readiness, form_roster, new_nonce, open_readiness, seal_readiness
+from p2p_diloco.core.roster_rules import RosterRules
 from p2p_diloco.round.meeting import Meeting
 from p2p_diloco.round.outcome import Missed
 from p2p_diloco.round.settle import Settlement
@@ -138,6 +139,7 @@ RULES = RosterRules(
     max_weight_tokens=WEIGHT_TOKENS,
     aggregation=AGGREGATIONS["mean"],
     on_missed="adopt",
+    seeds_reduce="auto",
     admission=Admission.to_all(RUN_ID),
 )
 

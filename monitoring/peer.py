@@ -154,7 +154,12 @@ def peer_rounds() -> list[Panel]:
             Query(f"increase({peer('catch_ups_total')}{RECENT})", "catch-ups"),
             Query(f"increase({peer('rolled_back_steps_total')}{RECENT})", "steps rolled back"),
             Query(f"increase({peer('branches_left_total')}{RECENT})", "branches left"),
-            width=12,
+        ),
+        lines(
+            "Helped",
+            "Outer steps that the owner's seed has led and averaged, for no trainer could be dialled.",
+            "short",
+            Query(f"increase({peer('helped_steps_total')}{RECENT})", "outer steps"),
         ),
         lines(
             "Damage",
@@ -162,7 +167,6 @@ def peer_rounds() -> list[Panel]:
             "short",
             Query(f"increase({peer('digest_mismatches_total')}{RECENT})", "digest mismatches"),
             Query(f"increase({peer('repairs_total')}{RECENT})", "{{what}} repaired"),
-            width=12,
         ),
     ]
 

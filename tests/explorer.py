@@ -61,7 +61,7 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -78,7 +78,7 @@ from tests.support.chronicle import MAX_PEERS, Violation
 from tests.support.events import lines_of
 from tests.support.instruments import instrumented
 from tests.support.liars import KINDS
-from tests.support.schedules import Schedule, draw, shrink
+from tests.support.schedules import Schedule, at_home, draw, shrink
 from tests.support.schedules_with_liars import draw_with_liars, without_liars
 from tests.support.simloop import START_S, run_simulated
 from tests.support.world import World
@@ -223,6 +223,10 @@ def explore_seed(seed: int) -> Verdict:
     return explore(draw(seed))
 
 
+def explore_at_home(seed: int) -> Verdict:
+    return explore(at_home(draw(seed)))
+
+
 def explore_lie(lie: tuple[str, int]) -> tuple[str, Verdict]:
     """``lie``: its kind, and a seed."""
     return lie[0], explore_with_liars(draw_with_liars(*lie))
@@ -250,12 +254,12 @@ def told_of_lie(kind: str, failed: list[Verdict], count: int) -> str:
     return f"{kind}: {len(failed)} of {count} schedules fail" + (f": {told}" if told else "")
 
 
-def explore_many(seeds: range, jobs: int) -> list[Verdict]:
+def explore_many(seeds: range, jobs: int, one: Callable[[int], Verdict] = explore_seed) -> list[Verdict]:
     """Those of the schedules of ``seeds`` that failed. Says how far it is."""
     failed: list[Verdict] = []
     began_s = time.monotonic()
     with workers(jobs) as pool:
-        for done, verdict in enumerate(pool.imap_unordered(explore_seed, seeds, chunksize=4), start=1):
+        for done, verdict in enumerate(pool.imap_unordered(one, seeds, chunksize=4), start=1):
             if not verdict.ok:
                 failed.append(verdict)
                 print(f"seed {verdict.schedule.seed}: {verdict.text}", flush=True)
@@ -337,6 +341,7 @@ def main() -> int:
     parser.add_argument("--shrink", action="store_true", help="make it smaller as long as it fails in the same way")
     parser.add_argument("--broken", action="store_true", help="find protocols that are broken on purpose")
     parser.add_argument("--liars", nargs="*", metavar="KIND", choices=KINDS, help=f"with liars: {', '.join(KINDS)}")
+    parser.add_argument("--homes", action="store_true", help="nobody but the owner's seed can be dialled")
     parser.add_argument("--verbose", action="store_true", help="tell what each peer did")
     options = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that what was started is ended
@@ -346,13 +351,14 @@ def main() -> int:
     if options.seed is None and options.schedule is None and options.liars is not None:
         return int(bool(explore_lies(options.liars or list(KINDS), range(first, last), options.jobs)))
     if options.seed is None and options.schedule is None:
-        failed = explore_many(range(first, last), options.jobs)
+        failed = explore_many(range(first, last), options.jobs, explore_at_home if options.homes else explore_seed)
         print("failed:", *sorted(verdict.schedule.seed for verdict in failed))
         return int(bool(failed))
     if options.schedule:
         schedule = Schedule.from_json(options.schedule.read_text())
     else:
         schedule = draw_with_liars(options.liars[0], options.seed) if options.liars else draw(options.seed)
+    schedule = at_home(schedule) if options.homes else schedule
     verdict = explore_with_liars(schedule)
     if options.shrink and not verdict.ok:
         schedule = shrink(schedule, lambda smaller: explore_with_liars(smaller).invariant == verdict.invariant)

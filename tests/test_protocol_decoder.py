@@ -103,6 +103,8 @@ class Run:
     tap: Tap
     network: FakeNetwork = field(default_factory=FakeNetwork)
     peers: dict[int, WatchedPeer] = field(default_factory=dict)
+    clients: tuple[int, ...] = (CLIENT,)
+    """Who is in client mode."""
 
     def add(self, index: int, *, step_s: float = 1.0) -> WatchedPeer:
         sim = self.peers[index] = WatchedPeer.create(
@@ -113,7 +115,7 @@ class Run:
             index,
             target=None if index in (SEED, NEWCOMER) else self.targets[index],
             genesis=self.genesis if index == SEED else None,
-            client_mode=index == CLIENT,
+            client_mode=index in self.clients,
             step_s=step_s,
         )
         sim.start()
@@ -251,7 +253,9 @@ def check_certificate(
     for sim in run.peers.values():
         entry = sim.peer.replica.ledger.chain.entry(header.step)
         if entry is not None:
-            theirs, kept = decoder.open_certificate(entry.certificate.to_bytes(), min_group=meeting.min_group)
+            theirs, kept = decoder.open_certificate(
+                entry.certificate.to_bytes(), min_group=meeting.min_group, owner=run.manifest.owner
+            )
             kept.check(theirs, header.link, run.manifest.owner)
             assert (theirs.round_id, kept.full, kept.state) == (meeting.round_id, certificate.full, certificate.state)
 
@@ -292,11 +296,27 @@ def check_chain(run: Run, states: dict[int, State], since: int, data: bytes) -> 
     """What a donor has served of it."""
     entries = decoder.unpack(data)
     assert entries
+    rules = {"min_group": run.manifest.spec.round.min_group, "owner": run.manifest.owner}
     for step, entry in enumerate(entries, since):
-        header, meeting, certificate = decoder.open_entry(entry, min_group=run.manifest.spec.round.min_group)
+        header, meeting, certificate = decoder.open_entry(entry, **rules)
         assert (header.step, header.parent, header.head) == (step, states[step].head, states[step + 1].head)
         assert header == meeting.header(header.part_hashes)
         certificate.check(meeting, header.link, run.manifest.owner)
+
+
+def test_what_peers_say_where_the_owners_seed_helps(make_run: MakeRun) -> None:
+    """Two trainers in client mode."""
+    run = make_run("int8", "adopt")
+    run.clients = (1, CLIENT)
+
+    async def story() -> None:
+        await run.start([1, CLIENT])
+        await run.until(OUTER_STEPS, 1, CLIENT, SEED)
+
+    reader, decoded = decoded_by(run, story)
+    states = check_history(run, reader, decoded)
+    assert set(states) == set(range(OUTER_STEPS + 1))
+    assert all(meeting.helper == [2] == meeting.reducers(range(3)) for meeting in reader.rounds.values())
 
 
 @pytest.mark.parametrize(

@@ -38,6 +38,7 @@ Its files, from the bottom up:
     peer_row      a record as a table and JSON show it
     known         which peers are known at a head: those that have contributed to the updates before it
     roster        who may meet in a round: readiness, who leads, whom a leader takes in
+    roster_rules  what a run says of rosters, and whether members fit it
     group         a roster that its leader has signed, and what follows from it for all that read it
     signed_part   what senders and reducers sign of the parts that they send
     audit         whether a part is the mean of what was contributed, and the evidence where it is not

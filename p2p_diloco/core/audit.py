@@ -19,9 +19,10 @@ import msgpack
 
 from p2p_diloco.core.digest import digest
 from p2p_diloco.core.grid import Grid
-from p2p_diloco.core.group import MAX_ABSENT, MAX_MEMBERS, Group, RosterRules, SealedRoster, open_anywhere
+from p2p_diloco.core.group import MAX_ABSENT, MAX_MEMBERS, Group, SealedRoster, open_anywhere
 from p2p_diloco.core.identity import SIGNATURE_BYTES
 from p2p_diloco.core.records import MAX_RECORD_BYTES, unpack_plain
+from p2p_diloco.core.roster_rules import RosterRules
 from p2p_diloco.core.signed_part import REDUCTION_BYTES, Contribution, Inputs, Place, Reduction
 from p2p_diloco.core.update import MAX_MASK_BYTES, Part
 

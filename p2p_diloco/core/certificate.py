@@ -19,10 +19,11 @@ from typing import Any
 import msgpack
 
 from p2p_diloco.core.digest import HASH_BYTES, digest
-from p2p_diloco.core.group import Group, RosterRules, SealedRoster, open_roster
+from p2p_diloco.core.group import Group, SealedRoster, open_roster
 from p2p_diloco.core.identity import SIGNATURE_BYTES, Identity, verify
 from p2p_diloco.core.known import Known
 from p2p_diloco.core.records import unpack_plain
+from p2p_diloco.core.roster_rules import RosterRules
 from p2p_diloco.core.update import MAX_CONTRIBUTORS, UpdateHeader, check_mask
 
 TAKEN_CONTEXT = b"p2p-diloco taken\0"
@@ -185,7 +186,7 @@ def check_signatures(certificate: Certificate, group: Group, link: bytes, owner:
 
 def check_most(certificate: Certificate, group: Group, link: bytes, owner: str) -> None:
     """Does the same as ``check_signatures``, but for the owner's witness, which may be missing."""
-    check_mask(certificate.full, len(group.members))
+    check_mask(certificate.full, len(group.weights))
     taken = certificate.taken(link)
     for member, signature in certificate.signatures:
         if member >= len(group.members) or not taken.is_signed(group.members[member].peer_id, signature):

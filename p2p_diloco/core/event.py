@@ -114,7 +114,8 @@ class RoundEnded(Moment):
     """Why it did not commit; empty if it did. So ``detail``."""
     detail: str
     group: tuple[str, ...]
-    """Peer ids of its members; empty where none was found. So the two below, which are some of them."""
+    """Peer ids of its trainers; empty where none was found. So ``dropped`` and, but for the helper, ``lost``, which are
+    some of them."""
     dropped: tuple[str, ...]
     """Who contributes nothing."""
     lost: tuple[str, ...]
@@ -138,6 +139,8 @@ class RoundEnded(Moment):
     nothing was committed."""
     update_norm: float | None = None
     cosine: float | None = None
+    helper: str | None = None
+    """The seed of the run's owner, where it led and reduced for the group."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -246,13 +249,13 @@ Event = (
     | PeerLeft
 )
 E = TypeVar("E", bound=Event)
-ALIGNMENT = ("contribution_norm", "update_norm", "cosine")
-"""Fields of ``RoundEnded`` that a line has only where they are known."""
+SOMETIMES = ("contribution_norm", "update_norm", "cosine", "helper")
+"""Fields of ``RoundEnded`` that a line has only where there is something to say."""
 
 
 def pack_event(event: Event) -> bytes:
     """Returns the line of an event, with its end. ValueError for what JSON cannot say."""
-    table = {key: value for key, value in asdict(event).items() if value is not None or key not in ALIGNMENT}
+    table = {key: value for key, value in asdict(event).items() if value is not None or key not in SOMETIMES}
     return json.dumps(table, allow_nan=False).encode() + b"\n"
 
 

@@ -6,21 +6,20 @@ check it before they meet, and whoever takes the update later checks it again, b
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
 from typing import Any
 
-from p2p_diloco.core.admission import Admission, counts_as, votes
+from p2p_diloco.core.admission import counts_as, votes
 from p2p_diloco.core.aggregate import Aggregation
 from p2p_diloco.core.digest import digest
 from p2p_diloco.core.identity import MAX_PEER_ID_CHARS, SIGNATURE_BYTES, Identity, verify
-from p2p_diloco.core.known import LEAST_KNOWN, Known, most_unknown
-from p2p_diloco.core.manifest import RunManifest
-from p2p_diloco.core.records import MAX_RECORD_BYTES, Record, open_record
-from p2p_diloco.core.roster import Readiness, counted_weights, on_head, open_readiness, rank
-from p2p_diloco.core.runfile import OnMissed
+from p2p_diloco.core.known import Known, most_unknown
+from p2p_diloco.core.records import MAX_RECORD_BYTES
+from p2p_diloco.core.roster import Readiness, counted_weights, open_readiness, rank
+from p2p_diloco.core.roster_rules import RosterRules, check_absent, check_helper, check_members
 from p2p_diloco.core.update import UpdateHeader, bits_of
 
 ROSTER_CONTEXT = b"p2p-diloco roster\0"
@@ -106,44 +105,6 @@ def seal_roster(
 
 
 @dataclass(frozen=True, kw_only=True)
-class RosterRules:
-    """Holds what a run's manifest says of rosters."""
-
-    run_id: str
-    owner: str
-    """The peer id of the run's owner, whose seed witnesses what too few known members make."""
-    min_group: int
-    max_group: int
-    max_weight_tokens: int
-    aggregation: Aggregation
-    on_missed: OnMissed
-    admission: Admission
-    """Who may take part, as the manifest alone tells. What is revoked is not in it: not all have heard the same of
-    that, and what is committed stays."""
-
-    @classmethod
-    def of(cls, manifest: RunManifest) -> RosterRules:
-        """Returns the rules of a run."""
-        spec = manifest.spec
-        return cls(
-            run_id=manifest.run_id,
-            owner=manifest.owner,
-            min_group=spec.round.min_group,
-            max_group=spec.round.max_group,
-            max_weight_tokens=spec.max_weight_tokens,
-            aggregation=manifest.aggregation,
-            on_missed=spec.round.on_missed,
-            admission=manifest.admission(),
-        )
-
-    @property
-    def least_known(self) -> int:
-        """Returns how many known members of a roster, those of one token counted once, can do without the owner's
-        witness."""
-        return min(LEAST_KNOWN, self.min_group)
-
-
-@dataclass(frozen=True, kw_only=True)
 class Group:
     """The members of a round, in the order of rank, and everything about the round that follows from the roster and
     the ledger alone."""
@@ -152,8 +113,10 @@ class Group:
     step: int
     head: bytes
     members: tuple[Readiness, ...]
+    """The trainers in the order of rank, and then the owner's seed, if it helps them."""
     weights: tuple[int, ...]
-    """Tokens, at most ``Aggregation.largest_weight`` times the group's median: a false claim gains little."""
+    """Of the trainers, in tokens, at most ``Aggregation.largest_weight`` times the group's median: a false claim gains
+    little."""
     total_weight: int | None
     """What the weighted sum of the contributions is divided by, in tokens. None: by the weights of those that come in
     time."""
@@ -181,10 +144,24 @@ class Group:
         return self.reducers_among(range(len(self.members)))
 
     def reducers_among(self, members: Sequence[int]) -> tuple[int, ...]:
-        """Returns the indices of those of ``members`` that reduce for them: all that count and can be dialled; all that
-        count, when none of them can; all, when none counts. Of these, those that the roster does not leave idle, when
-        there are any."""
+        """Returns the indices of those of ``members`` that reduce for them: all that count and can be dialled, and then
+        the seed that helps; all that count, when there is none of these; all, when none counts. Of these, those that
+        the roster does not leave idle, when there are any."""
         return _reducers(self.members, self.counting, self.sealed.idle, members)
+
+    @property
+    def trainers(self) -> tuple[Readiness, ...]:
+        """Returns the members without the seed that helps them."""
+        return self.members[: len(self.weights)]
+
+    @property
+    def helper(self) -> str:
+        """Returns the peer id of the seed that leads and reduces for the trainers; empty where none does."""
+        return self.members[-1].peer_id if self.members[-1].helps else ""
+
+    def n_trainers(self, members: Iterable[int]) -> int:
+        """Returns how many of these members are trainers."""
+        return sum(not self.members[i].helps for i in members)
 
     @cached_property
     def voting(self) -> frozenset[int]:
@@ -219,8 +196,8 @@ class Group:
 
     @property
     def contributors(self) -> tuple[tuple[str, int], ...]:
-        """Returns (peer id, weight) of every member, as an update's header names them."""
-        return tuple((member.peer_id, weight) for member, weight in zip(self.members, self.weights))
+        """Returns (peer id, weight) of every trainer, as an update's header names them."""
+        return tuple((member.peer_id, weight) for member, weight in zip(self.trainers, self.weights))
 
     def header(self, part_hashes: Sequence[bytes]) -> UpdateHeader:
         """Returns the header of the update that this round makes of these parts."""
@@ -234,11 +211,11 @@ def open_roster(sealed: SealedRoster, rules: RosterRules, known: Known) -> Group
     gathered it, where one could have; there are no more unknown members than the known ones allow; and those that are
     left idle are few, and would reduce. ``known``: at the head of the round."""
     group = open_anywhere(sealed, rules)
-    members = group.members
+    members = group.trainers
     familiar, counting = _counting(members, known, rules.least_known)
     needs_witness = votes(members[i] for i in familiar) < rules.least_known
     dialable = any(not members[i].client_mode for i in familiar)
-    if not needs_witness and dialable and sealed.leader not in known.peers:
+    if not needs_witness and dialable and sealed.leader not in (*known.peers, group.helper):
         raise ValueError("a roster that a newcomer gathered")
     if not needs_witness and len(members) - len(familiar) > most_unknown(len(familiar)):
         raise ValueError(f"a roster with {len(members) - len(familiar)} newcomers beside {len(familiar)} known members")
@@ -259,16 +236,20 @@ def open_anywhere(sealed: SealedRoster, rules: RosterRules) -> Group:
     sum is divided by the weights of all that train on this head, absent ones at the group's median (docs/log.md has the
     figures).
     """
-    if not rules.min_group <= len(sealed.members) <= rules.max_group:
+    if len(sealed.members) > rules.max_group + 1:
         raise ValueError(f"a roster of {len(sealed.members)}")
     if not sealed.is_signed:
         raise ValueError("a roster that its leader did not sign")
     members = tuple(open_readiness(one) for one in sealed.members)
+    trainers = members[:-1] if members and members[-1].helps else members
+    if not rules.min_group <= len(trainers) <= rules.max_group:
+        raise ValueError(f"a roster of {len(trainers)}")
     step, head = members[0].step, members[0].head
-    check_members(members, rules, sealed.leader, step, head)
+    check_members(trainers, rules, sealed.leader, step, head)
+    check_helper(members[len(trainers) :], rules, sealed.leader, step, head)
     away = check_absent(sealed.absent, members, rules, head)
     rules.admission.check_roster(members, away, now_s=None, step=step)
-    claimed = [member.weight for member in members]
+    claimed = [member.weight for member in trainers]
     weights, total_weight = counted_weights(claimed, rules.aggregation, rules.on_missed, absent=len(away))
     return Group(
         sealed=sealed,
@@ -278,7 +259,7 @@ def open_anywhere(sealed: SealedRoster, rules: RosterRules) -> Group:
         weights=weights,
         total_weight=total_weight,
         aggregation=rules.aggregation,
-        counting=frozenset(range(len(members))),
+        counting=frozenset(range(len(trainers))),
         needs_witness=True,
     )
 
@@ -294,8 +275,10 @@ def _reducers(
     roster: Sequence[Readiness], counting: Collection[int], idle: Collection[int], members: Sequence[int]
 ) -> tuple[int, ...]:
     """Returns what ``Group.reducers_among`` does."""
-    count = [i for i in members if i in counting] or list(members)
-    dialable = [i for i in count if not roster[i].client_mode] or count
+    trainers = [i for i in members if not roster[i].helps]
+    count = [i for i in trainers if i in counting] or trainers
+    dialable = [i for i in count if not roster[i].client_mode]
+    dialable = dialable + [i for i in members if roster[i].helps] or count
     return tuple(i for i in dialable if i not in idle) or tuple(dialable)
 
 
@@ -309,38 +292,6 @@ def idle_among(members: Sequence[Readiness], known: Known, least_known: int, unf
     return sorted(chosen[: len(would_reduce) // 2])
 
 
-def check_members(members: Sequence[Readiness], rules: RosterRules, leader: str, step: int, head: bytes) -> None:
-    """Raises ValueError unless these are the members of one round that ``leader`` gathered, in the order of rank."""
-    ids = [member.peer_id for member in members]
-    if len(set(ids)) != len(ids):
-        raise ValueError("a roster that names a peer twice")
-    for member in members:
-        if (member.run_id, member.step, member.head) != (rules.run_id, step, head):
-            raise ValueError("a roster with a member on another head")
-        if member.leader != leader:
-            raise ValueError("a roster with a member that is ready for another leader")
-        if member.weight > rules.max_weight_tokens:
-            raise ValueError(f"a roster with a weight of {member.weight}")
-    if ids != sorted(ids, key=lambda peer_id: rank(head, peer_id)):
-        raise ValueError("a roster that is not in the order of rank")
-
-
-def check_absent(
-    absent: Sequence[bytes], members: Sequence[Readiness], rules: RosterRules, head: bytes
-) -> list[Record]:
-    """Returns the records of the absent peers that a roster names. ValueError unless each of them signed that it trains
-    on this head, and is named once."""
-    away = [open_record(one) for one in absent]
-    if away and rules.on_missed != "keep":
-        raise ValueError("a roster with absent peers")
-    ids = [one.peer_id for one in (*members, *away)]
-    if len(set(ids)) != len(ids):
-        raise ValueError("a roster that names an absent peer twice")
-    if any(record.run_id != rules.run_id for record in away) or len(on_head(away, head)) != len(away):
-        raise ValueError("a roster with an absent peer that does not train on this head")
-    return away
-
-
 def evaluator(group: Group, head: bytes) -> str:
     """Returns the member that evaluates theta after an outer step: another one every time."""
-    return min((member.peer_id for member in group.members), key=lambda peer_id: rank(head, peer_id))
+    return min((member.peer_id for member in group.trainers), key=lambda peer_id: rank(head, peer_id))

@@ -10,8 +10,8 @@ from collections import deque
 from collections.abc import Collection, Iterable
 
 from p2p_diloco.core.certificate import Certified, check_certificate
-from p2p_diloco.core.group import RosterRules
 from p2p_diloco.core.known import WINDOW_STEPS, Known, known_at
+from p2p_diloco.core.roster_rules import RosterRules
 
 
 class Lineage:

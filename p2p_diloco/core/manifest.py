@@ -29,7 +29,7 @@ from p2p_diloco.core.identity import SIGNATURE_BYTES, Identity, verify
 from p2p_diloco.core.invitation import Revocations
 from p2p_diloco.core.runfile import Count, RunSpec, Section, explain
 
-PROTOCOL = 3
+PROTOCOL = 4
 """Raised with every change after which old and new peers cannot train together."""
 MAX_MANIFEST_BYTES = 32 * 1024 * 1024
 """A tokenizer of 256 Ki tokens, which travels inside, fits."""

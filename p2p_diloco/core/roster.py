@@ -49,6 +49,9 @@ class Readiness(Signed):
     """New for every attempt, so that no two rounds have the same id."""
     seat: Annotated[bytes, Field(max_length=MAX_SEAT_BYTES)] = b""
     """As in the peer's record."""
+    helps: bool = False
+    """It is the seed of the run's owner, which leads and reduces, and contributes nothing: as a member it stands
+    behind all others, and outside everything that is counted."""
 
 
 def seal_readiness(readiness: Readiness, identity: Identity) -> bytes:

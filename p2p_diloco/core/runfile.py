@@ -173,6 +173,7 @@ class OuterSpec(Section):
 
 
 OnMissed = Literal["adopt", "keep"]
+SeedsReduce = Literal["auto", "always", "never"]
 
 
 class RoundSpec(Section):
@@ -194,12 +195,17 @@ class RoundSpec(Section):
     """After an outer step each peer takes the mean of so many parts again, which others have reduced, from what was
     contributed to them. Whose part is wrong reduces and leads no more. 0: nobody looks."""
 
+    seeds_reduce: SeedsReduce = "auto"
+    """Whether the seed of the run's owner leads rounds and reduces for the trainers; it contributes nothing. ``auto``:
+    where no trainer can be dialled, as when all are behind home routers. ``always``: in every round. ``never``."""
+
     @model_serializer(mode="wrap")
     def _without_absent_keys(self, serialize: SerializerFunctionWrapHandler) -> dict[str, object]:
-        """Leaves out a key that came later where it has its default: a run keeps its id."""
+        """Leaves out keys that came later where they have their default: a run keeps its id."""
         table: dict[str, object] = serialize(self)
-        if self.audit_parts == type(self).model_fields["audit_parts"].default:
-            table.pop("audit_parts", None)
+        for key in ("audit_parts", "seeds_reduce"):
+            if getattr(self, key) == type(self).model_fields[key].default:
+                table.pop(key, None)
         return table
 
     @model_validator(mode="after")

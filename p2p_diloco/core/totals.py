@@ -42,6 +42,8 @@ class Totals:
     """The last round that committed here."""
     witnessed: int = 0
     """Updates committed here that the run's owner has signed."""
+    helped: int = 0
+    """Updates committed here that the owner's seed has led and reduced."""
     uncertified: Counter[str] = field(default_factory=Counter)
     """Rounds whose update has no certificate, by ``event.Uncertified``."""
     uncertified_since_s: float | None = None
@@ -101,6 +103,7 @@ class Totals:
             self.phases["apply"].add(event.apply_s)
             self.last_commit, self.uncertified_since_s = event, None
             self.witnessed += event.witnessed
+            self.helped += event.helper is not None
         elif (event.group or event.uncertified) and self.uncertified_since_s is None:
             self.uncertified_since_s = event.wall_s
         if event.uncertified:

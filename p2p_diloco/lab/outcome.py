@@ -259,6 +259,8 @@ class SwarmOutcome:
     """Outer step -> how many members have signed its certificate, and how many certify."""
     witnessed: Sequence[int]
     """Outer steps that the run's owner has witnessed, rising."""
+    helped: Sequence[int]
+    """Outer steps that the owner's seed has led and reduced, rising."""
     uncertified_rounds: Mapping[str, int]
     """Rounds of single peers without a certificate, by what was missing (``event.Uncertified``)."""
 
@@ -293,6 +295,7 @@ def outcome_of(logs: Mapping[str, Log]) -> SwarmOutcome:
         missed_rounds=sum(not event.committed for event in rounds),
         certified={event.step: (event.signatures, event.certifying) for event in rounds if event.committed},
         witnessed=sorted({event.step for event in rounds if event.witnessed}),
+        helped=sorted({event.step for event in rounds if event.committed and event.helper is not None}),
         uncertified_rounds=Counter(event.uncertified for event in rounds if event.uncertified),
     )
 

@@ -18,10 +18,10 @@ from typing import Literal
 from p2p_diloco.core.certificate import Certificate, Certified
 from p2p_diloco.core.codec import Vector
 from p2p_diloco.core.errors import Gap, LedgerError
-from p2p_diloco.core.group import RosterRules
 from p2p_diloco.core.known import Known
 from p2p_diloco.core.manifest import RunManifest
 from p2p_diloco.core.outer import OuterState, apply_checked, check_update
+from p2p_diloco.core.roster_rules import RosterRules
 from p2p_diloco.core.swarm_head import Standing
 from p2p_diloco.core.update import Update, UpdateHeader, in_most_parts
 from p2p_diloco.ledger.comparison import agreed, differing

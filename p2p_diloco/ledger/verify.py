@@ -24,10 +24,10 @@ from p2p_diloco.core.anchor import Anchors
 from p2p_diloco.core.codec import Vector
 from p2p_diloco.core.errors import UsageError
 from p2p_diloco.core.grid import Grid
-from p2p_diloco.core.group import RosterRules
 from p2p_diloco.core.lineage import Lineage
 from p2p_diloco.core.manifest import RunManifest
 from p2p_diloco.core.outer import apply_part, state_digest
+from p2p_diloco.core.roster_rules import RosterRules
 from p2p_diloco.core.update import (
     Part,
     UpdateHeader,

@@ -97,13 +97,24 @@ def run_finding(manifest: RunManifest, records: Sequence[Record], *, client_mode
     remedy = ""
     if step >= spec.outer.steps:
         kind, remedy = "problem", "it is over: take its model with p2p-diloco export"
-    elif client_mode and trainers and all(record.client_mode for record in trainers):
+    elif client_mode and nobody_averages(manifest, records):
         measured += ", all in client mode, as this one"
-        kind, remedy = "problem", "a peer that others can dial has to train, too: nobody averages for these"
+        kind, remedy = (
+            "problem",
+            "the owner's seed, or a trainer that others can dial, has to come: nobody averages here",
+        )
     elif len(trainers) + 1 < spec.round.min_group:
         missing = spec.round.min_group - len(trainers) - 1
         kind, remedy = "warning", f"you will train alone until {missing} more come: outer steps need a group"
     return Finding(kind=kind, what="run", measured=measured, remedy=remedy)
+
+
+def nobody_averages(manifest: RunManifest, records: Sequence[Record]) -> bool:
+    """Returns whether trainers are there, none of them can be dialled, and the owner's seed does not help them."""
+    trainers = [record for record in records if record.role == "trainer"]
+    seeds = (record for record in records if record.role == "seed" and not record.client_mode)
+    helps = manifest.spec.round.seeds_reduce != "never" and any(seed.peer_id == manifest.owner for seed in seeds)
+    return bool(trainers) and all(record.client_mode for record in trainers) and not helps
 
 
 def clock_finding(behind_s: Sequence[float], timeouts: Timeouts) -> Finding:

@@ -25,6 +25,7 @@ Its files, from the bottom up:
     round_event  the event of one attempt at an outer step
     attempts     one round at a time: gathered, reduced, settled, and its update committed
     outer_steps  a trainer's outer steps: rounds tried until one commits, or the swarm's state taken
+    helping      how the owner's seed leads and averages for trainers that nobody can dial
     peer         the network side of one peer, on any transport: its parts and its life
     web          a small HTTP server that strangers may reach
     metrics      one peer's metrics for Prometheus

@@ -1,6 +1,7 @@
 """The attempts of a trainer's peer at an outer step: one round each, whose update is committed here and nowhere else.
 
     make   gather -> reduce -> settle -> apply
+    hold   the same, with a group that there is: so the seed of the run's owner takes part where it helps (``helping``)
 
 A round that fails is a value (``Missed``), and leaves the state as it was. What goes wrong here (disk, daemon) raises
 LocalError.
@@ -27,6 +28,7 @@ from p2p_diloco.peer.presence import Presence
 from p2p_diloco.peer.reception import Reception
 from p2p_diloco.peer.round_event import round_ended
 from p2p_diloco.peer.upkeep import Upkeep
+from p2p_diloco.peer.witness import Witness
 from p2p_diloco.round.here import Here
 from p2p_diloco.round.matchmaking import Matchmaker
 from p2p_diloco.round.meeting import Meeting
@@ -52,8 +54,9 @@ class Attempts:
 
     here: Here
     replica: Replica
-    local: Vector
-    """The trainer's parameters, float32 [n]; they do not change while a round lasts."""
+    local: Vector | None
+    """The trainer's parameters, float32 [n]; they do not change while a round lasts. None at a seed."""
+    witness: Witness
     matchmaker: Matchmaker
     upkeep: Upkeep
     presence: Presence
@@ -81,6 +84,16 @@ class Attempts:
         if isinstance(group, Missed):
             self.events.write(round_ended(self.here.seat, group, gather_s=gather_s))
             return self._result(group.reason, 0, gather_s, RoundCost())
+        return await self._hold(group, last_norms, state, gather_s=gather_s, pace=offer.pace)
+
+    async def hold(self, group: Group) -> OuterResult:
+        """Takes part in the round of a group that I have gathered, as the seed that helps it. Returns what became of
+        it."""
+        return await self._hold(group, await self._norms_of_last(), await self._digest_due(), gather_s=0.0, pace=0.0)
+
+    async def _hold(
+        self, group: Group, last_norms: tuple[float, ...] | None, state: bytes, *, gather_s: float, pace: float
+    ) -> OuterResult:
         self.here.seat.in_round = True
         settlement = self._meet(group, last_norms, state)
         try:
@@ -95,11 +108,11 @@ class Attempts:
             if isinstance(outcome, Missed):
                 self.reception.audits.begin(settlement.meeting, None)
                 self.events.write(round_ended(self.here.seat, outcome, settlement, gather_s=gather_s))
-                return self._result(outcome.reason, len(group.members), gather_s, cost)
+                return self._result(outcome.reason, len(group.trainers), gather_s, cost)
             self.presence.enter("apply")
             apply_started_s = now_s()
             alignment = await self._apply(settlement, outcome)
-            self._plan(group, outcome.update, offer.pace)
+            self._plan(group, outcome.update, pace)
             apply_s = now_s() - apply_started_s
         finally:
             self.here.seat.in_round = False
@@ -112,7 +125,7 @@ class Attempts:
             round_ended(self.here.seat, outcome, settlement, gather_s=gather_s, apply_s=apply_s, alignment=alignment)
         )
         evaluates = evaluator(group, standing.head) == self.here.peer_id
-        result = self._result("", len(group.members), gather_s, cost)
+        result = self._result("", len(group.trainers), gather_s, cost)
         return replace(result, apply_s=apply_s, evaluate=evaluates)
 
     def _result(self, reason: MissedReason | Literal[""], group: int, gather_s: float, cost: RoundCost) -> OuterResult:
@@ -177,7 +190,7 @@ class Attempts:
                 timeouts=self.here.timeouts,
                 grid=self.replica.ledger.grid,
                 theta=self.replica.theta,
-                local=self.local,
+                local=self.replica.theta if self.local is None else self.local,
                 min_group=self.replica.manifest.spec.round.min_group,
                 state=state,
                 last_norms=last_norms,
@@ -186,6 +199,7 @@ class Attempts:
                 audit_parts=self.reception.audits.count,
                 around=self.reception.around(group),
                 known=self.here.seat.known.peers,
+                own_witness=self.witness,
             )
         )
         self.reception.open_round(settlement)
@@ -195,7 +209,9 @@ class Attempts:
         """Commits the update that the group has agreed on. Returns how it compares with my own
         contribution, where it can be compared."""
         meeting, update = settlement.meeting, settled.update
-        alignment = await asyncio.to_thread(align, meeting.theta, meeting.local, update, meeting.grid)
+        alignment = None
+        if self.local is not None:
+            alignment = await asyncio.to_thread(align, meeting.theta, meeting.local, update, meeting.grid)
         await self._commit(settled)
         self._last_norms = self.here.seat.standing.head, tuple(meeting.norms)
         met = (member.peer_id for i, member in enumerate(settlement.group.members) if i not in meeting.lost)

@@ -86,10 +86,6 @@ class OuterSteps:
         """Notes that the trainer takes theta now."""
         self.phase.go_on(now_s(), moved=True)
 
-    def close(self) -> None:
-        """Tells the seeds no more."""
-        self.attempts.close()
-
     @property
     def _step(self) -> int:
         return self.here.seat.standing.step
@@ -144,6 +140,8 @@ class OuterSteps:
                     return result
             elif result.reason != "failed":
                 break
+        if result.reason == "alone":  # a seed that was started again may be behind me, and cannot dial me
+            await self.presence.push_to_seeds()
         return result
 
     async def _adopt(self) -> OuterResult:

@@ -36,6 +36,7 @@ from p2p_diloco.peer.audits import Audits
 from p2p_diloco.peer.catchup import Catchup
 from p2p_diloco.peer.control import OuterResult
 from p2p_diloco.peer.follower import Follower
+from p2p_diloco.peer.helping import Helping
 from p2p_diloco.peer.outer_steps import OuterSteps
 from p2p_diloco.peer.presence import Presence
 from p2p_diloco.peer.probes import Probes
@@ -146,7 +147,9 @@ class Peer:
         )
         self.audits = Audits(here=here, replica=replica, company=self.matchmaker.company, events=events)
         self.reception = self._reception(signed_manifest, witness)
+        self.attempts = self._attempts(witness)
         self.outer_steps = None if local is None else self._outer_steps(local)
+        self.helping = self._helping() if local is None and identity.peer_id == self.manifest.owner else None
 
     def _uploads(self, max_bytes_per_s: float | None) -> Uploads:
         return Uploads(
@@ -173,29 +176,40 @@ class Peer:
             audits=self.audits,
         )
 
-    def _outer_steps(self, local: Vector) -> OuterSteps:
-        phase = Phase(inner_steps=self.manifest.spec.inner.steps)
-        attempts = Attempts(
+    def _attempts(self, witness: Witness) -> Attempts:
+        return Attempts(
             here=self.here,
             replica=self.replica,
-            local=local,
+            local=self.local,
+            witness=witness,
             matchmaker=self.matchmaker,
             upkeep=self.upkeep,
             presence=self.presence,
             reception=self.reception,
             events=self.events,
-            phase=phase,
+            phase=Phase(inner_steps=self.manifest.spec.inner.steps),
         )
+
+    def _helping(self) -> Helping:
+        return Helping(
+            here=self.here,
+            attempts=self.attempts,
+            follower=self.follower,
+            presence=self.presence,
+            gatherings=self.matchmaker.gatherings,
+        )
+
+    def _outer_steps(self, local: Vector) -> OuterSteps:
         return OuterSteps(
             here=self.here,
             replica=self.replica,
             local=local,
-            attempts=attempts,
+            attempts=self.attempts,
             follower=self.follower,
             upkeep=self.upkeep,
             presence=self.presence,
             events=self.events,
-            phase=phase,
+            phase=self.attempts.phase,
         )
 
     async def join(self) -> None:
@@ -251,7 +265,9 @@ class Peer:
 
     async def run(self) -> None:
         """Keeps my record in the DHT, the others' here, and what I hold sound, until it is cancelled."""
+        helping = [] if self.helping is None else [self.helping.run()]
         await asyncio.gather(
+            *helping,
             self.presence.publish_loop(),
             self.presence.refresh_loop(),
             self.revoked.run(),
@@ -277,8 +293,7 @@ class Peer:
             async with deadline(self.here.timeouts.leave_s / 4):
                 await self._hand_over()
         self.presence.enter("left")
-        if self.outer_steps is not None:
-            self.outer_steps.close()
+        self.attempts.close()
         await self.audits.close()
         self.events.write(PeerLeft(step=self.step, head=self.seat.standing.head.hex(), reason=reason))
         await asyncio.gather(self.presence.publish(), self.presence.push_to_all())

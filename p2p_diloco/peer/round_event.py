@@ -22,6 +22,7 @@ def round_ended(
     """Returns the event of a round after which I stand where ``seat`` has it. ``settlement``: where a group was found.
     ``alignment``: where it can be told."""
     members = settlement.group.members if settlement else ()
+    trainers = settlement.group.trainers if settlement else ()
     missed = outcome if isinstance(outcome, Missed) else None
     certificate = None if isinstance(outcome, Missed) else outcome.certificate
     witnessed = False
@@ -35,8 +36,8 @@ def round_ended(
         committed=missed is None,
         reason=missed.reason if missed else "",
         detail=missed.detail if missed else "",
-        group=tuple(member.peer_id for member in members),
-        dropped=tuple(member.peer_id for member in members if member.dropped),
+        group=tuple(member.peer_id for member in trainers),
+        dropped=tuple(member.peer_id for member in trainers if member.dropped),
         lost=tuple(members[i].peer_id for i in sorted(settlement.meeting.lost)) if settlement else (),
         gather_s=gather_s,
         apply_s=apply_s,
@@ -52,4 +53,5 @@ def round_ended(
         contribution_norm=alignment.contribution_norm if alignment else None,
         update_norm=alignment.update_norm if alignment else None,
         cosine=alignment.cosine if alignment else None,
+        helper=(settlement.group.helper or None) if settlement else None,
     )

@@ -24,7 +24,7 @@ import logging
 from dataclasses import dataclass, field
 
 from p2p_diloco.core.admission import Seated, votes
-from p2p_diloco.core.certificate import Certificate, check_most
+from p2p_diloco.core.certificate import Certificate, Taken, check_most
 from p2p_diloco.core.errors import Misbehaved
 from p2p_diloco.core.events import EventLog
 from p2p_diloco.core.group import Group, open_roster
@@ -62,6 +62,8 @@ class Witness:
     here: Here
     replica: Replica
     events: EventLog
+    refused: str = field(default="", init=False)
+    """Why the last update that was to be witnessed was not; empty where it was."""
     _signed: LastSigned | None = field(default=None, init=False)
     _asked: tuple[bytes, float] = field(default=(b"", 0.0), init=False)
     """The head for which a witness was asked last, and the loop time at which it was for the first time."""
@@ -82,15 +84,21 @@ class Witness:
             check_most(certificate, group, message.link, self.replica.rules.owner)
         except ValueError as error:
             raise Misbehaved(channel.peer_id, f"asks to witness {error}") from error
-        if refusal := self._refusal(group, message.link):
-            await self._refuse(channel, group.step, refusal)
-            return
+        signature = self.sign(group, certificate.taken(message.link))
+        await channel.send(No(reason=self.refused) if signature is None else Witnessed(signature=signature))
+
+    def sign(self, group: Group, taken: Taken) -> bytes | None:
+        """Returns the owner's signature over what most of a group have taken; None where it is not witnessed
+        (``refused``)."""
+        self.refused = self._refusal(group, taken.link)
+        if self.refused:
+            self._note_refused(group.step, self.refused)
+            return None
         until_s = now_s() + self.here.timeouts.record_life_s
-        self._signed = LastSigned(head=group.head, link=message.link, until_s=until_s)
-        signature = certificate.taken(message.link).sign(self.here.identity)
+        self._signed = LastSigned(head=group.head, link=taken.link, until_s=until_s)
         log.info("outer step %d: witnessed", group.step)
         self.events.write(WitnessAsked(step=group.step, signed=True, reason=""))
-        await channel.send(Witnessed(signature=signature))
+        return taken.sign(self.here.identity)
 
     async def _catch_up(self, channel: Channel, step: int, head: bytes) -> None:
         """Waits until I stand on a head of outer step ``step``, for ``Timeouts.request_s`` at most: who is known there
@@ -140,6 +148,9 @@ class Witness:
         return len(inside) < LEAST_SHARE * len(there)
 
     async def _refuse(self, channel: Channel, step: int, reason: str) -> None:
+        self._note_refused(step, reason)
+        await channel.send(No(reason=reason))
+
+    def _note_refused(self, step: int, reason: str) -> None:
         log.warning("outer step %d: not witnessed: %s", step, reason)
         self.events.write(WitnessAsked(step=step, signed=False, reason=reason))
-        await channel.send(No(reason=reason))

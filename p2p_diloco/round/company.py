@@ -17,10 +17,20 @@ from p2p_diloco.core.admission import Lapsed, votes
 from p2p_diloco.core.credit import Credit
 from p2p_diloco.core.errors import Misbehaved, Refused
 from p2p_diloco.core.findings import Findings
-from p2p_diloco.core.group import Group, RosterRules, open_roster
+from p2p_diloco.core.group import Group, open_roster
 from p2p_diloco.core.manifest import RunManifest
 from p2p_diloco.core.records import Record, open_record
-from p2p_diloco.core.roster import Readiness, has_place, leader_order, on_head, open_readiness, precedence, rank
+from p2p_diloco.core.roster import (
+    Readiness,
+    has_place,
+    leader_order,
+    new_nonce,
+    on_head,
+    open_readiness,
+    precedence,
+    rank,
+)
+from p2p_diloco.core.roster_rules import RosterRules
 from p2p_diloco.core.swarm_head import must_catch_up, swarm_head, way_of
 from p2p_diloco.core.waiting import now_s
 from p2p_diloco.round.here import Here
@@ -66,19 +76,53 @@ class Company:
 
     def leaders(self, head: bytes, vouched: Collection[str] = ()) -> list[str]:
         """Returns the peers that may lead on ``head``, in the order in which they are asked: all live trainers there
-        that can be dialled, by rank, without those that have failed me there. I am one of them, unless in client
-        mode. Those that I do not trust come last, but the ``vouched`` ones, which others name as their leader."""
+        that can be dialled, by rank, without those that have failed me there. I am one of them, if I train, unless in
+        client mode. Those that I do not trust come last, but the ``vouched`` ones, which others name as their leader.
+        Where there is nobody, the seed that helps leads; where it is to help always, it leads first."""
         expected = self.here.directory.expected(self.here.wall_s())
-        seat = self.here.seat
-        order = leader_order(expected, head, self.here.claim, seat.client_mode, seat.known, self.rules.least_known)
+        seat, helper = self.here.seat, self.helper(head)
+        cannot_lead = seat.client_mode or not seat.role_trainer
+        order = leader_order(expected, head, self.here.claim, cannot_lead, seat.known, self.rules.least_known)
         fit = [peer_id for peer_id in order if self.is_fit(head, peer_id)]
         first = {peer_id for peer_id in fit if peer_id == self.me or peer_id in vouched or self.is_trusted(peer_id)}
-        return sorted(fit, key=lambda peer_id: peer_id not in first)
+        fit = sorted(fit, key=lambda peer_id: peer_id not in first)
+        if self.rules.seeds_reduce == "always" or not fit:
+            return [*helper, *fit]
+        return fit
+
+    def helper(self, head: bytes) -> list[str]:
+        """Returns the seed of the run's owner, if it is on ``head``, can be dialled and may help; else nobody."""
+        if self.rules.seeds_reduce == "never":
+            return []
+        owner, seat = self.rules.owner, self.here.seat
+        if self.me == owner:
+            return [self.me] if not seat.role_trainer and not seat.client_mode and seat.standing.head == head else []
+        seeds = (record for record in self.here.live() if record.peer_id == owner and record.role == "seed")
+        here = (record for record in seeds if not record.client_mode and record.head == head)
+        return [record.peer_id for record in here if self.is_fit(head, owner)]
 
     def precedes(self, head: bytes, one: str, other: str) -> bool:
-        """Returns whether one peer comes before another one, as a leader on ``head``."""
-        known = self.here.seat.known
+        """Returns whether one peer comes before another one, as a leader on ``head``. The seed that helps comes after
+        all trainers, or before them where it is to help always."""
+        helper, known = self.helper(head), self.here.seat.known
+        if one in helper or other in helper:
+            return one in helper if self.rules.seeds_reduce == "always" else other in helper
         return precedence(head, one, known) < precedence(head, other, known)
+
+    def help_with(self, member: Readiness) -> Readiness:
+        """Returns what I sign as a seed that helps in the round of this member."""
+        return member.model_copy(
+            update={
+                "peer_id": self.me,
+                "weight": 1,
+                "client_mode": False,
+                "dropped": True,
+                "tokens_per_s": 0.0,
+                "nonce": new_nonce(),
+                "seat": b"",
+                "helps": True,
+            }
+        )
 
     def lacks_witness(self, members: Collection[Readiness]) -> bool:
         """Returns whether an update of these members would need the witness of the run's owner, who is not there."""
@@ -138,7 +182,7 @@ class Company:
         costs all shall not be charged by one leader after another."""
         known, limits = self.here.seat.known, self.manifest.spec.round
         for peer_id in set(expected).difference(member.peer_id for member in group.members):
-            takes_in = has_place(peer_id, group.members, limits.max_group, known, self.rules.least_known)
+            takes_in = has_place(peer_id, group.trainers, limits.max_group, known, self.rules.least_known)
             if takes_in and not self.is_idle(peer_id):
                 self.waits.charge(peer_id, took_s, now_s())
 

@@ -51,7 +51,7 @@ from typing import TypeAlias
 from p2p_diloco.core.errors import Misbehaved, Refused, RemoteError
 from p2p_diloco.core.group import MAX_ABSENT, idle_among, seal_roster
 from p2p_diloco.core.records import open_record
-from p2p_diloco.core.roster import form_roster, on_head, open_readiness
+from p2p_diloco.core.roster import form_roster, on_head, open_readiness, seal_readiness
 from p2p_diloco.core.waiting import Bell, heard, now_s
 from p2p_diloco.round.company import CLOSING_MARGIN_S, Company
 from p2p_diloco.wire.channel import Channel
@@ -104,6 +104,10 @@ class Gatherings:
         self.seat = company.here.seat
         self.limits = company.manifest.spec.round
         self.by_head: dict[bytes, Gathering] = {}
+        self.formed: Roster | None = None
+        """The roster of the last round that I have formed as a seed that helps, until it is taken."""
+        self.forms = Bell()
+        """Rings when there is another one."""
 
     async def lead(self, sealed: bytes) -> Answer:
         """Gathers on my head, with my own readiness, and returns what comes of it when the round closes."""
@@ -153,6 +157,9 @@ class Gatherings:
         if gathering.answer is None:
             self._charge_absent(gathering)
             gathering.answer = self._decide(gathering)
+            if isinstance(gathering.answer, Roster) and not self.seat.role_trainer:
+                self.formed = gathering.answer
+                self.forms.ring()
         gathering.changed.ring()
 
     def _decide(self, gathering: Gathering) -> Roster | TooFew | NoWitness:
@@ -174,7 +181,10 @@ class Gatherings:
         if self.company.lacks_witness(opened):
             return NoWitness()
         idle = idle_among(opened, known, least_known, self.company.findings.unfit(self.seat.standing.step))
-        return Roster.of(seal_roster(members, self._absent(gathering, members), self.here.identity, idle))
+        absent = self._absent(gathering, members)
+        if not self.seat.role_trainer:
+            members = [*members, seal_readiness(self.company.help_with(opened[0]), self.here.identity)]
+        return Roster.of(seal_roster(members, absent, self.here.identity, idle))
 
     def _charge_absent(self, gathering: Gathering) -> None:
         """Takes what the round has waited for those that did not come from their credit."""

@@ -52,6 +52,7 @@ MAX_LEADERS_ASKED = 16
 NO_WITNESS = (
     "fewer than two known members are here, and neither is the run's owner, whose seed has to witness the update"
 )
+NOBODY_LEADS = "others are here ({others}), but none that can be dialled leads, nor does the owner's seed"
 
 
 @dataclass(kw_only=True)
@@ -128,7 +129,12 @@ class Matchmaker:
                 search.useless.add(leader)
                 if search.named.get(leader, company.me) != company.me:
                     company.rounds.charge(search.named[leader], cost_s, now_s())
-        return Missed(reason="alone", detail="nobody to meet")
+        others = len(on_head(company.here.directory.expected(company.here.wall_s()), head))
+        if not others:
+            return Missed(reason="alone", detail="nobody to meet")
+        detail = NOBODY_LEADS.format(others=others)
+        log.warning("no outer step: %s", detail)
+        return Missed(reason="alone", detail=detail)
 
     def _redirected(self, leader: str, answer: Redirect, head: bytes, search: Search) -> None:
         """Takes in that a leader, or somebody that I have called as the leader, names a better one. Misbehaved when
@@ -176,7 +182,7 @@ class Matchmaker:
             if company.beyond(mine.head) is None:
                 raise Refused(leader, "it says that the swarm is past this head, which no record shows")
             return Missed(reason="behind", detail=f"peer {leader[-8:]} is past this head")
-        if sealed not in answer.members and (leader == company.me or len(answer.members) == limits.max_group):
+        if sealed not in answer.members and (leader == company.me or len(answer.members) >= limits.max_group):
             raise Refused(leader, "its round has no place for me")
         group = company.group_of(leader, answer)
         if sealed not in answer.members and not group.needs_witness and company.me not in self.seat.known.peers:
@@ -245,7 +251,8 @@ class Matchmaker:
             if better is not None:
                 await channel.send(Redirect(record=better))
                 return True
-            if self.seat.client_mode or self.seat.standing.head != readiness.head:
+            moved = self.seat.standing.head != readiness.head
+            if moved or self.company.me not in self.company.leaders(readiness.head):
                 await channel.send(No(reason="cannot lead"))
                 return True
         return await self.gatherings.join(channel, readiness.head, sealed)

@@ -4,12 +4,15 @@ lost."""
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import numpy as np
 
 from p2p_diloco.core.aggregate import norm_of
+from p2p_diloco.core.certificate import Taken
 from p2p_diloco.core.codec import Vector
 from p2p_diloco.core.config import Timeouts
 from p2p_diloco.core.directory import Directory
@@ -29,6 +32,14 @@ log = logging.getLogger(__name__)
 
 LAPSED_SHARE = 0.25
 """Of ``Timeouts.part_s``: so long a reducer waits for a sender that was lost in an earlier round."""
+
+
+class OwnWitness(Protocol):
+    """Witnesses updates at the run's owner itself, where its seed helps."""
+
+    def sign(self, group: Group, taken: Taken) -> bytes | None:
+        """Returns the owner's signature over what a group has taken; None where it does not witness it."""
+        ...
 
 
 @dataclass(kw_only=True, eq=False)
@@ -58,6 +69,8 @@ class Meeting:
     """Peers on this head that are no members, and may be in another round."""
     known: frozenset[str] = frozenset()
     """Peers that are known on this head, members or not."""
+    own_witness: OwnWitness | None = None
+    """At the seed of the run's owner."""
     signatures: Signatures = field(init=False)
     """Which commits the members have signed."""
     parts: list[Part | None] = field(init=False)
@@ -177,8 +190,8 @@ class Meeting:
         received = Part(mask=data[1 : 1 + data[0]], data=data[1 + data[0] : -REDUCTION_BYTES])
         reduction = Reduction.from_bytes(data[-REDUCTION_BYTES:])
         try:
-            check_mask(received.mask, len(self.group.members))
-            check_mask(reduction.inputs.senders, len(self.group.members))
+            check_mask(received.mask, len(self.group.weights))
+            check_mask(reduction.inputs.senders, len(self.group.weights))
             values = self.grid.decode(part, received.data)
         except ValueError as error:
             raise Misbehaved(channel.peer_id, f"sends part {part} that does not decode: {error}") from error
@@ -217,8 +230,11 @@ class Meeting:
         return f"part {index} with a norm of {norm:.2g}, more than {largest:.2g}"
 
     def _largest_norm(self, part: int) -> float:
-        """Returns the norm above which a part is refused."""
+        """Returns the norm above which a part is refused. A seed that helps has no contribution to compare with, and
+        refuses none."""
         where, group = self.grid.slices[part], self.group
+        if group.members[self.me].helps:
+            return math.inf
         mine = norm_of(np.subtract(self.theta[where], self.local[where]))
         last = None if self.last_norms is None else self.last_norms[part]
         return group.aggregation.largest_norm(mine, group.weights, self.me, last)

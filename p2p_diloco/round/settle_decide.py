@@ -47,13 +47,13 @@ def decide(
     reduced each part; I have not sent different bytes. ``newest``: the highest number of a butterfly that the leader
     has heard of. ``state``: as ``agreed_state`` has it. ``apart``: who has reduced without most of the others.
     """
-    size, n_parts = len(group.members), len(reducers)
-    if len(held) < min_group or not group.is_most(held.keys()):
-        return No(reason=f"{len(held)} of {size} members are left, too few to commit")
+    size, n_parts, left = len(group.members), len(reducers), group.n_trainers(held)
+    if left < min_group or not group.is_most(held.keys()):
+        return No(reason=f"{left} of {len(group.trainers)} members are left, too few to commit")
     hashes, holders = choose_parts(held, n_parts)
     torn = [part for part in range(n_parts) if reducers[part] != me and is_torn(part, hashes[part], held, group)]
     others = held.keys() - {reducers[part] for part in torn} - (apart - {me})
-    if len(others) < min_group or not group.is_most(others):
+    if group.n_trainers(others) < min_group or not group.is_most(others):
         torn, others = [], set(held)
     missing = sorted({*torn, *(part for part, chosen in enumerate(hashes) if not chosen)})
     if not missing:

@@ -13,12 +13,13 @@ from hypothesis import strategies as st
 
 from p2p_diloco.core.admission import Admission
 from p2p_diloco.core.aggregate import AGGREGATIONS, AggregateName
-from p2p_diloco.core.group import Group, RosterRules, SealedRoster, evaluator, idle_among, open_roster, seal_roster
+from p2p_diloco.core.group import Group, SealedRoster, evaluator, idle_among, open_roster, seal_roster
 from p2p_diloco.core.identity import Identity
 from p2p_diloco.core.invitation import Token
 from p2p_diloco.core.known import Known
 from p2p_diloco.core.records import seal, seal_record
 from p2p_diloco.core.roster import new_nonce, rank, seal_readiness
+from p2p_diloco.core.roster_rules import RosterRules
 from p2p_diloco.core.update import contributor_mask
 from tests.support.builders import (
     RUN_ID,
@@ -285,6 +286,87 @@ def test_client_mode_members_reduce_and_lead_nothing_unless_there_is_nobody_else
     assert group.reducers_among([0, 2]) == (0, 2)
     group = group_of(MEMBERS, HISTORY, client_mode=[True] * 4)
     assert (group.leader, group.reducers) == (0, (0, 1, 2, 3))
+
+
+# -- the seed that helps ----------------------------------------------------------------------------------------------
+
+
+def helper(who: Identity = OWNER, **changes: Any) -> bytes:
+    fields: dict[str, Any] = {"leader": LEADER.peer_id, "weight": 1, "dropped": True, "helps": True}
+    return seal_readiness(readiness_of(who, HISTORY, **fields | changes), who)
+
+
+def helped(*, clients: Sequence[int] = (0, 1, 2, 3), **options: Any) -> Group:
+    """All members, of which these are in client mode, and the owner's seed, which has gathered them."""
+    sealed = [
+        seal_readiness(readiness_of(who, HISTORY, leader=OWNER.peer_id, client_mode=i in clients), who)
+        for i, who in enumerate(MEMBERS)
+    ]
+    return check([*sealed, helper(leader=OWNER.peer_id)], leader=OWNER, **options)
+
+
+def test_the_owners_seed_leads_and_reduces_for_those_that_cannot_be_dialled() -> None:
+    group = helped()
+    assert (group.leader, group.reducers, group.helper) == (4, (4,), OWNER.peer_id)
+    assert group.reducers_among([0, 2, 4]) == (4,)
+    assert group.reducers_among([0, 2]) == (0, 2)
+    assert helped(clients=(0, 2)).reducers == (1, 3, 4)
+
+
+def test_a_seed_that_helps_counts_nowhere() -> None:
+    group = helped()
+    assert [peer_id for peer_id, _ in group.contributors] == [who.peer_id for who in MEMBERS]
+    assert group.weights == (100,) * 4
+    assert group.counting == group.voting == {0, 1, 2, 3}
+    assert not group.is_most([0, 1, 4])
+    assert group.lacks_most(contributor_mask([0, 4]))
+    assert group.n_trainers([1, 4]) == 1
+    assert evaluator(group, head("x")) in {who.peer_id for who in MEMBERS}
+    assert helped(familiar=known(MEMBERS[0], OWNER)).needs_witness
+    without = check(SEALED)
+    assert without.header([]).link == dataclasses.replace(without, weights=group.weights).header([]).link
+
+
+def test_the_limits_of_a_group_are_those_of_its_trainers() -> None:
+    assert helped(max_group=4).weights == (100,) * 4
+    wrong: tuple[dict[str, Any], ...] = ({"max_group": 2}, {"max_group": 3}, {"min_group": 5})
+    for limits in wrong:
+        with pytest.raises(ValueError, match=r"a roster of [45]"):
+            helped(**limits)
+    with pytest.raises(ValueError, match="a roster of 0"):
+        check([helper(leader=OWNER.peer_id)], leader=OWNER)
+
+
+@pytest.mark.parametrize(
+    ("sealed", "complaint"),
+    [
+        ([*SEALED, helper(MEMBERS[0])], "a helper that the run has not"),
+        ([*SEALED, helper(identity(60))], "a helper that the run has not"),
+        ([*SEALED, helper(dropped=False)], "cannot be dialled, or contributes"),
+        ([*SEALED, helper(client_mode=True)], "cannot be dialled, or contributes"),
+        ([*SEALED, helper(leader=MEMBERS[1].peer_id)], "ready for another leader"),
+        ([*SEALED, helper(head=head("abd"))], "on another head"),
+        ([*SEALED, helper(run_id="f" * 40)], "on another head"),
+        ([helper(), *SEALED], "a peer that helps, and is not the last one"),
+        ([*SEALED, helper(), helper()], "a peer that helps, and is not the last one"),
+    ],
+)
+def test_nobody_else_helps(sealed: list[bytes], complaint: str) -> None:
+    with pytest.raises(ValueError, match=complaint):
+        check(sealed)
+
+
+def test_a_run_may_have_no_helper() -> None:
+    with pytest.raises(ValueError, match="a helper that the run has not"):
+        helped(seeds_reduce="never")
+
+
+def test_a_seed_that_helps_is_not_left_idle() -> None:
+    sealed = [*SEALED, helper()]
+    for idle in ((4,), (0, 4)):
+        with pytest.raises(ValueError, match=r"leaves \d members idle"):
+            open_roster(seal_roster(sealed, [], LEADER, idle), RULES, known(*MEMBERS))
+    assert open_roster(seal_roster(sealed, [], LEADER, (0,)), RULES, known(*MEMBERS)).reducers == (1, 2, 3, 4)
 
 
 # -- absent peers, where missed rounds are kept --------------------------------------------------------------------

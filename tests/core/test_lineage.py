@@ -10,11 +10,11 @@ import pytest
 from p2p_diloco.core.admission import Admission
 from p2p_diloco.core.aggregate import AGGREGATIONS
 from p2p_diloco.core.certificate import Certified
-from p2p_diloco.core.group import RosterRules
 from p2p_diloco.core.identity import Identity
 from p2p_diloco.core.invitation import Token
 from p2p_diloco.core.known import WINDOW_STEPS
 from p2p_diloco.core.lineage import Lineage
+from p2p_diloco.core.roster_rules import RosterRules
 from p2p_diloco.core.update import Part, contributor_mask
 from tests.support.builders import RUN_ID, identity
 from tests.support.certificates import certified, made_by
@@ -32,6 +32,7 @@ RULES = RosterRules(
     max_weight_tokens=100,
     aggregation=AGGREGATIONS["mean"],
     on_missed="adopt",
+    seeds_reduce="auto",
     admission=Admission.to_all(RUN_ID),
 )
 

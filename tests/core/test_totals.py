@@ -95,12 +95,13 @@ def test_the_other_events() -> None:
 def test_certificates_that_came_and_that_did_not() -> None:
     unsigned = replace(missed("failed"), wall_s=11.0, uncertified="signatures")
     unwitnessed = replace(missed("alone"), wall_s=12.0, group=(), uncertified="witness")
-    plain = replace(ROUND, witnessed=False, wall_s=20.0)
+    plain = replace(ROUND, witnessed=False, wall_s=20.0, helper="id-seed")
     totals = totals_of(ROUND, unsigned, unwitnessed, unwitnessed)
     assert totals.uncertified == {"signatures": 1, "witness": 2}
     assert (totals.witnessed, totals.uncertified_since_s, totals.last_round) == (1, 11.0, unwitnessed)
     totals.add(plain)
     assert (totals.witnessed, totals.uncertified_since_s, totals.last_round) == (1, None, plain)
+    assert totals.helped == 1
 
 
 def test_time_without_a_certificate_counts_from_when_others_were_there() -> None:

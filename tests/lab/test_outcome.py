@@ -97,6 +97,7 @@ def test_summary(logs: dict[str, list[Event]]) -> None:
         "missed_rounds": 1,
         "certified": {1: (2, 2), 2: (2, 2)},
         "witnessed": [1, 2],
+        "helped": [],
         "uncertified_rounds": {},
     }
 
@@ -115,18 +116,19 @@ def test_json_is_written_in_this_order(logs: dict[str, list[Event]]) -> None:
         '"identical": true, "held_out": [[0, 5.5], [1, 4.0]], "tokens_per_s": {"total": 100.0, "peers": {"a": 100.0}}, '
         '"stalled_s": {"median": 0.25, "peers": {"a": {"1": 0.25}}}, "evaluate_s": {"a": {"0": 0.5, "1": 0.5}}, '
         '"bytes_sent": {"a": {"1": 1000}}, "bytes_received": {"a": {"1": 2000}}, "group": {"1": 2}, "lost": [], '
-        '"missed_rounds": 0, "certified": {"1": [2, 2]}, "witnessed": [1], "uncertified_rounds": {}}'
+        '"missed_rounds": 0, "certified": {"1": [2, 2]}, "witnessed": [1], "helped": [], "uncertified_rounds": {}}'
     )
 
 
 def test_rounds_without_a_certificate_count_by_what_was_missing(logs: dict[str, list[Event]]) -> None:
     failed = made(1, "h1", BOTH, committed=False)
     logs["a"] += [replace(failed, uncertified="witness"), replace(failed, uncertified="signatures"), failed]
-    logs["b"] += [replace(failed, uncertified="witness"), replace(made(3, "h3", BOTH), signatures=1, witnessed=False)]
+    last = replace(made(3, "h3", BOTH), signatures=1, witnessed=False, helper="id-seed")
+    logs["b"] += [replace(failed, uncertified="witness", helper="id-seed"), last]
     outcome = outcome_of(logs)
     assert outcome.uncertified_rounds == {"witness": 2, "signatures": 1}
     assert outcome.certified[3] == (1, 2)
-    assert outcome.witnessed == [1, 2]
+    assert (outcome.witnessed, outcome.helped) == ([1, 2], [3])
 
 
 def test_other_head_at_one_step_is_told(logs: dict[str, list[Event]]) -> None:

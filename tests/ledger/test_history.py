@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from p2p_diloco.core.certificate import Certified
-from p2p_diloco.core.group import RosterRules
 from p2p_diloco.core.known import WINDOW_STEPS
+from p2p_diloco.core.roster_rules import RosterRules
 from p2p_diloco.core.update import Part, Update, UpdateHeader
 from p2p_diloco.ledger.chain import Chain
 from p2p_diloco.ledger.files import LedgerFiles

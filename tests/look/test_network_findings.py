@@ -52,6 +52,11 @@ def seed(**changes: Any) -> Record:
     return record_of(SEED, "abc", role="seed", maddrs=[MADDR], **changes)
 
 
+def mirror() -> Record:
+    """The seed of somebody else, which does not average for others."""
+    return record_of(identity(9), "abc", role="seed", maddrs=[MADDR])
+
+
 def trainer(index: int, **changes: Any) -> Record:
     return record_of(identity(index), "abc", **changes)
 
@@ -122,7 +127,10 @@ def clients(count: int) -> list[Record]:
         ([seed(), trainer(2)], True, "ok", "1 training", ""),
         ([seed()], False, "warning", "0 training, 1 seeding", "alone until 1 more come"),
         ([seed(), *clients(2)], False, "ok", "2 training", ""),
-        ([seed(), *clients(2)], True, "problem", "all in client mode, as this one", "a peer that others can dial"),
+        ([seed(), *clients(2)], True, "ok", "2 training, 1 seeding", ""),
+        ([mirror(), *clients(2)], True, "problem", "all in client mode, as this one", "the owner's seed, or a trainer"),
+        ([seed(client_mode=True), *clients(2)], True, "problem", "all in client mode", "the owner's seed"),
+        ([seed()], True, "warning", "0 training, 1 seeding", "alone until 1 more come"),
         ([record_of(SEED, "abcdefghij")], False, "problem", "outer step 10 of 10", "it is over: take its model"),
         ([], False, "warning", "who is in it is not known: no peer's record is found", "try again in a minute"),
     ],

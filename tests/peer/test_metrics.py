@@ -71,6 +71,7 @@ NAMES = {
     "certificate_signatures": ("gauge", set()),
     "certificate_members": ("gauge", set()),
     "witnessed_steps_total": ("counter", set()),
+    "helped_steps_total": ("counter", set()),
     "uncertified_rounds_total": ("counter", {"reason"}),
     "uncertified_seconds": ("gauge", set()),
     "witness_requests_total": ("counter", {"result"}),
@@ -161,6 +162,7 @@ def check_against_the_log(values: Values, events: list[dict[str, Any]]) -> None:
         assert values[f"round_phase_seconds_count {phase}"] == len(ran)
         assert values[f"round_phase_seconds_sum {phase}"] == pytest.approx(sum(event[f"{phase}_s"] for event in ran))
     assert values["witnessed_steps_total"] == sum(event["witnessed"] for event in committed)
+    assert values["helped_steps_total"] == sum("helper" in event for event in committed)
     catch_ups = [event for event in events if event["event"] == "caught_up"]
     assert values["catch_ups_total"] == len(catch_ups)
     assert values["rolled_back_steps_total"] == sum(event["rolled_back"] for event in catch_ups)

@@ -25,8 +25,9 @@ from p2p_diloco.core.grid import PART_VALUES
 from p2p_diloco.core.identity import Identity
 from p2p_diloco.core.manifest import RunManifest
 from p2p_diloco.core.records import HEADS_SHOWN, open_record, seal_record
-from p2p_diloco.core.runfile import OnMissed
+from p2p_diloco.core.runfile import OnMissed, SeedsReduce
 from p2p_diloco.core.swarm_head import Standing
+from p2p_diloco.core.trust_event import PartAudited
 from p2p_diloco.core.update import UpdateHeader, parts_with
 from p2p_diloco.wire.channel import Channel
 from p2p_diloco.wire.message import Message
@@ -76,6 +77,7 @@ class Simulated:
         inner_steps: int = 10,
         on_missed: OnMissed = "adopt",
         aggregate: AggregateName = "mean",
+        seeds_reduce: SeedsReduce = "auto",
     ) -> None:
         self.tmp_path = tmp_path
         self.genesis, *self.targets = vectors(k + 1, n)
@@ -88,6 +90,7 @@ class Simulated:
             inner_steps=inner_steps,
             on_missed=on_missed,
             aggregate=aggregate,
+            seeds_reduce=seeds_reduce,
         )
         self.network = FakeNetwork()
         self.peers: list[SimPeer] = []
@@ -108,11 +111,11 @@ class Simulated:
         self.peers.append(sim)
         return sim
 
-    async def start(self, trainers: int) -> list[SimPeer]:
+    async def start(self, trainers: int, *, client_mode: bool = False) -> list[SimPeer]:
         """A seed, and those who train as soon as it is there."""
         self.add(0, seed=True)
         await asyncio.sleep(1)
-        return [self.add(i + 1) for i in range(trainers)]
+        return [self.add(i + 1, client_mode=client_mode) for i in range(trainers)]
 
     async def newcomer_in_download(self, index: int) -> SimPeer:
         newcomer = self.add(index)
@@ -152,12 +155,14 @@ class Simulated:
                 assert seen.setdefault(step, state) == state, f"replicas differ at outer step {step}"
 
 
-def test_k_peers_in_memory_are_textbook_diloco(tmp_path: Path) -> None:
+@pytest.mark.parametrize("homes", [False, True])
+def test_k_peers_in_memory_are_textbook_diloco(tmp_path: Path, homes: bool) -> None:
+    """``homes``: none of them can be dialled, and the owner's seed averages."""
     k, outer_steps = 4, 5
 
     async def main() -> tuple[Simulated, Vector]:
         swarm = Simulated(tmp_path, k, outer_steps=outer_steps)
-        sims = await swarm.start(k)
+        sims = await swarm.start(k, client_mode=homes)
         await swarm.until(sims, outer_steps)
         swarm.check_identical(sims)
         for sim in sims:
@@ -599,6 +604,70 @@ def test_client_mode_peers_contribute_but_reduce_and_lead_nothing(tmp_path: Path
         assert sims[0].results[-1].group == 3
 
     run_simulated(main())
+
+
+def reducers_of(sim: SimPeer) -> set[str]:
+    """Of its last rounds."""
+    groups = [settlement.group for settlement in sim.peer.reception.rounds]
+    return {group.members[i].peer_id for group in groups for i in group.reducers}
+
+
+def test_the_owners_seed_helps_where_no_trainer_can_be_dialled(tmp_path: Path) -> None:
+    """Also when they are known, long after it witnesses nothing any more; it contributes nothing, counts nowhere, and
+    all others audit it."""
+
+    async def main() -> None:
+        swarm = Simulated(tmp_path, 3, outer_steps=20, inner_steps=4)
+        homes = await swarm.start(3, client_mode=True)
+        await swarm.until([*swarm.peers], 20)
+        swarm.check_identical(swarm.peers)
+        assert reducers_of(homes[0]) == {RUN_OWNER.peer_id}
+        assert {len(header.contributors) for header in swarm.headers(homes[0], 0, 20)} == {3}
+        assert not any(swarm.contributed(swarm.peers[0], step) for step in range(20))
+        for home in homes:
+            assert RUN_OWNER.peer_id not in home.peer.seat.known.peers
+            assert [result.group for result in home.results] == [3] * 20
+        for index in range(4):
+            ended = swarm.events(index, RoundEnded)
+            assert {(event.helper, len(event.group), event.dropped) for event in ended} == {(RUN_OWNER.peer_id, 3, ())}
+            assert [event.witnessed for event in ended] == [True] * 16 + [False] * 4
+        assert {audit.result for index in (1, 2, 3) for audit in swarm.events(index, PartAudited)} == {"sound"}
+
+    run_simulated(main())
+
+
+def test_a_trainer_that_can_be_dialled_takes_over_from_the_seed(tmp_path: Path) -> None:
+    async def main() -> None:
+        swarm = Simulated(tmp_path, 3, outer_steps=40, inner_steps=4)
+        homes = await swarm.start(2, client_mode=True)
+        await swarm.until(homes, 3)
+        trainer = swarm.add(3)
+        await swarm.until([trainer], 10)
+        assert reducers_of(homes[0]) == {trainer.peer.identity.peer_id}
+        swarm.network.kill(trainer.peer.identity.peer_id)
+        await swarm.until(homes, 14)
+        assert reducers_of(homes[0]) == {RUN_OWNER.peer_id}
+        swarm.check_identical(swarm.peers)
+
+    run_simulated(main())
+
+
+def test_a_seed_may_help_always_or_never(tmp_path: Path) -> None:
+    async def main(seeds_reduce: SeedsReduce) -> None:
+        swarm = Simulated(tmp_path / seeds_reduce, 3, outer_steps=3, seeds_reduce=seeds_reduce)
+        homes = await swarm.start(2, client_mode=True)
+        if seeds_reduce == "never":
+            await asyncio.sleep(100)
+            assert {result.reason for home in homes for result in home.results} == {"alone"}
+            assert homes[0].peer.step == 0
+        else:
+            trainer = swarm.add(3)
+            await swarm.until([*homes, trainer], 3)
+            assert reducers_of(homes[0]) == {trainer.peer.identity.peer_id, RUN_OWNER.peer_id}
+            swarm.check_identical(swarm.peers)
+
+    run_simulated(main("never"))
+    run_simulated(main("always"))
 
 
 def test_a_lone_peer_trains_on_and_commits_nothing(tmp_path: Path) -> None:

@@ -19,10 +19,11 @@ from p2p_diloco.round.seat import Seat
 from p2p_diloco.round.settle import RoundCost
 from tests.support.events import COMMITTED, MISSED
 
-MEMBERS = [SimpleNamespace(peer_id=name, dropped=name == "b") for name in "abc"]
+MEMBERS = [SimpleNamespace(peer_id=name, dropped=name in "bd") for name in "abcd"]
+"""The last one helps."""
 COST = RoundCost(reduce_s=0.25, settle_s=0.125, bytes_sent=1000, bytes_received=2000)
 SETTLEMENT: Any = SimpleNamespace(
-    group=SimpleNamespace(members=MEMBERS, voting=frozenset((0, 1, 2))),
+    group=SimpleNamespace(members=MEMBERS, trainers=MEMBERS[:3], helper="d", voting=frozenset((0, 1, 2))),
     meeting=SimpleNamespace(lost={2, 0}, owner="d"),
     cost=lambda: COST,
 )
@@ -59,9 +60,16 @@ def test_a_round_that_committed_is_told_as_it_was() -> None:
         contribution_norm=3.0,
         update_norm=2.0,
         cosine=-0.5,
+        helper="d",
         wall_s=NOT_YET,
         mono_s=NOT_YET,
     )
+
+
+def test_nobody_helps_most_rounds() -> None:
+    group = SimpleNamespace(**vars(SETTLEMENT.group) | {"helper": ""})
+    settlement: Any = SimpleNamespace(**vars(SETTLEMENT) | {"group": group})
+    assert round_ended(seat_at(4, b"\x0b"), SETTLED, settlement).helper is None
 
 
 def test_a_round_that_found_nobody_is_told_with_the_reason() -> None:

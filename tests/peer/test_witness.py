@@ -12,10 +12,11 @@ import pytest
 from p2p_diloco.core.certificate import Certificate, Taken, certificate_of
 from p2p_diloco.core.event import of_kind
 from p2p_diloco.core.events import read_events
-from p2p_diloco.core.group import Group, RosterRules
+from p2p_diloco.core.group import Group
 from p2p_diloco.core.identity import Identity
 from p2p_diloco.core.known import NOBODY_KNOWN, Known
 from p2p_diloco.core.records import seal_record
+from p2p_diloco.core.roster_rules import RosterRules
 from p2p_diloco.core.trust_event import WitnessAsked
 from p2p_diloco.wire.messages import No
 from p2p_diloco.wire.round_messages import AskWitness, Eta, Witnessed

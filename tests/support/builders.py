@@ -15,11 +15,12 @@ from p2p_diloco.core.admission import Admission
 from p2p_diloco.core.aggregate import AGGREGATIONS, AggregateName
 from p2p_diloco.core.config import Timeouts
 from p2p_diloco.core.digest import digest
-from p2p_diloco.core.group import Group, RosterRules, open_roster, seal_roster
+from p2p_diloco.core.group import Group, open_roster, seal_roster
 from p2p_diloco.core.identity import Identity
 from p2p_diloco.core.known import Known
 from p2p_diloco.core.records import Record, Signed
 from p2p_diloco.core.roster import Readiness, rank, seal_readiness
+from p2p_diloco.core.roster_rules import RosterRules
 from p2p_diloco.wire.anchor_messages import AnchorList, AskAnchors
 from p2p_diloco.wire.audit_messages import Accuses, AskContributions, AskEvidence
 from p2p_diloco.wire.channel import Channel
@@ -130,6 +131,7 @@ def rules_of(aggregate: AggregateName = "mean", **changes: Any) -> RosterRules:
         "max_weight_tokens": 2**60,
         "aggregation": AGGREGATIONS[aggregate],
         "on_missed": "adopt",
+        "seeds_reduce": "auto",
         "admission": Admission.to_all(RUN_ID),
     }
     return RosterRules(**fields | changes)

@@ -6,10 +6,11 @@ from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 
 from p2p_diloco.core.certificate import Certificate, Certified, Taken, certificate_of
-from p2p_diloco.core.group import Group, RosterRules, SealedRoster, open_roster, seal_roster
+from p2p_diloco.core.group import Group, SealedRoster, open_roster, seal_roster
 from p2p_diloco.core.identity import SIGNATURE_BYTES, Identity
 from p2p_diloco.core.known import Known
 from p2p_diloco.core.roster import Readiness, precedence, rank, seal_readiness
+from p2p_diloco.core.roster_rules import RosterRules
 from p2p_diloco.core.update import Part, Update, UpdateHeader, in_most_parts
 
 

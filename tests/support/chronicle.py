@@ -21,9 +21,9 @@ from p2p_diloco.core.certificate import Certified, check_certificate
 from p2p_diloco.core.codec import Vector
 from p2p_diloco.core.codecs import decode
 from p2p_diloco.core.grid import part_slices
-from p2p_diloco.core.group import RosterRules
 from p2p_diloco.core.outer import OuterState
 from p2p_diloco.core.records import Record
+from p2p_diloco.core.roster_rules import RosterRules
 from p2p_diloco.core.runfile import OnMissed
 from p2p_diloco.core.swarm_head import Standing, way_of
 from p2p_diloco.core.update import Update, in_most_parts

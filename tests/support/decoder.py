@@ -67,7 +67,7 @@ RECORD = (
 )
 READINESS = (
     *("peer_id", "run_id", "leader", "step", "head", "weight", "client_mode", "dropped", "tokens_per_s", "nonce"),
-    "seat",
+    *("seat", "helps"),
 )
 CONSENT = ("peer_id", "asker", "dialler", "ports")
 INVITATION = ("peer_id", "run_id", "token", "name", "places", "expires_s")
@@ -548,6 +548,8 @@ class Round:
     idle: tuple[int, ...] = ()
     keep: bool = False
     min_group: int = 2
+    owner: str = ""
+    """Whose seed may help."""
     known_on: Mapping[bytes, frozenset[str]] = field(default_factory=dict)
     """Head -> who is known there; nobody, where it has no entry."""
 
@@ -560,16 +562,30 @@ class Round:
         signed = is_signed(public_key(self.leader), ROSTER_CONTEXT + self.round_id, self.signature)
         check(signed, "a roster that its leader did not sign")
         members = [open_sealed(one, READINESS) for one in self.sealed]
-        ranks = [h(self.sealed_head(members), member["peer_id"].encode()) for member in members]
+        last = members[-1]
+        if last["helps"]:
+            check(last["peer_id"] == self.owner, "a helper that is not the owner's seed")
+            check(last["dropped"] and not last["client_mode"], "a helper that cannot help")
+        trainers = [member for member in members if member is not last or not last["helps"]]
+        check(not any(member["helps"] for member in trainers), "a helper that is not the last member")
+        ranks = [h(self.sealed_head(members), member["peer_id"].encode()) for member in trainers]
         check(ranks == sorted(set(ranks)), "a roster that is not in the order of rank")
         check(len({(member["run_id"], member["step"], member["head"]) for member in members}) == 1, "many heads")
         check({member["leader"] for member in members} == {self.leader}, "a readiness for another leader")
         return members
 
     @cached_property
+    def helper(self) -> list[int]:
+        return [i for i, member in enumerate(self.members) if member["helps"]]
+
+    @cached_property
+    def trainers(self) -> list[Mapping[str, Any]]:
+        return self.members[: len(self.members) - len(self.helper)]
+
+    @cached_property
     def known(self) -> list[int]:
         known = self.known_on.get(self.sealed_head(self.members), frozenset[str]())
-        return [i for i, peer_id in enumerate(self.ids) if peer_id in known]
+        return [i for i, member in enumerate(self.trainers) if member["peer_id"] in known]
 
     def first_of_each(self, members: Sequence[int]) -> list[int]:
         """Of these members, of each token the first, and all that have none."""
@@ -584,12 +600,13 @@ class Round:
     @cached_property
     def counting(self) -> list[int]:
         if self.too_few_known:
-            return list(range(len(self.members)))
-        unknown = len(self.members) - len(self.known)
+            return list(range(len(self.trainers)))
+        unknown = len(self.trainers) - len(self.known)
         check(unknown <= max(1, (len(self.known) - 1) // 2), "a roster with too many newcomers")
         dialled = [i for i in self.known if not self.members[i]["client_mode"]]
         gathers = self.leader in self.known_on[self.sealed_head(self.members)]
-        check(gathers or not dialled, "a roster that a newcomer gathered")
+        helps = self.leader in [self.members[i]["peer_id"] for i in self.helper]
+        check(gathers or helps or not dialled, "a roster that a newcomer gathered")
         return self.known
 
     def is_most(self, members: Sequence[int]) -> bool:
@@ -612,13 +629,13 @@ class Round:
 
     @cached_property
     def median(self) -> int:
-        claims = sorted(member["weight"] for member in self.members)
+        claims = sorted(member["weight"] for member in self.trainers)
         claim: int = claims[(len(claims) - 1) // 2]
         return claim
 
     @cached_property
     def weights(self) -> list[int]:
-        return [min(member["weight"], 4 * self.median) for member in self.members]
+        return [min(member["weight"], 4 * self.median) for member in self.trainers]
 
     def total(self, came: Sequence[int]) -> int:
         if self.keep:
@@ -630,8 +647,10 @@ class Round:
         return [i for i in dialled if i not in self.idle] or dialled
 
     def would_reduce(self, members: Sequence[int]) -> list[int]:
-        counting = [i for i in members if i in self.counting] or list(members)
-        return [i for i in counting if not self.members[i]["client_mode"]] or counting
+        trainers = [i for i in members if i not in self.helper]
+        counting = [i for i in trainers if i in self.counting] or trainers
+        dialled = [i for i in counting if not self.members[i]["client_mode"]]
+        return [*dialled, *(i for i in members if i in self.helper)] or counting
 
     def reduce(self, came: Mapping[int, Vector], k: int, codec: str) -> Mean:
         """``came``: index in the roster -> its decoded contribution to a part of ``k`` values."""
@@ -667,7 +686,7 @@ class Certificate:
         """``to_be_witnessed``: the owner has not signed yet."""
         who, signed = [i for i, _ in self.signatures], self.signed(meeting, link)
         check(who == sorted(set(who)), "signatures that do not rise")
-        check(set(members_of(self.full)) <= set(range(len(meeting.members))), "a contributor beyond the roster")
+        check(set(members_of(self.full)) <= set(range(len(meeting.trainers))), "a contributor beyond the roster")
         for i, signature in self.signatures:
             check(is_signed(public_key(meeting.ids[i]), signed, signature), f"not the signature of member {i}")
         check(meeting.is_most(who), "signatures of too few")
@@ -840,7 +859,7 @@ class Decoder:
             idle = tuple(last.fields.get("idle", ()))
             found = Round(leader, members, last.fields["signature"], absent, idle, **rules)
             check(bool(found.members), "an empty roster")
-            would = found.would_reduce(range(len(found.members)))
+            would = found.would_reduce(range(len(found.trainers)))
             fits = list(idle) == sorted(set(idle) & set(would)) and 2 * len(idle) <= len(would)
             check(fits, "a roster that leaves the wrong ones idle")
             self.rounds[found.round_id] = found
@@ -852,7 +871,8 @@ class Decoder:
             self._witnessed(decoded, request.fields, last)
 
     def _rules(self) -> dict[str, Any]:
-        return {"keep": self.keep, "min_group": self.min_group, "known_on": self.known_on}
+        rules = {"keep": self.keep, "min_group": self.min_group, "owner": self.owner}
+        return {**rules, "known_on": self.known_on}
 
     def _certified(self, decoded: Decoded, fields: Mapping[str, Any]) -> None:
         meeting = self.rounds[decoded.asked[0].fields["round_id"]]

@@ -21,7 +21,17 @@ from p2p_diloco.core.identity import Identity
 from p2p_diloco.core.manifest import RunManifest
 from p2p_diloco.core.outer import genesis_state
 from p2p_diloco.core.pace import Progress, outer_step_due
-from p2p_diloco.core.runfile import DataSpec, InnerSpec, Membership, ModelSpec, OnMissed, OuterSpec, RoundSpec, RunSpec
+from p2p_diloco.core.runfile import (
+    DataSpec,
+    InnerSpec,
+    Membership,
+    ModelSpec,
+    OnMissed,
+    OuterSpec,
+    RoundSpec,
+    RunSpec,
+    SeedsReduce,
+)
 from p2p_diloco.core.waiting import deadline
 from p2p_diloco.ledger.ledger import Ledger
 from p2p_diloco.ledger.replica import Replica
@@ -51,6 +61,7 @@ def make_manifest(
     aggregate: AggregateName = "mean",
     membership: Membership = "open",
     audit_parts: int = 1,
+    seeds_reduce: SeedsReduce = "auto",
 ) -> RunManifest:
     """A sound manifest for vectors of ``n`` values that belong to no real model. ``mean``: what an update holds can be
     counted exactly."""
@@ -69,6 +80,7 @@ def make_manifest(
                 snapshot_every=snapshot_every,
                 on_missed=on_missed,
                 audit_parts=audit_parts,
+                seeds_reduce=seeds_reduce,
             ),
         ),
         model_config_json='{"model_type":"llama"}',

@@ -225,6 +225,12 @@ def draw(seed: int) -> Schedule:
     return replace(plain, faults=tuple(faults), window_steps=r.choice(WINDOWS))
 
 
+def at_home(schedule: Schedule) -> Schedule:
+    """The same schedule, in which nobody but the owner's seed can be dialled."""
+    roles: list[Role] = ["seed" if i == schedule.owner else "client" for i in range(len(schedule.peers))]
+    return replace(schedule, peers=tuple(replace(plan, role=role) for plan, role in zip(schedule.peers, roles)))
+
+
 def _draw_ambushes(r: random.Random, plain: Schedule) -> list[Fault]:
     """Faults in the middle of rounds, often two in one."""
     others = sum(plan.role != "seed" for plan in plain.peers) - 1

@@ -20,11 +20,11 @@ from p2p_diloco.core.config import Timeouts
 from p2p_diloco.core.errors import LedgerError, NetworkError
 from p2p_diloco.core.event import PeerCaughtUp, of_kind
 from p2p_diloco.core.events import EVENTS_FILE, read_events
-from p2p_diloco.core.group import RosterRules
 from p2p_diloco.core.identity import Identity
 from p2p_diloco.core.manifest import RunManifest
 from p2p_diloco.core.outer import genesis_state
 from p2p_diloco.core.records import HEADS_SHOWN, open_record, peers_key, seal_record
+from p2p_diloco.core.roster_rules import RosterRules
 from p2p_diloco.core.waiting import heard
 from p2p_diloco.peer.control import OuterResult
 from p2p_diloco.peer.outer_steps import ATTEMPTS
@@ -51,7 +51,7 @@ AGREE_S = 60.0
 """Steps are short here, against the time-outs: so long it may take, however many steps that are."""
 QUIET_S = 90.0
 """After the trainers have stopped, all that they began is over within this time."""
-IDLE_TASKS = 8
+IDLE_TASKS = 9
 """Of a peer that does nothing: its life, and the loops that publish and look."""
 AIM_S = 20.0
 """A fault waits so long for the phase that it is aimed at."""

@@ -1,0 +1,60 @@
+"""How the seed of the run's owner helps trainers of which none can be dialled: it leads their rounds and reduces for
+them, and contributes nothing.
+
+Those that are ready come to it, for there is nobody else to lead; it gathers as any leader does, and adds itself to the
+roster, behind the trainers (``Readiness.helps``). Then it takes part in the round like a trainer whose contribution was
+dropped, but counts nowhere. What each trainer sends and receives is one vector; the seed receives and sends as many as
+there are trainers. Only the owner's seed does so: a reducer can cheat, and the owner has nobody to cheat.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+
+from p2p_diloco.core.errors import Misbehaved, Refused
+from p2p_diloco.peer.attempts import Attempts
+from p2p_diloco.peer.follower import Follower
+from p2p_diloco.peer.presence import Presence
+from p2p_diloco.round.gathering import Gatherings
+from p2p_diloco.round.here import Here
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(kw_only=True, eq=False)
+class Helping:
+    """Takes part in the rounds that the owner's seed has formed."""
+
+    here: Here
+    attempts: Attempts
+    follower: Follower
+    presence: Presence
+    gatherings: Gatherings
+
+    async def run(self) -> None:
+        """Takes part in one round after the other, until it is cancelled."""
+        while True:
+            forms = self.gatherings.forms.event
+            await self._help()
+            await forms.wait()
+
+    async def _help(self) -> None:
+        """Takes part in the round that was formed last, if there is one and I still stand where it begins."""
+        roster, self.gatherings.formed = self.gatherings.formed, None
+        if roster is None:
+            return
+        async with self.follower.moving:  # the state moves by this round alone, as long as it lasts
+            seat = self.here.seat
+            try:
+                group = self.attempts.matchmaker.company.group_of(self.here.peer_id, roster)
+            except (Misbehaved, Refused) as error:  # somebody was barred meanwhile, or I have moved on
+                log.info("a round that was formed here is not held: %s", error.reason)
+                return
+            if group.head != seat.standing.head:
+                log.info("outer step %d: formed too late to help", group.step)
+                return
+            result = await self.attempts.hold(group)
+            self.presence.enter("inner")
+            if result.committed:
+                self.presence.publish_now.ring()
