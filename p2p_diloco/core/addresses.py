@@ -199,6 +199,13 @@ def is_loopback(maddr: str) -> bool:
     return publicness(maddr) == 3
 
 
+def can_be_dialled(own: Sequence[str], others: Sequence[str]) -> bool:
+    """Returns whether peers at the addresses ``others`` can dial one of my ``own``, as far as these tell: one of mine
+    is public, or all of theirs are private, and we are in one network. What a router or a provider forwards to a
+    private address has to be announced, and an address that is public may still be closed by a firewall."""
+    return any(publicness(maddr) == 0 for maddr in own) or all(publicness(maddr) >= 2 for maddr in others)
+
+
 def is_public(ip: ipaddress.IPv4Address | ipaddress.IPv6Address) -> bool:
     """Returns whether it names one machine on the internet: of IPv6 only what is given out as such, and nothing that
     tunnels to an IPv4 address, which may be any."""

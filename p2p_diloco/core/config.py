@@ -106,7 +106,8 @@ class PeerConfig(BaseModel):
     announce_maddrs: tuple[str, ...] = ()
     """What others shall dial, where that differs from what we listen on (port forwarding)."""
     client_mode: bool = False
-    """Behind a NAT without relay: contributes and receives, but reduces nothing and leads nothing."""
+    """Accept no connections: contribute and receive, but reduce nothing and lead nothing. So it is without this, too,
+    as long as this machine has no address that others can dial."""
     use_relay: bool = True
     """Reach, and be reached by, peers behind NATs through relays."""
     relay_service: bool = False

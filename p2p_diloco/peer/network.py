@@ -55,6 +55,7 @@ from p2p_diloco.peer.control import (
 )
 from p2p_diloco.peer.metrics import PeerMetrics
 from p2p_diloco.peer.peer import Peer
+from p2p_diloco.peer.presence import CANNOT_BE_DIALLED
 from p2p_diloco.peer.trainer import ToTrainer, Trainer
 from p2p_diloco.wire.daemon import private_socket_folder
 from p2p_diloco.wire.discovery import find_manifest
@@ -135,7 +136,7 @@ class NetworkProcess:
             signed_manifest=signed,
             local=None if seed else local,
             events=events,
-            client_mode=config.client_mode,
+            client_mode=not node.dialable,
             name=config.name,
             max_upload_bytes_per_s=config.max_upload_bytes_per_s,
             metrics=metrics,
@@ -153,6 +154,8 @@ class NetworkProcess:
                 maddrs=tuple(await node.maddrs()),
             )
             events.write(started)
+            if peer.seat.client_mode and not config.client_mode:
+                log.info(CANNOT_BE_DIALLED)
             self._spawn(node.watch())
             self._spawn(log_restarts(node, events))
             self.peer = peer

@@ -37,6 +37,7 @@ MAX_BESIDE = 64
 """Peers that are called at a time and not waited for."""
 MADDRS_BYTES = 320
 """Of all addresses in a record, that of the metrics included: beside a seat, the rest takes up to 690 bytes."""
+CANNOT_BE_DIALLED = "behind a router: others cannot dial this peer, so it contributes, and they average"
 
 
 @dataclass(kw_only=True)
@@ -97,12 +98,21 @@ class Presence:
         """Signs a new record and stores it in the DHT; with few peers about, also under the key where newcomers
         look."""
         self._maddrs = await self.here.transport.maddrs()
+        self._note_whether_dialable()
         record = self.record()
         self._check_seat(record)
         sealed = self.here.seat.sealed_record = seal_record(record, self.here.identity)
         await self.here.transport.publish(peers_key(self._run_id), sealed, record.expires_s)
         if announces_run(self.here.live(), self.here.peer_id):
             await self.here.transport.publish(RUNS_KEY, sealed, record.expires_s)
+
+    def _note_whether_dialable(self) -> None:
+        """Takes in that others can dial me now, or cannot any more: a router has opened a port, or my address has
+        changed."""
+        seat, dialable = self.here.seat, self.here.transport.dialable
+        if seat.client_mode == dialable:
+            seat.client_mode = not dialable
+            log.info("others can dial this peer now" if dialable else CANNOT_BE_DIALLED)
 
     def _check_seat(self, record: Record) -> None:
         """Raises UsageError when my seat has lapsed: others take no notice of me any more."""

@@ -235,5 +235,9 @@ class Transport(Protocol):
     async def maddrs(self) -> list[str]:
         """Returns the addresses where others can dial us, the most public first, each ending in /p2p/PEER-ID."""
 
+    @property
+    def dialable(self) -> bool:
+        """Returns whether others can dial us at these addresses, as far as we know."""
+
     async def links(self) -> Links:
         """Returns how we are connected now."""

@@ -22,7 +22,14 @@ from functools import partial
 from pathlib import Path
 from typing import ClassVar
 
-from p2p_diloco.core.addresses import check_host_maddrs, parse_maddr, peers_of, pin_ports, without_peer
+from p2p_diloco.core.addresses import (
+    can_be_dialled,
+    check_host_maddrs,
+    parse_maddr,
+    peers_of,
+    pin_ports,
+    without_peer,
+)
 from p2p_diloco.core.config import PeerConfig, Timeouts
 from p2p_diloco.core.errors import Gone, LocalError, NetworkError, Silent, UsageError
 from p2p_diloco.core.identity import Identity, public_key_of
@@ -170,6 +177,12 @@ class Node:
             except (asyncio.TimeoutError, *FAILURES) as error:
                 logger.debug("p2pd does not say our addresses: %s", error)
         return list(self._maddrs)
+
+    @property
+    def dialable(self) -> bool:
+        """Returns whether others can dial us: unless in client mode, as far as the last known addresses tell."""
+        others = [maddr for maddrs in self._initial_peers.values() for maddr in maddrs]
+        return not self._config.client_mode and can_be_dialled(self._maddrs, others)
 
     async def links(self) -> Links:
         """Returns how we are connected now, as far as p2pd tells."""

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from p2p_diloco.core.addresses import Endpoint
+from p2p_diloco.core.addresses import Endpoint, can_be_dialled
 from p2p_diloco.core.errors import UsageError
 from tests.support.builders import identity, record_of
 
@@ -95,3 +95,27 @@ def test_what_others_are_told(host: str, maddrs: list[str], announced: str) -> N
     found = Endpoint(host=host, port=9100).announced([f"{maddr}/p2p/{PEER}" for maddr in maddrs])
     assert found == announced
     assert record_of(identity(1), metrics_addr=found).metrics_addr == announced
+
+
+PUBLIC, PRIVATE, SHARED, HERE = (f"/ip4/{ip}/tcp/4001" for ip in ("1.1.1.1", "192.168.1.2", "100.64.1.2", "127.0.0.1"))
+RELAYED = f"{PUBLIC}/p2p/{identity(1).peer_id}/p2p-circuit"
+
+
+@pytest.mark.parametrize(
+    ("own", "others", "dialled"),
+    [
+        ([PUBLIC, PRIVATE], [PUBLIC], True),
+        (["/ip6/2606:4700::1111/tcp/4001"], [PUBLIC], True),
+        (["/dns/example.org/tcp/4001"], [PUBLIC], True),
+        ([PRIVATE, HERE], [PUBLIC], False),
+        ([SHARED], [PUBLIC, PRIVATE], False),
+        ([RELAYED, PRIVATE], [PUBLIC], False),
+        ([], ["/dns/example.org/tcp/4001"], False),
+        ([PRIVATE], [PRIVATE, HERE], True),
+        ([PRIVATE], [RELAYED], False),
+        ([HERE], [], True),
+    ],
+)
+def test_who_cannot_be_dialled_is_told_from_who_can(own: list[str], others: list[str], dialled: bool) -> None:
+    """A machine behind a router has no public address, and its peers do; in one network nobody needs any."""
+    assert can_be_dialled(own, others) is dialled

@@ -652,6 +652,26 @@ def test_a_trainer_that_can_be_dialled_takes_over_from_the_seed(tmp_path: Path) 
     run_simulated(main())
 
 
+def test_who_cannot_be_dialled_any_more_leads_and_reduces_no_more(tmp_path: Path) -> None:
+    """A router's new address, say: others average, until the port is open again."""
+
+    async def main() -> None:
+        swarm = Simulated(tmp_path, 2, outer_steps=40, inner_steps=4)
+        sims = await swarm.start(2)
+        await swarm.until(sims, 2)
+        moved, other = sims
+        both = {sim.peer.identity.peer_id for sim in sims}
+        assert reducers_of(other) == both
+        moved.transport.dialable = False
+        await swarm.until(sims, 12)
+        assert reducers_of(other) == both - {moved.peer.identity.peer_id}
+        moved.transport.dialable = True
+        await swarm.until(sims, 22)
+        assert reducers_of(other) == both
+
+    run_simulated(main())
+
+
 def test_a_seed_may_help_always_or_never(tmp_path: Path) -> None:
     async def main(seeds_reduce: SeedsReduce) -> None:
         swarm = Simulated(tmp_path / seeds_reduce, 3, outer_steps=3, seeds_reduce=seeds_reduce)
