@@ -160,6 +160,8 @@ def guarded_p2p(socket_folder: Path, relay_service: bool, traffic: Traffic) -> A
     temporary folder), no service as a relay for strangers unless asked for, and p2pd's output in the log at debug
     level. What the DHT asks and answers is counted in ``traffic``.
 
+    Relays are those that we name, the initial peers: p2pd would look for others for three minutes first, and take any.
+
     p2pd is TCP only when all that it listens on is: its -quic flag has no effect."""
 
     class GuardedP2P(P2P):  # type: ignore[misc]
@@ -167,7 +169,8 @@ def guarded_p2p(socket_folder: Path, relay_service: bool, traffic: Traffic) -> A
 
         @staticmethod
         def _make_process_args(*args: Any, **flags: Any) -> list[str]:
-            command = P2P._make_process_args(*args, **flags, relayService=relay_service)
+            own: dict[str, Any] = {"relayService": relay_service, "relayDiscovery": False}
+            command = P2P._make_process_args(*args, **flags, **own)
             return [sys.executable, "-I", "-S", guard.__file__, str(os.getpid()), *command]
 
         @staticmethod

@@ -181,7 +181,7 @@ def test_p2pd_runs_under_the_guard() -> None:
     p2p = hardening.guarded_p2p(Path("/some/folder"), relay_service=False, traffic=Traffic())
     command = p2p._make_process_args("p2pd", relay=True)
     assert command[1:4] == ["-I", "-S", guard.__file__]
-    assert command[5:] == ["p2pd", "-relay=1", "-relayService=0"]
+    assert command[5:] == ["p2pd", "-relay=1", "-relayService=0", "-relayDiscovery=0"]
     assert p2p._UNIX_SOCKET_PREFIX == "/unix/some/folder/"
     assert "-relayService=1" in hardening.guarded_p2p(
         Path("/s"), relay_service=True, traffic=Traffic()
