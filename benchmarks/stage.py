@@ -23,7 +23,7 @@ from benchmarks.processes import started_below
 from p2p_diloco.core.config import Timeouts
 from p2p_diloco.core.runfile import DataSpec, InnerSpec, ModelSpec, OuterSpec, RoundSpec, RunSpec
 from p2p_diloco.lab.child import Child
-from p2p_diloco.lab.children import Children, Places
+from p2p_diloco.lab.children import SEED, Children, Places
 from p2p_diloco.lab.faults import Done, Fault, FaultPlan
 from p2p_diloco.lab.injector import Injector
 
@@ -63,10 +63,17 @@ class Stage:
     written stays, to be looked at."""
 
     def __init__(
-        self, trainers: int, *, spec: RunSpec = SPEC, patience: float = PATIENCE, places: Places | None = None
+        self,
+        trainers: int,
+        *,
+        spec: RunSpec = SPEC,
+        patience: float = PATIENCE,
+        places: Places | None = None,
+        seed: Path | None = None,
     ) -> None:
-        """``places``: where each peer runs; None for loopback."""
-        self.spec, self._count, self._patience, self._places = spec, trainers, patience, places
+        """``places``: where each peer runs; None for loopback. ``seed``: the folder of one that has made this run
+        already, of which ours gets a copy."""
+        self.spec, self._count, self._patience, self._places, self._seed = spec, trainers, patience, places, seed
         self._stack = ExitStack()
         self._faults: Injector | None = None
         self._failed = False
@@ -77,6 +84,8 @@ class Stage:
         self.temporary.mkdir()
         write_texts(self.folder / "text")
         run_file = write_run_file(self.spec, self.folder)
+        if self._seed is not None:
+            shutil.copytree(self._seed, self.folder / SEED)
         self._stack.enter_context(environment("TMPDIR", str(self.temporary)))
         try:
             children = Children(
