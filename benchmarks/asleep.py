@@ -9,11 +9,11 @@ import sys
 import time
 
 import numpy as np
+import torch
 
 from p2p_diloco.cli import cli
 from p2p_diloco.core.interruption import Stop
 from p2p_diloco.learn import train
-from p2p_diloco.learn.model import build_model
 from p2p_diloco.learn.swarm import Swarm
 
 INNER_STEP_S = 0.05
@@ -21,9 +21,9 @@ INNER_STEP_S = 0.05
 
 def sleep_and_drift(swarm: Swarm) -> None:
     """Until the run is over. Every inner step moves a share of the parameters a little, so that all have moved by the
-    outer step."""
-    model = build_model(swarm.manifest.transformers_config, seed=None)
-    swarm.load_into(model)
+    outer step. The model is one vector: to make the run's would take longer than all else that a start computes."""
+    swarm.begin()
+    model = torch.nn.ParameterList([torch.from_numpy(swarm.local)])
     generator = np.random.default_rng()
     shares = np.array_split(np.arange(len(swarm.local)), swarm.manifest.spec.inner.steps)
     while not swarm.done:

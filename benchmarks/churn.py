@@ -168,7 +168,7 @@ def figures(stage: Stage, result: Churned) -> list[tuple[str, float, float]]:
 
 
 def main(every_s: float = EVERY_S) -> Table:
-    with Stage(TRAINERS, spec=SMALL, patience=PATIENCE, cables=False) as stage:
+    with Stage(TRAINERS, spec=SMALL, patience=PATIENCE) as stage:
         result = churn(stage, seconds=60 * MINUTES, every_s=every_s, settling_s=SETTLING_S)
         measured = figures(stage, result)
         if any(figure > most for _, figure, most in measured):

@@ -101,9 +101,10 @@ class Node:
         return f"{self.prefix6}:2"
 
     @property
-    def maddr(self) -> str:
-        """Returns the address for a peer to listen on, of the first family that it has."""
-        return f"/ip4/{self.address}/tcp/{PORT}" if 4 in self.families else f"/ip6/{self.address6}/tcp/{PORT}"
+    def maddrs(self) -> tuple[str, ...]:
+        """Returns the addresses for a peer to listen on, one of each family that it has."""
+        maddrs = {4: f"/ip4/{self.address}/tcp/{PORT}", 6: f"/ip6/{self.address6}/tcp/{PORT}"}
+        return tuple(maddrs[family] for family in sorted(self.families))
 
     def run(self, words: str) -> None:
         """Runs a command in it. NetworkError when it fails."""

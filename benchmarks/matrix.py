@@ -18,6 +18,7 @@ import signal
 import sys
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from statistics import median
 
@@ -28,6 +29,7 @@ from benchmarks.table import Cell, Table, markdown
 from p2p_diloco.core.event import DaemonRestarted, PeerJoined
 from p2p_diloco.lab import namespaces
 from p2p_diloco.lab.faults import RANDOM, Action, Done, Fault, FaultPhase, ProcessName
+from p2p_diloco.lab.namespaces import Network
 
 PHASES: tuple[FaultPhase, ...] = ("inner", "gather", "reduce", "settle", "apply", "snapshot", "download", "serve")
 PROCESSES: tuple[ProcessName, ...] = ("trainer", "network", "p2pd")
@@ -189,7 +191,7 @@ def run_cases(cases: Sequence[Case]) -> Iterator[Outcome | Failure]:
     """In one swarm; after a case that failed, in another one. RuntimeError if a swarm does not even start."""
     cables, left = namespaces.why_not() is None, deque(enumerate(cases))
     while left:
-        with Stage(TRAINERS, cables=cables) as stage:
+        with cabled(cables) as network, Stage(TRAINERS, places=network) as stage:
             while left:
                 number, case = left.popleft()
                 try:
@@ -200,6 +202,11 @@ def run_cases(cases: Sequence[Case]) -> Iterator[Outcome | Failure]:
                 except RuntimeError as error:
                     yield Failure(case, str(error))
                     break
+
+
+def cabled(cables: bool) -> AbstractContextManager[Network | None]:
+    """A network whose peers' cables can be pulled, where this process can make one."""
+    return Network() if cables else nullcontext()
 
 
 def table_of(results: Iterable[Outcome | Failure]) -> Table:

@@ -52,7 +52,7 @@ def kill_all(stage: Stage, generator: random.Random) -> Onslaught:
 
 def main() -> Table:
     generator, rows = random.Random(1), []
-    with Stage(TRAINERS, cables=False) as stage:
+    with Stage(TRAINERS) as stage:
         for number in range(1, MOMENTS + 1):
             result = kill_all(stage, generator)
             print(number, result, file=sys.stderr, flush=True)

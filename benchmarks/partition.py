@@ -16,6 +16,7 @@ from benchmarks.table import Table
 from p2p_diloco.core.event import PeerCaughtUp, PeerStarted, latest, of_kind
 from p2p_diloco.core.known import WINDOW_STEPS, known_at
 from p2p_diloco.lab.faults import Fault
+from p2p_diloco.lab.namespaces import Network
 
 TRAINERS = 4
 APART = 3
@@ -87,7 +88,7 @@ def last_common(logs: Mapping[str, Log], island: Collection[str]) -> int:
 
 
 def main() -> Table:
-    with Stage(TRAINERS) as stage:
+    with Network() as network, Stage(TRAINERS, places=network) as stage:
         healed = part_and_heal(stage)
     return Table(
         title=f"A swarm of {TRAINERS} in two halves; one head {healed.seconds:.1f} s after they were connected again",

@@ -49,12 +49,12 @@ def main() -> Table:
     served_bytes = 0
     with Workers(LIMIT_S) as workers:
         workers.start(download)  # before the stage, which is to leave nothing behind in its temporary folder
-        with Stage(TRAINERS, cables=False) as stage:
+        with Stage(TRAINERS) as stage:
+            stage.wait_until_calm()
             manifest = stage.children.manifest
             addresses = [child.address for child in stage.children.trainers]
             workers.send_all((addresses, manifest.run_id, manifest.n_params))
             workers.receive(0)
-            stage.wait_until_calm()
             for _ in range(ROUNDS):
                 alone.append(pass_by(stage))
                 workers.send_all("go")

@@ -17,16 +17,15 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TypeVar
 
-from benchmarks.histories import calm_stall, newest, rounds
+from benchmarks.histories import calm_stall, rounds
 from benchmarks.loopback import Log, write_run_file
 from benchmarks.processes import started_below
 from p2p_diloco.core.config import Timeouts
 from p2p_diloco.core.runfile import DataSpec, InnerSpec, ModelSpec, OuterSpec, RoundSpec, RunSpec
 from p2p_diloco.lab.child import Child
-from p2p_diloco.lab.children import Children
+from p2p_diloco.lab.children import SEED, Children, Places
 from p2p_diloco.lab.faults import Done, Fault, FaultPlan
 from p2p_diloco.lab.injector import Injector
-from p2p_diloco.lab.namespaces import Network
 
 T = TypeVar("T")
 ASLEEP = ("-m", "benchmarks.asleep", "peer")
@@ -60,11 +59,21 @@ SPEC = RunSpec(
 
 
 class Stage:
-    """A context manager. RuntimeError for whatever must not be: then all that was written stays, to be looked at."""
+    """A context manager, in which all have been started. RuntimeError for whatever must not be: then all that was
+    written stays, to be looked at."""
 
-    def __init__(self, trainers: int, *, spec: RunSpec = SPEC, patience: float = PATIENCE, cables: bool = True) -> None:
-        """``cables``: each peer has a network of its own, with a cable that can be pulled."""
-        self.spec, self._count, self._patience, self._cables = spec, trainers, patience, cables
+    def __init__(
+        self,
+        trainers: int,
+        *,
+        spec: RunSpec = SPEC,
+        patience: float = PATIENCE,
+        places: Places | None = None,
+        seed: Path | None = None,
+    ) -> None:
+        """``places``: where each peer runs; None for loopback. ``seed``: the folder of one that has made this run
+        already, of which ours gets a copy."""
+        self.spec, self._count, self._patience, self._places, self._seed = spec, trainers, patience, places, seed
         self._stack = ExitStack()
         self._faults: Injector | None = None
         self._failed = False
@@ -75,19 +84,17 @@ class Stage:
         self.temporary.mkdir()
         write_texts(self.folder / "text")
         run_file = write_run_file(self.spec, self.folder)
+        if self._seed is not None:
+            shutil.copytree(self._seed, self.folder / SEED)
         self._stack.enter_context(environment("TMPDIR", str(self.temporary)))
         try:
-            network = self._stack.enter_context(Network()) if self._cables else None
             children = Children(
-                run_file, self.spec, self.folder, trainer=ASLEEP, patience=self._patience, network=network
+                run_file, self.spec, self.folder, trainer=ASLEEP, patience=self._patience, places=self._places
             )
             self.children = self._stack.enter_context(children)
             children.start_seed()
             self.wait_until(children.seed_address, "the seed started")
             children.start_trainers(self._count)
-            self.wait_until(
-                lambda: all(map(newest, self.logs.values())), "everybody made an outer step", limit_s=START_S
-            )
         except BaseException:
             self._stack.close()
             raise

@@ -32,9 +32,10 @@ class Child:
     process: subprocess.Popen[bytes]
     """The trainer, from ``start`` on."""
 
-    def __init__(self, name: str, folder: Path, *, maddr: str, enter: Sequence[str] = ()) -> None:
-        """Starts nothing yet. ``enter``: what a command begins with to run in this peer's own network."""
-        self.name, self.folder, self.maddr, self.enter = name, folder, maddr, list(enter)
+    def __init__(self, name: str, folder: Path, *, options: Sequence[str], enter: Sequence[str] = ()) -> None:
+        """Starts nothing yet. ``options``: of every start, where it listens among them. ``enter``: what a command
+        begins with to run in this peer's own network."""
+        self.name, self.folder, self.options, self.enter = name, folder, list(options), list(enter)
         self.tail = EventTail(folder)
         self.felled = False
         """A fault has killed it: its end is no failure of its own."""
@@ -45,7 +46,7 @@ class Child:
     def start(self, *arguments: str) -> None:
         """Starts it with these arguments of Python, the program first. Started again, it takes up where it ended."""
         command = [*self.enter, *python_command(*arguments), "--folder", str(self.folder)]
-        command += ["--host-maddrs", self.maddr, "--name", self.name]
+        command += [*self.options, "--name", self.name]
         self.felled, self.started_s = False, time.monotonic()
         with self._output() as output:
             self.process = subprocess.Popen(
@@ -105,12 +106,17 @@ class Child:
         return not self.running and not any(map(is_alive, self._hit))
 
     @property
-    def address(self) -> str | None:
-        """Returns the address at which others reach it; None before it has started."""
+    def addresses(self) -> tuple[str, ...]:
+        """Returns the addresses at which others reach it; none before it has started."""
         started = latest(self.tail.log, PeerStarted)
         if started is None or started.mono_s < self.started_s or not self.living:
-            return None
-        return next(iter(started.maddrs), None)
+            return ()
+        return started.maddrs
+
+    @property
+    def address(self) -> str | None:
+        """Returns the first of its addresses; None before it has started."""
+        return next(iter(self.addresses), None)
 
     @property
     def log(self) -> Sequence[Event]:

@@ -3,8 +3,8 @@
     FOLDER/seed/, FOLDER/peer-1/ ...    identity, ledger, event log; what the process prints is in output.log
     FOLDER/peer-1.invitation ...        in a run by invitation, which the swarm's own peers are given; one for guests
 
-They listen on loopback; or, given a ``Network``, each in a network namespace of its own. Nothing here waits, but
-``close``.
+They listen on loopback; or, given ``Places``, each where its name is: in a network namespace of its own, whose cable
+can be pulled where the places are a ``Network``. Nothing here waits, but ``close``.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import subprocess
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Protocol
 
 from p2p_diloco.core.errors import NetworkError, UsageError
 from p2p_diloco.core.identity import Identity
@@ -35,6 +36,7 @@ INVITED_DAYS = 3650
 LEAVE_S = 10.0
 """For all together; after that they are killed."""
 TRAINER = ("-m", "p2p_diloco", "peer")
+LISTEN = "--host-maddrs"
 LOOPBACK = "/ip4/127.0.0.1/tcp/0"
 SIGNALS: dict[Action, signal.Signals] = {
     "kill": signal.SIGKILL, "stop": signal.SIGSTOP, "resume": signal.SIGCONT
@@ -53,6 +55,25 @@ def text_on_disk(data: DataSpec, base: Path) -> Path | None:
     return path if path is not None and path.exists() else None
 
 
+class Place(Protocol):
+    """Where the processes of one peer run."""
+
+    @property
+    def enter(self) -> Sequence[str]:
+        """Returns what a command begins with to run there."""
+
+    @property
+    def options(self) -> Sequence[str]:
+        """Returns the options of a peer there: where it listens, and what else is so because of the place."""
+
+
+class Places(Protocol):
+    """Where the peers of a swarm run."""
+
+    def add(self, name: str) -> Place:
+        """Returns the place of the peer of this name. It is asked for once."""
+
+
 class Children:
     """The seed and the trainers of one swarm. As a context manager: however it is left, no child is. ``run_file`` and
     ``folder`` are absolute paths."""
@@ -68,20 +89,19 @@ class Children:
         *,
         trainer: Sequence[str] = TRAINER,
         patience: float = 1.0,
-        network: Network | None = None,
+        places: Places | None = None,
     ) -> None:
-        """Starts nothing yet. ``trainer``: a program with the options of ``p2p-diloco peer``, and some of these."""
-        self.run_file, self.spec, self.folder, self.network = run_file, spec, folder, network
+        """Starts nothing yet. ``trainer``: a program with the options of ``p2p-diloco peer``, and some of these.
+        ``places``: None for loopback."""
+        self.run_file, self.spec, self.folder, self.places = run_file, spec, folder, places
         self.seed: Child | None = None
         self.trainers: list[Child] = []
         self._options = ["--patience", f"{patience:g}"]
-        if network is not None:
-            self._options.append("--no-use-relay")
         self._trainer = [*trainer, "--device", "cpu"]
         text = text_on_disk(spec.data, run_file.parent)
         self._trainer += [] if text is None else ["--data", str(text)]
         self._threads = 1
-        self._seed_address: str | None = None
+        self._seed_addresses: tuple[str, ...] = ()
 
     def __enter__(self) -> Children:
         return self
@@ -113,8 +133,9 @@ class Children:
         if seed.address is not None:
             path = next(seed.folder.glob("*/manifest.json"))
             self.manifest = open_manifest(path.read_bytes(), str(path))
-            self._seed_address = seed.address
-            seed.maddr = seed.address.rpartition("/p2p/")[0]  # others will look for it there when it starts again
+            self._seed_addresses = seed.addresses
+            if self.places is None:  # others will look for it at its port when it starts again
+                seed.options = [LISTEN, seed.address.rpartition("/p2p/")[0]]
         elif not seed.running:
             error = UsageError if seed.process.returncode == UsageError.exit_code else NetworkError
             raise error(f"the seed ended while starting: {seed.last_line().removeprefix('error: ')}")
@@ -147,23 +168,22 @@ class Children:
         return child
 
     def _child(self, name: str) -> Child:
-        if self.network is None:
-            return Child(name, self.folder / name, maddr=LOOPBACK)
-        namespace = self.network.add(name)
-        return Child(name, self.folder / name, maddr=namespace.maddr, enter=namespace.enter)
+        if self.places is None:
+            return Child(name, self.folder / name, options=(LISTEN, LOOPBACK))
+        place = self.places.add(name)
+        return Child(name, self.folder / name, options=place.options, enter=place.enter)
 
     def _start(self, child: Child) -> None:
-        known = dict.fromkeys(other.address for other in self.all if other is not child)
+        known = dict.fromkeys(address for other in self.all if other is not child for address in other.addresses)
         if child is self.seed:
             kind = ["-m", "p2p_diloco", SEED, str(self.run_file)]
         else:
             kind = [*self._trainer, "--threads", str(self._threads)]
-            known[self._seed_address] = None
+            known |= dict.fromkeys(self._seed_addresses)
             if self.spec.membership == "invite":
                 kind += ["--invite", str(self.invitation(child.name, places=1))]
-        initial_peers = [address for address in known if address is not None]
-        if initial_peers:
-            kind += ["--initial-peers", *initial_peers]
+        if known:
+            kind += ["--initial-peers", *known]
         child.start(*kind, *self._options)
 
     # -- faults --------------------------------------------------------------------------------------------------------
@@ -183,14 +203,14 @@ class Children:
             return (child.process.pid,)
         if act.action in SIGNALS:
             return child.send(SIGNALS[act.action], act.process)
-        if self.network is None:
-            raise UsageError(f"{act.action}: these peers have no networks of their own")
+        if not isinstance(self.places, Network):
+            raise UsageError(f"{act.action}: these peers have no cables of their own")
         if act.action == "restore":
-            self.network.restore(act.peer)
+            self.places.restore(act.peer)
         elif act.island:
-            self.network.cut_together(act.peer, act.island)
+            self.places.cut_together(act.peer, act.island)
         else:
-            self.network.cut(act.peer)
+            self.places.cut(act.peer)
         return tuple(child.processes().values())
 
     # -- the end -------------------------------------------------------------------------------------------------------

@@ -80,7 +80,7 @@ def run_local(
     with stop_signals() as stop, stop.when_checked(), ExitStack() as stack:
         network = stack.enter_context(Network()) if plan.cuts else None
         trainer = (*TRAINER, "--drop", str(drop))
-        children = Children(run_file.absolute(), spec, folder, trainer=trainer, patience=patience, network=network)
+        children = Children(run_file.absolute(), spec, folder, trainer=trainer, patience=patience, places=network)
         swarm = LocalSwarm(stack.enter_context(children), plan, stop)
         try:
             swarm.start(peers)
@@ -137,8 +137,8 @@ class LocalSwarm:
         if children.manifest.spec.membership == "invite":
             guests = children.invitation("guests", places=GUESTS)
             self.join_line += f" --invite {shlex.quote(str(guests))}"
-        if children.network is not None:
-            self.join_line = f"{shlex.join(children.network.switch.enter)} {self.join_line}"
+        if isinstance(children.places, Network):
+            self.join_line = f"{shlex.join(children.places.switch.enter)} {self.join_line}"
         self.tell_text()
         self.console.print(f"to join from another terminal: {self.join_line}", soft_wrap=True)
         children.start_trainers(peers)

@@ -42,9 +42,9 @@ class Namespace:
         return "nsenter", f"--net=/proc/{self.holder.pid}/ns/net"
 
     @property
-    def maddr(self) -> str:
-        """Returns the address for a peer to listen on."""
-        return f"/ip4/{self.address}/tcp/{PORT}"
+    def options(self) -> tuple[str, ...]:
+        """Returns the options of a peer in it, which finds nobody there who could relay."""
+        return "--host-maddrs", f"/ip4/{self.address}/tcp/{PORT}", "--no-use-relay"
 
 
 class Network:

@@ -135,7 +135,7 @@ def test_who_starts_again_waits_for_somebody_to_join(children: Children) -> None
 
 
 def test_cut_without_cables_is_refused(children: Children) -> None:
-    with pytest.raises(UsageError, match="cut: these peers have no networks"):
+    with pytest.raises(UsageError, match="cut: these peers have no cables"):
         injector_of(children, action="cut", at_s=0.0, peer="peer-1").poll()
 
 

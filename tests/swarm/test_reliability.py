@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import pytest
 
 from benchmarks.churn import SETTLING_S, SPARE_DESCRIPTORS, SPARE_MB, churn, figures
-from benchmarks.matrix import TRAINERS, Case, run_case
+from benchmarks.matrix import TRAINERS, Case, cabled, run_case
 from benchmarks.onslaught import kill_all
 from benchmarks.partition import APART, part_and_heal
 from benchmarks.processes import Usage, usage_of
@@ -91,7 +91,7 @@ def swarm_with_faults(place: Place) -> None:
 def stage() -> Iterator[Stage]:
     """When it is left, every process and temporary file of it must be gone."""
     spec = SPEC.model_copy(update={"inner": InnerSpec(steps=30)})
-    with Stage(TRAINERS, spec=spec, cables=CABLES is None) as stage:
+    with cabled(CABLES is None) as network, Stage(TRAINERS, spec=spec, places=network) as stage:
         yield stage
 
 
