@@ -148,8 +148,8 @@ class Directory:
         return len(claim)
 
     def disbelieve(self, peer_id: str, now_s: float, life_s: float) -> None:
-        """Takes the vote of one peer, which has shown a history that is not sound, for ``life_s``, and for twice as
-        long each time again, as ``doubt`` does that of a few."""
+        """Takes the vote of one peer, which has shown a history that is not to be followed, for ``life_s``, and for
+        twice as long each time again, as ``doubt`` does that of a few."""
         if peer_id in self._records:
             self._take_vote(peer_id, now_s, life_s, again=True)
 

@@ -2,7 +2,9 @@
 
 A head is believed when the chain to it is sound, from the genesis on or from an entry that my own chain has: every
 header follows from the one before, and every certificate is signed by most of those that the certificates before make
-known. Whoever serves another chain misbehaves.
+known. Whoever serves another chain misbehaves. Whoever serves one without the newest anchor of the run's owner may not
+have heard of it, but has no vote for a while: by the next few outer steps that it makes, its records would show no more
+where it left the run.
 
     Chains.follow       all that is missing of the way to a target
     Chains.entry_after  the one entry that leads on from here
@@ -77,8 +79,8 @@ class Chains:
     ) -> Way | None:
         """Returns the way to ``target``, verified; None when the guide's chain ends before. ``path``: the last heads of
         that way, as the guide has shown them. What contradicts nothing that I stand on is in my chain then. None as
-        well where the way leaves out the newest anchor that I have seen, whoever may have signed it. Raises
-        RemoteError."""
+        well where the way leaves out the newest anchor that I have seen, whoever may have signed it; the guide has no
+        vote for a while then. Raises RemoteError."""
         anchor = self.here.seat.anchor
         if anchor is not None and target[0] < anchor.step:
             return None
@@ -99,6 +101,7 @@ class Chains:
                 tally.bytes_received += page.size_bytes
                 if anchor is not None and self._is_left_out(anchor, fork, new):
                     log.info("%s follows a history without the newest anchor of the run's owner", guide.label)
+                    self._disbelieve(guide.peer_id)
                     return None
                 if stored:
                     await asyncio.to_thread(self.replica.extend, new)
@@ -190,9 +193,13 @@ class Chains:
             for certified in new:
                 await asyncio.to_thread(lineage.follow, certified)
         except ValueError as error:
-            self.here.directory.disbelieve(channel.peer_id, self.here.wall_s(), self.here.timeouts.record_life_s)
+            self._disbelieve(channel.peer_id)
             raise Misbehaved(channel.peer_id, f"serves a chain that is not sound: {error}") from error
         return new
+
+    def _disbelieve(self, peer_id: str) -> None:
+        """Takes the vote of a peer for a while: the history that it has shown is none to follow."""
+        self.here.directory.disbelieve(peer_id, self.here.wall_s(), self.here.timeouts.record_life_s)
 
 
 def unpack_entries(data: bytes, since: int) -> tuple[Certified, ...]:

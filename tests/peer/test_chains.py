@@ -364,6 +364,7 @@ def test_a_history_without_the_newest_anchor_is_not_followed(tmp_path: Path, min
         there = await library.to(swarm)
         assert library.suspects() == []
         assert (there is not None) == (names == "the state")
+        assert (library.directory.believed(NOW_S) == []) == (names == "another one"), "one that is behind has its vote"
         if there is None:
             assert donor.count(AskUpdate) == donor.count(AskChunk) == 0
             assert (replica.state and replica.state.step) == mine
@@ -413,6 +414,30 @@ def test_who_shows_a_chain_that_is_not_sound_has_no_vote_and_others_with_that_he
             liar.who.peer_id,
             other.who.peer_id,
         }
+
+    run_simulated(main())
+
+
+@pytest.mark.parametrize("mine", [None, 3, 19])
+def test_who_shows_a_history_without_the_newest_anchor_has_no_vote_wherever_it_goes_from_there(
+    tmp_path: Path, mine: int | None
+) -> None:
+    """Its records show the last few heads only: a few outer steps later nobody sees in them where it left the run."""
+
+    async def main() -> None:
+        replica = new_replica(tmp_path / "me") if mine is None else replica_at(tmp_path / "me", mine)
+        library = Library(tmp_path, replica)
+        liar = library.add(replica_at(tmp_path / "theirs", 21, fork_at=16))
+        other = library.add(replica_at(tmp_path / "swarm", 18))
+        head = other.replica.ledger.chain.head_at(17)
+        assert head is not None
+        anchor = Anchors().next(replica.manifest.run_id, step=17, head=head, state=bytes(32), owner=support.OWNER)
+        library.catchup.here.seat.anchor = anchor
+        assert await library.to(liar.replica) is None
+        library.publish(liar, NOW_S + 1, step=31, head=bytes([8]) * 32, heads=[bytes([i]) * 32 for i in range(4)])
+        assert [record.peer_id for record in library.directory.believed(NOW_S + 1)] == [other.who.peer_id]
+        again_s = NOW_S + library.timeouts.record_life_s
+        assert len(library.directory.believed(again_s)) == 2
 
     run_simulated(main())
 
