@@ -166,10 +166,10 @@ def sample(path: str) -> list[Mutant]:
     mutants: list[Mutant] = []
     known = {what_runs(source)}
     for name, operator_name, occurrence in sorted(candidates):
-        mutated = mutate_code(source, operators()[operator_name], occurrence)
         try:
+            mutated = mutate_code(source, operators()[operator_name], occurrence)
             runs = what_runs(mutated)
-        except SyntaxError:
+        except (SyntaxError, AttributeError):  # cosmic-ray's ExceptionReplacer knows no dotted names
             continue
         if runs not in known:
             known.add(runs)
@@ -254,6 +254,8 @@ def begin(folder: str) -> None:
     sys.path[:] = [str(copy), *(entry for entry in sys.path if Path(entry) != ROOT)]
     os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
     sys.dont_write_bytecode = False
+    for name in [name for name in sys.modules if name.partition(".")[0] == "tests"]:
+        del sys.modules[name]  # this file's own package is that of ROOT, and pytest wants the copy's
     for name in IMPORTED_ONCE:
         importlib.import_module(name)
 
