@@ -1,8 +1,8 @@
 """A liar as a real process: ``python -m tests.support.liar_process KIND peer``, with options of ``p2p-diloco peer``.
 
-The trainer is ours and honest. So is the network process that it starts, but for its peer, of which ``liars.CORRUPT``
-has made a liar of this KIND. It does what all do until it is known, and lies as long as it is: only who is known leads
-and reduces, and has a signature that counts.
+The trainer is ours and honest, and rests as in ``paced``. The network process that it starts is ours, too, but for its
+peer, of which ``liars.CORRUPT`` has made a liar of this KIND. It does what all do until it is known, and lies as long
+as it is: only who is known leads and reduces, and has a signature that counts.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import Any
 
 from p2p_diloco.core.interpreter import python_command
 from tests.support.lying import Liar, override
+from tests.support.paced import rest_after_steps
 
 THIS = "tests.support.liar_process"
 NETWORK = "p2p_diloco.peer.network"
@@ -43,6 +44,7 @@ def lying_trainer(kind: str) -> int:
         return python_command("-m", THIS, kind, module, *descriptors)
 
     override(process, "python_command", lambda real: command)
+    rest_after_steps()
     return main()
 
 

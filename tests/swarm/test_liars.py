@@ -27,6 +27,7 @@ from p2p_diloco.core.known import WINDOW_STEPS
 from p2p_diloco.core.roster import open_readiness
 from p2p_diloco.core.trust_event import PeerBarred, ReducerFound, StateDisputed, WitnessAsked
 from p2p_diloco.core.update import parts_with
+from p2p_diloco.lab.children import LOOPBACK
 from p2p_diloco.ledger.folder import find_run, load_run, open_ledger, same_files
 from tests.support.builders import identity
 from tests.swarm.places import START_S, Place, Program, as_flags, descendants, wait_until
@@ -34,7 +35,7 @@ from tests.swarm.places import START_S, Place, Program, as_flags, descendants, w
 HONEST = ("ada", "ben", "cat", "dan")
 PATIENCE = "0.3"
 """Factor on all time-outs: a leader that decides nothing is waited for for 13 s, and not for 45 s."""
-WAIT_S = 2 * START_S
+WAIT_S = 4 * START_S
 """For a liar to start, and to be known, and to have told its lie."""
 LEAST_STEPS = 6
 """Outer steps of all honest peers, from the one on at which the lie is seen."""
@@ -58,9 +59,10 @@ class Swarm:
 
     def __init__(self, place: Place) -> None:
         self.place = place
-        self.seed = place.seed(patience=PATIENCE)
-        self.address = self.seed.address
-        self.programs = [self.seed, *(place.peer(name, self.address, patience=PATIENCE) for name in HONEST)]
+        seed = place.seed(patience=PATIENCE)
+        wait_until(lambda: "--initial-peers" in seed.text, seed, limit_s=WAIT_S)
+        self.address = seed.address
+        self.programs = [seed, *(self._peer(name, "-m", "tests.support.paced") for name in HONEST)]
         self._tails = {name: EventTail(place.root / name) for name in ("seed", *HONEST)}
 
     def events(self, kind: type[E], *names: str) -> list[E]:
@@ -83,12 +85,14 @@ class Swarm:
     def join(self, number: int, lie: str) -> Liar:
         """Starts a liar, which is ``identity(number)``: those who invent updates sign with such keys."""
         name, who = f"liar-{number}", identity(number)
-        folder = self.place.root / name
-        who.save(folder / "identity.key")
-        flags = {"folder": str(folder), "host-maddrs": "/ip4/127.0.0.1/tcp/0", "name": name, "patience": PATIENCE}
+        who.save(self.place.root / name / "identity.key")
+        return Liar(name, who.peer_id, self._peer(name, "-m", "tests.support.liar_process", lie))
+
+    def _peer(self, name: str, *program: str) -> Program:
+        """Starts a program that has the options of ``p2p-diloco peer``."""
+        flags = {"folder": str(self.place.root / name), "host-maddrs": LOOPBACK, "name": name, "patience": PATIENCE}
         flags |= {"data": str(self.place.root / "text"), "threads": "1", "device": "cpu"}
-        command = ["-m", "tests.support.liar_process", lie, "peer", "--initial-peers", self.address]
-        return Liar(name, who.peer_id, self.place.run(name, *command, *as_flags(flags)))
+        return self.place.run(name, *program, "peer", "--initial-peers", self.address, *as_flags(flags))
 
     def wait_until_seen(self, told: Told, liar: Liar) -> None:
         """Looks once an outer step, for to look at a ledger takes long."""
