@@ -156,8 +156,10 @@ def is_barred(why: str) -> Told:
 def is_given_up(swarm: Swarm, liar: Liar) -> bool:
     """Honest members of a round that it led have not waited for its decision any longer, and settled without it."""
     said = f"without {liar.peer_id[-8:]}: promises a word, and does not come to it"
-    names = [program.name for program in swarm.programs if said in program.text]
-    return any(liar.peer_id in event.lost and event.committed for event in swarm.events(RoundEnded, *names))
+    left = [program.name for program in swarm.programs if said in program.text]
+    return any(
+        event.committed and liar.peer_id in event.lost for name in left for event in swarm.events(RoundEnded, name)
+    )
 
 
 def is_not_followed(swarm: Swarm, liar: Liar) -> bool:
