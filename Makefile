@@ -7,8 +7,8 @@ MUTANTS := .venv/.mutants
 PIP := $(BIN)/pip install -qq --disable-pip-version-check --constraint constraints.txt
 
 MONITORING := tests/swarm/test_monitoring.py
-# What takes minutes of real processes each: faults, monitors, doctors, simulations beside a swarm.
-LONG := $(addprefix tests/swarm/test_,reliability.py monitor_swarm.py diagnoses.py simulated.py)
+# What takes minutes of real processes each: faults, liars, monitors, doctors, simulations beside a swarm.
+LONG := $(addprefix tests/swarm/test_,reliability.py liars.py monitor_swarm.py diagnoses.py simulated.py)
 
 .PHONY: demo test swarm-test monitoring-test prometheus faults mutants lint bench reliability clean
 

@@ -80,9 +80,9 @@ def invented(liar: Liar) -> Settled:
 
 async def witnessed(liar: Liar, made: Settled) -> Settled:
     """The same with the witness of the run's owner, if it is so kind."""
-    here = liar.sim.peer.here
+    here = liar.peer.here
     try:
-        channel = await here.open(liar.sim.peer.manifest.owner)
+        channel = await here.open(liar.peer.manifest.owner)
         try:
             ask = AskWitness(link=made.update.header.link, certificate=made.certificate.to_bytes())
             answer: Eta | Witnessed = await channel.request(ask, Eta, Witnessed)
@@ -119,14 +119,14 @@ def extends(liar: Liar) -> None:
 def forks(liar: Liar) -> None:
     """With its accomplices, most of those that are known before the first anchor that is late enough, it goes back to
     there, and on by updates that they invent and certify: their keys were good there. It has kept all snapshots."""
-    replica = liar.sim.peer.replica
+    replica = liar.peer.replica
     replica.ledger._keep_snapshots = 1000
     forked = False
 
     def outer_step(real: Callable[..., Any]) -> Callable[..., Any]:
         async def made(tokens: int, **rest: Any) -> OuterResult:
             nonlocal forked
-            steps, anchors = liar.steps, liar.sim.peer.seat.anchors.chain
+            steps, anchors = liar.steps, liar.peer.seat.anchors.chain
             late = next((anchor for anchor in anchors if anchor.step > known.WINDOW_STEPS), None)
             if not liar.lying() or late is None:
                 result: OuterResult = await real(tokens, **rest)
@@ -149,7 +149,7 @@ def forks(liar: Liar) -> None:
 
 def invents_snapshots(liar: Liar) -> None:
     """Its snapshots hold other values than its history leads to: the same ones as its accomplices'."""
-    replica = liar.sim.peer.replica
+    replica = liar.peer.replica
 
     def make(real: Callable[[], None]) -> Callable[[], None]:
         def made() -> None:
@@ -166,7 +166,7 @@ def invents_snapshots(liar: Liar) -> None:
         pass
 
     override(replica, "make_snapshots", make)
-    override(liar.sim.peer.upkeep, "_compare", lambda real: nothing)
+    override(liar.peer.upkeep, "_compare", lambda real: nothing)
 
 
 # -- promises and claims -----------------------------------------------------------------------------------------------
@@ -210,8 +210,8 @@ def answers(word: Callable[[], Eta]) -> Callable[[Liar], None]:
             return promised
 
         stays_on_the_head(liar)
-        override(liar.sim.peer.matchmaker, "on_closing", answer)
-        override(liar.sim.peer.matchmaker, "on_ready", answer)
+        override(liar.peer.matchmaker, "on_closing", answer)
+        override(liar.peer.matchmaker, "on_ready", answer)
 
     return corrupt
 
@@ -229,7 +229,7 @@ def claims_speed(liar: Liar) -> None:
 
         return claimed
 
-    override(liar.sim.peer.matchmaker, "_readiness", readiness)
+    override(liar.peer.matchmaker, "_readiness", readiness)
 
 
 # -- streams -----------------------------------------------------------------------------------------------------------
@@ -245,7 +245,7 @@ def beside(work: Callable[[Liar], Any]) -> Callable[[Liar], None]:
 
             return ran
 
-        override(liar.sim.peer, "run", run)
+        override(liar.peer, "run", run)
 
     return corrupt
 
@@ -254,7 +254,7 @@ async def hold_streams(liar: Liar, talk: Callable[[Channel, str], Any], count: i
     """Opens streams to all others, again and again, and lets ``talk`` hold them."""
     held = Streams()
     while True:
-        here = liar.sim.peer.here
+        here = liar.peer.here
         for record in here.live() if liar.lying() else ():
             for _ in range(count - held.open_to(record.peer_id)):
                 try:
@@ -304,10 +304,10 @@ async def reads_slowly(liar: Liar) -> None:
     async def refuse(channel: Channel, _: Message) -> None:
         await channel.send(No(reason="busy serving others"))
 
-    override(liar.sim.peer.uploads, "serve", lambda real: refuse)
+    override(liar.peer.uploads, "serve", lambda real: refuse)
 
     async def read(channel: Channel, peer_id: str) -> None:
-        while (record := liar.sim.peer.directory.get(peer_id)) is not None:
+        while (record := liar.peer.directory.get(peer_id)) is not None:
             ask = AskChunk(step=record.snapshot_step, digest=record.snapshot_digest, chunk=0)
             size = await channel.request(ask, Size)
             await channel.receive_frame(size.size_bytes, CHUNK_EVERY_S)

@@ -62,12 +62,12 @@ def heavy(liar: Liar) -> None:
 def claims_weight(liar: Liar) -> None:
     def find(real: Callable[..., Any]) -> Callable[..., Any]:
         async def found(weight: int, **rest: Any) -> Any:
-            largest = liar.sim.peer.manifest.spec.max_weight_tokens
+            largest = liar.peer.manifest.spec.max_weight_tokens
             return await real(largest if liar.lying() else weight, **rest)
 
         return found
 
-    override(liar.sim.peer.matchmaker, "find_group", find)
+    override(liar.peer.matchmaker, "find_group", find)
 
 
 def stale(liar: Liar) -> None:
@@ -399,14 +399,14 @@ def commits_and_asks_again(_: Liar, settlement: Settlement) -> None:
 
 def sends_two_rosters(liar: Liar) -> None:
     """A leader that sends one half of those that are ready a roster, and the other half another one; it signs both."""
-    gatherings = liar.sim.peer.matchmaker.gatherings
+    gatherings = liar.peer.matchmaker.gatherings
 
     def half(roster: Roster, who: int) -> Roster:
         """The liar is in both: its readiness is."""
         others = [one for one in roster.members if open_readiness(one).peer_id != liar.me]
         kept = set(others[who::2])
         members = [one for one in roster.members if one in kept or one not in others]
-        sealed = seal_roster(members, roster.absent, liar.sim.peer.identity)
+        sealed = seal_roster(members, roster.absent, liar.peer.identity)
         return Roster(members=members, absent=roster.absent, signature=sealed.signature)
 
     def join(real: Callable[..., Any]) -> Callable[..., Any]:

@@ -1,6 +1,6 @@
 """How a peer is made to lie: it is a real ``Peer``, one thing of which is patched.
 
-It is honest until ``PeerPlan.lies_from_s``, and wherever it does not lie: its ledger, its records and its answers are
+It is honest until ``Liar.lying``, and wherever it does not lie: its ledger, its records and its answers are
 those of the protocol. What it lies about is in ``lies_in_rounds`` and ``lies_beside``; all kinds are in ``liars``.
 Nothing of this runs by itself.
 """
@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from p2p_diloco.peer.outer_steps import OuterSteps
+from p2p_diloco.peer.peer import Peer
 from p2p_diloco.round.settle import Settlement
-from tests.support.fakes import SimPeer
 
 FOR_EVER_S = 10_000.0
 IDLES_S = 12.0
@@ -22,9 +22,9 @@ IDLES_S = 12.0
 
 @dataclass(frozen=True, kw_only=True)
 class Liar:
-    """A peer that lies, as those who patch it see it."""
+    """A peer that lies, as those who patch it see it: in memory (``world``), or in a process (``liar_process``)."""
 
-    sim: SimPeer
+    peer: Peer
     lying: Callable[[], bool]
     """Whether it lies by now."""
     accomplices: tuple[str, ...]
@@ -33,12 +33,12 @@ class Liar:
     @property
     def steps(self) -> OuterSteps:
         """The part of it that makes outer steps: liars train."""
-        assert self.sim.peer.outer_steps is not None
-        return self.sim.peer.outer_steps
+        assert self.peer.outer_steps is not None
+        return self.peer.outer_steps
 
     @property
     def me(self) -> str:
-        return self.sim.peer.identity.peer_id
+        return self.peer.identity.peer_id
 
 
 def override(target: object, name: str, make: Callable[[Any], Any]) -> None:

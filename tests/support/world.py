@@ -473,7 +473,7 @@ class World:
     def _corrupt(self, sim: CountedPeer, plan: PeerPlan) -> None:
         tell_it = [i for i, other in enumerate(self.schedule.peers) if other.lie == plan.lie]
         liar = Liar(
-            sim=sim,
+            peer=sim.peer,
             lying=lambda: self.now_s >= plan.lies_from_s,
             accomplices=tuple(identity(i).peer_id for i in tell_it),
         )
