@@ -64,7 +64,7 @@ class Swarm:
             for i in (0, *TRAINERS)
         }
         if lie is not None:
-            lie(Liar(sim=self.sims[LIAR], lying=lambda: True, accomplices=()))
+            lie(Liar(peer=self.sims[LIAR].peer, lying=lambda: True, accomplices=()))
 
     async def reach(self, step: int) -> None:
         for sim in self.sims.values():

@@ -762,7 +762,7 @@ def test_whoever_extends_the_head_without_a_certificate_costs_others_one_round_a
         *honest, liar = await swarm.start(4)
         await swarm.until(honest, 2)
         from_s = asyncio.get_running_loop().time()
-        extends(Liar(sim=liar, lying=lambda: True, accomplices=(liar.peer.identity.peer_id,)))
+        extends(Liar(peer=liar.peer, lying=lambda: True, accomplices=(liar.peer.identity.peer_id,)))
         await swarm.until(honest, 12)
         assert asyncio.get_running_loop().time() - from_s < 12 * 10.0
         for index in (1, 2, 3):

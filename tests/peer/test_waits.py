@@ -99,7 +99,7 @@ async def with_liar(folder: Path, lie: Callable[[Liar], None]) -> tuple[Swarm, S
     swarm = Swarm(folder)
     await swarm.start()
     liar = swarm.add(20)
-    lie(Liar(sim=liar, lying=lambda: True, accomplices=()))
+    lie(Liar(peer=liar.peer, lying=lambda: True, accomplices=()))
     return swarm, liar
 
 
