@@ -94,6 +94,11 @@ def together_s(logs: Sequence[Log]) -> float:
     return max((event.mono_s for log in logs for event in of_kind(log, PeerJoined)[:1]), default=0.0)
 
 
+def made_since(logs: Sequence[Log], since_s: float) -> int:
+    """How many updates ``Evidence.counted`` would have, all being together since then."""
+    return max(swarm_step(logs, float("inf")) - swarm_step(logs, since_s) - 1, 0)
+
+
 def contributions_of(update: Update) -> Contributions:
     """Everybody's that contributed."""
     names = (name for name, _ in update.header.contributors)
@@ -150,6 +155,15 @@ def first_commit(logs: Sequence[Log], since_s: float) -> int | None:
         for log in logs
     )
     return 1 + max(missed)
+
+
+def in_vain(logs: Sequence[Log], since_s: float) -> int:
+    """Outer steps that each of those that joined has ended since then, while nobody has committed any; 0 once one is
+    committed."""
+    if first_commit(logs, since_s) is not None:
+        return 0
+    joined = [log for log in logs if of_kind(log, PeerJoined)]
+    return min((sum(event.mono_s > since_s for event in of_kind(log, RoundEnded)) for log in joined), default=0)
 
 
 def losses(stalls: Sequence[tuple[float, float]], happened_s: float | None) -> list[float]:

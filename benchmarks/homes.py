@@ -29,10 +29,11 @@ from benchmarks.contributions import (
     contributions_of,
     figures_of,
     in_a_row,
+    in_vain,
+    made_since,
     missed_bounds,
     together_s,
 )
-from benchmarks.histories import swarm_step
 from benchmarks.internet import Internet, why_no_internet
 from benchmarks.loopback import write_run_file
 from benchmarks.situations import LAST, METRICS_PORT, PEERS, REFERENCE, SITUATIONS, TRAINERS, Home, Situation
@@ -49,6 +50,8 @@ INNER_STEPS = 40
 """2 s."""
 UPDATES = 6
 """That are looked at in each situation."""
+GIVEN_UP_AFTER = 10
+"""Outer steps of each trainer, if nothing has been committed by then."""
 LIMIT_S = 22 * 60.0
 """Of all situations. Each has its share of what those before it have left."""
 END_S = 15.0
@@ -125,27 +128,28 @@ def play(situation: Situation, seed: Path, limit_s: float, *, spec: RunSpec = RU
 
 
 def watch(stage: Stage, situation: Situation, homes: Mapping[str, Home], updates: int, until_s: float) -> float | None:
-    """Waits for so many updates, or until then. When that came to pass which happens after half of them, if it did."""
+    """Waits for so many updates, or until then; less where nothing comes of it. When that came to pass which happens
+    after half of the updates, if it did."""
     happened_s = None
     while time.monotonic() < until_s:
         for child in stage.children.all:
             child.tail.read()
-        made = made_together(stage)
+        logs = list(stage.logs.values()) if all_have_begun(stage) else []
+        made = made_since(logs, together_s(logs))
         if situation.happens is not None and happened_s is None and made >= updates // 2:
             happened_s = time.monotonic()
             situation.happens(homes)
-        if made >= updates or not any(child.running for child in stage.children.trainers):
+        if made >= updates or in_vain(logs, together_s(logs)) >= GIVEN_UP_AFTER:
+            break
+        if not any(child.running for child in stage.children.trainers):
             break
         time.sleep(POLL_S)
     return happened_s
 
 
-def made_together(stage: Stage) -> int:
-    """Updates that everybody could contribute to; 0 until each trainer has joined, or has ended without."""
-    if not all(latest(child.log, PeerJoined) or not child.running for child in stage.children.trainers):
-        return 0
-    logs = list(stage.logs.values())
-    return max(swarm_step(logs, time.monotonic()) - swarm_step(logs, together_s(logs)) - 1, 0)
+def all_have_begun(stage: Stage) -> bool:
+    """Whether each trainer has joined, or has ended without."""
+    return all(latest(child.log, PeerJoined) or not child.running for child in stage.children.trainers)
 
 
 def connections_of(home: Home) -> Connections | None:

@@ -19,7 +19,9 @@ from benchmarks.contributions import (
     figures_of,
     first_commit,
     in_a_row,
+    in_vain,
     losses,
+    made_since,
     missed_bounds,
     path_of,
     share_of,
@@ -58,7 +60,7 @@ def stalled(end_s: float, seconds: float) -> TrainerStalled:
 
 
 def test_of_an_update_everybody_has_a_share_of_its_parts() -> None:
-    masks = [contributor_mask(indices) for indices in ((0, 1), (0,), (0, 1), (0,))]
+    masks = [contributor_mask(indices) for indices in ((0, 1), (0,))]
     parts = tuple(Part(mask=mask, data=b"x") for mask in masks)
     header = UpdateHeader(
         step=7,
@@ -98,6 +100,8 @@ def test_updates_count_that_all_could_contribute_to_from_their_first_inner_step_
     evidence = evidence_of({"peer-1": a, "peer-3": c}, {0: alone, 1: alone, 2: all_three, 3: {"a": 1.0, "c": 0.5}})
     assert evidence.together_s == 6.0
     assert list(evidence.counted) == [2, 3]
+    assert made_since([a, c], 6.0) == len([2])  # the last one is not in a log yet
+    assert made_since([a, c], 13.0) == made_since([], 0.0) == 0
     figures = figures_of(evidence)
     assert figures.updates == 2
     assert figures.shares == {"peer-1": 1.0, "peer-3": 0.75}
@@ -109,6 +113,7 @@ def test_who_never_joins_keeps_nobody_waiting_and_contributes_nothing() -> None:
     evidence = evidence_of({"peer-1": joins("a", 2.0), "peer-4": [started("d")]}, {0: {"a": 1.0}, 1: {"a": 1.0}})
     figures = figures_of(evidence)
     assert evidence.together_s == 2.0
+    assert evidence_of({"peer-4": [started("d")]}, {}).together_s == 0.0
     assert figures.shares == {"peer-1": 1.0, "peer-4": 0.0}
     assert figures.joined_s["peer-4"] is None
     assert figures.paths["peer-4"] == "none"
@@ -136,6 +141,15 @@ def test_in_which_outer_step_the_first_commit_is() -> None:
     assert first_commit([a, b], 2.0) == 4
     assert first_commit([a, b], 8.0) == 1
     assert first_commit([a[:2], b[:2]], 0.0) is None
+
+
+def test_how_many_outer_steps_were_in_vain() -> None:
+    a: Log = [*joins("a", 0.0), missed(1.0), missed(5.0), missed(7.0)]
+    b: Log = [*joins("b", 0.0), missed(4.0), missed(5.0)]
+    assert in_vain([a, b], 2.0) == 2
+    assert in_vain([a, b, [started("c")]], 4.5) == 1
+    assert in_vain([a, [*b, made(9.0, 1)]], 2.0) == 0
+    assert in_vain([[started("c")]], 0.0) == in_vain([], 0.0) == 0
 
 
 def test_a_loss_is_what_a_stall_takes_longer_than_before() -> None:
