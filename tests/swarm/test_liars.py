@@ -2,7 +2,7 @@
 
 Each does what all do until it is known, for only who is known leads and reduces, and lies from then on. It is told in
 what honest peers have written down that the lie was told, and the honest ones go on as if it had not been. Of each
-place that one can lie at, it is the kind that costs most in ``docs/trust.md``:
+place that one can lie at, they are among the worst kinds of ``docs/trust.md``:
 
     flipped, largest weight    a contribution: one that a plain mean would be ruined by
     mean x-10                  a reducer: a false mean, the same to everybody, which shows when it is taken again
