@@ -21,6 +21,13 @@ def test_who_has_contributed_often_enough_is_known() -> None:
     assert known_at(100, last).peers == {"often", "just"}
 
 
+def test_known_is_who_is_in_four_of_the_last_sixteen_updates() -> None:
+    """In figures, for all peers have to agree on them."""
+    last = [["often", "just", "rarely"]] * 3 + [["often", "just"]] + [["often"]] * 12
+    assert known_at(16, last).peers == {"often", "just"}
+    assert known_at(15, last).peers == frozenset()
+
+
 def test_an_update_counts_once() -> None:
     """However often a header names a peer."""
     assert known_at(100, [["a"] * LEAST_STEPS] + [["b"]] * (WINDOW_STEPS - 1)).peers == {"b"}

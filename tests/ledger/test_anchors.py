@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 
 from p2p_diloco.core.anchor import Anchors
+from p2p_diloco.core.identity import Identity
 from p2p_diloco.core.manifest import RunManifest
 from p2p_diloco.ledger import anchors as file_of_anchors
 from p2p_diloco.ledger.anchors import LENGTH_BYTES, anchors_path, keep_anchors, read_anchors
-from tests.support.builders import OWNER
+from tests.support.builders import OWNER, identity
 from tests.support.fakes import make_manifest
 
 GARBAGE_BYTES = 4_000_000
@@ -53,6 +54,30 @@ def test_a_file_that_was_cut_off_is_read_as_far_as_it_goes(
         found, problem = read_anchors(tmp_path, manifest)
         assert found.chain == kept.chain[: bisect_right(ends, length) - 1]
         assert (problem == "") == (length in ends)
+
+
+@pytest.mark.parametrize(("there", "sound"), [((1, 2), 0), ((0, 2), 1), ((0, 1, 1), 2)])
+def test_a_file_is_read_up_to_the_first_that_does_not_name_the_one_before(
+    tmp_path: Path, manifest: RunManifest, kept: Anchors, there: tuple[int, ...], sound: int
+) -> None:
+    chain = tuple(kept.chain[i] for i in there)
+    keep_anchors(tmp_path, Anchors(chain=chain))
+    found, problem = read_anchors(tmp_path, manifest)
+    assert found.chain == chain[:sound]
+    assert problem == f"anchor {chain[sound].number} does not name the one before it"
+
+
+@pytest.mark.parametrize(
+    ("owner", "run_id", "complaint"), [(identity(7), None, "is not signed"), (OWNER, "0" * 40, "of another run")]
+)
+def test_anchors_of_another_owner_or_run_are_not_read(
+    tmp_path: Path, manifest: RunManifest, owner: Identity, run_id: str | None, complaint: str
+) -> None:
+    one = Anchors().next(run_id or manifest.run_id, step=2, head=bytes(32), state=bytes(32), owner=owner)
+    keep_anchors(tmp_path, Anchors(chain=(one,)))
+    found, problem = read_anchors(tmp_path, manifest)
+    assert found == Anchors()
+    assert complaint in problem
 
 
 def test_the_file_is_held_in_memory_once(tmp_path: Path, manifest: RunManifest, kept: Anchors) -> None:

@@ -194,6 +194,8 @@ def test_who_is_known(tmp_path: Path) -> None:
         assert each.known_at(19).peers == {"a", "b"}
         assert each.last_contributors(19) == [("a",)] * 12 + [("b",)] * 4
         assert each.last_contributors(2) == [("a",)] * 2
+        assert each.contributed(18) == {step: ("a",) if step < 15 else ("b",) for step in range(2, 19)}
+        assert each.contributed(0).keys() == set(range(19))
         with pytest.raises(Gap, match="leads to outer step 19 only, not to 20"):
             each.known_at(20)
 

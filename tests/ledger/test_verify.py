@@ -244,6 +244,16 @@ def test_a_byte_in_any_update(ledger: Path, all_sound: Verified) -> None:
         assert [wrong.step for wrong in looked_at(path, all_sound)] == [step]
 
 
+def test_an_update_that_others_are_in_than_its_certificate_counts(ledger: Path, all_sound: Verified) -> None:
+    """Who is known follows from the certificate: most of a round may have signed that somebody else is in it."""
+    fulls = [*all_sound.fulls[:7], b"\x03", *all_sound.fulls[8:]]
+    found = replace(all_sound, fulls=fulls, headers={}, wrongs=[])
+    for step in (7, 8):
+        check_update_file(update_path(ledger, step), found)
+    why = "0000000007.update: others are in most of its parts than its certificate counts"
+    assert (found.wrongs, set(found.headers)) == ([Wrong(step=7, reason=why)], {8})
+
+
 def test_what_is_wrong_first_is_told(made: tuple[Path, RunManifest], ledger: Path) -> None:
     flip(update_path(ledger, 150), -1)
     flip(update_path(ledger, 80), -1)

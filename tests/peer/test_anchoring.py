@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import shutil
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from p2p_diloco.ledger.anchors import keep_anchors, read_anchors
 from tests.peer.test_peer import Simulated
 from tests.support.builders import identity
 from tests.support.fakes import SimPeer, make_manifest, run_simulated
+from tests.support.lying import override
 
 OWNER = identity(0)
 """It runs the seed."""
@@ -77,6 +79,7 @@ def test_the_owners_seed_anchors_what_is_old_enough_and_all_hear_of_it(tmp_path:
         seed = swarm.peers[0]
         chain = seed.peer.seat.anchors.chain
         assert [anchor.number for anchor in chain] == list(range(1, len(chain) + 1))
+        assert all(earlier.step < later.step for earlier, later in pairwise(chain)), "no state twice"
         for anchor in chain:
             assert anchor.step % 2 == 0
             assert anchor.step + 4 <= seed.peer.step
@@ -197,5 +200,31 @@ def test_an_anchor_that_the_owner_has_not_signed_is_taken_from_nobody(tmp_path: 
         await swarm.until(sims[:2], 4, limit_s=200.0)
         assert forged not in [anchor for sim in sims[:2] for anchor in sim.peer.seat.anchors.chain]
         assert swarm.peers[0].transport.traffic.rejected["misbehaved"]
+
+    run_simulated(main())
+
+
+def test_a_state_that_a_certificate_contradicts_is_not_anchored(tmp_path: Path) -> None:
+    """The owner's own memory may be at fault."""
+
+    async def main() -> None:
+        swarm = Anchored(tmp_path, outer_steps=8)
+        sims = await swarm.begin()
+        override(swarm.peers[0].peer.replica.history, "certified_digest", lambda real: lambda step: bytes(32))
+        await swarm.until(sims, 7, limit_s=200.0)
+        assert swarm.peers[0].peer.anchoring._computed
+        assert swarm.peers[0].peer.seat.anchors == Anchors()
+
+    run_simulated(main())
+
+
+def test_a_state_that_was_left_is_not_anchored(tmp_path: Path) -> None:
+    async def main() -> None:
+        swarm = Anchored(tmp_path, outer_steps=8)
+        sims = await swarm.begin()
+        await swarm.until(sims, 3, limit_s=200.0)
+        anchoring, chain = swarm.peers[0].peer.anchoring, swarm.peers[0].peer.replica.ledger.chain
+        anchoring._computed = {2: (chain.head_at(2) or b"", bytes(32)), 4: (bytes(32), bytes(32))}
+        assert anchoring._due(4) == (2, anchoring._computed[2])
 
     run_simulated(main())

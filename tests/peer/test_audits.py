@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -13,23 +14,27 @@ import pytest
 
 from p2p_diloco.core import findings
 from p2p_diloco.core.aggregate import AggregateName
-from p2p_diloco.core.audit import Evidence
+from p2p_diloco.core.audit import Evidence, pack_contributions
 from p2p_diloco.core.errors import Misbehaved
 from p2p_diloco.core.event import of_kind
 from p2p_diloco.core.events import read_events
 from p2p_diloco.core.grid import Grid
-from p2p_diloco.core.signed_part import Inputs, Reduction
+from p2p_diloco.core.known import Known
+from p2p_diloco.core.signed_part import Contribution, Inputs, Place, Reduction
 from p2p_diloco.core.trust_event import PartAudited, ReducerFound
-from p2p_diloco.core.update import contributors_in_full
+from p2p_diloco.core.update import Part, contributors_in_full
 from p2p_diloco.ledger.found import keep_findings, read_findings
+from p2p_diloco.peer.audits import MAX_EVIDENCE, left_out_by, reducers_of
 from p2p_diloco.round.settle import Settlement
 from p2p_diloco.wire.audit_messages import Accuses, AskEvidence
 from p2p_diloco.wire.channel import Channel
 from p2p_diloco.wire.messages import No
 from tests.support import lies_in_rounds
 from tests.support.builders import identity
+from tests.support.certificates import group_at
 from tests.support.fakes import FakeNetwork, FakeTransport, SimPeer, make_manifest, run_simulated
 from tests.support.lying import Liar, in_rounds, override
+from tests.support.meetings import Round
 
 pytestmark = pytest.mark.usefixtures("small_parts")
 
@@ -189,9 +194,22 @@ def shows_nothing(_: Liar, settlement: Settlement) -> None:
     override(settlement.member_answers, "on_ask_contributions", lambda real: refuses)
 
 
-def test_a_reducer_that_shows_nothing_is_remembered_and_not_proved_wrong(tmp_path: Path) -> None:
+@in_rounds
+def shows_others(_: Liar, settlement: Settlement) -> None:
+    """Of these it has signed nothing, so they prove nothing either."""
+
+    async def shows(channel: Channel, *_: object) -> None:
+        await channel.send_blob(pack_contributions({}))
+
+    override(settlement.member_answers, "on_ask_contributions", lambda real: shows)
+
+
+@pytest.mark.parametrize("lie", [shows_nothing, shows_others], ids=["nothing", "others"])
+def test_a_reducer_that_shows_nothing_is_remembered_and_not_proved_wrong(
+    tmp_path: Path, lie: Callable[[Any], None]
+) -> None:
     async def main() -> None:
-        swarm = Swarm(tmp_path, shows_nothing)
+        swarm = Swarm(tmp_path, lie)
         await swarm.reach(6)
         found = [one for i in HONEST for one in swarm.found(i)]
         assert {(one.kind, one.reducer, one.accuser) for one in found} == {("not answered", ID[LIAR], "")}
@@ -320,6 +338,7 @@ def test_evidence_counts_from_its_own_round_on_and_is_forgotten_afterwards(
         assert all(one in ([], [proved]) for one in found), found
         assert not again.peer.matchmaker.company.is_wrong(ID[reducer])
         assert again.blamed() == []
+        assert not again.peer.audits._evidence, "nor is it passed on any more"
 
     run_simulated(main())
 
@@ -343,13 +362,101 @@ def test_an_accuser_that_proves_nothing_is_not_asked_again(tmp_path: Path, bring
     run_simulated(main())
 
 
-def test_a_stranger_is_not_listened_to(tmp_path: Path) -> None:
+def evidence_of_a_round_to_come(swarm: Swarm, step: int) -> bytes:
+    """Trainer 3 and a name that it has made up have signed a round that nobody has come to, and a part that is not the
+    mean."""
+    accomplices, grid = {identity(i).peer_id: identity(i) for i in (3, 9)}, swarm.grid
+    known = Known(step=step, peers=frozenset())
+    group = group_at([*accomplices.values()], swarm.sims[1].peer.replica.rules, known, bytes(32))
+    place, zeros = Place(round_id=group.round_id, number=0, part=0), np.zeros(grid.n_values(0), np.float32)
+    senders = [accomplices[member.peer_id] for member in group.members]
+    came = {i: Contribution.of(place, grid.encode(zeros), who) for i, who in enumerate(senders)}
+    part = Part(mask=b"\x03", data=grid.encode(zeros + 1))
+    reduction = Reduction.of(place, part, Inputs.of(came), group.index_of(ID[3]), identity(3))
+    return Evidence(roster=group.sealed, index=0, part=part, reduction=reduction, came=came).to_bytes()
+
+
+def test_evidence_of_a_round_to_come_counts_from_where_the_run_stands(tmp_path: Path) -> None:
+    """Else a liar would be found wrong for the rest of the run, and hold one of few places."""
+
     async def main() -> None:
         swarm = Swarm(tmp_path, None)
         await swarm.reach(3)
-        assert not await Accuser(swarm, 9).accuse(2, b"")
+        accuser = Accuser(swarm, 4)
+        assert await accuser.accuse(3, evidence_of_a_round_to_come(swarm, 10**6))
+        company = accuser.peer.matchmaker.company
+        assert company.findings.is_wrong(ID[3], accuser.peer.step)
+        assert not company.findings.is_wrong(ID[3], accuser.peer.step + findings.WRONG_STEPS)
+        company.findings = findings.Findings()
+        assert not await accuser.accuse(3, b""), "each accuser is asked once about each"
 
     run_simulated(main())
+
+
+def test_a_stranger_is_not_listened_to_and_who_is_known_is(tmp_path: Path) -> None:
+    async def main() -> None:
+        swarm = Swarm(tmp_path, None)
+        await swarm.reach(3)
+        accuser = Accuser(swarm, 9)
+        assert not await accuser.accuse(2, b"")
+        accuser.peer.seat.known = Known(step=accuser.peer.step, peers=frozenset((ID[9],)))
+        assert await accuser.accuse(2, b"")
+
+    run_simulated(main())
+
+
+def test_evidence_is_held_about_few_peers_the_newest_ones(tmp_path: Path) -> None:
+    async def main() -> None:
+        swarm = Swarm(tmp_path, None)
+        audits = swarm.sims[1].peer.audits
+        for i in range(MAX_EVIDENCE + 1):
+            audits._hold(str(i), b"")
+        assert [*audits._evidence] == [*audits._told] == [str(i + 1) for i in range(MAX_EVIDENCE)]
+        for sim in swarm.sims.values():
+            sim.peer.events.close()
+
+    run_simulated(main())
+
+
+# -- what is looked at -----------------------------------------------------------------------------------------------
+
+
+def test_only_what_a_reducer_has_signed_of_an_update_is_looked_at() -> None:
+    async def main() -> None:
+        meeting = Round(3)
+        await meeting.run()
+        held, update = meeting.settlements[0].meeting, meeting.update()
+        reducers = meeting.group.reducers
+        assert reducers_of(held, update) == {
+            part: meeting.ids[reducers[part % len(reducers)]] for part in range(len(meeting.slices))
+        }
+        held.parts[1] = Part(mask=b"\x07", data=b"another")
+        held.reductions[2] = None
+        assert reducers_of(held, update).keys() == {0, 3, 4, 5}
+
+    run_simulated(main())
+
+
+def test_who_leaves_out_what_was_delivered_in_time_is_found_and_nobody_else() -> None:
+    async def main() -> None:
+        meeting = Round(3)
+        await meeting.run()
+        held, update, me = meeting.settlements[0].meeting, meeting.update(), 0
+        assert not list(left_out_by(held, update))
+        part = meeting.parts_of(1)[0]
+        for index in (part, meeting.parts_of(me)[0]):
+            reduction = held.reductions[index]
+            assert reduction is not None
+            others = dataclasses.replace(reduction.inputs, senders=b"\x06")
+            held.reductions[index] = dataclasses.replace(reduction, inputs=others)
+        assert list(left_out_by(held, update)) == [meeting.ids[1]]
+        held.delivered.discard((0, part))
+        assert not list(left_out_by(held, update)), "it may have come too late"
+
+    run_simulated(main())
+
+
+# -- what is remembered ----------------------------------------------------------------------------------------------
 
 
 def test_what_was_found_is_taken_up_again_and_a_damaged_file_is_left_behind(

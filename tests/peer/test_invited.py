@@ -9,15 +9,19 @@ from pathlib import Path
 import pytest
 
 from p2p_diloco.core.admission import one_vote_each
+from p2p_diloco.core.config import Timeouts
+from p2p_diloco.core.directory import Directory
 from p2p_diloco.core.errors import UsageError
 from p2p_diloco.core.invitation import Token
 from p2p_diloco.core.known import WINDOW_STEPS
 from p2p_diloco.core.runfile import OnMissed
 from p2p_diloco.ledger.seats import keep_revocations, read_revocations
+from p2p_diloco.peer.revocations import NewestList
 from tests.peer.test_peer import Simulated
-from tests.support.builders import identity
-from tests.support.fakes import SimPeer, make_manifest, run_simulated
+from tests.support.builders import identity, record_of
+from tests.support.fakes import FakeTransport, SimPeer, make_manifest, run_simulated
 from tests.support.invited import Shameless, revocations_of, token_of
+from tests.support.lying import override
 from tests.support.simloop import START_S
 
 OWNER = identity(0)
@@ -184,6 +188,32 @@ def test_an_older_list_does_not_come_back(tmp_path: Path) -> None:
         late = swarm.come(3, token)
         await asyncio.sleep(20.0)
         assert isinstance(late.ended_by, UsageError)
+
+    run_simulated(main())
+
+
+def test_a_list_is_news_once_and_only_who_has_a_newer_one_is_asked(tmp_path: Path) -> None:
+    async def main() -> None:
+        swarm = Invited(tmp_path)
+        run_id, asked = swarm.manifest.run_id, list[str]()
+        directory = Directory(identity(9).peer_id, run_id, admission=swarm.manifest.admission())
+        transport = FakeTransport(swarm.network, identity(9).peer_id, Timeouts())
+        newest = NewestList(transport=transport, directory=directory, owner=OWNER.peer_id)
+        third, second = (revocations_of({"x": number}, number=number, run_id=run_id, owner=OWNER) for number in (3, 2))
+        assert newest.take(third)
+        assert not newest.take(third)
+        assert not newest.take(second)
+        assert (directory.admission.number, directory.admission.revoked) == (3, {"x": 3})
+
+        async def ask(peer_id: str) -> bytes:
+            asked.append(peer_id)
+            return b""
+
+        override(newest, "_ask", lambda real: ask)
+        await newest.hear(record_of(identity(i), run_id=run_id, revocations=3) for i in range(8))
+        assert asked == []
+        await newest.hear(record_of(identity(i), run_id=run_id, revocations=4 + i) for i in range(8))
+        assert asked == [identity(i).peer_id for i in (0, 7, 6, 5)], "the owner first"
 
     run_simulated(main())
 

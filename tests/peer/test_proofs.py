@@ -138,6 +138,25 @@ def test_a_proof_that_proves_nothing_is_held_against_who_sends_it(tmp_path: Path
     run_simulated(main())
 
 
+def test_who_has_barred_as_many_others_is_asked_and_passes_all_of_them_on(tmp_path: Path) -> None:
+    async def main() -> None:
+        swarm = Simulated(tmp_path, 3, n=1000, outer_steps=8)
+        sims = await swarm.start(2)
+        await swarm.until(sims, 1)
+        mine, theirs = identity(100), identity(101)
+
+        async def answer(channel: Channel, ask: AskProof) -> None:
+            await channel.send_blob(pack_proof(proof_of(theirs)))
+
+        await claims_to_have_barred(swarm, sims[1], [theirs.peer_id], answer)
+        sims[1].peer.directory.barred.add(proof_of(mine))
+        await asyncio.sleep(HEARS_S)
+        assert barred_by(sims[1]) == [mine.peer_id, theirs.peer_id]
+        assert barred_by(sims[0]) == [mine.peer_id, theirs.peer_id]
+
+    run_simulated(main())
+
+
 def test_who_sends_its_proofs_slowly_is_not_heard_for_longer_than_a_request(tmp_path: Path) -> None:
     """What has come until then is taken."""
 

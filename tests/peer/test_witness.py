@@ -10,13 +10,15 @@ import numpy as np
 import pytest
 
 from p2p_diloco.core.certificate import Certificate, Taken, certificate_of
+from p2p_diloco.core.electors import NoHistory
 from p2p_diloco.core.event import of_kind
 from p2p_diloco.core.events import read_events
 from p2p_diloco.core.group import Group
 from p2p_diloco.core.identity import Identity
-from p2p_diloco.core.known import NOBODY_KNOWN, Known
+from p2p_diloco.core.known import Known
 from p2p_diloco.core.records import seal_record
 from p2p_diloco.core.roster_rules import RosterRules
+from p2p_diloco.core.swarm_head import Standing
 from p2p_diloco.core.trust_event import WitnessAsked
 from p2p_diloco.wire.messages import No
 from p2p_diloco.wire.round_messages import AskWitness, Eta, Witnessed
@@ -32,6 +34,16 @@ ELSEWHERE = "the run's owner stands on another head"
 ANOTHER = "the run's owner has just witnessed another update of this head"
 ENOUGH = "enough known members are here to do without a witness"
 LEFT_OUT = "too few of those that the run's owner sees here are in it"
+
+
+class Contributed(NoHistory):
+    """Of these alone."""
+
+    def __init__(self, electors: Sequence[Identity]) -> None:
+        self.who = frozenset(who.peer_id for who in electors)
+
+    def electors(self, step: int) -> frozenset[str]:
+        return self.who
 
 
 class Table:
@@ -52,14 +64,23 @@ class Table:
         await asyncio.sleep(1)
         self.head = self.seed.peer.seat.standing.head
 
-    def group(self, members: Sequence[Identity] = MEMBERS, nonce: int = 0, known: Known = NOBODY_KNOWN) -> Group:
+    def group(self, members: Sequence[Identity] = MEMBERS, nonce: int = 0) -> Group:
+        known = Known(step=self.seed.peer.seat.standing.step, peers=frozenset())
         return group_at(members, self.rules, known, self.head, nonce=nonce)
 
-    def trains_here(self, *who: Identity) -> None:
+    def go_on(self, *electors: Identity) -> None:
+        """The owner stands one outer step further, where these have contributed."""
+        seat = self.seed.peer.seat
+        before, self.head = self.head, bytes([seat.standing.step + 1]) * 32
+        seat.standing = Standing(step=seat.standing.step + 1, head=self.head, heads=(before,))
+        seat.history = Contributed(electors)
+
+    def trains_here(self, *who: Identity, head: bytes | None = None) -> None:
         """The owner knows them, and has heard them."""
         peer, now_s = self.seed.peer, asyncio.get_running_loop().time()
+        head = self.head if head is None else head
         for one in who:
-            record = record_of(one, run_id=self.manifest.run_id, issued_s=now_s, head=self.head, life_s=900.0)
+            record = record_of(one, run_id=self.manifest.run_id, issued_s=now_s, head=head, life_s=900.0)
             peer.directory.learn(seal_record(record, one), now_s)
             peer.directory.proven.answered(one.peer_id)
 
@@ -110,6 +131,7 @@ def test_another_one_on_the_same_head_has_to_wait(tmp_path: Path) -> None:
         await asyncio.sleep(life_s)
         assert table.seed.peer.follower.witness.leads_to(table.head) is None
         assert await table.ask(table.group(nonce=1), link=b"2" * 32) is True
+        assert await table.ask(table.group(nonce=2), link=b"3" * 32) == ANOTHER, "that one has its own time"
 
     run_simulated(main())
 
@@ -147,6 +169,36 @@ def test_an_owner_that_trains_is_one_of_those_who_are_there(tmp_path: Path, owne
     run_simulated(main())
 
 
+def test_after_the_first_update_those_who_have_contributed_so_far_are_waited_for(tmp_path: Path) -> None:
+    """The others are names, and each head has its own time."""
+
+    async def main() -> None:
+        table = Table(tmp_path)
+        await table.start()
+        table.trains_here(*MEMBERS, *OTHERS)
+        assert await table.ask(table.group(MEMBERS[:2])) == LEFT_OUT
+        await asyncio.sleep(table.seed.peer.here.timeouts.record_life_s)
+        table.go_on(*MEMBERS[2:], *OTHERS)
+        table.trains_here(*MEMBERS, *OTHERS)
+        assert await table.ask(table.group(MEMBERS[:2])) == LEFT_OUT
+        table.go_on(*MEMBERS)
+        table.trains_here(*MEMBERS, *OTHERS)
+        assert await table.ask(table.group(MEMBERS[:2])) is True
+
+    run_simulated(main())
+
+
+def test_who_stands_elsewhere_is_not_left_out(tmp_path: Path) -> None:
+    async def main() -> None:
+        table = Table(tmp_path)
+        await table.start()
+        table.trains_here(*MEMBERS)
+        table.trains_here(*OTHERS, head=b"x" * 32)
+        assert await table.ask(table.group(MEMBERS[:2])) is True
+
+    run_simulated(main())
+
+
 def test_names_that_never_answered_leave_nobody_out(tmp_path: Path) -> None:
     async def main() -> None:
         table = Table(tmp_path)
@@ -161,14 +213,16 @@ def test_names_that_never_answered_leave_nobody_out(tmp_path: Path) -> None:
     run_simulated(main())
 
 
-def test_where_enough_known_members_are_there_nothing_is_witnessed(tmp_path: Path) -> None:
+@pytest.mark.parametrize("owner_trains", [False, True])
+def test_where_enough_known_members_are_there_nothing_is_witnessed(tmp_path: Path, owner_trains: bool) -> None:
     """Strangers could else go round them."""
 
     async def main() -> None:
         table = Table(tmp_path)
         await table.start()
-        table.trains_here(identity(4), identity(5))
-        familiar = frozenset(identity(i).peer_id for i in (4, 5))
+        table.trains_here(*OTHERS[: 1 if owner_trains else 2])
+        table.seed.peer.seat.role_trainer = owner_trains
+        familiar = frozenset(who.peer_id for who in (OWNER, *OTHERS[:2]))
         table.seed.peer.seat.known = Known(step=0, peers=familiar)
         assert await table.ask(table.group()) == ENOUGH
 

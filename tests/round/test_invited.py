@@ -23,6 +23,7 @@ from p2p_diloco.round.company import Company
 from p2p_diloco.round.here import Here
 from p2p_diloco.round.seat import Seat
 from p2p_diloco.wire.round_messages import Ready, Roster
+from tests.core.test_barred import proof_of
 from tests.support.builders import NOW_S, head, identity, known, readiness_of, record_of
 from tests.support.fakes import make_manifest
 from tests.support.invited import EXPIRES_S, OWNER, revocations_of, token_of
@@ -57,10 +58,13 @@ def readiness(who: Identity, token: Token | None, leader: Identity = A) -> bytes
     return seal_readiness(readiness_of(who, run_id=RUN_ID, leader=leader.peer_id, seat=seat), who)
 
 
+def ranked_claims(*claims: tuple[Identity, Token | None]) -> list[tuple[Identity, Token | None]]:
+    return sorted(claims, key=lambda claim: rank(head(""), claim[0].peer_id))
+
+
 def roster_of(*claims: tuple[Identity, Token | None], absent: Sequence[bytes] = ()) -> Roster:
     """As ``B`` gathers it."""
-    ordered = sorted(claims, key=lambda claim: rank(head(""), claim[0].peer_id))
-    sealed = seal_roster([readiness(who, token, B) for who, token in ordered], absent, B)
+    sealed = seal_roster([readiness(who, token, B) for who, token in ranked_claims(*claims)], absent, B)
     return Roster(members=list(sealed.members), absent=list(sealed.absent), signature=sealed.signature)
 
 
@@ -107,6 +111,17 @@ def test_a_leader_that_has_not_heard_of_a_revocation_has_not_lied() -> None:
     listed = open_revocations(sealed, run_id=RUN_ID, owner=OWNER.peer_id)
     directory.admission = replace(directory.admission, revocations=listed)
     with pytest.raises(Refused, match="its roster has a peer whose invitation was revoked"):
+        company.group_of(B.peer_id, roster)
+
+
+def test_a_barred_leader_gathers_nobody_also_where_it_is_no_member() -> None:
+    company = company_of()
+    ready = [readiness(who, token, B) for who, token in ranked_claims((A, ATTIC), (OWNER, None))]
+    sealed = seal_roster(ready, (), B)
+    roster = Roster(members=list(sealed.members), absent=[], signature=sealed.signature)
+    assert company.group_of(B.peer_id, roster).sealed.leader == B.peer_id
+    company.here.directory.barred.add(proof_of(B))
+    with pytest.raises(Refused, match="it is barred"):
         company.group_of(B.peer_id, roster)
 
 
