@@ -86,9 +86,9 @@ class OuterSteps:
         """Notes that the trainer takes theta now."""
         self.phase.go_on(now_s(), moved=True)
 
-    def close(self) -> None:
+    async def close(self) -> None:
         """Tells the seeds no more."""
-        self.attempts.close()
+        await self.attempts.close()
 
     @property
     def _step(self) -> int:

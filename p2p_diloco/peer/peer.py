@@ -278,7 +278,7 @@ class Peer:
                 await self._hand_over()
         self.presence.enter("left")
         if self.outer_steps is not None:
-            self.outer_steps.close()
+            await self.outer_steps.close()
         await self.audits.close()
         self.events.write(PeerLeft(step=self.step, head=self.seat.standing.head.hex(), reason=reason))
         await asyncio.gather(self.presence.publish(), self.presence.push_to_all())
