@@ -75,6 +75,7 @@ CASES: tuple[Case, ...] = (
     Case(row=20, kind="mean x-10"),
     Case(row=20, kind="zeros for a mean"),
     Case(row=20, kind="two means"),
+    Case(row=20, kind="tells no other"),
     Case(row=21, kind="invented parts"),
     Case(row=21, kind="two commits"),
     Case(row=21, kind="two rosters"),

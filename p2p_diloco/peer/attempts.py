@@ -69,10 +69,11 @@ class Attempts:
     _telling: asyncio.Task[None] | None = None
     """The round that I led last is being told to the seeds."""
 
-    def close(self) -> None:
+    async def close(self) -> None:
         """Tells the seeds no more."""
         if self._telling is not None:
             self._telling.cancel()
+            await asyncio.gather(self._telling, return_exceptions=True)
 
     async def make(self, offer: Offer) -> OuterResult:
         """Makes one attempt: gather, reduce, settle, apply. Returns what became of it."""
@@ -157,7 +158,8 @@ class Attempts:
     def _judge(self, settlement: Settlement, outcome: Settled | Missed, idle: frozenset[int], took_s: float) -> None:
         """Remembers who failed me in a round, and who contributed in full. ``idle``: those whom I lost in the
         butterfly, and who count as idle. A leader that was silent, or only promised, pays for what it has cost, also
-        where the next one brings the round to its end; so does a reducer that answered late."""
+        where the next one brings the round to its end; so does a reducer that answered late, and a known peer beside
+        the round."""
         company, group = self.matchmaker.company, settlement.group
         ids = [member.peer_id for member in group.members]
         contributed = [] if isinstance(outcome, Missed) else contributors_in_full(outcome.update)
@@ -170,6 +172,8 @@ class Attempts:
         if len(settlement.meeting.lost | late_s.keys()) < len(ids) - 1:
             for reducer in late_s:
                 company.kept_waiting(ids[reducer], late_s[reducer])
+        for peer_id, waited_s in settlement.rosters.late_s.items():
+            company.kept_waiting(peer_id, waited_s)
         if isinstance(outcome, Missed) and group.leader in settlement.meeting.lost - stalled_s.keys():
             company.failed(group.head, ids[group.leader], cost_s=0.0)
 
@@ -179,6 +183,7 @@ class Attempts:
 
     def _meet(self, group: Group, last_norms: tuple[float, ...] | None, state: bytes) -> Settlement:
         """Opens the round: its members are served from now on."""
+        company = self.matchmaker.company
         settlement = Settlement(
             Meeting(
                 group=group,
@@ -194,7 +199,8 @@ class Attempts:
                 min_group=self.replica.manifest.spec.round.min_group,
                 state=state,
                 last_norms=last_norms,
-                lapsed=frozenset(self.matchmaker.company.lapsed),
+                lapsed=frozenset(company.lapsed),
+                credits_s={one.peer_id: company.rounds.left_s(one.peer_id, now_s()) for one in group.members},
                 kept=self.reception.audits.kept(),
                 audit_parts=self.reception.audits.count,
                 around=self.reception.around(group),

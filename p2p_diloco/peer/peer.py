@@ -293,7 +293,7 @@ class Peer:
             async with deadline(self.here.timeouts.leave_s / 4):
                 await self._hand_over()
         self.presence.enter("left")
-        self.attempts.close()
+        await self.attempts.close()
         await self.audits.close()
         self.events.write(PeerLeft(step=self.step, head=self.seat.standing.head.hex(), reason=reason))
         await asyncio.gather(self.presence.publish(), self.presence.push_to_all())

@@ -3,9 +3,10 @@ they are.
 
 Others cost time when they fail: when they do not answer, do not come when they said, lead badly, or come to a round and
 contribute nothing. What a peer has cost is remembered (``core.credit``), in two accounts: ``waits`` for what was waited
-for in vain while a round gathers, ``rounds`` for rounds that it led or was in and failed. Views of this differ
-between honest peers. So they decide who is asked first, and for how long, but not who leads: whoever finds others at a
-leader goes there, too, unless that one has failed it twice on this very head.
+for in vain while a round gathers, ``rounds`` for rounds that it led or was in and failed. Who says that it is busy with
+another round is waited for out of the one that has less left, or each identity would cost twice its credit. Views of
+this differ between honest peers. So they decide who is asked first, and for how long, but not who leads: whoever finds
+others at a leader goes there, too, unless that one has failed it twice on this very head.
 """
 
 from __future__ import annotations
@@ -143,6 +144,11 @@ class Company:
         sound = keeps_its_word and not self.is_wrong(leader)
         return leader in self.here.directory.proven and not recent and sound
 
+    def left_s(self, peer_id: str) -> float:
+        """Returns the seconds that a peer may still be waited for that says it is busy with another round: what it has
+        left in the account that has less."""
+        return min(self.waits.left_s(peer_id, now_s()), self.rounds.left_s(peer_id, now_s()))
+
     def is_wrong(self, peer_id: str) -> bool:
         """Returns whether a peer was found to reduce wrongly."""
         return self.findings.is_wrong(peer_id, self.here.seat.standing.step)
@@ -155,7 +161,8 @@ class Company:
         self.rounds.charge(leader, cost_s, now_s())
 
     def kept_waiting(self, peer_id: str, waited_s: float) -> None:
-        """Notes that a member has kept me waiting so long at the end of a round, which was committed all the same."""
+        """Notes that a member, or a known peer beside the round, has kept me waiting so long at the end of a round that
+        was committed all the same."""
         self.rounds.charge(peer_id, waited_s, now_s())
 
     def is_fit(self, head: bytes, leader: str) -> bool:
@@ -211,17 +218,21 @@ class Company:
 
     def waits_until_s(self, peer_id: str, opened_s: float, *, busy: bool) -> float:
         """Returns the latest loop time until which a round that opened at ``opened_s`` waits for a peer that has
-        answered. ``busy``: it says that it is in another one, which counts where that could make a second history: no
-        update is certified without known members, where there are enough of them."""
+        answered. ``busy``: it says that it is in another one, which counts where that could make a second history."""
         if not self.is_waited_for(peer_id):
             return opened_s
-        known = self.here.seat.known.peers
-        could_certify = peer_id in known or len(known) < self.rules.least_known
-        if busy and could_certify and self.waits.is_good(peer_id, now_s()):
+        left_s = self.left_s(peer_id) if busy else self.waits.left_s(peer_id, now_s())
+        if busy and self._could_certify(peer_id) and left_s >= self.waits.full_s / 2:
             return opened_s + self.longest_s(busy=True)
-        left_s = self.waits.left_s(peer_id, now_s())
         extension_s = max(min(left_s, MAX_GATHER_EXTENSION_S), CLOSING_MARGIN_S)
         return opened_s + self.manifest.spec.round.gather_s + extension_s
+
+    def _could_certify(self, peer_id: str) -> bool:
+        """Returns whether an update of another round that a peer is in could be certified on my head without whoever
+        is here: no update is without known members, where enough of them are known. Where too few are, the run's owner
+        witnesses one update of a head, so nobody has to wait for the other round."""
+        known = self.here.seat.known.peers
+        return peer_id in known and len(known) >= self.rules.least_known
 
     def is_believed(self, peer_id: str) -> bool:
         """Returns whether a peer's word counts about which leader it waits for. It does when I have lost it once: two
@@ -310,6 +321,7 @@ class Company:
     def patience_s(self, leader: str, *, busy: bool) -> float:
         """Returns how long a leader may keep me waiting for a roster, in seconds: CLOSING_MARGIN_S longer than a
         gathering may last, for I would else leave when the roster is on its way. ``busy``: it says that it is in
-        another round, or waits for one; then it may take what credit it has left in addition."""
-        left_s = max(self.rounds.left_s(leader, now_s()), 0.0) if busy else 0.0
+        another round, or waits for one; then it may take what credit it has left in addition, where that round could
+        make a second history."""
+        left_s = max(self.left_s(leader), 0.0) if busy and self._could_certify(leader) else 0.0
         return min(self.longest_s(busy=False) + left_s, self.longest_s(busy=True)) + CLOSING_MARGIN_S

@@ -11,9 +11,10 @@ opens has a deadline of its own (``Gathering.deadlines_s``):
     before it has answered the call     opened_s + gather_s + CLOSING_MARGIN_S
     it says that it needs ``eta_s``     when it said so + eta_s + CLOSING_MARGIN_S, at most opened_s + gather_s +
                                         what credit it has left, of MAX_GATHER_EXTENSION_S; at least CLOSING_MARGIN_S
-    it is busy with another round       the same, at most opened_s + gather_s + MAX_GATHER_EXTENSION_S + the longest
-    on this head                        time of a round (``Company.longest_s``), if half of its credit is left, and it
-                                        is known here, or too few are: no other round can be certified without these
+    it is busy with another round       the same, its credit for rounds counted as well; at most opened_s + gather_s +
+    on this head                        MAX_GATHER_EXTENSION_S + the longest time of a round (``Company.longest_s``),
+                                        if half of both is left, and it is one of enough that are known here: no other
+                                        round can be certified without these, or the owner, who witnesses one update
     the leader's own trainer            as a peer that says what it needs and has all its credit
 
 ``gather_s`` is the manifest's ``round.gather_s``. A trainer asks for no more than that, unless one inner step alone

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -65,6 +65,9 @@ class Meeting:
     """The norm of each part of the update that led to theta; None where I do not have it."""
     lapsed: frozenset[str] = frozenset()
     """Peers that I lost in an earlier round, and that have not contributed in full since."""
+    credits_s: Mapping[str, float] = field(default_factory=dict)
+    """Peer -> the seconds that it may still cost as a leader, when the round begins; those that are not here have cost
+    nothing."""
     around: tuple[str, ...] = ()
     """Peers on this head that are no members, and may be in another round."""
     known: frozenset[str] = frozenset()
@@ -168,6 +171,10 @@ class Meeting:
         """Returns how long a reducer waits for a sender, in seconds."""
         lapsed = self.group.members[sender].peer_id in self.lapsed
         return self.timeouts.part_s * LAPSED_SHARE if lapsed else self.timeouts.part_s
+
+    def credit_s(self, member: int) -> float:
+        """Returns the seconds that a member may still cost as a leader, below zero for a debt."""
+        return self.credits_s.get(self.group.members[member].peer_id, self.timeouts.record_life_s)
 
     def count(self, channel: Channel) -> None:
         """Counts all bytes of a stream as this round's."""

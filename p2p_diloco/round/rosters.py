@@ -5,6 +5,9 @@ no reason to speak to each other. So each member tells peers on its head that ar
 beside the butterfly, and those that have refused it there, for they may be in another round. Where a peer has another
 roster of the same leader, both show theirs to each other. Whatever the two prove (``core.equivocation``) makes the
 round void at both: an honest leader that tries again signs another readiness of its own.
+
+Known peers are waited for at the end of the round, ``Timeouts.heartbeat_s`` at most. Who keeps a member waiting pays
+for it, as a reducer does that answers late (``settle_once``).
 """
 
 from __future__ import annotations
@@ -15,7 +18,9 @@ from collections.abc import Iterable
 
 from p2p_diloco.core.equivocation import TwoRosters, proved
 from p2p_diloco.core.errors import Misbehaved, RemoteError
+from p2p_diloco.core.waiting import now_s
 from p2p_diloco.round.meeting import Meeting
+from p2p_diloco.round.settle_once import late
 from p2p_diloco.wire.channel import Channel
 from p2p_diloco.wire.messages import No
 from p2p_diloco.wire.proof_messages import AskRoster
@@ -33,7 +38,11 @@ class Rosters:
     def __init__(self, meeting: Meeting) -> None:
         self.meeting = meeting
         self.group = meeting.group
+        self.late_s: dict[str, float] = {}
+        """Known peer that did not answer promptly -> the seconds that I have waited for it."""
         self._asking: dict[str, asyncio.Task[None]] = {}
+        self._over_s: dict[str, float] = {}
+        """Peer -> the loop time at which it had answered, or could not be asked."""
 
     def ask(self, peer_ids: Iterable[str]) -> None:
         """Begins to ask some peers, NEIGHBOURS at most."""
@@ -46,11 +55,13 @@ class Rosters:
         waited for: a stranger costs nothing, and a round of strangers needs the owner's witness. Who was silent is not
         asked again before it has answered something."""
         waited_for = {peer_id: task for peer_id, task in self._asking.items() if peer_id in self.meeting.known}
+        limit_s, began_s = self.meeting.timeouts.heartbeat_s, now_s()
         if waited_for:
-            await asyncio.wait(waited_for.values(), timeout=self.meeting.timeouts.heartbeat_s)
-        for peer_id, task in waited_for.items():
-            if not task.done():
-                self.meeting.directory.proven.failed(peer_id)
+            await asyncio.wait(waited_for.values(), timeout=limit_s)
+        took_s = {peer_id: self._over_s[peer_id] - began_s for peer_id in waited_for if peer_id in self._over_s}
+        self.late_s = late(waited_for, took_s, limit_s)
+        for peer_id in waited_for.keys() - took_s.keys():
+            self.meeting.directory.proven.failed(peer_id)
 
     async def close(self) -> None:
         """Asks no more."""
@@ -79,6 +90,7 @@ class Rosters:
         except RemoteError as error:
             log.debug("outer step %d: %s", self.group.step, error)
             meeting.transport.traffic.reject(error)
+        self._over_s[peer_id] = now_s()
 
     async def show(self, channel: Channel) -> None:
         """Answers a peer that has another roster of my leader: with mine; and hears whether the two prove anything.

@@ -38,7 +38,7 @@ Rules of this file and of those whose names begin with its own:
     - **What a leader proposes.** Only what it holds itself, and only when most of the members that certify have sent
       receipts.
     - **Who leads next.** Leaders are the members that count and can be dialled, in the order of rank. One that is
-      silent or gone, only promises for most of the time that is left, or proposes what most do not sign, is given up
+      silent or gone, only promises (``settle_decide.promises_s``), or proposes what most do not sign, is given up
       for good, and the next one leads. Members may see this at different times.
     - **How a commit survives its leader.** Before a later leader decides anything, it asks the members that have not
       come to it what they have signed, or know to be certified. A commit that is certified it gives on with its

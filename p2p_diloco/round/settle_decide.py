@@ -21,6 +21,11 @@ log = logging.getLogger(__name__)
 Decision: TypeAlias = Again | Commit | No
 """A leader's: reduce some parts again, this is the update, or the round has failed."""
 
+LEADERS_SHARE = 0.75
+"""Of the time that a round has left, for one decision: the leader may reduce for half of that, and then it collects."""
+SLOWER_THAN_I = 3.0
+"""So many times as long as I have reduced others may take, who have to receive the same over other links."""
+
 
 # -- what a leader decides ---------------------------------------------------------------------------------------------
 
@@ -113,6 +118,18 @@ def collects_until_s(now: float, *, began_s: float, timeouts: Timeouts, all_came
     if all_came or now >= last_deadline_s or (now >= deadline_s and most):
         return None
     return deadline_s if now < deadline_s else last_deadline_s
+
+
+def promises_s(left_s: float, *, reduced_s: float, credit_s: float, timeouts: Timeouts) -> float:
+    """Returns how long a leader may promise its next word and not come to it.
+
+    It has ``Timeouts.settle_s``, in which an honest one collects what it needs to decide, the time that others may
+    reduce longer than I, and its credit. Who has all of that may collect as long as ``collects_until_s`` lets it; who
+    has stalled a round lately has less. It is never more than LEADERS_SHARE of ``left_s``, the time that the round has
+    left. ``reduced_s``: how long I have reduced. ``credit_s``: what the leader may still cost.
+    """
+    longest_s = timeouts.settle_s + SLOWER_THAN_I * reduced_s + max(credit_s, 0.0)
+    return min(LEADERS_SHARE * left_s, longest_s)
 
 
 # -- what is answered --------------------------------------------------------------------------------------------------

@@ -110,13 +110,15 @@ class Hearing:
 
         The member has half of the time that the round has left, for what is heard has to be given to the others, and
         ``Timeouts.request_s`` from one word to the next. One that has failed me before is worth a try and not another
-        time-out: its first word has to come within ``Timeouts.heartbeat_s``, its answer within ``Timeouts.request_s``.
+        time-out: its first word has to come within ``Timeouts.heartbeat_s``, its answer within ``Timeouts.request_s``,
+        and at once as well where it was silent: that has cost its time already, and who has signed says so at once.
         """
         meeting, member, timeouts = self.meeting, self.member, self.meeting.timeouts
         channel = None
         whole_s, first_s = member.left_s() / 2, timeouts.request_s
         if asked in meeting.lost:
-            whole_s, first_s = min(timeouts.request_s, whole_s), timeouts.heartbeat_s
+            first_s = timeouts.heartbeat_s
+            whole_s = min(first_s if asked in meeting.silent else timeouts.request_s, whole_s)
         try:
             async with deadline(whole_s):
                 async with deadline(first_s):

@@ -22,7 +22,7 @@ from p2p_diloco.round.butterfly import Butterfly
 from p2p_diloco.round.meeting import Meeting
 from p2p_diloco.round.outcome import NOT_WITNESSED, Missed, Settled
 from p2p_diloco.round.settle_completion import COULD_NOT_FETCH, Completion
-from p2p_diloco.round.settle_decide import again_fits, commit_fits
+from p2p_diloco.round.settle_decide import again_fits, commit_fits, promises_s
 from p2p_diloco.round.settle_eta import beyond_etas, telling
 from p2p_diloco.round.settle_pledge import Pledge
 from p2p_diloco.wire.channel import Channel
@@ -32,9 +32,6 @@ from p2p_diloco.wire.round_messages import Again, Certifies, Commit, Eta, Receip
 
 log = logging.getLogger(__name__)
 M = TypeVar("M", bound=Message)
-
-LEADERS_SHARE = 0.75
-"""Of the time that a round has left, for one decision: the leader may reduce for half of that, and then it collects."""
 
 
 class Member:
@@ -51,6 +48,8 @@ class Member:
         self.place = 0
         """Of the leader that I hold to, in the order of leaders: I have given up those before it."""
         limit_s = meeting.timeouts.round_limit_s(2 * meeting.grid.vector_bytes)
+        self.reduced_s = 0.0
+        """So long I have reduced, in all butterflies."""
         self.started_s = now_s()
         self.ends_s = self.started_s + limit_s
         """The deadline of the whole round, reduce and settle together."""
@@ -85,12 +84,14 @@ class Member:
     async def _run(self, butterfly: Butterfly) -> None:
         """Runs a butterfly for at most half of the time that the round has left. Reducers that owe parts then are given
         up; the other half of the time is enough to do without them."""
+        began_s = now_s()
         try:
             async with deadline(self.left_s() / 2):
                 await butterfly.run()
         except asyncio.TimeoutError:
             for reducer in butterfly.owing():
                 self.meeting.lose(reducer, None)
+        self.reduced_s += now_s() - began_s
 
     # -- with a leader -----------------------------------------------------------------------------------------------
 
@@ -101,7 +102,7 @@ class Member:
         try:
             channel = await meeting.open(leader)
             try:
-                commit = await self._ask_commit(channel)
+                commit = await self._ask_commit(channel, leader)
                 if isinstance(commit, No):
                     return Missed(reason="failed", detail=commit.reason)
                 return await self._take(channel, commit, leader)
@@ -111,14 +112,14 @@ class Member:
             meeting.lose(leader, error)
             return None
 
-    async def _ask_commit(self, channel: Channel) -> Commit | No:
+    async def _ask_commit(self, channel: Channel, leader: int) -> Commit | No:
         """Returns a leader's last word, after as many butterflies as it asks for. Misbehaved when a word of it does not
         fit the round."""
         meeting, group_size, number = self.meeting, len(self.group.members), max(self.butterflies)
         while True:
             hashes, round_id = meeting.hashes(), self.group.round_id
             await channel.send(Receipt(round_id=round_id, number=number, part_hashes=hashes, state=meeting.state))
-            answer: Again | Commit | No = await self._hear(channel, Again, Commit)
+            answer: Again | Commit | No = await self._hear(channel, leader, Again, Commit)
             if isinstance(answer, Again):
                 newest, n_parts = max(self.butterflies), len(meeting.parts)
                 if not again_fits(answer, me=meeting.me, newest=newest, group_size=group_size, n_parts=n_parts):
@@ -132,12 +133,14 @@ class Member:
                 raise Misbehaved(channel.peer_id, "sends a commit that does not fit the round")
             return answer
 
-    async def _hear(self, channel: Channel, *kinds: type[M]) -> M | No:
+    async def _hear(self, channel: Channel, leader: int, *kinds: type[M]) -> M | No:
         """Returns a leader's next word but any Eta. Silent when none comes for ``Timeouts.request_s``, or only promises
-        do for LEADERS_SHARE of the time that the round has left."""
-        request_s = self.meeting.timeouts.request_s
+        do for ``promises_s``."""
+        timeouts, credit_s = self.meeting.timeouts, self.meeting.credit_s(leader)
+        request_s = timeouts.request_s
+        longest_s = promises_s(self.left_s(), reduced_s=self.reduced_s, credit_s=credit_s, timeouts=timeouts)
         try:
-            async with deadline(self.left_s() * LEADERS_SHARE):
+            async with deadline(longest_s):
                 word: Eta | M | No = await channel.receive(Eta, *kinds, No, timeout_s=request_s)
                 return await beyond_etas(channel, word, *kinds, No, timeout_s=request_s)
         except asyncio.TimeoutError:
@@ -157,7 +160,7 @@ class Member:
             return Missed(reason="behind", detail=COULD_NOT_FETCH)
         word = No(reason=objection) if objection else self.pledge.sign(commit)
         await channel.send(word)
-        answer = await self._hear(channel, Certifies)
+        answer = await self._hear(channel, leader, Certifies)
         if isinstance(answer, No):
             self.meeting.uncertified = "witness" if answer.reason == NOT_WITNESSED else "signatures"
             why = word.reason if isinstance(word, No) else answer.reason

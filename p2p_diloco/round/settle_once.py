@@ -17,6 +17,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Collection, Mapping
+from typing import TypeVar
 
 from p2p_diloco.core.certificate import Certificate
 from p2p_diloco.core.errors import Misbehaved, RemoteError
@@ -31,6 +32,7 @@ from p2p_diloco.wire.messages import No
 from p2p_diloco.wire.proof_messages import AskOther, Other
 
 log = logging.getLogger(__name__)
+Asked = TypeVar("Asked", int, str)
 
 TWO_UPDATES = "two updates of it are certified"
 PROMPT_SHARE = 0.5
@@ -138,8 +140,8 @@ class Once:
         )
 
 
-def late(asked: Collection[int], took_s: Mapping[int, float], limit_s: float) -> dict[int, float]:
-    """Returns the reducers that did not answer promptly, and the seconds that each was waited for. ``took_s``: those
+def late(asked: Collection[Asked], took_s: Mapping[Asked, float], limit_s: float) -> dict[Asked, float]:
+    """Returns those that did not answer promptly, and the seconds that each was waited for. ``took_s``: those
     that are no longer waited for, and how long each took, whatever came of it; the others were waited for until
     ``limit_s``."""
     waited_s = {member: took_s.get(member, limit_s) for member in asked}

@@ -10,9 +10,10 @@ import pytest
 
 from p2p_diloco.core import grid
 from p2p_diloco.core.waiting import now_s
+from p2p_diloco.round.settle import Settlement
 from tests.support.fakes import SimPeer, run_simulated
 from tests.support.lies_in_rounds import decides_nothing, tells_no_other
-from tests.support.lying import Liar
+from tests.support.lying import Liar, override
 from tests.support.stallers import (
     INNER_STEPS,
     STEP_S,
@@ -140,6 +141,48 @@ def test_a_reducer_that_says_nothing_of_another_update_costs_its_credit(tmp_path
         assert results[-1].group == len(swarm.honest)
         assert results[-1].settle_s < liar.peer.here.timeouts.heartbeat_s / 2
         assert all(result.committed for result in results[1:])
+
+    run_simulated(main())
+
+
+def test_a_known_peer_beside_the_round_pays_for_what_was_waited(tmp_path: Path) -> None:
+    async def main() -> None:
+        swarm = Swarm(tmp_path)
+        await swarm.start()
+        await swarm.until(1)
+        sim = swarm.honest[0]
+        assert sim.peer.outer_steps is not None
+        attempts, silent_one = sim.peer.outer_steps.attempts, swarm.honest[1].peer.identity.peer_id
+
+        def met(real: Callable[..., Settlement]) -> Callable[..., Settlement]:
+            def meet(*round_: object) -> Settlement:
+                settlement = real(*round_)
+
+                async def answered() -> None:
+                    settlement.rosters.late_s = {silent_one: 3.0}
+
+                override(settlement.rosters, "answered", lambda _: answered)
+                return settlement
+
+            return meet
+
+        override(attempts, "_meet", met)
+        await swarm.until(2)
+        rounds = attempts.matchmaker.company.rounds
+        assert rounds.full_s - 3.0 <= rounds.left_s(silent_one, now_s()) < rounds.full_s
+
+    run_simulated(main())
+
+
+def test_nothing_is_told_to_the_seeds_any_more_when_a_peer_has_ended(tmp_path: Path) -> None:
+    async def main() -> None:
+        swarm = Swarm(tmp_path)
+        await swarm.start()
+        sim = swarm.honest[0]
+        assert sim.peer.outer_steps is not None
+        telling = sim.peer.outer_steps.attempts._telling = asyncio.create_task(asyncio.sleep(500))
+        await sim.peer.outer_steps.close()
+        assert telling.done()
 
     run_simulated(main())
 

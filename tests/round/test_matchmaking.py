@@ -1004,11 +1004,32 @@ def test_a_newcomer_that_is_busy_is_waited_for_like_one_that_is_free(
     run_simulated(main())
 
 
-def test_before_anybody_is_known_a_busy_peer_is_waited_for_as_long_as_a_round_may_take() -> None:
+def test_before_anybody_is_known_a_busy_peer_is_waited_for_like_one_that_is_free() -> None:
+    """The run's owner witnesses one update of a head, so its round makes no second history; nor is it waited for longer
+    as a leader."""
+
     async def main() -> None:
         table = Table(3, newcomers=(0, 1, 2))
-        company = table.matchmakers[0].company
-        assert company.waits_until_s(table.ids[2], now_s(), busy=True) - now_s() == company.longest_s(busy=True)
+        company, other = table.matchmakers[0].company, table.ids[2]
+        assert company.waits_until_s(other, now_s(), busy=True) - now_s() == company.longest_s(busy=False)
+        assert company.patience_s(other, busy=True) == company.patience_s(other, busy=False)
+
+    run_simulated(main())
+
+
+def test_who_is_busy_is_waited_for_out_of_the_account_that_has_less_left() -> None:
+    """Whether rounds or waits have cost it: it would else cost the same twice. Who is free is waited for all the same,
+    for it may have been stopped in a round once."""
+
+    async def main() -> None:
+        table, life_s = Table(4), TIMEOUTS.record_life_s
+        company, member, leader = table.matchmakers[0].company, table.ids[2], table.ids[3]
+        company.rounds.charge(member, life_s, now_s())
+        assert company.waits_until_s(member, now_s(), busy=True) - now_s() == GATHER_S + CLOSING_MARGIN_S
+        assert company.waits_until_s(member, now_s(), busy=False) - now_s() == company.longest_s(busy=False)
+        assert company.patience_s(leader, busy=True) == company.patience_s(leader, busy=False) + life_s
+        company.waits.charge(leader, life_s, now_s())
+        assert company.patience_s(leader, busy=True) == company.patience_s(leader, busy=False)
 
     run_simulated(main())
 

@@ -102,6 +102,8 @@ def test_who_says_nothing_is_waited_for_no_longer_than_a_heartbeat(known: bool) 
         waited_s = meeting.timeouts.heartbeat_s if known else 0.0
         assert waited_s <= meeting.took_s[0] < waited_s + 1
         assert (BESIDE.peer_id in directory.proven) == (not known)
+        late_s = {BESIDE.peer_id: waited_s} if known else {}
+        assert meeting.settlements[0].rosters.late_s == late_s
         await meeting.all_streams_end(500.0)
 
     run_simulated(main())

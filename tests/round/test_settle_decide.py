@@ -18,6 +18,7 @@ from p2p_diloco.round.settle_decide import (
     collects_until_s,
     decide,
     objection_to,
+    promises_s,
     receipt_fits,
     without_refused,
 )
@@ -110,6 +111,21 @@ def test_a_leader_waits_for_all_and_then_for_most(
 ) -> None:
     waits = collects_until_s(now, began_s=100.0, timeouts=TIMEOUTS, all_came=all_came, most=most)
     assert waits == until_s
+
+
+@pytest.mark.parametrize(
+    ("left_s", "reduced_s", "credit_s", "has_s"),
+    [
+        (60.0, 0.0, 30.0, 40.0),
+        (60.0, 1.0, 30.0, 43.0),  # others may have reduced longer than I
+        (60.0, 0.0, 7.0, 17.0),
+        (60.0, 0.0, -20.0, 10.0),  # an honest one decides in that time
+        (40.0, 0.0, 30.0, 30.0),  # it is never all of the time that the round has left
+        (5000.0, 900.0, 0.0, 2710.0),
+    ],
+)
+def test_how_long_a_leader_may_only_promise(left_s: float, reduced_s: float, credit_s: float, has_s: float) -> None:
+    assert promises_s(left_s, reduced_s=reduced_s, credit_s=credit_s, timeouts=TIMEOUTS) == has_s
 
 
 # -- what is answered -----------------------------------------------------------------------------------------------

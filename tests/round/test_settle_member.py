@@ -9,7 +9,6 @@ import pytest
 
 from p2p_diloco.core.errors import RemoteError
 from p2p_diloco.core.waiting import now_s
-from p2p_diloco.round.settle_member import LEADERS_SHARE
 from p2p_diloco.wire.channel import Channel
 from p2p_diloco.wire.message import Message
 from p2p_diloco.wire.messages import No, Size
@@ -90,11 +89,15 @@ def test_a_leader_that_does_not_settle(losses: Losses, settle: Settle, why: str,
     run_simulated(main())
 
 
-def test_a_leader_that_promises_for_ever() -> None:
-    """It has most of the time that the round has left; then the next in rank leads."""
+@pytest.mark.parametrize("credit_s", [None, 7.0, -5.0])
+def test_a_leader_that_promises_for_ever(credit_s: float | None) -> None:
+    """It has the time in which an honest one collects, and its credit; then the next in rank leads."""
 
     async def main() -> None:
         meeting = Round(3, by_hand=(0,))
+        for i in (1, 2):
+            if credit_s is not None:
+                meeting.settlements[i].meeting.credits_s = {meeting.ids[0]: credit_s}
 
         async def promises_for_ever(channel: Channel, receipt: Receipt) -> None:
             while True:
@@ -104,7 +107,8 @@ def test_a_leader_that_promises_for_ever() -> None:
         began_s = now_s()
         await meeting.run(lead_by_hand(meeting, promises_for_ever))
         assert list(meeting.update().parts) == meeting.means(range(3))
-        assert now_s() - began_s == pytest.approx(TIMEOUTS.round_s * LEADERS_SHARE, abs=1)
+        has_s = TIMEOUTS.record_life_s if credit_s is None else max(credit_s, 0.0)
+        assert now_s() - began_s == pytest.approx(TIMEOUTS.settle_s + has_s, abs=1)
         meeting.check_blamed(0)
 
     run_simulated(main())

@@ -10,5 +10,4 @@ from __future__ import annotations
 KNOWN_WANTING: dict[str, tuple[int, str]] = {
     "idle members": (2, "pace"),
     "decides nothing": (0, "pace"),
-    "always busy": (0, "pace"),
 }

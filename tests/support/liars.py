@@ -35,6 +35,7 @@ REDUCERS: dict[str, Callable[[Liar], None]] = {
     "flipped bits": lies_in_rounds.flips_a_bit,
     "masks others away": lies_in_rounds.masks_away,
     "two means": lies_in_rounds.reduces_differently,
+    "tells no other": lies_in_rounds.tells_no_other,
 }
 LEADERS: dict[str, Callable[[Liar], None]] = {
     "decides nothing": lies_in_rounds.decides_nothing,
