@@ -179,9 +179,8 @@ def test_nothing_is_told_to_the_seeds_any_more_when_a_peer_has_ended(tmp_path: P
         swarm = Swarm(tmp_path)
         await swarm.start()
         sim = swarm.honest[0]
-        assert sim.peer.outer_steps is not None
-        telling = sim.peer.outer_steps.attempts._telling = asyncio.create_task(asyncio.sleep(500))
-        await sim.peer.outer_steps.close()
+        telling = sim.peer.attempts._telling = asyncio.create_task(asyncio.sleep(500))
+        await sim.peer.attempts.close()
         assert telling.done()
 
     run_simulated(main())
