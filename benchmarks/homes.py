@@ -15,7 +15,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -108,7 +108,7 @@ def play(situation: Situation, seed: Path, limit_s: float, *, spec: RunSpec = RU
     until_s = time.monotonic() + limit_s - END_S
     with Internet() as internet:
         homes = situation.lay(internet)
-        with Stage(TRAINERS, spec=spec, patience=1.0, places=Places(homes), seed=seed) as stage:
+        with Stage(TRAINERS, spec=spec, patience=1.0, places=nullcontext(Places(homes)), seed=seed) as stage:
             happened_s = watch(stage, situation, homes, updates, until_s)
             ended_s = time.monotonic()
             connections = {name: connections_of(homes[name]) for name in stage.logs}

@@ -18,7 +18,6 @@ import signal
 import sys
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from statistics import median
 
@@ -191,7 +190,7 @@ def run_cases(cases: Sequence[Case]) -> Iterator[Outcome | Failure]:
     """In one swarm; after a case that failed, in another one. RuntimeError if a swarm does not even start."""
     cables, left = namespaces.why_not() is None, deque(enumerate(cases))
     while left:
-        with cabled(cables) as network, Stage(TRAINERS, places=network) as stage:
+        with Stage(TRAINERS, places=Network() if cables else None) as stage:
             while left:
                 number, case = left.popleft()
                 try:
@@ -202,11 +201,6 @@ def run_cases(cases: Sequence[Case]) -> Iterator[Outcome | Failure]:
                 except RuntimeError as error:
                     yield Failure(case, str(error))
                     break
-
-
-def cabled(cables: bool) -> AbstractContextManager[Network | None]:
-    """A network whose peers' cables can be pulled, where this process can make one."""
-    return Network() if cables else nullcontext()
 
 
 def table_of(results: Iterable[Outcome | Failure]) -> Table:

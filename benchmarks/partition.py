@@ -88,7 +88,7 @@ def last_common(logs: Mapping[str, Log], island: Collection[str]) -> int:
 
 
 def main() -> Table:
-    with Network() as network, Stage(TRAINERS, places=network) as stage:
+    with Stage(TRAINERS, places=Network()) as stage:
         healed = part_and_heal(stage)
     return Table(
         title=f"A swarm of {TRAINERS} in two halves; one head {healed.seconds:.1f} s after they were connected again",

@@ -13,7 +13,7 @@ import signal
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from typing import TypeVar
 
@@ -68,11 +68,11 @@ class Stage:
         *,
         spec: RunSpec = SPEC,
         patience: float = PATIENCE,
-        places: Places | None = None,
+        places: AbstractContextManager[Places] | None = None,
         seed: Path | None = None,
     ) -> None:
-        """``places``: where each peer runs; None for loopback. ``seed``: the folder of one that has made this run
-        already, of which ours gets a copy."""
+        """``places``: where each peer runs, which is left when all have ended; None for loopback. ``seed``: the folder
+        of one that has made this run already, of which ours gets a copy."""
         self.spec, self._count, self._patience, self._places, self._seed = spec, trainers, patience, places, seed
         self._stack = ExitStack()
         self._faults: Injector | None = None
@@ -88,8 +88,9 @@ class Stage:
             shutil.copytree(self._seed, self.folder / SEED)
         self._stack.enter_context(environment("TMPDIR", str(self.temporary)))
         try:
+            places = None if self._places is None else self._stack.enter_context(self._places)
             children = Children(
-                run_file, self.spec, self.folder, trainer=ASLEEP, patience=self._patience, places=self._places
+                run_file, self.spec, self.folder, trainer=ASLEEP, patience=self._patience, places=places
             )
             self.children = self._stack.enter_context(children)
             children.start_seed()

@@ -10,14 +10,14 @@ from collections.abc import Iterator
 import pytest
 
 from benchmarks.churn import SETTLING_S, SPARE_DESCRIPTORS, SPARE_MB, churn, figures
-from benchmarks.matrix import TRAINERS, Case, cabled, run_case
+from benchmarks.matrix import TRAINERS, Case, run_case
 from benchmarks.onslaught import kill_all
 from benchmarks.partition import APART, part_and_heal
 from benchmarks.processes import Usage, usage_of
 from benchmarks.stage import SPEC, Stage
 from p2p_diloco.core.event import PeerStarted
 from p2p_diloco.core.runfile import InnerSpec
-from p2p_diloco.lab.namespaces import why_not
+from p2p_diloco.lab.namespaces import Network, why_not
 from tests.swarm.places import START_S, Place, wait_until
 
 FAULTS = """
@@ -91,7 +91,7 @@ def swarm_with_faults(place: Place) -> None:
 def stage() -> Iterator[Stage]:
     """When it is left, every process and temporary file of it must be gone."""
     spec = SPEC.model_copy(update={"inner": InnerSpec(steps=30)})
-    with cabled(CABLES is None) as network, Stage(TRAINERS, spec=spec, places=network) as stage:
+    with Stage(TRAINERS, spec=spec, places=Network() if CABLES is None else None) as stage:
         yield stage
 
 
