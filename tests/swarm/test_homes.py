@@ -50,4 +50,5 @@ def test_homes_that_let_nobody_in_contribute_beside_a_public_trainer() -> None:
     assert figures.updates >= 2
     assert min(figures.shares.values()) > 0.0
     assert None not in figures.joined_s.values()
-    assert list(figures.paths.values()) == ["direct", "client", "client", "client"]
+    ways = [path.split()[0] for path in figures.paths.values()]  # to how many, in one moment, tells nothing
+    assert ways == ["direct", "client", "client", "client"]
