@@ -10,8 +10,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from benchmarks.internet import BOTH, IPV4, IPV6, Families, Internet, Line, Node, Router, Translation
-from p2p_diloco.lab.children import LISTEN, SEED, names_of
-from p2p_diloco.lab.namespaces import PORT
+from p2p_diloco.lab.children import SEED, names_of
+from p2p_diloco.lab.namespaces import LISTEN, PORT
 
 TRAINERS = 4
 PEERS = tuple(names_of(TRAINERS)[1:])

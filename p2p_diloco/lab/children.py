@@ -24,7 +24,7 @@ from p2p_diloco.core.paths import beside
 from p2p_diloco.core.runfile import DataSpec, RunSpec
 from p2p_diloco.lab.child import Child, send_signal
 from p2p_diloco.lab.faults import Act, Action
-from p2p_diloco.lab.namespaces import Network
+from p2p_diloco.lab.namespaces import LISTEN, Network
 from p2p_diloco.ledger.folder import run_folder
 from p2p_diloco.ledger.seats import OwnedRun, write_own
 
@@ -36,7 +36,6 @@ INVITED_DAYS = 3650
 LEAVE_S = 10.0
 """For all together; after that they are killed."""
 TRAINER = ("-m", "p2p_diloco", "peer")
-LISTEN = "--host-maddrs"
 LOOPBACK = "/ip4/127.0.0.1/tcp/0"
 SIGNALS: dict[Action, signal.Signals] = {
     "kill": signal.SIGKILL, "stop": signal.SIGSTOP, "resume": signal.SIGCONT
@@ -56,7 +55,7 @@ def text_on_disk(data: DataSpec, base: Path) -> Path | None:
 
 
 class Place(Protocol):
-    """Where the processes of one peer run."""
+    """Says where the processes of one peer run."""
 
     @property
     def enter(self) -> Sequence[str]:
@@ -68,7 +67,7 @@ class Place(Protocol):
 
 
 class Places(Protocol):
-    """Where the peers of a swarm run."""
+    """Say where the peers of a swarm run."""
 
     def add(self, name: str) -> Place:
         """Returns the place of the peer of this name. It is asked for once."""

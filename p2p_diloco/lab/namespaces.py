@@ -21,6 +21,8 @@ from p2p_diloco.core.interpreter import python_command
 SUBNET = "10.83.0"
 """Seen by nobody outside these namespaces."""
 PORT = 4001
+LISTEN = "--host-maddrs"
+"""The option that says where a peer listens."""
 COMMAND_S = 10.0
 MOST = 250
 """Of peers: the subnet's addresses."""
@@ -44,7 +46,7 @@ class Namespace:
     @property
     def options(self) -> tuple[str, ...]:
         """Returns the options of a peer in it, which finds nobody there who could relay."""
-        return "--host-maddrs", f"/ip4/{self.address}/tcp/{PORT}", "--no-use-relay"
+        return LISTEN, f"/ip4/{self.address}/tcp/{PORT}", "--no-use-relay"
 
 
 class Network:

@@ -15,9 +15,6 @@ from dataclasses import dataclass
 from p2p_diloco.core.errors import Misbehaved, Refused
 from p2p_diloco.peer.attempts import Attempts
 from p2p_diloco.peer.follower import Follower
-from p2p_diloco.peer.presence import Presence
-from p2p_diloco.round.gathering import Gatherings
-from p2p_diloco.round.here import Here
 
 log = logging.getLogger(__name__)
 
@@ -26,35 +23,33 @@ log = logging.getLogger(__name__)
 class Helping:
     """Takes part in the rounds that the owner's seed has formed."""
 
-    here: Here
     attempts: Attempts
     follower: Follower
-    presence: Presence
-    gatherings: Gatherings
 
     async def run(self) -> None:
         """Takes part in one round after the other, until it is cancelled."""
+        gatherings = self.attempts.matchmaker.gatherings
         while True:
-            forms = self.gatherings.forms.event
+            forms = gatherings.forms.event
             await self._help()
             await forms.wait()
 
     async def _help(self) -> None:
         """Takes part in the round that was formed last, if there is one and I still stand where it begins."""
-        roster, self.gatherings.formed = self.gatherings.formed, None
+        here, presence, matchmaker = self.attempts.here, self.attempts.presence, self.attempts.matchmaker
+        roster, matchmaker.gatherings.formed = matchmaker.gatherings.formed, None
         if roster is None:
             return
         async with self.follower.moving:  # the state moves by this round alone, as long as it lasts
-            seat = self.here.seat
             try:
-                group = self.attempts.matchmaker.company.group_of(self.here.peer_id, roster)
+                group = matchmaker.company.group_of(here.peer_id, roster)
             except (Misbehaved, Refused) as error:  # somebody was barred meanwhile, or I have moved on
                 log.info("a round that was formed here is not held: %s", error.reason)
                 return
-            if group.head != seat.standing.head:
+            if group.head != here.seat.standing.head:
                 log.info("outer step %d: formed too late to help", group.step)
                 return
             result = await self.attempts.hold(group)
-            self.presence.enter("inner")
+            presence.enter("inner")
             if result.committed:
-                self.presence.publish_now.ring()
+                presence.publish_now.ring()

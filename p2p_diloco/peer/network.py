@@ -136,7 +136,6 @@ class NetworkProcess:
             signed_manifest=signed,
             local=None if seed else local,
             events=events,
-            client_mode=not node.dialable,
             name=config.name,
             max_upload_bytes_per_s=config.max_upload_bytes_per_s,
             metrics=metrics,

@@ -101,7 +101,6 @@ class Peer:
         signed_manifest: bytes,
         local: Vector | None,
         events: EventLog,
-        client_mode: bool = False,
         name: str = "",
         max_upload_bytes_per_s: float | None = None,
         metrics: Endpoint | None = None,
@@ -115,7 +114,10 @@ class Peer:
         self.events = events
         self.role: Role = "seed" if local is None else "trainer"
         self.seat = Seat(
-            standing=NOWHERE, history=replica.history, role_trainer=local is not None, client_mode=client_mode
+            standing=NOWHERE,
+            history=replica.history,
+            role_trainer=local is not None,
+            client_mode=not transport.dialable,
         )
         self.here = here = here_of(transport, identity, self.manifest, self.seat, sealed_seat=seat, wall_s=wall_s)
         self.directory = here.directory
@@ -149,7 +151,8 @@ class Peer:
         self.reception = self._reception(signed_manifest, witness)
         self.attempts = self._attempts(witness)
         self.outer_steps = None if local is None else self._outer_steps(local)
-        self.helping = self._helping() if local is None and identity.peer_id == self.manifest.owner else None
+        helps = local is None and identity.peer_id == self.manifest.owner
+        self.helping = Helping(attempts=self.attempts, follower=self.follower) if helps else None
 
     def _uploads(self, max_bytes_per_s: float | None) -> Uploads:
         return Uploads(
@@ -188,15 +191,6 @@ class Peer:
             reception=self.reception,
             events=self.events,
             phase=Phase(inner_steps=self.manifest.spec.inner.steps),
-        )
-
-    def _helping(self) -> Helping:
-        return Helping(
-            here=self.here,
-            attempts=self.attempts,
-            follower=self.follower,
-            presence=self.presence,
-            gatherings=self.matchmaker.gatherings,
         )
 
     def _outer_steps(self, local: Vector) -> OuterSteps:

@@ -62,8 +62,6 @@ class Witness:
     here: Here
     replica: Replica
     events: EventLog
-    refused: str = field(default="", init=False)
-    """Why the last update that was to be witnessed was not; empty where it was."""
     _signed: LastSigned | None = field(default=None, init=False)
     _asked: tuple[bytes, float] = field(default=(b"", 0.0), init=False)
     """The head for which a witness was asked last, and the loop time at which it was for the first time."""
@@ -78,27 +76,23 @@ class Witness:
             first = open_readiness(next(iter(certificate.roster.members), b""))
             await self._catch_up(channel, first.step, first.head)
             if self.here.seat.standing.head != first.head:
-                await self._refuse(channel, first.step, "the run's owner stands on another head")
+                await channel.send(self._refuse(first.step, "the run's owner stands on another head"))
                 return
             group = open_roster(certificate.roster, self.replica.rules, self.here.seat.known)
             check_most(certificate, group, message.link, self.replica.rules.owner)
         except ValueError as error:
             raise Misbehaved(channel.peer_id, f"asks to witness {error}") from error
-        signature = self.sign(group, certificate.taken(message.link))
-        await channel.send(No(reason=self.refused) if signature is None else Witnessed(signature=signature))
+        await channel.send(self.sign(group, certificate.taken(message.link)))
 
-    def sign(self, group: Group, taken: Taken) -> bytes | None:
-        """Returns the owner's signature over what most of a group have taken; None where it is not witnessed
-        (``refused``)."""
-        self.refused = self._refusal(group, taken.link)
-        if self.refused:
-            self._note_refused(group.step, self.refused)
-            return None
+    def sign(self, group: Group, taken: Taken) -> Witnessed | No:
+        """Returns the owner's signature over what most of a group have taken, or why it is not witnessed."""
+        if refusal := self._refusal(group, taken.link):
+            return self._refuse(group.step, refusal)
         until_s = now_s() + self.here.timeouts.record_life_s
         self._signed = LastSigned(head=group.head, link=taken.link, until_s=until_s)
         log.info("outer step %d: witnessed", group.step)
         self.events.write(WitnessAsked(step=group.step, signed=True, reason=""))
-        return taken.sign(self.here.identity)
+        return Witnessed(signature=taken.sign(self.here.identity))
 
     async def _catch_up(self, channel: Channel, step: int, head: bytes) -> None:
         """Waits until I stand on a head of outer step ``step``, for ``Timeouts.request_s`` at most: who is known there
@@ -147,10 +141,7 @@ class Witness:
         inside = there.intersection(member.peer_id for member in group.members)
         return len(inside) < LEAST_SHARE * len(there)
 
-    async def _refuse(self, channel: Channel, step: int, reason: str) -> None:
-        self._note_refused(step, reason)
-        await channel.send(No(reason=reason))
-
-    def _note_refused(self, step: int, reason: str) -> None:
+    def _refuse(self, step: int, reason: str) -> No:
         log.warning("outer step %d: not witnessed: %s", step, reason)
         self.events.write(WitnessAsked(step=step, signed=False, reason=reason))
+        return No(reason=reason)

@@ -81,15 +81,15 @@ class Company:
         client mode. Those that I do not trust come last, but the ``vouched`` ones, which others name as their leader.
         Where there is nobody, the seed that helps leads; where it is to help always, it leads first."""
         expected = self.here.directory.expected(self.here.wall_s())
-        seat, helper = self.here.seat, self.helper(head)
+        seat = self.here.seat
         cannot_lead = seat.client_mode or not seat.role_trainer
         order = leader_order(expected, head, self.here.claim, cannot_lead, seat.known, self.rules.least_known)
         fit = [peer_id for peer_id in order if self.is_fit(head, peer_id)]
         first = {peer_id for peer_id in fit if peer_id == self.me or peer_id in vouched or self.is_trusted(peer_id)}
         fit = sorted(fit, key=lambda peer_id: peer_id not in first)
-        if self.rules.seeds_reduce == "always" or not fit:
-            return [*helper, *fit]
-        return fit
+        if fit and self.rules.seeds_reduce != "always":
+            return fit
+        return [*self.helper(head), *fit]
 
     def helper(self, head: bytes) -> list[str]:
         """Returns the seed of the run's owner, if it is on ``head``, can be dialled and may help; else nobody."""

@@ -51,8 +51,8 @@ class Kept:
         if self._closed:
             return False
         self._held[number, part] = came
-        held = [one for came in list(self._held.values()) for one in came.values()]
-        return sum(len(one.data) for one in held) > MAX_HELD_BYTES
+        held = list(self._held.values())  # a copy: ``spill`` may be taking from it in its thread
+        return sum(len(one.data) for came in held for one in came.values()) > MAX_HELD_BYTES
 
     def spill(self) -> None:
         """Writes what is in memory to the file."""

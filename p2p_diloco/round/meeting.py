@@ -27,6 +27,8 @@ from p2p_diloco.core.waiting import Bell
 from p2p_diloco.round.kept import Kept
 from p2p_diloco.round.signatures import Signatures
 from p2p_diloco.wire.channel import Channel, Meter, Transport
+from p2p_diloco.wire.messages import No
+from p2p_diloco.wire.round_messages import Witnessed
 
 log = logging.getLogger(__name__)
 
@@ -37,8 +39,8 @@ LAPSED_SHARE = 0.25
 class OwnWitness(Protocol):
     """Witnesses updates at the run's owner itself, where its seed helps."""
 
-    def sign(self, group: Group, taken: Taken) -> bytes | None:
-        """Returns the owner's signature over what a group has taken; None where it does not witness it."""
+    def sign(self, group: Group, taken: Taken) -> Witnessed | No:
+        """Returns the owner's signature over what a group has taken, or why it does not witness it."""
         ...
 
 

@@ -73,7 +73,7 @@ class Ballot:
             return certificate
         if group.helper == meeting.identity.peer_id:
             mine = None if meeting.own_witness is None else meeting.own_witness.sign(group, self.taken)
-            return None if mine is None else replace(certificate, witness=mine)
+            return replace(certificate, witness=mine.signature) if isinstance(mine, Witnessed) else None
         try:
             witness = await self._ask_witness(certificate)
         except RemoteError as error:

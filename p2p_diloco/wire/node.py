@@ -81,6 +81,7 @@ class Node:
         self._host_maddrs = tuple(maddr.strip() for maddr in config.host_maddrs)
         self._announced = [without_peer(parse_maddr(maddr)) for maddr in config.announce_maddrs]
         self._initial_peers = peers_of(config.initial_peers, self.peer_id)
+        self._initial_maddrs = [maddr for maddrs in self._initial_peers.values() for maddr in maddrs]
         self._validator = kademlia.RecordValidator()
         self._validator.allow(RUNS_KEY)
         self._streams = Streams(timeouts, self.traffic, self.favoured)
@@ -181,8 +182,7 @@ class Node:
     @property
     def dialable(self) -> bool:
         """Returns whether others can dial us: unless in client mode, as far as the last known addresses tell."""
-        others = [maddr for maddrs in self._initial_peers.values() for maddr in maddrs]
-        return not self._config.client_mode and can_be_dialled(self._maddrs, others)
+        return not self._config.client_mode and can_be_dialled(self._maddrs, self._initial_maddrs)
 
     async def links(self) -> Links:
         """Returns how we are connected now, as far as p2pd tells."""
@@ -268,7 +268,7 @@ class Node:
             self._socket_folder,
             host_maddrs=self._host_maddrs,
             announced=self._announced,
-            relays=[maddr for maddrs in self._initial_peers.values() for maddr in maddrs],
+            relays=self._initial_maddrs,
             traffic=self.traffic,
         )
         try:

@@ -157,7 +157,6 @@ class SimPeer:
             signed_manifest=manifest.signed(owner),
             local=None if target is None else np.empty(n, np.float32),
             events=EventLog(folder / str(index)),
-            client_mode=client_mode,
             wall_s=lambda: asyncio.get_running_loop().time() + clock_s,
             seat=seat,
         )

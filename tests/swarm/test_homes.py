@@ -12,7 +12,8 @@ from benchmarks.homes import Places, play, run_made
 from benchmarks.internet import Internet, why_no_internet
 from benchmarks.situations import PEERS, SITUATIONS, Situation, clients
 from p2p_diloco.core.runfile import InnerSpec
-from p2p_diloco.lab.children import LISTEN, SEED
+from p2p_diloco.lab.children import SEED
+from p2p_diloco.lab.namespaces import LISTEN
 
 WHY_NOT = why_no_internet()
 pytestmark = pytest.mark.skipif(WHY_NOT is not None, reason=f"no internet: {WHY_NOT}")
