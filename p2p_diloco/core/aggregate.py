@@ -140,9 +140,10 @@ def shares_of(
 
 def weighted_sum(contributions: Mapping[int, Vector], shares: Mapping[int, np.float32], n: int) -> Vector:
     """Returns float32 [n]: the sum of share times contribution, in the order of ``shares``."""
-    total = np.zeros(n, np.float32)
+    total, term = np.zeros(n, np.float32), np.empty(n, np.float32)
     for i, share in shares.items():
-        np.add(total, np.multiply(contributions[i], share), out=total)
+        np.multiply(contributions[i], share, out=term)
+        np.add(total, term, out=total)
     return total
 
 

@@ -7,10 +7,12 @@ the first in the low nibble, as value + 8.
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import numpy.typing as npt
 
-from p2p_diloco.core.codec import LARGEST_VALUE, Vector, check_length, clamped
+from p2p_diloco.core.codec import LARGEST_VALUE, NOT_FINITE, Vector, check_length
 
 Integers = npt.NDArray[np.int8]
 
@@ -26,7 +28,7 @@ class Int8:
 
     def encode(self, values: Vector) -> bytes:
         scales, integers = quantized(values, self.block, self.largest)
-        return scales.astype("<f4").tobytes() + integers.tobytes()
+        return b"".join((scales.astype("<f4").data, integers.data))
 
     def decode(self, data: bytes | memoryview, n: int) -> Vector:
         check_length(data, n, self.encoded_bytes(n))
@@ -65,17 +67,23 @@ def scales_bytes(n: int, block: int) -> int:
 
 
 def quantized(values: Vector, block: int, largest: int) -> tuple[Vector, Integers]:
-    """Returns the scale of each block, float32 [blocks], and the integers, int8 [n], of at most ``largest``."""
-    within = clamped(values, LARGEST_VALUE)
-    n = len(within)
-    blocks = within if n % block == 0 else np.pad(within, (0, -n % block))
-    blocks = blocks.reshape(-1, block)
-    magnitudes: Vector = np.maximum(blocks.max(axis=1), -blocks.min(axis=1))  # [blocks]
+    """Returns the scale of each block, float32 [blocks], and the integers, int8 [n], of at most ``largest``. Raises
+    ValueError when a value is not finite. Few passes over the values: four members on two processors share these."""
+    n = len(values)
+    blocks = (values if n % block == 0 else np.pad(values, (0, -n % block))).reshape(-1, block)
+    magnitudes: Vector = np.maximum(blocks.max(axis=1), -blocks.min(axis=1))  # [blocks], NaN where a value is
+    largest_of_all = float(magnitudes.max(initial=0))
+    if not math.isfinite(largest_of_all):
+        raise ValueError(NOT_FINITE)
+    if largest_of_all > LARGEST_VALUE:
+        blocks = np.clip(blocks, -LARGEST_VALUE, LARGEST_VALUE)
+        magnitudes = np.minimum(magnitudes, np.float32(LARGEST_VALUE))
     scales: Vector = magnitudes / np.float32(largest)
     # A block of zeros, or so small that its scale is denormal, becomes zeros.
     scales[scales < np.finfo(np.float32).tiny] = 0
     inverse = np.divide(1, scales, out=np.zeros_like(scales), where=scales > 0)
-    return scales, np.rint(blocks * inverse[:, None]).astype(np.int8).reshape(-1)[:n]
+    steps = blocks * inverse[:, None]
+    return scales, np.rint(steps, out=steps).astype(np.int8).reshape(-1)[:n]
 
 
 def scales_of(data: bytes | memoryview, n: int, block: int, largest: int) -> Vector:

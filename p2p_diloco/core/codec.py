@@ -24,6 +24,7 @@ Vector = npt.NDArray[np.float32]
 
 LARGEST_VALUE = 1e30
 """Codecs that could hold more clamp to this magnitude when they encode, and refuse more when they decode."""
+NOT_FINITE = "only finite values can be encoded"
 
 
 class Codec(Protocol):
@@ -48,7 +49,7 @@ def clamped(values: Vector, limit: float) -> Vector:
     # One pass each for the largest and the smallest value: both are NaN where a value is.
     largest = max(abs(float(values.max(initial=0))), abs(float(values.min(initial=0))))
     if not math.isfinite(largest):
-        raise ValueError("only finite values can be encoded")
+        raise ValueError(NOT_FINITE)
     return values if largest <= limit else np.clip(values, -limit, limit)
 
 

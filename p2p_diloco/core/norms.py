@@ -51,10 +51,9 @@ def _inner_product(x: Vector, y: Vector) -> float:
 def _lanes(x: npt.NDArray[np.floating], y: npt.NDArray[np.floating]) -> npt.NDArray[np.floating]:
     """Returns [LANES], of the type of ``x`` and ``y``."""
     sums = np.zeros(LANES, x.dtype)
-    products = np.empty_like(sums)
+    products = np.multiply(x, y)
     for start in range(0, len(x), LANES):
-        there = products[: len(x) - start]
-        np.multiply(x[start : start + LANES], y[start : start + LANES], out=there)
+        there = products[start : start + LANES]
         np.add(sums[: len(there)], there, out=sums[: len(there)])
     return sums
 
