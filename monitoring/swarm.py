@@ -166,11 +166,13 @@ def swarm_rounds() -> list[Panel]:
             Query(swarm("certificate_signatures"), "signed"),
         ),
         lines(
-            "Known members, and the owner's witness",
-            "Where fewer than two are known, the owner has to witness outer steps: trainers that wait for that.",
+            "Known members, and the owner's seed",
+            "Where fewer than two are known, the owner has to witness outer steps: trainers that wait for that. And "
+            "whether its seed averages.",
             PEERS,
             Query(swarm("known_members"), "known"),
             Query(swarm("peers_awaiting_witness"), "wait for the owner"),
+            Query(swarm("certificate_helped"), "the seed averages"),
         ),
         lines(
             "Rounds without a certificate",

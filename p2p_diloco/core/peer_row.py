@@ -47,6 +47,7 @@ class PeerRow:
     awaits_witness: bool = False
     barred: int = 0
     found_wrong: int = 0
+    helped: bool = False
 
     @classmethod
     def of(cls, record: Record) -> PeerRow:

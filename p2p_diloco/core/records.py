@@ -170,6 +170,8 @@ class Record(Signed):
     """Tells whether these are the same as another peer's; empty where there are none."""
     found_wrong: Natural = 0
     """How many peers it has found, or was shown, to have reduced wrongly, as far as that counts today."""
+    helped: bool = False
+    """Whether the owner's seed has led the round of the update that led here, and averaged in it."""
 
     @property
     def beyond_genesis(self) -> bool:

@@ -147,6 +147,9 @@ def certificate_metrics(overview: Overview) -> Iterator[Metric]:
     yield gauge("certificate_members", f"Members, most of which have to sign {where}", ({}, certifying))
     witnessed = None if certificate is None else certificate.witnessed
     yield gauge("certificate_witnessed", f"1 where the run's owner has signed {where}", ({}, witnessed))
+    helped = None if certificate is None else certificate.helped
+    text = "1 where the owner's seed has averaged the last outer step."
+    yield gauge("certificate_helped", text, ({}, helped))
     text = "Trainers on the swarm's head whose last round did not commit for want of the owner's witness."
     yield gauge("peers_awaiting_witness", text, ({}, overview.awaiting_witness))
 

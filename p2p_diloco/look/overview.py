@@ -54,6 +54,8 @@ class CertificateRow:
     """Members that certify: most of them have to sign."""
     witnessed: bool
     """The run's owner has signed it, too."""
+    helped: bool
+    """The owner's seed has led its round, and averaged."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,7 +144,12 @@ def most_common(values: Iterable[T]) -> T | None:
 
 def certificate_of(record: Record) -> CertificateRow:
     """Returns what a record says of the certificate of the update that led to its peer's head."""
-    return CertificateRow(signatures=record.signatures, certifying=record.certifying, witnessed=record.witnessed)
+    return CertificateRow(
+        signatures=record.signatures,
+        certifying=record.certifying,
+        witnessed=record.witnessed,
+        helped=record.helped,
+    )
 
 
 def seats_of(records: Iterable[Record]) -> list[SeatRow]:

@@ -161,6 +161,7 @@ def certified(overview: Overview) -> str:
     if certificate is not None:
         told.append(f"{certificate.signatures} of {certificate.certifying} signed it")
         told += ["witnessed by the owner"] if certificate.witnessed else []
+        told += ["averaged by the owner's seed"] if certificate.helped else []
     told += [f"{overview.known_members} known"] if overview.known_members else []
     told += ["waiting for the owner's seed, which has to witness the next one"] if overview.waits_for_owner else []
     told += [f"{overview.found_wrong} found to have averaged wrongly"] if overview.found_wrong else []

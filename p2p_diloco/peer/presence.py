@@ -292,6 +292,7 @@ class Presence:
             barred=len(self.here.directory.barred),
             barred_digest=self.here.directory.barred.digest(),
             found_wrong=self.company.findings.count("wrong", standing.step),
+            helped=made is not None and made.helper is not None,
         )
 
 

@@ -32,7 +32,7 @@ SWARM_METRICS = {
     *("loss_nats", "held_out_loss_nats", "held_out_step", "heads", "last_step_timestamp_seconds", "round_seconds"),
     *("known_members", "peers_awaiting_witness", "records_rejected_total"),
 }
-CERTIFICATE_METRICS = {"certificate_signatures", "certificate_members", "certificate_witnessed"}
+CERTIFICATE_METRICS = {f"certificate_{name}" for name in ("signatures", "members", "witnessed", "helped")}
 """There where somebody says that it was in the last round."""
 PEER_METRICS = {
     *("peer_info", "peer_outer_step", "peer_inner_step", "peer_inner_steps_planned", "peer_loss_nats", "peer_tokens"),
@@ -121,15 +121,15 @@ def test_a_peers_series_are_its_records_and_end_with_it() -> None:
 
 def test_certificate_and_witness_are_what_most_on_the_swarms_head_say() -> None:
     said: dict[str, Any] = {"signatures": 3, "certifying": 4, "known_members": 5, "known": True}
-    lies: dict[str, Any] = {"signatures": 9, "certifying": 9, "known_members": 900, "witnessed": True}
+    lies: dict[str, Any] = {"signatures": 9, "certifying": 9, "known_members": 900, "witnessed": True, "helped": True}
     records = [trainer(i, **said, awaits_witness=i == 1) for i in (1, 2, 3)]
     sight = sight_of(*records, trainer(4, **lies, awaits_witness=True))
     found, page = samples(sight), json.loads(sight.status.body)
-    figures = {"signatures": 3, "members": 4, "witnessed": 0}
+    figures = {"signatures": 3, "members": 4, "witnessed": 0, "helped": 0}
     assert {name: found[f"certificate_{name}"][labels()] for name in figures} == figures
     assert (found["known_members"][labels()], found["peers_awaiting_witness"][labels()]) == (5, 2)
     assert found["peer_known"] == {labels(peer=identity(i).peer_id): float(i < 4) for i in (1, 2, 3, 4)}
-    assert page["certificate"] == {"signatures": 3, "certifying": 4, "witnessed": False}
+    assert page["certificate"] == {"signatures": 3, "certifying": 4, "witnessed": False, "helped": False}
     assert (page["known_members"], page["waits_for_owner"]) == (5, False)
     assert {row["known"] for row in page["rows"]} == {True, False}
     waiting = json.loads(sight_of(*(trainer(i, awaits_witness=i < 3) for i in (1, 2, 3))).status.body)

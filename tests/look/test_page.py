@@ -136,9 +136,14 @@ def test_the_certificate_is_told_and_what_the_next_one_waits_for(page: chromium.
         told = "document.getElementById('certificate').textContent"
         assert page.value(told) == ""
         said = {"signatures": 3, "certifying": 4, "known_members": 3}
-        dht.peers = {i: peer | said | {"witnessed": True, "known": i != 2} for i, peer in peers_at(1).items()}
+        dht.peers = {
+            i: peer | said | {"witnessed": True, "helped": True, "known": i != 2} for i, peer in peers_at(1).items()
+        }
         page.wait_for(f"{told}.startsWith('3 of 4 signed')")
-        assert page.value(told) == "3 of 4 signed the last outer step; witnessed by the owner; 3 members are known"
+        assert page.value(told) == (
+            "3 of 4 signed the last outer step; witnessed by the owner; averaged by the owner's seed; "
+            "3 members are known"
+        )
         about = page.value(f"{ROWS}.map((row) => row.querySelector('small').textContent.split(' · ')[1])")
         assert sorted(about) == ["known", "known", "known", "newcomer"]
         assert page.value("document.getElementById('health-text').textContent") == "live"

@@ -111,7 +111,7 @@ def test_json_is_written_in_this_order() -> None:
         '"inner_steps_planned": 0, "loss": null, "held_out_loss": 2.5, "held_out_step": 4, "tokens": 0, '
         '"tokens_per_s": 0.0, "group_size": 0, "round_s": 0.0, "round_bytes": 0, "metrics_addr": "", '
         '"invitation": "", "known": false, "known_members": 0, "signatures": 0, "certifying": 0, "witnessed": false, '
-        '"awaits_witness": false, "barred": 0, "found_wrong": 0, "on_swarm_head": true}'
+        '"awaits_witness": false, "barred": 0, "found_wrong": 0, "helped": false, "on_swarm_head": true}'
     )
     assert written == (
         f'{{"run_id": "{MANIFEST.run_id}", "name": "tiny", "step": 4, "steps": 100, "head": "{HEADS[4].hex()}", '
@@ -120,14 +120,14 @@ def test_json_is_written_in_this_order() -> None:
 
 
 def test_the_certificate_of_the_last_outer_step_is_told_and_what_the_next_one_waits_for() -> None:
-    certificate = {"signatures": 3, "certifying": 4, "known_members": 5}
+    certificate = {"signatures": 3, "certifying": 4, "known_members": 5, "helped": True}
     told = look(*(sealed(i, 4, **certificate, witnessed=i < 3, awaits_witness=i > 0) for i in range(4)))
     assert certified(told.overview) == (
-        "3 of 4 signed it · witnessed by the owner · 5 known · waiting for the owner's seed, which has to witness the "
-        "next one"
+        "3 of 4 signed it · witnessed by the owner · averaged by the owner's seed · 5 known · "
+        "waiting for the owner's seed, which has to witness the next one"
     )
-    console = Console(file=io.StringIO(), width=120)
-    console.print(screen_of(told, 120))
+    console = Console(file=io.StringIO(), width=160)
+    console.print(screen_of(told, 160))
     assert isinstance(console.file, io.StringIO)
     assert certified(told.overview) in console.file.getvalue()
     assert certified(look(sealed(0, 4), sealed(1, 4)).overview) == ""

@@ -63,7 +63,7 @@ RECORD = (
     *("inner_steps_planned", "loss", "held_out_loss", "held_out_step", "tokens", "tokens_per_s", "group_size"),
     *("round_s", "round_bytes", "metrics_addr", "seat", "revocations"),
     *("known", "known_members", "signatures", "certifying", "witnessed", "awaits_witness"),
-    *("anchored_step", "anchor", "barred", "barred_digest", "found_wrong"),
+    *("anchored_step", "anchor", "barred", "barred_digest", "found_wrong", "helped"),
 )
 READINESS = (
     *("peer_id", "run_id", "leader", "step", "head", "weight", "client_mode", "dropped", "tokens_per_s", "nonce"),

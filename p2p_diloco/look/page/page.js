@@ -93,6 +93,7 @@ function renderCertificate({ certificate, known_members, waits_for_owner, found_
   if (certificate) {
     told.push(`${count(certificate.signatures)} of ${count(certificate.certifying)} signed the last outer step`);
     if (certificate.witnessed) told.push("witnessed by the owner");
+    if (certificate.helped) told.push("averaged by the owner's seed");
   }
   if (known_members) told.push(`${count(known_members)} ${known_members === 1 ? "member is" : "members are"} known`);
   if (waits_for_owner) told.push("waiting for the owner's seed, which has to witness the next one");
