@@ -39,8 +39,8 @@ With liars among the peers (``liars``) all of these judge honest peers alone, an
                     each of its parts came out of a butterfly to an honest member of its round
     bounded         no part of an update is more than LARGEST_OVER_HONEST times as large as the largest honest
                     contribution to it, or that part of the update before
-    astray          at most ASTRAY_STEPS updates go against honest peers: in some part, less than LEAST_SHARE of what
-                    they contributed on average is left
+    astray          at most ASTRAY_STEPS updates of rounds with a liar go against honest peers: in some part, less than
+                    LEAST_SHARE of what they contributed on average is left
     no-blame        no honest peer takes another honest peer for one that misbehaves
     pace            honest peers make at least LEAST_PACE of the outer steps that they make without the liars. More, and
                     that for inner phases of at least three times ``Timeouts.settle_s`` alone, is promised and judged by

@@ -105,6 +105,20 @@ def test_too_many_updates_go_astray() -> None:
         norms_of(seen, update_of(group("e"), seen, dict.fromkeys(range(3), HONEST) | {LIAR: -HONEST}))
 
 
+def test_what_honest_peers_alone_make_of_their_contributions_is_not_astray() -> None:
+    """Whatever their rule has left of it, as here a third."""
+    seen = witness()
+    for history in "abcde":
+        honest = group(history, who=MEMBERS[:3])
+        third = HONEST / np.float32(3)
+        update = update_of(honest, seen, dict.fromkeys(range(3), third))
+        for part, where in enumerate(GRID.slices):
+            for peer in range(3):
+                seen.contributes(honest, peer, part, HONEST[where])
+        norms_of(seen, update)
+    assert not seen.astray
+
+
 def test_an_honest_peer_is_blamed() -> None:
     seen = witness()
     seen.blames(0, MEMBERS[LIAR].peer_id, "lies")
