@@ -46,35 +46,56 @@ Invited = Annotated[
 
 
 def seed(
-    run_file: Path,
+    run_file: Path | None = None,
     /,
     *,
     initial_peers: Addresses = (),
+    run_id: str | None = None,
+    invite: Invited = None,
     node: NodeOptions = NODE,
     output: Output = OUTPUT,
 ) -> None:
     """Publish a run, keep it findable, and print the line with which others join.
 
+    Without a run file it mirrors a run that is there: it follows it, and gives its state to newcomers, as anybody with
+    a public machine can. It averages nothing, and has no vote.
+
     Parameters
     ----------
     run_file
-        RUN.toml: what to train, and how.
+        RUN.toml: what to train, and how. None for a mirror.
     initial_peers
-        Peers of an existing network to be part of.
+        Peers of an existing network to be part of; a mirror: of the run.
+    run_id
+        For a mirror: of this run and no other.
+    invite
+        For a mirror: file with an invitation of the run's owner, or - for standard input; once is enough.
     """
+    if run_file is not None and (run_id, invite) != (None, None):
+        raise UsageError("--run-id and --invite are for a mirror, which has no run file: the run file says which run")
+    if run_file is None and not initial_peers:
+        raise UsageError("name a run file, to publish a run, or --initial-peers, to mirror one that is there")
+    check_run_id(run_id)
+    run_id = pinned_run(run_id, invite)
     with nothing_left(node.folder, "seed"):
         with importing("seed"):
             from p2p_diloco.core.identity import Identity
             from p2p_diloco.core.runfile import RunSpec
 
-            RunSpec.load(run_file)
-            config = peer_config(node, "seed", initial_peers)
+            if run_file is not None:
+                RunSpec.load(run_file)
+            config = peer_config(node, "seed", initial_peers, run_id=run_id)
             from p2p_diloco.core.config import Timeouts
             from p2p_diloco.learn.genesis import start_run
             from p2p_diloco.learn.swarm import Swarm
+            from p2p_diloco.ledger.seats import take_seat
 
-        owner = Identity.load(config.identity_path) or Identity.generate()
-        manifest_path = start_run(run_file, config.folder, owner, config.identity_path)
+        manifest_path = None
+        if run_file is not None:
+            owner = Identity.load(config.identity_path) or Identity.generate()
+            manifest_path = start_run(run_file, config.folder, owner, config.identity_path)
+        if invite is not None:
+            take_seat(config.folder, Identity.load_or_create(config.identity_path), invite)
     timeouts = Timeouts().scaled(node.patience)
     with stop_signals(), Swarm.join(config, timeouts=timeouts, role="seed", manifest_path=manifest_path) as swarm:
         log.info("serving run %s from %s", swarm.manifest.run_id, swarm.folder)
