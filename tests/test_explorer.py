@@ -144,7 +144,6 @@ FOUND_BY: dict[str, tuple[tuple[int, ...], str]] = {
     "certificate not checked": ((0, 1), "no-invention"),
     "known by claims": ((2, 5), "certified"),
     "anchor ignored": ((0,), "no-invention"),
-    "votes by one's own ledger": ((6,), "astray"),
 }
 """Broken protocol -> up to three of the first seeds whose schedules find it, and the invariant that is violated. Which
 seeds do shifts with every message that the protocol sends: one of them is enough."""

@@ -16,7 +16,6 @@ import numpy as np
 from p2p_diloco.core.certificate import Certificate, Certified, Taken, certificate_of
 from p2p_diloco.core.codec import Vector
 from p2p_diloco.core.directory import Directory
-from p2p_diloco.core.electors import History
 from p2p_diloco.core.group import Group
 from p2p_diloco.core.lineage import Lineage
 from p2p_diloco.core.records import Record
@@ -274,18 +273,6 @@ def anchor_ignored() -> Iterator[None]:
         yield
 
 
-@contextlib.contextmanager
-def votes_by_ones_own_ledger() -> Iterator[None]:
-    """Those have a vote who are known where a peer itself stands, and not where the branches part: whoever was led off
-    counts those that have led it."""
-
-    def here(records: Iterable[Record], mine: Standing, before: Mapping[bytes, bytes], history: History) -> int:
-        return mine.step
-
-    with mock.patch("p2p_diloco.core.electors.fork_step", here):
-        yield
-
-
 VARIANTS: dict[str, Callable[[], AbstractContextManager[None]]] = {
     "settle skipped": settle_skipped,
     "loudest head": loudest_head,
@@ -300,11 +287,6 @@ VARIANTS: dict[str, Callable[[], AbstractContextManager[None]]] = {
     "certificate not checked": certificate_not_checked,
     "known by claims": known_by_claims,
     "anchor ignored": anchor_ignored,
-    "votes by one's own ledger": votes_by_ones_own_ledger,
 }
-SEEN_WITH_LIARS = {
-    "certificate not checked": "extends alone",
-    "anchor ignored": "forked history",
-    "votes by one's own ledger": "forked history",
-}
+SEEN_WITH_LIARS = {"certificate not checked": "extends alone", "anchor ignored": "forked history"}
 """Broken protocol -> the lie that it is found by: nobody else would use it."""
