@@ -14,6 +14,7 @@ from typing import Annotated, Any, ClassVar, Literal, TypeVar
 import msgpack
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from p2p_diloco.core.addresses import MAX_MADDR_CHARS, MAX_MADDRS
 from p2p_diloco.core.digest import HASH_BYTES
 from p2p_diloco.core.identity import MAX_PEER_ID_CHARS, Identity, verify
 
@@ -119,7 +120,7 @@ class Record(Signed):
     snapshot_step: Natural
     """The newest snapshot that it serves, and that state's digest."""
     snapshot_digest: Hash
-    maddrs: Annotated[list[Annotated[str, Field(max_length=160)]], Field(max_length=3)]
+    maddrs: Annotated[list[Annotated[str, Field(max_length=MAX_MADDR_CHARS)]], Field(max_length=MAX_MADDRS)]
     """Where it can be dialled."""
     client_mode: bool
     name: Annotated[str, Field(max_length=32)] = ""

@@ -17,9 +17,9 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from p2p_diloco.core.addresses import parse_host_maddr
 from p2p_diloco.core.config import Timeouts
 from p2p_diloco.core.errors import DataError, LocalError, UsageError
+from p2p_diloco.core.listening import parse_host_maddr
 from p2p_diloco.core.manifest import RunManifest, open_manifest
 from p2p_diloco.core.records import Record, peers_key
 from p2p_diloco.core.waiting import deadline
