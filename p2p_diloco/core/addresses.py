@@ -148,7 +148,7 @@ def publicness(maddr: str) -> int:
         return 3
     if address is not None and not address.is_global:
         return 2
-    return 1 if "/p2p-circuit" in maddr else 0
+    return 1 if is_relayed(maddr) else 0
 
 
 def is_loopback(maddr: str) -> bool:
@@ -174,7 +174,7 @@ def can_be_dialled(own: Sequence[str], others: Sequence[str]) -> bool:
 def shares_network(maddr: str, own: Sequence[str]) -> bool:
     """Returns whether an address of IPv6 is of the network, a /64, of one of ``own``."""
     ip = address_of(maddr)
-    if not isinstance(ip, ipaddress.IPv6Address) or "/p2p-circuit" in maddr:
+    if not isinstance(ip, ipaddress.IPv6Address) or is_relayed(maddr):
         return False
     mine = (one for one in map(address_of, own) if isinstance(one, ipaddress.IPv6Address))
     return any(one.packed[:8] == ip.packed[:8] for one in mine)
@@ -241,9 +241,14 @@ def address_of(maddr: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | No
         return None
 
 
+def is_relayed(maddr: str) -> bool:
+    """Returns whether an address leads, or a connection comes, through a relay."""
+    return "/p2p-circuit" in maddr
+
+
 def direct_ip(maddr: str) -> str:
     """Returns the IP address that a connection comes from; "" where a relay is between."""
-    address = None if "/p2p-circuit" in maddr else address_of(maddr)
+    address = None if is_relayed(maddr) else address_of(maddr)
     return "" if address is None else str(address)
 
 
@@ -324,7 +329,7 @@ class Endpoint:
         its own ``maddrs`` that is neither a relay's nor loopback."""
         host = self.host
         if self.ip is not None and self.ip.is_unspecified:
-            direct = (maddr for maddr in maddrs if "/p2p-circuit" not in maddr and not is_loopback(maddr))
+            direct = (maddr for maddr in maddrs if not is_relayed(maddr) and not is_loopback(maddr))
             host = next((maddr.split("/")[2] for maddr in direct), "localhost")
         there = Endpoint(host=host, port=self.port)
         here_alone = host == "localhost" or "%" in host or (there.ip is not None and there.ip.is_loopback)

@@ -9,7 +9,7 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from p2p_diloco.core.addresses import without_peer
+from p2p_diloco.core.addresses import is_relayed, without_peer
 from p2p_diloco.core.admission import one_vote_each
 from p2p_diloco.core.config import Timeouts
 from p2p_diloco.core.manifest import RunManifest
@@ -61,7 +61,7 @@ def address_finding(trial: AddressTrial, *, others_answer: bool, records: Sequen
     shown = short_maddr(trial.maddr)
     if not trial.trouble:
         names = f" ({', '.join(trial.ips)})" if trial.ips else ""
-        way = "through a relay" if "/p2p-circuit" in trial.maddr else "directly"
+        way = "through a relay" if is_relayed(trial.maddr) else "directly"
         measured = f"{shown}{names} answers in {span(trial.connect_s)}, {way}, with the right peer id"
         return Finding(kind="ok", what="address", measured=measured)
     kind: Kind = "warning" if others_answer else "problem"

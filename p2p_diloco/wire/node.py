@@ -129,14 +129,14 @@ class Node:
             raise Gone(peer_id, "not the id of a peer")
         try:
             async with deadline(self.timeouts.connect_s):
-                reader, writer = await network.daemon.open_stream(peer_id, maddrs, protocol)
+                remote, reader, writer = await network.daemon.open_stream(peer_id, maddrs, protocol)
         except asyncio.TimeoutError:
             raise Silent(peer_id, f"cannot be reached within {self.timeouts.connect_s:g} s") from None
         except DialError as error:
             raise Gone(peer_id, f"cannot be reached: {error}") from error
         except (OSError, EOFError, ValueError) as error:
             raise Gone(peer_id, f"our own network side fails: {error}") from error
-        return self._streams.channel(peer_id, reader, writer)
+        return self._streams.channel(peer_id, reader, writer, remote=remote)
 
     async def publish(self, key: str, record: bytes, expires_s: float) -> bool:
         """Stores our record under ``key`` in the DHT. Returns False when nobody took it within ``dht_s``."""
