@@ -173,7 +173,7 @@ class Checkup:
         try:
             async with listening(request.host_maddrs, request.announce_maddrs, self.timeouts) as listener:
                 dialled, ports, reason = await dial_backs(node, listener, candidates, protocol)
-                own = request.announce_maddrs or await listener.transport.maddrs()
+                own = await listener.maddrs()
         except LocalError as error:
             self.checklist.add(error_finding("reachable", error))
             return
