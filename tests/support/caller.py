@@ -55,7 +55,7 @@ async def call(node: Node, peer_id: str, maddrs: list[str]) -> None:
 
 
 async def main(folder: Path, config: dict[str, Any]) -> None:
-    own = PeerConfig(folder=folder, **{key: tuple(value) for key, value in config.items()})
+    own = PeerConfig.model_validate({"folder": folder, **config})
     identity = Identity.load_or_create(own.identity_path)
     node = await Node.start(own, identity, Timeouts(), private_socket_folder(folder))
     await node.serve(PROTOCOL, on_call)
