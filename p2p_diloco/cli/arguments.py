@@ -42,7 +42,8 @@ def require(initial_peers: Sequence[str]) -> None:
 
 def check_listening(host_maddrs: Sequence[str], announce_maddrs: Sequence[str]) -> None:
     """Raises UsageError for addresses at which no machine could listen, or be dialled."""
-    from p2p_diloco.core.addresses import parse_host_maddr, parse_maddr
+    from p2p_diloco.core.addresses import parse_maddr
+    from p2p_diloco.core.listening import parse_host_maddr
 
     for maddr in announce_maddrs:
         parse_maddr(maddr)
@@ -68,8 +69,9 @@ def peer_config(
 ) -> PeerConfig:
     """Returns what the options of a peer come to. Raises UsageError for whatever can be seen to be wrong before
     anything is started."""
-    from p2p_diloco.core.addresses import METRICS_FLAG, Endpoint, check_host_maddrs, check_maddr
+    from p2p_diloco.core.addresses import METRICS_FLAG, Endpoint, check_maddr
     from p2p_diloco.core.config import MIN_UPLOAD_BYTES_PER_S, PeerConfig, check_name
+    from p2p_diloco.core.listening import check_host_maddrs
 
     for maddr in initial_peers:
         check_maddr(maddr)

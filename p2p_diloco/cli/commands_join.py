@@ -24,7 +24,8 @@ from p2p_diloco.cli.options import (
 from p2p_diloco.core.errors import UsageError
 from p2p_diloco.core.interruption import importing, stop_signals
 from p2p_diloco.core.invitation import Token
-from p2p_diloco.look.display import STDOUT, join_line, live_table
+from p2p_diloco.look.display import STDOUT, live_table
+from p2p_diloco.look.ways_in import join_line, join_note
 
 if TYPE_CHECKING:
     from p2p_diloco.learn.swarm import Swarm
@@ -212,7 +213,9 @@ def swarm(
 
 def print_join_line(swarm: Swarm) -> None:
     """Prints the line with which others join, before the table is shown: whole, however narrow the terminal, so that it
-    can be copied."""
-    line = join_line(swarm.maddrs)
+    can be copied. For whom it does not work is said in a comment of the shell's."""
+    line, note = join_line(swarm.maddrs), join_note(swarm.maddrs)
     if line:
         print(line, flush=True)
+    if note:
+        print(f"# {note}", flush=True)

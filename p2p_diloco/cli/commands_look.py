@@ -10,6 +10,7 @@ from p2p_diloco.cli.arguments import check_listening, check_run_id, own_folder, 
 from p2p_diloco.cli.options import OUTPUT, Addresses, AtLeastOne, Flag, JsonFlag, Output
 from p2p_diloco.core.errors import UsageError
 from p2p_diloco.core.interruption import importing, run_cancellable, undisturbed
+from p2p_diloco.core.listening import EVERYWHERE
 from p2p_diloco.look.display import STDOUT, plain
 from p2p_diloco.look.findings import Checklist, Report
 
@@ -96,7 +97,7 @@ def doctor(
     initial_peers: Addresses = (),
     run_id: str | None = None,
     client_mode: Flag = False,
-    host_maddrs: Addresses = ("/ip4/0.0.0.0/tcp/0",),
+    host_maddrs: Addresses = EVERYWHERE,
     announce_maddrs: Addresses = (),
     device: str = "auto",
     threads: AtLeastOne | None = None,

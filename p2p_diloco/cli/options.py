@@ -17,6 +17,7 @@ from cyclopts.config import Dict
 from cyclopts.validators import Number
 
 from p2p_diloco.core.errors import UsageError
+from p2p_diloco.core.listening import EVERYWHERE
 from p2p_diloco.core.paths import at_home
 from p2p_diloco.core.toml import read_toml
 
@@ -60,8 +61,8 @@ class NodeOptions:
 
     folder: Path | None = None
     """Identity, ledger and event log of this peer; the same folder takes up where the last start ended."""
-    host_maddrs: Addresses = ("/ip4/0.0.0.0/tcp/0",)
-    """Where to listen; all of this machine's addresses by default. Port forwarding needs a fixed port."""
+    host_maddrs: Addresses = EVERYWHERE
+    """Where to listen; all addresses of this machine, IPv4 and IPv6, by default. Port forwarding needs a fixed port."""
     announce_maddrs: Addresses = ()
     """What others shall dial, where it differs from that."""
     use_relay: bool = True

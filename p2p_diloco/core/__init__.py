@@ -14,6 +14,8 @@ Its files, from the bottom up:
     toml          TOML files that a person writes
     digest        the one hash: blake2b over pieces
     identity      one Ed25519 key per peer; sign and verify
+    addresses     multiaddrs and HOST:PORT: check, sort, choose, encode
+    listening     where a peer listens: which families and ports this machine has
     codec         what a codec is: one part of an outer gradient as bytes
     floats        codecs that keep floats: fp32, fp16
     blocks        codecs of small integers with a scale a block: int8, int4
@@ -30,7 +32,6 @@ Its files, from the bottom up:
     admission     who may take part in a run, and what counts as one
     manifest      what all peers of a run must agree on, signed by its owner
     config        what a peer chooses alone; all time-outs
-    addresses     multiaddrs and HOST:PORT: check, sort, encode
     places        a bounded number of places for peers, and who makes room
     proven        which peers have answered since they last failed
     credit        what each peer may still cost

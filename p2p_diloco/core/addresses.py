@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import errno
 import ipaddress
+import itertools
 import re
 import socket
 from collections.abc import Callable, Sequence
@@ -22,11 +23,14 @@ import base58
 from p2p_diloco.core.errors import UsageError
 from p2p_diloco.core.identity import public_key_of
 
-LISTEN = re.compile(r"/(ip4|ip6)/([^/]+)/tcp/(\d+)(/ws)?")
 HOST_NAME = re.compile(r"[A-Za-z0-9]([A-Za-z0-9.-]{0,251}[A-Za-z0-9])?")
 EXAMPLE = "/ip4/203.0.113.7/tcp/4001"
 INTERNET = ipaddress.IPv6Network("2000::/3")
 """Global unicast: RFC 4291."""
+MAX_MADDRS = 5
+"""Of a record."""
+MAX_MADDR_CHARS = 192
+"""Of one of them: through a relay at an address of IPv6 it has two ids."""
 ADDRESSES_KEPT = 4096
 """Those of the same peers are sorted again and again."""
 DIAL_REASONS = {
@@ -136,54 +140,6 @@ def without_peer(maddr: str) -> str:
     return re.sub(r"/p2p/[^/]+$", "", maddr)
 
 
-def parse_host_maddr(maddr: str) -> re.Match[str]:
-    """Returns the match of LISTEN with an address. Raises UsageError for what cannot be listened on anywhere."""
-    match = LISTEN.fullmatch(maddr.strip())
-    if match is None:
-        raise UsageError(f"address {maddr!r}: listen on TCP, like /ip4/0.0.0.0/tcp/4001")
-    return match
-
-
-def check_host_maddrs(maddrs: Sequence[str]) -> None:
-    """Raises UsageError for what is not TCP, or cannot be listened on. p2pd would start all the same: it skips
-    addresses that it cannot have, and *shares* a port with another p2pd of the same user, which then gets half of our
-    connections."""
-    for maddr in maddrs:
-        version, host, port, _ = parse_host_maddr(maddr).groups()
-        family = socket.AF_INET if version == "ip4" else socket.AF_INET6
-        try:
-            with socket.socket(family, socket.SOCK_STREAM) as trial:
-                trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as p2pd: old connections do not matter
-                if family == socket.AF_INET6:
-                    trial.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-                trial.bind((host, int(port)))
-        except (OSError, OverflowError) as error:
-            if isinstance(error, OSError) and error.errno == errno.EADDRINUSE:
-                raise UsageError(
-                    f"port {port} is in use: end the program that listens there, or choose another"
-                ) from error
-            reason = error.strerror if isinstance(error, OSError) else str(error)
-            raise UsageError(f"cannot listen on {maddr}: {reason}") from error
-
-
-def pin_ports(host_maddrs: Sequence[str], visible: Sequence[str]) -> tuple[str, ...]:
-    """Returns ``host_maddrs`` with the ports that the system chose for port 0, so that a restart gets them again."""
-    pinned = []
-    for maddr in host_maddrs:
-        match = LISTEN.fullmatch(maddr)
-        if match is not None and match[3] == "0":
-            for candidate in map(LISTEN.match, visible):
-                if candidate is not None and candidate[1] == match[1] and fits(match[2], candidate[2]):
-                    maddr = f"/{match[1]}/{match[2]}/tcp/{candidate[3]}{match[4] or ''}"
-                    break
-        pinned.append(maddr)
-    return tuple(pinned)
-
-
-def fits(listening: str, visible: str) -> bool:
-    return listening == visible or ipaddress.ip_address(listening).is_unspecified
-
-
 @lru_cache(maxsize=ADDRESSES_KEPT)
 def publicness(maddr: str) -> int:
     """Sorts addresses: public, by a relay, private, on this machine only."""
@@ -192,7 +148,7 @@ def publicness(maddr: str) -> int:
         return 3
     if address is not None and not address.is_global:
         return 2
-    return 1 if "/p2p-circuit" in maddr else 0
+    return 1 if is_relayed(maddr) else 0
 
 
 def is_loopback(maddr: str) -> bool:
@@ -200,10 +156,70 @@ def is_loopback(maddr: str) -> bool:
 
 
 def can_be_dialled(own: Sequence[str], others: Sequence[str]) -> bool:
-    """Returns whether peers at the addresses ``others`` can dial one of my ``own``, as far as these tell: one of mine
-    is public, or all of theirs are private, and we are in one network. What a router or a provider forwards to a
-    private address has to be announced, and an address that is public may still be closed by a firewall."""
-    return any(publicness(maddr) == 0 for maddr in own) or all(publicness(maddr) >= 2 for maddr in others)
+    """Returns whether peers at the addresses ``others`` can dial one of my ``own``, as far as these tell: all of theirs
+    are in my network; or one of mine is public, of IPv4 or a name. What a router or a provider forwards to a private
+    address has to be announced, and an address that is public may still be closed by a firewall.
+
+    A public address of IPv6 counts where all of theirs are of IPv6, too, for not everybody has it; and not beside a
+    private one of IPv4: a router that translates that mostly lets nobody in over IPv6 either."""
+    if all(publicness(maddr) >= 2 or shares_network(maddr, own) for maddr in others):
+        return True
+    public = [maddr for maddr in own if publicness(maddr) == 0]
+    if any(family_of(maddr) != 6 for maddr in public):
+        return True
+    translated = any(publicness(maddr) == 2 and family_of(maddr) == 4 for maddr in own)
+    return bool(public) and not translated and all(family_of(maddr) == 6 for maddr in others)
+
+
+def shares_network(maddr: str, own: Sequence[str]) -> bool:
+    """Returns whether an address of IPv6 is of the network, a /64, of one of ``own``."""
+    ip = address_of(maddr)
+    if not isinstance(ip, ipaddress.IPv6Address) or is_relayed(maddr):
+        return False
+    mine = (one for one in map(address_of, own) if isinstance(one, ipaddress.IPv6Address))
+    return any(one.packed[:8] == ip.packed[:8] for one in mine)
+
+
+def family_of(maddr: str) -> int:
+    """Returns 4 or 6 for an address of IPv4 or IPv6 alone; 0 for a name that may stand for both."""
+    return {"ip4": 4, "dns4": 4, "ip6": 6, "dns6": 6}.get(maddr.split("/", 2)[1], 0)
+
+
+def own_maddrs(
+    announced: Sequence[str], visible: Sequence[str], listened: Sequence[str], outward: Sequence[str]
+) -> list[str]:
+    """Returns a peer's addresses as it tells them, those that serve others best first: what the user announces, else
+    all at which p2pd says that it is ``visible``. Beside announced ones that is, of ``listened``, what its own network
+    can use: two behind one router seldom reach each other at the address that the router forwards. Of private
+    addresses those of the network that leads ``outward`` come first, for others are mostly bridges to containers."""
+    seen = [maddr for maddr in listened if publicness(maddr) == 2] if announced else visible
+    ordered = sorted(seen, key=lambda maddr: (publicness(maddr), direct_ip(maddr) not in outward))
+    return list(dict.fromkeys([*announced, *ordered]))
+
+
+def fitting(maddrs: Sequence[str], max_bytes: int) -> list[str]:
+    """Returns the addresses for a record, the most public first, of ``maddrs`` in the order of ``own_maddrs``: as many
+    as fit, up to MAX_MADDRS, and of every kind one before any has two: public of IPv4 or a name, public of IPv6, a
+    relay's, and private. An address of one link alone (fe80, 169.254) is never taken, and one of this machine alone
+    only where there is no other."""
+    useful = [maddr for maddr in maddrs if not is_of_one_link(maddr)]
+    kinds: dict[tuple[int, bool], list[str]] = {}
+    for maddr in [maddr for maddr in useful if not is_loopback(maddr)] or useful:
+        level = publicness(maddr)
+        kinds.setdefault((level, level == 0 and family_of(maddr) == 6), []).append(maddr)
+    rounds = itertools.zip_longest(*(kinds[kind] for kind in sorted(kinds)))
+    taken: list[str] = []
+    for maddr in filter(None, itertools.chain(*rounds)):
+        fits = sum(map(len, (*taken, maddr))) <= max_bytes and len(maddr) <= MAX_MADDR_CHARS
+        if fits and len(taken) < MAX_MADDRS:
+            taken.append(maddr)
+    return sorted(taken, key=publicness)
+
+
+def is_of_one_link(maddr: str) -> bool:
+    """Returns whether an address means something on one cable only."""
+    ip = address_of(maddr)
+    return ip is not None and ip.is_link_local
 
 
 def is_public(ip: ipaddress.IPv4Address | ipaddress.IPv6Address) -> bool:
@@ -225,9 +241,14 @@ def address_of(maddr: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | No
         return None
 
 
+def is_relayed(maddr: str) -> bool:
+    """Returns whether an address leads, or a connection comes, through a relay."""
+    return "/p2p-circuit" in maddr
+
+
 def direct_ip(maddr: str) -> str:
     """Returns the IP address that a connection comes from; "" where a relay is between."""
-    address = None if "/p2p-circuit" in maddr else address_of(maddr)
+    address = None if is_relayed(maddr) else address_of(maddr)
     return "" if address is None else str(address)
 
 
@@ -308,7 +329,7 @@ class Endpoint:
         its own ``maddrs`` that is neither a relay's nor loopback."""
         host = self.host
         if self.ip is not None and self.ip.is_unspecified:
-            direct = (maddr for maddr in maddrs if "/p2p-circuit" not in maddr and not is_loopback(maddr))
+            direct = (maddr for maddr in maddrs if not is_relayed(maddr) and not is_loopback(maddr))
             host = next((maddr.split("/")[2] for maddr in direct), "localhost")
         there = Endpoint(host=host, port=self.port)
         here_alone = host == "localhost" or "%" in host or (there.ip is not None and there.ip.is_loopback)

@@ -13,6 +13,7 @@ import platformdirs
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from p2p_diloco.core.errors import UsageError
+from p2p_diloco.core.listening import EVERYWHERE
 
 log = logging.getLogger(__name__)
 
@@ -102,7 +103,7 @@ class PeerConfig(BaseModel):
     """This peer's own: identity, ledger, inner state, event log."""
     initial_peers: tuple[str, ...] = ()
     """Multiaddrs, each ending in /p2p/PEER-ID. Empty for the first peer of a run."""
-    host_maddrs: tuple[str, ...] = ("/ip4/0.0.0.0/tcp/0",)
+    host_maddrs: tuple[str, ...] = EVERYWHERE
     announce_maddrs: tuple[str, ...] = ()
     """What others shall dial, where that differs from what we listen on (port forwarding)."""
     client_mode: bool = False

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 
 from p2p_diloco.core.admission import invited_as
-from p2p_diloco.core.records import Phase, Record, Role
+from p2p_diloco.core.records import Phase, Reached, Record, Role
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,10 +48,11 @@ class PeerRow:
     barred: int = 0
     found_wrong: int = 0
     helped: bool = False
+    reached: Reached = "direct"
 
     @classmethod
     def of(cls, record: Record) -> PeerRow:
         """Returns the row of a record."""
         said = {**vars(record), "head": record.head.hex(), "maddrs": tuple(record.maddrs)}
-        said["invitation"] = invited_as(record)
+        said |= {"invitation": invited_as(record), "reached": record.reached}
         return cls(**{field.name: said[field.name] for field in fields(cls)})

@@ -14,6 +14,7 @@ from typing import Annotated, Any, ClassVar, Literal, TypeVar
 import msgpack
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from p2p_diloco.core.addresses import MAX_MADDR_CHARS, MAX_MADDRS, is_relayed
 from p2p_diloco.core.digest import HASH_BYTES
 from p2p_diloco.core.identity import MAX_PEER_ID_CHARS, Identity, verify
 
@@ -41,6 +42,7 @@ def peers_key(run_id: str) -> str:
 
 
 Role = Literal["trainer", "seed"]
+Reached = Literal["direct", "relay", "no"]
 Phase = Literal["joining", "inner", "gather", "reduce", "settle", "apply", "evaluate", "left"]
 Hash = Annotated[bytes, Field(min_length=HASH_BYTES, max_length=HASH_BYTES)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
@@ -119,7 +121,7 @@ class Record(Signed):
     snapshot_step: Natural
     """The newest snapshot that it serves, and that state's digest."""
     snapshot_digest: Hash
-    maddrs: Annotated[list[Annotated[str, Field(max_length=160)]], Field(max_length=3)]
+    maddrs: Annotated[list[Annotated[str, Field(max_length=MAX_MADDR_CHARS)]], Field(max_length=MAX_MADDRS)]
     """Where it can be dialled."""
     client_mode: bool
     name: Annotated[str, Field(max_length=32)] = ""
@@ -185,6 +187,14 @@ class Record(Signed):
     @property
     def label(self) -> str:
         return self.name or self.peer_id[-8:]
+
+    @property
+    def reached(self) -> Reached:
+        """Returns how others reach the peer, as it says: directly; through a relay, which carries small messages and no
+        parts of a model; or not unless it calls them."""
+        if not self.client_mode:
+            return "direct"
+        return "relay" if any(map(is_relayed, self.maddrs)) else "no"
 
 
 def seal_record(record: Record, identity: Identity) -> bytes:

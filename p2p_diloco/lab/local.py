@@ -39,7 +39,8 @@ from p2p_diloco.lab.outcome import LocalRun, Log, SwarmOutcome, held_out, outcom
 from p2p_diloco.lab.screen import RunClock, last_words, screen, step_line
 from p2p_diloco.learn.data import open_corpus
 from p2p_diloco.ledger.disk import write_whole
-from p2p_diloco.look.display import is_live, join_line, plain
+from p2p_diloco.look.display import is_live, plain
+from p2p_diloco.look.ways_in import join_line
 
 if TYPE_CHECKING:
     from p2p_diloco.learn.tokenizer import Tokenizer

@@ -8,8 +8,10 @@ Its files, from the bottom up:
     display           the live table of a peer
     status            a look at a run from outside
     overview          the records of all peers to the swarm as a whole
+    ways_in           for whom a line to join works, and what to do so that it works for all
     history           the curve and the pace, for as long as somebody watches
-    exposition        an overview for Prometheus and for the page
+    page_view         what the page asks for
+    exposition        an overview for Prometheus, and all that the monitor serves
     monitor           a run followed from outside, and shown over HTTP
     page/             the status page: HTML, CSS and JavaScript, as the browser gets them
     request           what the doctor is asked about: the options of a peer

@@ -23,6 +23,7 @@ from rich.text import Text
 
 from p2p_diloco.core.config import MAX_NAME_CHARS
 from p2p_diloco.core.peer_row import PeerRow
+from p2p_diloco.look.ways_in import join_line, join_note
 
 if TYPE_CHECKING:
     from p2p_diloco.learn.swarm import Swarm
@@ -90,6 +91,8 @@ class View:
     """As ``Swarm.evaluation``."""
     join_line: str
     """Empty for a peer that nobody can dial."""
+    join_note: str
+    """For whom that line does not work; empty where it does for all."""
 
     @classmethod
     def of(cls, swarm: Swarm) -> View:
@@ -109,6 +112,7 @@ class View:
             rows=rows,
             evaluation=swarm.evaluation,
             join_line=join_line(swarm.maddrs),
+            join_note=join_note(swarm.maddrs),
         )
 
 
@@ -127,12 +131,6 @@ def live_table(swarm: Swarm, console: Console) -> Iterator[None]:
         yield
 
 
-def join_line(maddrs: Sequence[str]) -> str:
-    """Returns what somebody else types to join, or "" without an address; the most public one comes first in
-    ``maddrs``."""
-    return f"p2p-diloco peer --initial-peers {maddrs[0]}" if maddrs else ""
-
-
 def screen_of(view: View, *, width: int, height: int) -> RenderableType:
     """Returns the screen of one peer, which fits into ``width`` columns and ``height`` lines."""
     facts = f"run {view.run} {view.run_id[:12]} · outer step {view.step} of {view.steps}"
@@ -145,6 +143,7 @@ def screen_of(view: View, *, width: int, height: int) -> RenderableType:
     lines += [Text(), peers_table(view.rows, head=view.head, width=width, most=max(height - HEADER_LINES, 1), own=True)]
     if view.join_line:
         lines += [Text(), Text(view.join_line, style="dim", overflow="fold")]
+        lines += [Text(view.join_note.partition(";")[0], style="dim")] if view.join_note else []
     return Legible(Group(*lines))
 
 

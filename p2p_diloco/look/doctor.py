@@ -17,9 +17,10 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from p2p_diloco.core.addresses import parse_host_maddr
+from p2p_diloco.core.addresses import can_be_dialled
 from p2p_diloco.core.config import Timeouts
 from p2p_diloco.core.errors import DataError, LocalError, UsageError
+from p2p_diloco.core.listening import parse_host_maddr
 from p2p_diloco.core.manifest import RunManifest, open_manifest
 from p2p_diloco.core.records import Record, peers_key
 from p2p_diloco.core.waiting import deadline
@@ -38,6 +39,7 @@ from p2p_diloco.look.machine_trial import try_machine
 from p2p_diloco.look.network_findings import (
     AddressTrial,
     Bandwidth,
+    Home,
     address_finding,
     bandwidth_finding,
     client_mode_finding,
@@ -56,6 +58,7 @@ from p2p_diloco.look.network_trial import (
 )
 from p2p_diloco.look.request import Request
 from p2p_diloco.look.status import directory_of, observer
+from p2p_diloco.look.ways_in import USUAL_PORT
 from p2p_diloco.wire.channel import Transport, run_protocol
 from p2p_diloco.wire.discovery import find_manifest
 
@@ -64,7 +67,6 @@ TRIAL_S = 50.0
 """Both together, and the time to tidy up, stay below two minutes."""
 DISCOVER_S = 6.0
 """How long a run is looked for: a peer has more patience, a person has less."""
-USUAL_PORT = 4001
 CLOCKS = 3
 """Peers whose time is asked for."""
 
@@ -171,18 +173,19 @@ class Checkup:
         try:
             async with listening(request.host_maddrs, request.announce_maddrs, self.timeouts) as listener:
                 dialled, ports, reason = await dial_backs(node, listener, candidates, protocol)
+                own = await listener.maddrs()
         except LocalError as error:
             self.checklist.add(error_finding("reachable", error))
             return
-        finding = reachable_finding(
-            dialled,
-            ports,
+        home = Home(
+            own=tuple(own),
+            ports=tuple(ports),
+            fixed_port=fixed_port(request.host_maddrs),
+            counts=can_be_dialled(own, request.initial_peers),
             relayed=not any(one.reached for one in dialled) and await would_relay(node, candidates),
             public_swarm=any(candidate.publicness == 0 for candidate in candidates),
-            fixed_port=fixed_port(request.host_maddrs),
-            reason=reason,
         )
-        self.checklist.add(finding)
+        self.checklist.add(reachable_finding(dialled, home, reason=reason))
 
     # -- the machine ---------------------------------------------------------------------------------------------------
 

@@ -20,19 +20,11 @@ from prometheus_client.registry import Collector
 from p2p_diloco import __version__
 from p2p_diloco.core.admission import invited_as
 from p2p_diloco.core.manifest import RunManifest
-from p2p_diloco.core.records import Fault, Record, Role
+from p2p_diloco.core.records import Fault, Record
 from p2p_diloco.look.display import label, plain
 from p2p_diloco.look.history import History
-from p2p_diloco.look.overview import (
-    STATES,
-    CertificateRow,
-    Overview,
-    SeatRow,
-    State,
-    addresses_to_join,
-    scrape_targets,
-    state_of,
-)
+from p2p_diloco.look.overview import STATES, Overview, scrape_targets, state_of
+from p2p_diloco.look.page_view import page_of
 from p2p_diloco.peer.web import Response
 
 PREFIX = "p2p_diloco_swarm_"
@@ -69,7 +61,7 @@ class Sight:
     @cached_property
     def status(self) -> Response:
         """Returns what the page asks for, as JSON."""
-        return json_response(asdict(page_of(self)))
+        return json_response(asdict(page_of(self.manifest, self.overview, self.history, self.initial_peers)))
 
 
 def json_response(value: object) -> Response:
@@ -222,132 +214,3 @@ def targets_of(sight: Sight) -> list[Target]:
         Target(targets=(address,), labels={"peer": record.peer_id, "name": label_of(record)})
         for address, record in scrape_targets(sight.overview.records, private=sight.private_targets).items()
     ]
-
-
-# -- the page ----------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, kw_only=True)
-class PageRun:
-    """Holds what the page says of the run itself."""
-
-    name: str
-    id: str
-    steps: int
-    n_params: int
-    byte_level: bool
-    """A token is a byte."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class PageRow:
-    """A peer on the page."""
-
-    peer: str
-    name: str
-    role: Role
-    state: State
-    step: int
-    inner_step: int
-    planned: int
-    loss: float | None
-    tokens: int
-    tokens_per_s: float
-    version: str
-    invitation: str
-    """Under which it takes part; empty where it needs none."""
-    known: bool
-    """At its head, as it says."""
-
-    @classmethod
-    def of(cls, record: Record) -> PageRow:
-        """Returns the row of a record."""
-        return cls(
-            peer=record.peer_id,
-            name=label_of(record),
-            role=record.role,
-            state=state_of(record),
-            step=record.step,
-            inner_step=record.inner_step,
-            planned=record.inner_steps_planned,
-            loss=record.loss,
-            tokens=record.tokens,
-            tokens_per_s=record.tokens_per_s,
-            version=plain(record.version),
-            invitation=invited_as(record),
-            known=record.known,
-        )
-
-
-@dataclass(frozen=True, kw_only=True)
-class Page:
-    """Is what the page asks for every few seconds; ``overview.Overview`` and ``history.History`` say what figures
-    mean."""
-
-    run: PageRun
-    now_s: float
-    up: bool
-    step: int
-    step_since_s: float | None
-    heads: int
-    peers: Mapping[State, int]
-    tokens: int
-    tokens_per_s: float | None
-    loss: float | None
-    held_out_loss: float | None
-    held_out_step: int
-    join_line: str
-    """Empty while nobody can be dialled."""
-    rows: tuple[PageRow, ...]
-    curve: Mapping[str, list[float | None]]
-    """Columns."""
-    pace: Mapping[str, list[float | None]]
-    known_members: int | None
-    certificate: CertificateRow | None
-    waits_for_owner: bool
-    by_invitation: bool
-    """Who wants to join needs an invitation."""
-    seats: tuple[SeatRow, ...]
-    anchored_step: int
-    found_wrong: int
-    barred: int
-
-
-def page_of(sight: Sight) -> Page:
-    """Returns what the page shows of ``sight``: trainers before seeds, whoever has trained on most tokens first."""
-    manifest, overview, history = sight.manifest, sight.overview, sight.history
-    addresses = " ".join(addresses_to_join(overview.records, sight.initial_peers))
-    by_invitation = manifest.spec.membership == "invite"
-    more = " --invite FILE" if by_invitation else ""
-    return Page(
-        run=PageRun(
-            name=manifest.spec.name,
-            id=manifest.run_id,
-            steps=manifest.spec.outer.steps,
-            n_params=manifest.n_params,
-            byte_level=not manifest.tokenizer_json,
-        ),
-        now_s=overview.now_s,
-        up=overview.step is not None,
-        step=history.step,
-        step_since_s=history.step_since_s,
-        heads=overview.heads,
-        peers=overview.peers,
-        tokens=overview.tokens,
-        tokens_per_s=overview.tokens_per_s,
-        loss=overview.loss,
-        held_out_loss=overview.held_out_loss,
-        held_out_step=overview.held_out_step,
-        join_line=addresses and f"p2p-diloco peer --initial-peers {addresses} --run-id {manifest.run_id}{more}",
-        rows=tuple(PageRow.of(r) for r in sorted(overview.records, key=lambda r: (r.role == "seed", -r.tokens))),
-        curve=history.curve_columns(),
-        pace=history.pace_columns(),
-        known_members=overview.known_members,
-        certificate=overview.certificate,
-        waits_for_owner=overview.waits_for_owner,
-        by_invitation=by_invitation,
-        seats=tuple(overview.seats),
-        anchored_step=overview.anchored_step,
-        found_wrong=overview.found_wrong,
-        barred=overview.barred,
-    )

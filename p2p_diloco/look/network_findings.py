@@ -4,18 +4,18 @@ the way to this machine, and the connection. Pure; ``network_trial`` measures.
 
 from __future__ import annotations
 
-import ipaddress
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from p2p_diloco.core.addresses import without_peer
+from p2p_diloco.core.addresses import direct_ip, family_of, is_relayed, publicness, without_peer
 from p2p_diloco.core.admission import one_vote_each
 from p2p_diloco.core.config import Timeouts
 from p2p_diloco.core.manifest import RunManifest
 from p2p_diloco.core.records import Record
 from p2p_diloco.core.swarm_head import swarm_head
 from p2p_diloco.look.findings import Finding, Kind, amount, span
+from p2p_diloco.look.ways_in import SHARED_MEANS, forward, is_global, is_shared
 
 SET_CLOCK = "set it by NTP, on Linux: sudo timedatectl set-ntp true"
 OTHER_ADDRESS = "ask for the address of a peer that is in the run now"
@@ -61,7 +61,7 @@ def address_finding(trial: AddressTrial, *, others_answer: bool, records: Sequen
     shown = short_maddr(trial.maddr)
     if not trial.trouble:
         names = f" ({', '.join(trial.ips)})" if trial.ips else ""
-        way = "through a relay" if "/p2p-circuit" in trial.maddr else "directly"
+        way = "through a relay" if is_relayed(trial.maddr) else "directly"
         measured = f"{shown}{names} answers in {span(trial.connect_s)}, {way}, with the right peer id"
         return Finding(kind="ok", what="address", measured=measured)
     kind: Kind = "warning" if others_answer else "problem"
@@ -95,14 +95,17 @@ def run_finding(manifest: RunManifest, records: Sequence[Record], *, client_mode
     measured = f"{name}: outer step {step} of {spec.outer.steps}, {len(trainers)} training, {seeds} seeding"
     kind: Kind = "ok"
     remedy = ""
+    alone = nobody_averages(manifest, records)
+    if trainers and all(record.client_mode for record in trainers):
+        measured += (
+            ", none of whom can be dialled" if alone else ", none of whom can be dialled: the owner's seed averages"
+        )
     if step >= spec.outer.steps:
         kind, remedy = "problem", "it is over: take its model with p2p-diloco export"
-    elif client_mode and nobody_averages(manifest, records):
-        measured += ", all in client mode, as this one"
-        kind, remedy = (
-            "problem",
-            "the owner's seed, or a trainer that others can dial, has to come: nobody averages here",
-        )
+    elif alone:
+        measured += "; this one cannot, either" if client_mode else ""
+        kind = "problem" if client_mode else "warning"
+        remedy = "the owner's seed, or a trainer that others can dial, has to come: nobody averages here"
     elif len(trainers) + 1 < spec.round.min_group:
         missing = spec.round.min_group - len(trainers) - 1
         kind, remedy = "warning", f"you will train alone until {missing} more come: outer steps need a group"
@@ -154,23 +157,54 @@ class Dialled:
 CLIENT_MODE_MEANS = "you contribute and receive, others average"
 
 
-def reachable_finding(
-    dialled: Sequence[Dialled], ports: Sequence[int], *, relayed: bool, public_swarm: bool, fixed_port: int, reason: str
-) -> Finding:
-    """Returns the finding about whether others reach this machine. ``relayed``: a peer would relay to us.
-    ``public_swarm``: some peers announce public addresses. ``fixed_port``: that the user has chosen, or could choose.
-    ``reason``: why the last peer that did not try would not."""
-    where = f"port{'s' if len(ports) > 1 else ''} {', '.join(map(str, ports))}"
+@dataclass(frozen=True, kw_only=True)
+class Home:
+    """Says where this machine would listen as a peer, and who is around."""
+
+    own: tuple[str, ...]
+    """Its addresses, as p2pd sees them, or as the user announces them."""
+    ports: tuple[int, ...]
+    """Of these addresses."""
+    fixed_port: int
+    """That the user has chosen, or could choose."""
+    counts: bool
+    """A peer with these addresses takes itself for one that others can dial: it leads and averages."""
+    relayed: bool = False
+    """A peer would relay to it."""
+    public_swarm: bool = False
+    """Some peers announce public addresses."""
+
+    @property
+    def trouble(self) -> str:
+        """Returns what is between it and the internet, as far as its own addresses tell; empty where nothing is."""
+        ips = {level: direct_ip(maddr) for maddr in reversed(self.own) if (level := publicness(maddr)) in (0, 2)}
+        if 0 in ips or 2 not in ips:
+            return ""
+        if any(map(is_shared, self.own)):
+            return f"its own address is of a provider's own network: {SHARED_MEANS}"
+        return f"its own address, {ips[2]}, is private: a router is between"
+
+    @property
+    def ip6(self) -> str:
+        """Returns its public address of IPv6; empty where it has none."""
+        public = (direct_ip(maddr) for maddr in self.own if publicness(maddr) == 0 and family_of(maddr) == 6)
+        return next((ip for ip in public if ip), "")
+
+
+def reachable_finding(dialled: Sequence[Dialled], home: Home, *, reason: str) -> Finding:
+    """Returns the finding about whether others reach this machine. ``reason``: why the last peer that did not try would
+    not."""
+    where = f"port{'s' if len(home.ports) > 1 else ''} {', '.join(map(str, home.ports))}"
     reached = [one for one in dialled if one.reached]
     if reached:
         best = max(reached, key=lambda one: is_global(one.ip))
         measured = f"{best.by} reaches you directly at {best.ip}, {where}"
-        if public_swarm and not is_global(best.ip):
+        if home.public_swarm and not is_global(best.ip):
             return Finding(
                 kind="warning",
                 what="reachable",
                 measured=f"{measured}, from within your network",
-                remedy=f"{forward(fixed_port, '')}, unless all peers are in it",
+                remedy=f"{forward(home.fixed_port, '')}, unless all peers are in it",
             )
         return Finding(kind="ok", what="reachable", measured=measured)
     if not dialled:
@@ -181,26 +215,24 @@ def reachable_finding(
             remedy="run doctor again in a minute",
         )
     last = dialled[-1]
-    measured = f"nobody reaches you directly: {last.by} sees you at {last.ip} and dials {where}: {last.reason}"
-    remedy = f"add --client-mode ({CLIENT_MODE_MEANS}), or {forward(fixed_port, last.ip)}"
-    if relayed:
-        return Finding(kind="warning", what="reachable", measured=f"{measured}; a relay could", remedy=remedy)
-    return Finding(kind="problem", what="reachable", measured=measured, remedy=remedy)
+    told = [f"nobody reaches you directly: {last.by} sees you at {last.ip} and dials {where}: {last.reason}"]
+    told += [home.trouble] if home.trouble else []
+    seen = sorted({one.ip for one in dialled if is_global(one.ip) and ":" not in one.ip})
+    told += [f"peers see you at {' and '.join(seen)}: {SHARED_MEANS}"] if len(seen) > 1 else []
+    told += ["a relay could, with small messages only"] if home.relayed else []
+    ways = [f"add --client-mode ({CLIENT_MODE_MEANS})" if home.counts else f"start as you are ({CLIENT_MODE_MEANS})"]
+    if len(seen) < 2 and not any(map(is_shared, home.own)):
+        ways.append(forward(home.fixed_port, last.ip))
+    if home.ip6 and ":" not in last.ip:
+        ways.append(f"for peers that have IPv6, {forward(home.fixed_port, home.ip6)}")
+    kind: Kind = "problem" if home.counts else "warning"
+    return Finding(kind=kind, what="reachable", measured="; ".join(told), remedy=", or ".join(ways))
 
 
 def client_mode_finding() -> Finding:
     """Returns the finding that nobody need reach a peer in client mode."""
     measured = f"not needed in client mode: {CLIENT_MODE_MEANS}"
     return Finding(kind="ok", what="reachable", measured=measured)
-
-
-def forward(port: int, ip: str) -> str:
-    """Returns what to do so that peers outside can dial this machine."""
-    there = ip if is_global(ip) else "YOUR-PUBLIC-IP"
-    return (
-        f"open TCP port {port} in the firewall, forward it in the router, and start with --host-maddrs "
-        f"/ip4/0.0.0.0/tcp/{port} --announce-maddrs {'/ip6' if ':' in there else '/ip4'}/{there}/tcp/{port}"
-    )
 
 
 # -- the connection ----------------------------------------------------------------------------------------------------
@@ -232,8 +264,3 @@ def bandwidth_finding(bandwidth: Bandwidth | None, reason: str) -> Finding:
 def short_maddr(maddr: str) -> str:
     """Returns the address with the end of its peer's id only, as the log has it."""
     return f"{without_peer(maddr)}/p2p/…{maddr[-8:]}"
-
-
-def is_global(ip: str) -> bool:
-    """Returns whether a peer that sees us at ``ip`` sees us from the internet; not where ``ip`` is empty."""
-    return ipaddress.ip_address(ip).is_global if ip else False

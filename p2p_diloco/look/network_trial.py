@@ -225,6 +225,8 @@ class Listener:
 
     transport: Transport
     identity: Identity
+    announced: tuple[str, ...] = ()
+    """What the user says that others shall dial."""
     dialled_by: set[str] = field(default_factory=set)
     """Who has reached it: what we see ourselves, not what anybody says."""
     came: Bell = field(default_factory=Bell)
@@ -235,9 +237,13 @@ class Listener:
         self.dialled_by.add(channel.peer_id)
         self.came.ring()
 
+    async def maddrs(self) -> Sequence[str]:
+        """Returns the addresses at which others outside shall dial it."""
+        return self.announced or await self.transport.maddrs()
+
     async def ports(self) -> list[int]:
-        """Returns where others shall dial it."""
-        found = (re.search(r"/tcp/(\d+)", maddr) for maddr in await self.transport.maddrs())
+        """Returns the ports of these addresses."""
+        found = (re.search(r"/tcp/(\d+)", maddr) for maddr in await self.maddrs())
         return list(dict.fromkeys(int(match[1]) for match in found if match))[:MAX_PORTS]
 
 
@@ -251,7 +257,7 @@ async def listening(
         identity = Identity.load_or_create(config.identity_path)
         node = await Node.start(config, identity, timeouts, private_socket_folder(config.folder))
         try:
-            listener = Listener(transport=node, identity=identity)
+            listener = Listener(transport=node, identity=identity, announced=config.announce_maddrs)
             await node.serve(DIAL_BACK_PROTOCOL, listener.on_dial_back)
             yield listener
         finally:

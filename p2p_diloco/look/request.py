@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from p2p_diloco.core.listening import EVERYWHERE
+
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
@@ -14,7 +16,7 @@ class Request:
     folder: Path
     run_id: str | None = None
     client_mode: bool = False
-    host_maddrs: tuple[str, ...] = ("/ip4/0.0.0.0/tcp/0",)
+    host_maddrs: tuple[str, ...] = EVERYWHERE
     announce_maddrs: tuple[str, ...] = ()
     device: str = "auto"
     threads: int | None = None

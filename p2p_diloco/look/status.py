@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import tempfile
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import asdict, dataclass
@@ -169,6 +170,16 @@ def certified(overview: Overview) -> str:
     return " · ".join(told)
 
 
+def ways_told(records: Sequence[Record]) -> str:
+    """Returns the words for how many peers others can dial; empty where that is all of them."""
+    ways = Counter(record.reached for record in records)
+    if ways["direct"] == len(records):
+        return ""
+    told = [f"{ways['direct']} of {len(records)} can be dialled"]
+    told += [f"{ways['relay']} through a relay only, for small messages"] if ways["relay"] else []
+    return " · ".join(told)
+
+
 def screen_of(status: Status, width: int) -> RenderableType:
     """Returns the status for a terminal of ``width`` columns."""
     rows = [PeerRow.of(record) for record in status.records]
@@ -181,6 +192,8 @@ def screen_of(status: Status, width: int) -> RenderableType:
     ]
     if words := certified(status.overview):
         lines.insert(2, words)
+    if words := ways_told(status.records):
+        lines.append(words)
     if manifest.spec.membership == "invite":
         lines.append(f"by invitation: {invited(status.overview.seats)}")
     table = peers_table(rows, head=status.head.hex(), width=width, most=len(rows), own=False)

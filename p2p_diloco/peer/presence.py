@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from p2p_diloco import __version__
-from p2p_diloco.core.addresses import Endpoint
+from p2p_diloco.core.addresses import Endpoint, fitting
 from p2p_diloco.core.admission import LAPSED, Lapsed
 from p2p_diloco.core.errors import Misbehaved, RemoteError, UsageError
 from p2p_diloco.core.event import PhaseBegan, RoundEnded
@@ -35,8 +35,8 @@ FAVOURED_STEPS = 16
 nothing: they have places that strangers cannot take. A claim moves nobody in here; the ledger does."""
 MAX_BESIDE = 64
 """Peers that are called at a time and not waited for."""
-MADDRS_BYTES = 320
-"""Of all addresses in a record, that of the metrics included: beside a seat, the rest takes up to 690 bytes."""
+MADDRS_BYTES = 560
+"""Of all addresses in a record, that of the metrics included: beside a seat, the rest takes up to 790 bytes."""
 CANNOT_BE_DIALLED = "behind a router: others cannot dial this peer, so it contributes, and they average"
 
 
@@ -299,12 +299,3 @@ class Presence:
 def _ended_at(ended: RoundEnded | None, standing: Standing) -> bool:
     """Tells whether a round has ended where I stand."""
     return ended is not None and ended.head == standing.head.hex()
-
-
-def fitting(maddrs: list[str], max_bytes: int) -> list[str]:
-    """Returns the first three addresses, as far as they fit; the most public ones come first."""
-    taken: list[str] = []
-    for maddr in maddrs[:3]:
-        if sum(map(len, (*taken, maddr))) <= max_bytes and len(maddr) <= 160:
-            taken.append(maddr)
-    return taken

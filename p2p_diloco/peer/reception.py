@@ -24,7 +24,7 @@ from p2p_diloco.round.matchmaking import Matchmaker
 from p2p_diloco.round.settle import Settlement
 from p2p_diloco.wire.anchor_messages import AskAnchors
 from p2p_diloco.wire.audit_messages import Accuses, AskContributions
-from p2p_diloco.wire.channel import Channel
+from p2p_diloco.wire.channel import NOT_THROUGH_A_RELAY, Channel
 from p2p_diloco.wire.message import Message
 from p2p_diloco.wire.messages import No
 from p2p_diloco.wire.probe_messages import AskDialBack, AskTransfer
@@ -103,6 +103,8 @@ class Reception:
         self.here.directory.proven.answered(channel.peer_id)
         if self.here.seat.phase == "left":
             await channel.send(No(reason="leaving"))
+        elif channel.relayed and message.bulk:
+            await channel.send(No(reason=NOT_THROUGH_A_RELAY))
         elif isinstance(message, Push):
             await self.presence.on_push(channel, message)
         elif isinstance(message, AskRevocations):

@@ -17,6 +17,7 @@ class AskContributions(Message):
 
     tag = "ask-contributions"
     purpose = "other"
+    bulk = True
     round_id: Hash
     number: Annotated[int, Field(ge=0, lt=256)]
     """Of the butterfly."""

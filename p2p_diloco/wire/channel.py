@@ -25,6 +25,10 @@ from p2p_diloco.wire.traffic import Purpose, Traffic
 
 MANIFEST_PROTOCOL = "p2p-diloco/1/manifest"
 """Who knows a peer's address, but no run id yet, can ask for the manifest."""
+RELAYED_BYTES = 64 * 1024
+"""Of a message or blob through a relay. p2pd's own relays cut a connection, with all its streams, after 128 KiB or two
+minutes, and the cut looks like an orderly end."""
+NOT_THROUGH_A_RELAY = "we are connected through a relay, which carries small messages only"
 DIAL_BACK_PROTOCOL = "p2p-diloco/1/dial-back"
 """Served by who wants to know whether others can reach it."""
 
@@ -69,6 +73,8 @@ class Channel:
     """Said by the message that the stream begins with."""
     remote_ip: str = ""
     """Of a stream that came in: the address that it came from. Empty where a relay is between."""
+    relayed: bool = False
+    """A relay is between: it is for small messages only."""
     meter: Meter = field(default_factory=Meter)
     """Of this stream, or of all that are counted together."""
     used_s: float = 0.0
@@ -114,9 +120,13 @@ class Channel:
         self.traffic.received[self.purpose] += 4 + len(frame)
 
     async def send(self, message: Message) -> None:
-        """Sends one message. Raises as ``send_frame``."""
+        """Sends one message. Raises as ``send_frame``; and Gone, before anything is sent, where a relay is between, and
+        the message is too large for it, or parts of a model would follow."""
+        data = pack(message)
+        if self.relayed and (message.bulk or len(data) > RELAYED_BYTES):
+            raise Gone(self.peer_id, f"cannot be reached: {NOT_THROUGH_A_RELAY}")
         self.purpose = message.purpose or self.purpose
-        await self.send_frame(pack(message))
+        await self.send_frame(data)
 
     async def receive(self, *kinds: type[M], timeout_s: float, max_bytes: int = MAX_FRAME_BYTES) -> M:
         """Returns the next message, which is one of ``kinds``. Raises Refused for a No that is not among them; else as
@@ -139,7 +149,10 @@ class Channel:
         return await self.receive(*kinds, timeout_s=self.timeouts.request_s if timeout_s is None else timeout_s)
 
     async def send_blob(self, data: bytes) -> None:
-        """Sends Size, and then the bytes in frames of CHUNK_BYTES."""
+        """Sends Size, and then the bytes in frames of CHUNK_BYTES; No in their place where a relay would cut them."""
+        if self.relayed and len(data) > RELAYED_BYTES:
+            await self.send(No(reason=NOT_THROUGH_A_RELAY))
+            return
         await self.send(Size(size_bytes=len(data)))
         for start in range(0, len(data), CHUNK_BYTES):
             await self.send_frame(memoryview(data)[start : start + CHUNK_BYTES])

@@ -29,7 +29,7 @@ from hivemind.p2p.p2p_daemon_bindings import control
 from hivemind.proto import p2pd_pb2
 from hivemind.utils.multiaddr import Multiaddr
 
-from p2p_diloco.core.addresses import dial_bytes, dial_reason, is_loopback, publicness
+from p2p_diloco.core.addresses import dial_bytes, dial_reason, is_loopback, is_relayed, publicness
 from p2p_diloco.core.config import PeerConfig, Timeouts
 from p2p_diloco.core.errors import NetworkError, UsageError
 from p2p_diloco.core.waiting import deadline
@@ -180,23 +180,23 @@ class Daemon:
 
     async def open_stream(
         self, peer_id: str, maddrs: Sequence[str], protocol: str
-    ) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-        """Opens a stream to a peer, at ``maddrs`` where p2pd has no connection to it."""
+    ) -> tuple[str, asyncio.StreamReader, asyncio.StreamWriter]:
+        """Opens a stream to a peer, at ``maddrs`` where p2pd has no connection to it. The address at its other end
+        comes with it."""
         opening = p2pd_pb2.StreamOpenRequest(peer=base58.b58decode(peer_id), proto=[protocol])
         request = p2pd_pb2.Request(type=p2pd_pb2.Request.STREAM_OPEN, streamOpen=opening)
         if peer_id in self.connected:
             try:
-                _, reader, writer = await self._ask(request)
-                return reader, writer
+                return with_address(*await self._ask(request))
             except DialError:
                 self.connected.discard(peer_id)
         if maddrs:
             await self.connect(peer_id, maddrs)
-        _, reader, writer = await self._ask(request)
+        opened = with_address(*await self._ask(request))
         if len(self.connected) >= MAX_KNOWN_PEERS:
             self.connected.clear()
         self.connected.add(peer_id)
-        return reader, writer
+        return opened
 
     async def serve(self, protocol: str, on_stream: Callable[..., Awaitable[None]]) -> None:
         """Has ``on_stream(info, reader, writer)`` called for every stream that others open. Raises NetworkError."""
@@ -210,7 +210,7 @@ class Daemon:
     async def relayed(self) -> list[bool]:
         """Returns, for every peer that is connected, whether any of its connections is through a relay."""
         answer = await self._answer(p2pd_pb2.Request(type=p2pd_pb2.Request.LIST_PEERS))
-        return [any(map(is_relayed, connection.addrs)) for connection in answer.peers]
+        return [any(map(leads_through_relay, connection.addrs)) for connection in answer.peers]
 
     async def _answer(self, request: Any) -> Any:
         answer, _, writer = await self._ask(request)
@@ -242,10 +242,21 @@ def exit_reason(code: int) -> str:
     return f"exit code {code}" if code >= 0 else f"its guard was ended by signal {-code}"
 
 
-def is_relayed(addr: bytes) -> bool:
+def with_address(
+    answer: Any, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+) -> tuple[str, asyncio.StreamReader, asyncio.StreamWriter]:
+    """Returns what p2pd answers to who opens a stream: the address at its other end, and the stream."""
+    try:
+        return str(Multiaddr(answer.streamInfo.addr)), reader, writer
+    except BaseException:
+        writer.transport.abort()
+        raise
+
+
+def leads_through_relay(addr: bytes) -> bool:
     """Tells whether a binary multiaddr leads through a relay. Few contain the two bytes of /p2p-circuit by chance: only
     those are worth parsing."""
-    return CIRCUIT in addr and "/p2p-circuit" in str(Multiaddr(addr))
+    return CIRCUIT in addr and is_relayed(str(Multiaddr(addr)))
 
 
 async def own_daemon(work: Awaitable[T], timeout_s: float) -> T:

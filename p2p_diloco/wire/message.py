@@ -29,3 +29,5 @@ class Message(BaseModel):
     max_bytes: ClassVar[int] = MAX_MESSAGE_BYTES
     purpose: ClassVar[Purpose | None] = None
     """Of a stream that begins with this message; None for an answer."""
+    bulk: ClassVar[bool] = False
+    """A stream that begins with this message carries parts of a model, or as much: it goes through no relay."""

@@ -17,22 +17,17 @@ import os
 import time
 import weakref
 from collections import Counter, deque
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import ClassVar
 
-from p2p_diloco.core.addresses import (
-    can_be_dialled,
-    check_host_maddrs,
-    parse_maddr,
-    peers_of,
-    pin_ports,
-    without_peer,
-)
+from p2p_diloco.core.addresses import can_be_dialled, own_maddrs, parse_maddr, peers_of, without_peer
 from p2p_diloco.core.config import PeerConfig, Timeouts
 from p2p_diloco.core.errors import Gone, LocalError, NetworkError, Silent, UsageError
 from p2p_diloco.core.identity import Identity, public_key_of
+from p2p_diloco.core.listening import at_home, kept, outward, pin_ports
 from p2p_diloco.core.records import RUNS_KEY, Fault
 from p2p_diloco.core.waiting import Bell, deadline, to_its_end
 from p2p_diloco.wire import hardening, kademlia
@@ -134,14 +129,14 @@ class Node:
             raise Gone(peer_id, "not the id of a peer")
         try:
             async with deadline(self.timeouts.connect_s):
-                reader, writer = await network.daemon.open_stream(peer_id, maddrs, protocol)
+                remote, reader, writer = await network.daemon.open_stream(peer_id, maddrs, protocol)
         except asyncio.TimeoutError:
             raise Silent(peer_id, f"cannot be reached within {self.timeouts.connect_s:g} s") from None
         except DialError as error:
             raise Gone(peer_id, f"cannot be reached: {error}") from error
         except (OSError, EOFError, ValueError) as error:
             raise Gone(peer_id, f"our own network side fails: {error}") from error
-        return self._streams.channel(peer_id, reader, writer)
+        return self._streams.channel(peer_id, reader, writer, remote=remote)
 
     async def publish(self, key: str, record: bytes, expires_s: float) -> bool:
         """Stores our record under ``key`` in the DHT. Returns False when nobody took it within ``dht_s``."""
@@ -181,8 +176,10 @@ class Node:
 
     @property
     def dialable(self) -> bool:
-        """Returns whether others can dial us: unless in client mode, as far as the last known addresses tell."""
-        return not self._config.client_mode and can_be_dialled(self._maddrs, self._initial_maddrs)
+        """Returns whether others can dial us: unless in client mode, as far as the addresses that the user announces
+        tell, or else those last known."""
+        own = self._announced or self._maddrs
+        return not self._config.client_mode and can_be_dialled(own, self._initial_maddrs)
 
     async def links(self) -> Links:
         """Returns how we are connected now, as far as p2pd tells."""
@@ -260,17 +257,17 @@ class Node:
             self._host_maddrs = pin_ports(self._host_maddrs, self._maddrs)
 
     async def _start_network(self, *, first: bool) -> _Network:
-        if not self._config.client_mode:
-            check_host_maddrs(self._host_maddrs)
-        daemon = await Daemon.start(
-            self._config,
-            self.timeouts,
-            self._socket_folder,
-            host_maddrs=self._host_maddrs,
-            announced=self._announced,
-            relays=self._initial_maddrs,
-            traffic=self.traffic,
-        )
+        with nullcontext(self._host_maddrs) if self._config.client_mode else kept(self._host_maddrs) as host_maddrs:
+            daemon = await Daemon.start(
+                self._config,
+                self.timeouts,
+                self._socket_folder,
+                host_maddrs=host_maddrs,
+                announced=self._announced,
+                relays=self._initial_maddrs,
+                traffic=self.traffic,
+            )
+        self._host_maddrs = host_maddrs
         try:
             if daemon.peer_id != self.peer_id:
                 raise UsageError(f"identity {self._config.identity_path}: the file was changed meanwhile")
@@ -302,7 +299,9 @@ class Node:
 
     def _with_announced(self, visible: list[str]) -> list[str]:
         """Returns our addresses as others are told them: those that the user announces come first."""
-        return [f"{maddr}/p2p/{self.peer_id}" for maddr in dict.fromkeys([*self._announced, *visible])]
+        ips = outward()
+        listened = [] if self._config.client_mode else at_home(self._host_maddrs, ips)
+        return [f"{maddr}/p2p/{self.peer_id}" for maddr in own_maddrs(self._announced, visible, listened, ips)]
 
     async def _until_lost(self, network: _Network) -> str:
         """Returns why p2pd is lost, when it is. Meanwhile it looks for initial peers that have come back, with others

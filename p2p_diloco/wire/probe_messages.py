@@ -59,6 +59,7 @@ class AskTransfer(Message):
 
     tag = "ask-transfer"
     purpose = "other"
+    bulk = True
     up_bytes: Annotated[int, Field(ge=0, le=MAX_TRANSFER_BYTES)]
     down_bytes: Annotated[int, Field(ge=0, le=MAX_TRANSFER_BYTES)]
 

@@ -119,6 +119,7 @@ class Contribute(Message):
 
     tag = "contribute"
     purpose = "reduce"
+    bulk = True
     round_id: Hash
     number: Annotated[int, Field(ge=0, lt=256)] = 0
     """Of the butterfly: 0 is the round's own, then those for parts that were lost."""
@@ -228,6 +229,7 @@ class AskPart(Message):
 
     tag = "ask-part"
     purpose = "reduce"
+    bulk = True
     round_id: Hash
     part: Natural
     hash: Hash

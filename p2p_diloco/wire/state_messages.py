@@ -44,6 +44,7 @@ class AskChain(Message):
 
     tag = "ask-chain"
     purpose = "catchup"
+    bulk = True
     since: Natural
 
 
@@ -53,6 +54,7 @@ class AskUpdate(Message):
 
     tag = "ask-update"
     purpose = "catchup"
+    bulk = True
     step: Natural
     head: Hash
     """The head that the update leads to."""
@@ -64,6 +66,7 @@ class AskIndex(Message):
 
     tag = "ask-index"
     purpose = "catchup"
+    bulk = True
     step: Natural
     digest: Hash
 
@@ -73,6 +76,7 @@ class AskChunk(Message):
 
     tag = "ask-chunk"
     purpose = "catchup"
+    bulk = True
     step: Natural
     digest: Hash
     chunk: Natural

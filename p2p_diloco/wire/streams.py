@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from hivemind.p2p.p2p_daemon_bindings.datastructures import StreamInfo
 
-from p2p_diloco.core.addresses import direct_ip
+from p2p_diloco.core.addresses import direct_ip, is_relayed
 from p2p_diloco.core.config import Timeouts
 from p2p_diloco.core.errors import RemoteError
 from p2p_diloco.core.identity import public_key_of
@@ -55,8 +55,10 @@ class Streams:
         self._writers: weakref.WeakSet[asyncio.StreamWriter] = weakref.WeakSet()
         self._closed = False
 
-    def channel(self, peer_id: str, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> Channel:
-        """Returns the channel over a stream that p2pd has opened."""
+    def channel(
+        self, peer_id: str, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, *, remote: str
+    ) -> Channel:
+        """Returns the channel over a stream that p2pd has opened. ``remote``: the address at its other end."""
         self._writers.add(writer)
         reader._limit = READ_BUFFER_BYTES  # type: ignore[attr-defined]
         return Channel(
@@ -65,6 +67,7 @@ class Streams:
             writer=_Writer(writer, self._timeouts.write_s),
             timeouts=self._timeouts,
             traffic=self._traffic,
+            relayed=is_relayed(remote),
         )
 
     async def on_stream(
@@ -78,7 +81,7 @@ class Streams:
             logger.debug("peer %s: stream refused", peer_id[-8:])
             writer.transport.abort()
             return
-        channel = self.channel(peer_id, reader, writer)
+        channel = self.channel(peer_id, reader, writer, remote=str(info.addr))
         channel.remote_ip = direct_ip(str(info.addr))
         channel.used_s = now_s()
         self._served[task] = _Served(channel, writer)

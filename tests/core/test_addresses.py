@@ -6,7 +6,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from p2p_diloco.core.addresses import Endpoint, can_be_dialled
+from p2p_diloco.core.addresses import (
+    MAX_MADDR_CHARS,
+    MAX_MADDRS,
+    Endpoint,
+    can_be_dialled,
+    check_maddr,
+    fitting,
+    own_maddrs,
+)
 from p2p_diloco.core.errors import UsageError
 from tests.support.builders import identity, record_of
 
@@ -99,13 +107,25 @@ def test_what_others_are_told(host: str, maddrs: list[str], announced: str) -> N
 
 PUBLIC, PRIVATE, SHARED, HERE = (f"/ip4/{ip}/tcp/4001" for ip in ("1.1.1.1", "192.168.1.2", "100.64.1.2", "127.0.0.1"))
 RELAYED = f"{PUBLIC}/p2p/{identity(1).peer_id}/p2p-circuit"
+PUBLIC6, NEXT_DOOR6, ELSEWHERE6, LOCAL6 = (
+    f"/ip6/{ip}/tcp/4001" for ip in ("2606:4700::1", "2606:4700::2", "2606:4700:0:1::1", "fd00::2")
+)
 
 
 @pytest.mark.parametrize(
     ("own", "others", "dialled"),
     [
         ([PUBLIC, PRIVATE], [PUBLIC], True),
-        (["/ip6/2606:4700::1111/tcp/4001"], [PUBLIC], True),
+        ([PUBLIC6], [PUBLIC], False),
+        ([PUBLIC6], [PUBLIC, ELSEWHERE6], False),
+        ([PUBLIC6], [ELSEWHERE6], True),
+        ([PUBLIC6], ["/dns6/example.org/tcp/4001"], True),
+        ([PUBLIC6], ["/dns/example.org/tcp/4001"], False),
+        ([PUBLIC6, PRIVATE], [ELSEWHERE6], False),
+        ([PUBLIC6, LOCAL6], [ELSEWHERE6], True),
+        ([PUBLIC6, PUBLIC], [ELSEWHERE6, PUBLIC], True),
+        ([PUBLIC6, PRIVATE], [NEXT_DOOR6, PRIVATE], True),
+        ([PUBLIC6, PRIVATE], [f"{NEXT_DOOR6}/p2p/{identity(1).peer_id}/p2p-circuit"], False),
         (["/dns/example.org/tcp/4001"], [PUBLIC], True),
         ([PRIVATE, HERE], [PUBLIC], False),
         ([SHARED], [PUBLIC, PRIVATE], False),
@@ -117,5 +137,85 @@ RELAYED = f"{PUBLIC}/p2p/{identity(1).peer_id}/p2p-circuit"
     ],
 )
 def test_who_cannot_be_dialled_is_told_from_who_can(own: list[str], others: list[str], dialled: bool) -> None:
-    """A machine behind a router has no public address, and its peers do; in one network nobody needs any."""
+    """A machine behind a router has no public address, and its peers do; in one network nobody needs any. IPv6 alone is
+    not for everybody, and beside an IPv4 address that a router translates it is mostly closed."""
     assert can_be_dialled(own, others) is dialled
+
+
+def of_me(*maddrs: str) -> list[str]:
+    return [f"{maddr}/p2p/{PEER}" for maddr in maddrs]
+
+
+BRIDGE, LINK, LINK6, HERE6 = (
+    f"/{ip}/tcp/4001" for ip in ("ip4/172.17.0.1", "ip4/169.254.7.7", "ip6/fe80::1", "ip6/::1")
+)
+SECOND, NAME = "/ip4/8.8.8.8/tcp/4001", "/dns4/example.org/tcp/4001"
+
+
+@pytest.mark.parametrize(
+    ("maddrs", "told"),
+    [
+        ([HERE], [HERE]),
+        ([HERE, HERE6, LINK6], [HERE, HERE6]),
+        ([PRIVATE, HERE], [PRIVATE]),
+        ([LINK, LINK6, PRIVATE], [PRIVATE]),
+        ([LINK6], []),
+        ([PUBLIC, PUBLIC6, RELAYED, PRIVATE], [PUBLIC, PUBLIC6, RELAYED, PRIVATE]),
+        ([PUBLIC, SECOND, NAME, PUBLIC6, ELSEWHERE6, RELAYED], [PUBLIC, PUBLIC6, SECOND, ELSEWHERE6, RELAYED]),
+        ([PUBLIC, SECOND, NAME, PUBLIC6, PRIVATE, BRIDGE], [PUBLIC, PUBLIC6, SECOND, PRIVATE, BRIDGE]),
+        ([*[PUBLIC.replace("1.1.1.1", f"1.1.1.{n}") for n in range(9)], PRIVATE], 5),
+    ],
+)
+def test_a_record_has_addresses_of_every_kind(maddrs: list[str], told: list[str] | int) -> None:
+    found = fitting(of_me(*maddrs), 560)
+    if isinstance(told, int):
+        assert len(found) == told
+        assert found[-1] == of_me(PRIVATE)[0]
+    else:
+        assert found == of_me(*told)
+
+
+def test_the_longest_addresses_of_every_kind_fit() -> None:
+    ip6 = "2606:4700:1111:1111:1111:1111:1111:111"
+    longest = of_me(
+        "/ip4/155.155.155.155/tcp/65535",
+        f"/ip6/{ip6}1/tcp/65535",
+        f"/ip4/155.155.155.155/tcp/65535/p2p/{PEER}/p2p-circuit",
+        "/ip4/192.168.155.155/tcp/65535",
+    )
+    assert fitting(longest, 560 - 64) == longest
+    relayed6 = check_maddr(of_me(f"/ip6/{ip6}1/tcp/65535/p2p/{PEER}/p2p-circuit")[0])
+    assert len(relayed6) <= MAX_MADDR_CHARS
+    assert fitting([relayed6], 560) == [relayed6]
+
+
+@given(
+    st.lists(
+        st.sampled_from(
+            of_me(PUBLIC, SECOND, NAME, PUBLIC6, LINK6, RELAYED, PRIVATE, BRIDGE, HERE, "/dns4/" + "a" * 150)
+        )
+    )
+)
+def test_what_a_record_tells_is_bounded(maddrs: list[str]) -> None:
+    found = fitting(maddrs, 300)
+    assert len(found) <= MAX_MADDRS
+    assert sum(map(len, found)) <= 300
+    assert all(len(maddr) <= MAX_MADDR_CHARS for maddr in found)
+    assert set(found) <= set(maddrs)
+
+
+@pytest.mark.parametrize(
+    ("announced", "visible", "listened", "outward", "told"),
+    [
+        ([], [HERE, BRIDGE, PRIVATE, PUBLIC], [PRIVATE], ["192.168.1.2"], [PUBLIC, PRIVATE, BRIDGE, HERE]),
+        ([], [BRIDGE, PRIVATE], [PRIVATE], [], [BRIDGE, PRIVATE]),
+        ([SECOND], [SECOND], [PRIVATE, PUBLIC6], ["192.168.1.2"], [SECOND, PRIVATE]),
+        ([SECOND], [SECOND], [HERE], [], [SECOND]),
+        ([PRIVATE], [PRIVATE], [PRIVATE], ["192.168.1.2"], [PRIVATE]),
+        ([NAME, SECOND], [SECOND, NAME], [], [], [NAME, SECOND]),
+    ],
+)
+def test_the_own_network_is_told_beside_what_is_announced(
+    announced: list[str], visible: list[str], listened: list[str], outward: list[str], told: list[str]
+) -> None:
+    assert own_maddrs(announced, visible, listened, outward) == told

@@ -13,7 +13,8 @@ from rich.cells import cell_len
 from rich.console import Console
 
 from p2p_diloco.core.peer_row import PeerRow
-from p2p_diloco.look.display import View, bar, count, decimal, join_line, label, live_table, plain, screen_of
+from p2p_diloco.look.display import View, bar, count, decimal, label, live_table, plain, screen_of
+from p2p_diloco.look.ways_in import join_line, join_note
 
 HEAD, OTHER = "a" * 64, "b" * 64
 MADDR = "/ip4/203.0.113.178/tcp/31337/p2p/12D3KooWN2hiVeXizrw34v4Dg566UC6wBZY4H3YpcPpEYKC12Kiv"
@@ -69,6 +70,7 @@ def view(*rows: PeerRow, **changes: Any) -> View:
         "rows": rows or (row(),),
         "evaluation": None,
         "join_line": join_line([MADDR]),
+        "join_note": join_note([MADDR]),
     }
     return View(**fields | changes)
 
@@ -150,7 +152,8 @@ def test_my_row_and_those_on_another_head_are_marked() -> None:
 
 
 def test_before_anything_is_known_there_is_a_screen() -> None:
-    screen = drawn(replace(view(), rows=(), role="", loss=None, join_line=""))
+    assert "only for peers on this machine" in drawn(view(join_note=join_note(["/ip4/127.0.0.1/tcp/1"])))
+    screen = drawn(replace(view(), rows=(), role="", loss=None, join_line="", join_note=""))
     assert "not evaluated yet" in screen
     assert "--initial-peers" not in screen
 

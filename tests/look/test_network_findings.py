@@ -1,10 +1,13 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
+from p2p_diloco.core.addresses import parse_maddr
 from p2p_diloco.core.config import Timeouts
+from p2p_diloco.core.listening import parse_host_maddr
 from p2p_diloco.core.manifest import RunManifest
 from p2p_diloco.core.records import Record
 from p2p_diloco.core.runfile import RunSpec
@@ -13,6 +16,7 @@ from p2p_diloco.look.network_findings import (
     AddressTrial,
     Bandwidth,
     Dialled,
+    Home,
     address_finding,
     bandwidth_finding,
     client_mode_finding,
@@ -20,6 +24,7 @@ from p2p_diloco.look.network_findings import (
     reachable_finding,
     run_finding,
 )
+from p2p_diloco.look.ways_in import forward
 from tests.look.test_findings import check
 from tests.support.builders import head, identity, record_of
 
@@ -126,10 +131,24 @@ def clients(count: int) -> list[Record]:
         ([seed(), trainer(2), trainer(3)], False, "ok", ": outer step 3 of 10, 2 training, 1 seeding", ""),
         ([seed(), trainer(2)], True, "ok", "1 training", ""),
         ([seed()], False, "warning", "0 training, 1 seeding", "alone until 1 more come"),
-        ([seed(), *clients(2)], False, "ok", "2 training", ""),
-        ([seed(), *clients(2)], True, "ok", "2 training, 1 seeding", ""),
-        ([mirror(), *clients(2)], True, "problem", "all in client mode, as this one", "the owner's seed, or a trainer"),
-        ([seed(client_mode=True), *clients(2)], True, "problem", "all in client mode", "the owner's seed"),
+        (
+            [seed(), *clients(2)],
+            False,
+            "ok",
+            "2 training, 1 seeding, none of whom can be dialled: the owner's seed",
+            "",
+        ),
+        ([seed(), *clients(2)], True, "ok", "none of whom can be dialled: the owner's seed averages", ""),
+        (
+            [mirror(), *clients(2)],
+            True,
+            "problem",
+            "none of whom can be dialled; this one cannot",
+            "the owner's seed, or",
+        ),
+        ([seed(client_mode=True), *clients(2)], True, "problem", "none of whom can be dialled", "the owner's seed"),
+        ([mirror(), *clients(2)], False, "warning", "1 seeding, none of whom can be dialled", "the owner's seed, or a"),
+        ([seed(), trainer(2), *clients(2)[1:]], False, "ok", "2 training, 1 seeding", ""),
         ([seed()], True, "warning", "0 training, 1 seeding", "alone until 1 more come"),
         ([record_of(SEED, "abcdefghij")], False, "problem", "outer step 10 of 10", "it is over: take its model"),
         ([], False, "warning", "who is in it is not known: no peer's record is found", "try again in a minute"),
@@ -189,34 +208,67 @@ REFUSED = Dialled(by="peer …Z", ip="8.8.8.8", reached=False, reason="connectio
 FORWARD = "--host-maddrs /ip4/0.0.0.0/tcp/4001 --announce-maddrs /ip4/8.8.8.8/tcp/4001"
 
 
+BEHIND = Home(own=("/ip4/192.168.1.2/tcp/7777",), ports=(7777,), fixed_port=4001, counts=False, public_swarm=True)
+OPEN = replace(BEHIND, own=("/ip4/8.8.8.8/tcp/7777",), counts=True)
+SHARED = replace(BEHIND, own=("/ip4/100.64.1.2/tcp/7777", "/ip4/127.0.0.1/tcp/7777"))
+BOTH = replace(BEHIND, own=("/ip6/2606:4700::1/tcp/7777", "/ip4/192.168.1.2/tcp/7777"))
+REFUSED6 = replace(REFUSED, ip="2606:4700::1")
+ELSEWHERE = replace(REFUSED, ip="9.9.9.9")
+FORWARD6 = (
+    "open TCP port 4001 for this machine in its firewall and in the router (IPv6 needs no forwarding), and start with "
+    "--host-maddrs /ip4/0.0.0.0/tcp/4001 /ip6/::/tcp/4001 --announce-maddrs /ip6/2606:4700::1/tcp/4001"
+)
+AS_YOU_ARE = "start as you are (you contribute and receive, others average)"
+
+
 @pytest.mark.parametrize(
-    ("dialled", "relayed", "public_swarm", "kind", "measured", "remedy"),
+    ("dialled", "home", "kind", "measured", "remedy"),
     [
-        ([OUTSIDE], False, True, "ok", "peer …X reaches you directly at 8.8.8.8, port 7777", ""),
-        ([REFUSED, OUTSIDE], False, True, "ok", "peer …X reaches you", ""),
-        ([INSIDE, OUTSIDE], False, True, "ok", "peer …X reaches you", ""),
-        ([INSIDE], False, False, "ok", "peer …Y reaches you directly at 192.168.1.7", ""),
-        ([INSIDE], False, True, "warning", "from within your network", "YOUR-PUBLIC-IP/tcp/4001, unless all peers"),
+        ([OUTSIDE], BEHIND, "ok", "peer …X reaches you directly at 8.8.8.8, port 7777", ""),
+        ([REFUSED, OUTSIDE], OPEN, "ok", "peer …X reaches you", ""),
+        ([INSIDE, OUTSIDE], BEHIND, "ok", "peer …X reaches you", ""),
+        ([INSIDE], replace(BEHIND, public_swarm=False), "ok", "peer …Y reaches you directly at 192.168.1.7", ""),
+        ([INSIDE], BEHIND, "warning", "from within your network", "YOUR-PUBLIC-IP/tcp/4001, unless all peers"),
         (
             [REFUSED],
-            False,
-            True,
+            OPEN,
             "problem",
             "nobody reaches you directly: peer …Z sees you at 8.8.8.8 and dials port 7777: connection refused",
             f"add --client-mode (you contribute and receive, others average), or open TCP port 4001 in the firewall, "
             f"forward it in the router, and start with {FORWARD}",
         ),
-        ([REFUSED], True, True, "warning", "connection refused; a relay could", FORWARD),
-        ([], False, True, "warning", "no peer has tried (peer …Z: busy)", "run doctor again in a minute"),
+        (
+            [REFUSED],
+            BEHIND,
+            "warning",
+            "connection refused; its own address, 192.168.1.2, is private: a router is between",
+            f"{AS_YOU_ARE}, or open TCP port 4001 in the firewall, forward it in the router, and start with {FORWARD}",
+        ),
+        ([REFUSED], replace(OPEN, relayed=True), "problem", "a relay could, with small messages only", FORWARD),
+        ([REFUSED], SHARED, "warning", "of a provider's own network: a provider shares one address", AS_YOU_ARE),
+        ([REFUSED, ELSEWHERE], BEHIND, "warning", "peers see you at 8.8.8.8 and 9.9.9.9: a provider", AS_YOU_ARE),
+        ([REFUSED6], BOTH, "warning", "sees you at 2606:4700::1 and dials", f"{AS_YOU_ARE}, or {FORWARD6}"),
+        ([REFUSED], BOTH, "warning", "sees you at 8.8.8.8", f"{FORWARD}, or for peers that have IPv6, {FORWARD6}"),
+        ([], BEHIND, "warning", "no peer has tried (peer …Z: busy)", "run doctor again in a minute"),
     ],
 )
-def test_reachable(
-    dialled: list[Dialled], relayed: bool, public_swarm: bool, kind: Kind, measured: str, remedy: str
-) -> None:
-    finding = reachable_finding(
-        dialled, [7777], relayed=relayed, public_swarm=public_swarm, fixed_port=4001, reason="peer …Z: busy"
-    )
-    check(finding, kind, measured, remedy)
+def test_reachable(dialled: list[Dialled], home: Home, kind: Kind, measured: str, remedy: str) -> None:
+    check(reachable_finding(dialled, home, reason="peer …Z: busy"), kind, measured, remedy)
+
+
+@pytest.mark.parametrize("dialled", [[REFUSED], [REFUSED, ELSEWHERE]])
+def test_behind_a_shared_address_nothing_is_forwarded(dialled: list[Dialled]) -> None:
+    shared = reachable_finding(dialled, SHARED if len(dialled) == 1 else BEHIND, reason="")
+    assert "forward it" not in shared.remedy
+
+
+def test_an_ipv6_remedy_can_be_followed_to_the_letter() -> None:
+    """What is printed is what a peer can listen at and announce."""
+    words = forward(4001, "2606:4700::1").split()
+    listen, announce = words.index("--host-maddrs"), words.index("--announce-maddrs")
+    assert [parse_host_maddr(maddr)[1] for maddr in words[listen + 1 : announce]] == ["ip4", "ip6"]
+    assert parse_maddr(words[announce + 1]) == "/ip6/2606:4700::1/tcp/4001"
+    assert len(words) == announce + 2
 
 
 def test_in_client_mode_nobody_need_reach_us() -> None:

@@ -7,7 +7,7 @@ import socket
 import time
 from collections.abc import Coroutine
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -142,3 +142,5 @@ def test_a_listener_names_every_port_once() -> None:
 
     listener = Listener(transport=Announcing(), identity=PEER)  # type: ignore[arg-type]
     assert asyncio.run(listener.ports()) == [4001, 1, 2, 3]
+    announced = replace(listener, announced=("/ip4/8.8.8.8/tcp/9", "/dns4/example.org/tcp/80/ws"))
+    assert asyncio.run(announced.ports()) == [9, 80], "what its own network could use is not asked for"

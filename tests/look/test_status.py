@@ -13,7 +13,7 @@ from p2p_diloco.core.identity import Identity
 from p2p_diloco.core.manifest import RunManifest
 from p2p_diloco.core.records import Record, seal_record
 from p2p_diloco.core.runfile import RunSpec
-from p2p_diloco.look.status import certified, directory_of, screen_of, status_of, to_json
+from p2p_diloco.look.status import certified, directory_of, screen_of, status_of, to_json, ways_told
 from p2p_diloco.peer.revocations import NewestList
 from p2p_diloco.wire.channel import Channel, run_protocol
 from p2p_diloco.wire.state_messages import AskRevocations, RevocationList
@@ -111,12 +111,27 @@ def test_json_is_written_in_this_order() -> None:
         '"inner_steps_planned": 0, "loss": null, "held_out_loss": 2.5, "held_out_step": 4, "tokens": 0, '
         '"tokens_per_s": 0.0, "group_size": 0, "round_s": 0.0, "round_bytes": 0, "metrics_addr": "", '
         '"invitation": "", "known": false, "known_members": 0, "signatures": 0, "certifying": 0, "witnessed": false, '
-        '"awaits_witness": false, "barred": 0, "found_wrong": 0, "helped": false, "on_swarm_head": true}'
+        '"awaits_witness": false, "barred": 0, "found_wrong": 0, "helped": false, "reached": "direct", '
+        '"on_swarm_head": true}'
     )
     assert written == (
         f'{{"run_id": "{MANIFEST.run_id}", "name": "tiny", "step": 4, "steps": 100, "head": "{HEADS[4].hex()}", '
         f'"peers": [{peer}]}}'
     )
+
+
+def test_how_many_can_be_dialled_is_told_where_not_all_can() -> None:
+    relayed = f"/ip4/1.1.1.1/tcp/4001/p2p/{PEERS[0].peer_id}/p2p-circuit/p2p/{PEERS[1].peer_id}"
+    direct, through = sealed(0, 4, maddrs=[relayed]), sealed(1, 4, client_mode=True, maddrs=[relayed])
+    assert ways_told(look(direct).records) == ""
+    told = look(direct, through, sealed(2, 4, client_mode=True))
+    assert ways_told(told.records) == "1 of 3 can be dialled · 1 through a relay only, for small messages"
+    assert ways_told(look(direct, sealed(2, 4, client_mode=True)).records) == "1 of 2 can be dialled"
+    console = Console(file=io.StringIO(), width=120)
+    console.print(screen_of(told, 120))
+    assert isinstance(console.file, io.StringIO)
+    assert "1 of 3 can be dialled · 1 through a relay only" in console.file.getvalue()
+    assert [peer["reached"] for peer in json.loads(to_json(told))["peers"]] == ["direct", "relay", "no"]
 
 
 def test_the_certificate_of_the_last_outer_step_is_told_and_what_the_next_one_waits_for() -> None:

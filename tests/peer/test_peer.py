@@ -45,7 +45,7 @@ from p2p_diloco.wire.round_messages import (
     Receipt,
     Redirect,
 )
-from p2p_diloco.wire.state_messages import AskHeads, AskIndex, Push
+from p2p_diloco.wire.state_messages import AskChain, AskHeads, AskIndex, AskUpdate, Push
 from tests.support.builders import identity, record_of
 from tests.support.fakes import FakeNetwork, FakeTransport, SimPeer, make_manifest, run_simulated
 from tests.support.lies_beside import extends
@@ -973,6 +973,29 @@ def test_whoever_asks_may_measure_with_a_peer_that_has_a_state(tmp_path: Path) -
         assert [str(complaint)[:60] for complaint in seed.transport.complaints] == [
             f"peer {STRANGER.peer_id[-8:]}: asks for a dial with not plain msgpack"[:60]
         ]
+
+    run_simulated(main())
+
+
+def test_who_comes_through_a_relay_gets_small_answers_only(tmp_path: Path) -> None:
+    """Also who does not know, or care, that a relay would cut what it asks for."""
+
+    async def main() -> None:
+        swarm = Simulated(tmp_path, 2)
+        seed = swarm.add(0, seed=True)
+        await asyncio.sleep(1)
+        stranger = FakeTransport(swarm.network, STRANGER.peer_id, Timeouts(), relayed=True)
+        record = seal_record(record_of(STRANGER, run_id=swarm.manifest.run_id, issued_s=1.0), STRANGER)
+        bulk = [AskTransfer(up_bytes=0, down_bytes=10), AskUpdate(step=1, head=bytes(32)), AskChain(since=0)]
+        for message in (*bulk, Push(record=record)):
+            channel = await stranger.open(seed.peer.identity.peer_id, [], seed.peer.here.protocol)
+            assert channel.relayed
+            channel.relayed = False
+            if message.bulk:
+                with pytest.raises(Refused, match="through a relay, which carries small messages only"):
+                    await channel.request(message, Transferred)
+            else:
+                await channel.request(message, Push)
 
     run_simulated(main())
 

@@ -340,6 +340,8 @@ class FakeTransport:
     handlers: dict[str, Handler] = field(default_factory=dict)
     dialable: bool = True
     """False for a peer in client mode."""
+    relayed: bool = False
+    """A relay is between it and all others."""
     incarnation: Incarnation = field(default_factory=Incarnation)
     complaints: list[RemoteError] = field(default_factory=list)
     """What handlers raised about their peers."""
@@ -380,7 +382,9 @@ class FakeTransport:
         writer = FakeWriter(self.incarnation, there)
         if network.echo > 0 and network.random.random() < network.echo:
             writer.echo, writer.echoed = self._connect(remote, protocol), network.random.choice((1, 1_000_000))
-        return self._channel(peer_id, there.back.reader, writer)
+        channel = self._channel(peer_id, there.back.reader, writer)
+        channel.relayed = self.relayed or remote.relayed
+        return channel
 
     def _connect(self, remote: FakeTransport, protocol: str) -> Pipe:
         """A new stream that ``remote`` serves; the direction to it."""
@@ -389,6 +393,7 @@ class FakeTransport:
         there.back.back = there
         self.network.pipes |= {there: None, there.back: None}
         theirs = remote._channel(self.peer_id, there.reader, FakeWriter(remote.incarnation, there.back))
+        theirs.relayed = self.relayed or remote.relayed
         remote._spawn(remote._handle(remote.handlers[protocol], theirs))
         return there
 

@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from p2p_diloco.core.config import Timeouts
 from p2p_diloco.core.errors import Gone, Misbehaved, Refused, RemoteError, Silent
 from p2p_diloco.core.waiting import Bell, heard, now_s
-from p2p_diloco.wire.channel import Channel, Links
+from p2p_diloco.wire.channel import RELAYED_BYTES, Channel, Links
 from p2p_diloco.wire.message import CHUNK_BYTES, MAX_FRAME_BYTES, MAX_MESSAGE_BYTES, Message
 from p2p_diloco.wire.messages import MESSAGES, No, Size, pack
 from p2p_diloco.wire.round_messages import Again, Commit, Eta, Receipt
@@ -290,6 +290,59 @@ def test_malformed_messages_are_blamed_on_their_sender(data: bytes) -> None:
         with pytest.raises(Misbehaved, match="sends a malformed message") as error:
             await fed.channel.receive(*MESSAGES.values(), timeout_s=1.0)
         assert error.value.peer_id == identity(1).peer_id
+
+    run_simulated(main())
+
+
+# -- through a relay -----------------------------------------------------------------------------------------------
+
+BULK = {
+    "contribute",
+    "ask-part",
+    "ask-contributions",
+    "ask-chain",
+    "ask-update",
+    "ask-index",
+    "ask-chunk",
+    "ask-transfer",
+}
+
+
+def relayed() -> tuple[Channel, Channel]:
+    """Both ends of a stream through a relay."""
+    mine, theirs = pipe()
+    mine.relayed = theirs.relayed = True
+    return mine, theirs
+
+
+@pytest.mark.parametrize("message", EXAMPLES, ids=lambda message: message.tag)
+def test_what_is_small_goes_through_a_relay_and_parts_do_not(message: Message) -> None:
+    async def main() -> None:
+        mine, theirs = relayed()
+        if message.tag in BULK or len(pack(message)) > RELAYED_BYTES:
+            with pytest.raises(Gone, match=r"cannot be reached: .* through a relay, which carries small messages only"):
+                await mine.send(message)
+            assert mine.meter.sent == 0
+            return
+        await mine.send(message)
+        assert await theirs.receive(type(message), timeout_s=1.0) == message
+
+    run_simulated(main())
+
+
+def test_all_kinds_that_go_through_no_relay_have_examples() -> None:
+    assert {message.tag for message in EXAMPLES if message.bulk} == BULK
+    assert {kind.tag for kind in MESSAGES.values() if kind.bulk} == BULK
+
+
+def test_a_blob_that_a_relay_would_cut_is_refused() -> None:
+    async def main() -> None:
+        mine, theirs = relayed()
+        await mine.send_blob(bytes(RELAYED_BYTES))
+        assert len(await theirs.receive_blob(MAX_FRAME_BYTES, 1.0)) == RELAYED_BYTES
+        await mine.send_blob(bytes(RELAYED_BYTES + 1))
+        with pytest.raises(Refused, match="through a relay, which carries small messages only"):
+            await theirs.receive_blob(MAX_FRAME_BYTES, 1.0)
 
     run_simulated(main())
 

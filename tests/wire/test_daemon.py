@@ -9,7 +9,7 @@ import pytest
 from p2p_diloco.core.addresses import encode
 from p2p_diloco.core.errors import UsageError
 from p2p_diloco.core.identity import Identity
-from p2p_diloco.wire.daemon import CIRCUIT, is_relayed, private_socket_folder, remove_dead_sockets
+from p2p_diloco.wire.daemon import CIRCUIT, leads_through_relay, private_socket_folder, remove_dead_sockets
 
 STRANGER = Identity.from_seed(b"s" * 32)
 
@@ -18,10 +18,10 @@ def test_a_relay_is_seen_in_the_address() -> None:
     """Also where its two bytes are a port by chance."""
     relay = f"/ip4/203.0.113.7/tcp/4001/p2p/{STRANGER.peer_id}/p2p-circuit"
     assert CIRCUIT in encode("/ip4/203.0.113.7/tcp/41474")
-    assert not is_relayed(encode("/ip4/203.0.113.7/tcp/41474"))
-    assert not is_relayed(encode("/ip4/203.0.113.7/tcp/4001"))
-    assert is_relayed(encode(relay))
-    assert is_relayed(encode(f"{relay}/p2p/{STRANGER.peer_id}"))
+    assert not leads_through_relay(encode("/ip4/203.0.113.7/tcp/41474"))
+    assert not leads_through_relay(encode("/ip4/203.0.113.7/tcp/4001"))
+    assert leads_through_relay(encode(relay))
+    assert leads_through_relay(encode(f"{relay}/p2p/{STRANGER.peer_id}"))
 
 
 def test_socket_folder(tmp_path: Path) -> None:

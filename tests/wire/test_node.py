@@ -24,7 +24,7 @@ from hivemind.dht.routing import DHTID
 from hivemind.p2p import PeerID
 
 from p2p_diloco.core import addresses
-from p2p_diloco.core.addresses import check_maddr, dial_bytes, encode, pin_ports, publicness
+from p2p_diloco.core.addresses import check_maddr, dial_bytes, encode, publicness
 from p2p_diloco.core.config import PeerConfig, Timeouts
 from p2p_diloco.core.errors import Gone, LocalError, Misbehaved, NetworkError, Silent, UsageError
 from p2p_diloco.core.identity import Identity
@@ -567,14 +567,11 @@ def test_binary_form() -> None:
         assert dial_bytes(peer_id, maddr) is None
 
 
-def test_order_and_ports_of_addresses() -> None:
+def test_order_of_addresses() -> None:
     ordered = ["/dns/a.org/tcp/1", "/ip4/8.8.8.8/tcp/1", "/ip4/8.8.8.8/tcp/1/p2p/x/p2p-circuit", "/ip4/10.0.0.1/tcp/1"]
     ordered.append("/ip6/::1/tcp/1")
     assert sorted(reversed(ordered), key=publicness) != ordered, "equals stay in p2pd's order"
     assert sorted(ordered, key=publicness) == ordered
-    visible = ["/ip6/::1/tcp/7", "/ip4/10.0.0.1/tcp/8"]
-    hosts = ("/ip4/0.0.0.0/tcp/0", "/ip6/::/tcp/0", "/ip4/127.0.0.1/tcp/0", "/ip4/0.0.0.0/tcp/9")
-    assert pin_ports(hosts, visible) == ("/ip4/0.0.0.0/tcp/8", "/ip6/::/tcp/7", *hosts[2:])
     assert addresses.dial_reason("x\n  * [addr] no such thing") == "[addr] no such thing"
     assert addresses.dial_reason("") == "no reason given"
     assert [addresses.direct_ip(maddr) for maddr in ordered] == ["", "8.8.8.8", "", "10.0.0.1", "::1"]

@@ -130,10 +130,11 @@ function renderCharts({ curve: points, pace: speeds, tokens_per_s, peers }) {
   pace.update([speeds.at_s, speeds.tokens_per_s, speeds.peers], now);
 }
 
-function renderJoin({ run, join_line, by_invitation }) {
+function renderJoin({ run, join_line, join_note, by_invitation }) {
   element("invited").hidden = !by_invitation;
   show("run-id", run.id);
   show("join-line", join_line || "no peer that others can reach is there now");
+  show("join-note", join_note);
   element("copy").disabled = !join_line;
 }
 
@@ -166,6 +167,7 @@ function rowOf(peer, allTokens, knownMembers) {
   const id = document.createElement("small");
   const about = [`…${peer.peer.slice(-8)}`, peer.invitation];
   if (trains && knownMembers) about.push(peer.known ? "known" : "newcomer");
+  if (peer.reached !== "direct") about.push(peer.reached === "relay" ? "through a relay only" : "cannot be dialled");
   id.textContent = about.filter(Boolean).join(" · ");
   name.append(id);
   const state = cell("td", "");
