@@ -179,6 +179,20 @@ def test_the_parts_of_fast_ones_that_die_are_shared_the_same_way(dead: tuple[int
     run_simulated(main())
 
 
+@pytest.mark.parametrize("absurd", [0, 2**60])
+def test_what_one_liar_says_of_the_others_changes_no_share(absurd: int) -> None:
+    async def main() -> None:
+        honest = dict.fromkeys(range(5), FAST)
+        lie = dict.fromkeys(range(5), absurd)
+        meeting = Round(5, uplinks=(honest, lie, *[honest] * 3))
+        await meeting.run()
+        assert list(meeting.update().parts) == meeting.means(range(5))
+        assert [settlement.part_counts for settlement in meeting.settlements.values()] == [None] * 5
+        meeting.check_blamed()
+
+    run_simulated(main())
+
+
 def test_with_equal_shares_none_are_told() -> None:
     async def main() -> None:
         meeting = Round(4)
