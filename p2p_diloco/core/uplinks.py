@@ -11,9 +11,9 @@ byte on a scale of powers of two, so that all take few bytes.
                         it is NEARLY_MEDIAN
 
 Only those are heard that certify: names cost nothing, and with most of those who certify a liar decides all else, too.
-Of an even number of claims the lower one of the middle two counts: a liar that calls others fast has to be in the
-majority among those that have measured them, and one that calls them slow is one that wants to reduce more itself.
-Either costs a round no more than ``shares.LARGEST_SHARE_OVER_EQUAL`` allows.
+Where liars are most of those that have measured somebody, or half of them and call it slow, they have their way, within
+these factors: a round then takes longer, by no more than ``shares.LARGEST_SHARE_OVER_EQUAL`` times. Whom they call fast
+reduces more, and it is audited like everybody.
 """
 
 from __future__ import annotations
@@ -97,5 +97,5 @@ def counted_uplinks(
 def _counts_as(uplink: int, usual: int) -> int:
     if min(uplink, usual) >= NEARLY_MEDIAN * max(uplink, usual):
         return usual
-    slowest = -(-usual // LARGEST_UPLINK_OVER_MEDIAN)
-    return min(max(uplink, slowest), usual * LARGEST_UPLINK_OVER_MEDIAN)
+    # No mark is below 8, and all from 32 on are multiples of 4: nothing is rounded that counts.
+    return min(max(uplink, usual // LARGEST_UPLINK_OVER_MEDIAN), usual * LARGEST_UPLINK_OVER_MEDIAN)

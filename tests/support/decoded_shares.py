@@ -25,7 +25,7 @@ def uplinks_of(tags: Sequence[bytes], said: Mapping[int, bytes], reducers: Seque
     uplinks = []
     for i in range(len(tags)):
         smaller, larger = sorted((measured.get(i, usual), usual))
-        bounded = max((usual + 3) // 4, min(4 * usual, measured.get(i, usual)))
+        bounded = max(usual // 4, min(4 * usual, measured.get(i, usual)))
         uplinks.append(usual if 4 * smaller >= 3 * larger else bounded)
     return uplinks
 
