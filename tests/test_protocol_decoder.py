@@ -7,7 +7,7 @@ from collections import Counter, defaultdict
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import blake3
 import numpy as np
@@ -411,18 +411,32 @@ class Captured:
         return found[1]
 
 
-Settle = Callable[[Sequence[int], Sequence[int], int | None], Captured]
+class Settle(Protocol):
+    def __call__(
+        self,
+        unknown: Sequence[int],
+        clients: Sequence[int],
+        given: int | None,
+        said: Mapping[int, int] | None = None,
+    ) -> Captured: ...
 
 
 @pytest.fixture
 def settle(tap: Tap, small_parts: None, monkeypatch: pytest.MonkeyPatch) -> Settle:
     monkeypatch.setattr(decoder, "PART_VALUES", meetings.SMALL_PART_VALUES)
 
-    def settled(unknown: Sequence[int], clients: Sequence[int], given: int | None) -> Captured:
-        """``given``: the leader dies when it has sent so many commits."""
+    def settled(
+        unknown: Sequence[int],
+        clients: Sequence[int],
+        given: int | None,
+        said: Mapping[int, int] | None = None,
+    ) -> Captured:
+        """``given``: the leader dies when it has sent so many commits. ``said``: what all say of each other's
+        uplinks."""
 
         async def main() -> meetings.Round:
-            meeting = meetings.Round(7, unknown=tuple(unknown), clients=tuple(clients))
+            uplinks = (dict(said or {}),) * 7
+            meeting = meetings.Round(7, unknown=tuple(unknown), clients=tuple(clients), uplinks=uplinks)
             leader, commits = meeting.group.leader, meeting.trouble.commits
 
             def watch() -> None:
@@ -469,6 +483,20 @@ def test_a_round_of_known_members_and_newcomers(
         sent = {i: meeting.sent(i, part) for i in range(7)}
         came = {i: (signed.data, signed.signature) for i, signed in sent.items()}
         assert made.inputs == decoder.inputs_of(came, b3)
+
+
+def test_a_round_whose_slow_members_reduce_nothing(settle: Settle) -> None:
+    said = {0: 100_000, 1: 200_000, **dict.fromkeys(range(2, 7), 1_000_000)}
+    settled = settle((4,), (3,), None, said=said)
+    group = settled.meeting.group
+    (roster,) = settled.reader.rounds.values()
+    assert roster.uplinks == list(group.uplinks)
+    members, parts = range(7), range(meetings.N_PARTS)
+    assert roster.dealt(members, parts) == group.shares_among(members, parts)
+    assert {one.stream.server for one in settled.decoded if one.contributions} == {
+        settled.meeting.ids[i] for i in (2, 5, 6)
+    }
+    assert {part for one in settled.decoded for part in one.reductions} == set(parts)
 
 
 @pytest.mark.parametrize(("given", "told"), [(1, 1), (3, 3), (6, 5)])

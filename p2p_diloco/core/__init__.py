@@ -27,6 +27,7 @@ Its files, from the bottom up:
     aggregate     contributions to their mean, by the run's rule; the angle between one of them and it
     outer         the outer state, and how an update leads to the next one
     runfile       what a person writes about a run
+    uplinks       what peers say of each other's uplinks, and what a group makes of it
     records       what a peer says about itself, signed
     invitation    what a run's owner signs for a volunteer: token, invitation, seat, revocations
     admission     who may take part in a run, and what counts as one
@@ -40,6 +41,7 @@ Its files, from the bottom up:
     known         which peers are known at a head: those that have contributed to the updates before it
     roster        who may meet in a round: readiness, who leads, whom a leader takes in
     roster_rules  what a run says of rosters, and whether members fit it
+    shares        how the parts are shared among those that reduce, by their uplinks
     group         a roster that its leader has signed, and what follows from it for all that read it
     signed_part   what senders and reducers sign of the parts that they send
     audit         whether a part is the mean of what was contributed, and the evidence where it is not

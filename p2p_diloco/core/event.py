@@ -141,6 +141,9 @@ class RoundEnded(Moment):
     cosine: float | None = None
     helper: str | None = None
     """The seed of the run's owner, where it led and reduced for the group."""
+    parts: tuple[int, ...] | None = None
+    """How many parts each of ``group`` was to reduce, and then the helper. None, and not in the line, where all that
+    reduce had equal shares."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -249,7 +252,7 @@ Event = (
     | PeerLeft
 )
 E = TypeVar("E", bound=Event)
-SOMETIMES = ("contribution_norm", "update_norm", "cosine", "helper")
+SOMETIMES = ("contribution_norm", "update_norm", "cosine", "helper", "parts")
 """Fields of ``RoundEnded`` that a line has only where there is something to say."""
 
 

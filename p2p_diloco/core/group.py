@@ -20,7 +20,9 @@ from p2p_diloco.core.known import Known, most_unknown
 from p2p_diloco.core.records import MAX_RECORD_BYTES
 from p2p_diloco.core.roster import Readiness, counted_weights, open_readiness, rank
 from p2p_diloco.core.roster_rules import RosterRules, check_absent, check_helper, check_members
+from p2p_diloco.core.shares import deal, part_counts
 from p2p_diloco.core.update import UpdateHeader, bits_of
+from p2p_diloco.core.uplinks import counted_uplinks
 
 ROSTER_CONTEXT = b"p2p-diloco roster\0"
 MAX_MEMBERS = 128
@@ -148,6 +150,20 @@ class Group:
         the seed that helps; all that count, when there is none of these; all, when none counts. Of these, those that
         the roster does not leave idle, when there are any."""
         return _reducers(self.members, self.counting, self.sealed.idle, members)
+
+    @cached_property
+    def uplinks(self) -> tuple[int, ...]:
+        """Returns what the uplink of each member counts as, in bytes/s, by what those that certify say of the others
+        (``uplinks``)."""
+        said = {i: self.members[i].uplinks for i in self.voting}
+        return counted_uplinks(self.head, [member.peer_id for member in self.members], said, self.reducers)
+
+    def shares_among(self, members: Sequence[int], parts: Sequence[int]) -> dict[int, list[int]]:
+        """Returns which of ``parts`` each of those reduces that reduce for ``members``, by their uplinks: who is slow
+        may reduce nothing."""
+        reducers = self.reducers_among(members)
+        counts = part_counts([self.uplinks[i] for i in reducers], len(members), len(parts))
+        return deal(reducers, counts, parts)
 
     @property
     def trainers(self) -> tuple[Readiness, ...]:

@@ -26,6 +26,7 @@ from p2p_diloco.core.identity import MAX_PEER_ID_CHARS, Identity
 from p2p_diloco.core.known import Known, most_unknown
 from p2p_diloco.core.records import MAX_SEAT_BYTES, Hash, Natural, Record, Signed, seal, unseal
 from p2p_diloco.core.runfile import OnMissed
+from p2p_diloco.core.uplinks import MAX_UPLINKS, UPLINK_BYTES, check_uplinks
 
 READINESS_CONTEXT = b"p2p-diloco readiness\0"
 
@@ -52,6 +53,8 @@ class Readiness(Signed):
     helps: bool = False
     """It is the seed of the run's owner, which leads and reduces, and contributes nothing: as a member it stands
     behind all others, and outside everything that is counted."""
+    uplinks: Annotated[bytes, Field(max_length=MAX_UPLINKS * UPLINK_BYTES)] = b""
+    """How fast others send, as it has measured (``uplinks``). Nothing of itself is heard."""
 
 
 def seal_readiness(readiness: Readiness, identity: Identity) -> bytes:
@@ -61,7 +64,9 @@ def seal_readiness(readiness: Readiness, identity: Identity) -> bytes:
 
 def open_readiness(sealed: bytes) -> Readiness:
     """Returns a sealed readiness. ValueError for anything that its own peer did not sign in exactly this form."""
-    return unseal(sealed, Readiness, READINESS_CONTEXT)
+    readiness = unseal(sealed, Readiness, READINESS_CONTEXT)
+    check_uplinks(readiness.uplinks)
+    return readiness
 
 
 def new_nonce() -> bytes:

@@ -54,4 +54,5 @@ def round_ended(
         update_norm=alignment.update_norm if alignment else None,
         cosine=alignment.cosine if alignment else None,
         helper=(settlement.group.helper or None) if settlement else None,
+        parts=settlement.part_counts if settlement else None,
     )

@@ -8,6 +8,7 @@ Its files, from the bottom up:
     outcome                what comes of a round, as a value: a certified update, or why there is none
     seat                   this peer, as its own network side sees it
     here                   what all parts of one peer share: network, key, records, seat, clock
+    measured               how fast others send, as this peer has measured in its last rounds
     company                whom a peer may form a round with: who ranks first, who has failed it
     gathering              the rounds that a peer leads while they are formed, and when they close
     matchmaking            the roster of a round: whom a peer asks to lead, what it answers who asks

@@ -24,6 +24,7 @@ from p2p_diloco.core.errors import Gone, Misbehaved, RemoteError
 from p2p_diloco.core.identity import SIGNATURE_BYTES
 from p2p_diloco.core.signed_part import Contribution, Inputs, Place
 from p2p_diloco.core.waiting import deadline, now_s
+from p2p_diloco.round.measured import Arrivals
 from p2p_diloco.round.meeting import Meeting
 from p2p_diloco.wire.channel import Channel
 from p2p_diloco.wire.round_messages import Contribute
@@ -53,7 +54,11 @@ class Butterfly:
         self.meeting = meeting
         self.number = number
         self.me = meeting.me
-        self.reducers = meeting.group.reducers_among(members)
+        self.members = members
+        self.shares = meeting.group.shares_among(members, parts)
+        """Who reduces -> its parts; none, where it is slow."""
+        self.reducers = [reducer for reducer, share in self.shares.items() if share]
+        """Those that have parts to reduce."""
         self.parts = parts
         self.began_s = now_s()
         others = [i for i in members if i != self.me]
@@ -67,10 +72,12 @@ class Butterfly:
         """Reducer only: how long a sender is still waited for, in all."""
         self.gone: set[int] = set()
         """Reducer only: senders that failed."""
+        self.arrivals: dict[int, Arrivals] = {}
+        """Reducer only: sender -> how fast its contributions come."""
 
     async def run(self) -> None:
         """Reduces my parts, and exchanges contributions for means with every other reducer."""
-        others = [reducer for reducer in self.reducers if reducer != self.me and self._parts_of(reducer)]
+        others = [reducer for reducer in self.reducers if reducer != self.me]
         await run_all(self._reduce(), *(self._contribute(reducer) for reducer in others))
 
     def owing(self) -> list[int]:
@@ -79,14 +86,25 @@ class Butterfly:
         return [i for i in others if any(self.meeting.parts[part] is None for part in self._parts_of(i))]
 
     def _parts_of(self, reducer: int) -> list[int]:
-        """Returns the parts of one reducer. All reducers have equal shares, never by claimed speed."""
-        if reducer not in self.reducers:
-            return []
-        return list(self.parts[self.reducers.index(reducer) :: len(self.reducers)])
+        """Returns the parts of one reducer; none of who is none, or reduces nothing."""
+        return self.shares.get(reducer, [])
 
     def reducer_of(self) -> dict[int, int]:
         """Returns the reducer of each of the parts."""
-        return {part: self.reducers[i % len(self.reducers)] for i, part in enumerate(self.parts)}
+        return {part: reducer for reducer, share in self.shares.items() for part in share}
+
+    def uplinks(self) -> dict[int, int]:
+        """Returns the uplinks of the members whose contributions have come to me, in bytes/s, as far as enough has. A
+        sender sends each reducer its contributions, and, if it reduces, everybody its means."""
+        sizes = {i: sum(map(self.meeting.grid.part_bytes, share)) for i, share in self.shares.items()}
+        measured = {}
+        for sender, arrivals in self.arrivals.items():
+            contributions = [size for reducer, size in sizes.items() if reducer != sender]
+            means = [sizes.get(sender, 0)] * (len(self.members) - 1)
+            uplink = arrivals.uplink(sizes[self.me], contributions + means)
+            if uplink is not None:
+                measured[sender] = uplink
+        return measured
 
     def place(self, part: int) -> Place:
         """Returns what names one of the parts in what is signed."""
@@ -183,10 +201,12 @@ class Butterfly:
         queue, meeting = self.queues.get(sender), self.meeting
         if queue is None:
             return
+        arrivals = self.arrivals[sender] = Arrivals()
         try:
             for part in parts:
-                came = await self._take_contribution(channel, part)
+                came = await self._take_contribution(channel, part, arrivals)
                 while queue.full() and sender not in self.gone and not meeting.over:
+                    arrivals.held_back()
                     await meeting.changed.event.wait()
                 if sender not in self.gone and not meeting.over:
                     queue.put_nowait(came)
@@ -194,10 +214,11 @@ class Butterfly:
             self.meeting.lose(sender, error)
             self._hear_no_more(sender)
 
-    async def _take_contribution(self, channel: Channel, part: int) -> Came:
+    async def _take_contribution(self, channel: Channel, part: int, arrivals: Arrivals) -> Came:
         """Returns a sender's next contribution. Misbehaved unless it decodes, and its sender has signed it."""
         size = self.meeting.grid.part_bytes(part) + SIGNATURE_BYTES
         frame = await channel.receive_frame(size, self.meeting.timeouts.reduced_part_s)
+        arrivals.came(len(frame), now_s())
         contribution = Contribution.from_frame(frame)
         try:
             values = self.meeting.grid.decode(part, contribution.data)

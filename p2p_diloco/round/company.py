@@ -35,6 +35,7 @@ from p2p_diloco.core.roster_rules import RosterRules
 from p2p_diloco.core.swarm_head import must_catch_up, swarm_head, way_of
 from p2p_diloco.core.waiting import now_s
 from p2p_diloco.round.here import Here
+from p2p_diloco.round.measured import Measured
 from p2p_diloco.wire.round_messages import Ready, Roster
 
 CHANCES = 2
@@ -64,6 +65,9 @@ class Company:
     """What was found of peers as reducers."""
     lapsed: dict[str, float] = field(default_factory=dict)
     """Peer that I lost in a round, and that has not contributed in full to one since -> loop time of the last loss."""
+
+    measured: Measured = field(default_factory=Measured)
+    """How fast others send."""
 
     def __post_init__(self) -> None:
         life_s = self.here.timeouts.record_life_s
@@ -122,6 +126,7 @@ class Company:
                 "nonce": new_nonce(),
                 "seat": b"",
                 "helps": True,
+                "uplinks": b"",
             }
         )
 

@@ -37,6 +37,7 @@ from p2p_diloco.core.group import Group
 from p2p_diloco.core.manifest import RunManifest
 from p2p_diloco.core.records import open_record
 from p2p_diloco.core.roster import Readiness, new_nonce, on_head, seal_readiness
+from p2p_diloco.core.uplinks import pack_uplinks
 from p2p_diloco.core.waiting import heard, now_s
 from p2p_diloco.round.company import Company
 from p2p_diloco.round.gathering import Answer, Gatherings
@@ -164,6 +165,7 @@ class Matchmaker:
             tokens_per_s=tokens_per_s,
             nonce=new_nonce(),
             seat=self.company.here.sealed_seat,
+            uplinks=pack_uplinks(self.seat.standing.head, self.company.measured.at(self.seat.standing.step)),
         )
 
     def _outcome(
@@ -251,8 +253,7 @@ class Matchmaker:
             if better is not None:
                 await channel.send(Redirect(record=better))
                 return True
-            moved = self.seat.standing.head != readiness.head
-            if moved or self.company.me not in self.company.leaders(readiness.head):
+            if self.seat.standing.head != readiness.head or self.company.me not in self.company.leaders(readiness.head):
                 await channel.send(No(reason="cannot lead"))
                 return True
         return await self.gatherings.join(channel, readiness.head, sealed)

@@ -192,6 +192,21 @@ class Settlement:
             bytes_received=self.meeting.meter.received,
         )
 
+    @property
+    def part_counts(self) -> tuple[int, ...] | None:
+        """Returns how many parts each member reduces in the round's own butterfly; None where all reducers have equal
+        shares."""
+        shares = self.member.butterflies[0].shares
+        counts = {i: len(share) for i, share in shares.items()}
+        if max(counts.values()) - min(counts.values()) <= 1:
+            return None
+        return tuple(counts.get(i, 0) for i in range(len(self.group.members)))
+
+    def uplinks(self) -> dict[int, int]:
+        """Returns the uplinks that the round's own butterfly has shown me, in bytes/s, of members that may reduce."""
+        measured = self.member.butterflies[0].uplinks()
+        return {i: uplink for i, uplink in measured.items() if i in self.group.reducers}
+
     def close(self) -> None:
         """Forgets the contributions that were kept: nobody asks about this round any more."""
         if self.meeting.kept is not None:

@@ -108,6 +108,7 @@ OTHERS: tuple[Any, ...] = ("7", 7, 7.5, True, None, [7], {"a": 7}, [["a"]])
 FITS: dict[str, tuple[type, ...]] = {
     "str": (str,), "Uncertified": (), "int": (int,), "float": (int, float), "bool": (bool,),
     "NotNegative": (int, float),
+    "tuple[int, ...] | None": (list, type(None)),
     "int | None": (int, type(None)), "str | None": (str, type(None)), "float | None": (int, float, type(None)),
 }  # fmt: skip
 

@@ -18,9 +18,10 @@ from p2p_diloco.core.identity import Identity
 from p2p_diloco.core.invitation import Token
 from p2p_diloco.core.known import Known
 from p2p_diloco.core.records import seal, seal_record
-from p2p_diloco.core.roster import new_nonce, rank, seal_readiness
+from p2p_diloco.core.roster import READINESS_CONTEXT, new_nonce, open_readiness, rank, seal_readiness
 from p2p_diloco.core.roster_rules import RosterRules
 from p2p_diloco.core.update import contributor_mask
+from p2p_diloco.core.uplinks import pack_uplinks
 from tests.support.builders import (
     RUN_ID,
     group_of,
@@ -31,6 +32,8 @@ from tests.support.builders import (
     readiness_of,
     record_of,
     rules_of,
+    sealed_anyhow,
+    values_of,
 )
 from tests.support.invited import OWNER, token_of
 
@@ -286,6 +289,63 @@ def test_client_mode_members_reduce_and_lead_nothing_unless_there_is_nobody_else
     assert group.reducers_among([0, 2]) == (0, 2)
     group = group_of(MEMBERS, HISTORY, client_mode=[True] * 4)
     assert (group.leader, group.reducers) == (0, (0, 1, 2, 3))
+
+
+# -- shares ------------------------------------------------------------------------------------------------------------
+
+FAST, SLOW = 1 << 20, 1 << 17
+SIX = ranked(head(HISTORY), 6)
+
+
+def of_uplinks(*uplinks: int, unheard: Sequence[int] = (), **options: Any) -> Group:
+    """Six members, all of which but the ``unheard`` ones say these uplinks of the first ones; they say them of
+    themselves, too."""
+    said = pack_uplinks(head(HISTORY), {who.peer_id: uplink for who, uplink in zip(SIX, uplinks)})
+    return group_of(SIX, HISTORY, uplinks=[b"" if i in unheard else said for i in range(6)], **options)
+
+
+def test_equal_shares_are_dealt_out_in_turn() -> None:
+    for group in (of_uplinks(), of_uplinks(*[FAST] * 6), of_uplinks(SLOW, FAST, unheard=range(6))):
+        assert group.shares_among(range(6), range(15)) == {i: list(range(i, 15, 6)) for i in range(6)}
+        assert group.shares_among([0, 2, 5], [3, 4, 8, 9]) == {0: [3, 9], 2: [4], 5: [8]}
+
+
+def test_who_is_slow_reduces_nothing_and_leads_as_before() -> None:
+    group = of_uplinks(SLOW, FAST, FAST, FAST, FAST, FAST)
+    assert group.uplinks == (FAST // 4, *[FAST] * 5)
+    shares = group.shares_among(range(6), range(15))
+    assert shares == {0: [], **{i: list(range(i - 1, 15, 5)) for i in range(1, 6)}}
+    assert (group.leader, group.reducers, group.voting) == (0, (0, 1, 2, 3, 4, 5), frozenset(range(6)))
+
+
+def test_where_the_fast_ones_are_gone_the_slow_one_reduces() -> None:
+    group = of_uplinks(SLOW, FAST, FAST, FAST, FAST, FAST)
+    assert group.shares_among([0, 2, 3], range(4)) == {0: [], 2: [0, 2], 3: [1, 3]}
+    assert group.shares_among([0], range(4)) == {0: [0, 1, 2, 3]}
+    assert group.shares_among([0, 3], range(4)) == {0: [0, 2], 3: [1, 3]}, "each sends as much, whatever it reduces"
+
+
+def test_only_those_that_certify_are_heard() -> None:
+    """The last member calls the first one slow."""
+    assert of_uplinks(SLOW, FAST, FAST, unheard=range(5)).uplinks[0] == FAST // 4
+    newcomer = of_uplinks(SLOW, FAST, FAST, unheard=range(5), familiar=SIX[:5])
+    assert len(set(newcomer.uplinks)) == 1
+
+
+def test_no_share_is_of_the_leaders_choice() -> None:
+    """It can neither change what others have signed, nor be heard about itself."""
+    said = pack_uplinks(head(HISTORY), {SIX[0].peer_id: FAST, SIX[1].peer_id: SLOW})
+    alone = group_of(SIX, HISTORY, uplinks=[said, *[b""] * 5])
+    assert alone.uplinks[0] == alone.uplinks[2], "nobody else says anything of it"
+
+
+@pytest.mark.parametrize("packed", [b"abcd", bytes(5) * 2, bytes(165)])
+def test_a_readiness_whose_uplinks_are_not_sound_is_none(packed: bytes) -> None:
+    who = MEMBERS[0]
+    sound = readiness_of(who, HISTORY)
+    forged = sealed_anyhow(values_of(sound, uplinks=packed), READINESS_CONTEXT, who)
+    with pytest.raises(ValueError, match="uplinks"):
+        open_readiness(forged)
 
 
 # -- the seed that helps ----------------------------------------------------------------------------------------------

@@ -22,13 +22,14 @@ from p2p_diloco.core.errors import Gone, Misbehaved, NetworkError, Refused, Remo
 from p2p_diloco.core.event import E, LoggedPhase, PeerCaughtUp, PeerJoined, PhaseBegan, RoundEnded, of_kind
 from p2p_diloco.core.events import EVENTS_FILE, read_events
 from p2p_diloco.core.grid import PART_VALUES
-from p2p_diloco.core.identity import Identity
+from p2p_diloco.core.identity import SIGNATURE_BYTES, Identity
 from p2p_diloco.core.manifest import RunManifest
 from p2p_diloco.core.records import HEADS_SHOWN, open_record, seal_record
 from p2p_diloco.core.runfile import OnMissed, SeedsReduce
 from p2p_diloco.core.swarm_head import Standing
 from p2p_diloco.core.trust_event import PartAudited
 from p2p_diloco.core.update import UpdateHeader, parts_with
+from p2p_diloco.round import measured
 from p2p_diloco.wire.channel import Channel
 from p2p_diloco.wire.message import Message
 from p2p_diloco.wire.messages import No
@@ -50,6 +51,7 @@ from tests.support.builders import identity, record_of
 from tests.support.fakes import FakeNetwork, FakeTransport, SimPeer, make_manifest, run_simulated
 from tests.support.lies_beside import extends
 from tests.support.lying import Liar
+from tests.support.narrow import narrow
 from tests.support.reference import diloco
 
 RUN_OWNER = identity(0)
@@ -688,6 +690,36 @@ def test_a_seed_may_help_always_or_never(tmp_path: Path) -> None:
 
     run_simulated(main("never"))
     run_simulated(main("always"))
+
+
+def test_who_has_a_narrow_uplink_reduces_nothing_as_soon_as_others_have_seen_it(
+    tmp_path: Path, small_parts: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It contributes whole, and from the second such round on its line carries that alone."""
+    monkeypatch.setattr(measured, "LEAST_MEASURED_BYTES", 300)
+    rate_bytes_per_s = 20_000.0
+
+    async def main() -> None:
+        swarm = Simulated(tmp_path, 4, n=30_000, codec="int8", outer_steps=10, inner_steps=4)
+        sims = await swarm.start(4)
+        slow = sims[3]
+        await swarm.until(sims, 1)
+        narrow(slow.transport, rate_bytes_per_s)
+        await swarm.until(sims, 9)
+        swarm.check_identical(swarm.peers)
+        rounds = [event for event in swarm.events(1, RoundEnded) if event.committed]
+        assert {event.parts for event in rounds[:2]} == {None}
+        for event in rounds[2:]:
+            parts = dict(zip(event.group, event.parts or (), strict=True))
+            assert parts.pop(slow.peer.identity.peer_id) == 0
+            assert set(parts.values()) == {100}
+        assert all(swarm.contributed(slow, step) for step in range(1, 9))
+        assert not any(event.lost for event in rounds)
+        contribution_s = 300 * (4 + 104 + SIGNATURE_BYTES) / rate_bytes_per_s
+        assert rounds[1].reduce_s > 1.5 * contribution_s
+        assert max(event.reduce_s for event in rounds[2:]) < 1.1 * contribution_s
+
+    run_simulated(main())
 
 
 def test_a_lone_peer_trains_on_and_commits_nothing(tmp_path: Path) -> None:

@@ -26,6 +26,7 @@ SETTLEMENT: Any = SimpleNamespace(
     group=SimpleNamespace(members=MEMBERS, trainers=MEMBERS[:3], helper="d", voting=frozenset((0, 1, 2))),
     meeting=SimpleNamespace(lost={2, 0}, owner="d"),
     cost=lambda: COST,
+    part_counts=(4, 1, 0, 2),
 )
 CERTIFICATE: Any = SimpleNamespace(signatures=((0, b"a"), (2, b"c")), witness=b"d")
 SETTLED = Settled(update=cast(Any, None), certificate=CERTIFICATE)
@@ -61,6 +62,7 @@ def test_a_round_that_committed_is_told_as_it_was() -> None:
         update_norm=2.0,
         cosine=-0.5,
         helper="d",
+        parts=(4, 1, 0, 2),
         wall_s=NOT_YET,
         mono_s=NOT_YET,
     )

@@ -16,6 +16,7 @@ from p2p_diloco.core.errors import Gone, RemoteError
 from p2p_diloco.core.signed_part import REDUCTION_BYTES, Contribution, Inputs, Reduction
 from p2p_diloco.core.update import Part, contributor_mask
 from p2p_diloco.core.waiting import now_s
+from p2p_diloco.round import measured
 from p2p_diloco.round.butterfly import run_all
 from p2p_diloco.wire.channel import Channel
 from p2p_diloco.wire.message import Message
@@ -133,6 +134,124 @@ def test_client_mode_members_contribute_and_receive() -> None:
         reduced = {i: meeting.settlements[i].member.butterflies[0].waiting == set() for i in meeting.honest}
         assert reduced == {0: False, 1: True, 2: False, 3: True}, "streams come to those who can be dialled"
         meeting.check_blamed()
+
+    run_simulated(main())
+
+
+# -- shares by uplink --------------------------------------------------------------------------------------------------
+
+FAST, SLOW = 1 << 20, 1 << 16
+FIRST_IS_SLOW = ({}, *[{0: SLOW, **dict.fromkeys(range(1, 5), FAST)}] * 4)
+"""What five members say of each other."""
+
+
+def test_who_is_slow_leads_and_reduces_nothing() -> None:
+    async def main() -> None:
+        meeting = Round(5, uplinks=FIRST_IS_SLOW)
+        await meeting.run()
+        assert list(meeting.update().parts) == meeting.means(range(5))
+        assert [i for i in meeting.honest if meeting.settlements[i].leads] == [0]
+        for i in meeting.honest:
+            assert meeting.settlements[i].part_counts == (0, 2, 2, 1, 1)
+            reduced_by = [one.reducer for one in meeting.settlements[i].meeting.reductions if one is not None]
+            assert reduced_by == [1, 2, 3, 4, 1, 2]
+            came = meeting.settlements[i].member.butterflies[0].waiting == set()
+            assert came == (i != 0), "nobody opens a stream to it, and it opens one to all others"
+        meeting.check_blamed()
+        await meeting.all_streams_end(1.0)
+
+    run_simulated(main())
+
+
+@pytest.mark.parametrize("dead", [(1,), (1, 2), (3, 4)])
+def test_the_parts_of_fast_ones_that_die_are_shared_the_same_way(dead: tuple[int, ...]) -> None:
+    async def main() -> None:
+        meeting = Round(5, by_hand=dead, uplinks=FIRST_IS_SLOW)
+        for i in dead:
+            meeting.kill(i)
+        await meeting.run()
+        left = [i for i in range(5) if i not in dead]
+        assert list(meeting.update().parts) == meeting.means(left)
+        by = {one.reducer for one in meeting.settlements[0].meeting.reductions if one is not None}
+        assert by == set(left) - {0}
+        meeting.check_blamed(*dead)
+
+    run_simulated(main())
+
+
+@pytest.mark.parametrize("absurd", [0, 2**60])
+def test_what_one_liar_says_of_the_others_changes_no_share(absurd: int) -> None:
+    async def main() -> None:
+        honest = dict.fromkeys(range(5), FAST)
+        lie = dict.fromkeys(range(5), absurd)
+        meeting = Round(5, uplinks=(honest, lie, *[honest] * 3))
+        await meeting.run()
+        assert list(meeting.update().parts) == meeting.means(range(5))
+        assert [settlement.part_counts for settlement in meeting.settlements.values()] == [None] * 5
+        meeting.check_blamed()
+
+    run_simulated(main())
+
+
+def test_with_equal_shares_none_are_told() -> None:
+    async def main() -> None:
+        meeting = Round(4)
+        await meeting.run()
+        assert [settlement.part_counts for settlement in meeting.settlements.values()] == [None] * 4
+
+    run_simulated(main())
+
+
+def test_a_reducer_measures_who_sends_slowly(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Member 3 sends a contribution of 168 bytes to each reducer every second. What member 2 sends at once is read no
+    faster than that, and this is not its fault."""
+    monkeypatch.setattr(measured, "LEAST_MEASURED_BYTES", 300)
+
+    async def main() -> None:
+        meeting = Round(4, by_hand=(2, 3), clients=(2, 3), n=16 * SMALL_PART_VALUES)
+
+        async def send(me: int, to: int, every_s: float) -> None:
+            channel = await meeting.contribute(me, to, 0)
+            for part in meeting.parts_of(to):
+                await asyncio.sleep(every_s)
+                await channel.send_frame(meeting.signed(me, part))
+
+        await meeting.run(*(send(2, to, 0.0) for to in (0, 1)), *(send(3, to, 1.0) for to in (0, 1)))
+        for i in (0, 1):
+            uplinks = meeting.settlements[i].member.butterflies[0].uplinks()
+            assert uplinks.keys() == {1 - i, 2, 3}
+            assert uplinks[3] == 2 * 168, "to two reducers"
+            assert min(uplinks[1 - i], uplinks[2]) > 100 * 168
+
+    run_simulated(main())
+
+
+def test_what_a_reducer_sends_beside_its_contributions_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Member 2 would reduce as much as the others: it has contributions for two, and means for two."""
+    monkeypatch.setattr(measured, "LEAST_MEASURED_BYTES", 300)
+
+    async def main() -> None:
+        meeting = Round(3, by_hand=(2,), n=15 * SMALL_PART_VALUES)
+
+        async def send(to: int) -> None:
+            channel = await meeting.contribute(2, to, 0)
+            for part in meeting.parts_of(to):
+                await asyncio.sleep(1.0)
+                await channel.send_frame(meeting.signed(2, part))
+
+        await meeting.run(send(0), send(1))
+        assert [meeting.settlements[i].uplinks()[2] for i in (0, 1)] == [4 * 168] * 2
+
+    run_simulated(main())
+
+
+def test_nobody_measures_who_cannot_reduce(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measured, "LEAST_MEASURED_BYTES", 0)
+
+    async def main() -> None:
+        meeting = Round(3, clients=(2,))
+        await meeting.run()
+        assert [sorted(one.uplinks()) for one in meeting.settlements.values()] == [[1], [0], []]
 
     run_simulated(main())
 

@@ -21,6 +21,7 @@ from p2p_diloco.core.pace import Progress
 from p2p_diloco.core.records import open_record, seal_record
 from p2p_diloco.core.roster import seal_readiness
 from p2p_diloco.core.swarm_head import Standing
+from p2p_diloco.core.uplinks import tag_of, unpack_uplinks
 from p2p_diloco.core.waiting import now_s
 from p2p_diloco.round.company import CHANCES, CLOSING_MARGIN_S, MAX_GATHER_EXTENSION_S
 from p2p_diloco.round.gathering import Gathering
@@ -243,6 +244,19 @@ def test_a_weight_is_what_was_trained_and_at_most_the_runs_limit() -> None:
         table = Table(2)
         most = table.manifest.spec.max_weight_tokens
         assert table.groups(await table.meet(weight=most + 1), 0, 1).weights == (most, most)
+
+    run_simulated(main())
+
+
+def test_a_readiness_says_what_its_peer_has_measured_and_a_helpers_nothing() -> None:
+    async def main() -> None:
+        table = Table(3)
+        table.matchmakers[1].company.measured.note(len(HISTORY), {table.ids[0]: 1000, table.ids[2]: 3000})
+        group = table.groups(await table.meet(), 0, 1, 2)
+        said = {tag_of(head(HISTORY), table.ids[0]): 960, tag_of(head(HISTORY), table.ids[2]): 2816}
+        assert [unpack_uplinks(member.uplinks) for member in group.members] == [{}, said, {}]
+        assert group.uplinks == (960, 960, 2816)
+        assert table.matchmakers[0].company.help_with(group.members[1]).uplinks == b""
 
     run_simulated(main())
 

@@ -18,6 +18,8 @@ import msgpack
 import numpy as np
 import numpy.typing as npt
 
+from tests.support.decoded_shares import parts_of_each, shares_of, uplinks_of
+
 Vector = npt.NDArray[np.float32]
 Blake3 = Callable[[bytes], bytes]
 
@@ -67,7 +69,7 @@ RECORD = (
 )
 READINESS = (
     *("peer_id", "run_id", "leader", "step", "head", "weight", "client_mode", "dropped", "tokens_per_s", "nonce"),
-    *("seat", "helps"),
+    *("seat", "helps", "uplinks"),
 )
 CONSENT = ("peer_id", "asker", "dialler", "ports")
 INVITATION = ("peer_id", "run_id", "token", "name", "places", "expires_s")
@@ -646,6 +648,19 @@ class Round:
         dialled = self.would_reduce(members)
         return [i for i in dialled if i not in self.idle] or dialled
 
+    @cached_property
+    def uplinks(self) -> list[int]:
+        """What the uplink of each member counts as, in bytes/s."""
+        tags = [h(self.sealed_head(self.members), peer_id.encode())[:4] for peer_id in self.ids]
+        said = {i: self.members[i]["uplinks"] for i in self.first_of_each(self.counting)}
+        return uplinks_of(tags, said, self.reducers(range(len(self.members))))
+
+    def dealt(self, members: Sequence[int], parts: Sequence[int]) -> dict[int, list[int]]:
+        """Reducer -> its parts."""
+        reducers = self.reducers(members)
+        shares = shares_of([self.uplinks[i] for i in reducers], len(members))
+        return dict(zip(reducers, parts_of_each(shares, parts)))
+
     def would_reduce(self, members: Sequence[int]) -> list[int]:
         trainers = [i for i in members if i not in self.helper]
         counting = [i for i in trainers if i in self.counting] or trainers
@@ -926,8 +941,7 @@ class Decoder:
         if number:
             again = self.agains[round_id, number]
             members, parts = again.fields["members"], again.fields["parts"]
-        reducers = found.reducers(members)
-        mine = parts[reducers.index(found.ids.index(decoded.stream.server)) :: len(reducers)]
+        mine = found.dealt(members, parts)[found.ids.index(decoded.stream.server)]
         for part, frame in zip(mine, up):
             data, signature = frame[:-64], frame[-64:]
             check(len(data) == encoded_bytes(self._values(part), self.codec), "a contribution of another length")

@@ -22,6 +22,7 @@ from p2p_diloco.core.identity import Identity
 from p2p_diloco.core.records import seal_record
 from p2p_diloco.core.signed_part import REDUCTION_BYTES, Contribution, Inputs, Place, Reduction
 from p2p_diloco.core.update import Part, Update, bits_of, contributor_mask
+from p2p_diloco.core.uplinks import pack_uplinks
 from p2p_diloco.core.waiting import Bell, heard, now_s
 from p2p_diloco.round.meeting import Meeting
 from p2p_diloco.round.outcome import Missed, Settled
@@ -125,6 +126,8 @@ class Round:
     """Newcomers: all others are known."""
     idle: tuple[int, ...] = ()
     """Whom the roster gives no share."""
+    uplinks: tuple[dict[int, int], ...] = ()
+    """Of each: what it says of the uplinks of others; nobody says anything, if empty."""
     codec: CodecName = "int8"
     n: int = (N_PARTS - 1) * SMALL_PART_VALUES + 7
     aggregate: AggregateName = "mean"
@@ -153,6 +156,10 @@ class Round:
             weight=self.weights or [100 * (i + 1) for i in range(self.count)],
             client_mode=[i in self.clients for i in range(self.count)],
             dropped=[i in self.dropped for i in range(self.count)],
+            uplinks=[
+                pack_uplinks(head(HISTORY), {self.ids[other]: uplink for other, uplink in said.items()})
+                for said in self.uplinks or [{}] * self.count
+            ],
         )
         self.round_id = self.group.round_id
         self.slices = part_slices(self.n)
