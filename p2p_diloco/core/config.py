@@ -51,6 +51,8 @@ class Timeouts:
     """How long a reducer waits for one sender's next part."""
     reduced_part_s: float = 25.0
     """How long a sender waits for a reducer's next part: longer than ``part_s``, since a reducer waits for others."""
+    again_s: float = 0.8
+    """How long a reducer waits for the second stream of a sender whose first one has closed at once."""
     settle_s: float = 10.0
     """How long a leader waits for receipts, and then for the commit to be taken."""
     round_s: float = 60.0

@@ -7,13 +7,16 @@ once and sends *these bytes* to everybody; it uses the decoded bytes itself.
 A contribution goes through the codec even where sender and reducer are the same peer, so that the result does not
 depend on who reduces what. Both are signed (``core.signed_part``): to sign a part takes 0.04 ms, to check one 0.14 ms.
 
-A sender that fails is left out from that part on; a reducer that fails leaves holes. Nothing here raises for what
-another peer does: what is missing in the end is seen when the round is settled, and another butterfly is run for it.
+A sender that fails is left out from that part on; a reducer that fails leaves holes. A stream that closes at once
+(``Channel.is_fresh``) is tried a second time before that: it begins with the first part again, its reducer takes what
+has not come yet, and means go over both. Nothing here raises for what another peer does: what is missing in the end is
+seen when the round is settled, and another butterfly is run for it.
 """
 
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -23,7 +26,7 @@ from p2p_diloco.core.codec import Vector
 from p2p_diloco.core.errors import Gone, Misbehaved, RemoteError
 from p2p_diloco.core.identity import SIGNATURE_BYTES
 from p2p_diloco.core.signed_part import Contribution, Inputs, Place
-from p2p_diloco.core.waiting import deadline, now_s
+from p2p_diloco.core.waiting import deadline, heard, now_s
 from p2p_diloco.round.meeting import Meeting
 from p2p_diloco.wire.channel import Channel
 from p2p_diloco.wire.round_messages import Contribute
@@ -31,6 +34,8 @@ from p2p_diloco.wire.round_messages import Contribute
 QUEUED_PARTS = 2
 """So many contributions of one sender a reducer holds decoded; then the sender waits. Those of a sender that is gone
 are read and thrown away: it still gets the means."""
+MAX_TRIES = 2
+"""Of one sender to one reducer in a butterfly: one, and a second try."""
 IN_TIME_SHARE = 0.5
 """Of ``Timeouts.part_s``: a contribution that is handed over so soon after the butterfly began is in time for every
 reducer that heard of the round when I did."""
@@ -58,11 +63,17 @@ class Butterfly:
         self.began_s = now_s()
         others = [i for i in members if i != self.me]
         self.waiting = set(others)
-        """Members whose stream has not come yet."""
+        """Members whose stream has not come yet, or whose second one is due."""
+        self.opened = dict.fromkeys(others, 0)
+        """Sender -> how many streams it has opened to me."""
+        self.live = dict.fromkeys(others, 0)
+        """Sender -> how many of them are being served."""
         self.queues: dict[int, asyncio.Queue[Came | None]] = {
             i: asyncio.Queue(QUEUED_PARTS) for i in others if not meeting.group.members[i].dropped
         }
         """Reducer only: sender -> its contributions to my parts, in order; None when there will be no more."""
+        self.taken = dict.fromkeys(self.queues, 0)
+        """Reducer only: sender -> how many contributions have come from it."""
         self.patience_s = {i: meeting.patience_s(i) for i in self.queues}
         """Reducer only: how long a sender is still waited for, in all."""
         self.gone: set[int] = set()
@@ -95,27 +106,38 @@ class Butterfly:
     # -- as a sender -------------------------------------------------------------------------------------------------
 
     async def _contribute(self, reducer: int) -> None:
-        """Sends my contributions to one reducer's parts, and takes the means."""
+        """Sends my contributions to one reducer's parts, and takes the means. A stream that closes at once is tried a
+        second time; what goes over that one does not count as delivered in time, for the reducer may have given me
+        up."""
         parts, meeting = self._parts_of(reducer), self.meeting
+        in_time_s = self.began_s + meeting.timeouts.part_s * IN_TIME_SHARE
         try:
-            channel = await meeting.open(reducer)
-            try:
-                await channel.send(Contribute(round_id=meeting.group.round_id, number=self.number))
-                await run_all(self._send_contributions(channel, parts), self._receive_means(channel, parts))
-            finally:
-                channel.close()
+            for tries_left, until_s in ((1, in_time_s), (0, -math.inf)):
+                channel = await meeting.open(reducer)
+                try:
+                    await channel.send(Contribute(round_id=meeting.group.round_id, number=self.number))
+                    sending = self._send_contributions(channel, parts, until_s)
+                    await run_all(sending, self._receive_means(channel, parts))
+                    return
+                except Gone as error:
+                    if not (tries_left and meeting.tries_again(channel, error)):
+                        raise
+                    meeting.delivered.difference_update((self.number, part) for part in parts)
+                finally:
+                    channel.close()
         except RemoteError as error:
             meeting.lose(reducer, error)
             if isinstance(error, Gone) and reducer in self.waiting and reducer in self.queues:
                 self._hear_no_more(reducer)  # who is dead does not come as a sender either
 
-    async def _send_contributions(self, channel: Channel, parts: list[int]) -> None:
+    async def _send_contributions(self, channel: Channel, parts: list[int], in_time_s: float) -> None:
+        """Sends my contributions. What is handed over before ``in_time_s`` counts as delivered in time."""
         if self.meeting.group.members[self.me].dropped:
             return
         for part in parts:
             contribution = self.meeting.signed_contribution(self.place(part))
             await channel.send_frame(contribution.data, contribution.signature)
-            if now_s() < self.began_s + self.meeting.timeouts.part_s * IN_TIME_SHARE:
+            if now_s() < in_time_s:
                 self.meeting.delivered.add((self.number, part))
 
     async def _receive_means(self, channel: Channel, parts: list[int]) -> None:
@@ -172,27 +194,56 @@ class Butterfly:
         return came
 
     async def on_contribute(self, channel: Channel, sender: int) -> None:
-        """Serves a member's stream to me as a reducer: contributions come, means go."""
-        if sender not in self.waiting:
-            raise Misbehaved(channel.peer_id, "opens a second stream in a round")
+        """Serves a member's stream to me as a reducer: contributions come, means go. It may open MAX_TRIES, also when
+        the first one has not ended for me yet."""
+        if self.opened.get(sender, MAX_TRIES) == MAX_TRIES:
+            raise Misbehaved(channel.peer_id, f"opens more than {MAX_TRIES} streams in a round")
         self.waiting.discard(sender)
+        self.opened[sender] += 1
+        self.live[sender] += 1
+        self.meeting.changed.ring()
         mine = self._parts_of(self.me)
-        await run_all(self._take_contributions(channel, sender, mine), self._send_means(channel, mine))
+        try:
+            await run_all(self._take_contributions(channel, sender, mine), self._send_means(channel, mine))
+        finally:
+            self.live[sender] -= 1
 
     async def _take_contributions(self, channel: Channel, sender: int, parts: list[int]) -> None:
         queue, meeting = self.queues.get(sender), self.meeting
         if queue is None:
             return
         try:
-            for part in parts:
+            for index, part in enumerate(parts):
                 came = await self._take_contribution(channel, part)
-                while queue.full() and sender not in self.gone and not meeting.over:
+                while queue.full() and self._is_due(sender, index):
                     await meeting.changed.event.wait()
-                if sender not in self.gone and not meeting.over:
+                if self._is_due(sender, index):
+                    self.taken[sender] += 1
                     queue.put_nowait(came)
         except RemoteError as error:
-            self.meeting.lose(sender, error)
-            self._hear_no_more(sender)
+            if isinstance(error, Misbehaved) or not await self._comes_again(sender, error):
+                meeting.lose(sender, error)
+                self._hear_no_more(sender)
+
+    def _is_due(self, sender: int, index: int) -> bool:
+        """Returns whether a sender's contribution to one of my parts, by its index among these, has not come yet and
+        still counts."""
+        return self.taken[sender] == index and sender not in self.gone and not self.meeting.over
+
+    async def _comes_again(self, sender: int, error: RemoteError) -> bool:
+        """Returns whether nothing is lost with a sender's stream that has failed: all has come, another one is there,
+        or, where it closed before anything came over it, a second one comes within ``Timeouts.again_s``."""
+        meeting = self.meeting
+        if self.live[sender] > 1 or self.taken[sender] == len(self._parts_of(self.me)):
+            return True
+        if self.taken[sender] or self.opened[sender] == MAX_TRIES or not isinstance(error, Gone):
+            return False
+        self.waiting.add(sender)
+        until_s = now_s() + meeting.timeouts.again_s
+        while sender in self.waiting - self.gone and not meeting.over and now_s() < until_s:
+            changed = meeting.changed.event
+            await heard(changed, until_s - now_s())
+        return sender not in self.waiting
 
     async def _take_contribution(self, channel: Channel, part: int) -> Came:
         """Returns a sender's next contribution. Misbehaved unless it decodes, and its sender has signed it."""

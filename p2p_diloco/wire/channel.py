@@ -71,8 +71,17 @@ class Channel:
     """Of a stream that came in: the address that it came from. Empty where a relay is between."""
     meter: Meter = field(default_factory=Meter)
     """Of this stream, or of all that are counted together."""
+    opened_s: float = field(default_factory=now_s)
+    """Loop time."""
     used_s: float = 0.0
     """Loop time of the last frame, in either direction."""
+    heard: bool = False
+    """A frame has come over it."""
+
+    @property
+    def is_fresh(self) -> bool:
+        """Returns whether the stream was opened within ``Timeouts.heartbeat_s``, and nothing has come over it yet."""
+        return not self.heard and now_s() < self.opened_s + self.timeouts.heartbeat_s
 
     async def send_frame(self, *pieces: bytes | memoryview) -> None:
         """Sends ``pieces`` as one frame, and returns when they are handed over. Raises Silent when the peer does not
@@ -110,6 +119,7 @@ class Channel:
 
     def _count_received(self, frame: bytes) -> None:
         self.used_s = now_s()
+        self.heard = True
         self.meter.received += 4 + len(frame)
         self.traffic.received[self.purpose] += 4 + len(frame)
 

@@ -7,6 +7,7 @@ of the sender, and lies in the receiver's buffer when that one is stopped. What 
     stop        streams stay open and buffers fill; ``whole``: new streams are not accepted either
     cut         a link's streams are reset; ``silent``, as when a cable is pulled: they hold what they have until the
                 link is back, or are reset when that takes longer than SILENT_RESET_S
+    reset       the newest stream of one peer to another is, and nothing else: both are there, and so is the link
     slow        one direction of a link takes longer
     dht         records come late, twice, old after new, or never
     echo        the first message of a stream, or all of it, comes a second time, in a stream of its own
@@ -122,6 +123,11 @@ class Pipe:
             self.room.ring()
             self.back.room.ring()
 
+    def reset(self) -> None:
+        """Ends the stream in both directions."""
+        self.end()
+        self.back.end()
+
 
 @dataclass(eq=False)
 class FakeWriter:
@@ -223,6 +229,10 @@ class FakeNetwork:
             self._reset(between, a, b)
         else:
             asyncio.get_running_loop().call_later(SILENT_RESET_S, self._give_up, between, a, b, context=NOBODY)
+
+    def reset(self, source: str, target: str) -> None:
+        """What is on its way over that stream is gone with it."""
+        next(pipe for pipe in reversed(self.pipes) if (pipe.source, pipe.target) == (source, target)).reset()
 
     def _give_up(self, between: list[Pipe], a: str, b: str) -> None:
         if self.link(a, b).cut:
