@@ -19,6 +19,7 @@ from p2p_diloco.core.config import Timeouts
 from p2p_diloco.core.errors import Gone, Misbehaved, Refused, Silent
 from p2p_diloco.core.manifest import PROTOCOL
 from p2p_diloco.core.waiting import deadline, now_s
+from p2p_diloco.wire.connections import Connections
 from p2p_diloco.wire.message import CHUNK_BYTES, MAX_FRAME_BYTES, Message
 from p2p_diloco.wire.messages import No, Size, pack, parse
 from p2p_diloco.wire.traffic import Purpose, Traffic
@@ -65,6 +66,8 @@ class Channel:
     timeouts: Timeouts
     traffic: Traffic = field(default_factory=Traffic)
     """Of all streams of this transport."""
+    connections: Connections = field(default_factory=Connections)
+    """Of this transport."""
     purpose: Purpose = "other"
     """Said by the message that the stream begins with."""
     remote_ip: str = ""
@@ -96,7 +99,12 @@ class Channel:
                 self.writer.write(piece)
             await self.writer.drain()
 
-        await self._bounded(write(), self.timeouts.write_s, "does not read what we send")
+        began_s = now_s()
+        try:
+            await self._bounded(write(), self.timeouts.write_s, "does not read what we send")
+        except Silent:
+            self.connections.fell_silent(self.peer_id, began_s)
+            raise
         self.used_s = now_s()
         self.meter.sent += 4 + size
         self.traffic.sent[self.purpose] += 4 + size
@@ -120,6 +128,7 @@ class Channel:
     def _count_received(self, frame: bytes) -> None:
         self.used_s = now_s()
         self.heard = True
+        self.connections.heard(self.peer_id, self.used_s)
         self.meter.received += 4 + len(frame)
         self.traffic.received[self.purpose] += 4 + len(frame)
 
@@ -146,7 +155,12 @@ class Channel:
     async def request(self, message: Message, *kinds: type[M], timeout_s: float | None = None) -> M:
         """Sends one message and returns the next one that comes, within ``request_s`` where no time is given."""
         await self.send(message)
-        return await self.receive(*kinds, timeout_s=self.timeouts.request_s if timeout_s is None else timeout_s)
+        asked_s = now_s()
+        try:
+            return await self.receive(*kinds, timeout_s=self.timeouts.request_s if timeout_s is None else timeout_s)
+        except Silent:
+            self.connections.fell_silent(self.peer_id, asked_s)
+            raise
 
     async def send_blob(self, data: bytes) -> None:
         """Sends Size, and then the bytes in frames of CHUNK_BYTES."""

@@ -133,8 +133,7 @@ class Node:
         if public_key_of(peer_id) is None:
             raise Gone(peer_id, "not the id of a peer")
         try:
-            async with deadline(self.timeouts.connect_s):
-                reader, writer = await network.daemon.open_stream(peer_id, maddrs, protocol)
+            reader, writer = await network.daemon.open_stream(peer_id, maddrs, protocol)
         except asyncio.TimeoutError:
             raise Silent(peer_id, f"cannot be reached within {self.timeouts.connect_s:g} s") from None
         except DialError as error:
@@ -270,6 +269,7 @@ class Node:
             announced=self._announced,
             relays=self._initial_maddrs,
             traffic=self.traffic,
+            connections=self._streams.connections,
         )
         try:
             if daemon.peer_id != self.peer_id:
