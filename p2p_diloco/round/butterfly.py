@@ -16,6 +16,7 @@ seen when the round is settled, and another butterfly is run for it.
 from __future__ import annotations
 
 import asyncio
+import logging
 import math
 from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass
@@ -25,11 +26,14 @@ from p2p_diloco.core.aggregate import norm_of
 from p2p_diloco.core.codec import Vector
 from p2p_diloco.core.errors import Gone, Misbehaved, RemoteError
 from p2p_diloco.core.identity import SIGNATURE_BYTES
+from p2p_diloco.core.patience import late_senders, spare_s
 from p2p_diloco.core.signed_part import Contribution, Inputs, Place
-from p2p_diloco.core.waiting import deadline, heard, now_s
+from p2p_diloco.core.waiting import deadline, heard, now_s, run_beside
 from p2p_diloco.round.meeting import Meeting
 from p2p_diloco.wire.channel import Channel
 from p2p_diloco.wire.round_messages import Contribute
+
+log = logging.getLogger(__name__)
 
 QUEUED_PARTS = 2
 """So many contributions of one sender a reducer holds decoded; then the sender waits. Those of a sender that is gone
@@ -74,6 +78,10 @@ class Butterfly:
         """Reducer only: sender -> its contributions to my parts, in order; None when there will be no more."""
         self.taken = dict.fromkeys(self.queues, 0)
         """Reducer only: sender -> how many contributions have come from it."""
+        self.late = late_senders(meeting.group, self.queues, meeting.lapsed)
+        """Reducer only: senders that are waited for only a little longer than all others."""
+        self.waited_s = 0.0
+        """Reducer only: so long I have waited for those alone."""
         self.patience_s = {i: meeting.patience_s(i) for i in self.queues}
         """Reducer only: how long a sender is still waited for, in all."""
         self.gone: set[int] = set()
@@ -117,7 +125,7 @@ class Butterfly:
                 try:
                     await channel.send(Contribute(round_id=meeting.group.round_id, number=self.number))
                     sending = self._send_contributions(channel, parts, until_s)
-                    await run_all(sending, self._receive_means(channel, parts))
+                    await run_beside(self._receive_means(channel, parts), sending)
                     return
                 except Gone as error:
                     if not (tries_left and meeting.tries_again(channel, error)):
@@ -131,7 +139,8 @@ class Butterfly:
                 self._hear_no_more(reducer)  # who is dead does not come as a sender either
 
     async def _send_contributions(self, channel: Channel, parts: list[int], in_time_s: float) -> None:
-        """Sends my contributions. What is handed over before ``in_time_s`` counts as delivered in time."""
+        """Sends my contributions; those that are left when all means have come are in none of these. What is handed
+        over before ``in_time_s`` counts as delivered in time."""
         if self.meeting.group.members[self.me].dropped:
             return
         for part in parts:
@@ -158,8 +167,7 @@ class Butterfly:
         """Takes the mean of my parts, one after another, with the contributions that come in time."""
         meeting, group = self.meeting, self.meeting.group
         for part in self._parts_of(self.me):
-            others = await asyncio.gather(*(self._next_contribution(sender, part) for sender in self.queues))
-            came = {sender: one for sender, one in zip(self.queues, others) if one is not None}
+            came = await self._contributions_to(part)
             if not group.members[self.me].dropped:
                 mine = meeting.signed_contribution(self.place(part))
                 came[self.me] = Came(contribution=mine, values=meeting.grid.decode(part, mine.data))
@@ -171,26 +179,40 @@ class Butterfly:
             if meeting.kept is not None and meeting.kept.hold(self.number, part, contributions):
                 await asyncio.to_thread(meeting.kept.spill)
 
-    async def _next_contribution(self, sender: int, part: int) -> Came | None:
-        """Returns a sender's next contribution, or None when the sender is gone. It may keep a reducer waiting for
+    async def _contributions_to(self, part: int) -> dict[int, Came]:
+        """Returns what comes in time of the others' contributions to one of my parts. A sender may keep me waiting for
         ``Timeouts.part_s`` at a time (a quarter of it, when I lost it in an earlier round), and in all for not much
-        longer than its bytes take at ``Timeouts.min_rate_bytes_per_s``: else its reducers, which wait, were slow in
-        everybody's eyes."""
+        longer than its bytes take at ``Timeouts.slow_rate_bytes_per_s``: else its reducers, which wait, were slow in
+        everybody's eyes. Those in ``late`` are waited for when all others have come, for ``spare_s``."""
+        prompt = [sender for sender in self.queues if sender not in self.late]
+        limits_s = [min(self.patience_s[sender], self.meeting.patience_s(sender)) for sender in prompt]
+        came = await asyncio.gather(*(self._next_contribution(i, part, wait_s) for i, wait_s in zip(prompt, limits_s)))
+        others_s = now_s()
+        left_s = spare_s(others_s - self.began_s, self.waited_s, self.meeting.timeouts.late_s)
+        came += await asyncio.gather(*(self._next_contribution(i, part, left_s) for i in self.late))
+        self.waited_s += now_s() - others_s
+        return {sender: one for sender, one in zip((*prompt, *self.late), came) if one is not None}
+
+    async def _next_contribution(self, sender: int, part: int, limit_s: float) -> Came | None:
+        """Returns a sender's next contribution, or None when the sender is gone, or is so now: nothing has come within
+        ``limit_s``."""
         if sender in self.gone:
             return None
-        timeouts, began_s = self.meeting.timeouts, now_s()
+        queue, meeting, began_s = self.queues[sender], self.meeting, now_s()
+        came = None
         try:
-            async with deadline(min(self.patience_s[sender], self.meeting.patience_s(sender))):
-                came = await self.queues[sender].get()
-            self.meeting.changed.ring()
+            async with deadline(limit_s):
+                came = queue.get_nowait() if queue.qsize() else await queue.get()
+            meeting.changed.ring()
         except asyncio.TimeoutError:
-            came = None
-        sent_meanwhile_bytes = len(self.reducers) * self.meeting.grid.part_bytes(part)
-        self.patience_s[sender] += sent_meanwhile_bytes / timeouts.min_rate_bytes_per_s - (now_s() - began_s)
+            late = meeting.group.members[sender].peer_id[-8:]
+            log.info("outer step %d: %s is late with part %d, waited %.2f s", meeting.group.step, late, part, limit_s)
+        sent_meanwhile_bytes = len(self.reducers) * meeting.grid.part_bytes(part)
+        self.patience_s[sender] += sent_meanwhile_bytes / meeting.timeouts.slow_rate_bytes_per_s - (now_s() - began_s)
         if came is None:
             self.gone.add(sender)
-            self.meeting.lose(sender, None)
-            self.meeting.changed.ring()
+            meeting.lose(sender, None)
+            meeting.changed.ring()
         return came
 
     async def on_contribute(self, channel: Channel, sender: int) -> None:

@@ -7,6 +7,7 @@ import logging
 from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import msgpack
 import numpy as np
@@ -295,6 +296,73 @@ def test_a_third_stream_of_one_sender(losses: Losses) -> None:
         assert not losses
 
     run_simulated(main())
+
+
+# -- a sender behind a slow line -----------------------------------------------------------------------------------
+
+MANY = 40 * SMALL_PART_VALUES
+SLOW = replace(TIMEOUTS, slow_rate_bytes_per_s=1000.0, part_s=3.0)
+
+
+def behind_a_slow_line(rate_bytes_per_s: float, **how: Any) -> Round:
+    """Member 3 of four is a client behind it. The others need some milliseconds for each part."""
+    meeting = Round(
+        4, clients=(3,), n=MANY, timeouts=SLOW, network=FakeNetwork(latency_s=0.01, buffer_bytes=256), **how
+    )
+    meeting.network.uplinks = dict.fromkeys(meeting.ids, 50_000.0) | {meeting.ids[3]: rate_bytes_per_s}
+    return meeting
+
+
+def took_s(rate_bytes_per_s: float, **how: Any) -> tuple[float, float, Round]:
+    """How long the others took, and the slow one."""
+
+    async def main() -> Round:
+        meeting = behind_a_slow_line(rate_bytes_per_s, **how)
+        await meeting.run()
+        return meeting
+
+    meeting = run_simulated(main())
+    return max(meeting.took_s[i] for i in range(3)), meeting.took_s[3], meeting
+
+
+def test_a_sender_that_is_slow_is_waited_for_once() -> None:
+    """Its contribution to all parts is some 7 kB, and its line makes 300 B/s of the 1,000 B/s that are asked of it."""
+    alone_s, _, _ = took_s(50_000.0)
+    first_s, _, first = took_s(300.0)
+    then_s, slow_s, then = took_s(300.0, lapsed=(3,))
+    assert first.lost(0) == then.lost(0) == {3}
+    assert SLOW.part_s < first_s < SLOW.part_s + 7_000 / 1_000
+    assert then_s < 1.3 * alone_s
+    assert slow_s < 0.6 * 7_000 / 300, "it sends no more than what still counts"
+    assert then.outcomes[3] == then.outcomes[0]
+
+
+def test_a_sender_that_is_fast_enough_counts_whole_however_long_that_takes() -> None:
+    others_s, _, meeting = took_s(1200.0)
+    assert others_s > 2 * SLOW.part_s
+    assert list(meeting.update().parts) == meeting.means(range(4))
+    assert not any(meeting.lost(i) for i in range(4))
+
+
+@pytest.mark.parametrize("lapsed", [(3,), (2, 3), (0, 1, 2, 3)])
+def test_who_was_late_before_and_comes_in_time_is_in_all_parts(lapsed: tuple[int, ...]) -> None:
+    """Also where all have lost each other, as the two sides of a network that was cut have."""
+    _, _, meeting = took_s(50_000.0, lapsed=lapsed)
+    assert list(meeting.update().parts) == meeting.means(range(4))
+
+
+def test_what_has_come_in_time_of_a_sender_that_is_slow_counts(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    _, _, meeting = took_s(300.0)
+    masks = [part.mask for part in meeting.update().parts]
+    with_it, without = contributor_mask(range(4)), contributor_mask(range(3))
+    for reducer in range(3):
+        mine = masks[reducer::3]
+        came = mine.count(with_it)
+        assert mine == [with_it] * came + [without] * (len(mine) - came)
+        assert 0 < came < len(mine)
+    assert f"{meeting.ids[3][-8:]} is late with part " in caplog.text
+    assert ", waited " in caplog.text
 
 
 # -- a stream that closes at once, while both of its ends are there ------------------------------------------------

@@ -142,6 +142,8 @@ class Round:
     """Newcomers: all others are known."""
     idle: tuple[int, ...] = ()
     """Whom the roster gives no share."""
+    lapsed: tuple[int, ...] = ()
+    """Whom all have lost in an earlier round."""
     codec: CodecName = "int8"
     n: int = (N_PARTS - 1) * SMALL_PART_VALUES + 7
     aggregate: AggregateName = "mean"
@@ -206,6 +208,7 @@ class Round:
             theta=self.theta,
             local=self.locals[i],
             min_group=self.min_group,
+            lapsed=frozenset(self.ids[j] for j in self.lapsed),
         )
 
     async def run(self, *by_hand: Awaitable[None]) -> None:
