@@ -20,7 +20,7 @@ from tests.explorer import (
 from tests.support.broken import VARIANTS
 from tests.support.known_wanting import KNOWN_WANTING
 from tests.support.liars import KINDS
-from tests.support.schedules import Fault, PeerPlan, Schedule, draw, shrink
+from tests.support.schedules import Fault, PeerPlan, Schedule, Travelling, draw, shrink
 from tests.support.schedules_with_liars import draw_with_liars
 
 BATCH = 10
@@ -60,6 +60,8 @@ def test_schedules_that_once_failed(number: int) -> None:
     assert explore(Schedule.from_json(ONCE_FAILED[number])).ok
 
 
+NEWCOMER_LEADS = 3
+"""A seed by which the newcomer is the leader of the first round that it takes part in."""
 CALM = Schedule(seed=1, peers=(PeerPlan(role="seed"), PeerPlan(), PeerPlan(starts_s=1.0), PeerPlan(role="client")))
 
 
@@ -114,6 +116,31 @@ def test_a_member_dies_after_it_has_taken_a_commit_and_before_it_applies_it() ->
     last = [line for line in told if line.split()[1] == f"[{member}]" and float(line[:8]) <= float(killed[:8])][-1]
     assert "phase" in last
     assert "phase=apply" in last or "phase=settle" in last
+
+
+@pytest.mark.parametrize("message", ["contribute", "receipt"])
+def test_a_stream_that_closes_at_once_in_the_first_round_of_a_newcomer_costs_nobody_a_time_out(
+    message: Travelling,
+) -> None:
+    """It leads that round. Everybody is there all the time."""
+    joins_s = 10.0
+    faults = [Fault(kind="reset", at_s=joins_s, message=message, nth=nth) for nth in (2, 3)]
+    peers = tuple(PeerPlan(starts_s=0.1 * i) for i in range(5))
+    joins = Fault(kind="join", at_s=joins_s, who=4)
+    schedule = Schedule(seed=NEWCOMER_LEADS, peers=peers, jitter=0.0, faults=(joins, *faults))
+    verdict = explore(schedule, keep_timeline=True)
+    assert verdict.ok, verdict.text
+    told = verdict.timeline
+    reset = [line for line in told if "is reset" in line]
+    assert len(reset) == len(faults)
+    rounds = [line for line in told if " round " in line and float(line[:8]) > float(reset[0][:8])][:5]
+    assert {line.split()[1] for line in rounds} == {f"[{i}]" for i in range(5)}
+    for line in rounds:
+        said = dict(pair.split("=", 1) for pair in line.split() if "=" in pair)
+        assert said["committed"] == "True"
+        assert said["group"].startswith("[4,")
+        assert said["lost"] == "[]"
+        assert float(said["reduce_s"]) + float(said["settle_s"]) < 1.0
 
 
 def test_what_an_ambush_waits_for_may_not_come() -> None:

@@ -53,6 +53,7 @@ Its files, from the bottom up:
     swarm_head    which head is the swarm's; held-out losses
     electors      whose word counts about which branch is the swarm's
     pace          how many inner steps a peer plans, and when its outer step is due
+    patience      how long a reducer waits for senders, those that were late before among them
     waiting       waits that end, and can be cancelled
     buckets       token buckets: a rate that is kept, and how often a peer may ask
     asked         whom a peer has asked of late

@@ -52,6 +52,10 @@ class Timeouts:
     """How long a reducer waits for one sender's next part."""
     reduced_part_s: float = 25.0
     """How long a sender waits for a reducer's next part: longer than ``part_s``, since a reducer waits for others."""
+    late_s: float = 0.2
+    """How long a reducer waits at least, in all, for senders that were late in an earlier round."""
+    again_s: float = 0.8
+    """How long a reducer waits for the second stream of a sender whose first one has closed at once."""
     settle_s: float = 10.0
     """How long a leader waits for receipts, and then for the commit to be taken."""
     round_s: float = 60.0
@@ -59,7 +63,8 @@ class Timeouts:
     min_rate_bytes_per_s: float = 32_768.0
     """A round may take this much longer for every byte it moves."""
     slow_rate_bytes_per_s: float = 500_000.0
-    """What a first donor that is slower than this owes is asked from another one, too, when there is nothing else."""
+    """A sender that is slower than this, less ``part_s``, is left out of what a reducer still makes; what a first donor
+    that is slower owes is asked from another one, too, when there is nothing else."""
     dht_s: float = 5.0
     """One look-up or store in the DHT."""
     first_message_s: float = 10.0

@@ -16,7 +16,7 @@ if sys.version_info >= (3, 11):
 else:
     from async_timeout import timeout as deadline
 
-__all__ = ["Bell", "cancel_and_wait", "deadline", "heard", "now_s", "to_its_end"]
+__all__ = ["Bell", "cancel_and_wait", "deadline", "heard", "now_s", "run_beside", "to_its_end"]
 
 
 def now_s() -> float:
@@ -53,6 +53,21 @@ async def to_its_end(work: Coroutine[Any, Any, None]) -> None:
     except asyncio.CancelledError:
         await running
         raise
+
+
+async def run_beside(work: Coroutine[Any, Any, None], beside: Coroutine[Any, Any, None]) -> None:
+    """Runs ``work`` to its end, and ``beside`` no longer than that. The first exception of either ends both and is
+    raised."""
+    tasks = first, second = asyncio.ensure_future(work), asyncio.ensure_future(beside)
+    try:
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        if second.done():
+            await second
+        await first
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 async def cancel_and_wait(tasks: Collection[asyncio.Task[Any]], timeout_s: float) -> None:

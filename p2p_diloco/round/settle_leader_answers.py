@@ -28,7 +28,7 @@ class LeaderAnswers:
     async def on_receipt(self, channel: Channel, sender: int, receipt: Receipt) -> None:
         """Takes a member's receipt, and tells the member what I decide as soon as I lead and have decided; then takes
         its signature, and tells it when the commit is certified. When the member fails before that, its receipt does
-        not count any more."""
+        not count any more; one that it has given meanwhile on a second stream does, if all that it did was to fail."""
         meeting = self.meeting
         try:
             while True:
@@ -47,8 +47,10 @@ class LeaderAnswers:
                 await self._hear_signature(channel, sender)
                 await channel.send(await self._last_word(channel))
         except RemoteError as error:
-            self.leader.hearing.receipts.pop(sender, None)
-            meeting.lose(sender, error)
+            receipts = self.leader.hearing.receipts
+            if isinstance(error, Misbehaved) or receipts.get(sender, receipt) is receipt:
+                receipts.pop(sender, None)
+                meeting.lose(sender, error)
             raise
 
     async def _decided(self, channel: Channel, sender: int, number: int) -> Decision:

@@ -16,7 +16,7 @@ import asyncio
 import logging
 from typing import TypeVar
 
-from p2p_diloco.core.errors import Misbehaved, Refused, RemoteError, Silent
+from p2p_diloco.core.errors import Gone, Misbehaved, Refused, RemoteError, Silent
 from p2p_diloco.core.waiting import deadline, now_s
 from p2p_diloco.round.butterfly import Butterfly
 from p2p_diloco.round.meeting import Meeting
@@ -97,20 +97,25 @@ class Member:
 
     async def follow(self, leader: int) -> Settled | Missed | None:
         """Gives my receipt to a leader, signs its commit, and returns the update with its certificate. None when the
-        leader fails me before that, or most do not sign: the next one leads."""
+        leader fails me before that, or most do not sign: the next one leads. A stream that closes at once is tried a
+        second time."""
         meeting = self.meeting
         try:
-            channel = await meeting.open(leader)
-            try:
-                commit = await self._ask_commit(channel, leader)
-                if isinstance(commit, No):
-                    return Missed(reason="failed", detail=commit.reason)
-                return await self._take(channel, commit, leader)
-            finally:
-                channel.close()
+            for tries_left in (1, 0):
+                channel = await meeting.open(leader)
+                try:
+                    commit = await self._ask_commit(channel, leader)
+                    if isinstance(commit, No):
+                        return Missed(reason="failed", detail=commit.reason)
+                    return await self._take(channel, commit, leader)
+                except Gone as error:
+                    if not (tries_left and meeting.tries_again(channel, error)):
+                        raise
+                finally:
+                    channel.close()
         except RemoteError as error:
             meeting.lose(leader, error)
-            return None
+        return None
 
     async def _ask_commit(self, channel: Channel, leader: int) -> Commit | No:
         """Returns a leader's last word, after as many butterflies as it asks for. Misbehaved when a word of it does not

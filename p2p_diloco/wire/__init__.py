@@ -6,6 +6,7 @@ update is for.
 Its files, from the bottom up:
 
     traffic          bytes by purpose, and streams that others spoiled, counted
+    connections      which connections have failed, as their streams tell
     message          what every message of our streams is
     round_messages   those about a round: gathering, reducing, settling
     audit_messages   those by which what reducers have done is looked at

@@ -19,6 +19,7 @@ from p2p_diloco.core.config import Timeouts
 from p2p_diloco.core.errors import Gone, Misbehaved, Refused, Silent
 from p2p_diloco.core.manifest import PROTOCOL
 from p2p_diloco.core.waiting import deadline, now_s
+from p2p_diloco.wire.connections import Connections
 from p2p_diloco.wire.message import CHUNK_BYTES, MAX_FRAME_BYTES, Message
 from p2p_diloco.wire.messages import No, Size, pack, parse
 from p2p_diloco.wire.traffic import Purpose, Traffic
@@ -69,6 +70,8 @@ class Channel:
     timeouts: Timeouts
     traffic: Traffic = field(default_factory=Traffic)
     """Of all streams of this transport."""
+    connections: Connections = field(default_factory=Connections)
+    """Of this transport."""
     purpose: Purpose = "other"
     """Said by the message that the stream begins with."""
     remote_ip: str = ""
@@ -77,8 +80,17 @@ class Channel:
     """A relay is between: it is for small messages only."""
     meter: Meter = field(default_factory=Meter)
     """Of this stream, or of all that are counted together."""
+    opened_s: float = field(default_factory=now_s)
+    """Loop time."""
     used_s: float = 0.0
     """Loop time of the last frame, in either direction."""
+    heard: bool = False
+    """A frame has come over it."""
+
+    @property
+    def is_fresh(self) -> bool:
+        """Returns whether the stream was opened within ``Timeouts.heartbeat_s``, and nothing has come over it yet."""
+        return not self.heard and now_s() < self.opened_s + self.timeouts.heartbeat_s
 
     async def send_frame(self, *pieces: bytes | memoryview) -> None:
         """Sends ``pieces`` as one frame, and returns when they are handed over. Raises Silent when the peer does not
@@ -93,7 +105,12 @@ class Channel:
                 self.writer.write(piece)
             await self.writer.drain()
 
-        await self._bounded(write(), self.timeouts.write_s, "does not read what we send")
+        began_s = now_s()
+        try:
+            await self._bounded(write(), self.timeouts.write_s, "does not read what we send")
+        except Silent:
+            self.connections.fell_silent(self.peer_id, began_s)
+            raise
         self.used_s = now_s()
         self.meter.sent += 4 + size
         self.traffic.sent[self.purpose] += 4 + size
@@ -116,6 +133,8 @@ class Channel:
 
     def _count_received(self, frame: bytes) -> None:
         self.used_s = now_s()
+        self.heard = True
+        self.connections.heard(self.peer_id, self.used_s)
         self.meter.received += 4 + len(frame)
         self.traffic.received[self.purpose] += 4 + len(frame)
 
@@ -146,7 +165,12 @@ class Channel:
     async def request(self, message: Message, *kinds: type[M], timeout_s: float | None = None) -> M:
         """Sends one message and returns the next one that comes, within ``request_s`` where no time is given."""
         await self.send(message)
-        return await self.receive(*kinds, timeout_s=self.timeouts.request_s if timeout_s is None else timeout_s)
+        asked_s = now_s()
+        try:
+            return await self.receive(*kinds, timeout_s=self.timeouts.request_s if timeout_s is None else timeout_s)
+        except Silent:
+            self.connections.fell_silent(self.peer_id, asked_s)
+            raise
 
     async def send_blob(self, data: bytes) -> None:
         """Sends Size, and then the bytes in frames of CHUNK_BYTES; No in their place where a relay would cut them."""

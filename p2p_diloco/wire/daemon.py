@@ -1,7 +1,7 @@
 """One life of p2pd, the libp2p daemon of a node: started under its guard, asked over its socket, shut.
 
     start         on an identity and addresses; or NetworkError
-    connect, reach, open_stream, serve, maddrs, relayed
+    connect, disconnect, reach, open_stream, serve, maddrs, relayed
     lost          why it cannot be used any more
     shut          and nothing is left of it
 
@@ -32,8 +32,9 @@ from hivemind.utils.multiaddr import Multiaddr
 from p2p_diloco.core.addresses import dial_bytes, dial_reason, is_loopback, is_relayed, publicness
 from p2p_diloco.core.config import PeerConfig, Timeouts
 from p2p_diloco.core.errors import NetworkError, UsageError
-from p2p_diloco.core.waiting import deadline
+from p2p_diloco.core.waiting import deadline, now_s
 from p2p_diloco.wire import hardening, kademlia
+from p2p_diloco.wire.connections import Connections
 from p2p_diloco.wire.traffic import Traffic
 
 logger = logging.getLogger(__name__)
@@ -60,8 +61,11 @@ class Daemon:
     p2p: Any
     """hivemind's, for its DHT."""
     timeouts: Timeouts
+    connections: Connections
+    """What streams have found out about its connections."""
     connected: set[str] = field(default_factory=set)
     """Peers that p2pd has had a connection to; saves a request per stream."""
+    _renewing: asyncio.Lock = field(default_factory=asyncio.Lock)
 
     @classmethod
     async def start(
@@ -74,6 +78,7 @@ class Daemon:
         announced: Sequence[str],
         relays: Sequence[str],
         traffic: Traffic,
+        connections: Connections,
     ) -> Daemon:
         """Returns a p2pd that runs. ``host_maddrs``: where to listen, in place of the config's. ``relays``: peers that
         may relay for us. Raises NetworkError."""
@@ -98,7 +103,7 @@ class Daemon:
                     startup_timeout=timeouts.p2pd_start_s,
                     persistent_conn_max_msg_size=kademlia.MAX_DHT_MESSAGE_BYTES,
                 )
-                return cls(p2p=p2p, timeouts=timeouts)
+                return cls(p2p=p2p, timeouts=timeouts, connections=connections)
             except (P2PDaemonError, OSError, EOFError, ValueError) as error:
                 remove_dead_sockets(socket_folder)  # of one whose guard was killed
                 if attempt == 2:
@@ -157,6 +162,12 @@ class Daemon:
         request = p2pd_pb2.ConnectRequest(peer=base58.b58decode(peer_id), addrs=addrs)
         await self._answer(p2pd_pb2.Request(type=p2pd_pb2.Request.CONNECT, connect=request))
 
+    async def disconnect(self, peer_id: str) -> None:
+        """Ends all connections to a peer, and the streams over them: the next stream to it is over another one."""
+        request = p2pd_pb2.DisconnectRequest(peer=base58.b58decode(peer_id))
+        await self._answer(p2pd_pb2.Request(type=p2pd_pb2.Request.DISCONNECT, disconnect=request))
+        self.connected.discard(peer_id)
+
     async def reach(self, peers: dict[str, list[str]]) -> tuple[list[str], list[str]]:
         """Connects to all ``peers`` (id -> addresses) at once, within ``connect_s``. Returns the ids of those that
         answer, and what is wrong with each of the others."""
@@ -181,8 +192,21 @@ class Daemon:
     async def open_stream(
         self, peer_id: str, maddrs: Sequence[str], protocol: str
     ) -> tuple[str, asyncio.StreamReader, asyncio.StreamWriter]:
-        """Opens a stream to a peer, at ``maddrs`` where p2pd has no connection to it. The address at its other end
-        comes with it."""
+        """Opens a stream to a peer, at ``maddrs`` where p2pd has no connection to it, or one that has failed. Where
+        there are none, a peer can only be waited for, and a connection that has failed is left. The address at its
+        other end comes with it. Raises TimeoutError after ``connect_s``."""
+        try:
+            async with deadline(self.timeouts.connect_s):
+                if maddrs:
+                    await self._renew(peer_id)
+                return await self._open_stream(peer_id, maddrs, protocol)
+        except asyncio.TimeoutError:
+            self.connections.fell_silent(peer_id, now_s() - self.timeouts.connect_s)
+            raise
+
+    async def _open_stream(
+        self, peer_id: str, maddrs: Sequence[str], protocol: str
+    ) -> tuple[str, asyncio.StreamReader, asyncio.StreamWriter]:
         opening = p2pd_pb2.StreamOpenRequest(peer=base58.b58decode(peer_id), proto=[protocol])
         request = p2pd_pb2.Request(type=p2pd_pb2.Request.STREAM_OPEN, streamOpen=opening)
         if peer_id in self.connected:
@@ -197,6 +221,15 @@ class Daemon:
             self.connected.clear()
         self.connected.add(peer_id)
         return opened
+
+    async def _renew(self, peer_id: str) -> None:
+        """Ends the connection to a peer if it has failed. Of several streams that are opened at once the first one does
+        it, and the others wait for that."""
+        async with self._renewing:
+            if self.connections.has_failed(peer_id):
+                logger.info("peer %s: its connection has failed, it is dialled anew", peer_id[-8:])
+                await self.disconnect(peer_id)
+                self.connections.renewed(peer_id)
 
     async def serve(self, protocol: str, on_stream: Callable[..., Awaitable[None]]) -> None:
         """Has ``on_stream(info, reader, writer)`` called for every stream that others open. Raises NetworkError."""

@@ -128,8 +128,7 @@ class Node:
         if public_key_of(peer_id) is None:
             raise Gone(peer_id, "not the id of a peer")
         try:
-            async with deadline(self.timeouts.connect_s):
-                remote, reader, writer = await network.daemon.open_stream(peer_id, maddrs, protocol)
+            remote, reader, writer = await network.daemon.open_stream(peer_id, maddrs, protocol)
         except asyncio.TimeoutError:
             raise Silent(peer_id, f"cannot be reached within {self.timeouts.connect_s:g} s") from None
         except DialError as error:
@@ -266,6 +265,7 @@ class Node:
                 announced=self._announced,
                 relays=self._initial_maddrs,
                 traffic=self.traffic,
+                connections=self._streams.connections,
             )
         self._host_maddrs = host_maddrs
         try:

@@ -21,6 +21,7 @@ from p2p_diloco.core.errors import RemoteError
 from p2p_diloco.core.identity import public_key_of
 from p2p_diloco.core.waiting import cancel_and_wait, now_s
 from p2p_diloco.wire.channel import Channel, Handler
+from p2p_diloco.wire.connections import Connections
 from p2p_diloco.wire.slots import MAX_STREAMS, Slot, room_for
 from p2p_diloco.wire.traffic import Traffic
 
@@ -45,6 +46,8 @@ class Streams:
         """By protocol."""
         self.of_peers: Counter[str] = Counter()
         """How many each peer has opened to us."""
+        self.connections = Connections()
+        """Which of those under the streams have failed."""
         self._timeouts = timeouts
         self._traffic = traffic
         self._favoured = favoured
@@ -68,6 +71,7 @@ class Streams:
             timeouts=self._timeouts,
             traffic=self._traffic,
             relayed=is_relayed(remote),
+            connections=self.connections,
         )
 
     async def on_stream(

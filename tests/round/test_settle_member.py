@@ -89,6 +89,53 @@ def test_a_leader_that_does_not_settle(losses: Losses, settle: Settle, why: str,
     run_simulated(main())
 
 
+@pytest.mark.parametrize(
+    ("after_s", "held_back_s"), [(0.0, 0.0), (0.02, 0.0), (0.03, 0.0), (0.0, 0.5), (0.03, 0.5), (0.07, 0.5), (0.3, 0.5)]
+)
+def test_a_receipts_stream_that_closes_at_once_is_tried_again(
+    losses: Losses, after_s: float, held_back_s: float
+) -> None:
+    """Everybody is there, and nobody loses the leader. It may have the receipt when the stream closes, while it waits
+    for the last one, and takes its sender for gone: the second one counts all the same."""
+
+    async def main() -> None:
+        meeting = Round(5, by_hand=(4,), clients=(4,))
+        meeting.trouble.closing_s = {(meeting.ids[2], meeting.ids[0]): after_s}
+
+        async def comes_late() -> None:
+            await asyncio.gather(*(meeting.contribute(4, i) for i in range(4)))
+            await asyncio.sleep(held_back_s)
+            await meeting.receipt(4, 0, [b""] * N_PARTS)
+
+        await meeting.run(comes_late())
+        assert not meeting.trouble.closing_s
+        assert list(meeting.update().parts) == meeting.means(range(5))
+        assert [meeting.settlements[i].leads for i in meeting.honest] == [True, False, False, False]
+        assert not losses.by(2)
+        assert set(losses) <= {(0, 2, "Gone: closed the stream")}
+        assert max(meeting.took_s.values()) < held_back_s + 1.0
+        await meeting.all_streams_end()
+
+    run_simulated(main())
+
+
+def test_a_receipts_stream_that_closes_twice_ends_with_the_next_leader(losses: Losses) -> None:
+    async def main() -> None:
+        meeting = Round(3, by_hand=(0,))
+        receipts = 0
+
+        async def closes(channel: Channel, receipt: Receipt) -> None:
+            nonlocal receipts
+            receipts += 1
+
+        await meeting.run(lead_by_hand(meeting, closes))
+        assert receipts == 2 * len(meeting.honest)
+        assert list(meeting.update().parts) == meeting.means(range(3))
+        meeting.check_blamed(0)
+
+    run_simulated(main())
+
+
 @pytest.mark.parametrize("credit_s", [None, 7.0, -5.0])
 def test_a_leader_that_promises_for_ever(credit_s: float | None) -> None:
     """It has the time in which an honest one collects, and its credit; then the next in rank leads."""

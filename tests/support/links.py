@@ -7,7 +7,9 @@ of the sender, and lies in the receiver's buffer when that one is stopped. What 
     stop        streams stay open and buffers fill; ``whole``: new streams are not accepted either
     cut         a link's streams are reset; ``silent``, as when a cable is pulled: they hold what they have until the
                 link is back, or are reset when that takes longer than SILENT_RESET_S
+    reset       the newest stream of one peer to another is, and nothing else: both are there, and so is the link
     slow        one direction of a link takes longer
+    uplinks     all that a peer sends goes through one line of so many bytes per second
     dht         records come late, twice, old after new, or never
     echo        the first message of a stream, or all of it, comes a second time, in a stream of its own
 
@@ -88,13 +90,15 @@ class Pipe:
         self.closed = data is None
         self.unread_bytes += len(data or b"")
         loop = asyncio.get_running_loop()
-        last = self._sent[-1] if len(self._sent) > self._arrived and self._sent_s == loop.time() else None
+        together = self._sent_s == loop.time() and self.source not in self.network.uplinks
+        last = self._sent[-1] if len(self._sent) > self._arrived and together else None
         if last is not None and data is not None:
             self._sent[-1] = last + data
             return
         self._sent.append(data)
         self._sent_s = loop.time()
-        self._arrives_s = max(self._arrives_s, loop.time() + self.network.delay_s(self.source, self.target))
+        leaves_s = self.network.leaves_s(self.source, len(data or b""))
+        self._arrives_s = max(self._arrives_s, leaves_s + self.network.delay_s(self.source, self.target))
         loop.call_at(self._arrives_s, self._arrive, context=NOBODY)
 
     def _arrive(self) -> None:
@@ -121,6 +125,11 @@ class Pipe:
             self.reader.feed_eof()
             self.room.ring()
             self.back.room.ring()
+
+    def reset(self) -> None:
+        """Ends the stream in both directions."""
+        self.end()
+        self.back.end()
 
 
 @dataclass(eq=False)
@@ -175,11 +184,15 @@ class FakeNetwork:
     """All that are open, the oldest first; no set, whose order would change from run to run."""
     connections: set[tuple[str, str]] = field(default_factory=set)
     """Between a peer that cannot be dialled and one that it has dialled: streams go both ways over those."""
+    uplinks: dict[str, float] = field(default_factory=dict)
+    """Peer -> bytes per second that it can send in all; the others as many as they like."""
     changed: Bell = field(default_factory=Bell)
     """Who can reach whom has."""
 
     def __post_init__(self) -> None:
         self._links: dict[tuple[str, str], Link] = {}
+        self._free_s: dict[str, float] = {}
+        """Peer -> when its uplink has sent what was written."""
         self._older: dict[tuple[str, str], tuple[bytes, float]] = {}
         self._islands: dict[str, int] = {}
         self._well_since_s: dict[frozenset[str], float] = {}
@@ -189,6 +202,14 @@ class FakeNetwork:
 
     def link(self, source: str, target: str) -> Link:
         return self._links.get((source, target), CLEAR)
+
+    def leaves_s(self, source: str, size_bytes: int) -> float:
+        """When what a peer writes now has gone out; from now on what it writes next waits for that."""
+        now = asyncio.get_running_loop().time()
+        if source not in self.uplinks:
+            return now
+        self._free_s[source] = max(self._free_s.get(source, now), now) + size_bytes / self.uplinks[source]
+        return self._free_s[source]
 
     def delay_s(self, source: str, target: str) -> float:
         jitter = self.jitter * self.random.random() if self.jitter else 0.0
@@ -223,6 +244,10 @@ class FakeNetwork:
             self._reset(between, a, b)
         else:
             asyncio.get_running_loop().call_later(SILENT_RESET_S, self._give_up, between, a, b, context=NOBODY)
+
+    def reset(self, source: str, target: str) -> None:
+        """What is on its way over that stream is gone with it."""
+        next(pipe for pipe in reversed(self.pipes) if (pipe.source, pipe.target) == (source, target)).reset()
 
     def _give_up(self, between: list[Pipe], a: str, b: str) -> None:
         if self.link(a, b).cut:

@@ -46,6 +46,7 @@ from p2p_diloco.wire.round_messages import (
 )
 from tests.support.builders import NOW_S, OWNER, RUN_ID, DeafWriter, group_of, head, known, ranked, record_of, rules_of
 from tests.support.fakes import FakeNetwork, FakeTransport
+from tests.support.links import FakeWriter
 from tests.support.simloop import SimLoop
 
 PROTOCOL = run_protocol(RUN_ID)
@@ -56,6 +57,7 @@ SMALL_PART_VALUES = 100
 OF_A_ROUND = (Contribute, Receipt, AskPart, AskCommit, AskContributions, AskOther)
 LONGEST_ROUND_S = 150.0
 COMMIT_STARTS = b"\x92\xa6commit"
+RECEIPT_STARTS = b"\x92\xa7receipt"
 
 
 def frame_of(part: Part, reduction: bytes = bytes(REDUCTION_BYTES)) -> bytes:
@@ -76,13 +78,17 @@ class Trouble:
 
     deaf: dict[str, set[str]] = field(default_factory=dict)
     """Peer -> those who read nothing of what it writes."""
+    closing: list[tuple[str, str]] = field(default_factory=list)
+    """(from, to) of streams that are reset as soon as they are open, each once."""
+    closing_s: dict[tuple[str, str], float] = field(default_factory=dict)
+    """(from, to) -> so long after a receipt was written the stream of it is reset, once."""
     commits: list[tuple[str, str]] = field(default_factory=list)
     """(from, to) of every commit that was sent."""
 
 
 @dataclass(eq=False)
 class Line:
-    """Notes the commits that are sent over it."""
+    """Notes the commits that are sent over it, and is reset after a receipt where that is wanted."""
 
     trouble: Trouble
     source: str
@@ -93,6 +99,10 @@ class Line:
         if bytes(data).startswith(COMMIT_STARTS):
             self.trouble.commits.append((self.source, self.target))
         self.writer.write(data)
+        if bytes(data).startswith(RECEIPT_STARTS) and isinstance(self.writer, FakeWriter):
+            after_s, pipe = self.trouble.closing_s.pop((self.source, self.target), None), self.writer.pipe
+            if after_s is not None:
+                asyncio.get_running_loop().call_later(after_s, pipe.reset)
 
     async def drain(self) -> None:
         await self.writer.drain()
@@ -104,6 +114,13 @@ class Line:
 @dataclass(eq=False)
 class Transport(FakeTransport):
     trouble: Trouble = field(default_factory=Trouble)
+
+    async def open(self, peer_id: str, maddrs: list[str], protocol: str) -> Channel:
+        channel = await super().open(peer_id, maddrs, protocol)
+        if (self.peer_id, peer_id) in self.trouble.closing:
+            self.trouble.closing.remove((self.peer_id, peer_id))
+            self.network.reset(self.peer_id, peer_id)
+        return channel
 
     def _channel(self, peer_id: str, reader: asyncio.StreamReader, writer: Writer) -> Channel:
         deaf = peer_id in self.trouble.deaf.get(self.peer_id, ())
@@ -128,6 +145,8 @@ class Round:
     """Whom the roster gives no share."""
     uplinks: tuple[dict[int, int], ...] = ()
     """Of each: what it says of the uplinks of others; nobody says anything, if empty."""
+    lapsed: tuple[int, ...] = ()
+    """Whom all have lost in an earlier round."""
     codec: CodecName = "int8"
     n: int = (N_PARTS - 1) * SMALL_PART_VALUES + 7
     aggregate: AggregateName = "mean"
@@ -196,6 +215,7 @@ class Round:
             theta=self.theta,
             local=self.locals[i],
             min_group=self.min_group,
+            lapsed=frozenset(self.ids[j] for j in self.lapsed),
         )
 
     async def run(self, *by_hand: Awaitable[None]) -> None:

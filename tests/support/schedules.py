@@ -17,8 +17,22 @@ from p2p_diloco.core.runfile import OnMissed
 
 T = TypeVar("T")
 Kind = Literal[
-    "kill", "blackout", "leave", "join", "stop", "cut", "partition", "slow", "disk", "echo", "dht", "liar", "misled"
+    "kill",
+    "blackout",
+    "leave",
+    "join",
+    "stop",
+    "cut",
+    "partition",
+    "slow",
+    "disk",
+    "echo",
+    "dht",
+    "liar",
+    "misled",
+    "reset",
 ]
+"""reset: of the stream over which a message is being sent; only in schedules that are written by hand."""
 Role = Literal["trainer", "client", "seed"]
 Travelling = Literal["", "contribute", "receipt", "again", "commit", "took", "ask-commit"]
 """Tags of messages between the members of a round."""

@@ -57,7 +57,7 @@ AIM_S = 20.0
 """A fault waits so long for the phase that it is aimed at."""
 AMBUSH_S = 30.0
 """So long for the message that it waits for."""
-STEPWISE = frozenset(kind for kind, _ in AMBUSHES)
+STEPWISE = frozenset(("reset", *(kind for kind, _ in AMBUSHES)))
 """Kinds of faults that can strike while a message is being sent."""
 POLL_S = 0.5
 WATCH_S = 2.0
@@ -652,6 +652,12 @@ class World:
 
     def _cut(self, fault: Fault) -> Iterator[float]:
         return self._cut_all([(fault.who, fault.other)], fault)
+
+    def _reset(self, fault: Fault) -> Iterator[float]:
+        """The stream over which the message goes is the newest one between the two."""
+        self.note(f"a stream of peer {fault.who} to {fault.other} is reset")
+        self.network.reset(identity(fault.who).peer_id, identity(fault.other).peer_id)
+        yield 0.0
 
     def _partition(self, fault: Fault) -> Iterator[float]:
         count = len(self.schedule.peers)

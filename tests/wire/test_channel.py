@@ -160,6 +160,7 @@ def test_a_peer_that_never_reads() -> None:
                 await send
         assert now_s() == pytest.approx(began_s + 9.0)
         assert (writer.drains, channel.meter.sent) == (3, 0)
+        assert channel.connections.has_failed("p")
 
     run_simulated(main())
 

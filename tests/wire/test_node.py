@@ -34,7 +34,9 @@ from p2p_diloco.wire import node, slots
 from p2p_diloco.wire.channel import Channel, Links
 from p2p_diloco.wire.daemon import private_socket_folder
 from p2p_diloco.wire.kademlia import node_id_of
+from p2p_diloco.wire.messages import No
 from p2p_diloco.wire.node import Node
+from p2p_diloco.wire.state_messages import AskManifest
 from p2p_diloco.wire.traffic import Purpose
 
 TIMEOUTS = Timeouts()
@@ -433,6 +435,118 @@ def test_faults_of_handlers(tmp_path: Path, caplog: pytest.LogCaptureFixture) ->
     lines = {record.levelname: record for record in caplog.records if record.exc_info or "nonsense" in record.message}
     assert set(lines) == {"DEBUG", "ERROR"}
     assert lines["ERROR"].exc_info is not None
+
+
+class Router:
+    """Passes bytes on to a port of this machine, over a connection of its own for each that comes. ``forget`` leaves
+    those that there are open and passes nothing on any more, as a router does that has got another address."""
+
+    def __init__(self) -> None:
+        self.passing: list[asyncio.Task[None]] = []
+        self.writers: list[asyncio.StreamWriter] = []
+
+    @asynccontextmanager
+    async def to(self, maddr: str) -> AsyncIterator[str]:
+        """The address at which others reach who listens at ``maddr``."""
+        _, _, ip, _, port, _, peer_id = maddr.split("/")
+
+        async def on_connection(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            self.writers.append(writer)
+            there = await asyncio.open_connection(ip, int(port))
+            self.writers.append(there[1])
+            ways = ((reader, there[1]), (there[0], writer))
+            self.passing += [asyncio.create_task(self._pass(*way)) for way in ways]
+
+        server = await asyncio.start_server(on_connection, "127.0.0.1", 0)
+        try:
+            yield f"/ip4/127.0.0.1/tcp/{server.sockets[0].getsockname()[1]}/p2p/{peer_id}"
+        finally:
+            server.close()
+            self.forget()
+            await asyncio.gather(*self.passing, return_exceptions=True)
+            for writer in self.writers:
+                writer.transport.abort()
+            await asyncio.gather(*(writer.wait_closed() for writer in self.writers), return_exceptions=True)
+
+    @staticmethod
+    async def _pass(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while data := await reader.read(1 << 16):
+            writer.write(data)
+            await writer.drain()
+        writer.close()
+
+    def forget(self) -> None:
+        for task in self.passing:
+            task.cancel()
+
+
+async def never_takes(channel: Channel) -> None:
+    await asyncio.sleep(100.0)
+
+
+async def write_much(channel: Channel) -> None:
+    for _ in range(200):
+        await channel.send_frame(bytes(1 << 20))
+
+
+@pytest.mark.parametrize("by", ["a request", "a write"])
+def test_a_connection_that_has_failed_is_not_used_again(
+    tmp_path: Path, by: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Streams over it open as before. Whoever lets no time-out pass keeps its connection, and so does who cannot be
+    dialled."""
+    caplog.set_level(logging.INFO, "p2p_diloco.wire.daemon")
+    timeouts = dataclasses.replace(TIMEOUTS, request_s=0.5, write_s=1.0)
+    seen: list[str] = []
+
+    async def answer(channel: Channel) -> None:
+        while True:
+            await channel.receive(AskManifest, timeout_s=5.0)
+            seen.append(channel.peer_id)
+            await channel.send(No(reason="here I am"))
+
+    async def ask(channel: Channel) -> No:
+        return await channel.request(AskManifest(), No)
+
+    async def main() -> None:
+        alice, router = await start(config_of(tmp_path / "alice"), timeouts), Router()
+        try:
+            async with router.to((await alice.maddrs())[0]) as maddr:
+                bob = await start(config_of(tmp_path / "bob", initial_peers=(maddr,)), timeouts)
+                try:
+                    await alice.serve(PROTOCOL, answer)
+                    await alice.serve("idle", never_takes)
+                    first = await bob.open(alice.peer_id, [maddr], PROTOCOL)
+                    assert (await ask(first)).reason == "here I am"
+                    idle = await bob.open(alice.peer_id, [maddr], "idle")
+                    late = await asyncio.gather(write_much(idle), ask_often(first), return_exceptions=True)
+                    assert [type(one) for one in late] == [Silent, type(None)]
+                    other = await bob.open(alice.peer_id, [maddr], PROTOCOL)
+                    await ask(other)
+                    assert "has failed" not in caplog.text, "it answers on another stream"
+                    router.forget()
+                    asked = len(seen)
+                    with pytest.raises(Silent):
+                        await (ask(first) if by == "a request" else write_much(idle))
+                    unused = await bob.open(alice.peer_id, [], PROTOCOL)
+                    assert "has failed" not in caplog.text, "it cannot be dialled"
+                    second = await bob.open(alice.peer_id, [maddr], PROTOCOL)
+                    assert (await ask(second)).reason == "here I am"
+                    assert len(seen) == asked + 1
+                    for channel in (first, idle, other, unused, second):
+                        channel.close()
+                finally:
+                    await bob.close()
+        finally:
+            await alice.close()
+
+    async def ask_often(channel: Channel) -> None:
+        for _ in range(30):
+            await asyncio.sleep(0.05)
+            await ask(channel)
+
+    run(main())
+    assert caplog.text.count("its connection has failed") == 1
 
 
 def test_a_peer_that_does_not_answer(tmp_path: Path) -> None:
