@@ -80,7 +80,7 @@ def test_another_port_is_taken_where_one_family_has_it_no_more(monkeypatch: pyte
 
 @pytest.mark.usefixtures("without_ipv6")
 def test_a_machine_without_ipv6_listens_on_what_it_has(caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level(logging.DEBUG)
+    caplog.set_level(logging.DEBUG, logger=listening.log.name)
     check_host_maddrs(EVERYWHERE)
     with kept(EVERYWHERE) as maddrs:
         assert [maddr.rpartition("/")[0] for maddr in maddrs] == ["/ip4/0.0.0.0/tcp"]
