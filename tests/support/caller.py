@@ -9,6 +9,7 @@ out     {"at": [ADDRESS, ...]}                   whenever its addresses have cha
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import sys
 from pathlib import Path
@@ -36,6 +37,8 @@ async def on_call(channel: Channel) -> None:
     say(came=channel.remote_ip, relayed=channel.relayed)
     await channel.receive(No, timeout_s=10.0)
     await channel.send(No(reason="heard"))
+    with contextlib.suppress(RemoteError):  # what is refused at the other end does not come; that ends with the stream
+        await channel.receive(Contribute, timeout_s=10.0)
 
 
 async def call(node: Node, peer_id: str, maddrs: list[str]) -> None:
