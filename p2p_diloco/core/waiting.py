@@ -16,7 +16,7 @@ if sys.version_info >= (3, 11):
 else:
     from async_timeout import timeout as deadline
 
-__all__ = ["Bell", "cancel_and_wait", "deadline", "heard", "now_s", "run_beside", "to_its_end"]
+__all__ = ["Bell", "cancel_and_wait", "deadline", "heard", "now_s", "run_all", "run_beside", "to_its_end"]
 
 
 def now_s() -> float:
@@ -53,6 +53,17 @@ async def to_its_end(work: Coroutine[Any, Any, None]) -> None:
     except asyncio.CancelledError:
         await running
         raise
+
+
+async def run_all(*work: Coroutine[Any, Any, None]) -> None:
+    """Runs all to their end. The first exception ends the others and is raised: none goes on unwatched."""
+    tasks = [asyncio.ensure_future(one) for one in work]
+    try:
+        await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 async def run_beside(work: Coroutine[Any, Any, None], beside: Coroutine[Any, Any, None]) -> None:

@@ -18,9 +18,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
-from collections.abc import Coroutine, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from p2p_diloco.core.aggregate import norm_of
 from p2p_diloco.core.codec import Vector
@@ -28,7 +27,7 @@ from p2p_diloco.core.errors import Gone, Misbehaved, RemoteError
 from p2p_diloco.core.identity import SIGNATURE_BYTES
 from p2p_diloco.core.patience import late_senders, spare_s
 from p2p_diloco.core.signed_part import Contribution, Inputs, Place
-from p2p_diloco.core.waiting import deadline, heard, now_s, run_beside
+from p2p_diloco.core.waiting import deadline, heard, now_s, run_all, run_beside
 from p2p_diloco.round.measured import Arrivals
 from p2p_diloco.round.meeting import Meeting
 from p2p_diloco.wire.channel import Channel
@@ -321,14 +320,3 @@ class Butterfly:
         queue.put_nowait(None)
         self.gone.add(sender)
         self.meeting.changed.ring()
-
-
-async def run_all(*work: Coroutine[Any, Any, None]) -> None:
-    """Runs all to their end. The first exception ends the others and is raised: none goes on unwatched."""
-    tasks = [asyncio.ensure_future(one) for one in work]
-    try:
-        await asyncio.gather(*tasks)
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)

@@ -10,7 +10,7 @@ import logging
 
 from p2p_diloco.core.errors import Misbehaved, RemoteError
 from p2p_diloco.core.update import Update
-from p2p_diloco.round.butterfly import run_all
+from p2p_diloco.core.waiting import run_all
 from p2p_diloco.round.meeting import Meeting
 from p2p_diloco.wire.messages import Size
 from p2p_diloco.wire.round_messages import AskPart, Commit

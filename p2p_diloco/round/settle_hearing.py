@@ -12,8 +12,7 @@ import logging
 from collections.abc import Set
 
 from p2p_diloco.core.errors import Misbehaved, RemoteError
-from p2p_diloco.core.waiting import deadline, heard, now_s
-from p2p_diloco.round.butterfly import run_all
+from p2p_diloco.core.waiting import deadline, heard, now_s, run_all
 from p2p_diloco.round.settle_decide import collects_until_s, commit_fits
 from p2p_diloco.round.settle_eta import beyond_etas
 from p2p_diloco.round.settle_member import Member

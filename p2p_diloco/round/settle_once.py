@@ -22,8 +22,7 @@ from typing import TypeVar
 from p2p_diloco.core.certificate import Certificate
 from p2p_diloco.core.errors import Misbehaved, RemoteError
 from p2p_diloco.core.group import Group
-from p2p_diloco.core.waiting import deadline, now_s
-from p2p_diloco.round.butterfly import run_all
+from p2p_diloco.core.waiting import deadline, now_s, run_all
 from p2p_diloco.round.meeting import Meeting
 from p2p_diloco.round.outcome import Settled
 from p2p_diloco.round.settle_ballot import certificate_in

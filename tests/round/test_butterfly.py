@@ -18,9 +18,8 @@ from p2p_diloco.core.codecs import CodecName, decode, encode
 from p2p_diloco.core.errors import Gone, RemoteError
 from p2p_diloco.core.signed_part import REDUCTION_BYTES, Contribution, Inputs, Reduction
 from p2p_diloco.core.update import Part, contributor_mask
-from p2p_diloco.core.waiting import now_s
+from p2p_diloco.core.waiting import now_s, run_all
 from p2p_diloco.round import measured
-from p2p_diloco.round.butterfly import run_all
 from p2p_diloco.wire.channel import Channel
 from p2p_diloco.wire.message import Message
 from p2p_diloco.wire.messages import No
