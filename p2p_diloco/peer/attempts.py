@@ -20,7 +20,7 @@ from p2p_diloco.core.group import Group, evaluator
 from p2p_diloco.core.pace import Phase, claimed_steps, second_most_steps
 from p2p_diloco.core.swarm_head import Standing
 from p2p_diloco.core.update import Update, contributors_in_full
-from p2p_diloco.core.waiting import now_s
+from p2p_diloco.core.waiting import now_s, to_its_end
 from p2p_diloco.ledger.ledger import Ledger
 from p2p_diloco.ledger.replica import Replica
 from p2p_diloco.peer.control import OuterResult
@@ -239,7 +239,7 @@ class Attempts:
         await self.upkeep.settled()
         if not self.replica.sound:
             await self.upkeep.mend()
-        await asyncio.to_thread(self.replica.commit, settled.update, settled.certificate)
+        await to_its_end(asyncio.to_thread(self.replica.commit, settled.update, settled.certificate))
         self.presence.take_standing()
         self.upkeep.moved()
 

@@ -29,7 +29,7 @@ from p2p_diloco.core.errors import LedgerError, Misbehaved, Refused, RemoteError
 from p2p_diloco.core.events import EventLog
 from p2p_diloco.core.records import Record
 from p2p_diloco.core.update import Update
-from p2p_diloco.core.waiting import deadline, heard
+from p2p_diloco.core.waiting import deadline, heard, to_its_end
 from p2p_diloco.ledger.replica import Replica
 from p2p_diloco.peer.chains import Chains, Way
 from p2p_diloco.peer.donors import Donors
@@ -244,7 +244,7 @@ class Catchup:
         if state is not None and state.step == step:
             return
         self._given_up += 0 if state is None else max(state.step - step, 0)
-        await asyncio.to_thread(self.replica.roll_back, step, way.entries)
+        await to_its_end(asyncio.to_thread(self.replica.roll_back, step, way.entries))
 
     async def _commit_along(self, update: Update, donor: str) -> None:
         """Commits an update of which my chain has the entry."""
@@ -255,7 +255,7 @@ class Catchup:
 
     async def _commit(self, update: Update, certificate: Certificate, donor: str) -> None:
         try:
-            await asyncio.to_thread(self.replica.commit, update, certificate)
+            await to_its_end(asyncio.to_thread(self.replica.commit, update, certificate))
         except ValueError as error:
             raise Misbehaved(donor, f"serves {error}") from error
 

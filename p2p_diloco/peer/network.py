@@ -33,7 +33,7 @@ from p2p_diloco.core.events import EventLog
 from p2p_diloco.core.identity import Identity
 from p2p_diloco.core.manifest import open_manifest
 from p2p_diloco.core.pace import Progress
-from p2p_diloco.core.waiting import deadline, now_s
+from p2p_diloco.core.waiting import cancel_and_wait, deadline, now_s
 from p2p_diloco.ledger.disk import disk_errors, write_whole
 from p2p_diloco.ledger.folder import MANIFEST_FILE, open_ledger, run_folder
 from p2p_diloco.ledger.replica import Replica
@@ -193,10 +193,8 @@ class NetworkProcess:
                 line = Leave(reason="the trainer is gone")
             peer = self.peer
             if isinstance(line, Leave):
-                if outer_step is not None:
-                    outer_step.cancel()
                 if peer is not None:
-                    await self._leave(peer, line.reason)
+                    await self._leave(peer, line.reason, outer_step)
                 self.trainer.send(Left())
                 return
             if peer is None:
@@ -213,9 +211,11 @@ class NetworkProcess:
             elif isinstance(line, Evaluated):
                 self.trainer.on_evaluated(peer, line)
 
-    async def _leave(self, peer: Peer, reason: str) -> None:
+    async def _leave(self, peer: Peer, reason: str, outer_step: asyncio.Task[None] | None) -> None:
         try:
             async with deadline(peer.here.timeouts.leave_s / 2):
+                if outer_step is not None:  # an update that is being kept is kept first
+                    await cancel_and_wait([outer_step], peer.here.timeouts.leave_s / 4)
                 await peer.leave(reason)
         except asyncio.TimeoutError:
             log.info("leaving without having told everybody")

@@ -281,6 +281,7 @@ class Peer:
         """Sees that what I hold is not lost, and then withdraws the record, so that nobody waits for us."""
         if self.replica.state is None:
             return
+        self.presence.take_standing()  # an outer step that was broken off may have kept its update
         await self.matchmaker.gatherings.close()
         self.seat.in_round = False
         with contextlib.suppress(asyncio.TimeoutError):

@@ -19,7 +19,7 @@ from p2p_diloco.core.codec import Vector
 from p2p_diloco.core.codecs import CodecName
 from p2p_diloco.core.config import Timeouts
 from p2p_diloco.core.errors import Gone, Misbehaved, NetworkError, Refused, RemoteError
-from p2p_diloco.core.event import E, LoggedPhase, PeerCaughtUp, PeerJoined, PhaseBegan, RoundEnded, of_kind
+from p2p_diloco.core.event import E, LoggedPhase, PeerCaughtUp, PeerJoined, PeerLeft, PhaseBegan, RoundEnded, of_kind
 from p2p_diloco.core.events import EVENTS_FILE, read_events
 from p2p_diloco.core.grid import PART_VALUES
 from p2p_diloco.core.identity import SIGNATURE_BYTES, Identity
@@ -54,6 +54,7 @@ from tests.support.lies_beside import extends
 from tests.support.lying import Liar
 from tests.support.narrow import narrow
 from tests.support.reference import diloco
+from tests.support.simloop import THREAD_S
 
 RUN_OWNER = identity(0)
 """The seed: it witnesses the first updates."""
@@ -956,6 +957,26 @@ def test_who_joins_answers_a_push_with_a_sound_record(tmp_path: Path) -> None:
         answer = await channel.request(Push(record=record), Push)
         opened = open_record(answer.record)
         assert (opened.peer_id, opened.phase) == (newcomer.peer.identity.peer_id, "joining")
+
+    run_simulated(main())
+
+
+def test_who_leaves_while_an_update_is_being_kept_says_that_it_stands_behind_it(tmp_path: Path) -> None:
+    async def main() -> None:
+        swarm = Simulated(tmp_path, 2, outer_steps=9)
+        sims = await swarm.start(2)
+        await swarm.until(sims, 2)
+        leaver = sims[0]
+        for _ in range(100_000):
+            await asyncio.sleep(0.001)
+            if leaver.peer.seat.phase == "apply":
+                break
+        await asyncio.sleep(1.5 * THREAD_S)  # the comparison with my own contribution is over, the commit is not
+        await leaver.leave()
+        state = leaver.peer.replica.loaded
+        left = swarm.events(1, PeerLeft)[-1]
+        assert (left.step, left.head) == (state.step, state.head.hex())
+        assert state.step == leaver.results[-1].step + 1, "it left before or after the commit"
 
     run_simulated(main())
 

@@ -32,7 +32,7 @@ from p2p_diloco.core.runfile import (
     RunSpec,
     SeedsReduce,
 )
-from p2p_diloco.core.waiting import deadline
+from p2p_diloco.core.waiting import cancel_and_wait, deadline
 from p2p_diloco.ledger.ledger import Ledger
 from p2p_diloco.ledger.replica import Replica
 from p2p_diloco.peer.control import OuterResult
@@ -225,10 +225,11 @@ class SimPeer:
 
     async def leave(self) -> None:
         """As Ctrl+C does it: politely, but not for long. The process ends."""
-        if self.trainer is not None:
-            self.trainer.cancel()
+        leave_s = self.peer.here.timeouts.leave_s
         with contextlib.suppress(asyncio.TimeoutError):
-            async with deadline(self.peer.here.timeouts.leave_s / 2):
+            async with deadline(leave_s / 2):
+                if self.trainer is not None:
+                    await cancel_and_wait([self.trainer], leave_s / 4)
                 await self.peer.leave("asked")
         self.peer.events.close()
         self.transport.network.kill(self.peer.identity.peer_id)
