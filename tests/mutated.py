@@ -27,6 +27,8 @@ TESTS: dict[str, tuple[str, ...]] = {
     "p2p_diloco/round/settle_leader.py": SETTLE,
     "p2p_diloco/round/settle_leader_answers.py": SETTLE,
     "p2p_diloco/round/butterfly.py": ("tests/round/test_butterfly.py", *SETTLE),
+    "p2p_diloco/round/intake.py": ("tests/round/test_butterfly.py", *SETTLE),
+    "p2p_diloco/round/tries.py": ("tests/round/test_butterfly.py", *SETTLE),
     "p2p_diloco/round/matchmaking.py": ("tests/round/test_matchmaking.py",),
     "p2p_diloco/round/gathering.py": ("tests/round/test_matchmaking.py",),
     "p2p_diloco/round/company.py": ("tests/round/test_matchmaking.py",),

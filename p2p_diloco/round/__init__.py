@@ -15,6 +15,8 @@ Its files, from the bottom up:
     kept                   the contributions that a reducer keeps, so that others can look at them
     signatures             which commits the members of a round have signed, and whether it is void
     meeting                one round at one member: who meets, what it holds, whom it lost
+    tries                  the streams of one member to another one: one and, where that closed at once, a second one
+    intake                 what comes to one reducer in a butterfly: the contributions of each sender
     butterfly              one all-reduce: some parts, among some members of a round
     settle_decide          which commit a leader proposes, who signs it, which wait ends, whose word fits: all pure
     settle_ballot          the signatures over one commit, and the owner's witness where that is needed

@@ -16,7 +16,7 @@ from p2p_diloco.core.certificate import Taken
 from p2p_diloco.core.codec import Vector
 from p2p_diloco.core.config import Timeouts
 from p2p_diloco.core.directory import Directory
-from p2p_diloco.core.errors import Gone, Misbehaved, Refused, RemoteError, Silent
+from p2p_diloco.core.errors import Misbehaved, Refused, RemoteError, Silent
 from p2p_diloco.core.event import Uncertified
 from p2p_diloco.core.grid import Grid
 from p2p_diloco.core.group import Group
@@ -127,6 +127,10 @@ class Meeting:
         where = self.grid.slices[part]
         return self.grid.encode(np.subtract(self.theta[where], self.local[where]))
 
+    def place(self, number: int, part: int) -> Place:
+        """Returns what names a part, as butterfly ``number`` reduces it, in what is signed."""
+        return Place(round_id=self.group.round_id, number=number, part=part)
+
     def signed_contribution(self, place: Place) -> Contribution:
         """Returns the same as I send it to the reducer of that part."""
         return Contribution.of(place, self.contribution(place.part), self.identity)
@@ -168,14 +172,6 @@ class Meeting:
         channel = await self.transport.open(peer_id, self.directory.maddrs(peer_id), self.protocol)
         self.count(channel)
         return channel
-
-    def tries_again(self, channel: Channel, error: Gone) -> bool:
-        """Returns whether a stream that I have opened to a member and that has ended is worth a second one: it closed
-        at once, before anything came over it. That happens to peers that are there, and to who is dead no second one
-        can be opened. It is for the caller to try no third one."""
-        if channel.is_fresh:
-            log.info("outer step %d: %s %s at once: tried again", self.group.step, error.peer_id[-8:], error.reason)
-        return channel.is_fresh
 
     def patience_s(self, sender: int) -> float:
         """Returns how long a reducer waits for a sender, in seconds."""

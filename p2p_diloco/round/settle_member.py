@@ -16,7 +16,7 @@ import asyncio
 import logging
 from typing import TypeVar
 
-from p2p_diloco.core.errors import Gone, Misbehaved, Refused, RemoteError, Silent
+from p2p_diloco.core.errors import Misbehaved, Refused, RemoteError, Silent
 from p2p_diloco.core.waiting import deadline, now_s
 from p2p_diloco.round.butterfly import Butterfly
 from p2p_diloco.round.meeting import Meeting
@@ -25,6 +25,7 @@ from p2p_diloco.round.settle_completion import COULD_NOT_FETCH, Completion
 from p2p_diloco.round.settle_decide import again_fits, commit_fits, promises_s
 from p2p_diloco.round.settle_eta import beyond_etas, telling
 from p2p_diloco.round.settle_pledge import Pledge
+from p2p_diloco.round.tries import Tries
 from p2p_diloco.wire.channel import Channel
 from p2p_diloco.wire.message import Message
 from p2p_diloco.wire.messages import No
@@ -99,22 +100,16 @@ class Member:
         """Gives my receipt to a leader, signs its commit, and returns the update with its certificate. None when the
         leader fails me before that, or most do not sign: the next one leads. A stream that closes at once is tried a
         second time."""
-        meeting = self.meeting
+        tries = Tries(self.meeting, leader)
         try:
-            for tries_left in (1, 0):
-                channel = await meeting.open(leader)
-                try:
+            while True:
+                async with tries as channel:
                     commit = await self._ask_commit(channel, leader)
                     if isinstance(commit, No):
                         return Missed(reason="failed", detail=commit.reason)
                     return await self._take(channel, commit, leader)
-                except Gone as error:
-                    if not (tries_left and meeting.tries_again(channel, error)):
-                        raise
-                finally:
-                    channel.close()
         except RemoteError as error:
-            meeting.lose(leader, error)
+            self.meeting.lose(leader, error)
         return None
 
     async def _ask_commit(self, channel: Channel, leader: int) -> Commit | No:

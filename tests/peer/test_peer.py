@@ -30,7 +30,7 @@ from p2p_diloco.core.swarm_head import Standing
 from p2p_diloco.core.trust_event import PartAudited
 from p2p_diloco.core.update import UpdateHeader, parts_with
 from p2p_diloco.round import measured
-from p2p_diloco.round.butterfly import MAX_TRIES
+from p2p_diloco.round.tries import MAX_TRIES
 from p2p_diloco.wire.channel import Channel
 from p2p_diloco.wire.message import Message
 from p2p_diloco.wire.messages import No

@@ -143,8 +143,8 @@ def masks_away(_: Liar, settlement: Settlement) -> None:
     """A reducer that hears the others' contributions, and takes only its own and those of every second member."""
     meeting = settlement.meeting
     for butterfly in settlement.member.butterflies.values():
-        for sender in tuple(butterfly.queues)[::2]:
-            butterfly.gone.add(sender)
+        for sender in butterfly.intake.due[::2]:
+            butterfly.intake.senders[sender].gone = True
     meeting.changed.ring()
 
 
