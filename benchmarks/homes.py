@@ -41,6 +41,7 @@ from benchmarks.stage import POLL_S, SPEC, Stage, write_texts
 from benchmarks.table import Cell, Table, layout
 from p2p_diloco.core.event import PeerJoined, latest
 from p2p_diloco.core.identity import Identity
+from p2p_diloco.core.recent import LEAST_ROUNDS
 from p2p_diloco.core.runfile import InnerSpec, RoundSpec, RunSpec
 from p2p_diloco.lab.children import SEED
 from p2p_diloco.learn.genesis import start_run
@@ -50,6 +51,8 @@ INNER_STEPS = 40
 """2 s."""
 UPDATES = 6
 """That are looked at in each situation."""
+UPDATES_AROUND = 2 * (LEAST_ROUNDS + 1)
+"""The same, where something happens after half of them: by then peers know how long rounds take here."""
 GIVEN_UP_AFTER = 10
 """Outer steps of each trainer, if nothing has been committed by then."""
 LIMIT_S = 22 * 60.0
@@ -180,7 +183,8 @@ def play_all(situations: Sequence[Situation]) -> Iterator[Played]:
     with run_made() as seed:
         for number, situation in enumerate(situations):
             limit_s = (until_s - time.monotonic()) / (len(situations) - number)
-            played = Played(situation=situation, figures=play(situation, seed, limit_s))
+            updates = UPDATES if situation.happens is None else UPDATES_AROUND
+            played = Played(situation=situation, figures=play(situation, seed, limit_s, updates=updates))
             told = (*row_of(played, None), *missed_bounds(situation, played.figures))
             print(*told, sep="; ", file=sys.stderr, flush=True)
             yield played

@@ -53,6 +53,7 @@ TESTS: dict[str, tuple[str, ...]] = {
     "p2p_diloco/core/anchor.py": ("tests/core/test_anchor.py",),
     "p2p_diloco/core/invitation.py": ("tests/core/test_invitation.py",),
     "p2p_diloco/core/admission.py": ("tests/core/test_admission.py",),
+    "p2p_diloco/core/recent.py": ("tests/core/test_recent.py",),
     "p2p_diloco/core/credit.py": ("tests/core/test_credit.py",),
     "p2p_diloco/core/proven.py": ("tests/core/test_proven.py",),
     "p2p_diloco/ledger/chain.py": ("tests/ledger/test_chain.py",),

@@ -143,6 +143,37 @@ def test_a_stream_that_closes_at_once_in_the_first_round_of_a_newcomer_costs_nob
         assert float(said["reduce_s"]) + float(said["settle_s"]) < 1.0
 
 
+ADDRESS_S = 60.0
+"""When the home gets it: five calm rounds are over, and more."""
+DETECTION_S = 3.0
+
+
+@pytest.mark.parametrize(
+    ("phase", "after_s", "step_s"),
+    [("inner", 2.0, 1.0), ("inner", 2.0, 1.6), ("gather", 0.03, 1.0), ("reduce", 0.05, 1.0), ("settle", 0.1, 1.0)],
+)
+def test_a_homes_new_address_costs_the_others_one_detection(phase: str, after_s: float, step_s: float) -> None:
+    """Nobody is told that its connections are dead. It is a client, and sees it when it sends over one of them."""
+    home = PeerPlan(role="client", starts_s=0.5, step_s=step_s)
+    peers = (PeerPlan(role="seed"), *(PeerPlan(starts_s=0.1 * i) for i in range(1, 4)), home)
+    faults = (Fault(kind="address", at_s=ADDRESS_S, who=4, phase=phase, after_s=after_s),)
+    verdict = explore(Schedule(seed=3, peers=peers, jitter=0.0, faults=faults, lasts_s=95.0), keep_timeline=True)
+    assert verdict.ok, verdict.text
+    moved_s = next(float(line[:8]) for line in verdict.timeline if " address 4" in line)
+    assert moved_s >= ADDRESS_S
+    rounds = [line for line in verdict.timeline if "[1] round " in line and float(line[:8]) > moved_s]
+    took_s, groups = [], []
+    for line in rounds:
+        said = dict(pair.split("=", 1) for pair in line.split() if "=" in pair)
+        assert said["committed"] == "True"
+        took_s.append(sum(float(said[stage]) for stage in ("gather_s", "reduce_s", "settle_s")))
+        groups.append(said["group"])
+    assert max(took_s) < DETECTION_S
+    assert sum(seconds > DETECTION_S / 2 for seconds in took_s) <= 2, "its detection, and to wait until it is back"
+    if phase != "reduce":  # there it waits for the means of all others, who may wait for another one
+        assert all("4" in group for group in groups[2:])
+
+
 def test_what_an_ambush_waits_for_may_not_come() -> None:
     told = told_of(Fault(kind="kill", at_s=10.0, message="again", nth=1, for_s=5.0))
     assert any("message=again nth=1: no such message was sent" in line for line in told)

@@ -53,6 +53,7 @@ Its files, from the bottom up:
     swarm_head    which head is the swarm's; held-out losses
     electors      whose word counts about which branch is the swarm's
     pace          how many inner steps a peer plans, and when its outer step is due
+    recent        how long others have kept a peer waiting in recent rounds, and how long it waits because of that
     patience      how long a reducer waits for senders, those that were late before among them
     waiting       waits that end, and can be cancelled
     buckets       token buckets: a rate that is kept, and how often a peer may ask

@@ -52,6 +52,9 @@ class Timeouts:
     """How long a reducer waits for one sender's next part."""
     reduced_part_s: float = 25.0
     """How long a sender waits for a reducer's next part: longer than ``part_s``, since a reducer waits for others."""
+    least_wait_s: float = 2.0
+    """How long a round waits at least for what somebody owes it, however short such waits were in recent rounds
+    (``core.recent``); the constants here are the longest."""
     late_s: float = 0.2
     """How long a reducer waits at least, in all, for senders that were late in an earlier round."""
     again_s: float = 0.8

@@ -159,12 +159,17 @@ class Attempts:
         """Remembers who failed me in a round, and who contributed in full. ``idle``: those whom I lost in the
         butterfly, and who count as idle. A leader that was silent, or only promised, pays for what it has cost, also
         where the next one brings the round to its end; so does a reducer that answered late, and a known peer beside
-        the round. And how fast others have sent, of those that may reduce."""
+        the round. And how fast others have sent, of those that may reduce, and how long all took."""
         company, group = self.matchmaker.company, settlement.group
         ids = [member.peer_id for member in group.members]
         contributed = [] if isinstance(outcome, Missed) else contributors_in_full(outcome.update)
         company.judge_round({ids[i] for i in idle}, len(ids) - 1, took_s, contributed)
         company.measured.note(group.step, {ids[i]: uplink for i, uplink in settlement.uplinks().items()})
+        if isinstance(outcome, Missed):
+            company.recent.forget_rounds()
+        else:
+            intake, hearing = settlement.member.butterflies[0].intake, settlement.leader.hearing
+            company.recent.note_round(intake.times_s(), hearing.receipts_s)
         stalled_s = settlement.stalled_s
         if len(settlement.meeting.lost) < len(ids) - 1:  # else I was cut off myself, most likely
             for leader in stalled_s:
@@ -201,6 +206,8 @@ class Attempts:
                 state=state,
                 last_norms=last_norms,
                 lapsed=frozenset(company.lapsed),
+                recent=company.recent,
+                uplinks=company.measured.at(group.step),
                 credits_s={one.peer_id: company.rounds.left_s(one.peer_id, now_s()) for one in group.members},
                 kept=self.reception.audits.kept(),
                 audit_parts=self.reception.audits.count,

@@ -22,10 +22,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections import deque
 from dataclasses import dataclass
 
 from p2p_diloco.core.certificate import Certificate, Certified
-from p2p_diloco.core.errors import LedgerError, Misbehaved, Refused, RemoteError
+from p2p_diloco.core.errors import LedgerError, Misbehaved, Refused, RemoteError, Silent
 from p2p_diloco.core.events import EventLog
 from p2p_diloco.core.records import Record
 from p2p_diloco.core.update import Update
@@ -33,14 +34,15 @@ from p2p_diloco.core.waiting import deadline, heard, to_its_end
 from p2p_diloco.ledger.replica import Replica
 from p2p_diloco.peer.chains import Chains, Way
 from p2p_diloco.peer.donors import Donors
-from p2p_diloco.peer.download import Download, Tally, Updates, drop
+from p2p_diloco.peer.download import RECENT, Download, Tally, Updates, drop
 from p2p_diloco.peer.snapshots import Snapshots
 from p2p_diloco.round.here import Here
 
 log = logging.getLogger(__name__)
 
 GUIDES = 8
-"""Asked for one target in a row. Each may cost ``Timeouts.request_s``, and the swarm goes on meanwhile."""
+"""Asked for one target in a row. Each has ``Timeouts.least_wait_s`` to begin its answer; who is silent is asked
+once more after the others, and may cost ``Timeouts.request_s`` then. The swarm goes on meanwhile."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,6 +84,9 @@ class Catchup:
         """After a ``to`` that did not succeed: something came, or a donor was busy, so it is worth asking again."""
         self._given_up = 0
         """Outer steps that were rolled back since the last catch-up that succeeded."""
+        self._took_s: deque[float] = deque(maxlen=RECENT)
+        """How long the last updates took to come: of one that follows every outer step, each is a download by itself,
+        and the donor that it asks first may be gone without a word."""
         self._ahead: Ahead | None = None
         """What ``fetch_ahead`` got."""
         self._grid = replica.ledger.grid
@@ -96,13 +101,19 @@ class Catchup:
             return None  # nobody can be there: so far, no donor shall make us read its heads
         if await self._commit_ahead(target, tally):
             return self._arrived(from_step, target, tally)
-        for guide in self.donors.of_head(target[1])[:GUIDES]:
+        timeouts, guides = self.here.timeouts, self.donors.of_head(target[1])[:GUIDES]
+        asked = deque((guide, timeouts.least_wait_s) for guide in guides)
+        while asked:
+            guide, answer_s = asked.popleft()
             try:
-                if await self._go(guide, target, tally):
+                if await self._go(guide, target, answer_s, tally):
                     arrived = self._arrived(from_step, target, tally)
                     await self.snapshots.tidy()
                     return arrived
             except RemoteError as error:
+                if isinstance(error, Silent) and answer_s < timeouts.request_s:
+                    asked.append((guide, timeouts.request_s))
+                    continue
                 tally.refused |= isinstance(error, Refused)
                 drop(error, self.here)
             finally:
@@ -153,9 +164,9 @@ class Catchup:
 
     # -- the way -----------------------------------------------------------------------------------------------------
 
-    async def _go(self, guide: Record, target: tuple[int, bytes], tally: Tally) -> bool:
+    async def _go(self, guide: Record, target: tuple[int, bytes], answer_s: float, tally: Tally) -> bool:
         """Follows one guide: steps 1 to 5 of this file. Returns whether the replica is at the target now."""
-        path = await self.donors.ask_path(guide, target)
+        path = await self.donors.ask_path(guide, target, answer_s)
         way = None if path is None else await self.chains.follow(guide, path, target, tally)
         if path is None or way is None:
             return False
@@ -200,7 +211,12 @@ class Catchup:
         wanted = self._updates(path, step)
         donors = self.donors.of_head(path[last])
         download = Download(
-            here=self.here, wanted=wanted, items=range(step, last), limit=step + wanted.ahead, donors=donors
+            here=self.here,
+            wanted=wanted,
+            items=range(step, last),
+            limit=step + wanted.ahead,
+            donors=donors,
+            took_s=self._took_s,
         )
         running = asyncio.create_task(download.run())
         try:
@@ -262,7 +278,10 @@ class Catchup:
     async def _fetch_one(self, step: int, head: bytes, donors: list[Record]) -> tuple[Update, str] | None:
         wanted = self._updates({step + 1: head}, step)
         items = range(step, step + 1)
-        await Download(here=self.here, wanted=wanted, items=items, limit=step + 1, donors=donors).run()
+        download = Download(
+            here=self.here, wanted=wanted, items=items, limit=step + 1, donors=donors, took_s=self._took_s
+        )
+        await download.run()
         return wanted.take()
 
     def _updates(self, heads: dict[int, bytes], next_step: int) -> Updates:

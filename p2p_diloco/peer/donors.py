@@ -46,18 +46,19 @@ class Donors:
         naming = [r for r in serving if (r.snapshot_step, r.snapshot_digest) == (step, digest)]
         return naming + [r for r in serving if r.snapshot_step > step]
 
-    async def ask_path(self, guide: Record, target: tuple[int, bytes]) -> dict[int, bytes] | None:
+    async def ask_path(self, guide: Record, target: tuple[int, bytes], answer_s: float) -> dict[int, bytes] | None:
         """Asks one donor which heads lead to the target. Returns outer step -> head, without a gap and up to the
-        target; None when the donor's ledger leads elsewhere.
+        target; None when the donor's ledger leads elsewhere. Silent when it does not begin to answer in ``answer_s``.
 
         The guide can leave older heads out, but invent none: every head follows from the one before and the update's
         hash, so the path is true if the target is."""
         path: dict[int, bytes] = {}
-        channel = await self.here.open(guide.peer_id)
+        channel = await self.here.open_within(guide.peer_id, answer_s)
         try:
             while True:
                 since = max(path, default=0)
-                answer: Heads = await channel.request(AskHeads(since=since), Heads)
+                timeout_s = self.here.timeouts.request_s if path else answer_s
+                answer: Heads = await channel.request(AskHeads(since=since), Heads, timeout_s=timeout_s)
                 step, head = answer.first, answer.head
                 if path and (step, head) != (since, path[since]):
                     raise Misbehaved(guide.peer_id, f"names other heads from outer step {since} on than before")

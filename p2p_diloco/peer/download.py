@@ -134,14 +134,14 @@ class Handout:
     """Decides which donor is asked for which item: the lowest items first, and each from one donor unless it is late.
 
     An item is late when it has not come in ``late_s`` after it was asked for; once some items have come, in LATE times
-    the median of what the last ones took. Then it is asked from a second donor, too."""
+    the median of what the last ones took, which is kept in ``took_s``. Then it is asked from a second donor, too."""
 
-    def __init__(self, items: Iterable[int], *, limit: int, late_s: float) -> None:
+    def __init__(self, items: Iterable[int], *, limit: int, late_s: float, took_s: deque[float]) -> None:
         self.missing = set(items)
         self.limit = limit
         """Items from here on are not asked for yet."""
         self._late_s = late_s
-        self._took_s: deque[float] = deque(maxlen=RECENT)
+        self._took_s = took_s
         self._unasked = sorted(self.missing)
         self._asked: dict[int, dict[str, float]] = {}
         """Item -> who is asked for it, and since when; the item that was asked for first comes first."""
@@ -196,6 +196,8 @@ class Download:
     limit: int
     """Items from here on wait until ``allow``."""
     donors: Iterable[Record]
+    took_s: deque[float] = field(default_factory=lambda: deque(maxlen=RECENT))
+    """How long items took to come, in earlier downloads of this kind, too."""
     changed: Bell = field(default_factory=Bell)
     """Rings when an item has come, when a donor is dropped, and at the end."""
     over: bool = False
@@ -207,7 +209,7 @@ class Download:
 
     def __post_init__(self) -> None:
         late_s = self.wanted.depth * self.wanted.item_bytes / self.here.timeouts.slow_rate_bytes_per_s
-        self.handout = Handout(self.items, limit=self.limit, late_s=late_s)
+        self.handout = Handout(self.items, limit=self.limit, late_s=late_s, took_s=self.took_s)
         self._waiting = deque(self.donors)
 
     async def run(self) -> bool:

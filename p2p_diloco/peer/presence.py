@@ -82,6 +82,8 @@ class Presence:
     def __post_init__(self) -> None:
         self._run_id = self.replica.manifest.run_id
         self._maddrs: list[str] = []
+        self._pushes: set[asyncio.Task[None]] = set()
+        """That somebody waits for, or has waited for."""
         self._beside: dict[str, asyncio.Task[None]] = {}
         """Peer id -> my record on its way to a peer that nothing waits for."""
         self._last_issued_s = 0.0
@@ -160,7 +162,8 @@ class Presence:
 
     async def push(self, to: Iterable[Record]) -> None:
         """Sends my record to peers, PUSHED_AT_ONCE at a time, and takes theirs. One that does not answer is not counted
-        on until it signs a newer record. Those that have failed me are not waited for, until they answer."""
+        on until it signs a newer record. Those that have failed me are not waited for, until they answer, and nobody is
+        for longer than ``Timeouts.least_wait_s``: who is there answers at once, and rounds may wait for me."""
         some, proven = asyncio.Semaphore(PUSHED_AT_ONCE), self.here.directory.proven
         waited_for: list[Record] = []
         for record in to:
@@ -168,7 +171,12 @@ class Presence:
                 self._push_beside(record)
             else:
                 waited_for.append(record)
-        await asyncio.gather(*(self._push(record, some) for record in waited_for))
+        pushes = [asyncio.create_task(self._push(record, some)) for record in waited_for]
+        for push in pushes:
+            self._pushes.add(push)
+            push.add_done_callback(self._pushes.discard)
+        if pushes:
+            await asyncio.wait(pushes, timeout=self.here.timeouts.least_wait_s)
 
     def _push_beside(self, record: Record) -> None:
         """Begins to send my record to a peer that nothing waits for, unless that is being done, or too many others
@@ -179,7 +187,7 @@ class Presence:
 
     async def close(self) -> None:
         """Calls nobody any more."""
-        beside = list(self._beside.values())
+        beside = [*self._beside.values(), *self._pushes]
         for task in beside:
             task.cancel()
         await asyncio.gather(*beside, return_exceptions=True)

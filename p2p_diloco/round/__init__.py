@@ -10,6 +10,7 @@ Its files, from the bottom up:
     here                   what all parts of one peer share: network, key, records, seat, clock
     measured               how fast others send, as this peer has measured in its last rounds
     company                whom a peer may form a round with: who ranks first, who has failed it
+    calls                  the first words with a peer while a round is formed, and how long it has for its answer
     gathering              the rounds that a peer leads while they are formed, and when they close
     matchmaking            the roster of a round: whom a peer asks to lead, what it answers who asks
     kept                   the contributions that a reducer keeps, so that others can look at them

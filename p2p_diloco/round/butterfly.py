@@ -30,8 +30,8 @@ from p2p_diloco.wire.channel import Channel
 from p2p_diloco.wire.round_messages import Contribute
 
 IN_TIME_SHARE = 0.5
-"""Of ``Timeouts.part_s``: a contribution that is handed over so soon after the butterfly began is in time for every
-reducer that heard of the round when I did."""
+"""Of ``Timeouts.least_wait_s``: a contribution that is handed over so soon after the butterfly began is in time for
+every reducer that heard of the round when I did."""
 
 
 class Butterfly:
@@ -49,7 +49,7 @@ class Butterfly:
         """Those that have parts to reduce."""
         self.parts = parts
         self.began_s = now_s()
-        self.intake = Intake(meeting, number, members, self._parts_of(self.me), len(self.reducers))
+        self.intake = Intake(meeting, number, members, self._parts_of(self.me), self.reducers)
 
     async def run(self) -> None:
         """Reduces my parts, and exchanges contributions for means with every other reducer."""
@@ -97,7 +97,7 @@ class Butterfly:
         tries = Tries(meeting, reducer)
         try:
             while True:
-                until_s = self.began_s + meeting.timeouts.part_s * IN_TIME_SHARE if tries.is_first else -math.inf
+                until_s = self.began_s + meeting.timeouts.least_wait_s * IN_TIME_SHARE if tries.is_first else -math.inf
                 meeting.delivered.difference_update((self.number, part) for part in parts)
                 async with tries as channel:
                     await channel.send(Contribute(round_id=meeting.group.round_id, number=self.number))

@@ -20,6 +20,7 @@ from p2p_diloco.core.errors import Misbehaved, Refused
 from p2p_diloco.core.findings import Findings
 from p2p_diloco.core.group import Group, open_roster
 from p2p_diloco.core.manifest import RunManifest
+from p2p_diloco.core.recent import Recent
 from p2p_diloco.core.records import Record, open_record
 from p2p_diloco.core.roster import (
     Readiness,
@@ -68,6 +69,8 @@ class Company:
 
     measured: Measured = field(default_factory=Measured)
     """How fast others send."""
+    recent: Recent = field(default_factory=Recent)
+    """How long others have kept me waiting in recent rounds."""
 
     def __post_init__(self) -> None:
         life_s = self.here.timeouts.record_life_s

@@ -21,7 +21,7 @@ opens has a deadline of its own (``Gathering.deadlines_s``):
 takes longer. What was waited for a peer in vain, or beyond ``gather_s`` + CLOSING_MARGIN_S, is taken from its credit
 (``Company.waits``), and so is what it cost as a leader that only promised; a peer that is in debt, there or for rounds,
 is called, and not waited for. A peer is not waited for any more as soon as it refuses, stands on another head, cannot
-be dialled, does not answer the call within ``Timeouts.request_s``, or closes its stream after it was ready. When a busy
+be dialled, does not answer the call within ``calls.answer_s``, or closes its stream after it was ready. When a busy
 peer waits for the roster of another leader on this head, that one is called as well.
 
 A peer that is not proven is called, too, but has no deadline before it answers. While fewer than ``round.min_group``
@@ -54,6 +54,7 @@ from p2p_diloco.core.group import MAX_ABSENT, idle_among, seal_roster
 from p2p_diloco.core.records import open_record
 from p2p_diloco.core.roster import form_roster, on_head, open_readiness, seal_readiness
 from p2p_diloco.core.waiting import Bell, heard, now_s
+from p2p_diloco.round.calls import ask, reach
 from p2p_diloco.round.company import CLOSING_MARGIN_S, Company
 from p2p_diloco.wire.channel import Channel
 from p2p_diloco.wire.round_messages import Behind, Closing, Eta, NoWitness, Redirect, Roster, TooFew
@@ -231,12 +232,12 @@ class Gatherings:
     async def _notice(self, gathering: Gathering, peer_id: str) -> None:
         """Tells a peer that the round is closing, and hears how long it has to be waited for. A peer that refuses or
         does not answer is not waited for; a peer that is busy is heard until it is free."""
-        gather_s = self.limits.gather_s
+        gather_s, called_s = self.limits.gather_s, now_s()
         try:
-            channel = await self.here.open(peer_id)
+            channel = await reach(self.company, peer_id)
             try:
                 closing = Closing(head=gathering.head, gather_s=gather_s, record=self.seat.sealed_record)
-                answer: Eta | Behind | Redirect = await channel.request(closing, Eta, Behind, Redirect)
+                answer: Eta | Behind | Redirect = await ask(self.company, channel, closing, Eta, Behind, Redirect)
                 self.directory.proven.answered(peer_id)
                 self._on_notice(gathering, peer_id, answer)
                 while isinstance(answer, Eta) and answer.busy:
@@ -249,7 +250,7 @@ class Gatherings:
             gathering.idle.add(peer_id)
             gathering.deadlines_s.pop(peer_id, None)
         except RemoteError as error:
-            log.info("not waiting for %s: %s", peer_id[-8:], error.reason)
+            log.info("not waiting for %s: %s, waited %.2f s", peer_id[-8:], error.reason, now_s() - called_s)
             self.here.transport.traffic.reject(error)
             self.directory.suspect(peer_id)
             if gathering.deadlines_s.pop(peer_id, None) is not None and peer_id not in gathering.ready:

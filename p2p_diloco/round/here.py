@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -9,9 +10,11 @@ from p2p_diloco.core.admission import Claim
 from p2p_diloco.core.config import Timeouts
 from p2p_diloco.core.directory import Directory
 from p2p_diloco.core.electors import electorate
+from p2p_diloco.core.errors import Silent
 from p2p_diloco.core.identity import Identity
 from p2p_diloco.core.records import Record
 from p2p_diloco.core.swarm_head import Standing
+from p2p_diloco.core.waiting import deadline
 from p2p_diloco.round.seat import Seat
 from p2p_diloco.wire.channel import Channel, Transport, run_protocol
 
@@ -61,3 +64,11 @@ class Here:
     async def open(self, peer_id: str) -> Channel:
         """Opens a stream to a peer of the run, at the addresses in its record. Raises Gone or Silent."""
         return await self.transport.open(peer_id, self.directory.maddrs(peer_id), self.protocol)
+
+    async def open_within(self, peer_id: str, limit_s: float) -> Channel:
+        """Opens a stream as ``open`` does. Silent when that takes longer than ``limit_s``."""
+        try:
+            async with deadline(limit_s):
+                return await self.open(peer_id)
+        except asyncio.TimeoutError:
+            raise Silent(peer_id, f"cannot be reached within {limit_s:.3g} s") from None

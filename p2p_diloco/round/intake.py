@@ -43,8 +43,12 @@ class Sender:
     """Says what has come from another member, and what is still awaited of it."""
 
     contributes: bool
+    limit_s: float
+    """How long it is waited for at a time."""
     patience_s: float
     """How long it is still waited for, in all."""
+    longest_s: float = 0.0
+    """The longest that it was waited for."""
     awaited: bool = True
     """Its stream has not come yet, or its second one is due."""
     opened: int = 0
@@ -69,24 +73,28 @@ class Sender:
 
 
 class Intake:
-    """Takes the contributions to the parts of this member, ``mine``, in one butterfly. ``n_reducers``: so many members
+    """Takes the contributions to the parts of this member, ``mine``, in one butterfly. ``reducers``: the members that
     reduce some of its parts."""
 
     def __init__(
-        self, meeting: Meeting, number: int, members: Sequence[int], mine: Sequence[int], n_reducers: int
+        self, meeting: Meeting, number: int, members: Sequence[int], mine: Sequence[int], reducers: Sequence[int]
     ) -> None:
         self.meeting = meeting
         self.number = number
         self.mine = mine
-        self.n_reducers = n_reducers
+        self.n_reducers = len(reducers)
         self.began_s = now_s()
-        roster = meeting.group.members
-        self.senders = {
-            i: Sender(contributes=not roster[i].dropped, patience_s=meeting.patience_s(i))
-            for i in members
-            if i != meeting.me
-        }
+        self.senders: dict[int, Sender] = {}
         """By their indices in the roster."""
+        part_bytes = SIGNATURE_BYTES + max(map(meeting.grid.part_bytes, mine), default=0)
+        for i in members:
+            if i != meeting.me:
+                streams = len(reducers) + (len(members) - 1 if i in reducers else 0)
+                self.senders[i] = Sender(
+                    contributes=not meeting.group.members[i].dropped,
+                    limit_s=meeting.limit_s(i, streams * part_bytes),
+                    patience_s=meeting.patience_s(i),
+                )
         self.due = [i for i, sender in self.senders.items() if sender.contributes]
         """Those that contribute."""
         self.late = late_senders(meeting.group, self.due, meeting.lapsed)
@@ -96,11 +104,11 @@ class Intake:
 
     async def contributions_to(self, part: int) -> dict[int, Came]:
         """Returns what comes in time of the others' contributions to one of my parts. A sender may keep me waiting for
-        ``Timeouts.part_s`` at a time (a quarter of it, when I lost it in an earlier round), and in all for not much
-        longer than its bytes take at ``Timeouts.slow_rate_bytes_per_s``: else its reducers, which wait, were slow in
-        everybody's eyes. Those in ``late`` are waited for when all others have come, for ``spare_s``."""
+        ``Meeting.limit_s`` at a time, and in all for ``Meeting.patience_s`` longer than its bytes take at
+        ``Timeouts.slow_rate_bytes_per_s``: else its reducers, which wait, were slow in everybody's eyes. Those in
+        ``late`` are waited for when all others have come, for ``spare_s``."""
         prompt = [i for i in self.due if i not in self.late]
-        limits_s = [min(self.senders[i].patience_s, self.meeting.patience_s(i)) for i in prompt]
+        limits_s = [min(self.senders[i].patience_s, self.senders[i].limit_s) for i in prompt]
         came = await asyncio.gather(*(self._next_contribution(i, part, wait_s) for i, wait_s in zip(prompt, limits_s)))
         others_s = now_s()
         left_s = spare_s(others_s - self.began_s, self.waited_s, self.meeting.timeouts.late_s)
@@ -122,13 +130,21 @@ class Intake:
         except asyncio.TimeoutError:
             late = meeting.group.members[index].peer_id[-8:]
             log.info("outer step %d: %s is late with part %d, waited %.2f s", meeting.group.step, late, part, limit_s)
+        waited_s = now_s() - began_s
+        sender.longest_s = max(sender.longest_s, waited_s)
         sent_meanwhile_bytes = self.n_reducers * meeting.grid.part_bytes(part)
-        sender.patience_s += sent_meanwhile_bytes / meeting.timeouts.slow_rate_bytes_per_s - (now_s() - began_s)
+        sender.patience_s += sent_meanwhile_bytes / meeting.timeouts.slow_rate_bytes_per_s - waited_s
         if came is None:
             sender.gone = True
             meeting.lose(index, None)
             meeting.changed.ring()
         return came
+
+    def times_s(self) -> list[float]:
+        """Returns the longest that I waited for each sender, ``Timeouts.part_s`` where that was in vain; none where I
+        reduce nothing."""
+        due, in_vain_s = [self.senders[i] for i in self.due], self.meeting.timeouts.part_s
+        return [in_vain_s if sender.gone else sender.longest_s for sender in due] if self.mine else []
 
     def opens(self, channel: Channel, index: int) -> Sender:
         """Takes in that a sender has opened a stream to me, and returns what I know of it. It may open MAX_TRIES, also

@@ -13,12 +13,13 @@ they call, and the one that precedes the other (``roster.precedence``) takes ove
 called while it waits for another leader, or is in a round, is waited for: two groups on one head would make two
 histories.
 
-A member waits for a roster as long as its leader says something every ``Timeouts.request_s``, but not longer than
-``Company.patience_s``. A leader that stops without closing its streams (SIGSTOP) thus costs the members ``request_s``:
-while it runs, it says every ``Timeouts.heartbeat_s`` that it is still there. Then the next one in rank is asked, up to
-MAX_LEADERS_ASKED in all. A peer that has failed as a leader, on whatever head, is asked after the others for a while,
-and so is one that is not proven, or that rounds have waited for in vain (``Company.is_trusted``). Peers differ in that.
-So whoever asks a leader hears from it where others are, and goes there.
+A member waits for a roster as long as its leader answers within ``calls.answer_s``, and then says something every
+``Timeouts.request_s``, but not longer than ``Company.patience_s``. A leader that stops without closing its streams
+(SIGSTOP) thus costs the members ``request_s``: while it runs, it says every ``Timeouts.heartbeat_s`` that it is still
+there. Then the next one in rank is asked, up to MAX_LEADERS_ASKED in all. A peer that has failed as a leader, on
+whatever head, is asked after the others for a while, and so is one that is not proven, or that rounds have waited for
+in vain (``Company.is_trusted``). Peers differ in that. So whoever asks a leader hears from it where others are, and
+goes there.
 
 What others say ends no gathering by itself. That the swarm is past a head has to follow from records, by the rule that
 catches up; a peer that names another leader must come after it in precedence; and a peer that has failed twice as a
@@ -39,6 +40,7 @@ from p2p_diloco.core.records import open_record
 from p2p_diloco.core.roster import Readiness, new_nonce, on_head, seal_readiness
 from p2p_diloco.core.uplinks import pack_uplinks
 from p2p_diloco.core.waiting import heard, now_s
+from p2p_diloco.round.calls import ask, reach
 from p2p_diloco.round.company import Company
 from p2p_diloco.round.gathering import Answer, Gatherings
 from p2p_diloco.round.here import Here
@@ -194,23 +196,23 @@ class Matchmaker:
         return group
 
     async def _ask(self, leader: str, sealed: bytes) -> Answer:
-        """Tells a leader that I am ready, and returns what comes of its gathering. Silent when no word comes for
-        ``Timeouts.request_s``, or when nothing has come of it after ``Company.patience_s``."""
-        channel = await self.company.here.open(leader)
+        """Tells a leader that I am ready, and returns what comes of its gathering. Silent when it keeps me waiting for
+        longer than the rules above let it."""
+        company, channel = self.company, await reach(self.company, leader)
         self.waiting_at = self.seat.standing.head, leader
         try:
-            await channel.send(Ready(readiness=sealed, record=self.seat.sealed_record))
-            began_s = now_s()
+            ready, began_s = Ready(readiness=sealed, record=self.seat.sealed_record), now_s()
+            answer: Eta | Answer = await ask(company, channel, ready, Eta, Roster, TooFew, NoWitness, Redirect, Behind)
             while True:
-                answer: Eta | Answer = await channel.receive(
-                    Eta, Roster, TooFew, NoWitness, Redirect, Behind, timeout_s=self.timeouts.request_s
-                )
-                self.company.here.directory.proven.answered(leader)
+                company.here.directory.proven.answered(leader)
                 if not isinstance(answer, Eta):
                     return answer
-                if (waited_s := now_s() - began_s) >= self.company.patience_s(leader, busy=answer.busy):
-                    self.company.waits.charge(leader, waited_s, now_s())  # or it would be waited for as a member next
+                if (waited_s := now_s() - began_s) >= company.patience_s(leader, busy=answer.busy):
+                    company.waits.charge(leader, waited_s, now_s())  # or it would be waited for as a member next
                     raise Silent(leader, f"gathers for more than {waited_s:.0f} s")
+                answer = await channel.receive(
+                    Eta, Roster, TooFew, NoWitness, Redirect, Behind, timeout_s=self.timeouts.request_s
+                )
         finally:
             self.waiting_at = None
             self.seat.changed.ring()

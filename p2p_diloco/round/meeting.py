@@ -21,6 +21,7 @@ from p2p_diloco.core.event import Uncertified
 from p2p_diloco.core.grid import Grid
 from p2p_diloco.core.group import Group
 from p2p_diloco.core.identity import Identity
+from p2p_diloco.core.recent import Recent
 from p2p_diloco.core.signed_part import REDUCTION_BYTES, Contribution, Inputs, Place, Reduction
 from p2p_diloco.core.update import MAX_MASK_BYTES, Part, check_mask
 from p2p_diloco.core.waiting import Bell
@@ -67,6 +68,10 @@ class Meeting:
     """The norm of each part of the update that led to theta; None where I do not have it."""
     lapsed: frozenset[str] = frozenset()
     """Peers that I lost in an earlier round, and that have not contributed in full since."""
+    recent: Recent = field(default_factory=Recent)
+    """How long others have kept me waiting in recent rounds."""
+    uplinks: Mapping[str, int] = field(default_factory=dict)
+    """Peer -> its uplink in bytes/s, as I have measured it; not of all."""
     credits_s: Mapping[str, float] = field(default_factory=dict)
     """Peer -> the seconds that it may still cost as a leader, when the round begins; those that are not here have cost
     nothing."""
@@ -174,9 +179,16 @@ class Meeting:
         return channel
 
     def patience_s(self, sender: int) -> float:
-        """Returns how long a reducer waits for a sender, in seconds."""
+        """Returns how long a reducer waits for a sender in all, beyond what its bytes take, in seconds."""
         lapsed = self.group.members[sender].peer_id in self.lapsed
         return self.timeouts.part_s * LAPSED_SHARE if lapsed else self.timeouts.part_s
+
+    def limit_s(self, sender: int, sent_bytes: int) -> float:
+        """Returns how long a reducer waits for a sender at a time, in seconds, which sends so many bytes from one of
+        its contributions to the next. Where its uplink is not measured, it may be as slow as a sender may be at all."""
+        uplink = self.uplinks.get(self.group.members[sender].peer_id, 0)
+        need_s = sent_bytes / (uplink or self.timeouts.slow_rate_bytes_per_s)
+        return min(self.recent.contribution_s(self.timeouts, need_s), self.patience_s(sender))
 
     def credit_s(self, member: int) -> float:
         """Returns the seconds that a member may still cost as a leader, below zero for a debt."""

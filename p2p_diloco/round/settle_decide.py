@@ -106,15 +106,17 @@ def choose_parts(held: Mapping[int, Sequence[bytes]], n_parts: int) -> tuple[lis
     return chosen, holders
 
 
-def collects_until_s(now: float, *, began_s: float, timeouts: Timeouts, all_came: bool, most: bool) -> float | None:
+def collects_until_s(
+    now: float, *, began_s: float, wait_s: float, timeouts: Timeouts, all_came: bool, most: bool
+) -> float | None:
     """Returns the time until which a leader goes on waiting for receipts, or None when it has waited enough.
 
-    It waits for all members that it has not lost, for ``Timeouts.settle_s``. Where most have sent no receipt by then,
-    the others may still wait for a reducer that is silent: it waits for ``Timeouts.reduced_part_s`` more, and only
-    until most have. ``most``: of the members that certify.
+    It waits for all members that it has not lost, for ``wait_s`` (``Recent.receipt_s``). Where most have sent no
+    receipt by then, the others may still wait for a reducer that is silent: it waits until ``Timeouts.settle_s`` and
+    ``Timeouts.reduced_part_s`` are over, and only until most have. ``most``: of the members that certify.
     """
-    deadline_s = began_s + timeouts.settle_s
-    last_deadline_s = deadline_s + timeouts.reduced_part_s
+    deadline_s = began_s + wait_s
+    last_deadline_s = began_s + timeouts.settle_s + timeouts.reduced_part_s
     if all_came or now >= last_deadline_s or (now >= deadline_s and most):
         return None
     return deadline_s if now < deadline_s else last_deadline_s

@@ -35,6 +35,9 @@ class Hearing:
         """Member -> what it has signed with a leader before me."""
         self.certified: tuple[int, Commit, Certifies] | None = None
         """A commit that is certified, and the member that has told me so."""
+        self.receipts_s: list[float] = []
+        """How long I have waited for the receipt of each member that was expected, when I collected them as the first
+        leader."""
 
     def knows(self) -> bool:
         """Tells whether I know of a commit that I shall give on."""
@@ -64,26 +67,37 @@ class Hearing:
 
     async def collect(self, expected: Set[int], number: int) -> None:
         """Waits for the receipts of ``expected`` after butterfly ``number``, for as long as ``collects_until_s`` says
-        or until a commit is heard of. Members that have sent none by then are given up, unless a commit ended the
-        wait."""
-        began_s = now_s()
+        or until a commit is heard of. Members that have sent none by then are given up, unless a commit ended the wait.
+        The first leader waits for ``Recent.receipt_s``; for ``Timeouts.settle_s`` a later one, to which members come at
+        different times, and whoever has had parts reduced again."""
+        meeting, began_s, came_s = self.meeting, now_s(), dict[int, float]()
+        wait_s = meeting.timeouts.settle_s
+        if first := not self.member.place and not number:
+            wait_s = meeting.recent.receipt_s(meeting.timeouts, self.member.reduced_s)
         while not self.knows():
-            changed, now = self.meeting.changed.event, now_s()
+            changed, now = meeting.changed.event, now_s()
             came = {i for i, receipt in self.receipts.items() if receipt.number >= number}
+            came_s = dict.fromkeys(came, now - began_s) | came_s
             until_s = collects_until_s(
                 now,
                 began_s=began_s,
-                timeouts=self.meeting.timeouts,
-                all_came=not expected - came - self.meeting.lost,
-                most=self.group.is_most({*came, self.meeting.me}),
+                wait_s=wait_s,
+                timeouts=meeting.timeouts,
+                all_came=not expected - came - meeting.lost,
+                most=self.group.is_most({*came, meeting.me}),
             )
             if until_s is None:
                 break
             await heard(changed, until_s - now)
         if self.knows():
             return
+        if first:
+            self.receipts_s = [came_s.get(i, meeting.timeouts.settle_s) for i in sorted(expected)]
         for member in expected - self.receipts.keys():
-            self.meeting.lose(member, None)
+            if member not in meeting.lost:
+                late, waited_s = self.group.members[member].peer_id[-8:], now_s() - began_s
+                log.info("outer step %d: %s is late with its receipt, waited %.2f s", self.group.step, late, waited_s)
+            meeting.lose(member, None)
 
     async def _collect_or_hear(self, expected: Set[int]) -> None:
         """Collects receipts as the first leader. When most have not come in time, it may be I that was away, and the

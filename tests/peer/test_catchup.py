@@ -532,6 +532,40 @@ def test_a_donor_that_has_nothing_to_give_is_left_to_others(tmp_path: Path, monk
     run_simulated(main())
 
 
+def test_a_guide_that_is_silent_costs_little_where_another_one_answers(tmp_path: Path) -> None:
+    """A home whose connection is dead, and nobody was told: the seed takes the update from others in time for the next
+    round."""
+
+    async def main() -> None:
+        library = Library(tmp_path, replica_at(tmp_path / "me", 8))
+        dead = library.add(replica_at(tmp_path / "dead", 9), on(AskHeads, silent))
+        donor = library.add(replica_at(tmp_path / "donor", 9))
+        began_s = now_s()
+        caught_up = await library.to(donor.replica)
+        assert caught_up is not None
+        assert TIMEOUTS.least_wait_s <= now_s() - began_s < TIMEOUTS.least_wait_s + 1
+        assert [type(message) for message in dead.asked[:1]] == [AskHeads]
+        library.check_same(donor.replica)
+
+    run_simulated(main())
+
+
+def test_a_guide_that_is_slow_to_answer_is_asked_once_more_where_there_is_no_other(tmp_path: Path) -> None:
+    async def slow(donor: Donor, channel: Channel, message: Message) -> bool:
+        if isinstance(message, AskHeads):
+            await asyncio.sleep(2 * TIMEOUTS.least_wait_s)
+        return False
+
+    async def main() -> None:
+        library = Library(tmp_path, replica_at(tmp_path / "me", 8))
+        donor = library.add(replica_at(tmp_path / "donor", 9), slow)
+        assert await library.to(donor.replica) is not None
+        assert library.suspects() == []
+        library.check_same(donor.replica)
+
+    run_simulated(main())
+
+
 def test_a_slow_donor_does_not_hold_up_an_update(tmp_path: Path) -> None:
     """A donor that stalls in the middle of one: it is asked from another one, long before the time is up."""
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import deque
+
 import numpy as np
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
@@ -11,7 +13,7 @@ from p2p_diloco.core.config import Timeouts
 from p2p_diloco.core.grid import Grid
 from p2p_diloco.core.outer import genesis_state
 from p2p_diloco.core.update import Part, Update, UpdateHeader, update_to_bytes
-from p2p_diloco.peer.download import COPIES, LATE, LEAST_LATE_S, Handout, Updates
+from p2p_diloco.peer.download import COPIES, LATE, LEAST_LATE_S, RECENT, Handout, Updates
 from p2p_diloco.wire.state_messages import AskUpdate
 from tests.support.builders import pipe
 from tests.support.fakes import run_simulated
@@ -20,7 +22,7 @@ LATE_S = 5.0
 
 
 def handout(items: int = 3, limit: int = 100) -> Handout:
-    return Handout(range(items), limit=limit, late_s=LATE_S)
+    return Handout(range(items), limit=limit, late_s=LATE_S, took_s=deque(maxlen=RECENT))
 
 
 def test_every_item_is_asked_for_once_the_lowest_first() -> None:
@@ -46,6 +48,18 @@ def test_items_beyond_the_limit_wait() -> None:
     assert [queue.take("a", 0.0), queue.take("b", 0.0)] == [0, None]
     queue.limit = 2
     assert [queue.take("b", 0.0), queue.take("b", 0.0)] == [1, None]
+
+
+def test_what_the_last_download_took_tells_when_the_first_item_of_the_next_one_is_late() -> None:
+    """Of who follows every outer step each update is a download by itself."""
+    took_s: deque[float] = deque(maxlen=RECENT)
+    for number in range(2):
+        queue = Handout([number], limit=100, late_s=LATE_S, took_s=took_s)
+        assert queue.take("a", 0.0) == number
+        late_s = LATE * 0.5 if number else LATE_S
+        assert queue.wait_s(0.0) == late_s
+        assert [queue.take("b", late_s - 0.1), queue.take("b", late_s)] == [None, number]
+        assert queue.arrived(number, "a", 0.5)
 
 
 def test_what_is_late_is_asked_from_one_more_donor() -> None:
@@ -132,7 +146,7 @@ class Donors(RuleBasedStateMachine):
     @initialize(items=st.sets(st.integers(0, 20), max_size=8), limit=st.integers(0, 25))
     def begin(self, items: set[int], limit: int) -> None:
         self.items, self.now_s = items, 0.0
-        self.queue = Handout(items, limit=limit, late_s=LATE_S)
+        self.queue = Handout(items, limit=limit, late_s=LATE_S, took_s=deque(maxlen=RECENT))
         self.owed: dict[str, list[int]] = {name: [] for name in "abc"}
         self.came: set[int] = set()
 

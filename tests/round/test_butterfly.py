@@ -16,6 +16,7 @@ import pytest
 from p2p_diloco.core.aggregate import AggregateName
 from p2p_diloco.core.codecs import CodecName, decode, encode
 from p2p_diloco.core.errors import Gone, RemoteError
+from p2p_diloco.core.recent import Recent
 from p2p_diloco.core.signed_part import REDUCTION_BYTES, Contribution, Inputs, Reduction
 from p2p_diloco.core.update import Part, contributor_mask
 from p2p_diloco.core.waiting import now_s, run_all
@@ -26,7 +27,17 @@ from p2p_diloco.wire.messages import No
 from p2p_diloco.wire.round_messages import AskCommit, AskPart, Commit, Contribute, Receipt
 from tests.support.builders import identity
 from tests.support.fakes import FakeNetwork, run_simulated
-from tests.support.meetings import N_PARTS, PROTOCOL, SMALL_PART_VALUES, TIMEOUTS, Losses, Round, Transport, frame_of
+from tests.support.meetings import (
+    N_PARTS,
+    PROTOCOL,
+    SMALL_PART_VALUES,
+    TIMEOUTS,
+    Losses,
+    Round,
+    Transport,
+    calm_rounds,
+    frame_of,
+)
 
 pytestmark = pytest.mark.usefixtures("small_parts")
 
@@ -347,13 +358,17 @@ def test_a_sender_that_stops_after_part_k(
     run_simulated(main())
 
 
-def test_a_member_that_never_comes(losses: Losses) -> None:
+@pytest.mark.parametrize(
+    ("recent", "costs_s"), [(Recent(), TIMEOUTS.part_s), (calm_rounds(), TIMEOUTS.least_wait_s)], ids=("first", "calm")
+)
+def test_a_member_that_never_comes(losses: Losses, recent: Recent, costs_s: float) -> None:
     async def main() -> None:
-        meeting = Round(3, by_hand=(2,), clients=(2,))
+        meeting = Round(3, by_hand=(2,), clients=(2,), recent=recent)
         await meeting.run()
         assert list(meeting.update().parts) == meeting.means(range(2))
         meeting.check_blamed(2)
         assert losses.by(0) == losses.by(1) == [(2, "silent")]
+        assert costs_s <= max(meeting.took_s.values()) < costs_s + 0.5
 
     run_simulated(main())
 
@@ -430,9 +445,8 @@ NARROW = replace(TIMEOUTS, slow_rate_bytes_per_s=1000.0, part_s=3.0)
 
 def behind_a_slow_line(rate_bytes_per_s: float, **how: Any) -> Round:
     """Member 3 of four is a client behind it. The others need some milliseconds for each part."""
-    meeting = Round(
-        4, clients=(3,), n=MANY, timeouts=NARROW, network=FakeNetwork(latency_s=0.01, buffer_bytes=256), **how
-    )
+    network = FakeNetwork(latency_s=0.01, buffer_bytes=256)
+    meeting = Round(4, clients=(3,), n=MANY, network=network, **{"timeouts": NARROW, **how})
     meeting.network.uplinks = dict.fromkeys(meeting.ids, 50_000.0) | {meeting.ids[3]: rate_bytes_per_s}
     return meeting
 
@@ -466,6 +480,15 @@ def test_a_sender_that_is_fast_enough_counts_whole_however_long_that_takes() -> 
     assert others_s > 2 * NARROW.part_s
     assert list(meeting.update().parts) == meeting.means(range(4))
     assert not any(meeting.lost(i) for i in range(4))
+
+
+@pytest.mark.parametrize("measured", [{}, {3: 1200}, {3: 50_000}])
+def test_calm_rounds_let_nobody_fall_that_sends_as_fast_as_was_measured(measured: dict[int, int]) -> None:
+    """Each of its contributions takes half a second, and such waits are short here. Who is not measured is waited for
+    as long as who may just be that slow."""
+    calm, waits = calm_rounds(), replace(NARROW, least_wait_s=0.1)
+    _, _, meeting = took_s(1200.0, recent=calm, measured=measured, timeouts=waits)
+    assert meeting.lost(0) == ({3} if measured == {3: 50_000} else set())
 
 
 @pytest.mark.parametrize("lapsed", [(3,), (2, 3), (0, 1, 2, 3)])

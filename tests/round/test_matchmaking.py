@@ -18,11 +18,13 @@ from p2p_diloco.core.errors import Silent
 from p2p_diloco.core.group import Group, seal_roster
 from p2p_diloco.core.manifest import RunManifest
 from p2p_diloco.core.pace import Progress
+from p2p_diloco.core.recent import Recent
 from p2p_diloco.core.records import open_record, seal_record
 from p2p_diloco.core.roster import seal_readiness
 from p2p_diloco.core.swarm_head import Standing
 from p2p_diloco.core.uplinks import tag_of, unpack_uplinks
 from p2p_diloco.core.waiting import now_s
+from p2p_diloco.round.calls import ask, reach
 from p2p_diloco.round.company import CHANCES, CLOSING_MARGIN_S, MAX_GATHER_EXTENSION_S
 from p2p_diloco.round.gathering import Gathering
 from p2p_diloco.round.here import Here
@@ -35,6 +37,7 @@ from p2p_diloco.wire.messages import No
 from p2p_diloco.wire.round_messages import Behind, Closing, Eta, Ready, Redirect, Roster, TooFew
 from tests.support.builders import NOW_S, head, identity, known, ranked, readiness_of, record_of
 from tests.support.fakes import FakeNetwork, FakeTransport, make_manifest, run_simulated
+from tests.support.meetings import calm_rounds
 
 HISTORY = "abc"
 AT = head(HISTORY)
@@ -1585,5 +1588,56 @@ def test_where_too_few_are_known_the_owner_has_to_be_there(newcomers: tuple[int,
             assert group.reducers == (0, 1, 2)
         else:
             assert set(found.values()) == {Missed(reason="alone", detail=NO_WITNESS, uncertified="witness")}
+
+    run_simulated(main())
+
+
+# -- answers in time -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("leads", [True, False])
+@pytest.mark.parametrize("calm", [True, False])
+def test_a_peer_that_does_not_answer_is_waited_for_as_long_as_answers_took(leads: bool, calm: bool) -> None:
+    """It is there, and says nothing: as the leader that the others ask, or as a member that the leader calls."""
+
+    async def main() -> None:
+        silent_one = 0 if leads else 2
+        table = Table(3, by_hand=(silent_one,))
+        for matchmaker in table.matchmakers.values():
+            matchmaker.company.recent = calm_rounds() if calm else Recent()
+        table.serve(silent_one, stay_silent)
+        began_s = now_s()
+        others = {0, 1, 2} - {silent_one}
+        assert table.members_of(table.groups(await table.meet(), *sorted(others))) == sorted(others)
+        costs_s = TIMEOUTS.least_wait_s if calm else TIMEOUTS.request_s if leads else GATHER_S + CLOSING_MARGIN_S
+        assert costs_s <= now_s() - began_s < costs_s + 0.5
+        if calm:
+            waited = [table.matchmakers[i].company.recent.answers[-1] for i in (others if leads else {0})]
+            assert all(TIMEOUTS.request_s in times_s for times_s in waited)
+
+    run_simulated(main())
+
+
+def test_whom_nobody_waits_for_has_as_long_as_ever_for_its_answer() -> None:
+    """It may have to be dialled first. It answers after three times what answers took, and is in the round."""
+
+    async def main() -> None:
+        table = Table(3, by_hand=(2,), strangers=(2,))
+        for matchmaker in table.matchmakers.values():
+            matchmaker.company.recent = calm_rounds()
+        answered: list[float] = []
+
+        async def hand(table: Table, channel: Channel, message: Message) -> None:
+            began_s = now_s()
+            await asyncio.sleep(3 * TIMEOUTS.least_wait_s)
+            await channel.send(Eta(eta_s=0.0))
+            answered.append(now_s() - began_s)
+
+        table.serve(2, hand)
+        company = table.matchmakers[0].company
+        channel = await reach(company, table.ids[2])
+        answer: Eta = await ask(company, channel, Closing(head=AT, gather_s=GATHER_S, record=table.record(0)), Eta)
+        assert answer.eta_s == 0.0
+        assert answered == [3 * TIMEOUTS.least_wait_s]
 
     run_simulated(main())

@@ -93,23 +93,26 @@ def test_parts_are_reduced_again_less_often_than_there_are_members() -> None:
 
 
 @pytest.mark.parametrize(
-    ("now", "all_came", "most", "until_s"),
+    ("now", "wait_s", "all_came", "most", "until_s"),
     [
-        (100.0, False, False, 110.0),
-        (100.0, False, True, 110.0),
-        (109.9, False, True, 110.0),
-        (100.0, True, False, None),
-        (110.0, False, True, None),
-        (110.0, False, False, 135.0),
-        (134.9, False, False, 135.0),
-        (134.9, False, True, None),
-        (135.0, False, False, None),
+        (100.0, 10.0, False, False, 110.0),
+        (100.0, 10.0, False, True, 110.0),
+        (109.9, 10.0, False, True, 110.0),
+        (100.0, 10.0, True, False, None),
+        (110.0, 10.0, False, True, None),
+        (110.0, 10.0, False, False, 135.0),
+        (134.9, 10.0, False, False, 135.0),
+        (134.9, 10.0, False, True, None),
+        (135.0, 10.0, False, False, None),
+        (101.9, 2.0, False, True, 102.0),
+        (102.0, 2.0, False, True, None),
+        (102.0, 2.0, False, False, 135.0),  # without most as long as ever
     ],
 )
 def test_a_leader_waits_for_all_and_then_for_most(
-    now: float, all_came: bool, most: bool, until_s: float | None
+    now: float, wait_s: float, all_came: bool, most: bool, until_s: float | None
 ) -> None:
-    waits = collects_until_s(now, began_s=100.0, timeouts=TIMEOUTS, all_came=all_came, most=most)
+    waits = collects_until_s(now, began_s=100.0, wait_s=wait_s, timeouts=TIMEOUTS, all_came=all_came, most=most)
     assert waits == until_s
 
 

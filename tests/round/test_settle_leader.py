@@ -4,18 +4,20 @@ that are not taken, answers that do not come."""
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Awaitable, Callable
 
 import pytest
 
 from p2p_diloco.core.config import Timeouts
+from p2p_diloco.core.recent import Recent
 from p2p_diloco.core.waiting import now_s
 from p2p_diloco.wire.channel import Channel
 from p2p_diloco.wire.message import Message
 from p2p_diloco.wire.messages import No
 from p2p_diloco.wire.round_messages import Again, AskCommit, AskPart, Commit, Contribute, Eta, Receipt, TookBefore
 from tests.support.fakes import run_simulated
-from tests.support.meetings import N_PARTS, TIMEOUTS, Losses, Round
+from tests.support.meetings import N_PARTS, TIMEOUTS, Losses, Round, calm_rounds
 
 pytestmark = pytest.mark.usefixtures("small_parts")
 
@@ -303,3 +305,32 @@ def test_who_reduces_and_then_only_promises_costs_half_of_the_time_that_is_left(
         assert meeting.took_s[1] == pytest.approx(asked_s[0] + half_s - successor.started_s, abs=0.1)
 
     run_simulated(main())
+
+
+@pytest.mark.parametrize(
+    ("recent", "costs_s"),
+    [(Recent(), TIMEOUTS.settle_s), (calm_rounds(), TIMEOUTS.least_wait_s)],
+    ids=("first", "calm"),
+)
+def test_a_receipt_that_never_comes(
+    losses: Losses, recent: Recent, costs_s: float, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its sender has contributed to everything, and is in the update."""
+    caplog.set_level(logging.INFO)
+
+    async def main() -> None:
+        meeting = Round(4, by_hand=(3,), clients=(3,), recent=recent)
+        await meeting.run(*(contributes(meeting, 3, to) for to in range(3)))
+        assert list(meeting.update().parts) == meeting.means(range(4))
+        assert losses.by(0) == [(3, "silent")]
+        assert costs_s <= max(meeting.took_s.values()) < costs_s + 0.5
+        in_vain_s = meeting.settlements[0].leader.hearing.receipts_s
+        assert (max(in_vain_s), len(in_vain_s)) == (TIMEOUTS.settle_s, 3)
+        assert f"{meeting.ids[3][-8:]} is late with its receipt, waited {costs_s:.2f} s" in caplog.text
+
+    run_simulated(main())
+
+
+async def contributes(meeting: Round, sender: int, to: int) -> None:
+    """A member that contributes, and is silent after that."""
+    await meeting.contribute(sender, to)

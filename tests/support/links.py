@@ -7,6 +7,8 @@ of the sender, and lies in the receiver's buffer when that one is stopped. What 
     stop        streams stay open and buffers fill; ``whole``: new streams are not accepted either
     cut         a link's streams are reset; ``silent``, as when a cable is pulled: they hold what they have until the
                 link is back, or are reset when that takes longer than SILENT_RESET_S
+    address     a home gets another one: its streams hold what they have, and nobody is told. Whatever it sends over one
+                of them resets that one, for it comes from where nobody is; others reach it when it has dialled them
     reset       the newest stream of one peer to another is, and nothing else: both are there, and so is the link
     slow        one direction of a link takes longer
     uplinks     all that a peer sends goes through one line of so many bytes per second
@@ -71,6 +73,10 @@ class Pipe:
         """The source has closed the stream."""
         self.over = False
         """The target sees its end: nothing comes any more."""
+        self.astray = False
+        """Nothing that is sent arrives: one end has another address now."""
+        self.resets = False
+        """The source is that end: the target's machine knows no such stream, and says so."""
         self._sent: deque[bytes | None] = deque()
         self._arrived = 0
         self._sent_s = self._arrives_s = 0.0
@@ -88,6 +94,8 @@ class Pipe:
         if self.over or self.closed:
             return
         self.closed = data is None
+        if self.resets:
+            asyncio.get_running_loop().call_later(2 * self.network.latency_s, self.reset, context=NOBODY)
         self.unread_bytes += len(data or b"")
         loop = asyncio.get_running_loop()
         together = self._sent_s == loop.time() and self.source not in self.network.uplinks
@@ -107,7 +115,8 @@ class Pipe:
 
     def deliver(self) -> None:
         """Give the target what is there for it, as far as its buffer goes."""
-        while self._arrived and not (self.over or self._full or self.network.link(self.source, self.target).cut):
+        cut = self.astray or self.network.link(self.source, self.target).cut
+        while self._arrived and not (self.over or self._full or cut):
             data = self._sent.popleft()
             self._arrived -= 1
             if data is None:
@@ -184,6 +193,8 @@ class FakeNetwork:
     """All that are open, the oldest first; no set, whose order would change from run to run."""
     connections: set[tuple[str, str]] = field(default_factory=set)
     """Between a peer that cannot be dialled and one that it has dialled: streams go both ways over those."""
+    moved: set[tuple[str, str]] = field(default_factory=set)
+    """A peer with a new address, and one that it has not dialled since."""
     uplinks: dict[str, float] = field(default_factory=dict)
     """Peer -> bytes per second that it can send in all; the others as many as they like."""
     changed: Bell = field(default_factory=Bell)
@@ -220,7 +231,7 @@ class FakeNetwork:
 
     def silent(self, a: str, b: str) -> bool:
         """Whether ``a`` hears nothing at all from ``b``, not even that it is gone."""
-        return b in self.mute or "silent" in (self.link(a, b).cut, self.link(b, a).cut)
+        return b in self.mute or (b, a) in self.moved or "silent" in (self.link(a, b).cut, self.link(b, a).cut)
 
     def well_since_s(self, a: str, b: str) -> float:
         """The loop time since when two peers have lived, run and heard each other without delay. -inf: always;
@@ -244,6 +255,13 @@ class FakeNetwork:
             self._reset(between, a, b)
         else:
             asyncio.get_running_loop().call_later(SILENT_RESET_S, self._give_up, between, a, b, context=NOBODY)
+
+    def move(self, peer_id: str) -> None:
+        """Gives a home another address."""
+        self.moved |= {(peer_id, other) for other in self.nodes if other != peer_id}
+        for pipe in self.pipes:
+            pipe.astray = pipe.astray or peer_id in (pipe.source, pipe.target)
+            pipe.resets = pipe.resets or peer_id == pipe.source
 
     def reset(self, source: str, target: str) -> None:
         """What is on its way over that stream is gone with it."""
@@ -399,6 +417,9 @@ class FakeTransport:
         remote = network.nodes.get(peer_id)
         if remote is None or not network.connected(self.peer_id, peer_id) or protocol not in remote.handlers:
             raise Gone(peer_id, "cannot be reached")
+        if (self.peer_id, peer_id) in network.moved:
+            network.moved.discard((self.peer_id, peer_id))
+            network.changed.ring()
         if not self.dialable:
             network.connections.add((self.peer_id, peer_id))
         if not remote.dialable and (peer_id, self.peer_id) not in network.connections:

@@ -19,6 +19,7 @@ from p2p_diloco.core.config import Timeouts
 from p2p_diloco.core.directory import Directory
 from p2p_diloco.core.grid import Grid, part_slices
 from p2p_diloco.core.identity import Identity
+from p2p_diloco.core.recent import LEAST_ROUNDS, Recent
 from p2p_diloco.core.records import seal_record
 from p2p_diloco.core.signed_part import REDUCTION_BYTES, Contribution, Inputs, Place, Reduction
 from p2p_diloco.core.update import Part, Update, bits_of, contributor_mask
@@ -129,6 +130,15 @@ class Transport(FakeTransport):
         )
 
 
+def calm_rounds() -> Recent:
+    """As many as are needed, in which nobody was waited for."""
+    recent = Recent()
+    for number in range(LEAST_ROUNDS):
+        recent.note_round([0.01] * 3, [0.01] * 3)
+        recent.note_answer(bytes([number]), 0.01)
+    return recent
+
+
 @dataclass(eq=False)
 class Round:
     """``count`` members in the order of rank; the first that is no client leads and settles. Each has pulled its own
@@ -145,6 +155,10 @@ class Round:
     """Whom the roster gives no share."""
     uplinks: tuple[dict[int, int], ...] = ()
     """Of each: what it says of the uplinks of others; nobody says anything, if empty."""
+    recent: Recent = field(default_factory=Recent)
+    """What all have seen in earlier rounds."""
+    measured: dict[int, int] = field(default_factory=dict)
+    """Member -> its uplink, as all have measured it."""
     lapsed: tuple[int, ...] = ()
     """Whom all have lost in an earlier round."""
     codec: CodecName = "int8"
@@ -216,6 +230,8 @@ class Round:
             local=self.locals[i],
             min_group=self.min_group,
             lapsed=frozenset(self.ids[j] for j in self.lapsed),
+            recent=self.recent,
+            uplinks={self.ids[j]: uplink for j, uplink in self.measured.items()},
         )
 
     async def run(self, *by_hand: Awaitable[None]) -> None:

@@ -31,8 +31,10 @@ Kind = Literal[
     "liar",
     "misled",
     "reset",
+    "address",
 ]
-"""reset: of the stream over which a message is being sent; only in schedules that are written by hand."""
+"""Only in schedules that are written by hand: reset, of the stream over which a message is being sent; and address, a
+home's new one."""
 Role = Literal["trainer", "client", "seed"]
 Travelling = Literal["", "contribute", "receipt", "again", "commit", "took", "ask-commit"]
 """Tags of messages between the members of a round."""

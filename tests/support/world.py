@@ -659,6 +659,10 @@ class World:
         self.network.reset(identity(fault.who).peer_id, identity(fault.other).peer_id)
         yield 0.0
 
+    async def _address(self, fault: Fault) -> None:
+        self.change(f"{fault}")
+        self.network.move(identity(fault.who).peer_id)
+
     def _partition(self, fault: Fault) -> Iterator[float]:
         count = len(self.schedule.peers)
         return self._cut_all([(a, b) for a in fault.side for b in range(count) if b not in fault.side], fault)
