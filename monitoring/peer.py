@@ -106,6 +106,12 @@ def peer_rounds() -> list[Panel]:
             "Seconds per phase", "Mean, one on the other.", "s", phases(f"rate({peer('NAME')}{RECENT})"), stacked=True
         ),
         lines("Group size", "Members of the last round.", PEERS, Query(peer("group_size"), "members")),
+        lines(
+            "Share of the averaging",
+            "Over an equal share: nothing where this peer's uplink is far slower than the others'.",
+            "percentunit",
+            Query(peer("reduce_share"), "of an equal share"),
+        ),
         lines("Results", "What became of the attempts at an outer step.", "short", rounds, stacked=True),
         lines(
             "Age of the last commit",
@@ -167,6 +173,7 @@ def peer_rounds() -> list[Panel]:
             "short",
             Query(f"increase({peer('digest_mismatches_total')}{RECENT})", "digest mismatches"),
             Query(f"increase({peer('repairs_total')}{RECENT})", "{{what}} repaired"),
+            width=24,
         ),
     ]
 

@@ -144,6 +144,9 @@ class RoundEnded(Moment):
     parts: tuple[int, ...] | None = None
     """How many parts each of ``group`` was to reduce, and then the helper. None, and not in the line, where all that
     reduce had equal shares."""
+    share_percent: int | None = None
+    """What this peer was to reduce, in percent of an equal share; None, and not in the line, where that is 100, and
+    where it does not reduce, whatever its uplink."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -48,6 +48,7 @@ class PeerRow:
     barred: int = 0
     found_wrong: int = 0
     helped: bool = False
+    share_percent: int = 100
     reached: Reached = "direct"
 
     @classmethod

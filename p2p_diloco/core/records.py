@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from p2p_diloco.core.addresses import MAX_MADDR_CHARS, MAX_MADDRS, is_relayed
 from p2p_diloco.core.digest import HASH_BYTES
 from p2p_diloco.core.identity import MAX_PEER_ID_CHARS, Identity, verify
+from p2p_diloco.core.shares import LARGEST_SHARE_OVER_EQUAL
 
 MAX_RECORD_BYTES = 2048
 MAX_SEAT_BYTES = 512
@@ -175,6 +176,9 @@ class Record(Signed):
     """How many peers it has found, or was shown, to have reduced wrongly, as far as that counts today."""
     helped: bool = False
     """Whether the owner's seed has led the round of the update that led here, and averaged in it."""
+    share_percent: Annotated[int, Field(ge=0, le=100 * LARGEST_SHARE_OVER_EQUAL)] = 100
+    """What it was to reduce in that round, by its uplink, in percent of an equal share; 100 also where it does not
+    reduce, or was not there."""
 
     @property
     def beyond_genesis(self) -> bool:

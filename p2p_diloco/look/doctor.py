@@ -46,9 +46,11 @@ from p2p_diloco.look.network_findings import (
     clock_finding,
     reachable_finding,
     run_finding,
+    untried_family,
 )
 from p2p_diloco.look.network_trial import (
     Candidate,
+    by_family,
     clock_offsets,
     dial_backs,
     listening,
@@ -174,6 +176,11 @@ class Checkup:
             async with listening(request.host_maddrs, request.announce_maddrs, self.timeouts) as listener:
                 dialled, ports, reason = await dial_backs(node, listener, candidates, protocol)
                 own = await listener.maddrs()
+                if (family := untried_family(dialled, own)) is not None:
+                    async with observer((), self.timeouts) as other:
+                        of_family = by_family(candidates, family)
+                        more, ports, reason = await dial_backs(other, listener, of_family, protocol)
+                    dialled += more
         except LocalError as error:
             self.checklist.add(error_finding("reachable", error))
             return
@@ -252,13 +259,16 @@ def served_runs(trials: Sequence[AddressTrial]) -> dict[str, list[Candidate]]:
 
 def candidates_of(peers: Sequence[Candidate], records: Sequence[Record]) -> list[Candidate]:
     """Returns whom to ask: seeds first, for they are in no round; then those whose address the user gave; nobody whom
-    one cannot dial."""
-    known = {peer.peer_id: peer for peer in peers}
+    one cannot dial. Addresses that the user gave come before those of the peer's record."""
+    known: dict[str, dict[str, None]] = {}
+    for peer in peers:
+        known.setdefault(peer.peer_id, {}).update(dict.fromkeys(peer.maddrs))
     dialled = [record for record in records if record.maddrs and not record.client_mode]
     for record in dialled:
-        known.setdefault(record.peer_id, Candidate(peer_id=record.peer_id, maddrs=tuple(record.maddrs)))
+        known.setdefault(record.peer_id, {}).update(dict.fromkeys(record.maddrs))
     seeds = {record.peer_id for record in dialled if record.role == "seed"}
-    return sorted(known.values(), key=lambda candidate: candidate.peer_id not in seeds)
+    candidates = (Candidate(peer_id=peer_id, maddrs=tuple(maddrs)) for peer_id, maddrs in known.items())
+    return sorted(candidates, key=lambda candidate: candidate.peer_id not in seeds)
 
 
 def fixed_port(host_maddrs: Sequence[str]) -> int:

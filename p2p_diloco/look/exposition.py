@@ -165,6 +165,11 @@ def peer_metrics(overview: Overview) -> Iterator[Metric]:
         ("peer_group_size", "Of its last round.", [r.group_size for r in records]),
         ("peer_round_seconds", "That its last round took.", [r.round_s for r in records]),
         ("peer_round_bytes", "Sent and received in its last round.", [r.round_bytes for r in records]),
+        (
+            "peer_reduce_share",
+            "What it was to reduce in its last outer step, by its uplink, over an equal share.",
+            [r.share_percent / 100 for r in records],
+        ),
         ("peer_known", "1 where it says that it is known at its head.", [float(r.known) for r in records]),
         ("peer_record_age_seconds", "Since it signed its record.", [overview.now_s - r.issued_s for r in records]),
     ):

@@ -154,6 +154,17 @@ class Dialled:
     reason: str = ""
 
 
+def untried_family(dialled: Sequence[Dialled], own: Sequence[str]) -> int | None:
+    """Returns the family, 4 or 6, in which nobody has dialled us yet, where in the other one nobody has reached us, and
+    ``own`` has an address that may lead out: of IPv6 a public one, of IPv4 any, for routers translate it. None where
+    there is nothing left to try."""
+    if not dialled or any(one.reached for one in dialled):
+        return None
+    tried = {6 if ":" in one.ip else 4 for one in dialled}
+    leads_out = {family_of(maddr) for maddr in own if publicness(maddr) <= (0 if family_of(maddr) == 6 else 2)}
+    return next((family for family in (4, 6) if family in leads_out - tried), None)
+
+
 CLIENT_MODE_MEANS = "you contribute and receive, others average"
 
 
@@ -199,6 +210,8 @@ def reachable_finding(dialled: Sequence[Dialled], home: Home, *, reason: str) ->
     if reached:
         best = max(reached, key=lambda one: is_global(one.ip))
         measured = f"{best.by} reaches you directly at {best.ip}, {where}"
+        if ":" in best.ip and any(":" not in one.ip for one in dialled):
+            measured += "; over IPv4 nobody does, so it is a way in for peers that have IPv6"
         if home.public_swarm and not is_global(best.ip):
             return Finding(
                 kind="warning",
@@ -214,19 +227,23 @@ def reachable_finding(dialled: Sequence[Dialled], home: Home, *, reason: str) ->
             measured=f"not known, no peer has tried ({reason or 'there is nobody to ask'})",
             remedy="run doctor again in a minute",
         )
-    last = dialled[-1]
-    told = [f"nobody reaches you directly: {last.by} sees you at {last.ip} and dials {where}: {last.reason}"]
+    last_of_family = {":" in one.ip: one for one in dialled}
+    tries = [f"{one.by} sees you at {one.ip} and dials {where}: {one.reason}" for one in last_of_family.values()]
+    told = [f"nobody reaches you directly: {', '.join(tries)}"]
     told += [home.trouble] if home.trouble else []
     seen = sorted({one.ip for one in dialled if is_global(one.ip) and ":" not in one.ip})
     told += [f"peers see you at {' and '.join(seen)}: {SHARED_MEANS}"] if len(seen) > 1 else []
     told += ["a relay could, with small messages only"] if home.relayed else []
     ways = [f"add --client-mode ({CLIENT_MODE_MEANS})" if home.counts else f"start as you are ({CLIENT_MODE_MEANS})"]
-    if len(seen) < 2 and not any(map(is_shared, home.own)):
-        ways.append(forward(home.fixed_port, last.ip))
-    if home.ip6 and ":" not in last.ip:
-        ways.append(f"for peers that have IPv6, {forward(home.fixed_port, home.ip6)}")
+    over_ip4, over_ip6 = last_of_family.get(False), last_of_family.get(True)
+    if over_ip4 and len(seen) < 2 and not any(map(is_shared, home.own)):
+        ways.append(forward(home.fixed_port, over_ip4.ip))
+    if ip6 := home.ip6 or (over_ip6.ip if over_ip6 else ""):
+        told_of = "for peers that have IPv6, " if over_ip4 else ""
+        ways.append(f"{told_of}{forward(home.fixed_port, ip6)}")
     kind: Kind = "problem" if home.counts else "warning"
-    return Finding(kind=kind, what="reachable", measured="; ".join(told), remedy=", or ".join(ways))
+    remedy = " or ".join(ways)  # no comma: an address may be the last word before it, and is pasted with it
+    return Finding(kind=kind, what="reachable", measured="; ".join(told), remedy=remedy)
 
 
 def client_mode_finding() -> Finding:

@@ -18,7 +18,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from p2p_diloco.core.addresses import publicness
+from p2p_diloco.core.addresses import family_of, publicness
 from p2p_diloco.core.config import PeerConfig, Timeouts
 from p2p_diloco.core.errors import Refused, RemoteError, Silent
 from p2p_diloco.core.identity import Identity
@@ -82,6 +82,13 @@ class Candidate:
     def publicness(self) -> int:
         """Returns the publicness of its best address (``addresses.publicness``)."""
         return min(map(publicness, self.maddrs))
+
+
+def by_family(candidates: Sequence[Candidate], family: int) -> list[Candidate]:
+    """Returns the candidates that have addresses of a family, 4 or 6, with these alone: who is asked over a connection
+    of a family dials us in the same one."""
+    kept = [(one, tuple(maddr for maddr in one.maddrs if family_of(maddr) == family)) for one in candidates]
+    return [replace(one, maddrs=maddrs) for one, maddrs in kept if maddrs]
 
 
 # -- addresses ---------------------------------------------------------------------------------------------------------

@@ -46,6 +46,7 @@ class PageRow:
     known: bool
     """At its head, as it says."""
     reached: Reached
+    share_percent: int
 
     @classmethod
     def of(cls, record: Record) -> PageRow:
@@ -65,6 +66,7 @@ class PageRow:
             invitation=invited_as(record),
             known=record.known,
             reached=record.reached,
+            share_percent=record.share_percent,
         )
 
 

@@ -27,7 +27,7 @@ from p2p_diloco.core.manifest import RunManifest, open_manifest
 from p2p_diloco.core.peer_row import PeerRow
 from p2p_diloco.core.records import Record, peers_key
 from p2p_diloco.core.swarm_head import newest_evaluation, swarm_head
-from p2p_diloco.look.display import Legible, count, held_out, peers_table
+from p2p_diloco.look.display import Legible, count, held_out, label, peers_table
 from p2p_diloco.look.overview import Overview, SeatRow, overview_of
 from p2p_diloco.peer.revocations import NewestList
 from p2p_diloco.wire.daemon import private_socket_folder
@@ -180,6 +180,12 @@ def ways_told(records: Sequence[Record]) -> str:
     return " · ".join(told)
 
 
+def shares_told(records: Sequence[Record]) -> str:
+    """Returns the words for who averages less than an equal share, because of its uplink; empty where nobody does."""
+    slow = [f"{label(one.name, one.peer_id)} {one.share_percent} %" for one in records if one.share_percent < 100]
+    return f"averaging less than an equal share, for their uplinks are slow: {', '.join(slow)}" if slow else ""
+
+
 def screen_of(status: Status, width: int) -> RenderableType:
     """Returns the status for a terminal of ``width`` columns."""
     rows = [PeerRow.of(record) for record in status.records]
@@ -193,6 +199,8 @@ def screen_of(status: Status, width: int) -> RenderableType:
     if words := certified(status.overview):
         lines.insert(2, words)
     if words := ways_told(status.records):
+        lines.append(words)
+    if words := shares_told(status.records):
         lines.append(words)
     if manifest.spec.membership == "invite":
         lines.append(f"by invitation: {invited(status.overview.seats)}")

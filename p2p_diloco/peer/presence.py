@@ -304,6 +304,7 @@ class Presence:
             barred_digest=self.here.directory.barred.digest(),
             found_wrong=self.company.findings.count("wrong", standing.step),
             helped=made is not None and made.helper is not None,
+            share_percent=100 if made is None or made.share_percent is None else made.share_percent,
         )
 
     def _snapshot(self) -> SnapshotInfo | IncomingSnapshot | None:

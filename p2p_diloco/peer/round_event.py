@@ -55,4 +55,5 @@ def round_ended(
         cosine=alignment.cosine if alignment else None,
         helper=(settlement.group.helper or None) if settlement else None,
         parts=settlement.part_counts if settlement else None,
+        share_percent=settlement.share_percent if settlement else None,
     )

@@ -202,6 +202,15 @@ class Settlement:
             return None
         return tuple(counts.get(i, 0) for i in range(len(self.group.members)))
 
+    @property
+    def share_percent(self) -> int | None:
+        """Returns how much I reduce in the round's own butterfly, in percent of an equal share; None where all reducers
+        have equal shares, and where I am none of them."""
+        counts, reducers = self.part_counts, self.group.reducers
+        if counts is None or self.meeting.me not in reducers:
+            return None
+        return 100 * counts[self.meeting.me] * len(reducers) // sum(counts)
+
     def uplinks(self) -> dict[int, int]:
         """Returns the uplinks that the round's own butterfly has shown me, in bytes/s, of members that may reduce."""
         measured = self.member.butterflies[0].uplinks()

@@ -239,7 +239,7 @@ def test_a_record_has_at_most_two_kilobytes() -> None:
 def test_a_peer_that_has_done_nothing_yet_says_so() -> None:
     said = {name: field.default for name, field in Record.model_fields.items() if not field.is_required()}
     nothing_yet = {"loss": None, "held_out_loss": None, "name": "", "version": "", "metrics_addr": "", "seat": b""}
-    assert said == dict.fromkeys(said, 0) | nothing_yet | {"anchor": b"", "barred_digest": b""}
+    assert said == dict.fromkeys(said, 0) | nothing_yet | {"anchor": b"", "barred_digest": b"", "share_percent": 100}
 
 
 @pytest.mark.parametrize(

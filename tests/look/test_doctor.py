@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from p2p_diloco.look.doctor import candidates_of, fixed_port, served_runs
 from p2p_diloco.look.network_findings import AddressTrial
-from p2p_diloco.look.network_trial import Candidate
+from p2p_diloco.look.network_trial import Candidate, by_family
 from tests.look.test_network_findings import manifest_of
 from tests.support.builders import identity, record_of
 
@@ -38,6 +38,15 @@ def test_seeds_are_asked_first_and_nobody_who_cannot_be_dialled() -> None:
     asked = [one.peer_id for one in candidates_of([candidate(6)], records)]
     assert asked == [identity(4).peer_id, identity(6).peer_id, identity(2).peer_id]
     assert candidates_of([candidate(6)], [])[0].maddrs == candidate(6).maddrs, "as the user gave it"
+
+
+def test_a_peer_that_is_given_in_two_families_is_one_with_the_addresses_of_both() -> None:
+    over_ip6 = Candidate(peer_id=candidate(6).peer_id, maddrs=("/ip6/2001:db8::6/tcp/1",))
+    record = record_of(identity(6), "a", maddrs=["/ip6/2001:db8::6/tcp/1", "/ip4/192.168.1.6/tcp/1"])
+    (one,) = candidates_of([candidate(6), over_ip6], [record])
+    assert one.maddrs == (*candidate(6).maddrs, "/ip6/2001:db8::6/tcp/1", "/ip4/192.168.1.6/tcp/1")
+    assert [of.maddrs for of in by_family([one], 6)] == [("/ip6/2001:db8::6/tcp/1",)]
+    assert by_family([candidate(6)], 6) == []
 
 
 def test_a_port_to_open() -> None:

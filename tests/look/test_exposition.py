@@ -37,7 +37,7 @@ CERTIFICATE_METRICS = {f"certificate_{name}" for name in ("signatures", "members
 PEER_METRICS = {
     *("peer_info", "peer_outer_step", "peer_inner_step", "peer_inner_steps_planned", "peer_loss_nats", "peer_tokens"),
     *("peer_tokens_per_second", "peer_group_size", "peer_round_seconds", "peer_round_bytes", "peer_record_age_seconds"),
-    "peer_known",
+    *("peer_known", "peer_reduce_share"),
 }
 
 
@@ -214,7 +214,8 @@ def test_json_is_written_in_this_order() -> None:
         '"peers":{"training":1,"round":0,"joining":0,"seed":0},"tokens":7,"tokens_per_s":3.0,"loss":2.5,'
         '"held_out_loss":2.0,"held_out_step":1,"join_line":"","join_note":"",'
         f'"rows":[{{"peer":"{peer_id}","name":"one","role":"trainer","state":"training","step":1,"inner_step":0,'
-        '"planned":0,"loss":2.5,"tokens":7,"tokens_per_s":3.0,"version":"","invitation":"","known":false,"reached":"direct"}],'
+        '"planned":0,"loss":2.5,"tokens":7,"tokens_per_s":3.0,"version":"","invitation":"","known":false,'
+        '"reached":"direct","share_percent":100}],'
         '"curve":{"step":[1],"held_out_loss":[2.0],"loss":[2.5]},'
         f'"pace":{{"at_s":[{NOW_S}],"tokens_per_s":[3.0],"peers":[1]}},"known_members":0,"certificate":null,'
         '"waits_for_owner":false,"by_invitation":false,"seats":[],"anchored_step":1,"found_wrong":2,"barred":1}'

@@ -23,6 +23,7 @@ from p2p_diloco.look.network_findings import (
     clock_finding,
     reachable_finding,
     run_finding,
+    untried_family,
 )
 from p2p_diloco.look.ways_in import forward
 from tests.look.test_findings import check
@@ -213,6 +214,7 @@ OPEN = replace(BEHIND, own=("/ip4/8.8.8.8/tcp/7777",), counts=True)
 SHARED = replace(BEHIND, own=("/ip4/100.64.1.2/tcp/7777", "/ip4/127.0.0.1/tcp/7777"))
 BOTH = replace(BEHIND, own=("/ip6/2606:4700::1/tcp/7777", "/ip4/192.168.1.2/tcp/7777"))
 REFUSED6 = replace(REFUSED, ip="2606:4700::1")
+OVER6 = replace(REFUSED6, reached=True, reason="")
 ELSEWHERE = replace(REFUSED, ip="9.9.9.9")
 FORWARD6 = (
     "open TCP port 4001 for this machine in its firewall and in the router (IPv6 needs no forwarding), and start with "
@@ -234,7 +236,7 @@ AS_YOU_ARE = "start as you are (you contribute and receive, others average)"
             OPEN,
             "problem",
             "nobody reaches you directly: peer …Z sees you at 8.8.8.8 and dials port 7777: connection refused",
-            f"add --client-mode (you contribute and receive, others average), or open TCP port 4001 in the firewall, "
+            f"add --client-mode (you contribute and receive, others average) or open TCP port 4001 in the firewall, "
             f"forward it in the router, and start with {FORWARD}",
         ),
         (
@@ -242,18 +244,48 @@ AS_YOU_ARE = "start as you are (you contribute and receive, others average)"
             BEHIND,
             "warning",
             "connection refused; its own address, 192.168.1.2, is private: a router is between",
-            f"{AS_YOU_ARE}, or open TCP port 4001 in the firewall, forward it in the router, and start with {FORWARD}",
+            f"{AS_YOU_ARE} or open TCP port 4001 in the firewall, forward it in the router, and start with {FORWARD}",
         ),
         ([REFUSED], replace(OPEN, relayed=True), "problem", "a relay could, with small messages only", FORWARD),
         ([REFUSED], SHARED, "warning", "of a provider's own network: a provider shares one address", AS_YOU_ARE),
         ([REFUSED, ELSEWHERE], BEHIND, "warning", "peers see you at 8.8.8.8 and 9.9.9.9: a provider", AS_YOU_ARE),
-        ([REFUSED6], BOTH, "warning", "sees you at 2606:4700::1 and dials", f"{AS_YOU_ARE}, or {FORWARD6}"),
-        ([REFUSED], BOTH, "warning", "sees you at 8.8.8.8", f"{FORWARD}, or for peers that have IPv6, {FORWARD6}"),
+        ([REFUSED6], BOTH, "warning", "sees you at 2606:4700::1 and dials", f"{AS_YOU_ARE} or {FORWARD6}"),
+        (
+            [REFUSED, REFUSED6],
+            BOTH,
+            "warning",
+            "8.8.8.8 and dials port 7777: connection refused, peer …Z sees you at 2606:4700::1 and dials port 7777",
+            f"{FORWARD} or for peers that have IPv6, {FORWARD6}",
+        ),
+        ([REFUSED, OVER6], BOTH, "ok", "at 2606:4700::1, port 7777; over IPv4 nobody does, so it is a way in for", ""),
+        ([OVER6], BOTH, "ok", "at 2606:4700::1, port 7777", ""),
+        ([REFUSED], BOTH, "warning", "sees you at 8.8.8.8", f"{FORWARD} or for peers that have IPv6, {FORWARD6}"),
         ([], BEHIND, "warning", "no peer has tried (peer …Z: busy)", "run doctor again in a minute"),
     ],
 )
 def test_reachable(dialled: list[Dialled], home: Home, kind: Kind, measured: str, remedy: str) -> None:
     check(reachable_finding(dialled, home, reason="peer …Z: busy"), kind, measured, remedy)
+
+
+@pytest.mark.parametrize(
+    ("dialled", "home", "family"),
+    [
+        ([], BOTH, None),
+        ([REFUSED], BOTH, 6),
+        ([REFUSED6], BOTH, 4),
+        ([REFUSED6], replace(BOTH, own=(BOTH.own[0], "/ip4/127.0.0.1/tcp/7777")), None),
+        ([REFUSED], replace(BOTH, own=("/ip6/fd00::1/tcp/7777", BOTH.own[1])), None),
+        ([REFUSED, REFUSED6], BOTH, None),
+        ([REFUSED, OUTSIDE], BOTH, None),
+        ([REFUSED], BEHIND, None),
+        ([REFUSED], OPEN, None),
+    ],
+)
+def test_who_is_reached_in_neither_family_has_the_other_one_tried(
+    dialled: list[Dialled], home: Home, family: int | None
+) -> None:
+    """Where it has an address of it that may lead out."""
+    assert untried_family(dialled, home.own) == family
 
 
 @pytest.mark.parametrize("dialled", [[REFUSED], [REFUSED, ELSEWHERE]])

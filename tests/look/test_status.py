@@ -13,7 +13,7 @@ from p2p_diloco.core.identity import Identity
 from p2p_diloco.core.manifest import RunManifest
 from p2p_diloco.core.records import Record, seal_record
 from p2p_diloco.core.runfile import RunSpec
-from p2p_diloco.look.status import certified, directory_of, screen_of, status_of, to_json, ways_told
+from p2p_diloco.look.status import certified, directory_of, screen_of, shares_told, status_of, to_json, ways_told
 from p2p_diloco.peer.revocations import NewestList
 from p2p_diloco.wire.channel import Channel, run_protocol
 from p2p_diloco.wire.state_messages import AskRevocations, RevocationList
@@ -111,7 +111,8 @@ def test_json_is_written_in_this_order() -> None:
         '"inner_steps_planned": 0, "loss": null, "held_out_loss": 2.5, "held_out_step": 4, "tokens": 0, '
         '"tokens_per_s": 0.0, "group_size": 0, "round_s": 0.0, "round_bytes": 0, "metrics_addr": "", '
         '"invitation": "", "known": false, "known_members": 0, "signatures": 0, "certifying": 0, "witnessed": false, '
-        '"awaits_witness": false, "barred": 0, "found_wrong": 0, "helped": false, "reached": "direct", '
+        '"awaits_witness": false, "barred": 0, "found_wrong": 0, "helped": false, "share_percent": 100, '
+        '"reached": "direct", '
         '"on_swarm_head": true}'
     )
     assert written == (
@@ -132,6 +133,18 @@ def test_how_many_can_be_dialled_is_told_where_not_all_can() -> None:
     assert isinstance(console.file, io.StringIO)
     assert "1 of 3 can be dialled · 1 through a relay only" in console.file.getvalue()
     assert [peer["reached"] for peer in json.loads(to_json(told))["peers"]] == ["direct", "relay", "no"]
+
+
+def test_who_averages_less_than_an_equal_share_is_told_by_name() -> None:
+    equal, faster = sealed(0, 4), sealed(1, 4, share_percent=150)
+    assert shares_told(look(equal, faster).records) == ""
+    told = look(equal, faster, sealed(2, 4, share_percent=40), sealed(3, 4, share_percent=0))
+    words = "averaging less than an equal share, for their uplinks are slow: peer 2 40 %, peer 3 0 %"
+    assert shares_told(told.records) == words
+    console = Console(file=io.StringIO(), width=120)
+    console.print(screen_of(told, 120))
+    assert isinstance(console.file, io.StringIO)
+    assert words in console.file.getvalue()
 
 
 def test_the_certificate_of_the_last_outer_step_is_told_and_what_the_next_one_waits_for() -> None:

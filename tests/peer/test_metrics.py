@@ -51,6 +51,7 @@ NAMES = {
     "round_phase_seconds": ("histogram", {"phase"}),
     "stall_seconds": ("histogram", set()),
     "group_size": ("gauge", set()),
+    "reduce_share": ("gauge", set()),
     "members_lost_total": ("counter", set()),
     "last_commit_timestamp_seconds": ("gauge", set()),
     "contribution_norm": ("gauge", set()),

@@ -715,6 +715,9 @@ def test_who_has_a_narrow_uplink_reduces_nothing_as_soon_as_others_have_seen_it(
             parts = dict(zip(event.group, event.parts or (), strict=True))
             assert parts.pop(slow.peer.identity.peer_id) == 0
             assert set(parts.values()) == {100}
+        assert {event.share_percent for event in rounds} == {None, 133}
+        assert [swarm.events(4, RoundEnded)[-1].share_percent, slow.peer.presence.record().share_percent] == [0, 0]
+        assert sims[0].peer.presence.record().share_percent == 133
         assert all(swarm.contributed(slow, step) for step in range(1, 9))
         assert not any(event.lost for event in rounds)
         contribution_s = 300 * (4 + 104 + SIGNATURE_BYTES) / rate_bytes_per_s

@@ -66,6 +66,7 @@ RECORD = (
     *("round_s", "round_bytes", "metrics_addr", "seat", "revocations"),
     *("known", "known_members", "signatures", "certifying", "witnessed", "awaits_witness"),
     *("anchored_step", "anchor", "barred", "barred_digest", "found_wrong", "helped"),
+    "share_percent",
 )
 READINESS = (
     *("peer_id", "run_id", "leader", "step", "head", "weight", "client_mode", "dropped", "tokens_per_s", "nonce"),

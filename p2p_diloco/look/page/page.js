@@ -168,6 +168,8 @@ function rowOf(peer, allTokens, knownMembers) {
   const about = [`…${peer.peer.slice(-8)}`, peer.invitation];
   if (trains && knownMembers) about.push(peer.known ? "known" : "newcomer");
   if (peer.reached !== "direct") about.push(peer.reached === "relay" ? "through a relay only" : "cannot be dialled");
+  if (peer.share_percent === 0) about.push("averages nothing: its uplink is slow");
+  else if (peer.share_percent !== 100) about.push(`averages ${count(peer.share_percent)} % of an equal share`);
   id.textContent = about.filter(Boolean).join(" · ");
   name.append(id);
   const state = cell("td", "");
