@@ -28,6 +28,7 @@ from benchmarks import (
     homes,
     keeping,
     matrix,
+    newcomers,
     onslaught,
     partition,
     scrape,
@@ -64,6 +65,8 @@ RELIABILITY: dict[str, Callable[[], Table]] = {
 """For an hour or so; only when they are asked for."""
 HOMES: dict[str, Callable[[], Table]] = {"homes": homes.main}
 """For 23 minutes; only when it is asked for."""
+NEWCOMERS: dict[str, Callable[[], Table]] = {"newcomers": newcomers.main}
+"""For 3 minutes; only when it is asked for."""
 PAPER: dict[str, Callable[[], Table]] = {"dropped": dropped.main}
 """For 20 minutes; only when it is asked for."""
 
@@ -77,10 +80,11 @@ def liars() -> Table:
 
 IN_MEMORY: dict[str, Callable[[], Table]] = {"liars": liars}
 """For up to a quarter of an hour; only when it is asked for."""
-ALL = CASES | RELIABILITY | HOMES | PAPER | IN_MEMORY
+ALL = CASES | RELIABILITY | HOMES | NEWCOMERS | PAPER | IN_MEMORY
 DESCRIPTION = (
     f"By default {', '.join(CASES)}: 9 to 13 minutes. {', '.join(RELIABILITY)}: an hour. "
-    f"{', '.join(HOMES)}: 23 minutes. {', '.join(PAPER)}: 20 minutes. {', '.join(IN_MEMORY)}: up to 15 minutes."
+    f"{', '.join(HOMES)}: 23 minutes. {', '.join(NEWCOMERS)}: 3 minutes. {', '.join(PAPER)}: 20 minutes. "
+    f"{', '.join(IN_MEMORY)}: up to 15 minutes."
 )
 
 

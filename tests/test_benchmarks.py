@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import __main__ as commands
-from benchmarks import dropped, liars, sleepers, tiny, traffic
+from benchmarks import dropped, liars, newcomers, sleepers, tiny, traffic
 from benchmarks.churn import SPARE_MB, growth_of
 from benchmarks.histories import (
     began,
@@ -297,6 +297,24 @@ def test_eight_idle_members_may_cost_twice_as_much_as_one_liar() -> None:
     assert compared.missed() == []
     assert replace(compared, lied_to=replace(ALONE, steps=39)).missed() == [
         "idle members, 8, known: 39 honest outer steps of 50, fewer than 80%"
+    ]
+
+
+def newcomer(began_s: float, joined_s: float, donors: int) -> Log:
+    download = began_at("download", began_s)
+    caught_up = replace(CAUGHT_UP, mono_s=joined_s, donors=donors)
+    return [began_at("joining", 0.0), download, caught_up, replace(JOINED, mono_s=joined_s)]
+
+
+def test_newcomers_at_once_are_compared_with_one() -> None:
+    alone = [newcomer(2.0, 12.0, 1)]
+    four = [newcomer(1.0 + k, 13.0 + 2 * k, 2 + k) for k in range(4)]
+    table = newcomers.table_of([alone, four])
+    assert table.rows == [(1, 10.0, 10.0, 1.0, 1), (4, 13.5, 15.0, 1.5, 3.5)]
+    assert table.missed == []
+    four[2] = newcomer(1.0, 16.1, 4)
+    assert newcomers.table_of([alone, four]).missed == [
+        "4 newcomers at once: download to joined takes 1.51 times as long as for one; at most 1.5 are asked"
     ]
 
 

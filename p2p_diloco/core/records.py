@@ -120,7 +120,8 @@ class Record(Signed):
     heads: Annotated[list[Hash], Field(max_length=HEADS_SHOWN)]
     """Its heads before ``head``, newest first: lets others see that it went the same way."""
     snapshot_step: Natural
-    """The newest snapshot that it serves, and that state's digest."""
+    """The newest snapshot that it serves, and that state's digest; while it is joining, the one that it downloads, if
+    it does."""
     snapshot_digest: Hash
     maddrs: Annotated[list[Annotated[str, Field(max_length=MAX_MADDR_CHARS)]], Field(max_length=MAX_MADDRS)]
     """Where it can be dialled."""

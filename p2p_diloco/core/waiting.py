@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import sys
 from collections.abc import Collection, Coroutine
-from typing import Any
+from typing import Any, TypeVar
 
 if sys.version_info >= (3, 11):
     from asyncio import timeout as deadline
@@ -17,6 +17,8 @@ else:
     from async_timeout import timeout as deadline
 
 __all__ = ["Bell", "cancel_and_wait", "deadline", "heard", "now_s", "run_all", "run_beside", "to_its_end"]
+
+T = TypeVar("T")
 
 
 def now_s() -> float:
@@ -55,7 +57,7 @@ async def to_its_end(work: Coroutine[Any, Any, None]) -> None:
         raise
 
 
-async def run_all(*work: Coroutine[Any, Any, None]) -> None:
+async def run_all(*work: Coroutine[Any, Any, object]) -> None:
     """Runs all to their end. The first exception ends the others and is raised: none goes on unwatched."""
     tasks = [asyncio.ensure_future(one) for one in work]
     try:
@@ -66,15 +68,16 @@ async def run_all(*work: Coroutine[Any, Any, None]) -> None:
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
-async def run_beside(work: Coroutine[Any, Any, None], beside: Coroutine[Any, Any, None]) -> None:
-    """Runs ``work`` to its end, and ``beside`` no longer than that. The first exception of either ends both and is
-    raised."""
+async def run_beside(work: Coroutine[Any, Any, T], beside: Coroutine[Any, Any, None]) -> T:
+    """Runs ``work`` to its end, and ``beside`` no longer than that. Returns what ``work`` does. The first exception of
+    either ends both and is raised."""
+    tasks: tuple[asyncio.Future[Any], ...]
     tasks = first, second = asyncio.ensure_future(work), asyncio.ensure_future(beside)
     try:
         await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
         if second.done():
             await second
-        await first
+        return await first
     finally:
         for task in tasks:
             task.cancel()

@@ -27,7 +27,13 @@ from p2p_diloco.core.update import Update, UpdateHeader
 from p2p_diloco.ledger.chain import Chain
 from p2p_diloco.ledger.disk import disk_errors, sync
 from p2p_diloco.ledger.files import LedgerFiles, move_into
-from p2p_diloco.ledger.snapshot import SnapshotInfo, check_snapshot, save_snapshot, snapshot_bytes
+from p2p_diloco.ledger.snapshot import (
+    IncomingSnapshot,
+    SnapshotInfo,
+    check_snapshot,
+    save_snapshot,
+    snapshot_bytes,
+)
 from p2p_diloco.ledger.updates import HeldUpdates, sound_pieces
 
 logger = logging.getLogger(__name__)
@@ -55,6 +61,8 @@ class Ledger:
         self.folder, self.grid, self.lr, self.momentum, self.run_id = folder, grid, lr, momentum, run_id
         self.lost_snapshots: dict[int, SnapshotInfo] = {}
         """Outer step -> what has been found damaged or gone since opening, and ought to be there."""
+        self.incoming: IncomingSnapshot | None = None
+        """The snapshot that is being downloaded, of which others may have what is here."""
         self._snapshot_every, self._keep_snapshots = snapshot_every, keep_snapshots
         self._snapshots: dict[int, SnapshotInfo] = {}
         self._files = LedgerFiles(folder)

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import blake3
+import numpy as np
 
 from p2p_diloco.core.codec import Vector
 from p2p_diloco.core.digest import HASH_BYTES
@@ -128,9 +129,30 @@ def read_chunk(path: Path, where: slice) -> bytes:
             return b""
 
 
+def pack_held(held: bytes | bytearray) -> bytes:
+    """Returns which chunks of a snapshot are here, as others are told: a bit for each, that of chunk 0 the lowest of
+    the first byte. ``held``: for each chunk 1 if it is here, else 0."""
+    return np.packbits(np.frombuffer(bytes(held), np.uint8), bitorder="little").tobytes()
+
+
+def open_held(data: bytes, chunks: int) -> int:
+    """Returns what ``pack_held`` was told of a snapshot of so many chunks, as a number whose bit ``chunk`` is set for
+    each that is there. Raises ValueError for anything that it does not make."""
+    bits = int.from_bytes(data, "little")
+    if len(data) != held_bytes(chunks) or bits.bit_length() > chunks:
+        raise ValueError(f"another number of chunks than the {chunks} that there are")
+    return bits
+
+
+def held_bytes(chunks: int) -> int:
+    """Returns how many bytes ``pack_held`` makes for a snapshot of so many chunks."""
+    return (chunks + 7) // 8
+
+
 class IncomingSnapshot:
     """A snapshot that is being downloaded: its chunks come in any order, and what is in the file already, left by a
-    download that broke off, counts as far as it is sound. Methods block (disk, hashing)."""
+    download that broke off, counts as far as it is sound. Others may have what is here. Methods block (disk,
+    hashing)."""
 
     def __init__(
         self, folder: Path, *, step: int, head: bytes, chunk_hashes: tuple[bytes, ...], n: int, run_id: str
@@ -140,6 +162,8 @@ class IncomingSnapshot:
         self.digest = state_digest(step, head, chunk_hashes)
         self.path = folder / f"incoming-{step}-{self.digest.hex()[:16]}.part"
         self.slices = chunk_slices(n)
+        self.held = bytearray(len(chunk_hashes))
+        """For each chunk 1 once it is here: a byte, so that threads that write two chunks need no lock."""
         self._chunk_hashes = chunk_hashes
         self._size_bytes = snapshot_bytes(n)
         self._start = _start(n, step, head, self.digest, run_id)
@@ -147,7 +171,6 @@ class IncomingSnapshot:
     def open(self) -> set[int]:
         """Returns the chunks that are there. What is left of other snapshots' downloads is removed: they are
         overtaken."""
-        held = set()
         remove_incoming(self.path.parent, but=self.path)
         with disk_errors(self.path, self._size_bytes):
             self.path.touch()
@@ -155,9 +178,8 @@ class IncomingSnapshot:
                 file.write(self._start)
                 for chunk, where in enumerate(self.slices):
                     file.seek(where.start)
-                    if chunk_hash(file.read(where.stop - where.start)) == self._chunk_hashes[chunk]:
-                        held.add(chunk)
-        return held
+                    self.held[chunk] = chunk_hash(file.read(where.stop - where.start)) == self._chunk_hashes[chunk]
+        return {chunk for chunk, here in enumerate(self.held) if here}
 
     def write(self, chunk: int, data: bytes) -> None:
         """Writes one chunk. Raises ValueError, with nothing written, when ``data`` is not that chunk."""
@@ -166,6 +188,14 @@ class IncomingSnapshot:
         with disk_errors(self.path, self._size_bytes), self.path.open("r+b") as file:
             file.seek(self.slices[chunk].start)
             file.write(data)
+        self.held[chunk] = 1
+
+    def read(self, chunk: int) -> bytes | None:
+        """Returns one chunk for somebody else, verified again; None where it is not here, or not any more."""
+        if not (chunk < len(self.held) and self.held[chunk]):
+            return None
+        data = read_chunk(self.path, self.slices[chunk])
+        return data if chunk_hash(data) == self._chunk_hashes[chunk] else None
 
 
 def remove_incoming(folder: Path, but: Path | None = None) -> None:

@@ -5,8 +5,10 @@ It runs in the network process, or in memory in tests. It never imports torch, a
 Its files, from the bottom up:
 
     control      what trainer and network process say to each other
+    handout      which donor of a download is asked for which item
     download     chunks or updates from several donors at a time
     donors       which peers serve what, and the way that one of them shows
+    partners     chunks from those who download the same snapshot
     chains       the chain from a donor, verified before anything is taken along it
     snapshots    a snapshot from donors: which one to believe, its index, its chunks
     catchup      how it goes there: chain, updates and snapshots from donors

@@ -34,7 +34,8 @@ from p2p_diloco.core.waiting import deadline, heard, to_its_end
 from p2p_diloco.ledger.replica import Replica
 from p2p_diloco.peer.chains import Chains, Way
 from p2p_diloco.peer.donors import Donors
-from p2p_diloco.peer.download import RECENT, Download, Tally, Updates, drop
+from p2p_diloco.peer.download import Download, Tally, Updates, drop
+from p2p_diloco.peer.handout import RECENT
 from p2p_diloco.peer.snapshots import Snapshots
 from p2p_diloco.round.here import Here
 

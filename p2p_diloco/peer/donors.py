@@ -6,6 +6,7 @@ What a record says that its peer has is a reason to ask, and no more: everything
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from p2p_diloco.core.electors import History
@@ -26,9 +27,7 @@ class Donors:
     def serving(self) -> list[Record]:
         """Returns the records of all live peers that serve. Everybody gets another order, so the load is spread; those
         that are not proven come last."""
-        serving = [record for record in self.here.live() if record.phase != "joining"]
-        me, proven = self.here.peer_id.encode(), self.here.directory.proven
-        return sorted(serving, key=lambda record: (record.peer_id not in proven, rank(me, record.peer_id)))
+        return self._ordered(record for record in self.here.live() if record.phase != "joining")
 
     def of_head(self, head: bytes) -> list[Record]:
         """Returns those whose record has ``head`` in it: they have the update that leads there."""
@@ -45,6 +44,16 @@ class Donors:
         serving = self.serving()
         naming = [r for r in serving if (r.snapshot_step, r.snapshot_digest) == (step, digest)]
         return naming + [r for r in serving if r.snapshot_step > step]
+
+    def downloading(self, step: int, digest: bytes) -> list[Record]:
+        """Returns those that download this snapshot themselves, as their records say, and can be dialled, in the same
+        order as ``serving``."""
+        joining = [r for r in self.here.live() if r.phase == "joining" and not r.client_mode]
+        return self._ordered(r for r in joining if (r.snapshot_step, r.snapshot_digest) == (step, digest))
+
+    def _ordered(self, records: Iterable[Record]) -> list[Record]:
+        me, proven = self.here.peer_id.encode(), self.here.directory.proven
+        return sorted(records, key=lambda record: (record.peer_id not in proven, rank(me, record.peer_id)))
 
     async def ask_path(self, guide: Record, target: tuple[int, bytes], answer_s: float) -> dict[int, bytes] | None:
         """Asks one donor which heads lead to the target. Returns outer step -> head, without a gap and up to the

@@ -1,7 +1,6 @@
 """One download: numbered items from several donors at a time, each item verified before it counts.
 
     Wanted      what is fetched: how an item is asked for, and what becomes of the answer; Chunks, or Updates
-    Handout     which donor is asked for which item: no I/O, and the clock is an argument
     Download    at most DONORS donors at a time, each with one stream, on which the next item is asked for before the
                 last one is there
 
@@ -13,12 +12,11 @@ the end.
 from __future__ import annotations
 
 import asyncio
-import heapq
 import logging
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from statistics import median
+from random import Random
 from typing import Protocol
 
 from p2p_diloco.core.config import Timeouts
@@ -28,6 +26,7 @@ from p2p_diloco.core.records import Record
 from p2p_diloco.core.update import Update, max_update_bytes, update_from_bytes
 from p2p_diloco.core.waiting import Bell, heard, now_s
 from p2p_diloco.ledger.snapshot import IncomingSnapshot
+from p2p_diloco.peer.handout import RECENT, Handout
 from p2p_diloco.round.here import Here
 from p2p_diloco.wire.channel import Channel
 from p2p_diloco.wire.message import Message
@@ -39,12 +38,6 @@ DONORS = 4
 """At a time."""
 AHEAD_BYTES = 1 << 30
 """Memory for updates; two of them in any case, so that two donors can send at a time."""
-COPIES = 2
-"""So many donors may be sending the same item."""
-LATE = 3.0
-LEAST_LATE_S = 1.0
-RECENT = 16
-"""Items whose times count."""
 
 
 class Wanted(Protocol):
@@ -54,6 +47,10 @@ class Wanted(Protocol):
     """Items asked from one donor at a time."""
     item_bytes: int
     """Of the largest item."""
+
+    @property
+    def draw(self) -> Random | None:
+        """Returns what draws among items that are alike; None where the lowest comes first."""
 
     def request(self, item: int) -> Message:
         """Returns the message that asks a donor for an item."""
@@ -65,10 +62,12 @@ class Wanted(Protocol):
 
 @dataclass(kw_only=True, eq=False)
 class Chunks:
-    """The chunks of one snapshot, which are kept on disk."""
+    """The chunks of one snapshot, which are kept on disk. Others may download it, too: so each takes them in another
+    order."""
 
     incoming: IncomingSnapshot
     timeouts: Timeouts
+    draw: Random
     depth: int = 2
 
     def __post_init__(self) -> None:
@@ -102,6 +101,7 @@ class Updates:
     ready: dict[int, tuple[Update, str]] = field(default_factory=dict)
     """With the id of the peer that sent it."""
     depth: int = 1
+    draw: None = None
 
     def __post_init__(self) -> None:
         self.item_bytes = max_update_bytes(self.grid)
@@ -130,62 +130,6 @@ class Updates:
         return found
 
 
-class Handout:
-    """Decides which donor is asked for which item: the lowest items first, and each from one donor unless it is late.
-
-    An item is late when it has not come in ``late_s`` after it was asked for; once some items have come, in LATE times
-    the median of what the last ones took, which is kept in ``took_s``. Then it is asked from a second donor, too."""
-
-    def __init__(self, items: Iterable[int], *, limit: int, late_s: float, took_s: deque[float]) -> None:
-        self.missing = set(items)
-        self.limit = limit
-        """Items from here on are not asked for yet."""
-        self._late_s = late_s
-        self._took_s = took_s
-        self._unasked = sorted(self.missing)
-        self._asked: dict[int, dict[str, float]] = {}
-        """Item -> who is asked for it, and since when; the item that was asked for first comes first."""
-
-    def take(self, donor: str, now_s: float) -> int | None:
-        """Returns what ``donor`` shall be asked for now; None for nothing, for the time being."""
-        if self._unasked and self._unasked[0] < self.limit:
-            item = heapq.heappop(self._unasked)
-        else:
-            late = (i for i, due_s in self._due_s().items() if due_s <= now_s and donor not in self._asked[i])
-            first = next(late, None)
-            if first is None:
-                return None
-            item = first
-        self._asked.setdefault(item, {})[donor] = now_s
-        return item
-
-    def arrived(self, item: int, donor: str, now_s: float) -> bool:
-        """Notes that an item has come. Returns whether it is the first time."""
-        if item not in self.missing:
-            return False
-        self.missing.remove(item)
-        self._took_s.append(now_s - self._asked.pop(item)[donor])
-        return True
-
-    def give_back(self, donor: str) -> None:
-        """Has what ``donor`` still owes asked from others: it will send nothing more."""
-        for item in [item for item, asked in self._asked.items() if donor in asked]:
-            del self._asked[item][donor]
-            if not self._asked[item]:
-                del self._asked[item]
-                heapq.heappush(self._unasked, item)
-
-    def wait_s(self, now_s: float) -> float:
-        """Returns how long to wait before ``take`` may have something, unless an item comes or a donor is dropped
-        before."""
-        return max(min(self._due_s().values(), default=now_s + self._late_s) - now_s, 0.0)
-
-    def _due_s(self) -> dict[int, float]:
-        """Returns item -> when it is late, for those that may be asked from one more donor."""
-        late_s = max(LATE * median(self._took_s), LEAST_LATE_S) if self._took_s else self._late_s
-        return {item: max(asked.values()) + late_s for item, asked in self._asked.items() if len(asked) < COPIES}
-
-
 @dataclass(kw_only=True, eq=False)
 class Download:
     """One download of ``items``, those of ``wanted`` that are missing, from ``donors``, who are asked in this order."""
@@ -209,23 +153,24 @@ class Download:
 
     def __post_init__(self) -> None:
         late_s = self.wanted.depth * self.wanted.item_bytes / self.here.timeouts.slow_rate_bytes_per_s
-        self.handout = Handout(self.items, limit=self.limit, late_s=late_s, took_s=self.took_s)
+        self.handout = Handout(self.items, limit=self.limit, late_s=late_s, took_s=self.took_s, draw=self.wanted.draw)
         self._waiting = deque(self.donors)
 
     async def run(self) -> bool:
         """Downloads until everything is there, or no donor is left. Returns whether everything came. Raises LocalError
         for the own disk."""
         workers = [asyncio.create_task(self._work()) for _ in range(min(DONORS, len(self._waiting)))]
-        running = set(workers)
+        running, all_came = set(workers), asyncio.create_task(self._all_came())
         try:
             while running and self.handout.missing:
-                done, running = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
+                done, _ = await asyncio.wait((*running, all_came), return_when=asyncio.FIRST_COMPLETED)
                 for worker in done:
                     worker.result()
+                running -= done
         finally:
-            for worker in workers:
-                worker.cancel()
-            await asyncio.gather(*workers, return_exceptions=True)
+            for task in (*workers, all_came):
+                task.cancel()
+            await asyncio.gather(*workers, all_came, return_exceptions=True)
             self.over = True
             self.changed.ring()
         return not self.handout.missing
@@ -235,12 +180,17 @@ class Download:
         self.handout.limit = limit
         self.changed.ring()
 
+    async def _all_came(self) -> None:
+        """Returns when nothing is missing: the last item may have come from a partner."""
+        while self.handout.missing:
+            await self.changed.event.wait()
+
     async def _work(self) -> None:
         """Fetches from one donor after the other."""
         while self._waiting and self.handout.missing:
             donor = self._waiting.popleft()
             try:
-                await self._fetch_from(donor)
+                await self.fetch_from(donor)
             except RemoteError as error:
                 self.refused |= isinstance(error, Refused)
                 drop(error, self.here)
@@ -248,7 +198,7 @@ class Download:
                 self.handout.give_back(donor.peer_id)
                 self.changed.ring()
 
-    async def _fetch_from(self, donor: Record) -> None:
+    async def fetch_from(self, donor: Record) -> None:
         """Fetches from one donor until nothing is missing. A stream without work is closed: a donor has few to
         serve."""
         channel: Channel | None = None
@@ -273,7 +223,7 @@ class Download:
                 if channel is not None:
                     self._close(channel)
                     channel = None
-                await heard(changed, self.handout.wait_s(now_s()))
+                await heard(changed, self.handout.wait_s(donor.peer_id, now_s()))
         finally:
             if channel is not None:
                 self._close(channel)

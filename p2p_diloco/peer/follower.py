@@ -79,7 +79,8 @@ class Follower:
         directory, anchor = self.here.directory, self.here.seat.anchor
         if self.replica.state is None:
             believed = directory.believed(self.here.wall_s())
-            beyond = [record for record in believed if anchor is None or record.step >= anchor.step]
+            somewhere = (record for record in believed if any(record.head))  # other newcomers have no state either
+            beyond = [record for record in somewhere if anchor is None or record.step >= anchor.step]
             return swarm_head(one_vote_each(beyond), None, directory.before)
         standing = self.here.seat.standing
         if (witnessed := self.witness.leads_to(standing.head)) is not None:

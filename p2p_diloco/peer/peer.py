@@ -28,7 +28,7 @@ from p2p_diloco.core.pace import Phase
 from p2p_diloco.core.records import Role
 from p2p_diloco.core.roster import on_head, rank
 from p2p_diloco.core.swarm_head import Standing
-from p2p_diloco.core.waiting import deadline, now_s
+from p2p_diloco.core.waiting import deadline, now_s, run_beside
 from p2p_diloco.ledger.replica import Replica
 from p2p_diloco.peer.anchoring import Anchoring
 from p2p_diloco.peer.attempts import Attempts
@@ -224,7 +224,8 @@ class Peer:
         await self.presence.refresh()
         await self.revoked.hear()
         await self.anchoring.hear()
-        snapshot = await self.follower.catch_up(patience_s=self.here.timeouts.discover_s)
+        catching_up = self.follower.catch_up(patience_s=self.here.timeouts.discover_s)
+        snapshot = await run_beside(catching_up, self.presence.show_download())
         if self.replica.state is None:
             raise NetworkError(
                 "no peer of the run could give us its state; try again when a seed or another peer is up"

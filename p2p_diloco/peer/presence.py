@@ -20,8 +20,9 @@ from p2p_diloco.core.events import EventLog
 from p2p_diloco.core.records import HEADS_SHOWN, RUNS_KEY, Phase, Record, Role, peers_key, seal_record
 from p2p_diloco.core.roster import announces_run
 from p2p_diloco.core.swarm_head import Standing
-from p2p_diloco.core.waiting import Bell, heard, now_s
+from p2p_diloco.core.waiting import Bell, heard, now_s, run_all
 from p2p_diloco.ledger.replica import Replica
+from p2p_diloco.ledger.snapshot import IncomingSnapshot, SnapshotInfo
 from p2p_diloco.round.company import Company
 from p2p_diloco.round.here import Here
 from p2p_diloco.wire.channel import Channel
@@ -140,6 +141,16 @@ class Presence:
             await self.refresh()
             self._call_unproven()
 
+    async def show_download(self) -> None:
+        """Publishes my record and reads the others' from when I download a snapshot on, until it is cancelled: who
+        downloads it, too, and I have chunks for each other then."""
+        while self.replica.ledger.incoming is None:
+            await self.here.seat.changed.event.wait()
+        await self.publish()
+        await self.refresh()
+        self._call_unproven()
+        await run_all(self.publish_loop(), self.refresh_loop())
+
     def _call_unproven(self) -> None:
         """Tells the live peers that are not proven where I stand, beside all else: who answers is waited for from now
         on. Each is called with a pause that grows with every failure."""
@@ -252,7 +263,7 @@ class Presence:
         standing, progress = seat.standing, seat.progress
         made = totals.last_commit if _ended_at(totals.last_commit, standing) else None
         waits = totals.last_round if _ended_at(totals.last_round, standing) else None
-        snapshots, newest = self.replica.ledger.snapshots(), seat.anchors.newest
+        snapshot, newest = self._snapshot(), seat.anchors.newest
         metrics_addr = self.metrics.announced(self._maddrs) if self.metrics else ""
         now_s = self.here.wall_s()
         if self._last_issued_s > now_s + self.here.timeouts.record_life_s:
@@ -270,8 +281,8 @@ class Presence:
             head=standing.head,
             committed=standing.beyond_genesis,
             heads=list(standing.heads[:HEADS_SHOWN]),
-            snapshot_step=snapshots[-1].step if snapshots else 0,
-            snapshot_digest=snapshots[-1].digest if snapshots else bytes(32),
+            snapshot_step=snapshot.step if snapshot else 0,
+            snapshot_digest=snapshot.digest if snapshot else bytes(32),
             maddrs=fitting(self._maddrs, MADDRS_BYTES - len(metrics_addr)),
             client_mode=seat.client_mode,
             name=self.name,
@@ -303,6 +314,13 @@ class Presence:
             helped=made is not None and made.helper is not None,
             share_percent=100 if made is None or made.share_percent is None else made.share_percent,
         )
+
+    def _snapshot(self) -> SnapshotInfo | IncomingSnapshot | None:
+        """Returns the newest snapshot that I serve; while I am joining, the one that I download, if I do."""
+        ledger = self.replica.ledger
+        if self.here.seat.phase == "joining" and ledger.incoming is not None:
+            return ledger.incoming
+        return next(reversed(ledger.snapshots()), None)
 
 
 def _ended_at(ended: RoundEnded | None, standing: Standing) -> bool:

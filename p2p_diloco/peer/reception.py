@@ -33,6 +33,7 @@ from p2p_diloco.wire.round_messages import AskCommit, AskPart, AskWitness, Closi
 from p2p_diloco.wire.state_messages import (
     AskChain,
     AskChunk,
+    AskHave,
     AskHeads,
     AskIndex,
     AskManifest,
@@ -47,7 +48,9 @@ MAX_TELLERS = 64
 """Peers of whose round I remember the leader."""
 OF_A_ROUND = (Contribute, Receipt, AskPart, AskCommit, AskContributions, AskOther)
 OfARound: TypeAlias = Contribute | Receipt | AskPart | AskCommit | AskContributions | AskOther
-OF_A_DONOR = (AskHeads, AskChain, AskIndex, AskChunk, AskUpdate)
+OF_A_DONOR = (AskHeads, AskChain, AskIndex, AskHave, AskChunk, AskUpdate)
+OF_A_SNAPSHOT = (AskHave, AskChunk)
+"""Asked of a newcomer, too, which has no state yet."""
 OF_OTHERS = (Accuses, AskDialBack, AskTransfer, Push, AskRevocations, AskAnchors, AskBarred)
 REQUESTS = (Ready, Closing, *OF_A_ROUND, AskRoster, AskWitness, *OF_A_DONOR, *OF_OTHERS)
 MAX_REQUEST_BYTES = 6144
@@ -113,7 +116,7 @@ class Reception:
             await self.anchoring.serve(channel, message)
         elif isinstance(message, AskBarred):
             await self.proofs.serve(channel)
-        elif self.replica.state is None:
+        elif self.replica.state is None and not isinstance(message, OF_A_SNAPSHOT):
             await channel.send(No(reason="joining"))
         elif isinstance(message, (Ready, Closing)) and channel.peer_id in self.here.directory.barred:
             await channel.send(No(reason="barred from this run: you have signed two of what is signed once"))

@@ -1,8 +1,9 @@
 """Snapshots from donors: which one to believe, its index, and its chunks.
 
     index    the head and the chunks' hashes: true, whoever sent them, for the snapshot's digest is the hash of them
-    chunks   from several donors at a time, each verified by its hash; what has come stays on the disk, also when the
-             download breaks off, and the next one goes on from there
+    chunks   from several donors at a time, each verified by its hash, and from those who download the same one
+             (``partners``); what has come stays on the disk, also when the download breaks off, and the next one goes
+             on from there
 
 A snapshot is believed when its digest is the manifest's (outer step 0), or that in the certificate of the update that
 leads on from it.
@@ -13,6 +14,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Mapping
+from random import Random
 
 from p2p_diloco.core.digest import HASH_BYTES
 from p2p_diloco.core.errors import Misbehaved, Refused, RemoteError
@@ -20,11 +22,13 @@ from p2p_diloco.core.event import PhaseBegan
 from p2p_diloco.core.events import EventLog
 from p2p_diloco.core.outer import state_digest
 from p2p_diloco.core.records import Record
+from p2p_diloco.core.waiting import run_all
 from p2p_diloco.ledger.replica import Replica
 from p2p_diloco.ledger.snapshot import IncomingSnapshot, chunk_slices, remove_incoming, snapshot_bytes
 from p2p_diloco.peer.chains import Way
 from p2p_diloco.peer.donors import Donors
 from p2p_diloco.peer.download import Chunks, Download, Tally, drop
+from p2p_diloco.peer.partners import Partners
 from p2p_diloco.round.here import Here
 from p2p_diloco.wire.state_messages import AskIndex
 
@@ -103,22 +107,36 @@ class Snapshots:
                 "downloading the snapshot of outer step %d, %.0f %% of %.1f MB", incoming.step, 100 * share, size_mb
             )
             self.events.write(PhaseBegan(phase="download", step=incoming.step))
-            download = Download(
-                here=self.here,
-                wanted=Chunks(incoming=incoming, timeouts=self.here.timeouts),
-                items=missing,
-                limit=len(chunks),
-                donors=self.donors.of_snapshot(incoming.step, incoming.digest),
-            )
+            self.replica.ledger.incoming = incoming
+            self.here.seat.changed.ring()
             try:
-                if not await download.run():
-                    return False
+                return await self._fetch(incoming, missing, tally) and await self._adopt(incoming, way)
             finally:
-                tally.add(download)
-            try:
-                await asyncio.to_thread(self.replica.adopt_snapshot, incoming.path, incoming.digest, way.entries)
-            except ValueError as error:
-                log.warning("what was downloaded is not what the disk gives back (%s); look at the disk", error)
-                await asyncio.to_thread(remove_incoming, incoming.path.parent)
-                return False
-            return True
+                self.replica.ledger.incoming = None
+
+    async def _fetch(self, incoming: IncomingSnapshot, missing: list[int], tally: Tally) -> bool:
+        """Fetches the missing chunks. Returns whether all came."""
+        donors = self.donors.of_snapshot(incoming.step, incoming.digest)
+        download = Download(
+            here=self.here,
+            wanted=Chunks(incoming=incoming, timeouts=self.here.timeouts, draw=Random(self.here.peer_id)),
+            items=missing,
+            limit=len(incoming.slices),
+            donors=donors,
+        )
+        partners = Partners(here=self.here, donors=self.donors, incoming=incoming, download=download)
+        try:
+            await run_all(download.run(), partners.run())
+            return not download.handout.missing
+        finally:
+            tally.add(download)
+
+    async def _adopt(self, incoming: IncomingSnapshot, way: Way) -> bool:
+        """Takes a snapshot of which all chunks have come into the ledger. Returns whether it is there now."""
+        try:
+            await asyncio.to_thread(self.replica.adopt_snapshot, incoming.path, incoming.digest, way.entries)
+        except ValueError as error:
+            log.warning("what was downloaded is not what the disk gives back (%s); look at the disk", error)
+            await asyncio.to_thread(remove_incoming, incoming.path.parent)
+            return False
+        return True

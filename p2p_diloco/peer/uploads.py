@@ -1,4 +1,5 @@
-"""What a donor sends from its ledger to those who catch up: heads, the chain, updates, and snapshots in chunks.
+"""What a donor sends from its ledger to those who catch up: heads, the chain, updates, and snapshots in chunks; of a
+snapshot that it downloads itself, what is here of it.
 
 One stream carries any number of requests, answered one by one. It takes one of a few slots with its first update or
 chunk, or much of the chain, and keeps it to its end, unless it takes things too slowly (``turns``); who finds none is
@@ -24,7 +25,14 @@ from p2p_diloco.core.event import PhaseBegan
 from p2p_diloco.core.events import EventLog
 from p2p_diloco.core.waiting import now_s
 from p2p_diloco.ledger.ledger import Ledger
-from p2p_diloco.ledger.snapshot import SnapshotInfo, chunk_hash, chunk_slices, read_chunk
+from p2p_diloco.ledger.snapshot import (
+    IncomingSnapshot,
+    SnapshotInfo,
+    chunk_hash,
+    chunk_slices,
+    pack_held,
+    read_chunk,
+)
 from p2p_diloco.peer.turns import Turn, Turns
 from p2p_diloco.wire.channel import Channel
 from p2p_diloco.wire.message import CHUNK_BYTES
@@ -34,9 +42,11 @@ from p2p_diloco.wire.state_messages import (
     MAX_LINKS,
     AskChain,
     AskChunk,
+    AskHave,
     AskHeads,
     AskIndex,
     AskUpdate,
+    Have,
     Heads,
 )
 
@@ -49,7 +59,7 @@ NOT_HERE = "not in my ledger"
 SMALL_CHAIN_BYTES = 1024 * 1024
 """So much of the chain is sent without a slot: who missed a few rounds asks for little."""
 
-Request = AskHeads | AskChain | AskIndex | AskChunk | AskUpdate
+Request = AskHeads | AskChain | AskIndex | AskHave | AskChunk | AskUpdate
 
 
 class Uploads:
@@ -96,7 +106,7 @@ class Uploads:
     async def _next(self, channel: Channel) -> Request:
         try:
             return await channel.receive(
-                AskHeads, AskChain, AskIndex, AskChunk, AskUpdate, timeout_s=self.timeouts.first_message_s
+                *(AskHeads, AskChain, AskIndex, AskHave, AskChunk, AskUpdate), timeout_s=self.timeouts.first_message_s
             )
         except Silent as error:
             raise Gone(channel.peer_id, "asks nothing more") from error
@@ -119,6 +129,9 @@ class Uploads:
     async def _answer(self, channel: Channel, request: Request, turn: Turn | None = None) -> None:
         if isinstance(request, AskHeads):
             await channel.send(await asyncio.to_thread(self._heads, request))
+            return
+        if isinstance(request, AskHave):
+            await channel.send(self._have(request))
             return
         data = await asyncio.to_thread(self._find, request)
         if isinstance(data, No):
@@ -146,15 +159,29 @@ class Uploads:
             return self.ledger.chain.packed_bytes(request.since) > SMALL_CHAIN_BYTES
         if isinstance(request, AskUpdate):
             return self._has_update(request)
-        return isinstance(request, AskChunk) and self._snapshot(request) is not None
+        if not isinstance(request, AskChunk):
+            return False
+        return self._snapshot(request) is not None or self._incoming(request) is not None
 
     def _has_update(self, request: AskUpdate) -> bool:
         header = self.ledger.header(request.step)
         return header is not None and header.head == request.head
 
-    def _snapshot(self, request: AskIndex | AskChunk) -> SnapshotInfo | None:
+    def _snapshot(self, request: AskIndex | AskHave | AskChunk) -> SnapshotInfo | None:
         held = (s for s in self.ledger.snapshots() if (s.step, s.digest) == (request.step, request.digest))
         return next(held, None)
+
+    def _incoming(self, request: AskHave | AskChunk) -> IncomingSnapshot | None:
+        """Returns the snapshot, if it is the one that is being downloaded."""
+        incoming = self.ledger.incoming
+        sought = incoming is not None and (incoming.step, incoming.digest) == (request.step, request.digest)
+        return incoming if sought else None
+
+    def _have(self, request: AskHave) -> Have | No:
+        if self._snapshot(request) is not None:
+            return Have(chunks=pack_held(bytes([1]) * len(self._slices)))
+        incoming = self._incoming(request)
+        return No(reason=NOT_HERE) if incoming is None else Have(chunks=pack_held(incoming.held))
 
     def _find(self, request: AskChain | AskIndex | AskChunk | AskUpdate) -> bytes | No:
         """Returns what is asked for, verified again, whatever the disk has made of it: an honest donor sends no wrong
@@ -166,11 +193,19 @@ class Uploads:
             if not self._has_update(request):
                 return No(reason=NOT_HERE)
             return self.ledger.update_bytes(request.step) or No(reason="gone or found damaged")
+        if isinstance(request, AskChunk):
+            return self._find_chunk(request)
         snapshot = self._snapshot(request)
-        if snapshot is None or (isinstance(request, AskChunk) and request.chunk >= len(self._slices)):
+        return No(reason=NOT_HERE) if snapshot is None else b"".join((snapshot.head, *snapshot.chunk_hashes))
+
+    def _find_chunk(self, request: AskChunk) -> bytes | No:
+        snapshot = self._snapshot(request)
+        if snapshot is None:
+            incoming = self._incoming(request)
+            here = None if incoming is None else incoming.read(request.chunk)
+            return No(reason=NOT_HERE) if here is None else here
+        if request.chunk >= len(self._slices):
             return No(reason=NOT_HERE)
-        if isinstance(request, AskIndex):
-            return b"".join((snapshot.head, *snapshot.chunk_hashes))
         chunk = read_chunk(snapshot.path, self._slices[request.chunk])
         if chunk_hash(chunk) != snapshot.chunk_hashes[request.chunk]:
             log.warning("%s: chunk %d is gone or damaged", snapshot.path, request.chunk)

@@ -10,10 +10,14 @@ from pydantic import FailFast, Field
 from p2p_diloco.core.invitation import MAX_REVOCATIONS_BYTES
 from p2p_diloco.core.records import Hash, Natural
 from p2p_diloco.wire.message import Message, Sealed
+from p2p_diloco.wire.round_messages import MAX_PARTS
 
 MAX_LINKS = 1024
 MAX_CHAIN_BYTES = 16 * 1024 * 1024
 """Of headers and certificates in one answer; one pair may be larger."""
+
+MAX_HAVE_BYTES = 2 * MAX_PARTS // 8
+"""A bit for each chunk of the largest model: parts of theta, and of momentum."""
 
 
 class AskHeads(Message):
@@ -80,6 +84,24 @@ class AskChunk(Message):
     step: Natural
     digest: Hash
     chunk: Natural
+
+
+class AskHave(Message):
+    """Which chunks of this snapshot do you have? Asked of a peer that downloads it, too. Answered by Have, or by No
+    where there are none."""
+
+    tag = "ask-have"
+    purpose = "catchup"
+    bulk = True
+    step: Natural
+    digest: Hash
+
+
+class Have(Message):
+    """These chunks of the snapshot I have: a bit for each, that of chunk 0 the lowest of the first byte."""
+
+    tag = "have"
+    chunks: Annotated[bytes, Field(max_length=MAX_HAVE_BYTES)]
 
 
 class AskManifest(Message):

@@ -21,6 +21,9 @@ from p2p_diloco.ledger.snapshot import (
     check_snapshot,
     chunk_hash,
     chunk_slices,
+    held_bytes,
+    open_held,
+    pack_held,
     read_chunk,
     remove_incoming,
     save_snapshot,
@@ -150,3 +153,40 @@ def test_a_full_disk_is_said(info: SnapshotInfo, tmp_path: Path, monkeypatch: py
     for work in (lambda: download.write(0, data), download.open):
         with pytest.raises(LedgerError, match="disk full, free 1 MB"):
             work()
+
+
+@given(held=st.lists(st.integers(0, 1), min_size=1, max_size=100))
+def test_what_is_here_is_told_in_bits(held: list[int]) -> None:
+    data = pack_held(bytes(held))
+    assert len(data) == held_bytes(len(held))
+    assert [open_held(data, len(held)) >> chunk & 1 for chunk in range(len(held))] == held
+
+
+@given(data=st.binary(max_size=5), chunks=st.integers(1, 40))
+def test_what_others_tell_is_of_as_many_chunks_as_there_are(data: bytes, chunks: int) -> None:
+    try:
+        bits = open_held(data, chunks)
+    except ValueError:
+        padding = data[-1] >> chunks % 8 if chunks % 8 and data else 0
+        assert len(data) != -(-chunks // 8) or padding
+    else:
+        assert pack_held(bytes(bits >> chunk & 1 for chunk in range(chunks))) == data
+
+
+def test_others_may_have_what_is_here_of_a_download(info: SnapshotInfo, tmp_path: Path) -> None:
+    download = incoming(info, tmp_path / "joiner")
+    assert download.read(0) is None
+    download.open()
+    chunk = read_chunk(info.path, download.slices[4])
+    download.write(4, chunk)
+    assert list(download.held) == [0, 0, 0, 0, 1, 0]
+    assert [download.read(i) for i in (3, 4, 5, 6, 2**59)] == [None, chunk, None, None, None]
+    again = incoming(info, tmp_path / "joiner")
+    again.open()
+    assert again.read(4) == chunk
+    with download.path.open("r+b") as file:
+        file.seek(download.slices[4].start)
+        file.write(bytes([chunk[0] ^ 1]))
+    assert again.read(4) is None
+    download.path.unlink()
+    assert download.read(4) is None

@@ -15,13 +15,14 @@ from p2p_diloco.core.config import MIN_UPLOAD_BYTES_PER_S, Timeouts
 from p2p_diloco.core.errors import Gone, Refused, RemoteError
 from p2p_diloco.core.update import next_head
 from p2p_diloco.core.waiting import now_s
+from p2p_diloco.ledger.snapshot import chunk_slices
 from p2p_diloco.peer import uploads
 from p2p_diloco.peer.turns import FORGIVEN_AFTER_S
 from p2p_diloco.peer.uploads import UPLOADS, slots
 from p2p_diloco.wire.channel import Channel
 from p2p_diloco.wire.message import Message
 from p2p_diloco.wire.messages import Size
-from p2p_diloco.wire.state_messages import AskChunk, AskHeads, AskIndex, AskUpdate, Heads, Push
+from p2p_diloco.wire.state_messages import AskChunk, AskHave, AskHeads, AskIndex, AskUpdate, Have, Heads, Push
 from tests.support.fakes import run_simulated
 from tests.support.library import (
     CHUNK_BYTES,
@@ -30,6 +31,7 @@ from tests.support.library import (
     TIMEOUTS,
     Donor,
     Library,
+    N,
     new_replica,
     replica_at,
     small_parts,
@@ -117,6 +119,8 @@ def test_a_donor_refuses_what_it_does_not_have(tmp_path: Path) -> None:
             AskChunk(step=5, digest=info.digest, chunk=0),
             AskChunk(step=10, digest=info.digest, chunk=CHUNKS),
             AskChunk(step=10, digest=info.digest, chunk=2**59),
+            AskHave(step=10, digest=bytes(32)),
+            AskHave(step=5, digest=info.digest),
             AskHeads(since=14),
             AskHeads(since=2**59),
         ):
@@ -124,6 +128,29 @@ def test_a_donor_refuses_what_it_does_not_have(tmp_path: Path) -> None:
                 await channel.request(message, Size, Heads)
         assert len(await blob(channel, AskChunk(step=10, digest=info.digest, chunk=CHUNKS - 1))) == CHUNK_BYTES
         assert donor.count(AskUpdate) == 4
+
+    run_simulated(main())
+
+
+def test_of_a_snapshot_that_is_being_downloaded_what_is_here_is_sent(tmp_path: Path) -> None:
+    async def main() -> None:
+        library, donor = a_donor(tmp_path, 13)
+        info = donor.replica.newest_snapshot()
+        channel = await library.open(donor)
+        assert await channel.request(AskHave(step=10, digest=info.digest), Have) == Have(chunks=b"\xff\x0f")
+        newcomer = library.add_partner(info, [9])
+        chunk = info.path.read_bytes()[chunk_slices(N)[9]]
+        channel = await library.open(newcomer)
+        assert await channel.request(AskHave(step=10, digest=info.digest), Have) == Have(chunks=b"\x00\x02")
+        assert newcomer.phases() == []
+        assert await blob(channel, AskChunk(step=10, digest=info.digest, chunk=9)) == chunk
+        assert newcomer.phases() == [("serve", 10)]
+        for step, digest, number in ((10, info.digest, 8), (10, info.digest, 2**59), (5, info.digest, 9)):
+            with pytest.raises(Refused, match="not in my ledger"):
+                await channel.request(AskChunk(step=step, digest=digest, chunk=number), Size)
+        newcomer.replica.ledger.incoming = None
+        with pytest.raises(Refused, match="not in my ledger"):
+            await channel.request(AskHave(step=10, digest=info.digest), Have)
 
     run_simulated(main())
 

@@ -43,6 +43,8 @@ from tests.support.simloop import Incarnation, run_simulated
 
 __all__ = ["FakeNetwork", "FakeTransport", "SimPeer", "make_manifest", "run_simulated"]
 
+USUAL_TIMEOUTS = Timeouts()
+
 
 def make_manifest(
     n: int,
@@ -132,6 +134,7 @@ class SimPeer:
         step_s: float = 1.0,
         clock_s: float = 0.0,
         seat: bytes = b"",
+        timeouts: Timeouts = USUAL_TIMEOUTS,
     ) -> S:
         """``genesis`` where this peer is to have S_0 on its disk; ``target`` None for a seed. The same index and folder
         again are the same peer, started again. ``clock_s``: how fast its clock is."""
@@ -148,7 +151,7 @@ class SimPeer:
         if genesis is not None and not ledger.snapshots():
             ledger.write_snapshot(genesis_state(genesis.copy()))
         transport = FakeTransport(
-            network, who.peer_id, Timeouts(), dialable=not client_mode, incarnation=Incarnation(str(index))
+            network, who.peer_id, timeouts, dialable=not client_mode, incarnation=Incarnation(str(index))
         )
         peer = Peer(
             transport=transport,

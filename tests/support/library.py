@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,7 +30,7 @@ from p2p_diloco.core.swarm_head import Standing
 from p2p_diloco.core.update import Part, Update
 from p2p_diloco.ledger.ledger import Ledger
 from p2p_diloco.ledger.replica import Replica
-from p2p_diloco.ledger.snapshot import chunk_slices
+from p2p_diloco.ledger.snapshot import IncomingSnapshot, SnapshotInfo, chunk_slices
 from p2p_diloco.peer import uploads
 from p2p_diloco.peer.catchup import Catchup, CaughtUp
 from p2p_diloco.peer.uploads import Uploads
@@ -39,7 +39,7 @@ from p2p_diloco.round.seat import Seat
 from p2p_diloco.wire import channel
 from p2p_diloco.wire.channel import Channel, M, run_protocol
 from p2p_diloco.wire.message import MAX_FRAME_BYTES, Message
-from p2p_diloco.wire.state_messages import AskChain, AskChunk, AskHeads, AskIndex, AskUpdate
+from p2p_diloco.wire.state_messages import AskChain, AskChunk, AskHave, AskHeads, AskIndex, AskUpdate
 from tests.support.builders import NOW_S, identity, record_of
 from tests.support.certificates import made_by
 from tests.support.fakes import FakeNetwork, FakeTransport, make_manifest
@@ -53,7 +53,7 @@ FRAME_BYTES = 256
 """An update takes three."""
 EVERY = 5
 """Outer steps from snapshot to snapshot."""
-REQUESTS = (AskHeads, AskChain, AskIndex, AskChunk, AskUpdate)
+REQUESTS = (AskHeads, AskChain, AskIndex, AskHave, AskChunk, AskUpdate)
 TIMEOUTS = Timeouts(slow_rate_bytes_per_s=100.0)
 """An item is late after some seconds, small as it is."""
 
@@ -92,6 +92,8 @@ DONORS = sorted((identity(i) for i in range(2, 8)), key=lambda who: rank(ME.peer
 
 Lie = Callable[["Donor", Channel, Message], Awaitable[bool]]
 """Whether it has answered; if not, the donor answers as it should."""
+
+NOWHERE = Standing(step=0, head=bytes(32), heads=())
 
 
 def new_replica(folder: Path) -> Replica:
@@ -195,12 +197,11 @@ class Library:
         self.directory = Directory(ME.peer_id, MANIFEST.run_id)
         self.transport = FakeTransport(self.network, ME.peer_id, self.timeouts)
         self.events = event_log(self.folder / "events")
-        nowhere = Standing(step=0, head=bytes(32), heads=())
         here = Here(
             transport=self.transport,
             identity=ME,
             directory=self.directory,
-            seat=Seat(standing=nowhere, history=self.replica.history, role_trainer=True, client_mode=False),
+            seat=Seat(standing=NOWHERE, history=self.replica.history, role_trainer=True, client_mode=False),
             timeouts=self.timeouts,
             wall_s=lambda: NOW_S,
         )
@@ -222,11 +223,26 @@ class Library:
         self.publish(donor, **record)
         return donor
 
+    def add_partner(self, info: SnapshotInfo, chunks: Collection[int], lie: Lie | None = None, **record: Any) -> Donor:
+        """One that has these chunks of a snapshot, and downloads the others."""
+        folder = self.folder / f"partner-{len(self.donors)}"
+        replica = new_replica(folder)
+        replica.ledger.incoming = IncomingSnapshot(
+            folder, step=info.step, head=info.head, chunk_hashes=info.chunk_hashes, n=N, run_id=MANIFEST.run_id
+        )
+        replica.ledger.incoming.open()
+        for chunk in chunks:
+            replica.ledger.incoming.write(chunk, info.path.read_bytes()[chunk_slices(N)[chunk]])
+        return self.add(replica, lie, **record)
+
     def publish(self, donor: Donor, issued_s: float = NOW_S, **record: Any) -> None:
-        """The donor's record, as it stands now."""
-        standing, snapshot = donor.replica.standing(), donor.replica.newest_snapshot()
+        """The donor's record, as it stands now; without a state, while it downloads one."""
+        ledger, joining = donor.replica.ledger, donor.replica.state is None
+        standing = NOWHERE if joining else donor.replica.standing()
+        snapshot = ledger.incoming if ledger.incoming is not None else ledger.snapshots()[-1]
         fields: dict[str, Any] = {
             "run_id": MANIFEST.run_id,
+            "phase": "joining" if joining else "inner",
             "step": standing.step,
             "head": standing.head,
             "heads": list(standing.heads[:HEADS_SHOWN]),
