@@ -69,7 +69,7 @@ class Butterfly:
         """Those that have parts to reduce."""
         self.parts = parts
         self.began_s = now_s()
-        others = [i for i in members if i != self.me]
+        others = [i for i in members if i in meeting.group.reaching(self.me)]
         self.waiting = set(others)
         """Members whose stream has not come yet, or whose second one is due."""
         self.opened = dict.fromkeys(others, 0)
@@ -94,14 +94,16 @@ class Butterfly:
         """Reducer only: sender -> how fast its contributions come."""
 
     async def run(self) -> None:
-        """Reduces my parts, and exchanges contributions for means with every other reducer."""
-        others = [reducer for reducer in self.reducers if reducer != self.me]
-        await run_all(self._reduce(), *(self._contribute(reducer) for reducer in others))
+        """Reduces my parts, and exchanges contributions for means with every other reducer that I reach."""
+        await run_all(self._reduce(), *(self._contribute(reducer) for reducer in self._called()))
 
     def owing(self) -> list[int]:
         """Returns the reducers whose means have not all come."""
-        others = (reducer for reducer in self.reducers if reducer != self.me)
-        return [i for i in others if any(self.meeting.parts[part] is None for part in self._parts_of(i))]
+        return [i for i in self._called() if any(self.meeting.parts[part] is None for part in self._parts_of(i))]
+
+    def _called(self) -> list[int]:
+        """Returns the other reducers that I reach: what I contribute is in their parts alone."""
+        return [i for i in self.reducers if i in self.meeting.group.reached_by(self.me)]
 
     def _parts_of(self, reducer: int) -> list[int]:
         """Returns the parts of one reducer; none of who is none, or reduces nothing."""
@@ -117,8 +119,9 @@ class Butterfly:
         sizes = {i: sum(map(self.meeting.grid.part_bytes, share)) for i, share in self.shares.items()}
         measured = {}
         for sender, arrivals in self.arrivals.items():
-            contributions = [size for reducer, size in sizes.items() if reducer != sender]
-            means = [sizes.get(sender, 0)] * (len(self.members) - 1)
+            group = self.meeting.group
+            contributions = [size for reducer, size in sizes.items() if reducer in group.reached_by(sender)]
+            means = [sizes.get(sender, 0)] * len(group.reaching(sender).intersection(self.members))
             uplink = arrivals.uplink(sizes[self.me], contributions + means)
             if uplink is not None:
                 measured[sender] = uplink
