@@ -163,7 +163,7 @@ def peer_rounds() -> list[Panel]:
         ),
         lines(
             "Helped",
-            "Outer steps that the owner's seed has led and averaged, for no trainer could be dialled.",
+            "Outer steps that the owner's seed has led and averaged, for no trainer could be dialled by all.",
             "short",
             Query(f"increase({peer('helped_steps_total')}{RECENT})", "outer steps"),
         ),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import random
 from collections import Counter, defaultdict
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -23,7 +24,7 @@ from p2p_diloco.core.runfile import OnMissed
 from p2p_diloco.peer.control import OuterResult
 from p2p_diloco.round.outcome import Settled
 from tests.support import decoder, meetings
-from tests.support.builders import RUN_ID, identity, record_of
+from tests.support.builders import RUN_ID, group_of, head, identity, ranked, record_of
 from tests.support.decoder import Certificate, Decoded, Decoder, Header, Mean, Round, State, Stream, Vector
 from tests.support.fakes import SimPeer, make_manifest, run_simulated
 from tests.support.invited import revocations_of, token_of
@@ -457,9 +458,31 @@ def settle(tap: Tap, small_parts: None, monkeypatch: pytest.MonkeyPatch) -> Sett
         reader.rounds[roster.round_id] = roster
         assert (roster.round_id, roster.counting) == (group.round_id, sorted(group.counting))
         assert roster.reducers(range(7)) == list(group.reducers)
+        assert roster.leaders == list(group.leaders)
         return Captured(meeting, reader, reader.all(tap.streams()))
 
     return settled
+
+
+def test_who_averages_and_leads_where_members_have_other_families() -> None:
+    choice = random.Random(0)
+    for _ in range(40):
+        members = ranked(head("f"), choice.choice((3, 4, 6)))
+        size, familiar = len(members), members[: choice.choice((len(members), len(members) - 1))]
+        group = group_of(
+            members,
+            "f",
+            familiar=familiar,
+            client_mode=choice.choices((True, False), (1, 4), k=size),
+            dropped=choice.choices((True, False), (1, 4), k=size),
+            reached_over=choice.choices((1, 2, 3), k=size),
+            reaches_over=choice.choices((1, 2, 3), k=size),
+        )
+        sealed, known = group.sealed, frozenset(who.peer_id for who in familiar)
+        roster = Round(sealed.leader, sealed.members, sealed.signature, known_on={group.head: known})
+        for among in (range(size), range(1, size)):
+            assert roster.reducers(among) == list(group.reducers_among(among))
+        assert roster.leaders == list(group.leaders)
 
 
 @pytest.mark.parametrize(("unknown", "clients"), [((), ()), ((1, 4), ()), ((2,), (0, 3))])

@@ -28,6 +28,7 @@ Its files, from the bottom up:
     outer         the outer state, and how an update leads to the next one
     runfile       what a person writes about a run
     uplinks       what peers say of each other's uplinks, and what a group makes of it
+    reach         which peers reach which, by the families of their addresses, and who is fit to average
     records       what a peer says about itself, signed
     invitation    what a run's owner signs for a volunteer: token, invitation, seat, revocations
     admission     who may take part in a run, and what counts as one

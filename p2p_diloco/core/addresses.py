@@ -160,15 +160,13 @@ def can_be_dialled(own: Sequence[str], others: Sequence[str]) -> bool:
     are in my network; or one of mine is public, of IPv4 or a name. What a router or a provider forwards to a private
     address has to be announced, and an address that is public may still be closed by a firewall.
 
-    A public address of IPv6 counts where all of theirs are of IPv6, too, for not everybody has it; and not beside a
-    private one of IPv4: a router that translates that mostly lets nobody in over IPv6 either."""
+    A public address of IPv6 counts for those that have IPv6 (``reach``); and not beside a private one of IPv4: a router
+    that translates that mostly lets nobody in over IPv6 either."""
     if all(publicness(maddr) >= 2 or shares_network(maddr, own) for maddr in others):
         return True
     public = [maddr for maddr in own if publicness(maddr) == 0]
-    if any(family_of(maddr) != 6 for maddr in public):
-        return True
     translated = any(publicness(maddr) == 2 and family_of(maddr) == 4 for maddr in own)
-    return bool(public) and not translated and all(family_of(maddr) == 6 for maddr in others)
+    return any(family_of(maddr) != 6 or not translated for maddr in public)
 
 
 def shares_network(maddr: str, own: Sequence[str]) -> bool:

@@ -11,6 +11,7 @@ from p2p_diloco.core.barred import Barred
 from p2p_diloco.core.config import Timeouts
 from p2p_diloco.core.places import Places
 from p2p_diloco.core.proven import Proven
+from p2p_diloco.core.reach import IPV4_ALONE, reaches
 from p2p_diloco.core.records import Record, Unsound, is_current, open_record
 
 DEFAULT_TIMEOUTS = Timeouts()
@@ -57,6 +58,8 @@ class Directory:
         self._doubted: dict[str, int] = {}
         """Peer id -> how often it was, as one of a few."""
         self._met: tuple[frozenset[str], int, bytes] = (frozenset(), 0, b"")
+        self.ways = IPV4_ALONE
+        """Over which families I reach others."""
         self.before: dict[bytes, bytes] = {}
         """Head -> the one that it follows from. Verified, not claimed."""
 
@@ -161,15 +164,20 @@ class Directory:
             self._doubted[peer_id] = min(before + 1, MAX_DOUBTS)
 
     def believed(self, now_s: float) -> list[Record]:
-        """Returns the voters: the same as ``live``, without those in doubt, and with all in client mode whose record is
-        current. They cannot be dialled, so it means little that one does not answer; and if its vote came and went with
-        every try, each half of a swarm that was cut in two could take itself for the larger one. Of all peers of one
-        token one votes: which one, ``electors`` says."""
+        """Returns the voters: the same as ``live``, without those in doubt, and with all whose record is current of
+        those in client mode, or with no address of a family that I have. They cannot be dialled, so it means little
+        that one does not answer; and if its vote came and went with every try, each half of a swarm that was cut in two
+        could take itself for the larger one. Of all peers of one token one votes: which one, ``electors`` says."""
         return [
             record
             for record in self.current(now_s)
-            if (record.client_mode or self._answers(record)) and self._doubts.get(record.peer_id, now_s) <= now_s
+            if (self._is_beyond_call(record) or self._answers(record))
+            and self._doubts.get(record.peer_id, now_s) <= now_s
         ]
+
+    def _is_beyond_call(self, record: Record) -> bool:
+        """Returns whether I cannot dial a peer that may well be there."""
+        return record.client_mode or not reaches(self.ways, record)
 
     def show(self, way: Sequence[bytes]) -> None:
         """Notes that of these heads, newest first, each follows from the next. The oldest that are known make room."""

@@ -17,6 +17,7 @@ from p2p_diloco.core.aggregate import Aggregation
 from p2p_diloco.core.digest import digest
 from p2p_diloco.core.identity import MAX_PEER_ID_CHARS, SIGNATURE_BYTES, Identity, verify
 from p2p_diloco.core.known import Known, most_unknown
+from p2p_diloco.core.reach import fit_to_average, reaches
 from p2p_diloco.core.records import MAX_RECORD_BYTES
 from p2p_diloco.core.roster import Readiness, counted_weights, open_readiness, rank
 from p2p_diloco.core.roster_rules import RosterRules, check_absent, check_helper, check_members
@@ -136,19 +137,35 @@ class Group:
 
     @property
     def leader(self) -> int:
-        """Returns the index of the member that settles the round: the first that can be dialled."""
-        return self.reducers[0]
+        """Returns the index of the member that settles the round."""
+        return self.leaders[0]
+
+    @cached_property
+    def leaders(self) -> tuple[int, ...]:
+        """Returns the indices of the members that settle the round, one after the other fails: those that reduce, the
+        ones first that most members reach, by rank where as many do."""
+        return tuple(sorted(self.reducers, key=lambda i: -len(self.reaching(i))))
 
     @property
     def reducers(self) -> tuple[int, ...]:
-        """Returns the indices of the members that reduce, by rank. The same ones settle the round, one after the other
-        fails."""
+        """Returns the indices of the members that reduce, by rank."""
         return self.reducers_among(range(len(self.members)))
 
+    def reaching(self, member: int) -> frozenset[int]:
+        """Returns the indices of the members that have a family over which they dial this one, itself left out."""
+        others = (i for i in range(len(self.members)) if i != member)
+        return frozenset(i for i in others if reaches(self.members[i], self.members[member]))
+
+    def reached_by(self, member: int) -> frozenset[int]:
+        """Returns the indices of the members for which this one has a family over which it dials them, itself left
+        out."""
+        others = (i for i in range(len(self.members)) if i != member)
+        return frozenset(i for i in others if reaches(self.members[member], self.members[i]))
+
     def reducers_among(self, members: Sequence[int]) -> tuple[int, ...]:
-        """Returns the indices of those of ``members`` that reduce for them: all that count and can be dialled, and then
-        the seed that helps; all that count, when there is none of these; all, when none counts. Of these, those that
-        the roster does not leave idle, when there are any."""
+        """Returns the indices of those of ``members`` that reduce for them: all that count and can be dialled, by most
+        of those that contribute (``fit_to_average``), and then the seed that helps; all that count, when there is none
+        of these; all, when none counts. Of these, those that the roster does not leave idle, when there are any."""
         return _reducers(self.members, self.counting, self.sealed.idle, members)
 
     @cached_property
@@ -293,9 +310,10 @@ def _reducers(
     """Returns what ``Group.reducers_among`` does."""
     trainers = [i for i in members if not roster[i].helps]
     count = [i for i in trainers if i in counting] or trainers
-    dialable = [i for i in count if not roster[i].client_mode]
-    dialable = dialable + [i for i in members if roster[i].helps] or count
-    return tuple(i for i in dialable if i not in idle) or tuple(dialable)
+    contribute = [roster[i] for i in sorted(counting) if not roster[i].dropped]
+    fit = {member.peer_id for member in fit_to_average(roster, contribute)}
+    reducers = [i for i in count if roster[i].peer_id in fit] + [i for i in members if roster[i].helps] or count
+    return tuple(i for i in reducers if i not in idle) or tuple(reducers)
 
 
 def idle_among(members: Sequence[Readiness], known: Known, least_known: int, unfit: Sequence[str]) -> list[int]:

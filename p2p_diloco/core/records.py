@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from p2p_diloco.core.addresses import MAX_MADDR_CHARS, MAX_MADDRS, is_relayed
 from p2p_diloco.core.digest import HASH_BYTES
 from p2p_diloco.core.identity import MAX_PEER_ID_CHARS, Identity, verify
+from p2p_diloco.core.reach import IPV4, Over
 from p2p_diloco.core.shares import LARGEST_SHARE_OVER_EQUAL
 
 MAX_RECORD_BYTES = 2048
@@ -179,6 +180,12 @@ class Record(Signed):
     share_percent: Annotated[int, Field(ge=0, le=100 * LARGEST_SHARE_OVER_EQUAL)] = 100
     """What it was to reduce in that round, by its uplink, in percent of an equal share; 100 also where it does not
     reduce, or was not there."""
+    reached_over: Over = IPV4
+    """The families of addresses over which it is dialled, where it is not in client mode (``reach``)."""
+    reaches_over: Over = IPV4
+    """Those over which it dials others."""
+    helps: bool = False
+    """Of the owner's seed: it leads and reduces now, also where trainers can, for not all of them reach each other."""
 
     @property
     def beyond_genesis(self) -> bool:

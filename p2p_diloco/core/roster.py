@@ -24,6 +24,7 @@ from p2p_diloco.core.aggregate import Aggregation
 from p2p_diloco.core.digest import digest
 from p2p_diloco.core.identity import MAX_PEER_ID_CHARS, Identity
 from p2p_diloco.core.known import Known, most_unknown
+from p2p_diloco.core.reach import IPV4, Over, Reachable, Ways, fit_to_average, reaches
 from p2p_diloco.core.records import MAX_SEAT_BYTES, Hash, Natural, Record, Signed, seal, unseal
 from p2p_diloco.core.runfile import OnMissed
 from p2p_diloco.core.uplinks import MAX_UPLINKS, UPLINK_BYTES, check_uplinks
@@ -55,6 +56,10 @@ class Readiness(Signed):
     behind all others, and outside everything that is counted."""
     uplinks: Annotated[bytes, Field(max_length=MAX_UPLINKS * UPLINK_BYTES)] = b""
     """How fast others send, as it has measured (``uplinks``). Nothing of itself is heard."""
+    reached_over: Over = IPV4
+    """As in the peer's record."""
+    reaches_over: Over = IPV4
+    """As in the peer's record."""
 
 
 def seal_readiness(readiness: Readiness, identity: Identity) -> bytes:
@@ -126,14 +131,16 @@ def on_head(records: Iterable[Record], head: bytes) -> list[Record]:
 
 
 def leader_order(
-    records: Iterable[Record], head: bytes, me: Seated, client_mode: bool, known: Known, least_known: int
+    records: Iterable[Record], head: bytes, me: Seated, ways: Ways, known: Known, least_known: int
 ) -> list[str]:
-    """Returns the peers that may lead a round on ``head``, the first choice first. I am one unless in client mode.
-    Where at least ``least_known`` of all that are there are known, of whom those of one token count once, unknown ones
-    lead only if none of these can be dialled."""
+    """Returns the peers that may lead a round on ``head``, the first choice first: those that most of all that are
+    there reach, and I do. ``ways``: my own; I am one of them unless in client mode. Where at least ``least_known`` of
+    all that are there are known, of whom those of one token count once, unknown ones lead only if none of these can be
+    dialled."""
     here = on_head(records, head)
-    leaders = frozenset(r.peer_id for r in here if not r.client_mode)
-    if not client_mode:
+    among: list[Reachable] = [*here, ways]
+    leaders = frozenset(r.peer_id for r in fit_to_average(here, among) if reaches(ways, r))
+    if fit_to_average([ways], among):
         leaders |= {me.peer_id}
     if votes(peer for peer in (me, *here) if peer.peer_id in known.peers) >= least_known:
         leaders = known.peers & leaders or leaders

@@ -197,7 +197,8 @@ class RoundSpec(Section):
 
     seeds_reduce: SeedsReduce = "auto"
     """Whether the seed of the run's owner leads rounds and reduces for the trainers; it contributes nothing. ``auto``:
-    where no trainer can be dialled, as when all are behind home routers. ``always``: in every round. ``never``."""
+    where no trainer can be dialled, as when all are behind home routers, or one does not reach all that can, for want
+    of IPv4 or IPv6. ``always``: in every round. ``never``."""
 
     @model_serializer(mode="wrap")
     def _without_absent_keys(self, serialize: SerializerFunctionWrapHandler) -> dict[str, object]:

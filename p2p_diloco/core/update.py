@@ -132,11 +132,12 @@ def parts_with(update: Update, peer_id: str) -> set[int]:
     return {i for i, part in enumerate(update.parts) if int.from_bytes(part.mask, "little") & bit}
 
 
-def contributors_in_full(update: Update) -> list[str]:
-    """Returns the peers whose contributions are in every part of an update."""
+def contributors_in_full(update: Update, excused: Sequence[int]) -> list[str]:
+    """Returns the peers whose contributions are in every part of an update. ``excused``: of each part, those from which
+    none could come, as the bits of a number."""
     in_all = -1
-    for part in update.parts:
-        in_all &= int.from_bytes(part.mask, "little")
+    for part, bits in zip(update.parts, excused):
+        in_all &= int.from_bytes(part.mask, "little") | bits
     return [name for i, (name, _) in enumerate(update.header.contributors) if in_all >> i & 1]
 
 

@@ -15,6 +15,7 @@ Its files, from the bottom up:
     turns        who has one of a donor's upload slots, and when it loses it
     uploads      what a donor sends to those who catch up
     upkeep       snapshots in time, damage found and mended, bits compared with the others'
+    families     who is needed, and who misses what, where peers have IPv4 or IPv6 alone
     presence     what a peer makes known about itself: records published and pushed
     revocations  which tokens the run's owner has revoked: heard of, kept, passed on
     anchoring    the anchors of the run's owner: made, heard of, kept, served
@@ -27,7 +28,7 @@ Its files, from the bottom up:
     round_event  the event of one attempt at an outer step
     attempts     one round at a time: gathered, reduced, settled, and its update committed
     outer_steps  a trainer's outer steps: rounds tried until one commits, or the swarm's state taken
-    helping      how the owner's seed leads and averages for trainers that nobody can dial
+    helping      how the owner's seed leads and averages for trainers that not all can dial
     peer         the network side of one peer, on any transport: its parts and its life
     web          a small HTTP server that strangers may reach
     metrics      one peer's metrics for Prometheus

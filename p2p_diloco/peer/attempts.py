@@ -156,13 +156,13 @@ class Attempts:
         return None if self._last_norms is None else self._last_norms[1]
 
     def _judge(self, settlement: Settlement, outcome: Settled | Missed, idle: frozenset[int], took_s: float) -> None:
-        """Remembers who failed me in a round, and who contributed in full. ``idle``: those whom I lost in the
-        butterfly, and who count as idle. A leader that was silent, or only promised, pays for what it has cost, also
-        where the next one brings the round to its end; so does a reducer that answered late, and a known peer beside
-        the round. And how fast others have sent, of those that may reduce, and how long all took."""
+        """Remembers who failed me in a round, and who contributed to all parts that it could. ``idle``: those whom I
+        lost in the butterfly, and who count as idle. A leader that was silent, or only promised, pays for what it has
+        cost, also where the next one brings the round to its end; so does a reducer that answered late, and a known
+        peer beside the round. And how fast others have sent, of those that may reduce, and how long all took."""
         company, group = self.matchmaker.company, settlement.group
         ids = [member.peer_id for member in group.members]
-        contributed = [] if isinstance(outcome, Missed) else contributors_in_full(outcome.update)
+        contributed = [] if isinstance(outcome, Missed) else contributors_in_full(outcome.update, settlement.excused())
         company.judge_round({ids[i] for i in idle}, len(ids) - 1, took_s, contributed)
         company.measured.note(group.step, {ids[i]: uplink for i, uplink in settlement.uplinks().items()})
         if isinstance(outcome, Missed):

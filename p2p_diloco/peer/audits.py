@@ -277,24 +277,25 @@ class Audits:
 
 
 def refused_of(meeting: Meeting) -> dict[str, tuple[int, Part, Reduction]]:
-    """Returns each other peer that has reduced a part which was too long for me -> the first such part: its index, and
-    what the reducer has signed."""
+    """Returns each other peer that I reach and that has reduced a part which was too long for me -> the first such
+    part: its index, and what the reducer has signed."""
     first: dict[str, tuple[int, Part, Reduction]] = {}
     for index in sorted(meeting.too_long):
         part, reduction = meeting.too_long[index]
-        if reduction.reducer != meeting.me:
+        if reduction.reducer in meeting.group.reached_by(meeting.me):
             first.setdefault(meeting.group.members[reduction.reducer].peer_id, (index, part, reduction))
     return first
 
 
 def reducers_of(meeting: Meeting, update: Update) -> dict[int, str]:
     """Returns the peer that has reduced each part of an update, for the parts that can be audited: those that are here
-    as a reducer has signed them."""
+    as a reducer has signed them that I reach."""
     held = zip(meeting.parts, meeting.reductions, update.header.part_hashes)
+    within_call = {meeting.me, *meeting.group.reached_by(meeting.me)}
     return {
         index: meeting.group.members[reduction.reducer].peer_id
         for index, (part, reduction, wanted) in enumerate(held)
-        if part is not None and reduction is not None and part.hash == wanted
+        if part is not None and reduction is not None and part.hash == wanted and reduction.reducer in within_call
     }
 
 

@@ -27,8 +27,8 @@ class Handout:
     """Decides which donor is asked for which item: each from one donor unless it is late.
 
     An item is late when it has not come in ``late_s`` after it was asked for; once some items have come, in LATE times
-    the median of what the last ones took, which is kept in ``took_s``. Then it is asked from a second donor, too. ``draw``: draws among items that
-    are alike; without it the lowest comes first."""
+    the median of what the last ones took, which is kept in ``took_s``. Then it is asked from a second donor, too.
+    ``draw``: draws among items that are alike; without it the lowest comes first."""
 
     def __init__(
         self, items: Iterable[int], *, limit: int, late_s: float, took_s: deque[float], draw: Random | None = None

@@ -1,14 +1,16 @@
-"""How the seed of the run's owner helps trainers of which none can be dialled: it leads their rounds and reduces for
-them, and contributes nothing.
+"""How the seed of the run's owner helps trainers of which none can be dialled, or not by all of them: it leads their
+rounds and reduces for them, beside those that can be, and contributes nothing.
 
-Those that are ready come to it, for there is nobody else to lead; it gathers as any leader does, and adds itself to the
-roster, behind the trainers (``Readiness.helps``). Then it takes part in the round like a trainer whose contribution was
-dropped, but counts nowhere. What each trainer sends and receives is one vector; the seed receives and sends as many as
-there are trainers. Only the owner's seed does so: a reducer can cheat, and the owner has nobody to cheat.
+Those that are ready come to it, for there is nobody else to lead, or it says that it is needed; it gathers as any
+leader does, and adds itself to the roster, behind the trainers (``Readiness.helps``). Then it takes part in the round
+like a trainer whose contribution was dropped, but counts nowhere. What each trainer sends and receives is one vector;
+the seed, where it is alone, receives and sends as many as there are trainers. Only the owner's seed does so: a reducer
+can cheat, and the owner has nobody to cheat.
 """
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from dataclasses import dataclass
 
@@ -27,7 +29,22 @@ class Helping:
     follower: Follower
 
     async def run(self) -> None:
-        """Takes part in one round after the other, until it is cancelled."""
+        """Takes part in one round after the other, and tells all when it is needed, until it is cancelled."""
+        await asyncio.gather(self._hold_rounds(), self._tell_whether_needed())
+
+    async def _tell_whether_needed(self) -> None:
+        """Tells all live peers at once when I begin to lead before the trainers, or do so no more."""
+        presence, families, told = self.attempts.presence, self.attempts.presence.families, False
+        while True:
+            changed = families.helps_changed.event
+            if families.helps == told:
+                await changed.wait()
+                continue
+            told = families.helps
+            presence.publish_now.ring()
+            await presence.push_to_all()
+
+    async def _hold_rounds(self) -> None:
         gatherings = self.attempts.matchmaker.gatherings
         while True:
             forms = gatherings.forms.event

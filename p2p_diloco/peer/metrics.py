@@ -185,7 +185,7 @@ class PeerMetrics:
         yield gauge("certificate_members", text, last.certifying if last else None)
         text = "Outer steps of this peer that the run's owner has witnessed."
         yield counter("witnessed_steps_total", text, totals.witnessed)
-        text = "Outer steps of this peer that the owner's seed has led and reduced: no trainer could be dialled."
+        text = "Outer steps of this peer that the owner's seed has led and reduced: no trainer could be dialled by all."
         yield counter("helped_steps_total", text, totals.helped)
         text = "Rounds whose update got no certificate: most did not sign it, or the owner's witness was missing."
         counts = {reason: totals.uncertified[reason] for reason in UNCERTIFIED}

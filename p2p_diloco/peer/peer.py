@@ -118,6 +118,7 @@ class Peer:
             history=replica.history,
             role_trainer=local is not None,
             client_mode=not transport.dialable,
+            ways=transport.ways,
         )
         self.here = here = here_of(transport, identity, self.manifest, self.seat, sealed_seat=seat, wall_s=wall_s)
         self.directory = here.directory

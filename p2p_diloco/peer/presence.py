@@ -23,6 +23,7 @@ from p2p_diloco.core.swarm_head import Standing
 from p2p_diloco.core.waiting import Bell, heard, now_s, run_all
 from p2p_diloco.ledger.replica import Replica
 from p2p_diloco.ledger.snapshot import IncomingSnapshot, SnapshotInfo
+from p2p_diloco.peer.families import Families
 from p2p_diloco.round.company import Company
 from p2p_diloco.round.here import Here
 from p2p_diloco.wire.channel import Channel
@@ -82,6 +83,7 @@ class Presence:
 
     def __post_init__(self) -> None:
         self._run_id = self.replica.manifest.run_id
+        self.families = Families(here=self.here, company=self.company)
         self._maddrs: list[str] = []
         self._pushes: set[asyncio.Task[None]] = set()
         """That somebody waits for, or has waited for."""
@@ -102,6 +104,7 @@ class Presence:
         look."""
         self._maddrs = await self.here.transport.maddrs()
         self._note_whether_dialable()
+        self._note_families()
         record = self.record()
         self._check_seat(record)
         sealed = self.here.seat.sealed_record = seal_record(record, self.here.identity)
@@ -111,11 +114,19 @@ class Presence:
 
     def _note_whether_dialable(self) -> None:
         """Takes in that others can dial me now, or cannot any more: a router has opened a port, or my address has
-        changed."""
+        changed, and over which families."""
         seat, dialable = self.here.seat, self.here.transport.dialable
+        seat.ways = self.here.directory.ways = self.here.transport.ways
         if seat.client_mode == dialable:
             seat.client_mode = not dialable
             log.info("others can dial this peer now" if dialable else CANNOT_BE_DIALLED)
+
+    def _note_families(self) -> None:
+        """Takes in what the others' records say of their families."""
+        before = self.families.helps
+        self.families.note()
+        if self.families.helps != before:
+            self.seal()
 
     def _check_seat(self, record: Record) -> None:
         """Raises UsageError when my seat has lapsed: others take no notice of me any more."""
@@ -132,6 +143,7 @@ class Presence:
                 self.here.directory.learn(sealed, self.here.wall_s())
             except ValueError as error:
                 log.debug("a record in the DHT is not sound: %s", error)
+        self._note_families()
         self.heard.ring()
 
     async def refresh_loop(self) -> None:
@@ -224,6 +236,7 @@ class Presence:
     async def on_push(self, channel: Channel, message: Push) -> None:
         """Takes the record that a peer pushes, and answers with mine."""
         self._learn(channel.peer_id, message.record)
+        self._note_families()
         await channel.send(Push(record=self.here.seat.sealed_record))
         self.heard.ring()
 
@@ -257,23 +270,18 @@ class Presence:
         self.here.seat.sealed_record = seal_record(self.record(), self.here.identity)
 
     def record(self) -> Record:
-        """Returns what I say about myself now. Every record is newer than the last, even within one tick of the
-        clock."""
+        """Returns what I say about myself now."""
         seat, totals, trained = self.here.seat, self.events.totals, self.trained
         standing, progress = seat.standing, seat.progress
         made = totals.last_commit if _ended_at(totals.last_commit, standing) else None
         waits = totals.last_round if _ended_at(totals.last_round, standing) else None
         snapshot, newest = self._snapshot(), seat.anchors.newest
         metrics_addr = self.metrics.announced(self._maddrs) if self.metrics else ""
-        now_s = self.here.wall_s()
-        if self._last_issued_s > now_s + self.here.timeouts.record_life_s:
-            self._last_issued_s = 0.0  # our clock was set back: nobody would believe a record from there
-        self._last_issued_s = max(now_s, self._last_issued_s + 1e-3)
         return Record(
             peer_id=self.here.peer_id,
             run_id=self._run_id,
             run_name=self.replica.manifest.spec.name,
-            issued_s=self._last_issued_s,
+            issued_s=self._date_s(),
             life_s=self.here.timeouts.record_life_s,
             role=self.role,
             phase=seat.phase,
@@ -313,6 +321,9 @@ class Presence:
             found_wrong=self.company.findings.count("wrong", standing.step),
             helped=made is not None and made.helper is not None,
             share_percent=100 if made is None or made.share_percent is None else made.share_percent,
+            reached_over=seat.ways.reached_over,
+            reaches_over=seat.ways.reaches_over,
+            helps=self.families.helps,
         )
 
     def _snapshot(self) -> SnapshotInfo | IncomingSnapshot | None:
@@ -321,6 +332,14 @@ class Presence:
         if self.here.seat.phase == "joining" and ledger.incoming is not None:
             return ledger.incoming
         return next(reversed(ledger.snapshots()), None)
+
+    def _date_s(self) -> float:
+        """Returns the date of a new record. Every one is newer than the last, even within one tick of the clock."""
+        now_s = self.here.wall_s()
+        if self._last_issued_s > now_s + self.here.timeouts.record_life_s:
+            self._last_issued_s = 0.0  # our clock was set back: nobody would believe a record from there
+        self._last_issued_s = max(now_s, self._last_issued_s + 1e-3)
+        return self._last_issued_s
 
 
 def _ended_at(ended: RoundEnded | None, standing: Standing) -> bool:

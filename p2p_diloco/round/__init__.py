@@ -9,6 +9,7 @@ Its files, from the bottom up:
     seat                   this peer, as its own network side sees it
     here                   what all parts of one peer share: network, key, records, seat, clock
     measured               how fast others send, as this peer has measured in its last rounds
+    helper                 the owner's seed as a helper: whether it is there, and leads before the trainers
     company                whom a peer may form a round with: who ranks first, who has failed it
     calls                  the first words with a peer while a round is formed, and how long it has for its answer
     gathering              the rounds that a peer leads while they are formed, and when they close

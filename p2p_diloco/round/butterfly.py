@@ -52,14 +52,16 @@ class Butterfly:
         self.intake = Intake(meeting, number, members, self._parts_of(self.me), self.reducers)
 
     async def run(self) -> None:
-        """Reduces my parts, and exchanges contributions for means with every other reducer."""
-        others = [reducer for reducer in self.reducers if reducer != self.me]
-        await run_all(self._reduce(), *(self._contribute(reducer) for reducer in others))
+        """Reduces my parts, and exchanges contributions for means with every other reducer that I reach."""
+        await run_all(self._reduce(), *(self._contribute(reducer) for reducer in self._called()))
 
     def owing(self) -> list[int]:
         """Returns the reducers whose means have not all come."""
-        others = (reducer for reducer in self.reducers if reducer != self.me)
-        return [i for i in others if any(self.meeting.parts[part] is None for part in self._parts_of(i))]
+        return [i for i in self._called() if any(self.meeting.parts[part] is None for part in self._parts_of(i))]
+
+    def _called(self) -> list[int]:
+        """Returns the other reducers that I reach: what I contribute is in their parts alone."""
+        return [i for i in self.reducers if i in self.meeting.group.reached_by(self.me)]
 
     def _parts_of(self, reducer: int) -> list[int]:
         """Returns the parts of one reducer; none of who is none, or reduces nothing."""
@@ -74,9 +76,10 @@ class Butterfly:
         sender sends each reducer its contributions, and, if it reduces, everybody its means."""
         sizes = {i: sum(map(self.meeting.grid.part_bytes, share)) for i, share in self.shares.items()}
         measured = {}
+        group = self.meeting.group
         for index, sender in self.intake.senders.items():
-            contributions = [size for reducer, size in sizes.items() if reducer != index]
-            means = [sizes.get(index, 0)] * (len(self.members) - 1)
+            contributions = [size for reducer, size in sizes.items() if reducer in group.reached_by(index)]
+            means = [sizes.get(index, 0)] * len(group.reaching(index).intersection(self.members))
             if sender.arrivals is not None:
                 uplink = sender.arrivals.uplink(sizes[self.me], contributions + means)
                 if uplink is not None:

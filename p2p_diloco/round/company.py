@@ -12,7 +12,7 @@ others at a leader goes there, too, unless that one has failed it twice on this 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from p2p_diloco.core.admission import Lapsed, votes
 from p2p_diloco.core.credit import Credit
@@ -26,7 +26,6 @@ from p2p_diloco.core.roster import (
     Readiness,
     has_place,
     leader_order,
-    new_nonce,
     on_head,
     open_readiness,
     precedence,
@@ -35,6 +34,7 @@ from p2p_diloco.core.roster import (
 from p2p_diloco.core.roster_rules import RosterRules
 from p2p_diloco.core.swarm_head import must_catch_up, swarm_head, way_of
 from p2p_diloco.core.waiting import now_s
+from p2p_diloco.round.helper import Helper
 from p2p_diloco.round.here import Here
 from p2p_diloco.round.measured import Measured
 from p2p_diloco.wire.round_messages import Ready, Roster
@@ -76,6 +76,7 @@ class Company:
         life_s = self.here.timeouts.record_life_s
         self.waits, self.rounds = Credit(life_s), Credit(life_s)
         self.rules = RosterRules.of(self.manifest)
+        self.helper = Helper(here=self.here, rules=self.rules)
 
     @property
     def me(self) -> str:
@@ -84,54 +85,37 @@ class Company:
 
     def leaders(self, head: bytes, vouched: Collection[str] = ()) -> list[str]:
         """Returns the peers that may lead on ``head``, in the order in which they are asked: all live trainers there
-        that can be dialled, by rank, without those that have failed me there. I am one of them, if I train, unless in
-        client mode. Those that I do not trust come last, but the ``vouched`` ones, which others name as their leader.
-        Where there is nobody, the seed that helps leads; where it is to help always, it leads first."""
+        that can be dialled by most and by me, by rank, without those that have failed me there. I am one of them, if I
+        train, unless in client mode. Those that I do not trust come last, but the ``vouched`` ones, which others name
+        as their leader. Where there is nobody, the seed that helps leads, and first of all where it comes first
+        (``Helper.comes_first``)."""
         expected = self.here.directory.expected(self.here.wall_s())
         seat = self.here.seat
-        cannot_lead = seat.client_mode or not seat.role_trainer
-        order = leader_order(expected, head, self.here.claim, cannot_lead, seat.known, self.rules.least_known)
+        ways = replace(seat.ways, client_mode=seat.client_mode or not seat.role_trainer)
+        order = leader_order(expected, head, self.here.claim, ways, seat.known, self.rules.least_known)
         fit = [peer_id for peer_id in order if self.is_fit(head, peer_id)]
         first = {peer_id for peer_id in fit if peer_id == self.me or peer_id in vouched or self.is_trusted(peer_id)}
         fit = sorted(fit, key=lambda peer_id: peer_id not in first)
-        if fit and self.rules.seeds_reduce != "always":
+        if fit and not self.helper.comes_first():
             return fit
-        return [*self.helper(head), *fit]
+        return [*self.leading_helper(head), *fit]
 
-    def helper(self, head: bytes) -> list[str]:
-        """Returns the seed of the run's owner, if it is on ``head``, can be dialled and may help; else nobody."""
-        if self.rules.seeds_reduce == "never":
-            return []
-        owner, seat = self.rules.owner, self.here.seat
-        if self.me == owner:
-            return [self.me] if not seat.role_trainer and not seat.client_mode and seat.standing.head == head else []
-        seeds = (record for record in self.here.live() if record.peer_id == owner and record.role == "seed")
-        here = (record for record in seeds if not record.client_mode and record.head == head)
-        return [record.peer_id for record in here if self.is_fit(head, owner)]
+    def leading_helper(self, head: bytes) -> list[str]:
+        """Returns the seed of the run's owner, if it is on ``head`` and may lead me there; else nobody."""
+        owner = self.rules.owner
+        return [owner] if self.helper.is_on(head) and (self.me == owner or self.is_fit(head, owner)) else []
+
+    def may_lead(self, record: Record, head: bytes) -> bool:
+        """Returns whether a peer may lead on ``head`` at all, where its record has it: it trains there, or helps."""
+        return bool(on_head([record], head)) or record.peer_id in self.leading_helper(head)
 
     def precedes(self, head: bytes, one: str, other: str) -> bool:
         """Returns whether one peer comes before another one, as a leader on ``head``. The seed that helps comes after
-        all trainers, or before them where it is to help always."""
-        helper, known = self.helper(head), self.here.seat.known
+        all trainers, or before them where ``Helper.comes_first`` says so."""
+        helper, known = self.leading_helper(head), self.here.seat.known
         if one in helper or other in helper:
-            return one in helper if self.rules.seeds_reduce == "always" else other in helper
+            return one in helper if self.helper.comes_first() else other in helper
         return precedence(head, one, known) < precedence(head, other, known)
-
-    def help_with(self, member: Readiness) -> Readiness:
-        """Returns what I sign as a seed that helps in the round of this member."""
-        return member.model_copy(
-            update={
-                "peer_id": self.me,
-                "weight": 1,
-                "client_mode": False,
-                "dropped": True,
-                "tokens_per_s": 0.0,
-                "nonce": new_nonce(),
-                "seat": b"",
-                "helps": True,
-                "uplinks": b"",
-            }
-        )
 
     def lacks_witness(self, members: Collection[Readiness]) -> bool:
         """Returns whether an update of these members would need the witness of the run's owner, who is not there."""

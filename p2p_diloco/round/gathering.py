@@ -185,7 +185,7 @@ class Gatherings:
         idle = idle_among(opened, known, least_known, self.company.findings.unfit(self.seat.standing.step))
         absent = self._absent(gathering, members)
         if not self.seat.role_trainer:
-            members = [*members, seal_readiness(self.company.help_with(opened[0]), self.here.identity)]
+            members = [*members, seal_readiness(self.company.helper.readiness_beside(opened[0]), self.here.identity)]
         return Roster.of(seal_roster(members, absent, self.here.identity, idle))
 
     def _charge_absent(self, gathering: Gathering) -> None:
@@ -258,7 +258,8 @@ class Gatherings:
         gathering.changed.ring()
 
     def _on_notice(self, gathering: Gathering, peer_id: str, answer: Eta | Behind | Redirect) -> None:
-        """Takes in what a peer answers to the call. Misbehaved when it claims to lead and ranks after me."""
+        """Takes in what a peer answers to the call. Misbehaved when it claims to lead and ranks after me; not where I
+        help, for it may not have heard that I am needed."""
         if isinstance(answer, Eta):
             until_s = now_s() + answer.eta_s + CLOSING_MARGIN_S
             latest_s = self.company.waits_until_s(peer_id, gathering.opened_s, busy=answer.busy)
@@ -277,7 +278,8 @@ class Gatherings:
             gathering.deadlines_s.pop(peer_id, None)
         else:
             self.company.learn_own(peer_id, answer.record)
-            if self.company.precedes(gathering.head, self.company.me, peer_id):
+            helps = self.company.me in self.company.leading_helper(gathering.head)
+            if not helps and self.company.precedes(gathering.head, self.company.me, peer_id):
                 raise Misbehaved(peer_id, "claims to lead where I do")
             gathering.deadlines_s.pop(peer_id, None)
             self.claim(gathering, peer_id, answer)

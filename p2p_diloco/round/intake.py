@@ -87,8 +87,9 @@ class Intake:
         self.senders: dict[int, Sender] = {}
         """By their indices in the roster."""
         part_bytes = SIGNATURE_BYTES + max(map(meeting.grid.part_bytes, mine), default=0)
+        reaching = meeting.group.reaching(meeting.me)
         for i in members:
-            if i != meeting.me:
+            if i in reaching:
                 streams = len(reducers) + (len(members) - 1 if i in reducers else 0)
                 self.senders[i] = Sender(
                     contributes=not meeting.group.members[i].dropped,
@@ -217,7 +218,7 @@ class Intake:
     def cannot_come(self, index: int) -> None:
         """Takes in that a member is dead: unless it has opened a stream to me before, it does not come as a sender
         either."""
-        sender = self.senders[index]
-        if sender.awaited and sender.contributes:
+        sender = self.senders.get(index)
+        if sender is not None and sender.awaited and sender.contributes:
             sender.ends()
             self.meeting.changed.ring()

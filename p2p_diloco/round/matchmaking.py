@@ -141,13 +141,13 @@ class Matchmaker:
 
     def _redirected(self, leader: str, answer: Redirect, head: bytes, search: Search) -> None:
         """Takes in that a leader, or somebody that I have called as the leader, names a better one. Misbehaved when
-        that one does not rank before it."""
+        that one does not rank before it; but the seed that helps knows best whether it is needed."""
         self.company.learn(leader, answer.record)
         better = open_record(answer.record).peer_id
         if leader == self.company.me:
             search.useless.discard(better)
             search.claims.add(better)
-        elif not self.company.precedes(head, better, leader):
+        elif leader not in self.company.leading_helper(head) and not self.company.precedes(head, better, leader):
             raise Misbehaved(leader, "names a leader that does not rank before it")
         else:
             search.useless.add(leader)
@@ -163,6 +163,8 @@ class Matchmaker:
             peer_id=self.identity.peer_id,
             weight=min(weight, self.manifest.spec.max_weight_tokens),
             client_mode=self.seat.client_mode,
+            reached_over=self.seat.ways.reached_over,
+            reaches_over=self.seat.ways.reaches_over,
             dropped=dropped,
             tokens_per_s=tokens_per_s,
             nonce=new_nonce(),
@@ -290,7 +292,7 @@ class Matchmaker:
         elif gathering is not None and self.company.precedes(message.head, self.company.me, channel.peer_id):
             await channel.send(Redirect(record=self.seat.sealed_record))
         else:
-            comes = leader is not None and on_head([leader], message.head)
+            comes = leader is not None and self.company.may_lead(leader, message.head)
             if gathering is not None and comes:
                 self.gatherings.claim(gathering, channel.peer_id, Redirect(record=message.record))
             gather_s = self.manifest.spec.round.gather_s

@@ -8,6 +8,7 @@ from p2p_diloco.core.anchor import Anchor, Anchors
 from p2p_diloco.core.electors import History, NoHistory
 from p2p_diloco.core.known import NOBODY_KNOWN, Known
 from p2p_diloco.core.pace import Progress
+from p2p_diloco.core.reach import IPV4_ALONE, Ways
 from p2p_diloco.core.records import Phase
 from p2p_diloco.core.swarm_head import Standing
 from p2p_diloco.core.waiting import Bell
@@ -32,6 +33,8 @@ class Seat:
     """The newest of them, which no history may leave out."""
     role_trainer: bool
     client_mode: bool
+    ways: Ways = IPV4_ALONE
+    """Over which families I am reached, and reach others."""
     phase: Phase = "joining"
     progress: Progress = field(default_factory=Progress)
     sealed_record: bytes = b""

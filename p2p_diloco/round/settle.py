@@ -37,8 +37,8 @@ Rules of this file and of those whose names begin with its own:
       the round is void for it: it has failed.
     - **What a leader proposes.** Only what it holds itself, and only when most of the members that certify have sent
       receipts.
-    - **Who leads next.** Leaders are the members that count and can be dialled, in the order of rank. One that is
-      silent or gone, only promises (``settle_decide.promises_s``), or proposes what most do not sign, is given up
+    - **Who leads next.** Leaders are the members that reduce, in the order of ``Group.leaders``. One that is silent or
+      gone, only promises (``settle_decide.promises_s``), or proposes what most do not sign, is given up
       for good, and the next one leads. Members may see this at different times.
     - **How a commit survives its leader.** Before a later leader decides anything, it asks the members that have not
       come to it what they have signed, or know to be certified. A commit that is certified it gives on with its
@@ -163,9 +163,11 @@ class Settlement:
         return outcome
 
     async def _settle(self) -> Settled | Missed:
-        """Holds to one leader after another, in the order of rank, until one of them, or this peer, has an outcome."""
-        for place, leader in enumerate(self.group.reducers):
-            if leader in self.meeting.lost:
+        """Holds to one leader after another, in the order of ``Group.leaders``, until one of them, or this peer, has an
+        outcome. Those that I do not reach I have given up from the beginning."""
+        reached = {self.meeting.me, *self.group.reached_by(self.meeting.me)}
+        for place, leader in enumerate(self.group.leaders):
+            if leader in self.meeting.lost or leader not in reached:
                 continue
             self.member.place = place
             self.meeting.changed.ring()
@@ -210,6 +212,13 @@ class Settlement:
         if counts is None or self.meeting.me not in reducers:
             return None
         return 100 * counts[self.meeting.me] * len(reducers) // sum(counts)
+
+    def excused(self) -> list[int]:
+        """Returns, of each part, the members that do not reach its reducer, as the bits of a number."""
+        reducers, everybody = self.member.reducers(), range(len(self.group.members))
+        reach = {reducer: {reducer, *self.group.reaching(reducer)} for reducer in set(reducers)}
+        bits = {reducer: sum(1 << i for i in everybody if i not in reach[reducer]) for reducer in reach}
+        return [bits[reducer] for reducer in reducers]
 
     def uplinks(self) -> dict[int, int]:
         """Returns the uplinks that the round's own butterfly has shown me, in bytes/s, of members that may reduce."""

@@ -61,8 +61,7 @@ class Ballot:
     @property
     def is_over(self) -> bool:
         """Returns whether nobody's word is still to come."""
-        others = set(range(len(self.meeting.group.members))) - {self.meeting.me}
-        return others <= self.answered | self.meeting.lost
+        return self.meeting.group.reaching(self.meeting.me) <= self.answered | self.meeting.lost
 
     async def certificate(self) -> Certificate | None:
         """Returns the certificate that the signatures make. None when the run's owner has to witness it, and does

@@ -36,9 +36,11 @@ class Completion:
         return Update(header=self.group.header(commit.part_hashes), parts=tuple(held))
 
     async def fetch_missing(self, commit: Commit, leader: int) -> None:
-        """Fetches the parts of a commit that I do not hold, first from the holders that it names, and what fails there
-        from the leader; one stream at a time to each."""
-        for sources in (commit.holders, [leader] * len(commit.holders)):
+        """Fetches the parts of a commit that I do not hold, first from the holders that it names, as far as I reach
+        them, and what fails there from the leader; one stream at a time to each."""
+        reached = {self.meeting.me, *self.group.reached_by(self.meeting.me)}
+        named = [holder if holder in reached else leader for holder in commit.holders]
+        for sources in (named, [leader] * len(commit.holders)):
             wanted_from: dict[int, list[int]] = {}
             for part, (held, wanted) in enumerate(zip(self.meeting.parts, commit.part_hashes)):
                 if held is None or held.hash != wanted:

@@ -55,12 +55,13 @@ class Hearing:
         return None
 
     async def hear_members(self) -> None:
-        """Waits for the members' receipts and, unless I am the first leader, for what the others have taken."""
-        me, everybody = self.meeting.me, set(range(len(self.group.members)))
-        expected = everybody - self.meeting.lost - {me}
+        """Waits for the receipts of the members that reach me and, unless I am the first leader, for what the others
+        have taken."""
+        come = self.group.reaching(self.meeting.me)
+        expected = come - self.meeting.lost
         if self.member.place:
             log.info("outer step %d: settled by me, the first leader is gone", self.group.step)
-            others = everybody - {me} - self.receipts.keys()
+            others = (come | self.group.reached_by(self.meeting.me)) - self.receipts.keys()
             await run_all(self.collect(expected, 0), *(self._ask_whether_taken(i) for i in others))
         else:
             await self._collect_or_hear(expected)

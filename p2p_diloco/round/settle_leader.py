@@ -1,6 +1,6 @@
 """The leader of a round: it decides from receipts, proposes a commit, and has it certified.
 
-A peer leads when it has given up all leaders before it in the order of ``Group.reducers``; the first one leads at once.
+A peer leads when it has given up all leaders before it in the order of ``Group.leaders``; the first one leads at once.
 It commits only what it holds itself, and what it commits counts only when most of the members that certify have signed
 it; where too few are known, the run's owner has to witness it as well. One that is not the first asks the members that
 have not come for a commit that they have signed, before it decides: the first one that it hears of is the round's,

@@ -1,6 +1,6 @@
 """One member of a round: it reduces, gives its receipt to a leader, and takes the commit that the leader gives it.
 
-A member holds to one leader at a time, in the order of ``Group.reducers``, and never goes back to one that it has given
+A member holds to one leader at a time, in the order of ``Group.leaders``, and never goes back to one that it has given
 up. It signs one commit in a round, and only when it holds all of its parts. When a later leader asks, the member tells
 the commit that it has signed, or denies it as soon as it has given up all leaders before that one. It applies what is
 certified, whether it has signed that or not.

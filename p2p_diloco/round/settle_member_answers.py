@@ -74,7 +74,7 @@ class MemberAnswers:
         if asker not in self.group.reducers:
             raise Misbehaved(channel.peer_id, "asks for a commit, and cannot lead")
         meeting, pledge, next_word_s = self.meeting, self.member.pledge, now_s()
-        asker_place = self.group.reducers.index(asker)
+        asker_place = self.group.leaders.index(asker)
         while True:
             changed = meeting.changed.event
             if pledge.settled is not None:

@@ -64,7 +64,8 @@ class Once:
             signatures=signatures,
             witness=certificate.witness,
         )
-        others = [i for i in self.group.reducers if i != meeting.me and i not in meeting.lost]
+        reached = self.group.reached_by(meeting.me)
+        others = [i for i in self.group.reducers if i in reached and i not in meeting.lost]
         limit_s, took_s, began_s = meeting.timeouts.heartbeat_s, dict[int, float](), now_s()
 
         async def ask_one(member: int) -> None:

@@ -18,6 +18,7 @@ from typing import Protocol, TypeVar
 from p2p_diloco.core.config import Timeouts
 from p2p_diloco.core.errors import Gone, Misbehaved, Refused, Silent
 from p2p_diloco.core.manifest import PROTOCOL
+from p2p_diloco.core.reach import Ways
 from p2p_diloco.core.waiting import deadline, now_s
 from p2p_diloco.wire.connections import Connections
 from p2p_diloco.wire.message import CHUNK_BYTES, MAX_FRAME_BYTES, Message
@@ -275,6 +276,10 @@ class Transport(Protocol):
     @property
     def dialable(self) -> bool:
         """Returns whether others can dial us at these addresses, as far as we know."""
+
+    @property
+    def ways(self) -> Ways:
+        """Returns over which families others dial us, and we dial them, as far as we know."""
 
     async def links(self) -> Links:
         """Returns how we are connected now."""

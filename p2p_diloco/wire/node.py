@@ -28,6 +28,7 @@ from p2p_diloco.core.config import PeerConfig, Timeouts
 from p2p_diloco.core.errors import Gone, LocalError, NetworkError, Silent, UsageError
 from p2p_diloco.core.identity import Identity, public_key_of
 from p2p_diloco.core.listening import at_home, kept, outward, pin_ports
+from p2p_diloco.core.reach import Ways, ways_of
 from p2p_diloco.core.records import RUNS_KEY, Fault
 from p2p_diloco.core.waiting import Bell, deadline, to_its_end
 from p2p_diloco.wire import hardening, kademlia
@@ -179,6 +180,12 @@ class Node:
         tell, or else those last known."""
         own = self._announced or self._maddrs
         return not self._config.client_mode and can_be_dialled(own, self._initial_maddrs)
+
+    @property
+    def ways(self) -> Ways:
+        """Returns over which families others dial us, and we dial them: as far as the same addresses tell, and the
+        routes of this machine."""
+        return ways_of(self._announced or self._maddrs, self._initial_maddrs, outward())
 
     async def links(self) -> Links:
         """Returns how we are connected now, as far as p2pd tells."""

@@ -116,11 +116,11 @@ PUBLIC6, NEXT_DOOR6, ELSEWHERE6, LOCAL6 = (
     ("own", "others", "dialled"),
     [
         ([PUBLIC, PRIVATE], [PUBLIC], True),
-        ([PUBLIC6], [PUBLIC], False),
-        ([PUBLIC6], [PUBLIC, ELSEWHERE6], False),
+        ([PUBLIC6], [PUBLIC], True),
+        ([PUBLIC6], [PUBLIC, ELSEWHERE6], True),
         ([PUBLIC6], [ELSEWHERE6], True),
         ([PUBLIC6], ["/dns6/example.org/tcp/4001"], True),
-        ([PUBLIC6], ["/dns/example.org/tcp/4001"], False),
+        ([PUBLIC6], ["/dns/example.org/tcp/4001"], True),
         ([PUBLIC6, PRIVATE], [ELSEWHERE6], False),
         ([PUBLIC6, LOCAL6], [ELSEWHERE6], True),
         ([PUBLIC6, PUBLIC], [ELSEWHERE6, PUBLIC], True),
@@ -137,8 +137,8 @@ PUBLIC6, NEXT_DOOR6, ELSEWHERE6, LOCAL6 = (
     ],
 )
 def test_who_cannot_be_dialled_is_told_from_who_can(own: list[str], others: list[str], dialled: bool) -> None:
-    """A machine behind a router has no public address, and its peers do; in one network nobody needs any. IPv6 alone is
-    not for everybody, and beside an IPv4 address that a router translates it is mostly closed."""
+    """A machine behind a router has no public address, and its peers do; in one network nobody needs any. Beside an
+    IPv4 address that a router translates, one of IPv6 is mostly closed."""
     assert can_be_dialled(own, others) is dialled
 
 

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from p2p_diloco.core import manifest
+from p2p_diloco.core.reach import IPV4
 from p2p_diloco.core.records import (
     MAX_RECORD_BYTES,
     SIGNATURE_CONTEXT,
@@ -148,6 +149,11 @@ def test_a_signature_makes_nothing_else_a_record(values: object) -> None:
         ("maddrs", ["x" * 193]),
         ("maddrs", [b"x"]),
         ("client_mode", None),
+        ("reached_over", 0),
+        ("reached_over", 4),
+        ("reaches_over", 0),
+        ("reaches_over", True),
+        ("helps", 1),
         ("name", "x" * 33),
         ("loss", float("nan")),
         ("held_out_loss", float("-inf")),
@@ -239,7 +245,8 @@ def test_a_record_has_at_most_two_kilobytes() -> None:
 def test_a_peer_that_has_done_nothing_yet_says_so() -> None:
     said = {name: field.default for name, field in Record.model_fields.items() if not field.is_required()}
     nothing_yet = {"loss": None, "held_out_loss": None, "name": "", "version": "", "metrics_addr": "", "seat": b""}
-    assert said == dict.fromkeys(said, 0) | nothing_yet | {"anchor": b"", "barred_digest": b"", "share_percent": 100}
+    others = {"anchor": b"", "barred_digest": b"", "share_percent": 100, "reached_over": IPV4, "reaches_over": IPV4}
+    assert said == dict.fromkeys(said, 0) | nothing_yet | others
 
 
 @pytest.mark.parametrize(

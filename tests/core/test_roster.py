@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import permutations
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from p2p_diloco.core.reach import BOTH, Ways
 from p2p_diloco.core.roster import (
     READINESS_CONTEXT,
     announces_run,
@@ -125,11 +127,11 @@ def test_leaders_are_ranked_among_those_who_will_come() -> None:
     here = [record_of(who, HISTORY) for who in MEMBERS]
     ids, me, at = [who.peer_id for who in MEMBERS], READINESS[2], head(HISTORY)
     others = [here[0], here[1], here[3]]
-    assert leader_order(others, at, me, client_mode=False, known=known(), least_known=2) == ids
-    assert leader_order(reversed(others), at, me, client_mode=False, known=known(), least_known=2) == ids
-    assert leader_order(others, at, me, client_mode=True, known=known(), least_known=2) == [ids[0], ids[1], ids[3]]
-    assert leader_order([], at, me, client_mode=False, known=known(), least_known=2) == [ids[2]]
-    assert leader_order([], at, me, client_mode=True, known=known(), least_known=2) == []
+    assert leader_order(others, at, me, Ways(), known(), 2) == ids
+    assert leader_order(reversed(others), at, me, Ways(), known(), 2) == ids
+    assert leader_order(others, at, me, Ways(client_mode=True), known(), 2) == [ids[0], ids[1], ids[3]]
+    assert leader_order([], at, me, Ways(), known(), 2) == [ids[2]]
+    assert leader_order([], at, me, Ways(client_mode=True), known(), 2) == []
 
 
 @pytest.mark.parametrize(
@@ -146,7 +148,7 @@ def test_leaders_are_ranked_among_those_who_will_come() -> None:
 def test_known_members_lead(familiar: tuple[int, ...], clients: tuple[int, ...], leaders: tuple[int, ...]) -> None:
     records = [record_of(who, HISTORY, client_mode=i in clients) for i, who in enumerate(MEMBERS) if i != 2]
     who = known(*(MEMBERS[i] for i in familiar))
-    order = leader_order(records, head(HISTORY), READINESS[2], 2 in clients, who, 2)
+    order = leader_order(records, head(HISTORY), READINESS[2], Ways(client_mode=2 in clients), who, 2)
     assert order == [MEMBERS[i].peer_id for i in leaders]
 
 
@@ -165,7 +167,7 @@ def test_known_members_lead(familiar: tuple[int, ...], clients: tuple[int, ...],
 def test_who_comes_and_who_leads(changes: dict[str, Any], comes: bool, leads: bool) -> None:
     record = record_of(MEMBERS[0], HISTORY, **changes)
     assert on_head([record], head(HISTORY)) == [record] * comes
-    assert (record.peer_id in leader_order([record], head(HISTORY), READINESS[1], False, known(), 2)) == leads
+    assert (record.peer_id in leader_order([record], head(HISTORY), READINESS[1], Ways(), known(), 2)) == leads
 
 
 def test_known_members_of_one_token_are_too_few() -> None:
@@ -177,8 +179,8 @@ def test_known_members_of_one_token_are_too_few() -> None:
     records = [record_of(one, HISTORY, seat=seat) for one, seat in zip(MEMBERS, seats)]
     assert form_roster(sealed, head(HISTORY), 5, who, 2) == sealed
     assert form_roster(SEALED, head(HISTORY), 5, who, 2) == SEALED[:3]
-    assert leader_order(records[1:], head(HISTORY), records[0], False, who, 2) == [one.peer_id for one in MEMBERS]
-    assert leader_order(records[1:], head(HISTORY), records[0], False, known(*MEMBERS[1:3]), 2) == [
+    assert leader_order(records[1:], head(HISTORY), records[0], Ways(), who, 2) == [one.peer_id for one in MEMBERS]
+    assert leader_order(records[1:], head(HISTORY), records[0], Ways(), known(*MEMBERS[1:3]), 2) == [
         one.peer_id for one in MEMBERS[1:3]
     ]
 
@@ -191,3 +193,27 @@ def test_eight_peers_announce_a_run(count: int) -> None:
         me for me in ids if announces_run((record for peer_id, record in records.items() if peer_id != me), me)
     ]
     assert announcing == ids[:8]
+
+
+@pytest.mark.parametrize(
+    ("over", "leaders", "lone"),
+    [
+        ((1, 1, 1, 2), (0, 1, 2), ()),
+        ((3, 1, 3, 2), (0, 1, 2), (0, 2)),
+        ((2, 2, 1, 2), (0, 1, 3), (0, 1, 3)),
+    ],
+)
+def test_those_lead_that_most_reach_and_one_asks_whom_it_reaches(
+    over: tuple[int, ...], leaders: tuple[int, ...], lone: tuple[int, ...]
+) -> None:
+    """``over``: the family of each, or both. ``lone``: whom the last one asks."""
+    ways = [Ways(reached_over=one, reaches_over=one) for one in over]
+    records = [record_of(who, HISTORY, **fields_of(way)) for who, way in zip(MEMBERS, ways)]
+    wide = leader_order(records[1:], head(HISTORY), READINESS[0], replace(ways[0], reaches_over=BOTH), known(), 2)
+    assert set(wide) == {MEMBERS[i].peer_id for i in leaders}
+    last = leader_order(records[:3], head(HISTORY), READINESS[3], ways[3], known(), 2)
+    assert set(last) == {MEMBERS[i].peer_id for i in lone}
+
+
+def fields_of(ways: Ways) -> dict[str, int]:
+    return {"reached_over": ways.reached_over, "reaches_over": ways.reaches_over}

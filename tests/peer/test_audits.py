@@ -137,7 +137,7 @@ def test_a_reducer_that_is_wrong_is_found_by_all_and_reduces_no_more_but_contrib
         assert any(one.accuser for i in HONEST for one in swarm.found(i)), "somebody was told"
         ledger = swarm.sims[0].peer.replica.ledger
         updates = [update for update in map(ledger.update, range(3, 8)) if update is not None]
-        contributed = [ID[LIAR] in contributors_in_full(update) for update in updates]
+        contributed = [ID[LIAR] in contributors_in_full(update, [0] * len(update.parts)) for update in updates]
         assert sum(contributed) >= 3, contributed
 
     run_simulated(main())

@@ -259,7 +259,7 @@ def test_a_readiness_says_what_its_peer_has_measured_and_a_helpers_nothing() -> 
         said = {tag_of(head(HISTORY), table.ids[0]): 960, tag_of(head(HISTORY), table.ids[2]): 2816}
         assert [unpack_uplinks(member.uplinks) for member in group.members] == [{}, said, {}]
         assert group.uplinks == (960, 960, 2816)
-        assert table.matchmakers[0].company.help_with(group.members[1]).uplinks == b""
+        assert table.matchmakers[0].company.helper.readiness_beside(group.members[1]).uplinks == b""
 
     run_simulated(main())
 

@@ -66,11 +66,11 @@ RECORD = (
     *("round_s", "round_bytes", "metrics_addr", "seat", "revocations"),
     *("known", "known_members", "signatures", "certifying", "witnessed", "awaits_witness"),
     *("anchored_step", "anchor", "barred", "barred_digest", "found_wrong", "helped"),
-    "share_percent",
+    *("share_percent", "reached_over", "reaches_over", "helps"),
 )
 READINESS = (
     *("peer_id", "run_id", "leader", "step", "head", "weight", "client_mode", "dropped", "tokens_per_s", "nonce"),
-    *("seat", "helps", "uplinks"),
+    *("seat", "helps", "uplinks", "reached_over", "reaches_over"),
 )
 CONSENT = ("peer_id", "asker", "dialler", "ports")
 INVITATION = ("peer_id", "run_id", "token", "name", "places", "expires_s")
@@ -668,8 +668,24 @@ class Round:
     def would_reduce(self, members: Sequence[int]) -> list[int]:
         trainers = [i for i in members if i not in self.helper]
         counting = [i for i in trainers if i in self.counting] or trainers
-        dialled = [i for i in counting if not self.members[i]["client_mode"]]
-        return [*dialled, *(i for i in members if i in self.helper)] or counting
+        return [*(i for i in counting if self.is_fit(i)), *(i for i in members if i in self.helper)] or counting
+
+    def reaches(self, one: int, other: int) -> bool:
+        return bool(self.members[one]["reaches_over"] & self.members[other]["reached_over"])
+
+    def is_fit(self, member: int) -> bool:
+        """To average for those that count and contribute."""
+        due = [i for i in self.counting if not self.members[i]["dropped"]]
+        over = {family: sum(self.members[i]["reaches_over"] & family != 0 for i in due) for family in (1, 2)}
+        main = 1 if over[1] >= over[2] else 2
+        by_main = self.members[member]["reached_over"] & main != 0
+        return not self.members[member]["client_mode"] and (by_main or all(self.reaches(i, member) for i in due))
+
+    @property
+    def leaders(self) -> list[int]:
+        """Of settle, one after the other."""
+        everybody = range(len(self.members))
+        return sorted(self.reducers(everybody), key=lambda i: sum(not self.reaches(j, i) for j in everybody if j != i))
 
     def reduce(self, came: Mapping[int, Vector], k: int, codec: str) -> Mean:
         """``came``: index in the roster -> its decoded contribution to a part of ``k`` values."""

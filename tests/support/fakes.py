@@ -21,6 +21,7 @@ from p2p_diloco.core.identity import Identity
 from p2p_diloco.core.manifest import RunManifest
 from p2p_diloco.core.outer import genesis_state
 from p2p_diloco.core.pace import Progress, outer_step_due
+from p2p_diloco.core.reach import IPV4_ALONE, Ways
 from p2p_diloco.core.runfile import (
     DataSpec,
     InnerSpec,
@@ -131,6 +132,7 @@ class SimPeer:
         target: Vector | None,
         genesis: Vector | None = None,
         client_mode: bool = False,
+        ways: Ways = IPV4_ALONE,
         step_s: float = 1.0,
         clock_s: float = 0.0,
         seat: bytes = b"",
@@ -151,7 +153,7 @@ class SimPeer:
         if genesis is not None and not ledger.snapshots():
             ledger.write_snapshot(genesis_state(genesis.copy()))
         transport = FakeTransport(
-            network, who.peer_id, timeouts, dialable=not client_mode, incarnation=Incarnation(str(index))
+            network, who.peer_id, timeouts, dialable=not client_mode, ways=ways, incarnation=Incarnation(str(index))
         )
         peer = Peer(
             transport=transport,

@@ -30,6 +30,7 @@ from typing import Any, Literal, TypeVar
 
 from p2p_diloco.core.config import Timeouts
 from p2p_diloco.core.errors import Gone, LocalError, RemoteError, Silent
+from p2p_diloco.core.reach import IPV4_ALONE, Ways
 from p2p_diloco.core.records import open_record
 from p2p_diloco.core.waiting import Bell, heard
 from p2p_diloco.wire.channel import Channel, Handler, Links, Writer
@@ -383,6 +384,8 @@ class FakeTransport:
     handlers: dict[str, Handler] = field(default_factory=dict)
     dialable: bool = True
     """False for a peer in client mode."""
+    ways: Ways = IPV4_ALONE
+    """Over which families it is reached, and reaches others."""
     relayed: bool = False
     """A relay is between it and all others."""
     incarnation: Incarnation = field(default_factory=Incarnation)
@@ -424,6 +427,8 @@ class FakeTransport:
             network.connections.add((self.peer_id, peer_id))
         if not remote.dialable and (peer_id, self.peer_id) not in network.connections:
             raise Gone(peer_id, "cannot be dialled")
+        if not self._is_in_reach(remote):
+            raise Gone(peer_id, "network is unreachable")
         there = self._connect(remote, protocol)
         writer = FakeWriter(self.incarnation, there)
         if network.echo > 0 and network.random.random() < network.echo:
@@ -431,6 +436,10 @@ class FakeTransport:
         channel = self._channel(peer_id, there.back.reader, writer)
         channel.relayed = self.relayed or remote.relayed
         return channel
+
+    def _is_in_reach(self, remote: FakeTransport) -> bool:
+        """Whether one of the two can dial the other one: streams then go both ways."""
+        return any(one.ways.reaches_over & other.ways.reached_over for one, other in ((self, remote), (remote, self)))
 
     def _connect(self, remote: FakeTransport, protocol: str) -> Pipe:
         """A new stream that ``remote`` serves; the direction to it."""
