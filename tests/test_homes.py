@@ -281,8 +281,8 @@ def test_the_situations_within_the_limit_and_what_they_miss(monkeypatch: pytest.
     """A swarm without NAT comes first, and each has its share of the time that is left."""
     limits: list[float] = []
 
-    def play(situation: Situation, seed: Path, limit_s: float) -> Figures:
-        assert seed == Path("seed")
+    def play(situation: Situation, seed: Path, limit_s: float, *, updates: int) -> Figures:
+        assert (seed, updates) == (Path("seed"), homes.UPDATES)
         limits.append(limit_s)
         now.append(now[-1] + 10.0)
         return figures(shares=shares(peer_1=0.5))
