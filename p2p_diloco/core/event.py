@@ -255,7 +255,7 @@ Event = (
     | PeerLeft
 )
 E = TypeVar("E", bound=Event)
-SOMETIMES = ("contribution_norm", "update_norm", "cosine", "helper", "parts")
+SOMETIMES = ("contribution_norm", "update_norm", "cosine", "helper", "parts", "share_percent")
 """Fields of ``RoundEnded`` that a line has only where there is something to say."""
 
 

@@ -5,10 +5,9 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from p2p_diloco.core.reach import BOTH, IPV4, Reachable, fit_to_average, reaches
-from p2p_diloco.core.waiting import Bell
 from p2p_diloco.round.company import Company
 from p2p_diloco.round.here import Here
 
@@ -25,8 +24,6 @@ class Families:
     company: Company
     helps: bool = False
     """As in the record: the owner's seed leads before the trainers."""
-    helps_changed: Bell = field(default_factory=Bell)
-    """Rings when it begins to, or does so no more."""
     _missing: str = ""
     """What the user was told last."""
 
@@ -35,10 +32,7 @@ class Families:
         that average, and when it does again."""
         directory, seat, rules = self.here.directory, self.here.seat, self.company.rules
         if not seat.role_trainer:
-            helps = self.here.peer_id == rules.owner and self.company.helper.comes_first()
-            if helps != self.helps:
-                self.helps = helps
-                self.helps_changed.ring()
+            self.helps = self.here.peer_id == rules.owner and self.company.helper.comes_first()
             return
         trainers = [record for record in directory.current(self.here.wall_s()) if record.role == "trainer"]
         helper = None if rules.seeds_reduce == "never" else directory.get(rules.owner)

@@ -10,7 +10,6 @@ can cheat, and the owner has nobody to cheat.
 
 from __future__ import annotations
 
-import asyncio
 import logging
 from dataclasses import dataclass
 
@@ -29,22 +28,7 @@ class Helping:
     follower: Follower
 
     async def run(self) -> None:
-        """Takes part in one round after the other, and tells all when it is needed, until it is cancelled."""
-        await asyncio.gather(self._hold_rounds(), self._tell_whether_needed())
-
-    async def _tell_whether_needed(self) -> None:
-        """Tells all live peers at once when I begin to lead before the trainers, or do so no more."""
-        presence, families, told = self.attempts.presence, self.attempts.presence.families, False
-        while True:
-            changed = families.helps_changed.event
-            if families.helps == told:
-                await changed.wait()
-                continue
-            told = families.helps
-            presence.publish_now.ring()
-            await presence.push_to_all()
-
-    async def _hold_rounds(self) -> None:
+        """Takes part in one round after the other, until it is cancelled."""
         gatherings = self.attempts.matchmaker.gatherings
         while True:
             forms = gatherings.forms.event

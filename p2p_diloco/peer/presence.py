@@ -90,6 +90,7 @@ class Presence:
         self._beside: dict[str, asyncio.Task[None]] = {}
         """Peer id -> my record on its way to a peer that nothing waits for."""
         self._last_issued_s = 0.0
+        self._told_helps = False
 
     async def publish_loop(self) -> None:
         """Publishes a new record every ``record_every_s``, and whenever ``publish_now`` rings, until it is
@@ -108,6 +109,9 @@ class Presence:
         record = self.record()
         self._check_seat(record)
         sealed = self.here.seat.sealed_record = seal_record(record, self.here.identity)
+        if record.helps != self._told_helps:
+            self._told_helps = record.helps
+            await self.push_to_all()
         await self.here.transport.publish(peers_key(self._run_id), sealed, record.expires_s)
         if announces_run(self.here.live(), self.here.peer_id):
             await self.here.transport.publish(RUNS_KEY, sealed, record.expires_s)
@@ -122,11 +126,11 @@ class Presence:
             log.info("others can dial this peer now" if dialable else CANNOT_BE_DIALLED)
 
     def _note_families(self) -> None:
-        """Takes in what the others' records say of their families."""
-        before = self.families.helps
+        """Takes in what the others' records say of their families. All hear it at once when I begin to lead by that."""
         self.families.note()
-        if self.families.helps != before:
+        if self.families.helps != self._told_helps:
             self.seal()
+            self.publish_now.ring()
 
     def _check_seat(self, record: Record) -> None:
         """Raises UsageError when my seat has lapsed: others take no notice of me any more."""
