@@ -126,15 +126,7 @@ class Peer:
         self.matchmaker = Matchmaker(here, self.manifest)
         self.uploads = self._uploads(max_upload_bytes_per_s)
         self.upkeep = Upkeep(here=here, replica=replica, catchup=catchup, events=events)
-        self.presence = Presence(
-            here=here,
-            replica=replica,
-            company=self.matchmaker.company,
-            events=events,
-            role=self.role,
-            name=name,
-            metrics=metrics,
-        )
+        self.presence = self._presence(name, metrics)
         witness = Witness(here=here, replica=replica, events=events)
         self.revoked = Revoked(here=here, replica=replica, presence=self.presence)
         self.anchoring = Anchoring(here=here, replica=replica, presence=self.presence, events=events)
@@ -154,6 +146,17 @@ class Peer:
         self.outer_steps = None if local is None else self._outer_steps(local)
         helps = local is None and identity.peer_id == self.manifest.owner
         self.helping = Helping(attempts=self.attempts, follower=self.follower) if helps else None
+
+    def _presence(self, name: str, metrics: Endpoint | None) -> Presence:
+        return Presence(
+            here=self.here,
+            replica=self.replica,
+            company=self.matchmaker.company,
+            events=self.events,
+            role=self.role,
+            name=name,
+            metrics=metrics,
+        )
 
     def _uploads(self, max_bytes_per_s: float | None) -> Uploads:
         return Uploads(
