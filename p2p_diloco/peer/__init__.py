@@ -16,6 +16,7 @@ Its files, from the bottom up:
     uploads      what a donor sends to those who catch up
     upkeep       snapshots in time, damage found and mended, bits compared with the others'
     families     who is needed, and who misses what, where peers have IPv4 or IPv6 alone
+    pushes       its record sent straight to others, who answer with theirs
     presence     what a peer makes known about itself: records published and pushed
     revocations  which tokens the run's owner has revoked: heard of, kept, passed on
     anchoring    the anchors of the run's owner: made, heard of, kept, served

@@ -71,7 +71,7 @@ class Anchoring:
         while True:
             news = await self.hear()
             if await self.make():
-                await self.presence.push_to_all()
+                await self.presence.pushes.to_all()
             elif news:
                 self.presence.publish_now.ring()
             await self._pause()

@@ -120,7 +120,7 @@ class Attempts:
             self.here.seat.changed.ring()
         self.reception.audits.begin(settlement.meeting, outcome.update)
         if settlement.leads:
-            self._telling = asyncio.create_task(self.presence.push_to_seeds())
+            self._telling = asyncio.create_task(self.presence.pushes.to_seeds())
         standing = self.here.seat.standing
         self.events.write(
             round_ended(self.here.seat, outcome, settlement, gather_s=gather_s, apply_s=apply_s, alignment=alignment)

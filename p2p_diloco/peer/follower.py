@@ -174,7 +174,7 @@ class Follower:
             self._log(caught_up, now_s() - started_s)
             if caught_up.rolled_back and before is not None:
                 self._log_branch(caught_up, before)
-            await self.presence.push_to_all()  # the answers say how far the swarm is by now
+            await self.presence.pushes.to_all()  # the answers say how far the swarm is by now
 
     def _log(self, caught_up: CaughtUp, seconds: float) -> None:
         event = PeerCaughtUp(

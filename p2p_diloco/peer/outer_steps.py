@@ -73,7 +73,7 @@ class OuterSteps:
         seat.progress = replace(seat.progress, inner_step=0, reported_s=now_s())
         self.presence.enter("evaluate" if result.evaluate else "inner")
         if result.adopted:
-            await self.presence.push_to_all()
+            await self.presence.pushes.to_all()
         self.presence.last_round = LastRound(
             group=result.group,
             seconds=result.gather_s + result.reduce_s + result.settle_s + result.apply_s,
@@ -141,7 +141,7 @@ class OuterSteps:
             elif result.reason != "failed":
                 break
         if result.reason == "alone":  # a seed that was started again may be behind me, and cannot dial me
-            await self.presence.push_to_seeds()
+            await self.presence.pushes.to_seeds()
         return result
 
     async def _adopt(self) -> OuterResult:
@@ -149,7 +149,7 @@ class OuterSteps:
         before, sound = self.here.seat.standing, self.replica.sound
         async with self.follower.moving:
             target = self.follower.target()
-            await self.presence.push_to_all()
+            await self.presence.pushes.to_all()
             if self.follower.must_move():  # else the others still wait for us where we are
                 self.presence.enter("joining")
             elif sound and target is not None and must_catch_up(before, target):

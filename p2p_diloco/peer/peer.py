@@ -126,15 +126,7 @@ class Peer:
         self.matchmaker = Matchmaker(here, self.manifest)
         self.uploads = self._uploads(max_upload_bytes_per_s)
         self.upkeep = Upkeep(here=here, replica=replica, catchup=catchup, events=events)
-        self.presence = Presence(
-            here=here,
-            replica=replica,
-            company=self.matchmaker.company,
-            events=events,
-            role=self.role,
-            name=name,
-            metrics=metrics,
-        )
+        self.presence = self._presence(name, metrics)
         witness = Witness(here=here, replica=replica, events=events)
         self.revoked = Revoked(here=here, replica=replica, presence=self.presence)
         self.anchoring = Anchoring(here=here, replica=replica, presence=self.presence, events=events)
@@ -154,6 +146,17 @@ class Peer:
         self.outer_steps = None if local is None else self._outer_steps(local)
         helps = local is None and identity.peer_id == self.manifest.owner
         self.helping = Helping(attempts=self.attempts, follower=self.follower) if helps else None
+
+    def _presence(self, name: str, metrics: Endpoint | None) -> Presence:
+        return Presence(
+            here=self.here,
+            replica=self.replica,
+            company=self.matchmaker.company,
+            events=self.events,
+            role=self.role,
+            name=name,
+            metrics=metrics,
+        )
 
     def _uploads(self, max_bytes_per_s: float | None) -> Uploads:
         return Uploads(
@@ -244,18 +247,18 @@ class Peer:
             self.presence.enter("inner")
         await self.presence.publish()
         await self.presence.refresh()  # who joined meanwhile: of two that do so at once, the later one sees the other
-        await self.presence.push_to_all()
+        await self.presence.pushes.to_all()
 
     async def begin(self) -> None:
         """Returns when the trainer may take theta and train. Up to now the state has followed the swarm; from now on it
         moves at outer steps only."""
         async with self.follower.moving:
-            await self.presence.push_to_all()
+            await self.presence.pushes.to_all()
             await self.follower.catch_up(patience_s=0.0)
             self.follower.by_itself = False
         self.presence.enter("inner")
         await self.presence.publish()
-        await self.presence.push_to_all()
+        await self.presence.pushes.to_all()
         if self.outer_steps is not None:
             self.outer_steps.begin()
 
@@ -293,8 +296,8 @@ class Peer:
         await self.attempts.close()
         await self.audits.close()
         self.events.write(PeerLeft(step=self.step, head=self.seat.standing.head.hex(), reason=reason))
-        await asyncio.gather(self.presence.publish(), self.presence.push_to_all())
-        await self.presence.close()
+        await asyncio.gather(self.presence.publish(), self.presence.pushes.to_all())
+        await self.presence.pushes.close()
         await self.upkeep.settled()
 
     async def _hand_over(self) -> None:
@@ -304,7 +307,7 @@ class Peer:
             seeds = [record for record in self.here.live() if record.role == "seed"]
             if not seeds or any(self.seat.standing.head in (record.head, *record.heads) for record in seeds):
                 return
-            await self.presence.push(seeds)
+            await self.presence.pushes.to(seeds)
             await asyncio.sleep(HAND_OVER_POLL_S)
 
     def evaluates_genesis(self) -> bool:

@@ -8,22 +8,22 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from p2p_diloco import __version__
 from p2p_diloco.core.addresses import Endpoint, fitting
 from p2p_diloco.core.admission import LAPSED, Lapsed
-from p2p_diloco.core.errors import Misbehaved, RemoteError, UsageError
+from p2p_diloco.core.errors import UsageError
 from p2p_diloco.core.event import PhaseBegan, RoundEnded
 from p2p_diloco.core.events import EventLog
 from p2p_diloco.core.records import HEADS_SHOWN, RUNS_KEY, Phase, Record, Role, peers_key, seal_record
 from p2p_diloco.core.roster import announces_run
 from p2p_diloco.core.swarm_head import Standing
-from p2p_diloco.core.waiting import Bell, heard, now_s, run_all
+from p2p_diloco.core.waiting import Bell, heard, run_all
 from p2p_diloco.ledger.replica import Replica
 from p2p_diloco.ledger.snapshot import IncomingSnapshot, SnapshotInfo
 from p2p_diloco.peer.families import Families
+from p2p_diloco.peer.pushes import Pushes
 from p2p_diloco.round.company import Company
 from p2p_diloco.round.here import Here
 from p2p_diloco.wire.channel import Channel
@@ -31,12 +31,9 @@ from p2p_diloco.wire.state_messages import Push
 
 log = logging.getLogger(__name__)
 
-PUSHED_AT_ONCE = 32
 FAVOURED_STEPS = 16
 """Who has contributed to one of so many last updates is favoured, and so is the run's owner, whose seed contributes
 nothing: they have places that strangers cannot take. A claim moves nobody in here; the ledger does."""
-MAX_BESIDE = 64
-"""Peers that are called at a time and not waited for."""
 MADDRS_BYTES = 560
 """Of all addresses in a record, that of the metrics included: beside a seat, the rest takes up to 790 bytes."""
 CANNOT_BE_DIALLED = "behind a router: others cannot dial this peer, so it contributes, and they average"
@@ -84,11 +81,8 @@ class Presence:
     def __post_init__(self) -> None:
         self._run_id = self.replica.manifest.run_id
         self.families = Families(here=self.here, company=self.company)
+        self.pushes = Pushes(here=self.here)
         self._maddrs: list[str] = []
-        self._pushes: set[asyncio.Task[None]] = set()
-        """That somebody waits for, or has waited for."""
-        self._beside: dict[str, asyncio.Task[None]] = {}
-        """Peer id -> my record on its way to a peer that nothing waits for."""
         self._last_issued_s = 0.0
         self._told_helps = False
 
@@ -111,7 +105,7 @@ class Presence:
         sealed = self.here.seat.sealed_record = seal_record(record, self.here.identity)
         if record.helps != self._told_helps:
             self._told_helps = record.helps
-            await self.push_to_all()
+            await self.pushes.to_all()
         await self.here.transport.publish(peers_key(self._run_id), sealed, record.expires_s)
         if announces_run(self.here.live(), self.here.peer_id):
             await self.here.transport.publish(RUNS_KEY, sealed, record.expires_s)
@@ -155,7 +149,7 @@ class Presence:
         while True:
             await asyncio.sleep(self.here.timeouts.refresh_s)
             await self.refresh()
-            self._call_unproven()
+            self.pushes.call_unproven()
 
     async def show_download(self) -> None:
         """Publishes my record and reads the others' from when I download a snapshot on, until it is cancelled: who
@@ -164,91 +158,15 @@ class Presence:
             await self.here.seat.changed.event.wait()
         await self.publish()
         await self.refresh()
-        self._call_unproven()
+        self.pushes.call_unproven()
         await run_all(self.publish_loop(), self.refresh_loop())
-
-    def _call_unproven(self) -> None:
-        """Tells the live peers that are not proven where I stand, beside all else: who answers is waited for from now
-        on. Each is called with a pause that grows with every failure."""
-        proven, called_s = self.here.directory.proven, now_s()
-        for record in self.here.live():
-            if len(self._beside) >= PUSHED_AT_ONCE:
-                return
-            if record.peer_id not in proven and proven.call(record.peer_id, called_s):
-                self._push_beside(record)
-
-    async def push_to_all(self) -> None:
-        """Tells all live peers at once where I stand: I have joined, caught up, or am leaving. They answer with where
-        they stand."""
-        await self.push(self.here.live())
-
-    async def push_to_seeds(self) -> None:
-        """Tells the seeds where I stand, and they follow at once: what a group has committed shall soon be in more
-        hands than the group's."""
-        await self.push([record for record in self.here.live() if record.role == "seed"])
-
-    async def push(self, to: Iterable[Record]) -> None:
-        """Sends my record to peers, PUSHED_AT_ONCE at a time, and takes theirs. One that does not answer is not counted
-        on until it signs a newer record. Those that have failed me are not waited for, until they answer, and nobody is
-        for longer than ``Timeouts.least_wait_s``: who is there answers at once, and rounds may wait for me."""
-        some, proven = asyncio.Semaphore(PUSHED_AT_ONCE), self.here.directory.proven
-        waited_for: list[Record] = []
-        for record in to:
-            if proven.has_failed(record.peer_id):
-                self._push_beside(record)
-            else:
-                waited_for.append(record)
-        pushes = [asyncio.create_task(self._push(record, some)) for record in waited_for]
-        for push in pushes:
-            self._pushes.add(push)
-            push.add_done_callback(self._pushes.discard)
-        if pushes:
-            await asyncio.wait(pushes, timeout=self.here.timeouts.least_wait_s)
-
-    def _push_beside(self, record: Record) -> None:
-        """Begins to send my record to a peer that nothing waits for, unless that is being done, or too many others
-        are."""
-        if record.peer_id not in self._beside and len(self._beside) < MAX_BESIDE:
-            task = self._beside[record.peer_id] = asyncio.create_task(self._tell(record))
-            task.add_done_callback(lambda _: self._beside.pop(record.peer_id, None))
-
-    async def close(self) -> None:
-        """Calls nobody any more."""
-        beside = [*self._beside.values(), *self._pushes]
-        for task in beside:
-            task.cancel()
-        await asyncio.gather(*beside, return_exceptions=True)
-
-    async def _push(self, record: Record, some: asyncio.Semaphore) -> None:
-        async with some:
-            await self._tell(record)
-
-    async def _tell(self, record: Record) -> None:
-        try:
-            channel = await self.here.transport.open(record.peer_id, record.maddrs, self.here.protocol)
-            try:
-                answer: Push = await channel.request(Push(record=self.here.seat.sealed_record), Push)
-                self._learn(record.peer_id, answer.record)
-                self.here.directory.proven.answered(record.peer_id)
-            finally:
-                channel.close()
-        except RemoteError as error:
-            log.debug("%s does not take our record: %s", record.label, error.reason)
-            self.here.transport.traffic.reject(error)
-            self.here.directory.suspect(record.peer_id)
 
     async def on_push(self, channel: Channel, message: Push) -> None:
         """Takes the record that a peer pushes, and answers with mine."""
-        self._learn(channel.peer_id, message.record)
+        self.pushes.learn(channel.peer_id, message.record)
         self._note_families()
         await channel.send(Push(record=self.here.seat.sealed_record))
         self.heard.ring()
-
-    def _learn(self, source: str, sealed: bytes) -> None:
-        try:
-            self.here.directory.learn_from(source, sealed, self.here.wall_s())
-        except ValueError as error:
-            raise Misbehaved(source, f"pushes {error}") from error
 
     def enter(self, phase: Phase) -> None:
         """Begins a phase: the record, the event log and whatever waits for a change of the seat have it at once."""

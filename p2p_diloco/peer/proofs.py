@@ -69,7 +69,7 @@ class Proofs:
                 await asyncio.to_thread(keep_proofs, self.replica.ledger.folder, self.barred)
                 self.presence.seal()
                 self.presence.publish_now.ring()
-                await self.presence.push_to_all()
+                await self.presence.pushes.to_all()
             await heard(changed, self.here.timeouts.refresh_s)
 
     def _write_down(self) -> bool:

@@ -121,7 +121,7 @@ class Revoked:
         while self.here.directory.admission.by_invitation:
             if self.read() or await self.hear():
                 self.presence.publish_now.ring()
-                await self.presence.push_to_all()
+                await self.presence.pushes.to_all()
             await asyncio.sleep(self.here.timeouts.refresh_s)
 
     def read(self) -> bool:

@@ -106,7 +106,7 @@ def extends(liar: Liar) -> None:
                 return result
             async with steps.follower.moving:
                 await steps.attempts._commit(await witnessed(liar, invented(liar)))
-            await steps.presence.push_to_all()
+            await steps.presence.pushes.to_all()
             steps.here.seat.closes_s = None
             made_alone = steps._without_round("", adopted=False)
             return replace(made_alone, committed=True, group=len(liar.accomplices))
@@ -137,7 +137,7 @@ def forks(liar: Liar) -> None:
                     await asyncio.to_thread(replica.roll_back, late.step - 1)
                     forked = True
                 await steps.attempts._commit(invented(liar))
-            await steps.presence.push_to_all()
+            await steps.presence.pushes.to_all()
             steps.here.seat.closes_s = None
             made_alone = steps._without_round("", adopted=False)
             return replace(made_alone, committed=True, group=len(liar.accomplices))
