@@ -112,7 +112,7 @@ def test_unsound_records_are_counted_and_change_nothing(tmp_path: Path) -> None:
     async def main() -> None:
         dht = FakeDHT(peers={1: {}}, rejected=Counter({"signature": 2, "other": 1}))
         sound = dht.sealed(1)
-        dht.garbage = [b"", sound[:-1] + b"\0", bytes(MAX_RECORD_BYTES + 1), b"\x80"]
+        dht.garbage = [b"", sound[:-1] + bytes([sound[-1] ^ 1]), bytes(MAX_RECORD_BYTES + 1), b"\x80"]
         monitor = monitor_of(dht, tmp_path)
         await monitor.look()
         counts = {line.split('"')[1]: line.split()[-1] for line in series(monitor, "records_rejected_total")}

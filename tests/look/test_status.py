@@ -68,10 +68,11 @@ def test_the_swarm_is_where_most_of_its_peers_are_or_one_step_on() -> None:
 
 
 def test_only_sound_records_of_live_peers_of_this_run_count() -> None:
+    forged = sealed(1, 8)
     status = look(
         sealed(0, 4),
         b"garbage",
-        sealed(1, 8)[:-1] + b"\x00",
+        forged[:-1] + bytes([forged[-1] ^ 1]),
         sealed(2, 8, phase="left"),
         sealed(3, 8, issued_s=NOW_S - 31),
         sealed(4, 8, run_id="0" * 40),

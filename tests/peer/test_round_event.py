@@ -27,6 +27,7 @@ SETTLEMENT: Any = SimpleNamespace(
     meeting=SimpleNamespace(lost={2, 0}, owner="d"),
     cost=lambda: COST,
     part_counts=(4, 1, 0, 2),
+    share_percent=57,
 )
 CERTIFICATE: Any = SimpleNamespace(signatures=((0, b"a"), (2, b"c")), witness=b"d")
 SETTLED = Settled(update=cast(Any, None), certificate=CERTIFICATE)
@@ -63,6 +64,7 @@ def test_a_round_that_committed_is_told_as_it_was() -> None:
         cosine=-0.5,
         helper="d",
         parts=(4, 1, 0, 2),
+        share_percent=57,
         wall_s=NOT_YET,
         mono_s=NOT_YET,
     )

@@ -305,6 +305,7 @@ BULK = {
     "ask-update",
     "ask-index",
     "ask-chunk",
+    "ask-have",
     "ask-transfer",
 }
 
