@@ -197,7 +197,7 @@ FOUND_BY: dict[str, tuple[tuple[int, ...], str]] = {
     "kept although it arrived": ((7,), "counted-once"),
     "endless patience": ((4,), "agreement"),
     "half settles": ((3, 7, 8), "certified"),
-    "half of the voters": ((103,), "head-choice"),
+    "half of the voters": ((289,), "head-choice"),
     "denied at once": ((26,), "one-outcome"),
     "certificate not checked": ((0, 1), "no-invention"),
     "known by claims": ((2, 5), "certified"),
