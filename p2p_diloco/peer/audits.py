@@ -291,11 +291,13 @@ def reducers_of(meeting: Meeting, update: Update) -> dict[int, str]:
     """Returns the peer that has reduced each part of an update, for the parts that can be audited: those that are here
     as a reducer has signed them that I reach."""
     held = zip(meeting.parts, meeting.reductions, update.header.part_hashes)
-    within_call = {meeting.me, *meeting.group.reached_by(meeting.me)}
     return {
         index: meeting.group.members[reduction.reducer].peer_id
         for index, (part, reduction, wanted) in enumerate(held)
-        if part is not None and reduction is not None and part.hash == wanted and reduction.reducer in within_call
+        if part is not None
+        and reduction is not None
+        and part.hash == wanted
+        and reduction.reducer in meeting.within_call
     }
 
 

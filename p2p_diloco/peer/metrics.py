@@ -162,10 +162,10 @@ class PeerMetrics:
         yield counter("members_lost_total", "Members that failed in rounds of this peer.", totals.members_lost)
         text = "Unix time at which this peer last committed a round."
         yield gauge("last_commit_timestamp_seconds", text, last.wall_s if last else None)
-        where = "in the last round that committed; of models with more than 4 parts, estimated from 4 of them"
         share = None if last is None else 1.0 if last.share_percent is None else last.share_percent / 100
         text = "What this peer was to reduce, by its uplink, over an equal share, in the last round that committed."
         yield gauge("reduce_share", text, share)
+        where = "in the last round that committed; of models with more than 4 parts, estimated from 4 of them"
         text = f"Norm of this peer's outer gradient {where}."
         yield gauge("contribution_norm", text, last.contribution_norm if last else None)
         text = f"Norm of the group's mean outer gradient {where}."

@@ -121,6 +121,8 @@ class Meeting:
 
     def __post_init__(self) -> None:
         self.me = self.group.index_of(self.identity.peer_id)
+        self.within_call = self.group.reached_by(self.me) | {self.me}
+        """The members that I reach, and I."""
         self.signatures = Signatures(group=self.group, owner=self.owner, barred=self.directory.barred)
         self.parts = [None] * self.grid.n_parts
         self.reductions = [None] * self.grid.n_parts

@@ -165,9 +165,8 @@ class Settlement:
     async def _settle(self) -> Settled | Missed:
         """Holds to one leader after another, in the order of ``Group.leaders``, until one of them, or this peer, has an
         outcome. Those that I do not reach I have given up from the beginning."""
-        reached = {self.meeting.me, *self.group.reached_by(self.meeting.me)}
         for place, leader in enumerate(self.group.leaders):
-            if leader in self.meeting.lost or leader not in reached:
+            if leader in self.meeting.lost or leader not in self.meeting.within_call:
                 continue
             self.member.place = place
             self.meeting.changed.ring()

@@ -38,8 +38,7 @@ class Completion:
     async def fetch_missing(self, commit: Commit, leader: int) -> None:
         """Fetches the parts of a commit that I do not hold, first from the holders that it names, as far as I reach
         them, and what fails there from the leader; one stream at a time to each."""
-        reached = {self.meeting.me, *self.group.reached_by(self.meeting.me)}
-        named = [holder if holder in reached else leader for holder in commit.holders]
+        named = [holder if holder in self.meeting.within_call else leader for holder in commit.holders]
         for sources in (named, [leader] * len(commit.holders)):
             wanted_from: dict[int, list[int]] = {}
             for part, (held, wanted) in enumerate(zip(self.meeting.parts, commit.part_hashes)):
