@@ -26,7 +26,7 @@ from tests.explorer import workers
 from tests.support.builders import identity
 from tests.support.chronicle import MAX_PEERS, Violation
 from tests.support.instruments import instrumented
-from tests.support.liars import GHOSTS, HISTORIES, IDLE, INVENTED_SNAPSHOT, SILENT
+from tests.support.liars import GHOSTS, HISTORIES, HURRIES, IDLE, INVENTED_SNAPSHOT, SILENT
 from tests.support.schedules import Fault, PeerPlan, Schedule
 from tests.support.schedules_with_liars import without_liars
 from tests.support.simloop import START_S, run_simulated
@@ -89,6 +89,7 @@ CASES: tuple[Case, ...] = (
     Case(row=26, kind=IDLE, liars=8, least_steps=LEAST_STEPS_OF_MANY),
     Case(row=27, kind="slow readers"),
     Case(row=29, kind="claimed speed"),
+    Case(row=29, kind=HURRIES),
     Case(row=29, kind="Eta(86400)"),
     Case(row=29, kind="always busy"),
 )

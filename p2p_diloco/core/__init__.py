@@ -53,6 +53,7 @@ Its files, from the bottom up:
     anchor        the owner's word that a state belongs to the run's history
     swarm_head    which head is the swarm's; held-out losses
     electors      whose word counts about which branch is the swarm's
+    call          when a round calls those who still train: as soon as enough are ready
     pace          how many inner steps a peer plans, and when its outer step is due
     recent        how long others have kept a peer waiting in recent rounds, and how long it waits because of that
     patience      how long a reducer waits for senders, those that were late before among them

@@ -12,7 +12,10 @@ Its files, from the bottom up:
     helper                 the owner's seed as a helper: whether it is there, and leads before the trainers
     company                whom a peer may form a round with: who ranks first, who has failed it
     calls                  the first words with a peer while a round is formed, and how long it has for its answer
-    gathering              the rounds that a peer leads while they are formed, and when they close
+    callers                the peers that call the others to a round, as one peer's records have them
+    gathering              one round that is being formed, as its leader sees it
+    gatherings             the rounds that a peer leads while they are formed, and when they open and close
+    notices                what a leader says to those that are not ready, and what it hears from them
     matchmaking            the roster of a round: whom a peer asks to lead, what it answers who asks
     kept                   the contributions that a reducer keeps, so that others can look at them
     signatures             which commits the members of a round have signed, and whether it is void

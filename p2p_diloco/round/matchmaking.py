@@ -1,7 +1,7 @@
 """How a peer comes to the roster of a round: which peer it asks to lead, and what it answers a peer that asks it.
 
 A peer that is ready asks the best-ranked live peer on its head to lead, of the known ones where there are some. That
-peer tells the others that the round is closing, waits until all of them are ready or out of time (``gathering`` says
+peer tells the others that the round is closing, waits until all of them are ready or out of time (``gatherings`` says
 exactly until when), and sends everybody the same roster: the readiness of every member, signed for this leader, and its
 own signature over the whole. Nobody is believed about anybody else.
 
@@ -40,9 +40,11 @@ from p2p_diloco.core.records import open_record
 from p2p_diloco.core.roster import Readiness, new_nonce, on_head, seal_readiness
 from p2p_diloco.core.uplinks import pack_uplinks
 from p2p_diloco.core.waiting import heard, now_s
+from p2p_diloco.round import callers
 from p2p_diloco.round.calls import ask, reach
 from p2p_diloco.round.company import Company
-from p2p_diloco.round.gathering import Answer, Gatherings
+from p2p_diloco.round.gathering import Answer
+from p2p_diloco.round.gatherings import Gatherings
 from p2p_diloco.round.here import Here
 from p2p_diloco.round.outcome import Missed
 from p2p_diloco.wire.channel import Channel
@@ -62,12 +64,19 @@ NOBODY_LEADS = "others are here ({others}), but none that can be dialled leads, 
 class Search:
     """Holds what a peer has heard so far while it looks for a leader on one head."""
 
+    head: bytes
     useless: set[str] = field(default_factory=set)
     """Peers that do not lead."""
     claims: set[str] = field(default_factory=set)
     """Peers to which I have left the lead, because they said that they gather."""
     named: dict[str, str] = field(default_factory=dict)
     """Peer -> who has named it as the leader."""
+    began_s: float = 0.0
+    """Loop time from which on the leader that I have asked keeps me waiting: while others still train, it does not."""
+
+    def waited_s(self) -> float:
+        """Returns how long that one has kept me waiting."""
+        return now_s() - self.began_s
 
 
 class Matchmaker:
@@ -93,7 +102,7 @@ class Matchmaker:
         company = self.company
         head = self.seat.standing.head
         company.forget_failures()
-        search = Search()
+        search = Search(head=head)
         for _ in range(MAX_LEADERS_ASKED):
             if company.beyond(self.seat.standing.head) is not None:
                 return Missed(reason="behind", detail="the swarm went on meanwhile")
@@ -101,7 +110,7 @@ class Matchmaker:
             leader = next((peer_id for peer_id in order if peer_id not in search.useless), None)
             if leader is None:
                 break
-            began_s = now_s()
+            search.began_s = now_s()
             expected = company.expected_on(head)
             mine = self._readiness(weight, dropped, tokens_per_s, leader)
             sealed = seal_readiness(mine, self.identity)
@@ -109,25 +118,25 @@ class Matchmaker:
                 if leader == company.me:
                     answer = await self.gatherings.lead(sealed)
                 else:
-                    answer = await self._ask(leader, sealed)
+                    answer = await self._ask(leader, sealed, search)
                 if isinstance(answer, Redirect):
                     self._redirected(leader, answer, head, search)
                     continue
                 group = self._outcome(leader, answer, mine, sealed)
                 if isinstance(group, Group) and leader != company.me:
-                    company.judge_gathering(group, expected, now_s() - began_s)
+                    company.judge_gathering(group, expected, search.waited_s())
                 return group
             except Refused as error:
                 log.debug("%s does not lead: %s", leader[-8:], error.reason)
                 company.here.directory.proven.answered(leader)
                 search.useless.add(leader)
                 if leader in search.claims:
-                    company.failed(head, leader, cost_s=now_s() - began_s)
+                    company.failed(head, leader, cost_s=search.waited_s())
             except RemoteError as error:
                 log.info("cannot meet at %s: %s", leader[-8:], error.reason)
                 company.here.transport.traffic.reject(error)
                 company.here.directory.suspect(leader)
-                cost_s = now_s() - began_s
+                cost_s = search.waited_s()
                 company.failed(head, leader, cost_s=cost_s, lied=isinstance(error, Misbehaved))
                 search.useless.add(leader)
                 if search.named.get(leader, company.me) != company.me:
@@ -197,19 +206,25 @@ class Matchmaker:
             raise Misbehaved(leader, "sends a roster without me")
         return group
 
-    async def _ask(self, leader: str, sealed: bytes) -> Answer:
+    async def _ask(self, leader: str, sealed: bytes, search: Search) -> Answer:
         """Tells a leader that I am ready, and returns what comes of its gathering. Silent when it keeps me waiting for
         longer than the rules above let it."""
         company, channel = self.company, await reach(self.company, leader)
         self.waiting_at = self.seat.standing.head, leader
         try:
-            ready, began_s = Ready(readiness=sealed, record=self.seat.sealed_record), now_s()
+            ready, asked_s = Ready(readiness=sealed, record=self.seat.sealed_record), now_s()
             answer: Eta | Answer = await ask(company, channel, ready, Eta, Roster, TooFew, NoWitness, Redirect, Behind)
+            nobody_calls = False
             while True:
                 company.here.directory.proven.answered(leader)
                 if not isinstance(answer, Eta):
                     return answer
-                if (waited_s := now_s() - began_s) >= company.patience_s(leader, busy=answer.busy):
+                if nobody_calls:
+                    search.began_s = now_s()
+                nobody_calls = answer.uncalled and not callers.calls(company, search.head)
+                since_s = asked_s if answer.uncalled else search.began_s
+                if (waited_s := now_s() - since_s) >= company.patience_s(leader, busy=answer.busy):
+                    search.began_s = since_s
                     company.waits.charge(leader, waited_s, now_s())  # or it would be waited for as a member next
                     raise Silent(leader, f"gathers for more than {waited_s:.0f} s")
                 answer = await channel.receive(
@@ -280,11 +295,16 @@ class Matchmaker:
         """Answers a leader that tells me that the round on a head closes, and asks how long I need.
 
         It waits until I am in no round there. Then my trainer is called to the round, and the leader is told how many
-        seconds that takes; unless I stand elsewhere, do not train, or rank before it and gather there already.
+        seconds that takes; unless I stand elsewhere, do not train, or rank before it and gather there already. Where
+        too few are ready, as far as is shown, it is told how long my trainer takes for all its steps.
         """
         leader = self.company.learn_own(channel.peer_id, message.record)
+        for caller in message.callers:
+            self.company.learn(channel.peer_id, caller)
         await self._round_over(channel, message.head)
         gathering = self.gatherings.by_head.get(message.head)
+        if gathering is not None:
+            gathering.changed.ring()  # enough may be ready now
         if message.head != self.seat.standing.head:
             await channel.send(self._elsewhere(message.head))
         elif not self.seat.role_trainer or self.seat.phase == "joining":
@@ -294,9 +314,12 @@ class Matchmaker:
         else:
             comes = leader is not None and self.company.may_lead(leader, message.head)
             if gathering is not None and comes:
-                self.gatherings.claim(gathering, channel.peer_id, Redirect(record=message.record))
+                self.gatherings.notices.claim(gathering, channel.peer_id, Redirect(record=message.record))
+            called = callers.calls(self.company, message.head)
             gather_s = self.manifest.spec.round.gather_s
-            await channel.send(Eta(eta_s=self.seat.call_trainer(now_s(), gather_s)))
+            now = now_s()
+            eta_s = self.seat.call_trainer(now, gather_s) if called else self.seat.uncalled_s(now)
+            await channel.send(Eta(eta_s=eta_s))
 
     def _awaited(self, asker: str) -> bytes | None:
         """Returns the sealed record of the leader whose roster I wait for, unless that is the peer that asks."""

@@ -50,3 +50,7 @@ class Seat:
             self.closes_s = now_s + gather_s
             self.changed.ring()
         return min(self.progress.ready_in_s(now_s, gather_s), MAX_READY_IN_S)
+
+    def uncalled_s(self, now_s: float) -> float:
+        """Returns the seconds until the trainer is ready that nobody calls."""
+        return self.progress.ready_in_s(now_s, MAX_READY_IN_S)

@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import FailFast, Field
 
+from p2p_diloco.core.call import CALLERS
 from p2p_diloco.core.certificate import MAX_CERTIFICATE_BYTES, MAX_FULL_BYTES
 from p2p_diloco.core.group import MAX_ABSENT, MAX_MEMBERS, SealedRoster
 from p2p_diloco.core.records import Hash, Natural
@@ -90,9 +91,9 @@ class Behind(Message):
 
 
 class Closing(Message):
-    """Leader to a peer that is not ready: the round on this head closes in ``gather_s``. Answered by Eta, Behind,
-    Redirect (a leader that precedes you gathers on this head: come there) or No; a peer that is busy with another
-    leader's round on this very head says so from time to time, and answers when that is over."""
+    """Leader to a peer that is not ready: the round on this head closes in ``gather_s``, if enough are ready. Answered
+    by Eta, Behind, Redirect (a leader that precedes you gathers on this head: come there) or No; a peer that is busy
+    with another leader's round on this very head says so from time to time, and answers when that is over."""
 
     tag = "closing"
     purpose = "other"
@@ -100,6 +101,8 @@ class Closing(Message):
     gather_s: Annotated[float, Field(ge=0, le=600, allow_inf_nan=False)]
     record: Sealed
     """The leader's."""
+    callers: Annotated[list[Sealed], FailFast(), Field(max_length=CALLERS)] = Field(default=[])
+    """The records of others that are ready on this head: with the leader's, enough to call everybody."""
 
 
 class Eta(Message):
@@ -111,6 +114,8 @@ class Eta(Message):
     """I am in a round on this head, or wait for one: another word comes in ``eta_s``."""
     leader: Sealed = b""
     """The record of whom I wait for, so that two leaders on one head hear of each other."""
+    uncalled: bool = False
+    """A leader's: too few are ready to call the others, so nobody knows when the round closes."""
 
 
 class Contribute(Message):

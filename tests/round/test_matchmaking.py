@@ -128,10 +128,14 @@ class Table:
         fields = {"run_id": self.manifest.run_id, "life_s": 900.0, "client_mode": i in self.clients}
         return seal_record(record_of(self.members[i], history, **fields | changes), self.members[i])
 
+    def ready_record(self, i: int) -> bytes:
+        """What a member says of itself from when it is ready on."""
+        return self.record(i, self.histories.get(i, HISTORY), issued_s=NOW_S + 0.75, phase="gather")
+
     def ready(self, i: int, to: int = 0, **changes: Any) -> Ready:
         fields = {"run_id": self.manifest.run_id, "client_mode": i in self.clients, "leader": self.ids[to]}
         readiness = readiness_of(self.members[i], HISTORY, **fields | changes)
-        return Ready(readiness=seal_readiness(readiness, self.members[i]), record=self.record(i))
+        return Ready(readiness=seal_readiness(readiness, self.members[i]), record=self.ready_record(i))
 
     async def say(self, me: int, to: int, message: Message) -> Channel:
         channel = await self.transports[me].open(self.ids[to], [], self.protocol)
@@ -162,11 +166,17 @@ class Table:
         found: dict[int, Group | Missed] = {}
 
         async def one(i: int) -> None:
-            found[i] = await self.matchmakers[i].find_group(weight)
+            found[i] = await self.offer(i, weight)
             self.matchmakers[i].seat.in_round = isinstance(found[i], Group)
 
         await asyncio.gather(*(one(i) for i in who or self.honest))
         return found
+
+    async def offer(self, i: int, weight: int = 100) -> Group | Missed:
+        """What comes of it that a member is ready now."""
+        seat = self.matchmakers[i].seat
+        seat.phase, seat.sealed_record = "gather", self.ready_record(i)
+        return await self.matchmakers[i].find_group(weight)
 
     def groups(self, found: dict[int, Group | Missed], *who: int) -> Group:
         """The one group that ``who`` have found, and nobody else has."""
@@ -269,7 +279,7 @@ def test_who_still_trains_is_told_and_waited_for(training: tuple[int, ...]) -> N
     """The leader's own trainer, or another one, needs a few steps more: it says so, and nobody waits longer."""
 
     async def main() -> None:
-        table = Table(3)
+        table = Table(4)
         for i in training:
             table.matchmakers[i].seat.phase = "inner"
             table.matchmakers[i].seat.progress = Progress(inner_step=7, planned=10, step_s=0.5, reported_s=now_s())
@@ -279,12 +289,12 @@ def test_who_still_trains_is_told_and_waited_for(training: tuple[int, ...]) -> N
             await table.matchmakers[i].seat.changed.event.wait()
             assert table.matchmakers[i].seat.closes_s == pytest.approx(began_s + GATHER_S, abs=0.2)
             await asyncio.sleep(1.5)
-            return await table.matchmakers[i].find_group(100)
+            return await table.offer(i)
 
-        in_time = [i for i in range(3) if i not in training]
+        in_time = [i for i in range(4) if i not in training]
         meeting = asyncio.ensure_future(table.meet(*in_time))
         came = dict(zip(training, await asyncio.gather(*(late(i) for i in training))))
-        table.groups(came | await meeting, 0, 1, 2)
+        table.groups(came | await meeting, 0, 1, 2, 3)
         assert 1.5 <= now_s() - began_s < GATHER_S
 
     run_simulated(main())
@@ -524,7 +534,7 @@ def test_a_member_that_waits_for_long_hears_from_its_leader(step_s: float) -> No
 
         async def late() -> Group | Missed:
             await asyncio.sleep(step_s)
-            return await table.matchmakers[2].find_group(100)
+            return await table.offer(2)
 
         third, found = await asyncio.gather(late(), table.meet(0, 1))
         table.groups({2: third} | found, 0, 1, 2)
@@ -579,7 +589,7 @@ def test_who_looks_for_a_better_leader_says_that_it_is_there() -> None:
 
         async def called() -> Group | Missed:
             await seat.changed.event.wait()
-            return await table.matchmakers[2].find_group(100)
+            return await table.offer(2)
 
         third, found = await asyncio.gather(called(), table.meet(3))
         assert asked == off
@@ -734,7 +744,7 @@ def test_a_leader_that_dies_while_it_gathers(instant_s: float) -> None:
             await asyncio.sleep(instant_s)
             table.network.kill(table.ids[0])
 
-        table.transports[0]._spawn(table.matchmakers[0].find_group(100))
+        table.transports[0]._spawn(table.offer(0))
         found, _ = await asyncio.gather(table.meet(1, 2), kill())
         group = found[1]
         assert isinstance(group, Group)
@@ -1062,14 +1072,14 @@ def test_who_is_known_by_its_record_alone_is_asked_to_lead_last() -> None:
     run_simulated(main())
 
 
-def test_strangers_all_of_them_meet_at_once() -> None:
+def test_strangers_all_of_them_meet() -> None:
     """As when a whole swarm was started again: each takes itself for the leader, and hears of the better ones."""
 
     async def main() -> None:
         table = Table(4, strangers=(0, 1, 2, 3))
         began_s = now_s()
         assert table.members_of(table.groups(await table.meet(), 0, 1, 2, 3)) == [0, 1, 2, 3]
-        assert now_s() - began_s < 1.0
+        assert now_s() - began_s < CLOSING_MARGIN_S + 1.0
 
     run_simulated(main())
 
@@ -1090,20 +1100,20 @@ def test_a_stranger_that_answers_is_waited_for() -> None:
     async def main() -> None:
         table = Table(3, strangers=(2,))
         seat = table.matchmakers[2].seat
-        seat.phase, seat.progress = "inner", Progress(inner_step=9, planned=10, step_s=1.5, reported_s=now_s())
+        seat.phase, seat.progress = "inner", Progress(inner_step=9, planned=10, step_s=2.5, reported_s=now_s())
 
         async def late() -> Group | Missed:
-            await asyncio.sleep(1.5)
-            return await table.matchmakers[2].find_group(100)
+            await asyncio.sleep(2.5)
+            return await table.offer(2)
 
         table.matchmakers[1].seat.phase = "inner"
-        table.matchmakers[1].seat.progress = Progress(inner_step=9, planned=10, step_s=1.0, reported_s=now_s())
+        table.matchmakers[1].seat.progress = Progress(inner_step=9, planned=10, step_s=2.0, reported_s=now_s())
 
         async def second() -> Group | Missed:
-            await asyncio.sleep(1.0)
-            return await table.matchmakers[1].find_group(100)
+            await asyncio.sleep(2.0)
+            return await table.offer(1)
 
-        found = await asyncio.gather(table.matchmakers[0].find_group(100), second(), late())
+        found = await asyncio.gather(table.offer(0), second(), late())
         assert table.members_of(table.groups(dict(enumerate(found)), 0, 1, 2)) == [0, 1, 2]
 
     run_simulated(main())
@@ -1125,6 +1135,145 @@ def test_a_lone_peer_waits_for_strangers_as_long_as_a_round_gathers() -> None:
 async def promise(table: Table, channel: Channel, message: Message) -> None:
     await channel.send(Eta(eta_s=86400.0))
     await asyncio.sleep(500)
+
+
+def trains_for(table: Table, i: int, steps_s: float, steps: int = 10) -> Seat:
+    """A member that has so many inner steps before it."""
+    seat = table.matchmakers[i].seat
+    seat.phase, seat.progress = "inner", Progress(inner_step=0, planned=steps, step_s=steps_s, reported_s=now_s())
+    return seat
+
+
+def test_one_that_is_ready_calls_nobody_and_trains_on_after_a_while() -> None:
+    async def main() -> None:
+        table = Table(4)
+        others = [trains_for(table, i, 60.0) for i in (0, 2, 3)]
+        began_s = now_s()
+        assert await table.meet(1) == {1: Missed(reason="alone", detail="1 ready, 2 needed")}
+        assert now_s() - began_s == pytest.approx(GATHER_S + MAX_GATHER_EXTENSION_S, abs=0.2)
+        assert [seat.closes_s for seat in others] == [None] * 3
+        await asyncio.sleep(1)
+        assert not any(matchmaker.gatherings.by_head for matchmaker in table.matchmakers.values())
+        assert not table.suspects(1)
+
+    run_simulated(main())
+
+
+def test_a_leader_that_is_ready_alone_calls_nobody_and_trains_on_after_a_while() -> None:
+    async def main() -> None:
+        table = Table(4)
+        others = [trains_for(table, i, 60.0) for i in (1, 2, 3)]
+        began_s = now_s()
+        assert await table.meet(0) == {0: Missed(reason="alone", detail="1 ready, 2 needed")}
+        assert now_s() - began_s == pytest.approx(GATHER_S + MAX_GATHER_EXTENSION_S, abs=0.2)
+        assert [seat.closes_s for seat in others] == [None] * 3
+        assert not table.matchmakers[0].gatherings.by_head
+
+    run_simulated(main())
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_the_second_one_calls_the_others(first: int) -> None:
+    """What the first one has waited until then is charged to nobody, also where somebody is waited for in vain."""
+
+    async def main() -> None:
+        table = Table(5, by_hand=(4,))
+        table.serve(4, promise)
+        seat = trains_for(table, 3, 1.5)
+        began_s = now_s()
+
+        async def second() -> Group | Missed:
+            await asyncio.sleep(20.0)
+            assert seat.closes_s is None
+            return await table.offer(2)
+
+        async def called() -> Group | Missed:
+            while seat.closes_s is None:
+                await seat.changed.event.wait()
+            assert now_s() - began_s == pytest.approx(20.0, abs=0.5)
+            await asyncio.sleep(1.5)
+            return await table.offer(3)
+
+        trains_for(table, 1 - first, 60.0)
+        found = await asyncio.gather(table.offer(first), second(), called())
+        table.groups(dict(zip((first, 2, 3), found)), first, 2, 3)
+        gathered_s = now_s() - began_s - 20.0
+        assert gathered_s == pytest.approx(GATHER_S + MAX_GATHER_EXTENSION_S, abs=1.0)
+        for i in (first, 2, 3):
+            waits = table.matchmakers[i].company.waits
+            assert waits.full_s - waits.left_s(table.ids[4], now_s()) <= gathered_s + 1.0
+            others = {0, 1, 2, 3} - {i, 1 - first}
+            assert all(waits.left_s(table.ids[j], now_s()) == waits.full_s for j in others)
+
+    run_simulated(main())
+
+
+def test_one_that_is_not_known_does_not_count_where_others_are() -> None:
+    async def main() -> None:
+        table = Table(5, newcomers=(4,))
+        seats = [trains_for(table, i, 60.0) for i in (0, 2, 3)]
+        found = await table.meet(1, 4)
+        assert {i: one.reason for i, one in found.items() if isinstance(one, Missed)} == {1: "alone", 4: "alone"}
+        assert [seat.closes_s for seat in seats] == [None] * 3
+
+    run_simulated(main())
+
+
+def test_a_leader_that_shows_no_second_one_that_is_ready_calls_nobody() -> None:
+    """It is told how long all the steps take. So a leader that hurries calls nobody either."""
+
+    async def main() -> None:
+        table = Table(3, by_hand=(1, 2))
+        seat = trains_for(table, 0, 4.0)
+        alone = Closing(head=AT, gather_s=2.0, record=table.ready_record(1))
+        trains = Closing(head=AT, gather_s=2.0, record=table.ready_record(1), callers=[table.record(2)])
+        for closing in (alone, trains):
+            assert await table.answer_eta(1, 0, closing) == pytest.approx(40.0, abs=0.5)
+            assert seat.closes_s is None
+        two = Closing(head=AT, gather_s=2.0, record=table.ready_record(1), callers=[table.ready_record(2)])
+        assert await table.answer_eta(1, 0, two) == pytest.approx(4.0, abs=0.5)
+        assert seat.closes_s == pytest.approx(now_s() + GATHER_S, abs=0.5)
+
+    run_simulated(main())
+
+
+def test_a_leader_that_invents_one_that_is_ready_calls_nobody() -> None:
+    async def main() -> None:
+        table = Table(3, by_hand=(1, 2))
+        seat = trains_for(table, 0, 4.0)
+        forged = seal_record(record_of(table.members[2], HISTORY, phase="gather"), table.members[1])
+        await table.say(1, 0, Closing(head=AT, gather_s=2.0, record=table.ready_record(1), callers=[forged]))
+        await asyncio.sleep(1)
+        ((offender, reason),) = table.complaints(0)
+        assert (offender, "not signed by its peer" in reason) == (1, True)
+        assert seat.closes_s is None
+
+    run_simulated(main())
+
+
+async def calls_nobody(table: Table, channel: Channel, message: Message) -> None:
+    while True:
+        await channel.send(Eta(eta_s=0.0, uncalled=True))
+        await asyncio.sleep(1.0)
+
+
+def test_a_leader_that_calls_nobody_is_believed_no_longer_than_an_honest_one_waits() -> None:
+    """An honest one says that nobody else came: this one has failed, and what it has cost is charged."""
+
+    async def main() -> None:
+        table = Table(3, by_hand=(0,))
+        table.serve(0, calls_nobody)
+        began_s = now_s()
+        table.groups(await table.meet(), 1, 2)
+        most_s = GATHER_S + MAX_GATHER_EXTENSION_S + CLOSING_MARGIN_S
+        assert now_s() - began_s == pytest.approx(most_s, abs=1.5)
+        for i in (1, 2):
+            company = table.matchmakers[i].company
+            assert company.waits.left_s(table.ids[0], now_s()) < 1.0
+            assert company.rounds.left_s(table.ids[0], now_s()) < 1.0
+            assert not company.is_trusted(table.ids[0])
+
+    run_simulated(main())
 
 
 async def is_busy(table: Table, channel: Channel, message: Message) -> None:
@@ -1234,7 +1383,7 @@ def test_who_was_lost_in_a_round_sits_out_the_next_and_is_told_when_it_is_over()
             for i in (0, 1, 2):
                 seat = table.matchmakers[i].seat
                 seat.standing, seat.in_round = standing(HISTORY + "d"), False
-                seat.sealed_record = table.record(i, HISTORY + "d", issued_s=NOW_S + 0.7)
+                seat.sealed_record = table.record(i, HISTORY + "d", issued_s=NOW_S + 0.8)
                 seat.changed.ring()
 
         found, _ = await asyncio.gather(table.meet(), over_soon())
@@ -1295,10 +1444,10 @@ def test_a_leader_in_debt_is_followed_only_where_others_wait() -> None:
         assert now_s() - began_s < 1.0
         gatherings = table.matchmakers[1].gatherings
         gathering = Gathering(head=AT, opened_s=now_s())
-        gatherings.claim(gathering, table.ids[0], Redirect(record=table.record(0)))
+        gatherings.notices.claim(gathering, table.ids[0], Redirect(record=table.record(0)))
         assert gathering.answer is None
         gathering.awaited.add(table.ids[0])
-        gatherings.claim(gathering, table.ids[0], Redirect(record=table.record(0)))
+        gatherings.notices.claim(gathering, table.ids[0], Redirect(record=table.record(0)))
         assert gathering.answer is not None
 
     run_simulated(main())
@@ -1380,7 +1529,8 @@ def test_who_alone_says_that_it_is_busy_is_not_waited_for_as_long_as_a_round_may
 
 
 def test_the_leaders_own_trainer_is_waited_for_no_longer_than_one_that_says_what_it_needs() -> None:
-    """Although two others may be in a round, as far as is known: it is known that the trainer is in none."""
+    """Although two others may be in a round, as far as is known: it is known that the trainer is in none. Three have to
+    be there before one that is ready calls nobody: two of them do not answer."""
 
     async def main() -> None:
         table = Table(4, by_hand=(2, 3))
@@ -1390,7 +1540,8 @@ def test_the_leaders_own_trainer_is_waited_for_no_longer_than_one_that_says_what
         seat.phase, seat.progress = "inner", Progress(inner_step=0, planned=2, step_s=300.0, reported_s=now_s())
         began_s = now_s()
         assert await table.meet(1) == {1: Missed(reason="alone", detail="1 ready, 2 needed")}
-        assert now_s() - began_s == pytest.approx(GATHER_S + MAX_GATHER_EXTENSION_S, abs=1.5)
+        waits_s = TIMEOUTS.request_s + GATHER_S + MAX_GATHER_EXTENSION_S
+        assert now_s() - began_s == pytest.approx(waits_s, abs=1.5)
 
     run_simulated(main())
 
@@ -1453,7 +1604,7 @@ def test_closing_calls_the_trainer_once() -> None:
         watching = asyncio.ensure_future(watch())
         first_s = now_s()
         answers = [
-            await table.answer_eta(1, 0, Closing(head=AT, gather_s=2.0, record=table.record(1))) for _ in range(3)
+            await table.answer_eta(1, 0, Closing(head=AT, gather_s=2.0, record=table.ready_record(1))) for _ in range(3)
         ]
         watching.cancel()
         assert len(calls) == 1

@@ -16,6 +16,7 @@ FORKED = "forked history"
 IDLE = "idle members"
 INVENTED_SNAPSHOT = "invented snapshot"
 SLOW_READERS = "slow readers"
+HURRIES = "hurries"
 TWO_ROSTERS = "two rosters"
 A_AGAIN_B = "A-Again-B"
 RETURNING = "returning majority"
@@ -55,6 +56,7 @@ BESIDE: dict[str, Callable[[Liar], None]] = {
     "Eta(86400)": lies_beside.promises,
     "always busy": lies_beside.busy,
     "claimed speed": lies_beside.claims_speed,
+    HURRIES: lies_beside.hurries,
     "silent streams": lies_beside.opens_streams,
     SLOW_READERS: lies_beside.reads_slowly,
 }

@@ -232,6 +232,21 @@ def claims_speed(liar: Liar) -> None:
     override(liar.peer.matchmaker, "_readiness", readiness)
 
 
+def hurries(liar: Liar) -> None:
+    """It makes one inner step, says that it was all of them, and is ready while the others have just begun."""
+    spec = liar.peer.manifest.spec
+
+    def outer_step(real: Callable[..., Any]) -> Callable[..., Any]:
+        async def made(tokens: int, **rest: Any) -> OuterResult:
+            all_tokens = spec.inner.steps * spec.tokens_per_inner_step
+            result: OuterResult = await real(all_tokens if liar.lying() else tokens, **rest)
+            return replace(result, planned=1) if liar.lying() else result
+
+        return made
+
+    override(liar.steps, "outer_step", outer_step)
+
+
 # -- streams -----------------------------------------------------------------------------------------------------------
 
 

@@ -11,6 +11,7 @@ from tests.support.liars import (
     FORKED,
     GHOSTS,
     HISTORIES,
+    HURRIES,
     IDLE,
     INVENTED_SNAPSHOT,
     RETURNING,
@@ -75,7 +76,7 @@ def draw_with_liars(kind: str, seed: int) -> Schedule:
     return _with_faults(r, plain) if r.random() < 1 / 3 else plain
 
 
-MANY_NEEDED = frozenset((*CONTRIBUTIONS, TWO_ROSTERS, RETURNING))
+MANY_NEEDED = frozenset((*CONTRIBUTIONS, TWO_ROSTERS, RETURNING, HURRIES))
 """Kinds whose swarms have four honest peers or more."""
 FROM_THE_BEGINNING = frozenset((GHOSTS, SILENT))
 
