@@ -3,8 +3,8 @@
 Peers and protocol are the real ones, clock, links and DHT those of the fault explorer (``tests/support``), and so are
 the liars. Each lies from the beginning, and once more after some twenty outer steps in which it did what all do; the
 run averages by the robust rule, as is the default. The case fails when honest peers make fewer outer steps than
-LEAST_STEPS of those that they make without the liars, apply an update that was invented, or blame one another. What a
-lie costs in held-out loss is measured with a language model, by ``benchmarks/hostile.py``.
+LEAST_STEPS of those that they make without the liars, or fewer inner steps in each, apply an update that was invented,
+or blame one another. What a lie costs in held-out loss is measured with a language model, by ``benchmarks/hostile.py``.
 """
 
 from __future__ import annotations
@@ -49,6 +49,8 @@ LEAST_STEPS = 0.9
 """Of the outer steps without the liars."""
 LEAST_STEPS_OF_MANY = 0.8
 """The same with eight liars that are members: twice as many as there are honest peers."""
+LEAST_INNER = 0.9
+"""Of the inner steps in each of them."""
 OUTER_S = INNER_STEPS * STEP_S + ROUND_S
 
 
@@ -240,6 +242,9 @@ class Compared:
         missed = []
         if steps < least * without:
             missed.append(f"{who}: {steps} honest outer steps of {without}, fewer than {least:.0%}")
+        if self.lied_to.inner_steps < LEAST_INNER * self.alone.inner_steps:
+            made, planned = self.lied_to.inner_steps, self.alone.inner_steps
+            missed.append(f"{who}: {made:.1f} inner steps in each of {planned:.1f}, fewer than {LEAST_INNER:.0%}")
         if self.lied_to.invented:
             missed.append(f"{who}: {self.lied_to.invented} invented updates applied by honest peers")
         if self.lied_to.blamed:
@@ -273,7 +278,8 @@ def table_of(compared: Sequence[Compared]) -> Table:
             "invented: updates that honest peers applied, and no round of theirs made; blamed: honest peers, by such.",
             "lost after: outer steps from the first lie until an honest peer lost a liar in a round.",
             "violated: the first invariant of the explorer that was.",
-            f"bounds: share {LEAST_STEPS:.0%}, of eight members {LEAST_STEPS_OF_MANY:.0%}; invented 0; blamed 0.",
+            f"bounds: share {LEAST_STEPS:.0%}, of eight members {LEAST_STEPS_OF_MANY:.0%}; invented 0; blamed 0;",
+            f"inner {LEAST_INNER:.0%} of those without the liars.",
         ),
         missed=[bound for one in compared for bound in one.missed()],
     )

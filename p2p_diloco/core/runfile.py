@@ -183,7 +183,7 @@ class RoundSpec(Section):
     """Fewest peers that may make an outer step."""
     max_group: Annotated[int, Field(gt=0, le=100)] = 64
     gather_s: Annotated[float, Field(gt=0, le=600)] = 5.0
-    """How long a round waits, once the first peer is ready, for others to finish their inner steps. Later ones
+    """How long a round waits, once enough are ready (``core.call``), for others to finish their inner steps. Later ones
     contribute what they have."""
     snapshot_every: Count = 10
     """Outer steps between two snapshots in the ledger."""
