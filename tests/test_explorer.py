@@ -242,6 +242,16 @@ def test_what_the_protocol_makes_of_a_lie(kind: str) -> None:
         )
 
 
+def test_a_reducer_that_sends_two_means_is_barred_by_everybody() -> None:
+    """Whoever gets the other one from a member has two versions that it has signed. Without proofs of that, the leader
+    of seed 14 made four updates go against the others, for nobody had happened to audit that part."""
+    verdict = explore_with_liars(draw_with_liars("two commits", 14), keep_timeline=True)
+    assert verdict.ok, verdict.text
+    barred = [line for line in verdict.timeline if " barred " in line]
+    assert {line.split()[1] for line in barred} == {"[0]", "[1]", "[2]"}
+    assert all("why=parts" in line for line in barred)
+
+
 def test_one_that_hurries_would_leave_nobody_time_to_learn_if_one_called_the_others() -> None:
     with mock.patch("p2p_diloco.core.call.CALLERS", 1):
         verdict = explore_with_liars(draw_with_liars(HURRIES, 0))

@@ -3,6 +3,7 @@
     two rosters   of one leader, as members of which it has given the same readiness of its own: it signs another one
                   for every attempt at a round
     two links     of two commits, taken by one member in one round: it takes one of them
+    two parts     of one part of a butterfly, as one reducer has signed it: it makes the mean once, of what came
 
 Whoever has a proof can check it alone, from the manifest and the proof. It is about nobody but the peer that signed:
 a statement that somebody else could repeat proves nothing. So the readiness that two rosters share has to be their
@@ -10,8 +11,10 @@ leader's own: another member could give an honest leader the same one twice. And
 owner, who signs updates as a member and as their witness.
 
 An honest peer cannot come to a second signature. It settles a round that it gave a new readiness for, whose nonce is
-random, and takes one commit of it; when it is started again, no roster has its readiness. Leaders that come back, and a
-second butterfly of a round, are signed by nobody.
+random, and takes one commit of it; when it is started again, no roster has its readiness. It signs a mean when it has
+made it, and sends these bytes to everybody: bits that flip later do not fit the signature. A contribution is made again
+for a second stream, so two of these prove nothing. Leaders that come back, and a second butterfly of a round, are
+signed by nobody.
 """
 
 from __future__ import annotations
@@ -28,6 +31,7 @@ from p2p_diloco.core.group import SealedRoster
 from p2p_diloco.core.identity import MAX_PEER_ID_CHARS, SIGNATURE_BYTES
 from p2p_diloco.core.records import unpack_plain
 from p2p_diloco.core.roster import open_readiness
+from p2p_diloco.core.signed_part import MAX_BUTTERFLIES, MAX_PARTS, Inputs, Place, Version
 
 MAX_PROOF_BYTES = 1024 * 1024
 """Of two rosters with 128 members and 64 absent ones each."""
@@ -123,8 +127,53 @@ class TwoLinks:
             raise ValueError("a proof with a commit that its peer did not sign")
 
 
-Proof: TypeAlias = TwoRosters | TwoLinks
-KINDS: dict[str, type[TwoRosters] | type[TwoLinks]] = {kind.kind: kind for kind in (TwoRosters, TwoLinks)}
+@dataclass(frozen=True, kw_only=True)
+class TwoParts:
+    """Two versions of one part that one reducer has signed."""
+
+    kind = "parts"
+    what = "two versions of one part"
+    """That its peer has signed, as people are told."""
+    peer_id: str
+    place: Place
+    versions: tuple[Version, Version]
+
+    def pack(self) -> list[Any]:
+        """Returns what is packed of the proof, as plain values."""
+        place = [self.place.round_id, self.place.number, self.place.part]
+        sides = [[one.part_hash, one.inputs.senders, one.inputs.digest, one.signature] for one in self.versions]
+        return [self.kind, self.peer_id, place, *sides]
+
+    @classmethod
+    def unpack(cls, peer_id: str, place: Sequence[Any], *sides: Sequence[Any]) -> TwoParts:
+        """Returns the proof that these values are. ValueError or TypeError when they are none."""
+        round_id, number, part = place
+        first, second = (
+            Version(part_hash=part_hash, inputs=Inputs(senders=senders, digest=digest), signature=signature)
+            for part_hash, senders, digest, signature in sides
+        )
+        if not (type(peer_id) is str and 0 < len(peer_id) <= MAX_PEER_ID_CHARS and first.is_sound and second.is_sound):
+            raise ValueError("a signature with a field out of its bounds")
+        if not (type(round_id) is bytes and len(round_id) == HASH_BYTES and type(number) is type(part) is int):
+            raise ValueError("a place with a field out of its bounds")
+        if not (0 <= number < MAX_BUTTERFLIES and 0 <= part < MAX_PARTS):
+            raise ValueError("a place with a field out of its bounds")
+        return cls(peer_id=peer_id, place=Place(round_id=round_id, number=number, part=part), versions=(first, second))
+
+    def check(self, run_id: str) -> None:
+        """Raises ValueError unless this proves that the reducer lies. ``run_id`` is not looked at, as by ``TwoLinks``:
+        the place names a round."""
+        first, second = self.versions
+        if (first.part_hash, first.inputs) == (second.part_hash, second.inputs):
+            raise ValueError("a proof of one version")
+        if not all(one.is_signed(self.place, self.peer_id) for one in self.versions):
+            raise ValueError("a proof with a part that its peer did not sign")
+
+
+Proof: TypeAlias = TwoRosters | TwoLinks | TwoParts
+KINDS: dict[str, type[TwoRosters] | type[TwoLinks] | type[TwoParts]] = {
+    kind.kind: kind for kind in (TwoRosters, TwoLinks, TwoParts)
+}
 
 
 def _is_leaders_own(sealed: bytes, leader: str, run_id: str) -> bool:

@@ -18,6 +18,10 @@ from p2p_diloco.core.update import MAX_MASK_BYTES, Part, contributor_mask
 
 CONTRIBUTION_CONTEXT = b"p2p-diloco contribution\0"
 REDUCTION_CONTEXT = b"p2p-diloco reduction\0"
+MAX_BUTTERFLIES = 256
+"""Of a round."""
+MAX_PARTS = 1 << 16
+"""A model of 17 billion parameters."""
 INPUTS_BYTES = MAX_MASK_BYTES + HASH_BYTES
 REDUCTION_BYTES = 1 + 1 + INPUTS_BYTES + SIGNATURE_BYTES
 
@@ -109,7 +113,7 @@ class Reduction:
     @classmethod
     def of(cls, place: Place, part: Part, inputs: Inputs, reducer: int, identity: Identity) -> Reduction:
         """Returns what a reducer signs of a part."""
-        signature = identity.sign(reduction_bytes(place, part, inputs))
+        signature = identity.sign(reduction_bytes(place, part.hash, inputs))
         return cls(number=place.number, reducer=reducer, inputs=inputs, signature=signature)
 
     @classmethod
@@ -126,9 +130,38 @@ class Reduction:
     def is_signed(self, round_id: bytes, index: int, part: Part, peer_id: str) -> bool:
         """Returns whether ``peer_id`` has signed that it has reduced this part, the one at ``index``."""
         place = Place(round_id=round_id, number=self.number, part=index)
-        return verify(peer_id, reduction_bytes(place, part, self.inputs), self.signature)
+        return verify(peer_id, reduction_bytes(place, part.hash, self.inputs), self.signature)
 
 
-def reduction_bytes(place: Place, part: Part, inputs: Inputs) -> bytes:
-    """Returns the bytes under a reducer's signature."""
-    return REDUCTION_CONTEXT + digest(place.to_bytes(), inputs.to_bytes(), part.hash)
+@dataclass(frozen=True, kw_only=True)
+class Version:
+    """One version of a part, as its reducer has signed it."""
+
+    part_hash: bytes
+    inputs: Inputs
+    signature: bytes
+
+    @classmethod
+    def of(cls, part: Part, reduction: Reduction) -> Version:
+        """Returns what is signed of a part that has come with what its reducer has signed."""
+        return cls(part_hash=part.hash, inputs=reduction.inputs, signature=reduction.signature)
+
+    def is_signed(self, place: Place, peer_id: str) -> bool:
+        """Returns whether ``peer_id`` has signed that it has reduced the part at this place to this version."""
+        return verify(peer_id, reduction_bytes(place, self.part_hash, self.inputs), self.signature)
+
+    @property
+    def is_sound(self) -> bool:
+        """Returns whether every field is of its type and size."""
+        inputs = self.inputs
+        return (
+            all(type(one) is bytes for one in (self.part_hash, inputs.senders, inputs.digest, self.signature))
+            and (len(self.part_hash), len(inputs.digest)) == (HASH_BYTES, HASH_BYTES)
+            and (len(inputs.senders) <= MAX_MASK_BYTES and not inputs.senders.endswith(b"\0"))
+            and len(self.signature) == SIGNATURE_BYTES
+        )
+
+
+def reduction_bytes(place: Place, part_hash: bytes, inputs: Inputs) -> bytes:
+    """Returns the bytes under a reducer's signature. ``part_hash``: ``Part.hash`` of what it has made."""
+    return REDUCTION_CONTEXT + digest(place.to_bytes(), inputs.to_bytes(), part_hash)

@@ -106,4 +106,4 @@ class PeerBarred(Moment):
     peer: str
     """Its peer id."""
     why: str
-    """What it has signed two of: "rosters" or "links"."""
+    """What it has signed two of: "rosters", "links" or "parts"."""

@@ -16,13 +16,14 @@ from p2p_diloco.core.certificate import Taken
 from p2p_diloco.core.codec import Vector
 from p2p_diloco.core.config import Timeouts
 from p2p_diloco.core.directory import Directory
+from p2p_diloco.core.equivocation import TwoParts
 from p2p_diloco.core.errors import Misbehaved, Refused, RemoteError, Silent
 from p2p_diloco.core.event import Uncertified
 from p2p_diloco.core.grid import Grid
 from p2p_diloco.core.group import Group
 from p2p_diloco.core.identity import Identity
 from p2p_diloco.core.recent import Recent
-from p2p_diloco.core.signed_part import REDUCTION_BYTES, Contribution, Inputs, Place, Reduction
+from p2p_diloco.core.signed_part import REDUCTION_BYTES, Contribution, Inputs, Place, Reduction, Version
 from p2p_diloco.core.update import MAX_MASK_BYTES, Part, check_mask
 from p2p_diloco.core.waiting import Bell
 from p2p_diloco.round.kept import Kept
@@ -116,6 +117,8 @@ class Meeting:
     """Rings when anything of this round has changed at this member."""
     uncertified: Uncertified = ""
     """What the last commit that I saw lacked for a certificate, as its leader says."""
+    _versions: dict[tuple[int, int, int], Version] = field(default_factory=dict)
+    """(reducer, number of the butterfly, part) -> the first version that has come, whoever sent it."""
     over: bool = False
     """Nothing more will be reduced or committed; what there is can still be served."""
 
@@ -226,8 +229,19 @@ class Meeting:
             raise Misbehaved(channel.peer_id, f"sends part {part} that its reducer did not sign")
         if not self.group.may_have_made(received.mask, reduction.inputs.senders):
             raise Misbehaved(channel.peer_id, f"sends part {part} that no rule makes of what came to its reducer")
+        self._note_version(part, received, reduction)
         self.norms[part] = norm_of(values)
         return received, reduction
+
+    def _note_version(self, index: int, part: Part, reduction: Reduction) -> None:
+        """Compares a part with the first that I have got of its reducer in that butterfly: who has signed two versions
+        of it is barred. The round goes on, for each of them may have been taken in good faith."""
+        version, reducer = Version.of(part, reduction), self.group.members[reduction.reducer].peer_id
+        first = self._versions.setdefault((reduction.reducer, reduction.number, index), version)
+        alike = (first.part_hash, first.inputs) == (version.part_hash, version.inputs)
+        if not alike and reducer not in (self.owner, self.directory.barred.me):
+            place = self.place(reduction.number, index)
+            self.directory.barred.add(TwoParts(peer_id=reducer, place=place, versions=(first, version)))
 
     def is_signed(self, index: int, part: Part, reduction: Reduction) -> bool:
         """Returns whether the member that a reduction names has signed it for this part."""

@@ -10,10 +10,8 @@ from p2p_diloco.core.call import CALLERS
 from p2p_diloco.core.certificate import MAX_CERTIFICATE_BYTES, MAX_FULL_BYTES
 from p2p_diloco.core.group import MAX_ABSENT, MAX_MEMBERS, SealedRoster
 from p2p_diloco.core.records import Hash, Natural
+from p2p_diloco.core.signed_part import MAX_PARTS
 from p2p_diloco.wire.message import MAX_FRAME_BYTES, Message, Sealed, Signature
-
-MAX_PARTS = 1 << 16
-"""A model of 17 billion parameters."""
 
 
 class Ready(Message):

@@ -9,8 +9,8 @@ from pydantic import FailFast, Field
 
 from p2p_diloco.core.invitation import MAX_REVOCATIONS_BYTES
 from p2p_diloco.core.records import Hash, Natural
+from p2p_diloco.core.signed_part import MAX_PARTS
 from p2p_diloco.wire.message import Message, Sealed
-from p2p_diloco.wire.round_messages import MAX_PARTS
 
 MAX_LINKS = 1024
 MAX_CHAIN_BYTES = 16 * 1024 * 1024

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import msgpack
@@ -17,6 +19,7 @@ from p2p_diloco.core.equivocation import (
     MAX_PROOF_BYTES,
     Proof,
     TwoLinks,
+    TwoParts,
     TwoRosters,
     between,
     check_proof,
@@ -28,6 +31,8 @@ from p2p_diloco.core.group import MAX_ABSENT, MAX_MEMBERS, SealedRoster, seal_ro
 from p2p_diloco.core.identity import Identity
 from p2p_diloco.core.records import MAX_RECORD_BYTES
 from p2p_diloco.core.roster import seal_readiness
+from p2p_diloco.core.signed_part import Inputs, Place, Reduction, Version
+from p2p_diloco.core.update import MAX_MASK_BYTES, Part
 from tests.support.builders import OWNER, RUN_ID, damaged, group_of, head, ranked, readiness_of
 
 HISTORY = "abc"
@@ -58,7 +63,21 @@ def two_links(first: Taken, second: Taken, who: Identity = LEADER) -> TwoLinks:
 MINE, OTHERS = ready(LEADER), [ready(who) for who in MEMBERS[1:]]
 ROSTERS = TwoRosters(rosters=(roster(MINE, *OTHERS[:2]), roster(MINE, *OTHERS[2:])))
 LINKS = two_links(taken(1), taken(2))
-PROOFS: list[Proof] = [ROSTERS, LINKS]
+PLACE = Place(round_id=ROUND_ID, number=0, part=3)
+CAME = Inputs(senders=b"\x1f", digest=bytes(32))
+
+
+def version(values: int, inputs: Inputs = CAME, place: Place = PLACE, who: Identity = LEADER) -> Version:
+    part = Part(mask=b"\x1f", data=bytes([values]) * 8)
+    return Version.of(part, Reduction.of(place, part, inputs, 0, who))
+
+
+def two_parts(first: Version, second: Version, place: Place = PLACE, who: Identity = LEADER) -> TwoParts:
+    return TwoParts(peer_id=who.peer_id, place=place, versions=(first, second))
+
+
+PARTS = two_parts(version(1), version(2))
+PROOFS: list[Proof] = [ROSTERS, LINKS, PARTS]
 
 
 def check(proof: Proof) -> str:
@@ -138,10 +157,64 @@ def test_a_commit_that_somebody_else_signed_proves_nothing(side: int) -> None:
         check(dataclasses.replace(LINKS, signatures=(signatures[0], signatures[1])))
 
 
+def test_a_mean_of_other_contributions_is_another_version() -> None:
+    other = Inputs(senders=b"\x0f", digest=bytes(32))
+    assert check(two_parts(version(1), version(1, other))) == LEADER.peer_id
+
+
+@pytest.mark.parametrize(
+    "place", [replace(PLACE, part=2), replace(PLACE, number=1), replace(PLACE, round_id=bytes(32))]
+)
+def test_a_part_that_is_reduced_again_proves_nothing(place: Place) -> None:
+    """Each place has its own: the next part, a second butterfly for what was lost, another round."""
+    for named in (PLACE, place):
+        with pytest.raises(ValueError, match="did not sign"):
+            check(two_parts(version(1), version(2, place=place), named))
+
+
+def test_a_part_that_is_sent_twice_proves_nothing() -> None:
+    with pytest.raises(ValueError, match="a proof of one version"):
+        check(two_parts(version(1), version(1)))
+
+
+@pytest.mark.parametrize("side", [0, 1])
+def test_a_part_that_somebody_else_signed_proves_nothing(side: int) -> None:
+    versions = [version(1), version(2)]
+    versions[side] = version(3, who=MEMBERS[1])
+    with pytest.raises(ValueError, match="did not sign"):
+        check(two_parts(versions[0], versions[1]))
+
+
+OUT_OF_BOUNDS: dict[str, Callable[[list[Any]], None]] = {
+    "an id that is too long": lambda proof: proof.__setitem__(1, "p" * 65),
+    "a short round id": lambda proof: proof[2].__setitem__(0, bytes(31)),
+    "a butterfly too many": lambda proof: proof[2].__setitem__(1, 256),
+    "a part too many": lambda proof: proof[2].__setitem__(2, 1 << 16),
+    "a part below all": lambda proof: proof[2].__setitem__(2, -1),
+    "true for a number": lambda proof: proof[2].__setitem__(1, True),
+    "a short hash": lambda proof: proof[3].__setitem__(0, bytes(31)),
+    "too many senders": lambda proof: proof[3].__setitem__(1, b"\1" * (MAX_MASK_BYTES + 1)),
+    "senders with a zero": lambda proof: proof[4].__setitem__(1, b"\x1f\0"),
+    "a short digest": lambda proof: proof[4].__setitem__(2, bytes(31)),
+    "a short signature": lambda proof: proof[4].__setitem__(3, bytes(63)),
+    "text for a signature": lambda proof: proof[4].__setitem__(3, "s" * 64),
+}
+
+
+@pytest.mark.parametrize("change", OUT_OF_BOUNDS.values(), ids=OUT_OF_BOUNDS)
+def test_a_proof_of_two_parts_with_a_field_out_of_its_bounds_is_none(change: Callable[[list[Any]], None]) -> None:
+    content = msgpack.unpackb(pack_proof(PARTS))
+    change(content)
+    with pytest.raises(ValueError, match="not a proof"):
+        parse_proof(msgpack.packb(content))
+
+
 def test_nothing_is_proved_against_the_owner() -> None:
     """It may sign as a member and as a witness."""
     with pytest.raises(ValueError, match="owner"):
         check(two_links(taken(1), taken(2), OWNER))
+    with pytest.raises(ValueError, match="owner"):
+        check(two_parts(version(1, who=OWNER), version(2, who=OWNER), who=OWNER))
     mine = ready(OWNER, leader=OWNER)
     assert proved(roster(mine, leader=OWNER), roster(mine, OTHERS[0], leader=OWNER), **RULES) is None
 

@@ -143,12 +143,12 @@ def is_found_wrong(swarm: Swarm, liar: Liar) -> bool:
     return any((event.reducer, event.kind) == (liar.peer_id, "wrong") for event in swarm.events(ReducerFound))
 
 
-def is_barred(why: str) -> Told:
-    """All honest peers hold the proof that it has signed two."""
+def is_barred(*why: str) -> Told:
+    """All honest peers hold a proof that it has signed two."""
 
     def barred(swarm: Swarm, liar: Liar) -> bool:
         found = (swarm.events(PeerBarred, name) for name in ("seed", *HONEST))
-        return all(any((event.peer, event.why) == (liar.peer_id, why) for event in events) for events in found)
+        return all(any(event.peer == liar.peer_id and event.why in why for event in events) for events in found)
 
     return barred
 
@@ -172,7 +172,7 @@ def is_not_followed(swarm: Swarm, liar: Liar) -> bool:
 TOLD: dict[str, Told] = {
     "flipped, largest weight": is_left_out,
     "mean x-10": is_found_wrong,
-    "two commits": is_barred("links"),
+    "two commits": is_barred("links", "parts"),
     "two rosters": is_barred("rosters"),
     "decides nothing": is_given_up,
     "extends alone": is_not_followed,
