@@ -233,13 +233,11 @@ def claims_speed(liar: Liar) -> None:
 
 
 def hurries(liar: Liar) -> None:
-    """It makes one inner step, says that it was all of them, and is ready while the others have just begun."""
-    spec = liar.peer.manifest.spec
+    """It makes one inner step, and is ready while the others have just begun."""
 
     def outer_step(real: Callable[..., Any]) -> Callable[..., Any]:
         async def made(tokens: int, **rest: Any) -> OuterResult:
-            all_tokens = spec.inner.steps * spec.tokens_per_inner_step
-            result: OuterResult = await real(all_tokens if liar.lying() else tokens, **rest)
+            result: OuterResult = await real(tokens, **rest)
             return replace(result, planned=1) if liar.lying() else result
 
         return made
