@@ -105,6 +105,8 @@ class Phase:
     _whole: bool = False
     """Whether all that the trainer offers was made in that time."""
     _began_s: float | None = None
+    _came_s: float | None = None
+    """When it last came by itself; None when it was called."""
 
     def __post_init__(self) -> None:
         self.planned = self.inner_steps
@@ -115,11 +117,21 @@ class Phase:
         trained, some are from before it joined, or of another head, and nothing follows from the time. ``whole_plan``:
         it has made all H, so the call has not cut it short."""
         if self._began_s is not None:
-            until_s = now_s if called_s is None or whole_plan else min(max(called_s, self._began_s), now_s)
+            by_itself = called_s is None or whole_plan
+            self._came_s = now_s if by_itself else None
+            until_s = min(max(called_s, self._began_s), now_s) if called_s is not None and not whole_plan else now_s
             self.called_s = self.trained_s + until_s - self._began_s
             self.trained_s += now_s - self._began_s
             self._began_s = None
             self._whole = self._whole and self.trained_s >= NEARLY * likely_s
+
+    def wait(self, called_s: float) -> None:
+        """Notes when the round was called for which the trainer had come by itself: until then others trained, and it
+        would have. Else one that has planned too few steps would plan as few again."""
+        if self._came_s is not None:
+            waited_s = max(called_s - self._came_s, 0.0)
+            self.trained_s, self.called_s = self.trained_s + waited_s, self.called_s + waited_s
+            self._came_s = None
 
     def plan(self, second: int, step_s: float, claimed: int = 1) -> None:
         """Plans the next phase, after an update has committed. ``second`` and ``step_s``: as ``planned_steps`` has

@@ -82,6 +82,7 @@ class Attempts:
         self.presence.enter("gather")
         group = await self.matchmaker.find_group(offer.tokens, dropped=offer.dropped, tokens_per_s=offer.pace)
         gather_s = now_s() - started_s
+        self.phase.wait(self.matchmaker.called_s)
         if isinstance(group, Missed):
             self.events.write(round_ended(self.here.seat, group, gather_s=gather_s))
             return self._result(group.reason, 0, gather_s, RoundCost())

@@ -72,6 +72,8 @@ class Gatherings:
         self.seat = company.here.seat
         self.limits = company.manifest.spec.round
         self.by_head: dict[bytes, Gathering] = {}
+        self.opened_s = 0.0
+        """Loop time at which the last one opened."""
         self.formed: Roster | None = None
         """The roster of the last round that I have formed as a seed that helps, until it is taken."""
         self.notices = Notices(company)
@@ -153,7 +155,7 @@ class Gatherings:
     async def _wait_for_others(self, gathering: Gathering) -> None:
         """Calls everybody that is expected, and returns when the round closes, or has ended early with an answer."""
         company, limits, me = self.company, self.limits, self.company.me
-        gathering.opened_s = now_s()
+        gathering.opened_s = self.opened_s = now_s()
         gathering.changed.ring()
         closes_s = gathering.opened_s + limits.gather_s + CLOSING_MARGIN_S
         for record in on_head(self.directory.expected(self.here.wall_s()), gathering.head):

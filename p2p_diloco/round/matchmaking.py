@@ -91,6 +91,8 @@ class Matchmaker:
         self.gatherings = Gatherings(self.company)
         self.waiting_at: tuple[bytes, str] | None = None
         """(head, peer id of the leader) while I wait for a roster."""
+        self.called_s = 0.0
+        """Loop time at which the round was called whose group I have found last, as far as I can know."""
 
     async def find_group(self, weight: int, *, dropped: bool = False, tokens_per_s: float = 0.0) -> Group | Missed:
         """Finds the group of the next round on my head, and returns it, or why there is none.
@@ -117,12 +119,14 @@ class Matchmaker:
             try:
                 if leader == company.me:
                     answer = await self.gatherings.lead(sealed)
+                    search.began_s = max(search.began_s, self.gatherings.opened_s)
                 else:
                     answer = await self._ask(leader, sealed, search)
                 if isinstance(answer, Redirect):
                     self._redirected(leader, answer, head, search)
                     continue
                 group = self._outcome(leader, answer, mine, sealed)
+                self.called_s = search.began_s
                 if isinstance(group, Group) and leader != company.me:
                     company.judge_gathering(group, expected, search.waited_s())
                 return group

@@ -279,3 +279,35 @@ def test_time_adds_up_over_rounds_that_fail() -> None:
 )
 def test_claimed_steps(mine: float, others: list[float], planned: int) -> None:
     assert claimed_steps(100, mine, others) == planned
+
+
+def planned_after(came_s: float, called_s: float, *, step_s: float = 3.0, called_at_s: float | None = None) -> int:
+    """What a phase of 10 inner steps plans next: the second fastest made all of them. ``came_s``: when the trainer came
+    to the round; ``called_at_s``: when it was called to it; ``called_s``: when the round was called, as it hears."""
+    phase = Phase(inner_steps=10)
+    phase.go_on(0.0, moved=True)
+    phase.end(came_s, called_at_s, came_s)
+    phase.wait(called_s)
+    phase.plan(10, step_s)
+    return phase.planned
+
+
+def test_who_comes_by_itself_plans_by_when_the_round_was_called() -> None:
+    """Whoever has planned 8 steps where there was time for 10 would plan 8 again for ever."""
+    assert planned_after(24.0, 24.0) == 8
+    assert planned_after(24.0, 30.0) == 10
+    assert planned_after(24.0, 12.0) == 8, "a round that was called before does not make the time shorter"
+    assert planned_after(30.0, 30.0, step_s=3.75) == 8, "who is slower and comes with the others plans fewer again"
+
+
+def test_who_was_called_plans_by_that() -> None:
+    assert planned_after(32.0, 31.0, called_at_s=30.0, step_s=3.75) == 8
+
+
+def test_what_was_waited_counts_once() -> None:
+    phase = Phase(inner_steps=10)
+    phase.go_on(0.0, moved=True)
+    phase.end(20.0, None, 20.0)
+    phase.wait(24.0)
+    phase.wait(30.0)  # another attempt of the same outer step
+    assert (phase.trained_s, phase.called_s) == (24.0, 24.0)
