@@ -17,8 +17,8 @@ from p2p_diloco.core.records import Phase
 CALLERS = 2
 """So many that are ready call the others, if these are more; those of one token count once. As with the second fastest
 one, by whom the others plan (``pace.planned_steps``), one liar among them changes little."""
-PHASES_OF_ROUND: tuple[Phase, ...] = ("gather", "reduce", "settle", "apply")
-"""Of a trainer that is ready on its head, or was, and has not trained since."""
+READY_PHASES: tuple[Phase, ...] = ("gather", "reduce", "settle")
+"""Of a trainer that is ready on its head, or in a round there, and has not trained since."""
 
 
 def is_called(around: Sequence[Seated], ready: Sequence[Seated], known: Known, min_group: int) -> bool:

@@ -13,8 +13,8 @@ owner, who signs updates as a member and as their witness.
 An honest peer cannot come to a second signature. It settles a round that it gave a new readiness for, whose nonce is
 random, and takes one commit of it; when it is started again, no roster has its readiness. It signs a mean when it has
 made it, and sends these bytes to everybody: bits that flip later do not fit the signature. A contribution is made again
-for a second stream, so two of these prove nothing. Leaders that come back, and a second butterfly of a round, are
-signed by nobody.
+for a second stream, so two of these prove nothing. A second butterfly of a round has a number of its own, under which a
+part is another one; and that a leader comes back is signed by nobody.
 """
 
 from __future__ import annotations

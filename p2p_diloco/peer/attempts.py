@@ -80,7 +80,9 @@ class Attempts:
         last_norms, state = await self._norms_of_last(), await self._digest_due()
         started_s = now_s()
         self.presence.enter("gather")
-        group = await self.matchmaker.find_group(offer.tokens, dropped=offer.dropped, tokens_per_s=offer.pace)
+        group = await self.matchmaker.find_group(
+            offer.tokens, dropped=offer.dropped, tokens_per_s=offer.pace, trained_s=self.phase.trained_s
+        )
         gather_s = now_s() - started_s
         self.phase.wait(self.matchmaker.called_s)
         if isinstance(group, Missed):

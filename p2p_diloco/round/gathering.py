@@ -34,6 +34,8 @@ class Gathering:
     """Peers that have said that they are in no other round on this head."""
     notices: dict[str, asyncio.Task[None]] = field(default_factory=dict)
     """Peer id -> the talk with a peer that has been called."""
+    hailed: set[str] = field(default_factory=set)
+    """Peers that have been told that it is there, before it was open."""
     claims: dict[str, Redirect] = field(default_factory=dict)
     """Better-ranked peer -> what leads to it, since it says that it gathers."""
     awaited: set[str] = field(default_factory=set)

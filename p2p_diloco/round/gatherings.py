@@ -4,7 +4,8 @@ same answer.
 A gathering begins when the leader's own trainer is ready, or when the first peer that is ready asks it to lead. It
 opens when enough are ready to call the others (``core.call``), usually with the second one (``Gathering.opened_s``).
 Then it calls every live trainer on this head that is not ready yet with ``closing``. Until then each that is ready
-waits, but no longer than ``gather_s`` + MAX_GATHER_EXTENSION_S: with nobody else it trains on. A leader that has to
+waits, as long as its own inner steps have taken, at least ``gather_s`` + MAX_GATHER_EXTENSION_S (``Matchmaker``): two
+that wait so long meet, however long their inner phases are. A leader that has to
 wait says by the same message that it gathers, so that two of them hear of each other; it calls nobody by that.
 
 **Which peers are waited for.** A live trainer on this head is expected when it is proven: it has answered the leader,
@@ -80,31 +81,22 @@ class Gatherings:
         self.forms = Bell()
         """Rings when there is another one."""
 
-    async def lead(self, sealed: bytes) -> Answer:
-        """Gathers on my head, with my own readiness, and returns what comes of it when the round closes."""
+    async def lead(self, sealed: bytes, alone_s: float) -> Answer:
+        """Gathers on my head, with my own readiness, and returns what comes of it when the round closes. ``alone_s``:
+        so long I wait until enough are ready."""
         gathering = self._at(self.seat.standing.head)
         gathering.ready[self.company.me] = sealed
         gathering.changed.ring()
-        await self._until_called(gathering)
+        until_s = now_s() + alone_s
+        while gathering.is_uncalled and (left_s := until_s - now_s()) > 0:
+            await heard(gathering.changed.event, left_s)
         if gathering.is_uncalled:
-            return self._leave_alone(gathering, self.company.me)
+            gathering.ready.pop(self.company.me, None)
+            gathering.changed.ring()
+            return TooFew(ready=1)
         while gathering.answer is None or self.by_head.get(gathering.head) is gathering:
             await gathering.changed.event.wait()  # until it has ended: I would else come back to it, and hear the same
         return gathering.answer
-
-    async def _until_called(self, gathering: Gathering) -> None:
-        """Returns when a gathering is open or over, or when I have waited for that as long as anybody does."""
-        patient_until_s = now_s() + self.company.longest_s(busy=False)
-        while gathering.is_uncalled and (left_s := patient_until_s - now_s()) > 0:
-            await heard(gathering.changed.event, left_s)
-
-    def _leave_alone(self, gathering: Gathering, peer_id: str) -> TooFew:
-        """Returns what one that is ready hears when nobody else was for too long: it is not part of this gathering any
-        more."""
-        ready = len(gathering.ready)
-        gathering.ready.pop(peer_id, None)
-        gathering.changed.ring()
-        return TooFew(ready=ready)
 
     def _at(self, head: bytes) -> Gathering:
         """Returns the gathering on a head, which opens now if there is none."""
@@ -241,7 +233,7 @@ class Gatherings:
         """Takes in a peer that is ready, and tells it when the round closes, whenever that changes and every
         ``Timeouts.heartbeat_s``; then gives it the answer. It takes no part any more when it closes its stream. Returns
         False when it has got no answer, for it is left out of the roster."""
-        gathering, patient_until_s = self._at(head), now_s() + self.company.longest_s(busy=False)
+        gathering = self._at(head)
         gathering.ready[channel.peer_id] = sealed
         late_s = now_s() - gathering.opened_s - self.limits.gather_s - CLOSING_MARGIN_S
         if late_s > 0 and channel.peer_id in gathering.deadlines_s:
@@ -251,14 +243,10 @@ class Gatherings:
         try:
             while gathering.answer is None:
                 changed, uncalled = gathering.changed.event, gathering.is_uncalled
-                if uncalled and now_s() >= patient_until_s:
-                    await channel.send(self._leave_alone(gathering, channel.peer_id))
-                    return True
                 busy = gathering.closes_s > gathering.opened_s + self.company.longest_s(busy=False)
                 await channel.send(Eta(eta_s=max(gathering.closes_s - now_s(), 0.0), busy=busy, uncalled=uncalled))
                 change = asyncio.create_task(changed.wait())
                 every_s = self.here.timeouts.heartbeat_s
-                every_s = min(every_s, patient_until_s - now_s()) if uncalled else every_s
                 await asyncio.wait((closed, change), timeout=every_s, return_when=asyncio.FIRST_COMPLETED)
                 change.cancel()
                 if closed.done() and gathering.answer is None:
@@ -275,8 +263,8 @@ class Gatherings:
 
     async def close(self) -> None:
         """Ends all gatherings without an answer."""
-        await self.notices.close()
         tasks = [gathering.task for gathering in self.by_head.values() if gathering.task]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+        await self.notices.close()

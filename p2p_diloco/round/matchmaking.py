@@ -65,6 +65,8 @@ class Search:
     """Holds what a peer has heard so far while it looks for a leader on one head."""
 
     head: bytes
+    alone_s: float
+    """So long I wait at one leader until enough are ready."""
     useless: set[str] = field(default_factory=set)
     """Peers that do not lead."""
     claims: set[str] = field(default_factory=set)
@@ -94,17 +96,20 @@ class Matchmaker:
         self.called_s = 0.0
         """Loop time at which the round was called whose group I have found last, as far as I can know."""
 
-    async def find_group(self, weight: int, *, dropped: bool = False, tokens_per_s: float = 0.0) -> Group | Missed:
+    async def find_group(
+        self, weight: int, *, dropped: bool = False, tokens_per_s: float = 0.0, trained_s: float = 0.0
+    ) -> Group | Missed:
         """Finds the group of the next round on my head, and returns it, or why there is none.
 
         Leaders are asked one after another in the order of rank, myself among them, until one has a roster, or says
         that there are too few of us or that the swarm is past this head. ``weight``: tokens that I have trained on.
-        ``dropped``: I contribute nothing.
+        ``dropped``: I contribute nothing. ``trained_s``: how long my inner steps have taken; so long I wait until
+        enough are ready to call the others, if that is longer than a gathering may last.
         """
         company = self.company
         head = self.seat.standing.head
         company.forget_failures()
-        search = Search(head=head)
+        search = Search(head=head, alone_s=max(trained_s, company.longest_s(busy=False)))
         for _ in range(MAX_LEADERS_ASKED):
             if company.beyond(self.seat.standing.head) is not None:
                 return Missed(reason="behind", detail="the swarm went on meanwhile")
@@ -118,7 +123,7 @@ class Matchmaker:
             sealed = seal_readiness(mine, self.identity)
             try:
                 if leader == company.me:
-                    answer = await self.gatherings.lead(sealed)
+                    answer = await self.gatherings.lead(sealed, search.alone_s)
                     search.began_s = max(search.began_s, self.gatherings.opened_s)
                 else:
                     answer = await self._ask(leader, sealed, search)
@@ -226,9 +231,9 @@ class Matchmaker:
                 if nobody_calls:
                     search.began_s = now_s()
                 nobody_calls = answer.uncalled and not callers.calls(company, search.head)
-                since_s = asked_s if answer.uncalled else search.began_s
-                if (waited_s := now_s() - since_s) >= company.patience_s(leader, busy=answer.busy):
-                    search.began_s = since_s
+                if nobody_calls and now_s() >= asked_s + search.alone_s:
+                    return TooFew(ready=1)
+                if (waited_s := search.waited_s()) >= company.patience_s(leader, busy=answer.busy):
                     company.waits.charge(leader, waited_s, now_s())  # or it would be waited for as a member next
                     raise Silent(leader, f"gathers for more than {waited_s:.0f} s")
                 answer = await channel.receive(
@@ -303,8 +308,7 @@ class Matchmaker:
         too few are ready, as far as is shown, it is told how long my trainer takes for all its steps.
         """
         leader = self.company.learn_own(channel.peer_id, message.record)
-        for caller in message.callers:
-            self.company.learn(channel.peer_id, caller)
+        shown = callers.shown_by(self.company, channel.peer_id, (message.record, *message.callers), message.head)
         await self._round_over(channel, message.head)
         gathering = self.gatherings.by_head.get(message.head)
         if gathering is not None:
@@ -319,11 +323,10 @@ class Matchmaker:
             comes = leader is not None and self.company.may_lead(leader, message.head)
             if gathering is not None and comes:
                 self.gatherings.notices.claim(gathering, channel.peer_id, Redirect(record=message.record))
-            called = callers.calls(self.company, message.head)
+            called, now = callers.calls(self.company, message.head, shown), now_s()
             gather_s = self.manifest.spec.round.gather_s
-            now = now_s()
-            eta_s = self.seat.call_trainer(now, gather_s) if called else self.seat.uncalled_s(now)
-            await channel.send(Eta(eta_s=eta_s))
+            eta_s = self.seat.call_trainer(now, gather_s) if called else self.seat.all_steps_s(now)
+            await channel.send(Eta(eta_s=eta_s, uncalled=not called))
 
     def _awaited(self, asker: str) -> bytes | None:
         """Returns the sealed record of the leader whose roster I wait for, unless that is the peer that asks."""

@@ -229,11 +229,11 @@ class Meeting:
             raise Misbehaved(channel.peer_id, f"sends part {part} that its reducer did not sign")
         if not self.group.may_have_made(received.mask, reduction.inputs.senders):
             raise Misbehaved(channel.peer_id, f"sends part {part} that no rule makes of what came to its reducer")
-        self._note_version(part, received, reduction)
+        self._compare_version(part, received, reduction)
         self.norms[part] = norm_of(values)
         return received, reduction
 
-    def _note_version(self, index: int, part: Part, reduction: Reduction) -> None:
+    def _compare_version(self, index: int, part: Part, reduction: Reduction) -> None:
         """Compares a part with the first that I have got of its reducer in that butterfly: who has signed two versions
         of it is barred. The round goes on, for each of them may have been taken in good faith."""
         version, reducer = Version.of(part, reduction), self.group.members[reduction.reducer].peer_id

@@ -3,7 +3,8 @@
     hail   "I gather here", where too few are ready: it calls nobody, but two leaders on one head hear of each other
     call   "the round closes", where enough are: who is called stops training in time, and says when that is
 
-Both are ``closing``, with the records of those that are ready: who gets it can see for itself which of the two it is.
+Both are ``closing``, with the records of those that are ready. Who gets it decides for itself which of the two it is,
+and says so; it may have heard of others than the leader has.
 """
 
 from __future__ import annotations
@@ -45,10 +46,14 @@ class Notices:
 
     def hail(self, gathering: Gathering) -> None:
         """Says to everybody that is expected on this head and not ready that I gather."""
-        for peer_id in self.not_ready(gathering)[: MAX_CALLED - len(self._hails)]:
+        for peer_id in self.not_ready(gathering):
             self._begin_hail(gathering, peer_id)
 
     def _begin_hail(self, gathering: Gathering, peer_id: str) -> None:
+        """Says to a peer that I gather, once."""
+        if peer_id in gathering.hailed or len(self._hails) >= MAX_CALLED:
+            return
+        gathering.hailed.add(peer_id)
         hail = asyncio.create_task(self._hail(gathering, peer_id))
         self._hails.add(hail)
         hail.add_done_callback(self._hails.discard)
@@ -120,8 +125,11 @@ class Notices:
         )
 
     def _on_call(self, gathering: Gathering, peer_id: str, answer: Eta | Behind | Redirect) -> None:
-        """Takes in what a peer answers to the call: until when it is waited for, and what ``_on_notice`` says."""
-        if isinstance(answer, Eta):
+        """Takes in what a peer answers to the call: until when it is waited for, and what ``_on_notice`` says. Who has
+        not heard of enough that are ready makes all its steps, and is not waited for: that is nobody's fault."""
+        if isinstance(answer, Eta) and answer.uncalled:
+            gathering.deadlines_s.pop(peer_id, None)
+        elif isinstance(answer, Eta):
             until_s = now_s() + answer.eta_s + CLOSING_MARGIN_S
             latest_s = self.company.waits_until_s(peer_id, gathering.opened_s, busy=answer.busy)
             gathering.deadlines_s[peer_id] = min(until_s, latest_s)

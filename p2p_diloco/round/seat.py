@@ -51,6 +51,6 @@ class Seat:
             self.changed.ring()
         return min(self.progress.ready_in_s(now_s, gather_s), MAX_READY_IN_S)
 
-    def uncalled_s(self, now_s: float) -> float:
-        """Returns the seconds until the trainer is ready that nobody calls."""
+    def all_steps_s(self, now_s: float) -> float:
+        """Returns the seconds until the trainer has made all its steps."""
         return self.progress.ready_in_s(now_s, MAX_READY_IN_S)

@@ -113,7 +113,8 @@ class Eta(Message):
     leader: Sealed = b""
     """The record of whom I wait for, so that two leaders on one head hear of each other."""
     uncalled: bool = False
-    """A leader's: too few are ready to call the others, so nobody knows when the round closes."""
+    """Too few are ready to call the others, as far as I know: nobody knows when the round closes (a leader), or my
+    trainer makes all its steps (a member)."""
 
 
 class Contribute(Message):

@@ -7,6 +7,8 @@ import pytest
 from p2p_diloco.core.admission import Claim
 from p2p_diloco.core.call import CALLERS, is_called
 from p2p_diloco.core.known import NOBODY_KNOWN, Known
+from tests.support.builders import identity
+from tests.support.invited import token_of
 
 
 def claims(ids: str) -> list[Claim]:
@@ -47,6 +49,15 @@ def test_no_more_are_needed_than_a_round_has() -> None:
     assert is_called(claims("abc"), claims("a"), NOBODY_KNOWN, min_group=1)
     assert not is_called(claims("abc"), claims(""), NOBODY_KNOWN, min_group=1)
     assert is_called(claims("abcde"), claims("ab"), NOBODY_KNOWN, min_group=4)
+
+
+def test_those_of_one_token_count_once() -> None:
+    barn, attic = token_of("barn", places=4, key=2001), token_of("attic")
+    two = [Claim(peer_id=who.peer_id, seat=barn.seat(who.peer_id)) for who in map(identity, (1, 2))]
+    others = [Claim(peer_id=identity(3).peer_id, seat=attic.seat(identity(3).peer_id)), *claims("x")]
+    assert not is_called([*two, *others], two, NOBODY_KNOWN, min_group=2)
+    assert is_called([*two, *others], [two[0], others[0]], NOBODY_KNOWN, min_group=2)
+    assert is_called([*two, others[0]], two, NOBODY_KNOWN, min_group=2), "two are there in all"
 
 
 def test_two_are_enough() -> None:

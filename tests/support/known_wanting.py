@@ -9,5 +9,5 @@ from __future__ import annotations
 
 KNOWN_WANTING: dict[str, tuple[int, str]] = {
     "idle members": (2, "pace"),
-    "decides nothing": (1, "pace"),
+    "decides nothing": (5, "pace"),
 }

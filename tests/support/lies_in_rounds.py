@@ -427,9 +427,9 @@ def sends_two_rosters(liar: Liar) -> None:
 
         return joined
 
-    def lead(real: Callable[[bytes], Any]) -> Callable[[bytes], Any]:
-        async def led(sealed: bytes) -> Any:
-            answer = await real(sealed)
+    def lead(real: Callable[[bytes, float], Any]) -> Callable[[bytes, float], Any]:
+        async def led(sealed: bytes, alone_s: float) -> Any:
+            answer = await real(sealed, alone_s)
             splits = isinstance(answer, Roster) and liar.lying() and len(answer.members) > 3
             return half(answer, 0) if splits else answer
 
