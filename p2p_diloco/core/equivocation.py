@@ -110,8 +110,7 @@ class TwoLinks:
         hashes = (self.taken[0].round_id, *(taken.link for taken in self.taken))
         states = [taken.state for taken in self.taken if taken.state != b""]
         return (
-            type(self.peer_id) is str
-            and 0 < len(self.peer_id) <= MAX_PEER_ID_CHARS
+            _may_be_peer_id(self.peer_id)
             and all(type(one) is bytes and len(one) == HASH_BYTES for one in (*hashes, *states))
             and all(type(taken.full) is bytes and len(taken.full) <= MAX_FULL_BYTES for taken in self.taken)
             and all(type(one) is bytes and len(one) == SIGNATURE_BYTES for one in self.signatures)
@@ -152,7 +151,7 @@ class TwoParts:
             Version(part_hash=part_hash, inputs=Inputs(senders=senders, digest=digest), signature=signature)
             for part_hash, senders, digest, signature in sides
         )
-        if not (type(peer_id) is str and 0 < len(peer_id) <= MAX_PEER_ID_CHARS and first.is_sound and second.is_sound):
+        if not (_may_be_peer_id(peer_id) and first.is_sound and second.is_sound):
             raise ValueError("a signature with a field out of its bounds")
         if not (type(round_id) is bytes and len(round_id) == HASH_BYTES and type(number) is type(part) is int):
             raise ValueError("a place with a field out of its bounds")
@@ -164,7 +163,7 @@ class TwoParts:
         """Raises ValueError unless this proves that the reducer lies. ``run_id`` is not looked at, as by ``TwoLinks``:
         the place names a round."""
         first, second = self.versions
-        if (first.part_hash, first.inputs) == (second.part_hash, second.inputs):
+        if first.is_like(second):
             raise ValueError("a proof of one version")
         if not all(one.is_signed(self.place, self.peer_id) for one in self.versions):
             raise ValueError("a proof with a part that its peer did not sign")
@@ -174,6 +173,11 @@ Proof: TypeAlias = TwoRosters | TwoLinks | TwoParts
 KINDS: dict[str, type[TwoRosters] | type[TwoLinks] | type[TwoParts]] = {
     kind.kind: kind for kind in (TwoRosters, TwoLinks, TwoParts)
 }
+
+
+def _may_be_peer_id(value: Any) -> bool:
+    """Tells whether a value has the type and size of a peer id."""
+    return type(value) is str and 0 < len(value) <= MAX_PEER_ID_CHARS
 
 
 def _is_leaders_own(sealed: bytes, leader: str, run_id: str) -> bool:

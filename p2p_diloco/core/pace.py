@@ -117,9 +117,10 @@ class Phase:
         trained, some are from before it joined, or of another head, and nothing follows from the time. ``whole_plan``:
         it has made all H, so the call has not cut it short."""
         if self._began_s is not None:
-            by_itself = called_s is None or whole_plan
-            self._came_s = now_s if by_itself else None
-            until_s = min(max(called_s, self._began_s), now_s) if called_s is not None and not whole_plan else now_s
+            if called_s is None or whole_plan:
+                until_s = self._came_s = now_s
+            else:
+                until_s, self._came_s = min(max(called_s, self._began_s), now_s), None
             self.called_s = self.trained_s + until_s - self._began_s
             self.trained_s += now_s - self._began_s
             self._began_s = None

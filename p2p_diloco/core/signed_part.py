@@ -130,7 +130,7 @@ class Reduction:
     def is_signed(self, round_id: bytes, index: int, part: Part, peer_id: str) -> bool:
         """Returns whether ``peer_id`` has signed that it has reduced this part, the one at ``index``."""
         place = Place(round_id=round_id, number=self.number, part=index)
-        return verify(peer_id, reduction_bytes(place, part.hash, self.inputs), self.signature)
+        return Version.of(part, self).is_signed(place, peer_id)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,6 +145,10 @@ class Version:
     def of(cls, part: Part, reduction: Reduction) -> Version:
         """Returns what is signed of a part that has come with what its reducer has signed."""
         return cls(part_hash=part.hash, inputs=reduction.inputs, signature=reduction.signature)
+
+    def is_like(self, other: Version) -> bool:
+        """Returns whether another one says the same of a part, whatever its signature is."""
+        return (self.part_hash, self.inputs) == (other.part_hash, other.inputs)
 
     def is_signed(self, place: Place, peer_id: str) -> bool:
         """Returns whether ``peer_id`` has signed that it has reduced the part at this place to this version."""

@@ -5,8 +5,8 @@ A gathering begins when the leader's own trainer is ready, or when the first pee
 opens when enough are ready to call the others (``core.call``), usually with the second one (``Gathering.opened_s``).
 Then it calls every live trainer on this head that is not ready yet with ``closing``. Until then each that is ready
 waits, as long as its own inner steps have taken, at least ``gather_s`` + MAX_GATHER_EXTENSION_S (``Matchmaker``): two
-that wait so long meet, however long their inner phases are. A leader that has to
-wait says by the same message that it gathers, so that two of them hear of each other; it calls nobody by that.
+that wait so long meet, however long their inner phases are. A leader that has to wait says by the same message that it
+gathers, so that two of them hear of each other; it calls nobody by that.
 
 **Which peers are waited for.** A live trainer on this head is expected when it is proven: it has answered the leader,
 or has come to it by itself, since it last failed it (``core.proven``). Each one that is expected when the gathering

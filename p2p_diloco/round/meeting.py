@@ -238,8 +238,7 @@ class Meeting:
         of it is barred. The round goes on, for each of them may have been taken in good faith."""
         version, reducer = Version.of(part, reduction), self.group.members[reduction.reducer].peer_id
         first = self._versions.setdefault((reduction.reducer, reduction.number, index), version)
-        alike = (first.part_hash, first.inputs) == (version.part_hash, version.inputs)
-        if not alike and reducer not in (self.owner, self.directory.barred.me):
+        if not first.is_like(version) and reducer not in (self.owner, self.directory.barred.me):
             place = self.place(reduction.number, index)
             self.directory.barred.add(TwoParts(peer_id=reducer, place=place, versions=(first, version)))
 

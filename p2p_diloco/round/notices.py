@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 
 from p2p_diloco.core.errors import Misbehaved, Refused, RemoteError
 from p2p_diloco.core.roster import on_head
@@ -19,6 +21,7 @@ from p2p_diloco.round import callers
 from p2p_diloco.round.calls import ask, reach
 from p2p_diloco.round.company import CLOSING_MARGIN_S, Company
 from p2p_diloco.round.gathering import Gathering
+from p2p_diloco.wire.channel import Channel
 from p2p_diloco.wire.round_messages import Behind, Closing, Eta, Redirect
 
 log = logging.getLogger(__name__)
@@ -73,16 +76,11 @@ class Notices:
         does not answer is not waited for; a peer that is busy is heard until it is free."""
         called_s = now_s()
         try:
-            channel = await reach(self.company, peer_id)
-            try:
-                answer: Eta | Behind | Redirect = await ask(self.company, channel, self._closing(gathering), *ANSWERS)
-                self.directory.proven.answered(peer_id)
+            async with self._said(gathering, peer_id) as (channel, answer):
                 self._on_call(gathering, peer_id, answer)
                 while isinstance(answer, Eta) and answer.busy:
                     answer = await channel.receive(*ANSWERS, timeout_s=self.here.timeouts.request_s)
                     self._on_call(gathering, peer_id, answer)
-            finally:
-                channel.close()
         except Refused:
             self.directory.proven.answered(peer_id)
             gathering.idle.add(peer_id)
@@ -98,14 +96,9 @@ class Notices:
     async def _hail(self, gathering: Gathering, peer_id: str) -> None:
         """Tells a peer that I gather, and hears whether somebody else does."""
         try:
-            channel = await reach(self.company, peer_id)
-            try:
-                answer: Eta | Behind | Redirect = await ask(self.company, channel, self._closing(gathering), *ANSWERS)
-            finally:
-                channel.close()
-            self.directory.proven.answered(peer_id)
-            if gathering.answer is None:
-                self._on_notice(gathering, peer_id, answer)
+            async with self._said(gathering, peer_id) as (_, answer):
+                if gathering.answer is None:
+                    self._on_notice(gathering, peer_id, answer)
         except Refused:
             self.directory.proven.answered(peer_id)
             gathering.idle.add(peer_id)
@@ -114,6 +107,17 @@ class Notices:
             self.here.transport.traffic.reject(error)
             self.directory.suspect(peer_id)
         gathering.changed.ring()
+
+    @asynccontextmanager
+    async def _said(self, gathering: Gathering, peer_id: str) -> AsyncIterator[tuple[Channel, Eta | Behind | Redirect]]:
+        """Says ``closing`` to a peer, and yields the stream and its first answer, which proves it."""
+        channel = await reach(self.company, peer_id)
+        try:
+            answer: Eta | Behind | Redirect = await ask(self.company, channel, self._closing(gathering), *ANSWERS)
+            self.directory.proven.answered(peer_id)
+            yield channel, answer
+        finally:
+            channel.close()
 
     def _closing(self, gathering: Gathering) -> Closing:
         """Returns what I say to those that are not ready: it calls them, if enough are by the records in it."""
